@@ -1,0 +1,1 @@
+"""fedhlm ground floor."""

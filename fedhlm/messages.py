@@ -1,0 +1,255 @@
+"""Every message on the bus: frozen structs in one tagged union, one encoder, one decoder.
+
+Structs travel as msgpack arrays (tag first, fields in order), so field order is part of the protocol and a change
+of it raises SCHEMA_VERSION. Token ids and probabilities travel as raw little-endian bytes and are length-checked
+before use. A payload that breaks a limit or a type is a ProtocolError; nothing else escapes from `decode`.
+"""
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from fedhlm.errors import ProtocolError
+
+SCHEMA_VERSION: Final = 1
+MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
+MAX_CONTEXT: Final = 131_072
+MAX_BLOCK: Final = 4_096
+MAX_BATCH: Final = 1_024
+MAX_TEXT: Final = 1_048_576
+MAX_TOKENS: Final = 65_536
+
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Session = Annotated[int, Meta(ge=0, lt=2**63)]
+Seed = Annotated[int, Meta(ge=0, lt=2**63)]
+Count = Annotated[int, Meta(ge=0, lt=2**31)]
+Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
+Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
+Ids = Annotated[bytes, Meta(max_length=3 * MAX_CONTEXT)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Reason = Annotated[str, Meta(max_length=1_024)]
+
+Source = Literal["local", "peer", "neighbour", "cloud", "unverified"]
+FinishReason = Literal["length", "stop", "error", "cancelled", "context"]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What every message carries: schema version, who sent it, the sender's running number, when (Unix time, ms)."""
+
+    version: Annotated[int, Meta(ge=1, le=255)]
+    sender: Name
+    sequence: Count
+    sent_ms: Milliseconds
+
+
+class Fingerprint(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What both ends of a session must share (tokenizer, vocabulary, noise) and, for information, the model."""
+
+    tokenizer: Annotated[str, Meta(max_length=64)]
+    vocab_size: Annotated[int, Meta(ge=2, lt=2**24)]
+    noise: Annotated[str, Meta(max_length=32)]
+    model: Annotated[str, Meta(max_length=128)]
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The target law of one generation. Temperature 0 is greedy; `coupling` is a key of `couplings.COUPLINGS`."""
+
+    seed: Seed
+    temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.8
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    coupling: Annotated[str, Meta(max_length=32)] = "gumbel"
+
+
+class Presence(Message, tag=1, frozen=True):
+    """Retained state of a party; its last will is the same message with `online` false.
+
+    `upstream` is the fingerprint of the cloud as the edge knows it; None for an agent, and while no cloud is seen.
+    """
+
+    role: Literal["agent", "edge", "cloud"]
+    online: bool
+    software: Annotated[str, Meta(max_length=64)]
+    fingerprint: Fingerprint | None = None
+    upstream: Fingerprint | None = None
+
+
+class Prompt(Message, tag=2, frozen=True):
+    """Ask an agent for a generation. None leaves a choice to the agent's own configuration."""
+
+    request: Name
+    text: Text
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = 64
+    seed: Seed | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=10.0)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    stop: tuple[Text, ...] = ()
+    preset: Name | None = None
+
+
+class Output(Message, tag=3, frozen=True):
+    """Committed tokens of one request, in order and never taken back.
+
+    `position` counts generated tokens before this message; `sources` has one entry per id of `ids`. The last message
+    of a request has `finish` set; `error` explains the finish reason "error".
+    """
+
+    request: Name
+    position: Position
+    ids: tuple[TokenId, ...]
+    sources: tuple[Source, ...]
+    text: Text
+    finish: FinishReason | None = None
+    error: Reason = ""
+    statistics: dict[str, float] = {}
+
+
+class Prime(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Everything a cloud needs to begin or re-create a session: the law, and the ids before the block's base."""
+
+    sampling: Sampling
+    fingerprint: Fingerprint
+    context: Ids
+
+
+class Escalation(Message, tag=4, frozen=True):
+    """A block of drafted tokens to be settled, idempotent by (session, epoch, base).
+
+    `base` is the number of context tokens (prompt included) that both ends hold; `ids` follow it, of which the first
+    `fixed` are committed already (ingest and score, never replace) and the rest are drafts. `extend` asks for that many
+    tokens of the LLM's own after an accepted block. `laws` holds the draft laws where the coupling needs them.
+    """
+
+    session: Session
+    epoch: Count
+    base: Position
+    ids: Ids
+    deadline_ms: Milliseconds
+    fixed: Position = 0
+    extend: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 1
+    prime: Prime | None = None
+    laws: Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)] = b""
+
+
+class Verdict(Message, tag=5, frozen=True):
+    """Answer to one escalation, by the same (session, epoch, base).
+
+    `accepted` counts the leading ids that stand (fixed ones included); `ids` continue after them: the replacement of a
+    rejected draft, or the LLM's own tokens after a fully accepted block. `target_probs` (float16) is the target
+    probability of each escalated id that was looked at, from which the agent computes beta. A status other than
+    "settled" decides nothing: "unprimed" asks for the same block with `prime`, "refused" says why in `reason`.
+    """
+
+    session: Session
+    epoch: Count
+    base: Position
+    status: Literal["settled", "unprimed", "refused"]
+    accepted: Position = 0
+    ids: Ids = b""
+    target_probs: Annotated[bytes, Meta(max_length=2 * MAX_CONTEXT)] = b""
+    source: Literal["peer", "neighbour", "cloud"] = "cloud"
+    reason: Reason = ""
+
+
+class Routed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One escalation inside a batch, with the agent it came from."""
+
+    agent: Name
+    escalation: Escalation
+
+
+class Answered(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One verdict inside a batch, with the agent it goes to."""
+
+    agent: Name
+    verdict: Verdict
+
+
+class EscalationBatch(Message, tag=6, frozen=True):
+    """One message from an edge to the cloud for many agents."""
+
+    items: Annotated[tuple[Routed, ...], Meta(max_length=MAX_BATCH)]
+
+
+class VerdictBatch(Message, tag=7, frozen=True):
+    """The cloud's answers to one edge."""
+
+    items: Annotated[tuple[Answered, ...], Meta(max_length=MAX_BATCH)]
+
+
+AnyMessage = Presence | Prompt | Output | Escalation | Verdict | EscalationBatch | VerdictBatch
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final[msgspec.msgpack.Decoder[AnyMessage]] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """Serialise to msgpack."""
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes) -> AnyMessage:
+    """Parse any message.
+
+    Raises:
+        ProtocolError: too large, not msgpack, not a known message, a field out of range, or another schema version.
+    """
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise ProtocolError(f"payload of {len(payload)} bytes: at most {MAX_PAYLOAD_BYTES} expected")
+    try:
+        message = _decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolError(f"payload of {len(payload)} bytes is not a message: {exc}") from exc
+    if message.version != SCHEMA_VERSION:
+        raise ProtocolError(f"message.version is {message.version}: this side speaks {SCHEMA_VERSION}")
+    return message
+
+
+def id_bytes(vocab_size: int) -> int:
+    """Bytes per token id on the wire: 2 up to a vocabulary of 65,536, else 3."""
+    return 2 if vocab_size <= 1 << 16 else 3
+
+
+def pack_ids(ids: "list[int] | tuple[int, ...]", vocab_size: int) -> bytes:
+    """Token ids as little-endian integers of `id_bytes(vocab_size)` bytes each."""
+    wide = np.asarray(ids, dtype="<u4")  # (n,)
+    return wide.view(np.uint8).reshape(-1, 4)[:, : id_bytes(vocab_size)].tobytes()
+
+
+def unpack_ids(data: bytes, vocab_size: int) -> list[int]:
+    """Inverse of `pack_ids`.
+
+    Raises:
+        ProtocolError: the length is not a whole number of ids, or an id is outside the vocabulary.
+    """
+    width = id_bytes(vocab_size)
+    if len(data) % width:
+        raise ProtocolError(f"ids of {len(data)} bytes: a multiple of {width} expected")
+    wide = np.zeros((len(data) // width, 4), np.uint8)
+    wide[:, :width] = np.frombuffer(data, np.uint8).reshape(-1, width)
+    ids = wide.view("<u4").ravel()  # (n,)
+    if ids.size and int(ids.max()) >= vocab_size:
+        raise ProtocolError(f"token id {int(ids.max())}: below {vocab_size} expected")
+    return [int(i) for i in ids]
+
+
+def pack_probs(probs: NDArray[Any]) -> bytes:
+    """Probabilities in [0, 1], shape (n,), as little-endian float16."""
+    return np.asarray(probs, dtype="<f2").tobytes()
+
+
+def unpack_probs(data: bytes) -> NDArray[np.float64]:
+    """Inverse of `pack_probs`; shape (n,).
+
+    Raises:
+        ProtocolError: an odd number of bytes, or a value that is not a probability.
+    """
+    if len(data) % 2:
+        raise ProtocolError(f"target_probs of {len(data)} bytes: an even number expected")
+    probs = np.frombuffer(data, "<f2").astype(np.float64)
+    if not bool(np.all((probs >= 0.0) & (probs <= 1.0))):
+        raise ProtocolError("target_probs holds a value outside 0..1")
+    return probs

@@ -1,0 +1,170 @@
+"""The one table of topics: what travels where, how, and who may write and read it.
+
+Everything about topics is derived from TABLE: building and parsing names, subscription filters, access control files
+and the documentation's table.
+"""
+
+import re
+from typing import Final, Literal
+
+import msgspec
+
+from fedhlm import messages
+from fedhlm.errors import ProtocolError
+
+DEFAULT_ROOT: Final = "fedhlm/1"
+
+Role = Literal["agent", "edge", "cloud", "client"]
+Reader = Role
+
+
+class Topic(msgspec.Struct, frozen=True, kw_only=True):
+    """One row: `{cluster}` and `{agent}` in `pattern` stand for one level each."""
+
+    pattern: str
+    payload: type[messages.AnyMessage]
+    qos: Literal[0, 1]
+    retain: bool
+    publishers: tuple[Role, ...]
+    subscribers: tuple[Role, ...]
+    purpose: str
+
+    def name(self, root: str = DEFAULT_ROOT, **levels: str) -> str:
+        """The full topic name, or a filter when a level is given as ``+``."""
+        return f"{root}/{self.pattern.format(**levels)}"
+
+    def parse(self, name: str, root: str = DEFAULT_ROOT) -> dict[str, str] | None:
+        """The levels of `name` when it belongs to this row, else None."""
+        if not name.startswith(f"{root}/"):
+            return None
+        matched = self._regex.fullmatch(name, len(root) + 1)
+        return matched.groupdict() if matched else None
+
+    @property
+    def _regex(self) -> re.Pattern[str]:
+        return _regex_of(self.pattern)
+
+
+_REGEXES: Final[dict[str, re.Pattern[str]]] = {}
+
+
+def _regex_of(pattern: str) -> re.Pattern[str]:
+    if pattern not in _REGEXES:
+        _REGEXES[pattern] = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/+#]+)", pattern))
+    return _REGEXES[pattern]
+
+
+AGENT_STATUS: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/status",
+    payload=messages.Presence,
+    qos=1,
+    retain=True,
+    publishers=("agent",),
+    subscribers=("edge", "client"),
+    purpose="presence of an agent (last will)",
+)
+PROMPT: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/prompt",
+    payload=messages.Prompt,
+    qos=1,
+    retain=False,
+    publishers=("client",),
+    subscribers=("agent",),
+    purpose="a generation asked for over the bus",
+)
+OUTPUT: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/output",
+    payload=messages.Output,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("client",),
+    purpose="committed tokens with who settled them",
+)
+EDGE_STATUS: Final = Topic(
+    pattern="c/{cluster}/status",
+    payload=messages.Presence,
+    qos=1,
+    retain=True,
+    publishers=("edge",),
+    subscribers=("agent", "client"),
+    purpose="presence of the cluster's edge, with the cloud's fingerprint",
+)
+ESCALATE: Final = Topic(
+    pattern="c/{cluster}/escalate/{agent}",
+    payload=messages.Escalation,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("edge",),
+    purpose="a block of drafted tokens to be settled",
+)
+VERDICT: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/verdict",
+    payload=messages.Verdict,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("agent",),
+    purpose="the answer to an escalation",
+)
+CLOUD_STATUS: Final = Topic(
+    pattern="cloud/status",
+    payload=messages.Presence,
+    qos=1,
+    retain=True,
+    publishers=("cloud",),
+    subscribers=("edge", "client"),
+    purpose="presence and fingerprint of the cloud",
+)
+CLOUD_VERIFY: Final = Topic(
+    pattern="cloud/verify/{cluster}",
+    payload=messages.EscalationBatch,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("cloud",),
+    purpose="escalations of a cluster, batched",
+)
+CLOUD_VERDICT: Final = Topic(
+    pattern="cloud/verdict/{cluster}",
+    payload=messages.VerdictBatch,
+    qos=1,
+    retain=False,
+    publishers=("cloud",),
+    subscribers=("edge",),
+    purpose="the cloud's answers to a cluster",
+)
+
+TABLE: Final = (
+    AGENT_STATUS,
+    PROMPT,
+    OUTPUT,
+    EDGE_STATUS,
+    ESCALATE,
+    VERDICT,
+    CLOUD_STATUS,
+    CLOUD_VERIFY,
+    CLOUD_VERDICT,
+)
+
+
+def lookup(name: str, root: str = DEFAULT_ROOT) -> tuple[Topic, dict[str, str]] | None:
+    """The row and levels of a full topic name; None for a name that is not ours."""
+    for topic in TABLE:
+        levels = topic.parse(name, root)
+        if levels is not None:
+            return topic, levels
+    return None
+
+
+def decode_for(topic: Topic, payload: bytes) -> messages.AnyMessage:
+    """Decode a payload and check that its type is the row's.
+
+    Raises:
+        ProtocolError: not a message, or a message of another type.
+    """
+    message = messages.decode(payload)
+    if type(message) is not topic.payload:
+        raise ProtocolError(f"{topic.pattern} carries {topic.payload.__name__}, not {type(message).__name__}")
+    return message

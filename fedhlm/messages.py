@@ -23,8 +23,8 @@ MAX_TEXT: Final = 1_048_576
 MAX_TOKENS: Final = 65_536
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Session = Annotated[int, Meta(ge=0, lt=2**63)]
-Seed = Annotated[int, Meta(ge=0, lt=2**63)]
+Session = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**24)]

@@ -39,8 +39,8 @@ class Article(NamedTuple):
 
 def find_data(path: str | Path | None) -> Path | None:
     """Return the folder that holds ``ag_news/`` and ``news_text/``: the argument, FEDHLM_DATA or ``../shared/data``."""
-    candidates = [path] if path else [os.environ.get("FEDHLM_DATA"), "../shared/data"]
-    for candidate in filter(None, candidates):
+    candidates: list[str | Path | None] = [path] if path else [os.environ.get("FEDHLM_DATA"), "../shared/data"]
+    for candidate in (c for c in candidates if c):
         folder = Path(candidate)
         if (folder / "ag_news").is_dir():
             return folder

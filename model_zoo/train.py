@@ -170,7 +170,8 @@ def _cross_entropy(logits: Tensor, ids: Tensor, weights: Tensor, _hidden_target:
 
 
 def _divergence(logits: Tensor, ids: Tensor, weights: Tensor, teacher: Tensor | None) -> Tensor:
-    assert teacher is not None
+    if teacher is None:
+        raise ValueError("distillation needs the teacher's logits")
     p = functional.softmax(teacher.flatten(0, 1), dim=-1)
     ln_q = functional.log_softmax(logits.flatten(0, 1), dim=-1)
     return (-(p * ln_q).sum(-1) * weights[:, 1:].flatten()).sum()
@@ -199,14 +200,7 @@ def train(
     teacher = LlamaForCausalLM.from_pretrained(teacher_dir).eval() if teacher_dir else None
     optimizers = _optimizers(model, config)
     checkpoint = run / "checkpoint.pt"
-    first_step = 0
-    if checkpoint.is_file():
-        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first_step = state["step"]
-        log.info("resuming %s at step %d", run.name, first_step)
+    first_step = _resume(checkpoint, model, optimizers)
     peak = [[g["lr"] for g in o.param_groups] for o in optimizers]
     if first_step:
         peak = [[config.lr_matrix], [config.lr_other]]
@@ -250,6 +244,18 @@ def train(
                 _save(checkpoint, model, optimizers, done)
     model.save_pretrained(run / "model")
     return run / "model"
+
+
+def _resume(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+    if not path.is_file():
+        return 0
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    step = int(state["step"])
+    log.info("resuming %s at step %d", path.parent.name, step)
+    return step
 
 
 def _save(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:

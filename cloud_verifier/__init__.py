@@ -1,0 +1,1 @@
+"""The cloud: settles escalated blocks with the large model."""

@@ -1,0 +1,1 @@
+"""Where logits come from: one module per runtime."""

@@ -1,0 +1,151 @@
+"""Which sessions the cloud holds, and what an incoming escalation means for them.
+
+Sessions are kept in order of use and bounded; one that was dropped is asked for again ("unprimed"), which costs a
+round trip and nothing else. A cache and a context may be lost at any time without changing any answer.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cloud_verifier.verifier import Block, Session, common_prefix
+from fedhlm.errors import FingerprintMismatch, ProtocolError
+from fedhlm.fingerprint import check_agreement
+from fedhlm.messages import Escalation, Fingerprint, unpack_ids
+from fedhlm.sampling import COUPLINGS
+
+
+class Key(NamedTuple):
+    """A session belongs to one agent of one cluster; no other sender can reach it."""
+
+    cluster: str
+    agent: str
+    session: int
+
+
+@dataclass
+class Entry:
+    """A session and the backend's cache for it (None: nothing cached)."""
+
+    state: Session
+    cache: Any = None
+
+
+class Unprimed(NamedTuple):
+    """The cloud lacks the session or the tokens before the block's base."""
+
+
+class Refused(NamedTuple):
+    """The escalation can never be settled here."""
+
+    reason: str
+
+
+class Stale(NamedTuple):
+    """A newer epoch of the session was seen; nobody waits for an answer."""
+
+
+Admission = Block | Unprimed | Refused | Stale
+
+
+class Sessions:
+    """Bounded store of sessions, least recently used dropped first."""
+
+    def __init__(self, *, fingerprint: Fingerprint, eos_ids: frozenset[int], context_max: int, sessions_max: int) -> None:
+        self.fingerprint = fingerprint
+        self.context_max = context_max
+        self.sessions_max = sessions_max
+        self.dropped = 0
+        self._eos_ids = eos_ids
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, key: Key) -> Entry | None:
+        """The entry, now the most recently used one; None when it was dropped."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
+
+    def forget(self, key: Key) -> None:
+        """Drop one session."""
+        self._entries.pop(key, None)
+
+    def admit(self, key: Key, escalation: Escalation) -> Admission:
+        """Check an escalation and bring its session up to date with the prime and epoch it carries."""
+        try:
+            return self._admit(key, escalation)
+        except ProtocolError as exc:
+            return Refused(str(exc))
+
+    def _admit(self, key: Key, escalation: Escalation) -> Admission:
+        entry = self.entry(key)
+        if entry is not None and escalation.epoch < entry.state.epoch:
+            return Stale()
+        block = self._block(escalation, entry)
+        if isinstance(block, Refused):
+            return block
+        if escalation.prime is not None:
+            refusal = self._prime(key, escalation)
+            if refusal is not None:
+                return refusal
+            entry = self.entry(key)
+        if entry is None or escalation.base > len(entry.state.context):
+            return Unprimed()
+        if escalation.epoch > entry.state.epoch:
+            entry.state.epoch = escalation.epoch
+            entry.state.rejected_at = None
+        if entry.state.rejected_at is not None and escalation.base > entry.state.rejected_at:
+            return Stale()
+        return block
+
+    def _block(self, escalation: Escalation, entry: Entry | None) -> Block | Refused:
+        vocab_size = self.fingerprint.vocab_size
+        ids = unpack_ids(escalation.ids, vocab_size)
+        if escalation.fixed > len(ids):
+            return Refused(f"escalation.fixed is {escalation.fixed}: at most the {len(ids)} ids of the block expected")
+        if escalation.base < 1:
+            return Refused("escalation.base is 0: at least one context token expected")
+        if not ids and not escalation.extend:
+            return Refused("escalation has no ids and extend 0: nothing is asked")
+        end = escalation.base + len(ids) + escalation.extend
+        if end > self.context_max:
+            return Refused(f"escalation reaches position {end}: the model's context is {self.context_max}")
+        name = escalation.prime.sampling.coupling if escalation.prime else entry.state.sampling.coupling if entry else ""
+        if not name:
+            return Block(escalation.base, ids, escalation.fixed, escalation.extend, [])
+        if name not in COUPLINGS:
+            return Refused(f"sampling.coupling is {name!r}: one of {', '.join(sorted(COUPLINGS))} expected")
+        size = COUPLINGS[name].law_bytes(vocab_size)
+        drafts = len(ids) - escalation.fixed
+        if len(escalation.laws) != size * drafts:
+            return Refused(f"escalation.laws has {len(escalation.laws)} bytes: {size} for each of {drafts} drafts expected")
+        laws = [b""] * escalation.fixed + [escalation.laws[i * size : (i + 1) * size] for i in range(drafts)]
+        return Block(escalation.base, ids, escalation.fixed, escalation.extend, laws)
+
+    def _prime(self, key: Key, escalation: Escalation) -> Refused | None:
+        prime = escalation.prime
+        assert prime is not None
+        try:
+            check_agreement(self.fingerprint, prime.fingerprint)
+        except FingerprintMismatch as exc:
+            return Refused(str(exc))
+        context = unpack_ids(prime.context, self.fingerprint.vocab_size)
+        if len(context) != escalation.base:
+            return Refused(f"prime.context has {len(context)} ids: escalation.base is {escalation.base}")
+        entry = self._entries.get(key)
+        if entry is None or entry.state.sampling != prime.sampling:
+            state = Session(prime.sampling, self.fingerprint.vocab_size, self._eos_ids, context)
+            self._entries[key] = Entry(state)
+        else:
+            held = entry.state.context
+            shared = common_prefix(held, context)
+            if shared < len(context):  # what the device committed overrules what was settled here
+                held[shared:] = context[shared:]
+        self._entries.move_to_end(key)
+        while len(self._entries) > self.sessions_max:
+            self._entries.popitem(last=False)
+            self.dropped += 1
+        return None

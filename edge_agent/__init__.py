@@ -1,0 +1,1 @@
+"""The device: drafts tokens, doubts them, asks, and commits."""

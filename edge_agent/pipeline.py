@@ -1,0 +1,78 @@
+"""When to draft on and when to send: the choices that tell blocking from asynchronous verification."""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+
+class Pending(NamedTuple):
+    """What a pipeline decides on: lengths in tokens, the age in seconds, uncertainty of the newest draft in [0, 1]."""
+
+    tail: int
+    unsent: int
+    unsent_age_s: float
+    uncertainty: float
+    awaiting: bool
+    ended: bool
+
+
+class Pipeline(NamedTuple):
+    """`may_draft` and `must_send` look at what is pending; `extend` is how many tokens of its own the cloud adds to a
+    fully accepted block; a draft is sent at the latest `flush_age_s` after it was made."""
+
+    may_draft: Callable[[Pending], bool]
+    must_send: Callable[[Pending], bool]
+    extend: int
+    flush_age_s: float = float("inf")
+
+
+class Limits(NamedTuple):
+    """Window: drafts ahead of the last verdict. Block: drafts per message. A draft above `flush_uncertainty`, or one
+    that waited `flush_age_s`, sends the block early. `bonus` asks for a token of the LLM's own after each block."""
+
+    window: int
+    block: int
+    flush_uncertainty: float
+    flush_age_s: float
+    bonus: bool = True
+
+
+def blocking(limits: Limits) -> Pipeline:
+    """Draft a block, send it, wait for its verdict."""
+    return Pipeline(
+        may_draft=lambda p: not p.awaiting and p.unsent < limits.block,
+        must_send=lambda p: not p.awaiting and p.unsent > 0 and (p.unsent >= limits.block or p.ended),
+        extend=int(limits.bonus),
+    )
+
+
+def asynchronous(limits: Limits) -> Pipeline:
+    """Draft on while verdicts are under way (ALGORITHMS 6)."""
+    return Pipeline(
+        may_draft=lambda p: p.tail < limits.window,
+        must_send=lambda p: p.unsent > 0
+        and (
+            p.ended
+            or p.unsent >= limits.block
+            or p.tail >= limits.window
+            or p.uncertainty > limits.flush_uncertainty
+            or p.unsent_age_s >= limits.flush_age_s
+        ),
+        extend=1,
+        flush_age_s=limits.flush_age_s,
+    )
+
+
+def remote(limits: Limits) -> Pipeline:
+    """Draft nothing: the cloud decodes `block` tokens at each request."""
+    return Pipeline(
+        may_draft=lambda _p: False,
+        must_send=lambda p: not p.awaiting,
+        extend=limits.block,
+    )
+
+
+PIPELINES: Final[dict[str, Callable[[Limits], Pipeline]]] = {
+    "blocking": blocking,
+    "async": asynchronous,
+    "remote": remote,
+}

@@ -1,0 +1,1 @@
+"""The cluster's part: the edge service, and an embedded MQTT broker for machines without one."""

@@ -1,0 +1,113 @@
+"""An MQTT 3.1.1 broker inside the process, for machines without one; amqtt does the work.
+
+No shared subscriptions, no persistence, no TLS: it serves a demo, a test or one machine. Without users it listens on
+loopback addresses only. `python -m edge_broker.embedded --port 1883` runs it alone and prints its URL.
+"""
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+from fedhlm.errors import BusError, ConfigError
+
+# amqtt warns about every client that tries MQTT 5 first; what remains at ERROR is its own trouble.
+_LIBRARY_LEVEL: Final = logging.ERROR
+_AUTH_PLUGIN: Final = "edge_broker.broker_auth.UserAuth"
+
+
+class EmbeddedBroker:
+    """A broker on `host:port`; port 0 picks a free one. `port` and `url` are final after entering.
+
+    `users` maps names to passwords; without it everybody may connect, from this machine only.
+
+    Raises:
+        ConfigError: not an IPv4 address or localhost, or one that others can reach while there are no users.
+        BusError: on entering, the address cannot be bound.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0, *, users: Mapping[str, str] | None = None) -> None:
+        address = _ipv4(host)
+        if not users and not address.is_loopback:
+            raise ConfigError("broker.host", host, "a loopback address expected, or users with passwords")
+        self.host: Final = host
+        self.port = port
+        self._address = str(address)
+        self._users = dict(users or {})
+        self._broker: Any = None
+
+    @property
+    def url(self) -> str:
+        """Where clients connect; without credentials."""
+        return f"mqtt://{self.host}:{self.port}"
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Listen. After `stop` the same port is taken again; retained messages are gone."""
+        from amqtt.broker import Broker
+        from amqtt.contexts import BrokerConfig, ListenerConfig
+        from amqtt.errors import BrokerError
+
+        for name in ("amqtt", "transitions"):
+            logging.getLogger(name).setLevel(_LIBRARY_LEVEL)
+        listener = ListenerConfig(bind=f"{self._address}:{self.port}")
+        broker = Broker(BrokerConfig(listeners={"default": listener}, plugins={_AUTH_PLUGIN: {"users": self._users}}))
+        try:
+            await broker.start()
+        except BrokerError as exc:
+            raise BusError(f"embedded broker cannot listen on {self.host}:{self.port}: {exc}") from exc
+        self._broker = broker
+        sockets = broker._servers["default"].instance.sockets  # noqa: SLF001 - amqtt does not tell its port
+        self.port = sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Disconnect everybody and stop listening."""
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            await broker.shutdown()
+
+
+async def serve_forever(host: str = "127.0.0.1", port: int = 0, *, ready: Callable[[str], None] | None = None) -> None:
+    """Run a broker until SIGTERM or SIGINT; `ready` is told the URL once clients can connect."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with EmbeddedBroker(host, port) as broker:
+        if ready is not None:
+            ready(broker.url)
+        await stop.wait()
+
+
+def _ipv4(host: str) -> ipaddress.IPv4Address:
+    try:
+        return ipaddress.IPv4Address("127.0.0.1" if host == "localhost" else host)
+    except ValueError as exc:
+        raise ConfigError("broker.host", host, "localhost or an IPv4 address expected") from exc
+
+
+def main() -> None:
+    """Run a broker alone."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edge_broker.embedded", description="MQTT 3.1.1 broker, amqtt inside"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on")
+    parser.add_argument("--port", type=int, default=1883, help="port, 0 for a free one")
+    options = parser.parse_args()
+    asyncio.run(serve_forever(options.host, options.port, ready=lambda url: print(url, flush=True)))
+
+
+if __name__ == "__main__":
+    main()

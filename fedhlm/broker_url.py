@@ -1,0 +1,106 @@
+"""Where a broker is and how to prove who we are: `mqtt://[user:password@]host[:port]` or `mqtts://...`.
+
+TLS files may stand in the query (`mqtts://host?ca=ca.pem&cert=me.pem&key=me.key`) or be passed beside the URL.
+The password appears in no repr, no log line and no error message.
+"""
+
+import ssl
+from typing import Final, NamedTuple, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import msgspec
+
+from fedhlm.errors import ConfigError
+
+_PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
+_EXPECTED: Final = "mqtt://[user:password@]host[:port] or mqtts://... expected"
+
+
+class TlsFiles(NamedTuple):
+    """PEM files: who signs the broker (None: the system's authorities), our certificate and its key."""
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+
+class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
+    """A parsed broker address; `str()` gives it back without user and password."""
+
+    host: str
+    port: int
+    tls: bool = False
+    username: str | None = None
+    password: str | None = None
+    files: TlsFiles = TlsFiles()
+
+    @classmethod
+    def parse(cls, text: str, *, files: TlsFiles | None = None, key: str = "broker.url") -> Self:
+        """Parse a URL; `files` overrides the query, `key` names the setting in errors.
+
+        Raises:
+            ConfigError: another scheme, no host, a bad port, unknown query keys, TLS files without TLS.
+        """
+        shown = _without_secrets(text)
+        try:
+            parts = urlsplit(text)
+            port = parts.port
+        except ValueError as exc:
+            raise ConfigError(key, shown, "port is not an integer in 1..65535, or the host is malformed") from exc
+        if parts.scheme not in _PORTS or not parts.hostname or port == 0:
+            raise ConfigError(key, shown, _EXPECTED)
+        if parts.path not in ("", "/") or parts.fragment:
+            raise ConfigError(key, shown, f"a path has no meaning here; {_EXPECTED}")
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        unknown = sorted(set(query) - {"ca", "cert", "key"})
+        if unknown:
+            raise ConfigError(key, shown, f"unknown query key {unknown[0]!r}; ca, cert and key are known")
+        files = files or TlsFiles(query.get("ca"), query.get("cert"), query.get("key"))
+        if parts.scheme == "mqtt" and files != TlsFiles():
+            raise ConfigError(key, shown, "certificates need mqtts://")
+        if (files.cert is None) != (files.key is None):
+            raise ConfigError(key, shown, "cert and key go together")
+        return cls(
+            host=parts.hostname,
+            port=port or _PORTS[parts.scheme],
+            tls=parts.scheme == "mqtts",
+            username=None if parts.username is None else unquote(parts.username),
+            password=None if parts.password is None else unquote(parts.password),
+            files=files,
+        )
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"BrokerUrl({str(self)!r})"
+
+    def ssl_context(self, *, key: str = "broker.url") -> ssl.SSLContext | None:
+        """The TLS settings, None without TLS. Reads the files.
+
+        Raises:
+            ConfigError: a file is missing or is not a certificate or key.
+        """
+        if not self.tls:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.files.ca)
+        except (OSError, ssl.SSLError) as exc:
+            raise ConfigError(f"{key} (ca)", self.files.ca, f"a readable PEM file expected ({_reason(exc)})") from exc
+        if self.files.cert is not None:
+            try:
+                context.load_cert_chain(self.files.cert, self.files.key)
+            except (OSError, ssl.SSLError) as exc:
+                found = f"{self.files.cert}, {self.files.key}"
+                raise ConfigError(f"{key} (cert, key)", found, f"a PEM pair expected ({_reason(exc)})") from exc
+        return context
+
+
+def _without_secrets(text: str) -> str:
+    scheme, separator, rest = text.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else text.rpartition("@")[2]
+
+
+def _reason(exc: OSError) -> str:
+    return exc.strerror or str(exc)

@@ -1,0 +1,446 @@
+"""Configuration: defaults < preset < TOML file < environment < flags, and where each value came from.
+
+A key is dotted (`generation.pipeline.block`), an environment variable is FEDHLM_ with `__` for the dot
+(FEDHLM_GENERATION__PIPELINE__BLOCK). Whatever cannot be used is a ConfigError naming key, value, expectation and source.
+"""
+
+import difflib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from fedhlm import messages, topics
+from fedhlm.broker_url import BrokerUrl, TlsFiles
+from fedhlm.errors import ConfigError
+
+ENV_PREFIX: Final = "FEDHLM_"
+# Read by the model tools, which have no configuration file.
+OTHER_VARIABLES: Final = frozenset({"FEDHLM_DATA"})
+DEFAULT_PRESET: Final = "exact"
+PRESET_FOLDER: Final = Path(__file__).with_name("presets")
+MASK: Final = "***"
+
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Threads = Annotated[int, Meta(ge=0, le=256)]
+BatchSize = Annotated[int, Meta(ge=1, le=messages.MAX_BATCH)]
+WaitMs = Annotated[float, Meta(ge=0.0, le=60_000.0)]
+BlockSize = Annotated[int, Meta(ge=1, le=messages.MAX_BLOCK)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of keys. Passwords never show in its repr."""
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={_masked(name, getattr(self, name))!r}" for name in self.__struct_fields__)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Broker(Section, frozen=True):
+    """An MQTT broker. An empty `url` means none: an edge then starts its own. TLS comes with the scheme mqtts."""
+
+    url: str = ""
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    username: str = ""
+    password: str = ""
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    connect_timeout_s: Annotated[float, Meta(gt=0.0, le=3_600.0)] = 10.0
+    root: Annotated[str, Meta(min_length=1, max_length=256)] = topics.DEFAULT_ROOT
+
+    def address(self, *, key: str = "broker.url") -> BrokerUrl:
+        """The parsed `url` with user, password and TLS files of these keys before those of the URL itself.
+
+        Raises:
+            ConfigError: no URL, or one that cannot be used; `key` names it.
+        """
+        files = TlsFiles(self.ca or None, self.cert or None, self.key or None)
+        parsed = BrokerUrl.parse(self.url, files=files if any(files) else None, key=key)
+        return msgspec.structs.replace(
+            parsed, username=self.username or parsed.username, password=self.password or parsed.password
+        )
+
+
+class Cluster(Section, frozen=True):
+    """The group of agents that share one edge."""
+
+    name: messages.Name = "home"
+
+
+class Agent(Section, frozen=True):
+    """A device. An empty `model` is the shipped SLM; 0 threads leave the choice to the runtime."""
+
+    id: messages.Name = "agent"
+    model: str = ""
+    threads: Threads = 0
+
+
+class Edge(Section, frozen=True):
+    """The cluster's edge: the broker on its cloud side, batching, and the broker it starts when it is given none."""
+
+    upstream: Broker = Broker()
+    batch_max: BatchSize = 64
+    batch_wait_ms: WaitMs = 2.0
+    embedded_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    embedded_port: Port = 1883
+
+
+class Cloud(Section, frozen=True):
+    """The verifier. An empty `model` is the shipped LLM; `sessions_max` bounds the key-value caches kept."""
+
+    model: str = ""
+    threads: Threads = 0
+    sessions_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    batch_max: BatchSize = 64
+    batch_wait_ms: WaitMs = 2.0
+
+
+class Pipeline(Section, frozen=True):
+    """How far drafting runs ahead of the verdicts, in tokens; `remote` lets the cloud decode `block` tokens at a time.
+
+    `bonus` asks for a token of the LLM's own after each accepted block (always so in `async`).
+    A block leaves when it is full, when a draft's uncertainty passes `flush_uncertainty`, or at `flush_age_ms`.
+    """
+
+    kind: Literal["blocking", "async", "remote"] = "async"
+    window: BlockSize = 16
+    block: BlockSize = 8
+    flush_uncertainty: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
+    flush_age_ms: WaitMs = 200.0
+    bonus: bool = True
+
+
+class Generation(Section, frozen=True):
+    """The mode (coupling, gate, peers, threshold, pipeline), the law of the tokens, and the patience with the cloud.
+
+    An escalation is sent again after `retry_ms`; at `deadline_ms` its tokens are committed unverified.
+    """
+
+    coupling: Literal["gumbel", "greedy", "full"] = "gumbel"
+    gate: Literal["always", "never"] = "always"
+    peers: Literal["none"] = "none"
+    threshold: Literal["none"] = "none"
+    pipeline: Pipeline = Pipeline()
+    temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.8
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    seed: messages.Seed = 0
+    max_tokens: Annotated[int, Meta(ge=1, le=messages.MAX_TOKENS)] = 64
+    deadline_ms: Annotated[int, Meta(ge=1, le=3_600_000)] = 10_000
+    retry_ms: Annotated[int, Meta(ge=1, le=3_600_000)] = 1_000
+
+
+class Telemetry(Section, frozen=True):
+    """Logs and metrics; port 0 exports no metrics."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    metrics_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
+    metrics_port: Port = 0
+
+
+class Config(Section, frozen=True):
+    """Everything. `preset` is a shipped preset's name or the path of a preset file."""
+
+    preset: Annotated[str, Meta(min_length=1)] = DEFAULT_PRESET
+    broker: Broker = Broker()
+    cluster: Cluster = Cluster()
+    agent: Agent = Agent()
+    edge: Edge = Edge()
+    cloud: Cloud = Cloud()
+    generation: Generation = Generation()
+    telemetry: Telemetry = Telemetry()
+
+
+class Setting(NamedTuple):
+    """A value and where it came from."""
+
+    value: object
+    source: str
+
+
+Layer = dict[str, Setting]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A merged configuration and the source of every key; the layers stay, so that a preset can be exchanged."""
+
+    config: Config
+    sources: dict[str, str]
+    _layers: tuple[Layer, ...] = field(repr=False)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(key, value as TOML with secrets masked, source) in the order of declaration."""
+        return [(key, _shown(key, _lookup(self.config, key)), self.sources[key]) for key in KEYS]
+
+    def with_preset(self, name: str) -> "Loaded":
+        """The same settings over another shipped preset; what file, environment and flags set stays set.
+
+        Raises:
+            ConfigError: no shipped preset has this name (a path is not taken: the name may come from the bus).
+        """
+        if name not in presets():
+            raise _unknown_preset(name, "request")
+        chosen: Layer = {"preset": Setting(name, "request")}
+        return _merge(_read_preset(name, "request"), *self._layers[1:], chosen)
+
+
+def load(
+    *,
+    file: str | Path | None = None,
+    preset: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Merge all sources. `flags` maps dotted keys to text; `preset` stands for the flag of that name.
+
+    `environ` defaults to the process's own.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key or preset, a value out of range, or a contradiction.
+    """
+    given = dict(flags or {}) if preset is None else {**(flags or {}), "preset": preset}
+    layers = (
+        _read_file(Path(file)) if file is not None else {},
+        _read_environment(os.environ if environ is None else environ),
+        _read_flags(given),
+    )
+    wanted = Setting(DEFAULT_PRESET, "default")
+    for layer in layers:
+        wanted = layer.get("preset", wanted)
+    return _merge(_read_preset(str(wanted.value), wanted.source), *layers)
+
+
+def presets() -> dict[str, str]:
+    """The shipped presets: name to promise, by name."""
+    return {path.stem: _read_toml(path)["promise"] for path in sorted(PRESET_FOLDER.glob("*.toml"))}
+
+
+def environment_name(key: str) -> str:
+    """The environment variable of a dotted key."""
+    return ENV_PREFIX + key.upper().replace(".", "__")
+
+
+def check(loaded: Loaded) -> str:
+    """The merged configuration as an aligned table: key, value, source."""
+    rows = [("key", "value", "source"), *loaded.rows()]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {source}" for key, value, source in rows)
+
+
+def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for entry in msgspec.structs.fields(section):
+        key = prefix + entry.name
+        if isinstance(entry.type, type) and issubclass(entry.type, Section):
+            yield key, entry.type
+            yield from _walk(entry.type, f"{key}.")
+        else:
+            yield key, entry.type
+
+
+_TYPES: Final[dict[str, Any]] = dict(_walk(Config))
+SECTIONS: Final = tuple(key for key, kind in _TYPES.items() if isinstance(kind, type) and issubclass(kind, Section))
+KEYS: Final = tuple(key for key in _TYPES if key not in SECTIONS)
+
+
+def _merge(*layers: Layer) -> Loaded:
+    settings = {key: Setting(_lookup(_DEFAULTS, key), "default") for key in KEYS}
+    for layer in layers:
+        settings.update(layer)
+    tree: dict[str, Any] = {}
+    for key, setting in settings.items():
+        *path, name = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = setting.value
+    config = msgspec.convert(tree, Config)
+    sources = {key: settings[key].source for key in KEYS}
+    _check_together(config, sources)
+    return Loaded(config, sources, layers)
+
+
+def _read_file(path: Path) -> Layer:
+    return _layer(_flat(_read_toml(path), f"file {path}"), lambda _: f"file {path}")
+
+
+def _read_preset(wanted: str, source: str) -> Layer:
+    is_path = wanted.endswith(".toml") or "/" in wanted or os.sep in wanted
+    path = Path(wanted) if is_path else PRESET_FOLDER / f"{wanted}.toml"
+    if not is_path and wanted not in presets():
+        raise _unknown_preset(wanted, source)
+    table = _read_toml(path)
+    promise = table.pop("promise", None)
+    if not isinstance(promise, str) or not promise:
+        raise ConfigError(
+            "promise", promise, f"one line of text expected, saying what the preset holds to (file {path})"
+        )
+    flat = _flat(table, f"preset {wanted}")
+    for key, value in flat.items():
+        if not key.startswith("generation."):
+            raise _error(key, value, "a preset sets generation keys only", f"preset {wanted}")
+    return _layer(flat, lambda _: f"preset {wanted}")
+
+
+def _read_environment(environ: Mapping[str, str]) -> Layer:
+    named = {
+        name.removeprefix(ENV_PREFIX).lower().replace("__", "."): (name, value)
+        for name, value in sorted(environ.items())
+        if name.startswith(ENV_PREFIX) and name not in OTHER_VARIABLES
+    }
+    for key, (name, value) in named.items():
+        _require_known(key, value, f"env {name}", environment_name)
+    return _layer({key: value for key, (_, value) in named.items()}, lambda key: f"env {named[key][0]}", text=True)
+
+
+def _read_flags(flags: Mapping[str, str]) -> Layer:
+    for key, value in flags.items():
+        _require_known(key, value, f"flag --{key}")
+        if _is_secret(key):
+            raise _secret_on_command_line(key, value)
+    return _layer(flags, lambda key: f"flag --{key}", text=True)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as exc:
+        raise ConfigError("file", str(path), f"a readable TOML file expected ({exc.strerror})") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError("file", str(path), f"not TOML: {exc}") from exc
+
+
+def _flat(table: Mapping[str, Any], source: str, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in table.items():
+        key = prefix + name
+        if key in SECTIONS and isinstance(value, dict):
+            found.update(_flat(value, source, f"{key}."))
+        else:
+            _require_known(key, value, source)
+            found[key] = value
+    return found
+
+
+def _layer(values: Mapping[str, object], source_of: Callable[[str], str], *, text: bool = False) -> Layer:
+    """Convert each value to its key's type; `text` allows numbers written as text."""
+    layer: Layer = {}
+    for key, raw in values.items():
+        try:
+            value = msgspec.convert(raw, _TYPES[key], strict=not text)
+        except msgspec.ValidationError as exc:
+            raise _error(key, raw, f"{_expectation(_TYPES[key])} expected", source_of(key)) from exc
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _error(key, raw, f"{_expectation(_TYPES[key])} expected", source_of(key))
+        layer[key] = Setting(value, source_of(key))
+    return layer
+
+
+def _check_together(config: Config, sources: dict[str, str]) -> None:
+    """Refuse what each key alone allows but no part could run."""
+    for prefix, broker in (("broker", config.broker), ("edge.upstream", config.edge.upstream)):
+        levels = broker.root.split("/")
+        if any(not level or level.startswith("$") or level in {"+", "#"} for level in levels):
+            wanted = "topic levels joined by '/', without wildcards, expected"
+            raise _error(f"{prefix}.root", broker.root, wanted, sources[f"{prefix}.root"])
+        if broker.url:
+            _check_address(f"{prefix}.url", broker, sources[f"{prefix}.url"])
+    pipeline = config.generation.pipeline
+    if pipeline.kind == "async" and pipeline.window < pipeline.block:
+        key = "generation.pipeline.window"
+        wanted = f"at least generation.pipeline.block, {pipeline.block}, expected"
+        raise _error(key, pipeline.window, wanted, sources[key])
+
+
+def _check_address(key: str, broker: Broker, source: str) -> None:
+    try:
+        address = broker.address(key=key)
+    except ConfigError as exc:
+        raise _error(exc.key, exc.value, exc.expectation, source) from exc
+    if source.startswith("flag") and address.password is not None and not broker.password:
+        raise _secret_on_command_line(key, broker.url)
+
+
+def _require_known(key: str, value: object, source: str, spelling: Callable[[str], str] = str) -> None:
+    if key in KEYS:
+        return
+    if key in SECTIONS:
+        raise _error(key, value, "a section of keys expected, not a value", source)
+    near = [known for known in KEYS if known.startswith(key)] or difflib.get_close_matches(key, KEYS, n=1)
+    hint = f"did you mean {spelling(near[0])}?" if near else "`fedhlm config check` lists all keys"
+    raise _error(key, value, f"unknown key, {hint}", source)
+
+
+def _unknown_preset(name: str, source: str) -> ConfigError:
+    near = difflib.get_close_matches(name, presets(), n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    return _error("preset", name, f"one of {', '.join(presets())} or a path to a .toml file expected{hint}", source)
+
+
+def _secret_on_command_line(key: str, value: str) -> ConfigError:
+    hint = f"a command line is visible to others, use {environment_name(key)} or a file"
+    return _error(key, value, hint, f"flag --{key}")
+
+
+def _error(key: str, value: object, expectation: str, source: str) -> ConfigError:
+    return ConfigError(key, _masked(key, value), f"{expectation} ({source})")
+
+
+def _expectation(kind: Any) -> str:
+    """A type and its limits in words."""
+    info = msgspec.inspect.type_info(kind)
+    match info:
+        case msgspec.inspect.LiteralType(values=values):
+            return f"one of {', '.join(str(value) for value in values)}" if len(values) > 1 else repr(values[0])
+        case msgspec.inspect.BoolType():
+            return "true or false"
+        case msgspec.inspect.IntType():
+            return f"an integer {_limits(info)}"
+        case msgspec.inspect.FloatType():
+            return f"a number {_limits(info)}"
+        case msgspec.inspect.StrType(pattern=str()):
+            return f"1..{info.max_length} letters, digits, '.', '_' or '-', first a letter or digit,"
+        case msgspec.inspect.StrType(min_length=int()):
+            return "non-empty text"
+        case _:
+            return "text"
+
+
+def _limits(info: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
+    low = f"above {info.gt:g}" if info.gt is not None else f"from {info.ge or 0:g}"
+    high = f"below {info.lt}" if info.lt is not None else f"up to {info.le}"
+    return f"{low} {high}"
+
+
+def _is_secret(key: str) -> bool:
+    """Whether a key, perhaps a misspelt one, is meant to hold a password."""
+    name = key.rpartition(".")[2]
+    return name.startswith("pas") or "pwd" in name or "secret" in name
+
+
+def _masked(key: str, value: object) -> object:
+    """`value` for human eyes: no password, and no address that carries one."""
+    text = str(value)
+    return MASK if value and (_is_secret(key) or ("://" in text and "@" in text)) else value
+
+
+def _shown(key: str, value: object) -> str:
+    # A path may hold bytes that are no text; they must not stop the listing.
+    return json.dumps(_masked(key, value), ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+def _lookup(config: Config, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+_DEFAULTS: Final = Config()

@@ -1,0 +1,277 @@
+"""One causal language model on onnxruntime, with a key/value cache that can be cut and continued.
+
+A model folder holds ``model.onnx`` (and its external data), ``tokenizer.json`` and ``model.json``. A cache is a value:
+`forward` never changes the one it is given. Logits do not depend on how tokens are cut into blocks or batches, up to
+rounding. onnxruntime and tokenizers are imported by `Decoder.load` only.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhlm.errors import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+GRAPH_FILE: Final = "model.onnx"
+TOKENIZER_FILE: Final = "tokenizer.json"
+INFO_FILE: Final = "model.json"
+HIDDEN_OUTPUT: Final = "hidden"
+# Hashing gigabytes at every start would cost more than loading them; larger folders are checked by size only.
+HASH_UP_TO_BYTES: Final = 64 * 1024 * 1024
+
+_DTYPES: Final[dict[str, Any]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class FileInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size and SHA-256 (hex) of one file of a model folder."""
+
+    bytes: int
+    sha256: str
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``model.json``: what a model folder holds. `context` is the longest sequence the model was made for."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    context: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    parameters: int
+    quantisation: str
+    files: dict[str, FileInfo]
+
+
+class Cache(NamedTuple):
+    """Keys and values of `length` tokens: k0, v0, k1, v1, ..., each (1, kv_heads, length, head_dim)."""
+
+    length: int
+    arrays: tuple[NDArray[Any], ...]
+
+    def truncated(self, length: int) -> "Cache":
+        """The cache of the first `length` tokens; self when that is all of them.
+
+        Raises:
+            ValueError: `length` is negative or more than the cache holds.
+        """
+        if length == self.length:
+            return self
+        if not 0 <= length < self.length:
+            raise ValueError(f"cache cannot be cut to {length} tokens: it holds {self.length}")
+        return Cache(length, tuple(np.ascontiguousarray(a[:, :, :length]) for a in self.arrays))
+
+
+class Request(NamedTuple):
+    """Token ids (at least one) to run after what `cache` holds."""
+
+    cache: Cache
+    ids: Sequence[int]
+
+
+class Result(NamedTuple):
+    """One row per id of the request, and the cache that ends with the last of them.
+
+    `logits` is (len(ids), vocab_size) float32; `hidden` is the output head's input, (len(ids), hidden_size) float32, or
+    None where the graph does not give it.
+    """
+
+    logits: NDArray[np.float32]
+    hidden: NDArray[np.float32] | None
+    cache: Cache
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """First 16 hex digits of the SHA-256 of the folder's ``tokenizer.json``: equal where token ids mean the same.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    try:
+        return file_digest(folder / TOKENIZER_FILE)[:16]
+    except OSError as exc:
+        raise ModelError(f"{folder / TOKENIZER_FILE} cannot be read: {exc.strerror}") from exc
+
+
+def load_info(folder: Path) -> ModelInfo:
+    """Read ``model.json`` and check that the folder's files are there, whole and unchanged.
+
+    Raises:
+        ModelError: names the file that is missing, malformed or different, and what was expected.
+    """
+    if not folder.is_dir():
+        raise ModelError(
+            f"model folder {str(folder)!r} does not exist: expected {GRAPH_FILE}, {TOKENIZER_FILE}, {INFO_FILE}"
+        )
+    path = folder / INFO_FILE
+    try:
+        info = msgspec.json.decode(path.read_bytes(), type=ModelInfo)
+    except OSError as exc:
+        raise ModelError(
+            f"{path} cannot be read ({exc.strerror}): make the folder with 'fedhlm models export'"
+        ) from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise ModelError(f"{path} is not a model description: {exc}") from exc
+    for name in (GRAPH_FILE, TOKENIZER_FILE):
+        if name not in info.files:
+            raise ModelError(f"{path} lists no {name} under 'files'")
+    small = sum(f.bytes for f in info.files.values()) <= HASH_UP_TO_BYTES
+    for name, listed in info.files.items():
+        file = folder / name
+        if Path(name).name != name:
+            raise ModelError(f"{path} lists file {name!r}: expected a name without folders")
+        if not file.is_file():
+            raise ModelError(f"{file} is missing: {INFO_FILE} expects {listed.bytes} bytes")
+        if (size := file.stat().st_size) != listed.bytes:
+            raise ModelError(f"{file} has {size} bytes: {INFO_FILE} expects {listed.bytes}")
+        if small and file_digest(file) != listed.sha256:
+            raise ModelError(f"{file} has changed: its SHA-256 is not the one in {INFO_FILE}")
+    return info
+
+
+class Decoder:
+    """A loaded model. Calls block for as long as the model computes, and one Decoder serves one thread at a time."""
+
+    def __init__(self, *, session: Any, info: ModelInfo, tokenizer: "Tokenizer", digest: str) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.tokenizer_digest = digest
+        self._session = session
+        inputs = {i.name: i for i in session.get_inputs()}
+        outputs = [o.name for o in session.get_outputs()]
+        names = [f"{layer}.{part}" for layer in range(info.layers) for part in ("key", "value")]
+        self._past_names = [f"past_key_values.{n}" for n in names]
+        known = {"input_ids", "attention_mask", "position_ids", *self._past_names}
+        if unknown := sorted(inputs.keys() ^ (known & inputs.keys())):
+            raise ModelError(f"{GRAPH_FILE} has inputs {unknown}: expected {sorted(known)}")
+        wanted = ["logits", *(f"present.{n}" for n in names)]
+        if missing := [n for n in ("input_ids", *self._past_names) if n not in inputs]:
+            raise ModelError(
+                f"{GRAPH_FILE} lacks inputs {missing}: expected a decoder with {info.layers} cached layers"
+            )
+        if missing := [n for n in wanted if n not in outputs]:
+            raise ModelError(
+                f"{GRAPH_FILE} lacks outputs {missing}: expected a decoder with {info.layers} cached layers"
+            )
+        shape = inputs[self._past_names[0]].shape
+        if len(shape) != 4 or list(shape[1::2]) != [info.kv_heads, info.head_dim]:
+            raise ModelError(
+                f"{GRAPH_FILE} has a key cache of shape {shape}: {INFO_FILE} expects (1, {info.kv_heads}, length, {info.head_dim})"
+            )
+        self._has_hidden = HIDDEN_OUTPUT in outputs
+        self._output_names = [*wanted, HIDDEN_OUTPUT] if self._has_hidden else wanted
+        self._cache_dtype = _DTYPES[inputs[self._past_names[0]].type]
+        self._has_mask = "attention_mask" in inputs
+        self._has_positions = "position_ids" in inputs
+        self._ones = np.ones((1, info.context), np.int64)
+        self._positions = np.arange(info.context, dtype=np.int64)[None]  # (1, context)
+        empty = np.zeros((1, info.kv_heads, 0, info.head_dim), self._cache_dtype)
+        self._empty = Cache(0, (empty,) * len(names))
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Self:
+        """Open a model folder; `threads` is the number of cores one call may use.
+
+        Raises:
+            ModelError: the folder is not a usable model; the message names the file and the expectation.
+        """
+        import onnxruntime
+        from tokenizers import Tokenizer
+
+        info = load_info(folder)
+        digest = tokenizer_digest(folder)
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        except Exception as exc:  # the tokenizers package raises bare Exception
+            raise ModelError(f"{folder / TOKENIZER_FILE} is not a tokenizer: {exc}") from exc
+        if (entries := tokenizer.get_vocab_size()) > info.vocab_size:
+            raise ModelError(f"{folder / TOKENIZER_FILE} has {entries} entries: the model has {info.vocab_size}")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Waiting threads sleep: several parties share the cores of one small machine.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=list(providers))
+        except Exception as exc:  # onnxruntime's exception classes share no base below Exception
+            raise ModelError(f"{folder / GRAPH_FILE} cannot be loaded by onnxruntime: {exc}") from exc
+        return cls(session=session, info=info, tokenizer=tokenizer, digest=digest)
+
+    def empty_cache(self) -> Cache:
+        """The cache before the first token."""
+        return self._empty
+
+    def forward(self, requests: Sequence[Request]) -> list[Result]:
+        """Run every request's ids after its cache; several requests share one run of the graph.
+
+        Raises:
+            ValueError: a request has no ids, an id outside the vocabulary, or ends beyond `info.context`.
+        """
+        for cache, ids in requests:
+            if not ids:
+                raise ValueError("a request has no ids: at least one expected")
+            if min(ids) < 0 or max(ids) >= self.info.vocab_size:
+                raise ValueError(f"ids between {min(ids)} and {max(ids)}: 0..{self.info.vocab_size - 1} expected")
+            if cache.length + len(ids) > self.info.context:
+                raise ValueError(f"{cache.length} + {len(ids)} tokens: the context holds {self.info.context}")
+        # Without a mask and positions a graph counts padding as text, so such graphs run one request at a time.
+        if len(requests) > 1 and self._has_mask and self._has_positions:
+            return self._run_padded(requests)
+        return [self._run_one(cache, ids) for cache, ids in requests]
+
+    def _run_one(self, cache: Cache, ids: Sequence[int]) -> Result:
+        end = cache.length + len(ids)
+        feeds: dict[str, NDArray[Any]] = dict(zip(self._past_names, cache.arrays, strict=True))
+        feeds["input_ids"] = np.array([ids], np.int64)  # (1, ids)
+        if self._has_mask:
+            feeds["attention_mask"] = self._ones[:, :end]
+        if self._has_positions:
+            feeds["position_ids"] = self._positions[:, cache.length : end]
+        outputs = self._session.run(self._output_names, feeds)
+        hidden = outputs.pop()[0] if self._has_hidden else None
+        return Result(outputs[0][0], hidden, Cache(end, tuple(outputs[1:])))
+
+    def _run_padded(self, requests: Sequence[Request]) -> list[Result]:
+        past = max(cache.length for cache, _ in requests)
+        width = max(len(ids) for _, ids in requests)
+        shape = (len(requests), self.info.kv_heads, past, self.info.head_dim)
+        feeds: dict[str, NDArray[Any]] = {name: np.zeros(shape, self._cache_dtype) for name in self._past_names}
+        ids_fed = np.zeros((len(requests), width), np.int64)
+        mask = np.zeros((len(requests), past + width), np.int64)
+        positions = np.zeros((len(requests), width), np.int64)
+        for row, (cache, ids) in enumerate(requests):
+            begin, count = past - cache.length, len(ids)
+            for name, array in zip(self._past_names, cache.arrays, strict=True):
+                feeds[name][row, :, begin:] = array[0]
+            ids_fed[row, :count] = ids
+            mask[row, begin : past + count] = 1
+            positions[row, :count] = self._positions[0, cache.length : cache.length + count]
+        feeds |= {"input_ids": ids_fed, "attention_mask": mask, "position_ids": positions}
+        outputs = self._session.run(self._output_names, feeds)
+        hiddens = outputs.pop() if self._has_hidden else None
+        results = []
+        for row, (cache, ids) in enumerate(requests):
+            kept = slice(past - cache.length, past + len(ids))
+            arrays = tuple(np.ascontiguousarray(o[row : row + 1, :, kept]) for o in outputs[1:])
+            hidden = hiddens[row, : len(ids)].copy() if hiddens is not None else None
+            logits = outputs[0][row, : len(ids)].copy()
+            results.append(Result(logits, hidden, Cache(cache.length + len(ids), arrays)))
+        return results

@@ -1,0 +1,185 @@
+"""Logs and counters of a service.
+
+One line per record, with the party that wrote it and without any known secret. Counters have fixed, documented names and only
+rise; they are exported to Prometheus where a port is configured, and only then is its library loaded.
+"""
+
+import logging
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TextIO
+
+from fedhlm.errors import ConfigError
+
+MASK: Final = "***"
+WARNED_MAX: Final = 4_096
+
+COUNTERS: Final[dict[str, str]] = {
+    "refused_messages": "payloads that were not a valid message of their topic, or came from the wrong sender",
+    "dropped_messages": "messages given up because a queue was full",
+    "expired_messages": "requests and answers that arrived after their deadline",
+    "stale_verdicts": "verdicts of an epoch that a rollback had ended",
+    "stale_escalations": "blocks of an epoch that a newer one had ended",
+    "late_verdicts": "verdicts for tokens that the deadline had committed already",
+    "duplicate_messages": "messages that had been handled before",
+    "escalations": "blocks sent upwards",
+    "verdicts": "verdicts received or given",
+    "retries": "escalations sent again",
+    "stale_escalations": "blocks of an epoch that a rollback had ended",
+    "rollbacks": "drafts taken back after a verdict",
+    "reprimes": "sessions whose context had to be sent again",
+    "evictions": "sessions dropped from a full cache",
+    "fingerprint_mismatches": "requests refused because both ends run different tokenizers, vocabularies or noise",
+    "batches": "batches sent or computed",
+    "reconnects": "connections to the broker after the first",
+    "uplink_messages": "messages sent towards the cloud",
+    "uplink_bytes": "bytes sent towards the cloud, MQTT headers included",
+    "downlink_bytes": "bytes received from the cloud's side, MQTT headers included",
+    "tokens_by_source": "committed tokens, labelled by who settled them",
+    "generations": "finished generations, labelled by finish reason",
+}
+LABELS: Final = {"tokens_by_source": "source", "generations": "finish"}
+
+
+class Counters:
+    """Monotonic counts by a name of COUNTERS and, for the names in LABELS, by label. Any thread may add and read."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, name: str, amount: int = 1, *, label: str = "") -> None:
+        """Raise a count.
+
+        Raises:
+            KeyError: `name` is not in COUNTERS.
+            ValueError: a negative amount, or a label where none belongs, or none where one does.
+        """
+        if name not in COUNTERS:
+            raise KeyError(name)
+        if amount < 0:
+            raise ValueError(f"counter {name} raised by {amount}: counters never fall")
+        if bool(label) != (name in LABELS):
+            raise ValueError(f"counter {name} with label {label!r}: {'one' if name in LABELS else 'none'} expected")
+        with self._lock:
+            self._counts[name, label] += amount
+
+    def __getitem__(self, name: str) -> int:
+        """The count of a name, summed over its labels; 0 before the first `add`."""
+        if name not in COUNTERS:
+            raise KeyError(name)
+        return sum(count for (known, _), count in self.items() if known == name)
+
+    def by_label(self, name: str) -> dict[str, int]:
+        """The counts of a labelled name."""
+        return {label: count for (known, label), count in self.items() if known == name}
+
+    def items(self) -> list[tuple[tuple[str, str], int]]:
+        """((name, label), count) of everything counted so far, in a fixed order."""
+        with self._lock:
+            return sorted(self._counts.items())
+
+    def snapshot(self) -> dict[str, int]:
+        """Flat counts; a labelled one is called `name.label`."""
+        return {f"{name}.{label}" if label else name: count for (name, label), count in self.items()}
+
+
+@contextmanager
+def exported(counters: Counters, *, party: str, port: int, host: str = "127.0.0.1") -> Iterator[int]:
+    """Serve the counters to Prometheus over HTTP while the block runs, as `fedhlm_<name>_total{party=...}`.
+
+    Port 0 serves nothing. Yields the port.
+
+    Raises:
+        ConfigError: the port cannot be listened on.
+    """
+    if port == 0:
+        yield 0
+        return
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry()
+    registry.register(_Collector(counters, party))
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as exc:
+        raise ConfigError("telemetry.metrics_port", port, f"cannot listen on {host} ({exc.strerror})") from exc
+    try:
+        yield port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Collector:
+    def __init__(self, counters: Counters, party: str) -> None:
+        self._counters = counters
+        self._party = party
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
+        for name, meaning in COUNTERS.items():
+            label = LABELS.get(name)
+            family = CounterMetricFamily(f"fedhlm_{name}", meaning, labels=["party", label] if label else ["party"])
+            if label:
+                for value, count in self._counters.by_label(name).items():
+                    family.add_metric([self._party, value], count)
+            else:
+                family.add_metric([self._party], self._counters[name])
+            yield family
+
+
+class OneLine(logging.Formatter):
+    """`time level party logger: message`, with line breaks escaped and secrets replaced; a traceback follows below."""
+
+    def __init__(self, party: str, secrets: Iterable[str] = ()) -> None:
+        super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(party)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+        self._party = party
+        self._secrets = tuple(secret for secret in secrets if secret)
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.party = self._party
+        text = super().format(record)
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return text
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the name is the standard library's
+        # What comes over the bus may end up in a message; a line break in it must not look like another record.
+        return super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def configure_logging(
+    level: str, party: str, *, secrets: Iterable[str] = (), stream: TextIO | None = None
+) -> logging.Handler:
+    """Send all records from `level` on to `stream` (stderr by default), replacing earlier handlers; returns the handler."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(OneLine(party, secrets))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    return handler
+
+
+_warned: Final[set[tuple[str, str]]] = set()
+
+
+def warn_once(logger: logging.Logger, key: str, message: str, *args: object) -> None:
+    """Log at WARNING the first time for this logger and `key`, at DEBUG afterwards.
+
+    Keys may derive from what strangers send, so only the first WARNED_MAX are remembered; later new ones go to DEBUG.
+    """
+    known = (logger.name, key) in _warned
+    if known or len(_warned) >= WARNED_MAX:
+        logger.debug(message, *args)
+    else:
+        _warned.add((logger.name, key))
+        logger.warning(message, *args)
+
+
+def forget_warnings() -> None:
+    """Let every `warn_once` warn again."""
+    _warned.clear()

@@ -1,0 +1,1 @@
+"""Operators' tools and the `fedhlm` command."""

@@ -1,0 +1,1 @@
+"""Research: the simulator, oracles, and comparisons."""

@@ -1,0 +1,198 @@
+"""Properties of logs and counters: one line, no secret, named counts that only rise, metrics over HTTP."""
+
+import io
+import logging
+import socket
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedhlm.errors import ConfigError
+from fedhlm.telemetry import COUNTERS, LABELS, WARNED_MAX, Counters, configure_logging, exported, warn_once
+
+PLAIN = sorted(set(COUNTERS) - set(LABELS))
+
+
+@pytest.fixture
+def log() -> Iterator[logging.Logger]:
+    """A logger below a root that is put back afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield logging.getLogger("fedhlm.somewhere")
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# Logs
+
+
+def test_a_record_is_one_line_with_level_party_and_logger(log: logging.Logger) -> None:
+    stream = io.StringIO()
+    configure_logging("INFO", "porch", stream=stream)
+    log.info("broker %s is back", "b1")
+    log.debug("unseen")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith("INFO    porch fedhlm.somewhere: broker b1 is back")
+
+
+def test_a_line_break_from_outside_starts_no_new_record(log: logging.Logger) -> None:
+    stream = io.StringIO()
+    configure_logging("INFO", "porch", stream=stream)
+    log.warning("refused %s", "x\n2026-01-01 ERROR forged\r\n")
+    assert stream.getvalue().count("\n") == 1
+    assert "\r" not in stream.getvalue()
+
+
+def test_a_secret_is_replaced_in_message_and_traceback(log: logging.Logger) -> None:
+    stream = io.StringIO()
+    configure_logging("INFO", "porch", secrets=["hunter2", ""], stream=stream)
+    try:
+        raise ValueError("login hunter2 refused")
+    except ValueError:
+        log.exception("connecting with %s failed", "hunter2")
+    assert "hunter2" not in stream.getvalue()
+    assert "connecting with *** failed" in stream.getvalue()
+    assert "ValueError: login *** refused" in stream.getvalue()
+
+
+def test_configuring_again_replaces_the_handler(log: logging.Logger) -> None:
+    first, second = io.StringIO(), io.StringIO()
+    configure_logging("INFO", "porch", stream=first)
+    configure_logging("WARNING", "porch", stream=second)
+    log.warning("once")
+    log.info("unseen")
+    assert first.getvalue() == ""
+    assert second.getvalue().count("once") == 1
+    assert "unseen" not in second.getvalue()
+
+
+def test_a_warning_repeats_at_debug(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("fedhlm.once")
+    with caplog.at_level(logging.DEBUG):
+        for number in range(3):
+            warn_once(logger, "full", "queue full at %d", number)
+        warn_once(logger, "other", "another")
+        warn_once(logging.getLogger("fedhlm.twice"), "full", "elsewhere")
+    levels = [(record.getMessage(), record.levelname) for record in caplog.records]
+    assert levels == [
+        ("queue full at 0", "WARNING"),
+        ("queue full at 1", "DEBUG"),
+        ("queue full at 2", "DEBUG"),
+        ("another", "WARNING"),
+        ("elsewhere", "WARNING"),
+    ]
+
+
+def test_keys_made_up_by_strangers_cannot_fill_log_and_memory(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("fedhlm.flood")
+    with caplog.at_level(logging.WARNING):
+        for number in range(WARNED_MAX + 50):
+            warn_once(logger, f"stranger {number}", "who is %d", number)
+    assert len(caplog.records) == WARNED_MAX
+
+
+# Counters
+
+
+@given(st.lists(st.tuples(st.sampled_from(PLAIN), st.integers(0, 1_000))))
+def test_counts_are_the_sums_of_what_was_added(added: list[tuple[str, int]]) -> None:
+    counters = Counters()
+    for name, amount in added:
+        counters.add(name, amount)
+    for name in PLAIN:
+        assert counters[name] == sum(amount for known, amount in added if known == name)
+    assert counters.snapshot() == {name: counters[name] for name in {name for name, _ in added}}
+
+
+def test_labels_are_counted_apart_and_together() -> None:
+    counters = Counters()
+    counters.add("tokens_by_source", 3, label="cloud")
+    counters.add("tokens_by_source", label="local")
+    assert counters.by_label("tokens_by_source") == {"cloud": 3, "local": 1}
+    assert counters["tokens_by_source"] == 4
+    assert counters.snapshot() == {"tokens_by_source.cloud": 3, "tokens_by_source.local": 1}
+
+
+def test_a_count_never_falls_and_has_a_known_name_and_the_right_label() -> None:
+    counters = Counters()
+    with pytest.raises(ValueError, match="never fall"):
+        counters.add("retries", -1)
+    with pytest.raises(KeyError):
+        counters.add("retrys")
+    with pytest.raises(KeyError):
+        counters["retrys"]
+    with pytest.raises(ValueError, match="none expected"):
+        counters.add("retries", label="cloud")
+    with pytest.raises(ValueError, match="one expected"):
+        counters.add("tokens_by_source")
+    assert counters.snapshot() == {}
+
+
+def test_no_addition_is_lost_between_threads() -> None:
+    counters = Counters()
+
+    def add_many() -> None:
+        for _ in range(2_000):
+            counters.add("retries")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=add_many, name=f"adder {number}") for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert counters["retries"] == 8_000
+
+
+# Metrics
+
+
+def test_the_counters_are_served_to_prometheus_while_the_block_runs(free_port: int) -> None:
+    counters = Counters()
+    address = f"http://127.0.0.1:{free_port}/metrics"
+    with exported(counters, party="porch", port=free_port):
+        counters.add("retries", 2)
+        counters.add("tokens_by_source", 5, label="cloud")
+        with urllib.request.urlopen(address) as answer:
+            text = answer.read().decode()
+    assert 'fedhlm_retries_total{party="porch"} 2.0' in text
+    assert 'fedhlm_tokens_by_source_total{party="porch",source="cloud"} 5.0' in text
+    assert "# HELP fedhlm_rollbacks_total drafts taken back after a verdict" in text
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(address)
+
+
+def test_port_zero_serves_nothing() -> None:
+    before = threading.active_count()
+    with exported(Counters(), party="porch", port=0) as port:
+        assert port == 0
+        assert threading.active_count() == before
+
+
+def test_a_taken_port_names_the_key() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ConfigError, match=rf"telemetry\.metrics_port is {port}: cannot listen on 127\.0\.0\.1"),
+            exported(Counters(), party="porch", port=port),
+        ):
+            pass

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from edge_agent.agent import Agent, Result, plan_of
@@ -95,8 +96,8 @@ class AgentService:
     async def _refuse(self, prompt: Prompt, error: str) -> None:
         await self._publish(prompt.request, 0, [], "", "error", error[:1_024], {})
 
-    async def complete(self, prompt: Prompt) -> Result:
-        """Serve one prompt.
+    async def complete(self, prompt: Prompt, show: Callable[[str], object] | None = None) -> Result:
+        """Serve one prompt; `show` gets the text as well, as it is committed.
 
         Raises:
             ConfigError: an unknown preset.
@@ -116,14 +117,20 @@ class AgentService:
 
         async def publish(tokens: list[Committed]) -> FinishReason | None:
             nonlocal count
-            await self._publish(prompt.request, count, tokens, text.push([t.token for t in tokens]), None, "", {})
+            new = text.push([t.token for t in tokens])
+            if show is not None:
+                show(new)
+            await self._publish(prompt.request, count, tokens, new, None, "", {})
             count += len(tokens)
             return "stop" if text.stopped else None
 
         ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
         result = await self.agent.generate(plan, ids, publish)
         finish = "stop" if text.stopped else result.finish
-        await self._publish(prompt.request, count, [], text.rest(), finish, result.error, result.statistics())
+        rest = text.rest()
+        if show is not None:
+            show(rest)
+        await self._publish(prompt.request, count, [], rest, finish, result.error, result.statistics())
         return result
 
     def _config(self, prompt: Prompt) -> GenerationConfig:

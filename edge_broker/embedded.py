@@ -11,13 +11,16 @@ import logging
 import signal
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from fedhlm.errors import BusError, ConfigError
 
+if TYPE_CHECKING:
+    from edge_broker.amqtt_broker import TrackedBroker
+
 # amqtt warns about every client that tries MQTT 5 first; what remains at ERROR is its own trouble.
 _LIBRARY_LEVEL: Final = logging.ERROR
-_AUTH_PLUGIN: Final = "edge_broker.broker_auth.UserAuth"
+_AUTH_PLUGIN: Final = "edge_broker.amqtt_broker.UserAuth"
 
 
 class EmbeddedBroker:
@@ -38,7 +41,7 @@ class EmbeddedBroker:
         self.port = port
         self._address = str(address)
         self._users = dict(users or {})
-        self._broker: Any = None
+        self._broker: "TrackedBroker | None" = None
 
     @property
     def url(self) -> str:
@@ -56,21 +59,23 @@ class EmbeddedBroker:
 
     async def start(self) -> None:
         """Listen. After `stop` the same port is taken again; retained messages are gone."""
-        from amqtt.broker import Broker
         from amqtt.contexts import BrokerConfig, ListenerConfig
         from amqtt.errors import BrokerError
+
+        from edge_broker.amqtt_broker import TrackedBroker
 
         for name in ("amqtt", "transitions"):
             logging.getLogger(name).setLevel(_LIBRARY_LEVEL)
         listener = ListenerConfig(bind=f"{self._address}:{self.port}")
-        broker = Broker(BrokerConfig(listeners={"default": listener}, plugins={_AUTH_PLUGIN: {"users": self._users}}))
+        broker = TrackedBroker(
+            BrokerConfig(listeners={"default": listener}, plugins={_AUTH_PLUGIN: {"users": self._users}})
+        )
         try:
             await broker.start()
         except BrokerError as exc:
             raise BusError(f"embedded broker cannot listen on {self.host}:{self.port}: {exc}") from exc
         self._broker = broker
-        sockets = broker._servers["default"].instance.sockets  # noqa: SLF001 - amqtt does not tell its port
-        self.port = sockets[0].getsockname()[1]
+        self.port = broker.port
 
     async def stop(self) -> None:
         """Disconnect everybody and stop listening."""

@@ -27,6 +27,12 @@ class EdgeService:
         self._counters = counters
         self._batch_wait_s = batch_wait_s
         self._waiting = asyncio.Event()
+        self._to_announce = asyncio.Event()
+
+    def on_link(self, up: bool) -> None:
+        """The cluster's bus came up or went down; coming up, the edge's retained presence is due again."""
+        if up:
+            self._to_announce.set()
 
     async def run(self) -> None:
         """Serve until cancelled, or until a bus is refused for good (BusError)."""
@@ -43,6 +49,7 @@ class EdgeService:
             for party in parties:
                 group.create_task(self._receive(party), name="edge-receive")
             group.create_task(self._send_batches(), name="edge-batches")
+            group.create_task(self._announce(), name="edge-announce")
 
     async def _receive(self, party: Party) -> None:
         async for received in party.received():
@@ -65,7 +72,7 @@ class EdgeService:
             case Presence(role="agent") as state:
                 self._note_agent(received.levels["agent"], state)
             case Presence(role="cloud") as state:
-                await self._note_cloud(state)
+                self._note_cloud(state)
             case _:
                 self._counters.add("refused_messages")
 
@@ -89,12 +96,15 @@ class EdgeService:
         else:
             self.agents.pop(agent, None)
 
-    async def _note_cloud(self, state: Presence) -> None:
+    def _note_cloud(self, state: Presence) -> None:
         self.upstream = state.fingerprint if state.online else None
         log.info("cloud is %s", "online" if state.online else "offline")
-        await self.announce()
+        self._to_announce.set()
 
-    async def announce(self) -> None:
-        """Publish the edge's own presence, with the cloud's fingerprint, and make it the birth message."""
-        message = presence(self._down.stamp, "edge", online=True, upstream=self.upstream)
-        await self._down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
+    async def _announce(self) -> None:
+        self._to_announce.set()
+        while True:
+            await self._to_announce.wait()
+            self._to_announce.clear()
+            message = presence(self._down.stamp, "edge", online=True, upstream=self.upstream)
+            await self._down.send(topics.EDGE_STATUS, message, cluster=self.cluster)

@@ -263,7 +263,8 @@ class MqttBus:
                 self._protocol = version
                 return client
             code = getattr(getattr(error, "rc", None), "value", None)
-            if code == _UNSUPPORTED_PROTOCOL and version != candidates[-1]:
+            too_new = code == _UNSUPPORTED_PROTOCOL or isinstance(error, _ClosedEarlyError)
+            if too_new and version != candidates[-1]:
                 continue
             if code in _FINAL_REFUSALS and not self._ever_connected:
                 raise BusError(f"broker {self.url} refused: {_FINAL_REFUSALS[code]}") from error
@@ -273,7 +274,7 @@ class MqttBus:
     def _make_client(self, version: ProtocolVersion) -> aiomqtt.Client:
         five = version == "5"
         will = self._will and aiomqtt.Will(self._will.topic, self._will.payload, qos=1, retain=True)
-        client = aiomqtt.Client(
+        client = _Client(
             self.url.host,
             self.url.port,
             username=self.url.username,
@@ -436,6 +437,27 @@ class MqttBus:
         if not self._inbox.put(Delivery(message.topic.value, payload, message.retain), wire_bytes):
             level = logging.WARNING if self._statistics.dropped_in == 1 else logging.DEBUG
             _log.log(level, "%s: incoming queue full, %d messages dropped", self, self._statistics.dropped_in)
+
+
+class _ClosedEarlyError(aiomqtt.MqttError):
+    """The broker closed the connection instead of answering CONNECT, as some do that do not know MQTT 5."""
+
+
+class _Client(aiomqtt.Client):
+    """aiomqtt's client, except that a connection closed before its CONNACK fails at once, not after the timeout."""
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: object,
+        flags: paho.DisconnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if not self._connected.done():
+            self._connected.set_exception(_ClosedEarlyError("the broker closed the connection before answering"))
+        if not self._connected.cancelled():
+            super()._on_disconnect(client, userdata, flags, reason_code, properties)
 
 
 def _funnel(take: Callable[[aiomqtt.Message], None]) -> type[asyncio.Queue[aiomqtt.Message]]:

@@ -22,7 +22,6 @@ COUNTERS: Final[dict[str, str]] = {
     "dropped_messages": "messages given up because a queue was full",
     "expired_messages": "requests and answers that arrived after their deadline",
     "stale_verdicts": "verdicts of an epoch that a rollback had ended",
-    "stale_escalations": "blocks of an epoch that a newer one had ended",
     "late_verdicts": "verdicts for tokens that the deadline had committed already",
     "duplicate_messages": "messages that had been handled before",
     "escalations": "blocks sent upwards",

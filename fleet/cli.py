@@ -7,11 +7,11 @@ command that needs it, so that help and errors come at once.
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
@@ -81,7 +81,7 @@ def presets() -> int:
 
 
 @app.command
-def agent(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, prompt: str | None = None) -> int:
     """Run a device: it drafts with the small model and asks its edge.
 
     Every configuration key is also a flag: --agent.id porch --broker.url mqtt://edge:1883.
@@ -92,8 +92,13 @@ def agent(*keys: Keys, config: Path | None = None, preset: str | None = None) ->
         TOML file.
     preset
         Shipped preset or path of a preset file.
+    prompt
+        Continue this text, print the result and end; without it the agent serves prompts from the bus.
     """
-    return _serve("agent", _loaded(keys, config, preset))
+    loaded = _loaded(keys, config, preset)
+    with _needing("agent"):
+        from edge_agent.__main__ import main as run
+    return run(loaded, prompt)
 
 
 @app.command
@@ -109,7 +114,10 @@ def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> 
     preset
         Shipped preset or path of a preset file.
     """
-    return _serve("edge", _loaded(keys, config, preset))
+    loaded = _loaded(keys, config, preset)
+    with _needing("edge"):
+        from edge_broker.__main__ import main as run
+    return run(loaded)
 
 
 @app.command
@@ -125,7 +133,10 @@ def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) ->
     preset
         Shipped preset or path of a preset file.
     """
-    return _serve("cloud", _loaded(keys, config, preset))
+    loaded = _loaded(keys, config, preset)
+    with _needing("cloud"):
+        from cloud_verifier.__main__ import main as run
+    return run(loaded)
 
 
 @app.command
@@ -158,7 +169,8 @@ def demo(
     json
         File for the results.
     """
-    run = _part("demo", "fleet.demo", "run")
+    with _needing("agent,edge,cloud"):
+        run = import_module("fleet.demo").run
     return int(
         run(
             preset=preset, prompts=prompts, tokens=tokens, seed=seed, broker=broker, duration_s=duration, json_file=json
@@ -331,19 +343,6 @@ def _loaded(keys: Sequence[str], file: Path | None, preset: str | None) -> "Load
     from fedhlm.config import load
 
     return load(file=file, preset=preset, flags=parse_keys(keys))
-
-
-_SERVICES: Final = {"agent": "edge_agent.__main__", "edge": "edge_broker.__main__", "cloud": "cloud_verifier.__main__"}
-
-
-def _serve(role: str, loaded: "Loaded") -> int:
-    return int(_part(role, _SERVICES[role], "main")(loaded))
-
-
-def _part(extra: str, module: str, name: str) -> Callable[..., Any]:
-    with _needing(extra):
-        found: Callable[..., Any] = getattr(import_module(module), name)
-    return found
 
 
 @contextmanager

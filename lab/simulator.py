@@ -19,7 +19,7 @@ from edge_agent.agent import Agent, Result, plan_of
 from edge_agent.generation import Committed
 from edge_broker.service import EdgeService
 from fedhlm import topics
-from fedhlm.bus import Retained
+from fedhlm.bus import LinkHook, Retained
 from fedhlm.config import Generation, load
 from fedhlm.link import LinkModel
 from fedhlm.loopback import LoopbackBroker, LoopbackBus
@@ -126,9 +126,17 @@ class Fleet:
         """A client's link, the same one after a restart of the client."""
         return self.links.setdefault(name, LinkModel(delay_s=self.scenario.delay_s))
 
-    def bus(self, name: str, will: Retained | None = None, birth: Retained | None = None) -> LoopbackBus:
+    def bus(
+        self,
+        name: str,
+        will: Retained | None = None,
+        birth: Retained | None = None,
+        on_link: LinkHook | None = None,
+    ) -> LoopbackBus:
         """A new connection over that link."""
-        return LoopbackBus(self.broker, client_id=name, link=self.link(name), will=will, birth=birth)
+        return LoopbackBus(
+            self.broker, client_id=name, link=self.link(name), will=will, birth=birth, on_link=on_link
+        )
 
     def party(self, bus: LoopbackBus, sender: str) -> Party:
         """A party on that bus."""
@@ -158,7 +166,8 @@ class Fleet:
         stamp = Stamp(f"edge-{cluster}", self.wall_s)
         name = topics.EDGE_STATUS.name(cluster=cluster)
         will = Retained(name, encode(presence(stamp, "edge", online=False)))
-        down, up = self.bus(f"edge-{cluster}-down", will), self.bus(f"edge-{cluster}-up")
+        down = self.bus(f"edge-{cluster}-down", will, on_link=lambda up: service.on_link(up))
+        up = self.bus(f"edge-{cluster}-up")
         service = EdgeService(
             cluster=cluster,
             down=self.party(down, f"edge-{cluster}"),

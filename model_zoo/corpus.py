@@ -44,10 +44,10 @@ def find_data(path: str | Path | None) -> Path | None:
         folder = Path(candidate)
         if (folder / "ag_news").is_dir():
             return folder
-        if (folder / "train.csv.gz").is_file() or (folder / "train.csv").is_file():
+        if any((folder / f"{split}.csv{end}").is_file() for split in ("train", "test") for end in (".gz", "")):
             return folder.parent if folder.name == "ag_news" else folder
     if path:
-        raise DataMissing(f"data folder {str(path)!r} has no ag_news/ folder and no train.csv(.gz)")
+        raise DataMissing(f"data folder {str(path)!r} has no ag_news/ folder and no train.csv(.gz) or test.csv(.gz)")
     return None
 
 

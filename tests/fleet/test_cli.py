@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -179,13 +177,11 @@ def test_a_service_gets_the_merged_configuration_and_its_code_is_the_command_s(
 ) -> None:
     given: list[Loaded] = []
 
-    def main(loaded: Loaded) -> int:
+    def main(loaded: Loaded, *_: object) -> int:
         given.append(loaded)
         return 7
 
-    stand_in: Any = types.ModuleType(module)
-    stand_in.main = main
-    monkeypatch.setitem(sys.modules, module, stand_in)
+    monkeypatch.setattr(f"{module}.main", main)
     assert cli.main([role, "--preset", "hlm", "--cluster.name", "barn"]) == 7
     assert given[0].config.cluster.name == "barn"
     assert given[0].config.generation.coupling == "full"

@@ -1,0 +1,60 @@
+"""`fedhlm cloud`: load the large model and verify for every cluster on the broker."""
+
+import logging
+
+from cloud_verifier.backends.onnx import engine_of
+from cloud_verifier.service import CloudService
+from cloud_verifier.sessions import Sessions
+from fedhlm import topics
+from fedhlm.bus import Retained
+from fedhlm.config import Config, Loaded
+from fedhlm.decoder import Decoder
+from fedhlm.fingerprint import fingerprint_of
+from fedhlm.messages import encode
+from fedhlm.party import Party, Stamp, presence
+from fedhlm.sampling import NOISE
+from fedhlm.serve import bus_of, model_folder, serve
+from fedhlm.telemetry import Counters
+
+log = logging.getLogger(__name__)
+
+NAME = "cloud"
+
+
+async def run(config: Config, counters: Counters) -> int:
+    """Serve until cancelled."""
+    decoder = Decoder.load(model_folder(config.cloud.model, "llm"), threads=config.cloud.threads)
+    info = decoder.info
+    fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
+    stamp = Stamp(NAME)
+    status = topics.CLOUD_STATUS.name(config.broker.root)
+    bus = bus_of(
+        config.broker,
+        client_id=NAME,
+        birth=Retained(status, encode(presence(stamp, "cloud", online=True, fingerprint=fingerprint))),
+        will=Retained(status, encode(presence(stamp, "cloud", online=False))),
+    )
+    sessions = Sessions(
+        fingerprint=fingerprint,
+        eos_ids=frozenset(info.eos_ids),
+        context_max=info.context,
+        sessions_max=config.cloud.sessions_max,
+    )
+    async with engine_of(decoder) as engine, bus:
+        service = CloudService(
+            party=Party(bus=bus, stamp=stamp, counters=counters, root=config.broker.root),
+            engine=engine,
+            sessions=sessions,
+            counters=counters,
+            batch_max=config.cloud.batch_max,
+            batch_wait_s=config.cloud.batch_wait_ms / 1000.0,
+        )
+        log.info("verifying with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
+        await service.run()
+    return 0
+
+
+def main(loaded: Loaded) -> int:
+    """Run until a signal; the exit status."""
+    config = loaded.config
+    return serve(config, NAME, lambda counters: run(config, counters))

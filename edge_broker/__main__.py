@@ -1,0 +1,60 @@
+"""`fedhlm edge`: relay one cluster to the cloud, with an MQTT broker of its own when none is configured."""
+
+import logging
+from contextlib import AsyncExitStack
+
+import msgspec
+
+from edge_broker.embedded import EmbeddedBroker
+from edge_broker.service import EdgeService
+from fedhlm import topics
+from fedhlm.bus import Retained
+from fedhlm.config import Config, Loaded
+from fedhlm.messages import encode
+from fedhlm.party import Party, Stamp, presence
+from fedhlm.serve import bus_of, serve
+from fedhlm.telemetry import Counters
+
+log = logging.getLogger(__name__)
+
+
+async def run(config: Config, counters: Counters) -> int:
+    """Serve until cancelled."""
+    cluster = config.cluster.name
+    name = f"edge-{cluster}"
+    stamp = Stamp(name)
+    broker = config.broker
+    async with AsyncExitStack() as stack:
+        if not broker.url:
+            embedded = EmbeddedBroker(config.edge.embedded_host, config.edge.embedded_port)
+            await stack.enter_async_context(embedded)
+            broker = msgspec.structs.replace(broker, url=embedded.url)
+            log.info("started a broker at %s", embedded.url)
+        will = Retained(
+            topics.EDGE_STATUS.name(broker.root, cluster=cluster), encode(presence(stamp, "edge", online=False))
+        )
+        down_bus = bus_of(broker, client_id=name, will=will, on_link=lambda up: service.on_link(up))
+        down = Party(bus=down_bus, stamp=stamp, counters=counters, root=broker.root)
+        up = down
+        if config.edge.upstream.url:
+            up_bus = bus_of(config.edge.upstream, client_id=name, key="edge.upstream")
+            up = Party(bus=up_bus, stamp=stamp, counters=counters, root=config.edge.upstream.root)
+            await stack.enter_async_context(up_bus)
+        service = EdgeService(
+            cluster=cluster,
+            down=down,
+            up=up,
+            counters=counters,
+            batch_max=config.edge.batch_max,
+            batch_wait_s=config.edge.batch_wait_ms / 1000.0,
+        )
+        await stack.enter_async_context(down_bus)
+        log.info("serving cluster %s", cluster)
+        await service.run()
+    return 0
+
+
+def main(loaded: Loaded) -> int:
+    """Run until a signal; the exit status."""
+    config = loaded.config
+    return serve(config, f"edge-{config.cluster.name}", lambda counters: run(config, counters))

@@ -1,18 +1,28 @@
-"""amqtt as we need it: users with passwords, and no connection left open after its session has ended.
+"""amqtt as we need it: users with passwords, a proper refusal of MQTT 5, and no connection left open.
 
-Imported only by `embedded`, when a broker is started.
+amqtt reads a CONNECT before it looks at its version, waits for ever for the rest of an MQTT 5 will and never closes;
+so the CONNECT is read here first. Imported only by `embedded`, when a broker is started.
 """
 
 import asyncio
 import hmac
+import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
 from amqtt.broker import Broker
 from amqtt.plugins.base import BaseAuthPlugin
 from amqtt.session import Session
 
-STOP_TIMEOUT_S = 1.0
+_log: Final = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S: Final = 1.0
+CONNECT_TIMEOUT_S: Final = 10.0
+MAX_CONNECT_BYTES: Final = 262_144
+CONNECT_HEADER: Final = 0x10
+MQTT_3_1_1: Final = 4
+CONNACK_BAD_VERSION: Final = bytes([0x20, 2, 0, 1])
 
 
 class UserAuth(BaseAuthPlugin):  # type: ignore[misc]
@@ -53,14 +63,26 @@ class TrackedBroker(Broker):  # type: ignore[misc]
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
     ) -> None:
         """Serve one client until it leaves."""
-        task = asyncio.current_task()
-        assert task is not None
+        task = asyncio.ensure_future(self._serve(reader, writer, listener_name))
         self._connections[task] = writer
         try:
-            await super().stream_connected(reader, writer, listener_name)
+            await asyncio.wait({task})
         finally:
+            task.cancel()
             writer.close()
             del self._connections[task]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                packet, level = await _read_connect(reader)
+            if level == MQTT_3_1_1:
+                replay = _ReplayReader(reader, packet)
+                await self._client_connected(listener_name, replay, StreamWriterAdapter(writer))
+            else:
+                writer.write(CONNACK_BAD_VERSION)
+        except (OSError, TimeoutError, EOFError, ValueError) as exc:
+            _log.debug("connection given up: %r", exc)
 
     async def shutdown(self) -> None:
         """Stop, and end what still hangs on a connection."""
@@ -73,3 +95,35 @@ class TrackedBroker(Broker):  # type: ignore[misc]
             await asyncio.gather(*hanging, return_exceptions=True)
         # Closing a transport takes one more turn of the loop.
         await asyncio.sleep(0)
+
+
+class _ReplayReader(StreamReaderAdapter):  # type: ignore[misc]
+    """Reads a packet that was read already, then goes on with the stream."""
+
+    def __init__(self, reader: asyncio.StreamReader, packet: bytes) -> None:
+        super().__init__(reader)
+        self._packet = packet
+
+    async def read(self, n: int = -1) -> bytes:
+        taken, self._packet = self._packet[:n], self._packet[n:]
+        if len(taken) < n:
+            taken += bytes(await super().read(n - len(taken)))
+        return taken
+
+
+async def _read_connect(reader: asyncio.StreamReader) -> tuple[bytes, int]:
+    """The first packet and its protocol level; ValueError when it is not an MQTT CONNECT of sane size."""
+    packet = await reader.readexactly(1)
+    length = 0
+    for shift in (0, 7, 14):
+        byte = await reader.readexactly(1)
+        packet += byte
+        length |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            break
+    if packet[0] != CONNECT_HEADER or not 10 <= length <= MAX_CONNECT_BYTES:
+        raise ValueError(f"first packet has header {packet[0]:#x} and {length} bytes: CONNECT expected")
+    body = await reader.readexactly(length)
+    if not body.startswith(b"\x00\x04MQTT"):
+        raise ValueError("first packet is not an MQTT CONNECT")
+    return packet + body, body[6]

@@ -41,7 +41,7 @@ class EmbeddedBroker:
         self.port = port
         self._address = str(address)
         self._users = dict(users or {})
-        self._broker: "TrackedBroker | None" = None
+        self._broker: TrackedBroker | None = None
 
     @property
     def url(self) -> str:

@@ -1,0 +1,115 @@
+"""Admission: hostile and late escalations are refused with the reason, and sessions are bounded."""
+
+import msgspec
+import pytest
+
+from cloud_verifier.sessions import Admission, Key, Refused, Sessions, Stale, Unprimed
+from cloud_verifier.verifier import Block
+from fedhlm.messages import Escalation, Fingerprint, Prime, Sampling, pack_ids
+from lab import toy
+
+KEY = Key("c", "a", 1)
+
+
+def store(sessions_max: int = 4) -> Sessions:
+    return Sessions(
+        fingerprint=toy.FINGERPRINT, eos_ids=frozenset({0}), context_max=toy.CONTEXT, sessions_max=sessions_max
+    )
+
+
+def escalation(
+    base: int = 2,
+    ids: bytes = pack_ids([5, 6], toy.VOCAB_SIZE),
+    *,
+    epoch: int = 0,
+    primed: bool = True,
+    fixed: int = 0,
+    extend: int = 1,
+    coupling: str = "gumbel",
+    laws: bytes = b"",
+    fingerprint: Fingerprint = toy.FINGERPRINT,
+    context: bytes | None = None,
+) -> Escalation:
+    prime = None
+    if primed:
+        held = pack_ids(list(range(1, base + 1)), toy.VOCAB_SIZE) if context is None else context
+        prime = Prime(Sampling(seed=1, coupling=coupling), fingerprint, held)
+    return Escalation(
+        version=1, sender="a", sequence=1, sent_ms=0, session=1, epoch=epoch, base=base, ids=ids, deadline_ms=10,
+        fixed=fixed, extend=extend, prime=prime, laws=laws,
+    )  # fmt: skip
+
+
+def test_a_primed_block_is_admitted() -> None:
+    assert store().admit(KEY, escalation()) == Block(2, [5, 6], 0, 1, [b"", b""])
+
+
+def test_an_unknown_session_asks_for_its_prime() -> None:
+    assert store().admit(KEY, escalation(primed=False)) == Unprimed()
+
+
+def test_a_block_beyond_what_is_held_asks_for_its_prime() -> None:
+    sessions = store()
+    sessions.admit(KEY, escalation())
+    assert sessions.admit(KEY, escalation(base=3, primed=False)) == Unprimed()
+
+
+def test_older_epochs_are_stale() -> None:
+    sessions = store()
+    sessions.admit(KEY, escalation(epoch=2))
+    assert sessions.admit(KEY, escalation(epoch=1)) == Stale()
+
+
+def test_blocks_behind_a_rejection_of_their_epoch_are_stale() -> None:
+    """Without this an answer to a later block could overtake the rejection and confirm discarded drafts."""
+    sessions = store()
+    sessions.admit(KEY, escalation())
+    entry = sessions.entry(KEY)
+    assert entry is not None
+    entry.state.context += [5, 7]
+    entry.state.rejected_at = 3
+    assert sessions.admit(KEY, escalation(base=4, primed=False)) == Stale()
+    assert isinstance(sessions.admit(KEY, escalation(base=4, primed=False, epoch=1)), Block)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (escalation(ids=b"\1"), "multiple of 2"),
+        (escalation(ids=b"\xff\xff"), "token id 65535"),
+        (escalation(fixed=3), "escalation.fixed is 3"),
+        (escalation(base=0, context=b""), "escalation.base is 0"),
+        (escalation(ids=b"", extend=0), "nothing is asked"),
+        (escalation(extend=toy.CONTEXT), "context is 512"),
+        (escalation(coupling="magic"), "sampling.coupling is 'magic'"),
+        (escalation(coupling="full", laws=b"abc"), "escalation.laws has 3 bytes"),
+        (escalation(context=b"\1\0"), "prime.context has 1 ids"),
+        (escalation(fingerprint=Fingerprint("other", 48, toy.FINGERPRINT.noise, "m")), "fingerprint.tokenizer differs"),
+        (escalation(fingerprint=Fingerprint("toy", 49, toy.FINGERPRINT.noise, "m")), "fingerprint.vocab_size differs"),
+        (escalation(fingerprint=Fingerprint("toy", 48, "dice", "m")), "fingerprint.noise differs"),
+    ],
+)
+def test_bad_escalations_are_refused_with_the_reason(bad: Escalation, reason: str) -> None:
+    refused: Admission = store().admit(KEY, bad)
+    assert isinstance(refused, Refused)
+    assert reason in refused.reason
+
+
+def test_sessions_are_bounded_and_the_oldest_goes_first() -> None:
+    sessions = store(sessions_max=2)
+    for number in range(4):
+        sessions.admit(KEY._replace(session=number), escalation())
+        sessions.entry(KEY._replace(session=0))
+    assert len(sessions) == 2
+    assert sessions.dropped == 2
+    assert sessions.entry(KEY._replace(session=0)) is not None
+
+
+def test_a_prime_repairs_a_context_that_went_another_way() -> None:
+    sessions = store()
+    sessions.admit(KEY, escalation())
+    entry = sessions.entry(KEY)
+    assert entry is not None
+    entry.state.context += [40, 41, 42]
+    sessions.admit(KEY, msgspec.structs.replace(escalation(base=4), epoch=1))
+    assert entry.state.context == [1, 2, 3, 4]

@@ -4,9 +4,10 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from cloud_verifier.batching import Batcher, Done, Job, Output
 from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
@@ -105,26 +106,33 @@ class CloudService:
                 await self._party.send(topics.CLOUD_VERDICT, message, cluster=cluster)
 
     def _verdict(self, done: Done) -> Verdict | None:
-        escalation = done.job.escalation
-        place = {"session": escalation.session, "epoch": escalation.epoch, "base": escalation.base}
         match done.outcome:
             case Settled(accepted, ids, probs):
-                return Verdict(
-                    **self._party.stamp(),
-                    **place,
-                    status="settled",
+                verdict = self._blank(done, "settled")
+                return replace(
+                    verdict,
                     accepted=accepted,
                     ids=pack_ids(ids, self.batcher.sessions.fingerprint.vocab_size),
                     target_probs=pack_probs(np.clip(probs, 0.0, 1.0)),
                 )
             case Unprimed():
                 self._counters.add("reprimes")
-                return Verdict(**self._party.stamp(), **place, status="unprimed")
+                return self._blank(done, "unprimed")
             case Refused(reason):
                 self._counters.add("refused_messages")
-                return Verdict(**self._party.stamp(), **place, status="refused", reason=reason[:1024])
+                return replace(self._blank(done, "refused"), reason=reason[:1024])
             case Stale():
                 self._counters.add("stale_escalations")
                 return None
             case _:
                 raise AssertionError(f"unexpected outcome {done.outcome!r}")
+
+    def _blank(self, done: Done, status: Literal["settled", "unprimed", "refused"]) -> Verdict:
+        escalation = done.job.escalation
+        return Verdict(
+            **self._party.stamp(),
+            session=escalation.session,
+            epoch=escalation.epoch,
+            base=escalation.base,
+            status=status,
+        )

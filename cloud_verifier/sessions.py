@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from cloud_verifier.verifier import Block, Session, common_prefix
 from fedhlm.errors import FingerprintMismatch, ProtocolError
 from fedhlm.fingerprint import check_agreement
-from fedhlm.messages import Escalation, Fingerprint, unpack_ids
+from fedhlm.messages import Escalation, Fingerprint, Prime, unpack_ids
 from fedhlm.sampling import COUPLINGS
 
 
@@ -51,7 +51,9 @@ Admission = Block | Unprimed | Refused | Stale
 class Sessions:
     """Bounded store of sessions, least recently used dropped first."""
 
-    def __init__(self, *, fingerprint: Fingerprint, eos_ids: frozenset[int], context_max: int, sessions_max: int) -> None:
+    def __init__(
+        self, *, fingerprint: Fingerprint, eos_ids: frozenset[int], context_max: int, sessions_max: int
+    ) -> None:
         self.fingerprint = fingerprint
         self.context_max = context_max
         self.sessions_max = sessions_max
@@ -88,7 +90,7 @@ class Sessions:
         if isinstance(block, Refused):
             return block
         if escalation.prime is not None:
-            refusal = self._prime(key, escalation)
+            refusal = self._prime(key, escalation, escalation.prime)
             if refusal is not None:
                 return refusal
             entry = self.entry(key)
@@ -113,7 +115,9 @@ class Sessions:
         end = escalation.base + len(ids) + escalation.extend
         if end > self.context_max:
             return Refused(f"escalation reaches position {end}: the model's context is {self.context_max}")
-        name = escalation.prime.sampling.coupling if escalation.prime else entry.state.sampling.coupling if entry else ""
+        name = (
+            escalation.prime.sampling.coupling if escalation.prime else entry.state.sampling.coupling if entry else ""
+        )
         if not name:
             return Block(escalation.base, ids, escalation.fixed, escalation.extend, [])
         if name not in COUPLINGS:
@@ -121,13 +125,13 @@ class Sessions:
         size = COUPLINGS[name].law_bytes(vocab_size)
         drafts = len(ids) - escalation.fixed
         if len(escalation.laws) != size * drafts:
-            return Refused(f"escalation.laws has {len(escalation.laws)} bytes: {size} for each of {drafts} drafts expected")
+            return Refused(
+                f"escalation.laws has {len(escalation.laws)} bytes: {size} for each of {drafts} drafts expected"
+            )
         laws = [b""] * escalation.fixed + [escalation.laws[i * size : (i + 1) * size] for i in range(drafts)]
         return Block(escalation.base, ids, escalation.fixed, escalation.extend, laws)
 
-    def _prime(self, key: Key, escalation: Escalation) -> Refused | None:
-        prime = escalation.prime
-        assert prime is not None
+    def _prime(self, key: Key, escalation: Escalation, prime: Prime) -> Refused | None:
         try:
             check_agreement(self.fingerprint, prime.fingerprint)
         except FingerprintMismatch as exc:

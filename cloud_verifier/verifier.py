@@ -83,8 +83,8 @@ def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Sett
         if position < len(context):
             settled = context[position]
         else:
-            settled = token if i < block.fixed else coupling.settle(
-                row, session.sampling, position, token, block.laws[i]
+            settled = (
+                token if i < block.fixed else coupling.settle(row, session.sampling, position, token, block.laws[i])
             )
             context.append(settled)
         if settled != token:

@@ -36,8 +36,8 @@ from fedhlm.config import Generation as GenerationConfig
 from fedhlm.errors import ProtocolError
 from fedhlm.messages import (
     Escalation,
-    FinishReason,
     Fingerprint,
+    FinishReason,
     Presence,
     Prime,
     Sampling,

@@ -49,13 +49,15 @@ def asynchronous(limits: Limits) -> Pipeline:
     """Draft on while verdicts are under way (ALGORITHMS 6)."""
     return Pipeline(
         may_draft=lambda p: p.tail < limits.window,
-        must_send=lambda p: p.unsent > 0
-        and (
-            p.ended
-            or p.unsent >= limits.block
-            or p.tail >= limits.window
-            or p.uncertainty > limits.flush_uncertainty
-            or p.unsent_age_s >= limits.flush_age_s
+        must_send=lambda p: (
+            p.unsent > 0
+            and (
+                p.ended
+                or p.unsent >= limits.block
+                or p.tail >= limits.window
+                or p.uncertainty > limits.flush_uncertainty
+                or p.unsent_age_s >= limits.flush_age_s
+            )
         ),
         extend=1,
         flush_age_s=limits.flush_age_s,

@@ -50,9 +50,7 @@ class AgentService:
         """Serve until cancelled, or until the bus is refused for good (BusError)."""
         agent = self.agent
         await agent.subscribe()
-        await agent.party.bus.subscribe(
-            topics.PROMPT.name(agent.party.root, cluster=agent.cluster, agent=agent.name)
-        )
+        await agent.party.bus.subscribe(topics.PROMPT.name(agent.party.root, cluster=agent.cluster, agent=agent.name))
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive(), name="agent-receive")
             group.create_task(self._serve(), name="agent-serve")

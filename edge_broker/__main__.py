@@ -1,5 +1,6 @@
 """`fedhlm edge`: relay one cluster to the cloud, with an MQTT broker of its own when none is configured."""
 
+import asyncio
 import logging
 from contextlib import AsyncExitStack
 
@@ -30,10 +31,11 @@ async def run(config: Config, counters: Counters) -> int:
             await stack.enter_async_context(embedded)
             broker = msgspec.structs.replace(broker, url=embedded.url)
             log.info("started a broker at %s", embedded.url)
+        to_announce = asyncio.Event()
         will = Retained(
             topics.EDGE_STATUS.name(broker.root, cluster=cluster), encode(presence(stamp, "edge", online=False))
         )
-        down_bus = bus_of(broker, client_id=name, will=will, on_link=lambda up: service.on_link(up))
+        down_bus = bus_of(broker, client_id=name, will=will, on_link=lambda _up: to_announce.set())
         down = Party(bus=down_bus, stamp=stamp, counters=counters, root=broker.root)
         up = down
         if config.edge.upstream.url:
@@ -47,6 +49,7 @@ async def run(config: Config, counters: Counters) -> int:
             counters=counters,
             batch_max=config.edge.batch_max,
             batch_wait_s=config.edge.batch_wait_ms / 1000.0,
+            to_announce=to_announce,
         )
         await stack.enter_async_context(down_bus)
         log.info("serving cluster %s", cluster)

@@ -13,10 +13,21 @@ log = logging.getLogger(__name__)
 
 
 class EdgeService:
-    """Relays between a cluster and the cloud until cancelled."""
+    """Relays between a cluster and the cloud until cancelled.
+
+    `to_announce` is set whenever the edge's retained presence is due; its cluster bus sets it on every connect.
+    """
 
     def __init__(
-        self, *, cluster: str, down: Party, up: Party, counters: Counters, batch_max: int, batch_wait_s: float
+        self,
+        *,
+        cluster: str,
+        down: Party,
+        up: Party,
+        counters: Counters,
+        batch_max: int,
+        batch_wait_s: float,
+        to_announce: asyncio.Event,
     ) -> None:
         self.cluster = cluster
         self.relay = Relay(batch_max=batch_max)
@@ -27,12 +38,7 @@ class EdgeService:
         self._counters = counters
         self._batch_wait_s = batch_wait_s
         self._waiting = asyncio.Event()
-        self._to_announce = asyncio.Event()
-
-    def on_link(self, up: bool) -> None:
-        """The cluster's bus came up or went down; coming up, the edge's retained presence is due again."""
-        if up:
-            self._to_announce.set()
+        self._to_announce = to_announce
 
     async def run(self) -> None:
         """Serve until cancelled, or until a bus is refused for good (BusError)."""

@@ -1,12 +1,12 @@
 """The exception tree. What a caller can act on is a FedhlmError; anything else that escapes is a bug.
 
-    FedhlmError
-    ├── ConfigError        a key, its value and what was expected
-    ├── DataMissing        training or benchmark data is not there
-    ├── ModelError         a model folder is missing, incomplete or of the wrong kind
-    ├── FingerprintMismatch  agent and cloud do not run the same tokenizer, vocabulary or sampler
-    ├── ProtocolError      bytes on a topic are not a message of that topic
-    └── BusError           the broker cannot be reached or refuses
+FedhlmError
+├── ConfigError        a key, its value and what was expected
+├── DataMissing        training or benchmark data is not there
+├── ModelError         a model folder is missing, incomplete or of the wrong kind
+├── FingerprintMismatch  agent and cloud do not run the same tokenizer, vocabulary or sampler
+├── ProtocolError      bytes on a topic are not a message of that topic
+└── BusError           the broker cannot be reached or refuses
 """
 
 

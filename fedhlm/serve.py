@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from fedhlm import config as configuration
-from fedhlm.broker_url import BrokerUrl, TlsFiles
 from fedhlm.bus import LinkHook, Retained
 from fedhlm.errors import ModelError
 from fedhlm.mqtt import MqttBus
@@ -47,19 +48,9 @@ def bus_of(
     Raises:
         ConfigError: the URL or a certificate file cannot be used.
     """
-    files = TlsFiles(broker.ca or None, broker.cert or None, broker.key or None)
-    url = BrokerUrl.parse(broker.url or DEFAULT_URL, files=files if any(files) else None, key=f"{key}.url")
-    if broker.username:
-        url = BrokerUrl(
-            host=url.host,
-            port=url.port,
-            tls=url.tls,
-            username=broker.username,
-            password=broker.password or None,
-            files=url.files,
-        )
+    section = broker if broker.url else msgspec.structs.replace(broker, url=DEFAULT_URL)
     return MqttBus(
-        url,
+        section.address(key=f"{key}.url"),
         client_id=client_id,
         birth=birth,
         will=will,
@@ -74,9 +65,7 @@ def serve(config: configuration.Config, name: str, main: Callable[[Counters], Aw
     secrets = (config.broker.password, config.edge.upstream.password)
     configure_logging(config.telemetry.log_level, name, secrets=secrets)
     counters = Counters()
-    with exported(
-        counters, party=name, port=config.telemetry.metrics_port, host=config.telemetry.metrics_host
-    ):
+    with exported(counters, party=name, port=config.telemetry.metrics_port, host=config.telemetry.metrics_host):
         return asyncio.run(_until_signal(main(counters)))
 
 

@@ -25,7 +25,7 @@ class TextStream:
     @property
     def text(self) -> str:
         """All of the text so far, unfinished characters included."""
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def push(self, ids: list[int], *, last: bool = False) -> str:
         """The text that `ids` add; with `last` nothing is held back."""

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -147,7 +147,7 @@ def demo(
     tokens: Positive = 64,
     seed: Seed = 0,
     broker: str = "",
-    duration: Seconds = 60.0,
+    duration: Seconds = 30.0,
     json: Path | None = None,
 ) -> int:
     """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled what at which price.
@@ -170,11 +170,9 @@ def demo(
         File for the results.
     """
     with _needing("agent,edge,cloud"):
-        run = import_module("fleet.demo").run
-    return int(
-        run(
-            preset=preset, prompts=prompts, tokens=tokens, seed=seed, broker=broker, duration_s=duration, json_file=json
-        )
+        from fleet.demo import run
+    return run(
+        preset=preset, prompts=prompts, tokens=tokens, seed=seed, broker=broker, duration_s=duration, json_file=json
     )
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fedhlm import config as configuration
 from fedhlm import topics
-from fedhlm.errors import BusError, ConfigError, FedhlmError
+from fedhlm.errors import BusError, ConfigError
 from fedhlm.messages import Output, Presence, Prompt, Sampling
 from fedhlm.party import Party, Stamp
 from fedhlm.serve import bus_of, model_folder
@@ -170,6 +170,7 @@ class Demo:
         flags = {"broker.url": broker} if broker else {}
         self.config = configuration.load(preset=preset, flags=flags).config
         self.preset = preset
+        self.preset_source = str(Path(preset).resolve()) if preset.endswith(".toml") else preset
         self.seed = seed
         self.tokens = tokens
         self.duration_s = duration_s
@@ -223,14 +224,16 @@ class Demo:
         common = {
             "FEDHLM_BROKER__URL": broker.url,
             "FEDHLM_BROKER__ROOT": self.root,
-            "FEDHLM_PRESET": str(Path(self.preset).resolve()) if self.preset.endswith(".toml") else self.preset,
+            "FEDHLM_PRESET": self.preset_source,
             "FEDHLM_TELEMETRY__LOG_LEVEL": "WARNING",
         }
         await processes.start(
             "cloud", "fleet.cli", "cloud", env={**common, "FEDHLM_CLOUD__THREADS": str(max(1, cores // 2))}
         )
         for cluster in dict.fromkeys(c for c, _ in agents):
-            await processes.start(f"edge-{cluster}", "fleet.cli", "edge", env={**common, "FEDHLM_CLUSTER__NAME": cluster})
+            await processes.start(
+                f"edge-{cluster}", "fleet.cli", "edge", env={**common, "FEDHLM_CLUSTER__NAME": cluster}
+            )
         for cluster, agent in agents:
             own = {"FEDHLM_CLUSTER__NAME": cluster, "FEDHLM_AGENT__ID": agent, "FEDHLM_AGENT__THREADS": "1"}
             await processes.start(agent, "fleet.cli", "agent", env={**common, **own})

@@ -143,9 +143,11 @@ def _rows(columns: list[Figures]) -> list[tuple[str, list[str]]]:
         row("requests", *(f"{c.requests}" + (f" ({c.failed} failed)" if c.failed else "") for c in columns)),
         row("tokens", *(f"{c.tokens}" for c in columns)),
     ]
-    for source in SOURCES:
-        if any(c.tokens_by_source[source] for c in columns):
-            rows.append(row(f"  settled by {source}", *(_share(c.tokens_by_source[source], c.tokens) for c in columns)))
+    rows += [
+        row(f"  settled by {source}", *(_share(c.tokens_by_source[source], c.tokens) for c in columns))
+        for source in SOURCES
+        if any(c.tokens_by_source[source] for c in columns)
+    ]
     rows += [
         row("identical to the LLM alone", *(_percent(c.identical_to_llm) for c in columns)),
         row("topic right: SLM alone", *(_percent(c.topic_accuracy.slm) for c in columns)),

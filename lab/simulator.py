@@ -134,9 +134,7 @@ class Fleet:
         on_link: LinkHook | None = None,
     ) -> LoopbackBus:
         """A new connection over that link."""
-        return LoopbackBus(
-            self.broker, client_id=name, link=self.link(name), will=will, birth=birth, on_link=on_link
-        )
+        return LoopbackBus(self.broker, client_id=name, link=self.link(name), will=will, birth=birth, on_link=on_link)
 
     def party(self, bus: LoopbackBus, sender: str) -> Party:
         """A party on that bus."""
@@ -166,7 +164,8 @@ class Fleet:
         stamp = Stamp(f"edge-{cluster}", self.wall_s)
         name = topics.EDGE_STATUS.name(cluster=cluster)
         will = Retained(name, encode(presence(stamp, "edge", online=False)))
-        down = self.bus(f"edge-{cluster}-down", will, on_link=lambda up: service.on_link(up))
+        to_announce = asyncio.Event()
+        down = self.bus(f"edge-{cluster}-down", will, on_link=lambda _up: to_announce.set())
         up = self.bus(f"edge-{cluster}-up")
         service = EdgeService(
             cluster=cluster,
@@ -175,6 +174,7 @@ class Fleet:
             counters=self.counters,
             batch_max=16,
             batch_wait_s=0.002,
+            to_announce=to_announce,
         )
         return [down, up], service.run
 

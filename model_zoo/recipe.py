@@ -40,7 +40,7 @@ DECAY: Final[dict[str, Any]] = {"decay_share": 1.0, "warmup": 10}
 
 RECIPE: Final = (
     Stage(name="slm-words", config=TrainConfig(shape=SHAPES["slm"], steps=480, **SHORT, **CONSTANT), data="ag"),
-    Stage(name="llm-news", config=TrainConfig(shape=SHAPES["llm"], steps=500, **SHORT, **CONSTANT), data="ag+news"),
+    Stage(name="llm-news", config=TrainConfig(shape=SHAPES["llm"], steps=400, **SHORT, **CONSTANT), data="ag+news"),
     Stage(
         name="llm",
         config=TrainConfig(shape=SHAPES["llm"], steps=440, seed=11, **LONG, **DECAY),

@@ -25,7 +25,8 @@ def drive(state: Session, block: Block) -> Settled:
     held: list[int] = list(state.fed)
     feed = next(steps)
     while True:
-        assert feed.keep <= len(held) and feed.ids
+        assert feed.keep <= len(held)
+        assert feed.ids
         held = held[: feed.keep] + feed.ids
         rows = [toy.large_logits(held[: feed.keep + i + 1]) for i in range(len(feed.ids))]
         try:

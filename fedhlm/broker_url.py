@@ -88,6 +88,7 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
             context = ssl.create_default_context(cafile=self.files.ca)
         except (OSError, ssl.SSLError) as exc:
             raise ConfigError(f"{key} (ca)", self.files.ca, f"a readable PEM file expected ({_reason(exc)})") from exc
+        context.sslsocket_class = _ClosingSocket
         if self.files.cert is not None:
             try:
                 context.load_cert_chain(self.files.cert, self.files.key)
@@ -95,6 +96,17 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
                 found = f"{self.files.cert}, {self.files.key}"
                 raise ConfigError(f"{key} (cert, key)", found, f"a PEM pair expected ({_reason(exc)})") from exc
         return context
+
+
+class _ClosingSocket(ssl.SSLSocket):
+    """Closes itself when the handshake fails; paho would leave it to the garbage collector."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
 
 
 def _without_secrets(text: str) -> str:

@@ -30,7 +30,7 @@ from fedhlm.bus import (
     topic_matches,
 )
 from fedhlm.errors import BusError
-from fedhlm.link import Faults, LinkModel, Pipe
+from fedhlm.link import Action, Faults, LinkModel, Pipe
 
 CLOSE_TIMEOUT_S: Final = 2.0
 _MAX_ROUTES: Final = 4_096
@@ -139,10 +139,10 @@ class LoopbackBroker:
         self._sessions[session.bus.client_id] = session
         session.down.send(partial(session.bus._accepted, session), size_bytes=_CONTROL_BYTES, reliable=True)
 
-    def _subscribe(self, session: _Session, filters: tuple[str, ...], done: asyncio.Future[None]) -> None:
+    def _subscribe(self, session: _Session, filters: tuple[str, ...], acknowledge: Action) -> None:
         session.filters.update(dict.fromkeys(filters))
         self._routes.clear()
-        session.down.send(partial(_finish, done), size_bytes=_CONTROL_BYTES, reliable=True)
+        session.down.send(acknowledge, size_bytes=_CONTROL_BYTES, reliable=True)
         plain = [pattern.split("/") for pattern in filters if share_of(pattern)[0] is None]
         for packet in list(self.retained.values()):
             if any(topic_matches(pattern, packet.topic) for pattern in plain):
@@ -284,7 +284,6 @@ class LoopbackBus:
             done: asyncio.Future[None] = self._loop.create_future()
             leave = partial(self._broker._disconnect, session, done)
             session.up.send(leave, size_bytes=_CONTROL_BYTES, reliable=True)
-            self._acks[done] = None
             await asyncio.wait({done}, timeout=CLOSE_TIMEOUT_S)
         self.crash()
 
@@ -300,6 +299,8 @@ class LoopbackBus:
         if session is not None and not session.ended and not self.link.partitioned:
             self._broker.lose(session)
         self._set_connected(False)
+        for done in list(self._acks):
+            _finish(done)
         self._statistics.dropped_out += len(self._outgoing)
         self._outgoing.clear()
         self._inbox.close()
@@ -327,7 +328,11 @@ class LoopbackBus:
             check_filter(pattern)
         self._filters.update(dict.fromkeys(filters))
         if filters and self._connected and self._session is not None:
-            await self._send_filters(self._session, filters)
+            done: asyncio.Future[None] = self._loop.create_future()
+            self._acks[done] = None
+            done.add_done_callback(self._acks.pop)
+            self._send_filters(self._session, filters, partial(_finish, done))
+            await done
 
     def deliveries(self) -> AsyncIterator[Delivery]:
         return aiter(self._inbox)
@@ -356,9 +361,12 @@ class LoopbackBus:
             self._timer = self._loop.call_later(delay_s, self._connect)
 
     def _accepted(self, session: _Session) -> None:
+        """Connected: subscribe again before anything else, then say so."""
+        missing = tuple(pattern for pattern in self._filters if pattern not in session.filters)
+        if missing:
+            self._send_filters(session, missing, partial(self._accepted, session))
+            return
         again, self._unheard = self._unheard, deque()
-        if self._filters:
-            self._send_filters(session, tuple(self._filters))
         if self._birth is not None:
             birth = _Packet(*self._birth, 1, True, None)
             self._transmit(session, birth)
@@ -368,13 +376,9 @@ class LoopbackBus:
         self._outgoing.clear()
         self._set_connected(True)
 
-    def _send_filters(self, session: _Session, filters: tuple[str, ...]) -> asyncio.Future[None]:
-        done: asyncio.Future[None] = self._loop.create_future()
-        self._acks[done] = None
-        done.add_done_callback(self._acks.pop)
-        request = partial(self._broker._subscribe, session, filters, done)
+    def _send_filters(self, session: _Session, filters: tuple[str, ...], acknowledge: Action) -> None:
+        request = partial(self._broker._subscribe, session, filters, acknowledge)
         session.up.send(request, size_bytes=_CONTROL_BYTES, reliable=True)
-        return done
 
     def _transmit(self, session: _Session, packet: _Packet) -> None:
         size = packet.size_bytes()

@@ -22,7 +22,10 @@ MAX_BATCH: Final = 1_024
 MAX_TEXT: Final = 1_048_576
 MAX_TOKENS: Final = 65_536
 
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+# \Z, because $ would let a name end in a newline.
+Name = Annotated[str, Meta(max_length=64, pattern=rf"^{NAME_PATTERN}\Z")]
 Session = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -214,8 +217,13 @@ def id_bytes(vocab_size: int) -> int:
 
 
 def pack_ids(ids: "list[int] | tuple[int, ...]", vocab_size: int) -> bytes:
-    """Token ids as little-endian integers of `id_bytes(vocab_size)` bytes each."""
+    """Token ids as little-endian integers of `id_bytes(vocab_size)` bytes each.
+
+    An id outside the vocabulary is the caller's bug: ValueError, or OverflowError for a negative one.
+    """
     wide = np.asarray(ids, dtype="<u4")  # (n,)
+    if wide.size and int(wide.max()) >= vocab_size:
+        raise ValueError(f"token id {int(wide.max())}: below {vocab_size} expected")
     return wide.view(np.uint8).reshape(-1, 4)[:, : id_bytes(vocab_size)].tobytes()
 
 

@@ -4,23 +4,17 @@ Messages wait in one bounded queue while the link is down and go out in order wh
 sent again, so a message may arrive twice. Before the first connection a refusal is final, later everything is retried.
 """
 
-# aiomqtt offers no abrupt close and hides paho's connect timeout: both need a look inside.
-# ruff: noqa: SLF001
-
 import asyncio
 import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from functools import lru_cache
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Self
 
 import aiomqtt
 import paho.mqtt.client as paho
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
@@ -40,6 +34,7 @@ from fedhlm.bus import (
     publish_wire_bytes,
 )
 from fedhlm.errors import BusError
+from fedhlm.mqtt_client import Client, ClosedEarlyError, drop, enter_quietly, funnel, publish_properties, watch
 
 _log: Final = logging.getLogger(__name__)
 
@@ -263,7 +258,7 @@ class MqttBus:
                 self._protocol = version
                 return client
             code = getattr(getattr(error, "rc", None), "value", None)
-            too_new = code == _UNSUPPORTED_PROTOCOL or isinstance(error, _ClosedEarlyError)
+            too_new = code == _UNSUPPORTED_PROTOCOL or isinstance(error, ClosedEarlyError)
             if too_new and version != candidates[-1]:
                 continue
             if code in _FINAL_REFUSALS and not self._ever_connected:
@@ -271,10 +266,10 @@ class MqttBus:
             raise error
         raise AssertionError("unreachable: the last candidate returns or raises")
 
-    def _make_client(self, version: ProtocolVersion) -> aiomqtt.Client:
+    def _make_client(self, version: ProtocolVersion) -> Client:
         five = version == "5"
         will = self._will and aiomqtt.Will(self._will.topic, self._will.payload, qos=1, retain=True)
-        client = _Client(
+        client = Client(
             self.url.host,
             self.url.port,
             username=self.url.username,
@@ -286,33 +281,37 @@ class MqttBus:
             clean_start=True if five else paho.MQTT_CLEAN_START_FIRST_ONLY,
             timeout=REPLY_TIMEOUT_S,
             keepalive=self._keepalive_s,
-            queue_type=_funnel(self._take),
+            queue_type=funnel(self._take),
             max_queued_incoming_messages=self._max_incoming,
             max_inflight_messages=MAX_IN_FLIGHT,
             tls_context=self._ssl,
         )
         client.pending_calls_threshold = 2 * MAX_IN_FLIGHT
-        client._client.connect_timeout = TCP_TIMEOUT_S
+        client.set_tcp_timeout(TCP_TIMEOUT_S)
         return client
 
-    async def _enter(self, client: aiomqtt.Client) -> aiomqtt.MqttError | None:
-        """Connect; the error, if any, is returned. Cancelling waits for paho's thread, which nobody can stop."""
-        attempt = self._group.create_task(_enter_quietly(client), name=f"bus {self.client_id} connect")
+    async def _enter(self, client: Client) -> aiomqtt.MqttError | None:
+        """Connect; the error, if any, is returned. Cancelling waits while paho's thread opens the connection."""
+        attempt = self._group.create_task(enter_quietly(client), name=f"bus {self.client_id} connect")
         try:
             error = await asyncio.shield(attempt)
         except asyncio.CancelledError:
-            await asyncio.wait({attempt})
-            _drop(client)
+            opened = self._group.create_task(client.opened.wait(), name=f"bus {self.client_id} opened")
+            await asyncio.wait({attempt, opened}, return_when=asyncio.FIRST_COMPLETED)
+            opened.cancel()
+            attempt.cancel()
+            await asyncio.wait({attempt, opened})
+            drop(client)
             raise
         if error is not None:
-            _drop(client)
+            drop(client)
         return error
 
     async def _serve(self, client: aiomqtt.Client) -> None:
         """Use a fresh connection until it breaks (MqttError) or the bus is closed and everything is sent."""
         try:
             async with asyncio.TaskGroup() as link:
-                watch = link.create_task(_watch(client), name=f"bus {self.client_id} watch")
+                watcher = link.create_task(watch(client), name=f"bus {self.client_id} watch")
                 await self._resubscribe(client)
                 if self._birth is not None:
                     await self._transmit(client, _Outgoing(*self._birth, 1, True, None))
@@ -320,7 +319,7 @@ class MqttBus:
                 await self._send_all(client, link)
                 if self._will is not None:
                     await self._transmit(client, _Outgoing(*self._will, 1, True, None))
-                watch.cancel()
+                watcher.cancel()
             with contextlib.suppress(aiomqtt.MqttError):
                 await client.__aexit__(None, None, None)
         except ExceptionGroup as group:
@@ -333,7 +332,7 @@ class MqttBus:
             raise error from None
         finally:
             # Without a DISCONNECT the broker publishes the will, which is right whenever we did not do it ourselves.
-            _drop(client)
+            drop(client)
             self._set_link(None)
             self._requeue()
 
@@ -388,7 +387,7 @@ class MqttBus:
                 return
         properties = None
         if self._protocol == "5":
-            properties = _properties(self._content_type, None if expiry_s is None else expiry_seconds(expiry_s))
+            properties = publish_properties(self._content_type, None if expiry_s is None else expiry_seconds(expiry_s))
         self._statistics.messages_out += 1
         self._statistics.bytes_out += publish_wire_bytes(
             item.topic,
@@ -437,65 +436,3 @@ class MqttBus:
         if not self._inbox.put(Delivery(message.topic.value, payload, message.retain), wire_bytes):
             level = logging.WARNING if self._statistics.dropped_in == 1 else logging.DEBUG
             _log.log(level, "%s: incoming queue full, %d messages dropped", self, self._statistics.dropped_in)
-
-
-class _ClosedEarlyError(aiomqtt.MqttError):
-    """The broker closed the connection instead of answering CONNECT, as some do that do not know MQTT 5."""
-
-
-class _Client(aiomqtt.Client):
-    """aiomqtt's client, except that a connection closed before its CONNACK fails at once, not after the timeout."""
-
-    def _on_disconnect(
-        self,
-        client: paho.Client,
-        userdata: object,
-        flags: paho.DisconnectFlags,
-        reason_code: ReasonCode,
-        properties: Properties | None = None,
-    ) -> None:
-        if not self._connected.done():
-            self._connected.set_exception(_ClosedEarlyError("the broker closed the connection before answering"))
-        if not self._connected.cancelled():
-            super()._on_disconnect(client, userdata, flags, reason_code, properties)
-
-
-def _funnel(take: Callable[[aiomqtt.Message], None]) -> type[asyncio.Queue[aiomqtt.Message]]:
-    """A queue type for aiomqtt that hands every message on at once: no task per message, and drops are ours to count."""
-
-    class Funnel(asyncio.Queue[aiomqtt.Message]):
-        def put_nowait(self, item: aiomqtt.Message) -> None:
-            take(item)
-
-    return Funnel
-
-
-async def _watch(client: aiomqtt.Client) -> None:
-    """Wait for the end of the link: the funnel never yields a message, only MqttError at a disconnect."""
-    async for _ in client.messages:
-        pass
-
-
-async def _enter_quietly(client: aiomqtt.Client) -> aiomqtt.MqttError | None:
-    try:
-        await client.__aenter__()
-    except aiomqtt.MqttError as exc:
-        return exc
-    return None
-
-
-def _drop(client: aiomqtt.Client) -> None:
-    """Close the socket if it is still open, without a DISCONNECT; aiomqtt has no way to do this."""
-    client._client._sock_close()
-    if client._disconnected.done() and not client._disconnected.cancelled():
-        client._disconnected.exception()
-
-
-@lru_cache(maxsize=256)
-def _properties(content_type: str | None, expiry_s: int | None) -> Properties:
-    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-    if content_type is not None:
-        properties.ContentType = content_type
-    if expiry_s is not None:
-        properties.MessageExpiryInterval = expiry_s
-    return properties

@@ -50,7 +50,8 @@ _REGEXES: Final[dict[str, re.Pattern[str]]] = {}
 
 def _regex_of(pattern: str) -> re.Pattern[str]:
     if pattern not in _REGEXES:
-        _REGEXES[pattern] = re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/+#]+)", pattern))
+        # A level is a party's name, so that no hostile one reaches a file name or a log.
+        _REGEXES[pattern] = re.compile(re.sub(r"\{(\w+)\}", rf"(?P<\1>{messages.NAME_PATTERN})", pattern))
     return _REGEXES[pattern]
 
 

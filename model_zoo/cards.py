@@ -16,7 +16,7 @@ ARITHMETIC: Final[Mapping[str, str]] = {
     "fp32": "Weights and arithmetic are fp32.",
     "int8-dynamic": (
         "Weights are int8 with a scale per output; activations are quantised to 8 bits when the model runs, over all "
-        "tokens of a call. Logits therefore depend a little on how tokens are cut into calls, which a drafting model "
+        "tokens of a call, except in the last product of each MLP, which is fp32. Logits therefore depend a little on how tokens are cut into calls, which a drafting model "
         "can afford: it changes how often a draft is accepted, never what is emitted."
     ),
     "weights-int8": (

@@ -36,8 +36,11 @@ def free_port() -> int:
 class Mosquitto:
     """A mosquitto process on a free port; `start` after `stop` takes the same port again."""
 
-    def __init__(self, *, users: dict[str, str] | None = None, extra: str = "") -> None:
+    def __init__(
+        self, *, users: dict[str, str] | None = None, extra: str = "", files: dict[str, bytes] | None = None
+    ) -> None:
         self.port = free_port()
+        self._files = files or {}
         self._users = users
         self._extra = extra
         self._process: asyncio.subprocess.Process | None = None
@@ -46,6 +49,11 @@ class Mosquitto:
     @property
     def url(self) -> str:
         return f"mqtt://127.0.0.1:{self.port}"
+
+    @property
+    def folder(self) -> Path:
+        """Where `files` lie; `{0}` in `extra` stands for it."""
+        return Path(self._folder.name)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -59,7 +67,7 @@ class Mosquitto:
 
     async def start(self) -> None:
         assert MOSQUITTO is not None
-        config = self._write_config(Path(self._folder.name))
+        config = self._write_config(self.folder)
         self._process = await asyncio.create_subprocess_exec(
             MOSQUITTO, "-c", str(config), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
         )
@@ -76,7 +84,10 @@ class Mosquitto:
             passwords.chmod(0o644)
             lines.append(f"password_file {passwords}")
         config = folder / "mosquitto.conf"
-        config.write_text("\n".join([*lines, self._extra, ""]))
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
+            (folder / name).chmod(0o644)
+        config.write_text("\n".join([*lines, self._extra.format(folder), ""]))
         return config
 
     async def stop(self) -> None:

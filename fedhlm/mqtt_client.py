@@ -1,0 +1,114 @@
+"""What aiomqtt's client lacks for `mqtt.MqttBus`: early failure, an abrupt close, messages without a task each.
+
+It reaches into aiomqtt's private side; the contract tests notice when an upgrade changes that side.
+"""
+
+# ruff: noqa: SLF001
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final
+
+import aiomqtt
+import paho.mqtt.client as paho
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+_log: Final = logging.getLogger(__name__)
+
+
+class ClosedEarlyError(aiomqtt.MqttError):
+    """The broker closed the connection instead of answering CONNECT, as some do that do not know MQTT 5."""
+
+
+class _Complaints(logging.Logger):
+    """Keeps paho's last complaint for our own message, which says each thing once; paho would log every retry."""
+
+    last: str = ""
+
+    def handle(self, record: logging.LogRecord) -> None:
+        self.last = record.getMessage()
+        _log.debug("%s", self.last)
+
+
+class Client(aiomqtt.Client):
+    """aiomqtt's client, except that a connection closed before its CONNACK fails at once, not after the timeout.
+
+    `opened` is set when paho's thread, which opens the connection and cannot be stopped, has ended.
+    """
+
+    def __init__(self, hostname: str, port: int, **options: Any) -> None:
+        self._complaints = _Complaints(__name__, logging.ERROR)
+        super().__init__(hostname, port, logger=self._complaints, **options)
+        self.opened = asyncio.Event()
+
+    def _client_connect(self) -> None:
+        try:
+            super()._client_connect()
+        finally:
+            self._loop.call_soon_threadsafe(self.opened.set)
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: object,
+        flags: paho.DisconnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if not self._connected.done():
+            reason = f" ({self._complaints.last})" if self._complaints.last else ""
+            self._connected.set_exception(
+                ClosedEarlyError(f"the broker closed the connection before answering{reason}")
+            )
+        if not self._connected.cancelled():
+            super()._on_disconnect(client, userdata, flags, reason_code, properties)
+
+    def set_tcp_timeout(self, seconds: float) -> None:
+        """How long opening the connection may take; before connecting."""
+        self._client.connect_timeout = seconds
+
+
+def funnel(take: Callable[[aiomqtt.Message], None]) -> type[asyncio.Queue[aiomqtt.Message]]:
+    """A queue type for aiomqtt that hands every message on at once: no task per message, and drops are ours to count."""
+
+    class Funnel(asyncio.Queue[aiomqtt.Message]):
+        def put_nowait(self, item: aiomqtt.Message) -> None:
+            take(item)
+
+    return Funnel
+
+
+async def watch(client: aiomqtt.Client) -> None:
+    """Wait for the end of the link: the funnel never yields a message, only MqttError at a disconnect."""
+    async for _ in client.messages:
+        pass
+
+
+async def enter_quietly(client: aiomqtt.Client) -> aiomqtt.MqttError | None:
+    """Connect; the error is returned, so that the task never fails."""
+    try:
+        await client.__aenter__()
+    except aiomqtt.MqttError as exc:
+        return exc
+    return None
+
+
+def drop(client: aiomqtt.Client) -> None:
+    """Close the socket if it is still open, without a DISCONNECT; aiomqtt has no way to do this."""
+    client._client._sock_close()
+    if client._disconnected.done() and not client._disconnected.cancelled():
+        client._disconnected.exception()
+
+
+@lru_cache(maxsize=256)
+def publish_properties(content_type: str | None, expiry_s: int | None) -> Properties:
+    """MQTT 5 properties of a PUBLISH; never change what is returned, it is shared."""
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    if content_type is not None:
+        properties.ContentType = content_type
+    if expiry_s is not None:
+        properties.MessageExpiryInterval = expiry_s
+    return properties

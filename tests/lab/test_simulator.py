@@ -8,7 +8,6 @@ import pytest
 
 from cloud_verifier.batching import Output
 from cloud_verifier.sessions import Admission, Key, Sessions
-from edge_agent.generation import Action, Answered, Generation
 from fedhlm.messages import Escalation
 from lab import toy
 from lab.simulator import Outcome, Scenario, Violation, main, simulate
@@ -66,18 +65,6 @@ def test_a_wrong_cloud_is_caught_with_the_command_that_replays_it(
     assert "expected after" in printed
     assert "python -m lab.simulator --preset exact" in printed
     assert "--seeds 3" in printed
-
-
-def test_an_agent_that_trusts_old_epochs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Generation._on_answer
-
-    def gullible(self: Generation, event: Answered, actions: list[Action], now: float) -> None:
-        honest(self, event._replace(epoch=self.epoch), actions, now)
-
-    monkeypatch.setattr(Generation, "_on_answer", gullible)
-    with pytest.raises(Violation):
-        for first in range(0, SEEDS, CHUNK):
-            run(first)
 
 
 def test_a_cloud_that_answers_behind_a_rejection_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,11 +66,9 @@ class CloudService:
                 continue
             now = self._clock_s()
             for agent, escalation in ((i.agent, i.escalation) for i in batch.items):
-                # A device's clock may be wrong by years: only the span that it grants is used.
-                patience_s = max(0, escalation.deadline_ms - escalation.sent_ms) / 1000.0
                 key = Key(received.levels["cluster"], agent, escalation.session)
                 self._counters.add("escalations")
-                self.batcher.submit(Job(key, escalation, now + patience_s))
+                self.batcher.submit(Job(key, escalation, now + escalation.patience_ms / 1000.0))
             self._work.set()
 
     async def _verify(self) -> None:

@@ -46,7 +46,7 @@ async def run(loaded: Loaded, counters: Counters, prompt: str | None = None) -> 
             drafter=drafter,
             fingerprint=fingerprint,
             counters=counters,
-            new_session=lambda: random.SystemRandom().getrandbits(63),
+            new_session=lambda: random.SystemRandom().getrandbits(32),
         )
         model = ModelFacts(decoder.tokenizer, info.bos_id, frozenset(info.eos_ids), info.context)
         service = AgentService(agent=agent, loaded=loaded, model=model, counters=counters)

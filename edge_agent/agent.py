@@ -111,7 +111,7 @@ def plan_of(
 
 
 class Agent:
-    """Runs generations over one bus. `new_session` gives numbers below 2**63 that never repeat for this agent."""
+    """Runs generations over one bus. `new_session` gives numbers below 2**63 that do not repeat among recent ones."""
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class Agent:
             epoch=action.epoch,
             base=action.base,
             ids=pack_ids(action.ids, vocab_size),
-            deadline_ms=stamp["sent_ms"] + round(action.deadline_s * 1000.0),
+            patience_ms=round(action.deadline_s * 1000.0),
             fixed=action.fixed,
             extend=action.extend,
             prime=prime,

@@ -62,6 +62,10 @@ class Bus(Protocol):
     def statistics(self) -> BusStatistics:
         """Counts since construction."""
 
+    @property
+    def protocol(self) -> ProtocolVersion | None:
+        """The MQTT version that is spoken; None before the first connection."""
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(

@@ -22,6 +22,7 @@ from fedhlm.bus import (
     Delivery,
     Inbox,
     LinkHook,
+    ProtocolVersion,
     Retained,
     check_filter,
     check_topic,
@@ -249,6 +250,10 @@ class LoopbackBus:
     @property
     def connected(self) -> bool:
         return self._connected
+
+    @property
+    def protocol(self) -> ProtocolVersion:
+        return "5"
 
     @property
     def statistics(self) -> BusStatistics:

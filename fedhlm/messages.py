@@ -124,13 +124,14 @@ class Escalation(Message, tag=4, frozen=True):
     `base` is the number of context tokens (prompt included) that both ends hold; `ids` follow it, of which the first
     `fixed` are committed already (ingest and score, never replace) and the rest are drafts. `extend` asks for that many
     tokens of the LLM's own after an accepted block. `laws` holds the draft laws where the coupling needs them.
+    The deadline is `patience_ms` after the sending: a span, because a device's clock may be wrong by years.
     """
 
     session: Session
     epoch: Count
     base: Position
     ids: Ids
-    deadline_ms: Milliseconds
+    patience_ms: Milliseconds
     fixed: Position = 0
     extend: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 1
     prime: Prime | None = None

@@ -89,7 +89,9 @@ class Party:
             self.counters.add("dropped_messages")
             warn_once(log, "no room", "outgoing queue is full: dropped a message for %s", name)
             return 0
-        return publish_wire_bytes(name, len(payload), qos=topic.qos, expiry_s=expiry_s)
+        return publish_wire_bytes(
+            name, len(payload), qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s
+        )
 
     async def received(self) -> AsyncIterator[Received]:
         """Valid messages in order of arrival; ends when the bus is closed."""

@@ -43,13 +43,13 @@ RECIPE: Final = (
     Stage(name="llm-news", config=TrainConfig(shape=SHAPES["llm"], steps=400, **SHORT, **CONSTANT), data="ag+news"),
     Stage(
         name="llm",
-        config=TrainConfig(shape=SHAPES["llm"], steps=440, seed=11, **LONG, **DECAY),
+        config=TrainConfig(shape=SHAPES["llm"], steps=360, seed=11, **LONG, **DECAY),
         data="ag",
         start_from="llm-news",
     ),
     Stage(
         name="slm",
-        config=TrainConfig(shape=SHAPES["slm"], steps=400, seed=13, **LONG, **DECAY),
+        config=TrainConfig(shape=SHAPES["slm"], steps=320, seed=13, **LONG, **DECAY),
         data="ag+drafts",
         start_from="slm-words",
         teacher="llm",

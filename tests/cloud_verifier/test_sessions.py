@@ -35,7 +35,7 @@ def escalation(
         held = pack_ids(list(range(1, base + 1)), toy.VOCAB_SIZE) if context is None else context
         prime = Prime(Sampling(seed=1, coupling=coupling), fingerprint, held)
     return Escalation(
-        version=1, sender="a", sequence=1, sent_ms=0, session=1, epoch=epoch, base=base, ids=ids, deadline_ms=10,
+        version=1, sender="a", sequence=1, sent_ms=0, session=1, epoch=epoch, base=base, ids=ids, patience_ms=10,
         fixed=fixed, extend=extend, prime=prime, laws=laws,
     )  # fmt: skip
 

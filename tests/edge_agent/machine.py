@@ -78,7 +78,7 @@ class Cloud:
             epoch=action.epoch,
             base=action.base,
             ids=pack_ids(action.ids, toy.VOCAB_SIZE),
-            deadline_ms=1,
+            patience_ms=1,
             fixed=action.fixed,
             extend=action.extend,
             prime=prime,

@@ -169,13 +169,6 @@ def test_a_link_that_is_known_to_be_down_is_not_waited_for() -> None:
     assert bench.up[0].base == len(PROMPT)
 
 
-def test_tokens_committed_without_verdict_are_observed_later() -> None:
-    bench = Bench(plan(deadline_s=1.0, tokens=60), PROMPT)
-    bench.run()
-    escalated = sum(len(e.ids) for e in bench.sent)
-    assert escalated >= len(bench.ids) - 1
-
-
 def test_async_drafts_ahead_only_as_far_as_the_window() -> None:
     bench = Bench(plan(window=8, tokens=100), PROMPT)
     while bench.draft():

@@ -6,7 +6,7 @@ from fedhlm.messages import Answered, Escalation, Verdict, VerdictBatch
 
 def escalation(session: int = 1, epoch: int = 0, base: int = 5, ids: bytes = b"ab") -> Escalation:
     return Escalation(
-        version=1, sender="a", sequence=1, sent_ms=0, session=session, epoch=epoch, base=base, ids=ids, deadline_ms=1
+        version=1, sender="a", sequence=1, sent_ms=0, session=session, epoch=epoch, base=base, ids=ids, patience_ms=1
     )
 
 

@@ -87,7 +87,7 @@ class Party:
         sent = await self.bus.publish(name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s)
         if not sent:
             self.counters.add("dropped_messages")
-            warn_once(log, "no room", "outgoing queue is full: dropped a message for %s", name)
+            warn_once(log, "no room", "dropped a message for %s: the outgoing queue is full, or the bus closed", name)
             return 0
         return publish_wire_bytes(
             name, len(payload), qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s

@@ -1,7 +1,7 @@
 """Agent, edge and cloud with the shipped models in one process over a real broker, and a client that asks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,14 +18,12 @@ from fedhlm.telemetry import Counters
 READY_S = 60.0
 ANSWER_S = 120.0
 
-Part = Callable[[], Awaitable[int]]
-
 
 class Live:
     """Running parts by name, their counters, and the client's view of the bus."""
 
-    def __init__(self, url: str, **flags: Any) -> None:
-        self.url = url
+    def __init__(self, party: Party, url: str, flags: dict[str, object]) -> None:
+        self.party = party
         self.flags = {"broker.url": url, "agent.threads": "1", "cloud.threads": "1", **flags}
         self.counters: dict[str, Counters] = {}
         self.tasks: dict[str, asyncio.Task[int]] = {}
@@ -34,19 +32,18 @@ class Live:
         self.changed = asyncio.Condition()
         self._count = 0
 
-    def loaded(self, **flags: Any) -> Loaded:
+    def loaded(self, **flags: object) -> Loaded:
         return load(environ={}, flags={k: str(v) for k, v in {**self.flags, **flags}.items()})
 
-    def start(self, name: str, **flags: Any) -> None:
+    def start(self, name: str) -> None:
         """Start "cloud", "edge" or an agent of any other name."""
         counters = self.counters[name] = Counters()
-        loaded = self.loaded(**flags)
         if name == "cloud":
-            work = cloud.run(loaded.config, counters)
+            work = cloud.run(self.loaded().config, counters)
         elif name == "edge":
-            work = edge.run(loaded.config, counters)
+            work = edge.run(self.loaded().config, counters)
         else:
-            work = agent.run(self.loaded(**{"agent.id": name, **flags}), counters)
+            work = agent.run(self.loaded(**{"agent.id": name}), counters)
         self.tasks[name] = asyncio.create_task(work, name=name)
 
     async def stop(self, name: str) -> None:
@@ -89,12 +86,13 @@ class Live:
 
 
 @asynccontextmanager
-async def live(url: str, *, parts: tuple[str, ...] = ("edge", "cloud", "porch"), **flags: Any) -> AsyncIterator[Live]:
-    """The parts, started and ready."""
-    system = Live(url, **flags)
+async def live(
+    url: str, *, parts: tuple[str, ...] = ("edge", "cloud", "porch"), flags: dict[str, object] | None = None
+) -> AsyncIterator[Live]:
+    """The parts, started and ready; `flags` are configuration keys."""
     bus = MqttBus(url, client_id="client", connect_timeout_s=10.0)
     async with bus:
-        system.party = Party(bus=bus, stamp=Stamp("client"), counters=Counters())
+        system = Live(Party(bus=bus, stamp=Stamp("client"), counters=Counters()), url, flags or {})
         await bus.subscribe(
             topics.OUTPUT.name(cluster="+", agent="+"),
             topics.AGENT_STATUS.name(cluster="+", agent="+"),

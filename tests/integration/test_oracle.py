@@ -121,15 +121,13 @@ async def test_garbage_on_every_topic_is_counted_and_survived(llm: Alone) -> Non
 
 async def test_a_dead_cloud_leaves_unverified_text_and_a_new_one_verifies_again(llm: Alone) -> None:
     title = load_items()[2].title
-    patience = {"generation.deadline_ms": 1_000, "generation.retry_ms": 200}
-    async with EmbeddedBroker() as broker, live(broker.url, parts=("edge", "cloud"), **patience) as system:
-        system.start("porch", **patience)
-        await system.ready("porch")
+    flags: dict[str, object] = {"generation.deadline_ms": 1_000, "generation.retry_ms": 200}
+    async with EmbeddedBroker() as broker, live(broker.url, flags=flags) as system:
         await system.stop("cloud")
+        await system.until(lambda: system.presence["edge"].upstream is None, 10.0)
         alone = await system.ask(title, max_tokens=20, seed=4)
         assert {s for o in alone for s in o.sources} == {"unverified"}
         system.start("cloud")
-        await system.until(lambda: system.presence["edge"].upstream is None, 10.0)
         await system.ready("porch")
         outputs = await system.ask(title, max_tokens=20, seed=4)
         assert {s for o in outputs for s in o.sources} == {"cloud"}
@@ -140,7 +138,7 @@ async def test_restarts_of_edge_and_broker_change_no_token(llm: Alone) -> None:
     if MOSQUITTO is None:
         pytest.skip("mosquitto is not installed")
     title = load_items()[3].title
-    async with Mosquitto() as broker, live(broker.url, **{"generation.retry_ms": 200}) as system:
+    async with Mosquitto() as broker, live(broker.url, flags={"generation.retry_ms": 200}) as system:
         asked = asyncio.create_task(system.ask(title, max_tokens=64, seed=5))
         await system.until(lambda: bool(system.outputs), 30.0)
         await broker.stop()

@@ -16,10 +16,10 @@ SEEDS = 300
 CHUNK = 20
 
 
-def run(first: int, **options: object) -> Counter[str]:
+def run(first: int, *, seeds: int = CHUNK, **options: Any) -> Counter[str]:
     total: Counter[str] = Counter()
-    for seed in range(first, first + CHUNK):
-        outcome = simulate(Scenario(seed=seed, **options))  # type: ignore[arg-type]
+    for seed in range(first, first + seeds):
+        outcome = simulate(Scenario(seed=seed, **options))
         total.update(outcome.tokens)
         total.update({"rollbacks": outcome.rollbacks, "reprimes": outcome.reprimes, "faults": outcome.faults.total()})
     return total
@@ -78,5 +78,4 @@ def test_a_cloud_that_answers_behind_a_rejection_is_caught(monkeypatch: pytest.M
 
     monkeypatch.setattr(Sessions, "_admit", careless)
     with pytest.raises(Violation):
-        for first in range(0, SEEDS, CHUNK):
-            run(first)
+        run(0, seeds=SEEDS)

@@ -187,9 +187,9 @@ class Demo:
         progress = Progress([a for _, a in agents], plain=not console.is_terminal, console=console)
         async with Processes() as processes:
             broker = await self._start_broker(processes)
-            await self._start_parts(processes, broker, agents)
-            bus = bus_of(broker, client_id=f"demo-{os.getpid()}", connect_timeout_s=READY_S)
+            bus = bus_of(broker, client_id=f"demo-{os.getpid()}", connect_timeout_s=broker.connect_timeout_s)
             async with bus:
+                await self._start_parts(processes, broker, agents)
                 party = Party(bus=bus, stamp=Stamp("demo"), counters=Counters(), root=self.root)
                 client = Client(party, agents, progress)
                 main = asyncio.create_task(self._ask_all(client, progress), name="demo-main")
@@ -319,7 +319,7 @@ def run(
 ) -> int:
     """Run the demo and print its table; 130 when it was interrupted, with the table so far."""
     console = Console()
-    configure_logging("WARNING", "demo")
+    configure_logging("ERROR", "demo")  # what is wrong with the broker comes as an error of ours
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError("--json", str(json_file), "a file in an existing folder expected")
     demo = Demo(preset=preset, prompts=prompts, tokens=tokens, seed=seed, broker=broker, duration_s=duration_s)

@@ -192,7 +192,7 @@ class Fleet:
                 new_session=lambda: rng.getrandbits(63),
             )
             await agent.subscribe()
-            listener = asyncio.create_task(_listen(agent), name=f"{name}-listen")
+            listener = asyncio.create_task(listen(agent), name=f"{name}-listen")
             try:
                 for _ in range(self.scenario.prompts):
                     prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(rng.randrange(1, 6))]
@@ -294,7 +294,8 @@ class Fleet:
         self.heal()
 
 
-async def _listen(agent: Agent) -> None:
+async def listen(agent: Agent) -> None:
+    """Hand what the bus brings to an agent."""
     async for received in agent.party.received():
         match received.message:
             case Verdict() as verdict:

@@ -96,6 +96,7 @@ def plan_of(
         block=pipeline.block,
         flush_uncertainty=pipeline.flush_uncertainty,
         flush_age_s=pipeline.flush_age_ms / 1000.0,
+        survival_floor=pipeline.survival_floor,
         bonus=pipeline.bonus,
     )
     return Plan(

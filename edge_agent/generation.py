@@ -5,11 +5,12 @@ read against it by position alone; a rollback begins a new epoch, and answers of
 Committed tokens are never taken back.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from edge_agent.gate import Gate
-from edge_agent.pipeline import Pending, Pipeline
+from edge_agent.pipeline import Pending, Pipeline, expected_rejection
 from fedhlm.messages import FinishReason, Sampling, Source
 from fedhlm.sampling import rejection_probability
 
@@ -359,6 +360,7 @@ class Generation:
             unsent=len(unsent),
             unsent_age_s=now - unsent[0].drafted_s if unsent else 0.0,
             uncertainty=unsent[-1].uncertainty if unsent else 0.0,
+            survival=math.prod(1.0 - expected_rejection(t.uncertainty) for t in self._tail),
             awaiting=self.awaiting,
             ended=self.length >= self.end or self._stopped(self._tail[-1].token if self._tail else None),
         )

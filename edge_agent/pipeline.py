@@ -5,12 +5,14 @@ from typing import Final, NamedTuple
 
 
 class Pending(NamedTuple):
-    """What a pipeline decides on: lengths in tokens, the age in seconds, uncertainty of the newest draft in [0, 1]."""
+    """What a pipeline decides on: lengths in tokens, the age in seconds, uncertainty of the newest draft in [0, 1],
+    and the estimated probability that the whole tail stands."""
 
     tail: int
     unsent: int
     unsent_age_s: float
     uncertainty: float
+    survival: float
     awaiting: bool
     ended: bool
 
@@ -27,13 +29,20 @@ class Pipeline(NamedTuple):
 
 class Limits(NamedTuple):
     """Window: drafts ahead of the last verdict. Block: drafts per message. A draft above `flush_uncertainty`, or one
-    that waited `flush_age_s`, sends the block early. `bonus` asks for a token of the LLM's own after each block."""
+    that waited `flush_age_s`, sends the block early. Below `survival_floor` drafting pauses, and what is there is sent.
+    `bonus` asks for a token of the LLM's own after each block."""
 
     window: int
     block: int
     flush_uncertainty: float
     flush_age_s: float
+    survival_floor: float = 0.0
     bonus: bool = True
+
+
+def expected_rejection(uncertainty: float) -> float:
+    """m(u) = clip(0.82 u - 0.06), the line that U-HLM (arXiv 2412.12687) fitted; in [0, 1]."""
+    return min(1.0, max(0.0, 0.82 * uncertainty - 0.06))
 
 
 def blocking(limits: Limits) -> Pipeline:
@@ -48,7 +57,7 @@ def blocking(limits: Limits) -> Pipeline:
 def asynchronous(limits: Limits) -> Pipeline:
     """Draft on while verdicts are under way (ALGORITHMS 6)."""
     return Pipeline(
-        may_draft=lambda p: p.tail < limits.window,
+        may_draft=lambda p: p.tail < limits.window and p.survival >= limits.survival_floor,
         must_send=lambda p: (
             p.unsent > 0
             and (
@@ -56,6 +65,7 @@ def asynchronous(limits: Limits) -> Pipeline:
                 or p.unsent >= limits.block
                 or p.tail >= limits.window
                 or p.uncertainty > limits.flush_uncertainty
+                or p.survival < limits.survival_floor
                 or p.unsent_age_s >= limits.flush_age_s
             )
         ),

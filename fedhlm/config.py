@@ -107,7 +107,8 @@ class Pipeline(Section, frozen=True):
     """How far drafting runs ahead of the verdicts, in tokens; `remote` lets the cloud decode `block` tokens at a time.
 
     `bonus` asks for a token of the LLM's own after each accepted block (always so in `async`).
-    A block leaves when it is full, when a draft's uncertainty passes `flush_uncertainty`, or at `flush_age_ms`.
+    Drafting pauses when the tail is likelier than 1 - `survival_floor` to be rejected somewhere (`async`).
+    A block leaves when it is full, when drafting pauses, when a draft's uncertainty passes `flush_uncertainty`, or at `flush_age_ms`.
     """
 
     kind: Literal["blocking", "async", "remote"] = "async"
@@ -115,6 +116,7 @@ class Pipeline(Section, frozen=True):
     block: BlockSize = 8
     flush_uncertainty: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
     flush_age_ms: WaitMs = 200.0
+    survival_floor: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
     bonus: bool = True
 
 

@@ -169,3 +169,23 @@ def decode_for(topic: Topic, payload: bytes) -> messages.AnyMessage:
     if type(message) is not topic.payload:
         raise ProtocolError(f"{topic.pattern} carries {topic.payload.__name__}, not {type(message).__name__}")
     return message
+
+
+def markdown() -> str:
+    """The table as Markdown, as it stands in docs/protocol.md."""
+    lines = [
+        "| topic under the root | payload | QoS | retained | who publishes | who subscribes | what for |",
+        "|" + "---|" * 7,
+    ]
+    for topic in TABLE:
+        cells = (
+            f"`{topic.pattern}`",
+            topic.payload.__name__,
+            str(topic.qos),
+            "yes" if topic.retain else "no",
+            ", ".join(topic.publishers),
+            ", ".join(topic.subscribers),
+            topic.purpose,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

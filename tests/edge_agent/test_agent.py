@@ -139,7 +139,7 @@ class Letters:
 
 
 def text_of(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
-    text = StoppedText(TextStream(Letters()), stop)  # type: ignore[arg-type]
+    text = StoppedText(TextStream(Letters()), stop)
     shown = [text.push(list(piece)) for piece in pieces]
     return [*shown, text.rest()], text.stopped
 

@@ -255,6 +255,42 @@ def models_train(runs: Path, *, data: Path | None = None, until: str | None = No
     return 0
 
 
+@models_app.command(name="release")
+def models_release(
+    runs: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    articles: Positive | None = None,
+    prompts: Positive = 100,
+    threads: Positive = 1,
+) -> int:
+    """Export, quantise and measure a trained pair, and write its model cards.
+
+    Parameters
+    ----------
+    runs
+        Working folder of `fedhlm models train`.
+    out
+        Folder for the two model folders.
+    data
+        Folder with ag_news/; by default FEDHLM_DATA, ../shared/data or the hub.
+    articles
+        Size of a random sample of the test split; all of it by default.
+    prompts
+        Number of titles that the LLM continues.
+    threads
+        Threads of the models while they are measured.
+    """
+    from fedhlm.telemetry import configure_logging
+
+    with _needing("models"):
+        from model_zoo.release import release
+    configure_logging("INFO", "models")
+    _print_facts(release(runs, out, data, articles=articles, prompts=prompts, threads=threads))
+    return 0
+
+
 @models_app.command(name="evaluate")
 def models_evaluate(
     folder: Path,

@@ -8,9 +8,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cloud_verifier.verifier import Block, Session, common_prefix
+from cloud_verifier.verifier import Block, Session
 from fedhlm.errors import FingerprintMismatch, ProtocolError
 from fedhlm.fingerprint import check_agreement
+from fedhlm.ids import common_prefix
 from fedhlm.messages import Escalation, Fingerprint, Prime, unpack_ids
 from fedhlm.sampling import COUPLINGS
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from fedhlm.ids import common_prefix
 from fedhlm.messages import Sampling
 from fedhlm.sampling import COUPLINGS, law
 
@@ -50,13 +51,6 @@ class Settled(NamedTuple):
     accepted: int
     ids: list[int]
     target_probs: list[float]
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix."""
-    if a[: len(b)] == b:
-        return len(b)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Settled]:

@@ -229,6 +229,7 @@ class Generation:
             case Answered():
                 self._on_answer(event, actions, now)
             case Unprimed(epoch):
+                self._set_link(True, now)
                 if epoch == self.epoch:
                     self.tally.reprimes += 1
                     self._primed = False

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
 from fedhlm.decoder import Cache, Decoder, Request
+from fedhlm.ids import common_prefix
 from fedhlm.messages import Sampling
 from fedhlm.sampling import COUPLINGS
 from fedhlm.uncertainty import closed_form
@@ -39,18 +40,13 @@ class Slm:
     def draft(self, ids: Sequence[int], sampling: Sampling) -> Drawn:
         """See `Drafter.draft`; blocks while the model computes."""
         wanted = list(ids)
-        held = self._ids
-        keep = len(held) if wanted[: len(held)] == held else _shared(held, wanted)
-        keep = min(keep, len(wanted) - 1)  # the last id is always fed: its logits are the ones that are needed
+        # The last id is always fed: its logits are the ones that are needed.
+        keep = min(common_prefix(self._ids, wanted), len(wanted) - 1)
         result = self.decoder.forward([Request(self._cache.truncated(keep), wanted[keep:])])[0]
         self._ids, self._cache = wanted, result.cache
         logits = result.logits[-1]
         token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, len(wanted))
         return Drawn(token, prob, closed_form(logits, token), law)
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class ThreadedDrafter:

@@ -16,7 +16,7 @@ from model_zoo.prompts import load_items
 pytest.importorskip("torch", reason="makes its models with torch")
 pytest.importorskip("optimum.exporters.onnx", reason="exports its models with optimum")
 
-from model_zoo.release import FIGURES_FILE, release  # noqa: E402
+from model_zoo.release import FIGURES_FILE, release
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 

@@ -126,7 +126,7 @@ class Generation(Section, frozen=True):
     An escalation is sent again after `retry_ms`; at `deadline_ms` its tokens are committed unverified.
     """
 
-    coupling: Literal["gumbel", "greedy", "full"] = "gumbel"
+    coupling: Literal["gumbel", "greedy", "full", "lattice"] = "gumbel"
     gate: Literal["always", "never"] = "always"
     peers: Literal["none"] = "none"
     threshold: Literal["none"] = "none"

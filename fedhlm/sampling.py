@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhlm.draft import coded_bytes, decode, encode, quantise
 from fedhlm.errors import ProtocolError
 from fedhlm.messages import Sampling
 
@@ -17,6 +18,9 @@ NOISE: Final = "philox-gumbel/1"
 
 Logits = NDArray[Any]  # (V,) floating
 Law = NDArray[np.float64]  # (V,) probabilities
+
+LATTICE_K: Final = 30
+LATTICE_RESOLUTION: Final = 100
 
 _LN2: Final = 0.6931471805599453
 _SQRT_HALF: Final = 0.7071067811865476
@@ -180,18 +184,13 @@ def inverse_cdf(q: Law, u: float) -> int:
     return int(min(np.searchsorted(cumulative, u * cumulative[-1], side="right"), np.flatnonzero(q)[-1]))
 
 
-def _draft_full(logits: Logits, sampling: Sampling, position: int) -> Draft:
-    encoded = encode_full_law(law(logits, sampling))
-    q = decode_full_law(encoded, len(logits))  # the draft comes from the law that travels, which keeps HLM exact
+def _draft_from(q: Law, encoded: bytes, sampling: Sampling, position: int) -> Draft:
     token = inverse_cdf(q, uniform(sampling.seed, position, _DRAFT))
     return Draft(token, float(q[token]), encoded)
 
 
-def _settle_full(logits: Logits, sampling: Sampling, position: int, draft: int | None, encoded: bytes) -> int:
-    p = law(logits, sampling)
-    if draft is None:
-        return inverse_cdf(p, uniform(sampling.seed, position, _RESAMPLE))
-    q = decode_full_law(encoded, len(logits))
+def _accept_or_resample(p: Law, q: Law, sampling: Sampling, position: int, draft: int) -> int:
+    """The draft with probability min(1, p(d)/q(d)), else a token of max(0, p - q) normalised: the result follows p."""
     if q[draft] > 0.0 and uniform(sampling.seed, position, _ACCEPT) * q[draft] < p[draft]:
         return draft
     residual = np.maximum(0.0, p - q)
@@ -200,8 +199,37 @@ def _settle_full(logits: Logits, sampling: Sampling, position: int, draft: int |
     return inverse_cdf(residual, uniform(sampling.seed, position, _RESAMPLE))
 
 
+def _draft_full(logits: Logits, sampling: Sampling, position: int) -> Draft:
+    encoded = encode_full_law(law(logits, sampling))
+    # The draft comes from the law that travels, which keeps HLM exact.
+    return _draft_from(decode_full_law(encoded, len(logits)), encoded, sampling, position)
+
+
+def _settle_full(logits: Logits, sampling: Sampling, position: int, draft: int | None, encoded: bytes) -> int:
+    p = law(logits, sampling)
+    if draft is None:
+        return inverse_cdf(p, uniform(sampling.seed, position, _RESAMPLE))
+    return _accept_or_resample(p, decode_full_law(encoded, len(logits)), sampling, position, draft)
+
+
+def _draft_lattice(logits: Logits, sampling: Sampling, position: int) -> Draft:
+    point = quantise(law(logits, sampling), LATTICE_K, LATTICE_RESOLUTION)
+    return _draft_from(point.dense(len(logits)), encode(point, len(logits)), sampling, position)
+
+
+def _settle_lattice(logits: Logits, sampling: Sampling, position: int, draft: int | None, encoded: bytes) -> int:
+    p = law(logits, sampling)
+    if draft is None:
+        return inverse_cdf(p, uniform(sampling.seed, position, _RESAMPLE))
+    q = decode(encoded, len(logits), LATTICE_K, LATTICE_RESOLUTION).dense(len(logits))
+    return _accept_or_resample(p, q, sampling, position, draft)
+
+
 COUPLINGS: Final[dict[str, Coupling]] = {
     "gumbel": Coupling(_draft_gumbel, _settle_gumbel, _none),
     "greedy": Coupling(_draft_greedy, _settle_greedy, _none),
     "full": Coupling(_draft_full, _settle_full, lambda vocab_size: 2 * vocab_size),
+    "lattice": Coupling(
+        _draft_lattice, _settle_lattice, lambda vocab_size: coded_bytes(vocab_size, LATTICE_K, LATTICE_RESOLUTION)
+    ),
 }

@@ -140,7 +140,7 @@ def test_numbers_survive_the_way_through_text(seed: int, temperature: float) -> 
         ("generation.temperature", "inf", "a number from 0 up to 10.0 expected"),
         ("generation.top_p", "0", "a number above 0 up to 1.0 expected"),
         ("generation.gate", "sometimes", "one of always, never expected"),
-        ("generation.coupling", "", "one of full, greedy, gumbel expected"),
+        ("generation.coupling", "", "one of full, greedy, gumbel, lattice expected"),
         ("generation.pipeline.kind", "tree", "one of async, blocking, remote expected"),
         ("generation.peers", "centroid", "'none' expected"),
         ("broker.protocol", "4", "one of 3.1.1, 5, auto expected"),

@@ -57,7 +57,7 @@ def test_lazy_noise_finds_the_same_winner(seed: int, position: int, size: int) -
     assert perturbed_argmax(z, seed, position) == int(np.argmax(z + gumbel(seed, position, size)))
 
 
-@pytest.mark.parametrize("name", ["gumbel", "full"])
+@pytest.mark.parametrize("name", ["gumbel", "full", "lattice"])
 @pytest.mark.parametrize("draft_there", [True, False])
 def test_output_follows_the_target_law(name: str, draft_there: bool) -> None:
     q, p = logits(1), logits(2)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from edge_agent.gate import GATES
+from edge_agent.gate import GATES, Settings
 from edge_agent.generation import (
     Answered,
     Cancelled,
@@ -101,7 +101,7 @@ def plan_of(
     )
     return Plan(
         sampling=sampling,
-        gate=GATES[config.gate],
+        gate=GATES[config.gate](Settings(config.tau, config.send_probability, sampling.seed)),
         pipeline=PIPELINES[pipeline.kind](limits),
         max_tokens=max_tokens,
         context_max=context_max,

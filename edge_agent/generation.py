@@ -250,7 +250,7 @@ class Generation:
         if event.revision != self._revision or event.position != self.length:
             self.tally.discarded += 1
             return
-        escalate = self.plan.gate(event.uncertainty)
+        escalate = self.plan.gate(event.uncertainty, event.position)
         self._tail.append(Token(event.token, event.prob, event.uncertainty, event.law, escalate, now))
 
     def _on_answer(self, event: Answered, actions: list[Action], now: float) -> None:

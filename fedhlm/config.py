@@ -123,13 +123,16 @@ class Pipeline(Section, frozen=True):
 class Generation(Section, frozen=True):
     """The mode (coupling, gate, peers, threshold, pipeline), the law of the tokens, and the patience with the cloud.
 
+    `tau` is the fixed threshold on the uncertainty, `send_probability` that of the random gate.
     An escalation is sent again after `retry_ms`; at `deadline_ms` its tokens are committed unverified.
     """
 
     coupling: Literal["gumbel", "greedy", "full", "lattice"] = "gumbel"
-    gate: Literal["always", "never"] = "always"
+    gate: Literal["always", "never", "random", "threshold"] = "always"
     peers: Literal["none"] = "none"
-    threshold: Literal["none"] = "none"
+    threshold: Literal["none", "fixed"] = "none"
+    tau: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.43
+    send_probability: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.7
     pipeline: Pipeline = Pipeline()
     temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.8
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0

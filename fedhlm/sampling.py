@@ -24,7 +24,7 @@ LATTICE_RESOLUTION: Final = 100
 
 _LN2: Final = 0.6931471805599453
 _SQRT_HALF: Final = 0.7071067811865476
-_GUMBEL, _DRAFT, _ACCEPT, _RESAMPLE = range(4)
+_GUMBEL, _DRAFT, _ACCEPT, _RESAMPLE, GATE_STREAM = range(5)
 
 
 def _raw(seed: int, position: int, stream: int, count: int) -> NDArray[np.uint64]:

@@ -5,7 +5,7 @@ import numpy as np
 from cloud_verifier import sessions
 from cloud_verifier.sessions import Key, Sessions
 from cloud_verifier.verifier import Block, settle
-from edge_agent.gate import GATES
+from edge_agent.gate import GATES, Settings
 from edge_agent.generation import (
     Action,
     Answered,
@@ -46,7 +46,7 @@ def plan(
     limits = Limits(window=window, block=block, flush_uncertainty=0.9, flush_age_s=0.5, bonus=bonus)
     return Plan(
         sampling=Sampling(seed, temperature, 1.0, coupling),
-        gate=GATES[gate],
+        gate=GATES[gate](Settings(threshold=0.6, probability=0.5, seed=seed)),
         pipeline=PIPELINES[kind](limits),
         max_tokens=tokens,
         context_max=context_max,

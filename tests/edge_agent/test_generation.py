@@ -129,6 +129,24 @@ def test_nothing_is_sent_when_the_gate_keeps_everything() -> None:
     check_sources(bench)
 
 
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+@pytest.mark.parametrize("gate", ["threshold", "random"])
+@given(schedule=steps, seed=st.integers(0, 1_000))
+@settings(max_examples=40)
+def test_what_the_gate_keeps_is_the_slms_and_the_rest_the_llms(
+    kind: str, gate: str, schedule: list[tuple[str, int]], seed: int
+) -> None:
+    bench = Bench(plan(kind, gate=gate, seed=seed, deadline_s=1e6), PROMPT)
+    shake(bench, schedule)
+    bench.run()
+    check_sources(bench)
+    for position, (token, source, _) in enumerate(bench.committed, start=len(PROMPT)):
+        ids = [*PROMPT, *bench.ids[: position - len(PROMPT)]]
+        if source == "local":
+            assert not bench.plan.gate(bench.drafter.draft_now(ids, bench.plan.sampling).uncertainty, position)
+            assert token == bench.ids[position - len(PROMPT)]
+
+
 def test_a_dead_link_costs_one_deadline_and_then_nothing() -> None:
     bench = Bench(plan(deadline_s=5.0, tokens=40), PROMPT)
     while bench.finish is None:

@@ -17,6 +17,9 @@ PRESETS = {
     "exact": ("gumbel", "always", "async"),
     "hlm": ("full", "always", "blocking"),
     "slm-only": ("gumbel", "never", "blocking"),
+    "speculative": ("lattice", "always", "blocking"),
+    "u-hlm": ("full", "threshold", "blocking"),
+    "rand-hlm": ("full", "random", "blocking"),
     "llm-only": ("gumbel", "always", "remote"),
 }
 
@@ -139,7 +142,7 @@ def test_numbers_survive_the_way_through_text(seed: int, temperature: float) -> 
         ("generation.temperature", "nan", "a number from 0 up to 10.0 expected"),
         ("generation.temperature", "inf", "a number from 0 up to 10.0 expected"),
         ("generation.top_p", "0", "a number above 0 up to 1.0 expected"),
-        ("generation.gate", "sometimes", "one of always, never expected"),
+        ("generation.gate", "sometimes", "one of always, never, random, threshold expected"),
         ("generation.coupling", "", "one of full, greedy, gumbel, lattice expected"),
         ("generation.pipeline.kind", "tree", "one of async, blocking, remote expected"),
         ("generation.peers", "centroid", "'none' expected"),
@@ -247,7 +250,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     error = error_of(preset="exat")
     assert error.key == "preset"
-    assert "one of exact, hlm, llm-only, slm-only" in error.expectation
+    assert "one of exact, hlm, llm-only, rand-hlm, slm-only, speculative, u-hlm" in error.expectation
     assert "did you mean 'exact'?" in error.expectation
     assert "(flag --preset)" in error.expectation
 
@@ -357,7 +360,7 @@ def test_a_preset_can_be_a_path(written: Any) -> None:
         ('[generation]\ngate = "never"\n', "promise", "one line of text expected"),
         ("promise = 3\n", "promise", "one line of text expected"),
         ('promise = "x"\n[broker]\nurl = "mqtt://elsewhere"\n', "broker.url", "a preset sets generation keys only"),
-        ('promise = "x"\n[generation]\ngate = "no"\n', "generation.gate", "one of always, never"),
+        ('promise = "x"\n[generation]\ngate = "no"\n', "generation.gate", "one of always, never, random, threshold"),
         ('promise = "x"\n[generation]\ngat = "no"\n', "generation.gat", "did you mean generation.gate?"),
     ],
 )

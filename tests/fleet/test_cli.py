@@ -113,7 +113,7 @@ def test_a_password_is_neither_printed_nor_taken_from_the_command_line() -> None
 def test_presets_are_listed_with_their_promise() -> None:
     done = fedhlm("presets")
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert set(lines) == {"exact", "hlm", "llm-only", "slm-only"}
+    assert set(lines) == {"exact", "hlm", "llm-only", "rand-hlm", "slm-only", "speculative", "u-hlm"}
     assert "identical to the LLM alone" in lines["exact"]
     assert lines["exact"].endswith("(default)")
 

@@ -48,3 +48,11 @@ class ProtocolError(FedhlmError):
 
 class BusError(FedhlmError):
     """The broker cannot be reached, refused the connection, or went away."""
+
+
+def root_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error inside nested groups: what a person wants to read of a task group that failed."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -11,7 +11,7 @@ import msgspec
 
 from fedhlm import config as configuration
 from fedhlm.bus import LinkHook, Retained
-from fedhlm.errors import ModelError
+from fedhlm.errors import ModelError, root_of
 from fedhlm.mqtt import MqttBus
 from fedhlm.telemetry import Counters, configure_logging, exported
 
@@ -88,3 +88,5 @@ async def _until_signal(work: Awaitable[int]) -> int:
         if stopped:
             return 0
         raise
+    except BaseExceptionGroup as group:
+        raise root_of(group) from group

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fedhlm import config as configuration
 from fedhlm import topics
-from fedhlm.errors import BusError, ConfigError
+from fedhlm.errors import BusError, ConfigError, root_of
 from fedhlm.messages import Output, Presence, Prompt, Sampling
 from fedhlm.party import Party, Stamp
 from fedhlm.serve import bus_of, model_folder
@@ -330,19 +330,12 @@ def run(
         console.print("interrupted")
         code = 130
     except BaseExceptionGroup as group:
-        raise _first(group) from group
+        raise root_of(group) from group
     if demo.report is not None:
         console.print(table(demo.report))
         if json_file is not None:
             json_file.write_bytes(msgspec.json.format(msgspec.json.encode(demo.report), indent=2) + b"\n")
     return code
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _interruptible(work: Coroutine[None, None, None]) -> None:

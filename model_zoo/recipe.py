@@ -48,10 +48,17 @@ RECIPE: Final = (
         start_from="llm-news",
     ),
     Stage(
-        name="slm",
+        name="slm-laws",
         config=TrainConfig(shape=SHAPES["slm"], steps=320, seed=13, **LONG, **DECAY),
         data="ag+drafts",
         start_from="slm-words",
+        teacher="llm",
+    ),
+    Stage(
+        name="slm",
+        config=TrainConfig(shape=SHAPES["slm"], steps=220, seed=17, lr_matrix=0.012, lr_other=0.0015, **LONG, **DECAY),
+        data="ag+drafts",
+        start_from="slm-laws",
         teacher="llm",
     ),
 )

@@ -12,6 +12,7 @@ import pytest
 from fedhlm.config import KEYS, Loaded
 from fedhlm.errors import FedhlmError
 from fleet import cli
+from tests.processes import obey_interrupts
 
 PROGRAM = Path(sys.executable).with_name("fedhlm")
 SECRET = "correct horse battery staple"
@@ -190,7 +191,12 @@ def test_a_service_gets_the_merged_configuration_and_its_code_is_the_command_s(
 def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     pipe = tmp_path / "slow.toml"
     os.mkfifo(pipe)
-    with subprocess.Popen([PROGRAM, "config", "check", "--config", pipe], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [PROGRAM, "config", "check", "--config", pipe],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=obey_interrupts,  # noqa: PLW1509 - no threads here
+    ) as process:
         # Opening for writing returns once the command has opened its end, so it is inside `config check` by then.
         writer = os.open(pipe, os.O_WRONLY)
         process.send_signal(signal.SIGINT)

@@ -14,6 +14,7 @@ from fedhlm.errors import ConfigError, DataMissing
 from fleet.demo import Demo, load_prompts, tasks_of
 from fleet.report import Alternatives, Generated, figures
 from model_zoo.corpus import Article
+from tests.processes import obey_interrupts
 
 DOCUMENTED = {
     "preset", "seed", "tokens", "tokens_by_source", "identical_to_llm", "topic_accuracy", "uplink_bytes_per_token",
@@ -71,6 +72,7 @@ def test_interrupting_prints_the_table_so_far_and_leaves_no_process(number: int,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "DEMO_TEST_MARKER": marker, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=obey_interrupts,  # noqa: PLW1509 - no threads here
     ) as process:
         assert process.stdout is not None
         assert "agent-" in process.stdout.readline()  # the first finished request

@@ -82,6 +82,9 @@ async def measure(round_trip_s: float, flags: dict[str, str], prompts: int, toke
         received = party.received()
         waiting = {"agent", "edge"}
         while waiting:
+            for task in tasks:
+                if task.done():
+                    task.result()
             state = (await anext(received)).message
             if isinstance(state, Presence) and state.online and (state.role == "agent" or state.upstream):
                 waiting.discard(state.role)

@@ -40,7 +40,7 @@ async def run(config: Config, counters: Counters) -> int:
         context_max=info.context,
         sessions_max=config.cloud.sessions_max,
     )
-    async with engine_of(decoder) as engine, bus:
+    async with engine_of(decoder) as engine:
         service = CloudService(
             party=Party(bus=bus, stamp=stamp, counters=counters, root=config.broker.root),
             engine=engine,
@@ -49,8 +49,10 @@ async def run(config: Config, counters: Counters) -> int:
             batch_max=config.cloud.batch_max,
             batch_wait_s=config.cloud.batch_wait_ms / 1000.0,
         )
-        log.info("verifying with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
-        await service.run()
+        await service.subscribe()
+        async with bus:
+            log.info("verifying with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
+            await service.run()
     return 0
 
 

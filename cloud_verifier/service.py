@@ -51,9 +51,12 @@ class CloudService:
         self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
         self._work = asyncio.Event()
 
+    async def subscribe(self) -> None:
+        """To be called before the bus connects, so that the cloud is not online before it hears."""
+        await self._party.bus.subscribe(topics.CLOUD_VERIFY.name(self._party.root, cluster="+"))
+
     async def run(self) -> None:
         """Serve until cancelled, or until the bus is refused for good (BusError)."""
-        await self._party.bus.subscribe(topics.CLOUD_VERIFY.name(self._party.root, cluster="+"))
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive(), name="cloud-receive")
             group.create_task(self._verify(), name="cloud-verify")

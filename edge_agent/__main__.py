@@ -39,7 +39,7 @@ async def run(loaded: Loaded, counters: Counters, prompt: str | None = None) -> 
         will=Retained(status, encode(presence(stamp, "agent", online=False))),
         connect_timeout_s=None if prompt is None else config.broker.connect_timeout_s,
     )
-    async with ThreadedDrafter(Slm(decoder)) as drafter, bus:
+    async with ThreadedDrafter(Slm(decoder)) as drafter:
         agent = Agent(
             party=Party(bus=bus, stamp=stamp, counters=counters, root=root),
             cluster=cluster,
@@ -50,11 +50,13 @@ async def run(loaded: Loaded, counters: Counters, prompt: str | None = None) -> 
         )
         model = ModelFacts(decoder.tokenizer, info.bos_id, frozenset(info.eos_ids), info.context)
         service = AgentService(agent=agent, loaded=loaded, model=model, counters=counters)
-        log.info("drafting with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
-        if prompt is None:
-            await service.run()
-            return 0
-        return await _answer(service, loaded, prompt)
+        await service.subscribe()
+        async with bus:
+            log.info("drafting with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
+            if prompt is None:
+                await service.run()
+                return 0
+            return await _answer(service, loaded, prompt)
 
 
 async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:

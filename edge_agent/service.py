@@ -46,11 +46,14 @@ class AgentService:
         self._prompts: asyncio.Queue[Prompt] = asyncio.Queue(PROMPTS_MAX)
         self._seen: OrderedDict[str, None] = OrderedDict()
 
-    async def run(self) -> None:
-        """Serve until cancelled, or until the bus is refused for good (BusError)."""
+    async def subscribe(self) -> None:
+        """To be called before the bus connects, so that the agent is not online before it hears prompts."""
         agent = self.agent
         await agent.subscribe()
         await agent.party.bus.subscribe(topics.PROMPT.name(agent.party.root, cluster=agent.cluster, agent=agent.name))
+
+    async def run(self) -> None:
+        """Serve until cancelled, or until the bus is refused for good (BusError)."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive(), name="agent-receive")
             group.create_task(self._serve(), name="agent-serve")

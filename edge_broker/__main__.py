@@ -41,7 +41,6 @@ async def run(config: Config, counters: Counters) -> int:
         if config.edge.upstream.url:
             up_bus = bus_of(config.edge.upstream, client_id=name, key="edge.upstream")
             up = Party(bus=up_bus, stamp=stamp, counters=counters, root=config.edge.upstream.root)
-            await stack.enter_async_context(up_bus)
         service = EdgeService(
             cluster=cluster,
             down=down,
@@ -51,7 +50,9 @@ async def run(config: Config, counters: Counters) -> int:
             batch_wait_s=config.edge.batch_wait_ms / 1000.0,
             to_announce=to_announce,
         )
-        await stack.enter_async_context(down_bus)
+        await service.subscribe()
+        for bus in dict.fromkeys((down.bus, up.bus)):
+            await stack.enter_async_context(bus)
         log.info("serving cluster %s", cluster)
         await service.run()
     return 0

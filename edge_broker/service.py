@@ -40,9 +40,8 @@ class EdgeService:
         self._waiting = asyncio.Event()
         self._to_announce = to_announce
 
-    async def run(self) -> None:
-        """Serve until cancelled, or until a bus is refused for good (BusError)."""
-        parties = [self._down] if self._up.bus is self._down.bus else [self._down, self._up]
+    async def subscribe(self) -> None:
+        """To be called before the buses connect, so that nobody hears of the edge before it hears them."""
         await self._down.bus.subscribe(
             topics.ESCALATE.name(self._down.root, cluster=self.cluster, agent="+"),
             topics.AGENT_STATUS.name(self._down.root, cluster=self.cluster, agent="+"),
@@ -51,6 +50,10 @@ class EdgeService:
             topics.CLOUD_STATUS.name(self._up.root),
             topics.CLOUD_VERDICT.name(self._up.root, cluster=self.cluster),
         )
+
+    async def run(self) -> None:
+        """Serve until cancelled, or until a bus is refused for good (BusError)."""
+        parties = [self._down] if self._up.bus is self._down.bus else [self._down, self._up]
         async with asyncio.TaskGroup() as group:
             for party in parties:
                 group.create_task(self._receive(party), name="edge-receive")

@@ -35,6 +35,7 @@ from model_zoo.prompts import load_items
 CLUSTERS: Final = 2
 AGENTS: Final = 2
 READY_S: Final = 90.0
+ANSWER_S: Final = 120.0
 COMPARED: Final = "hlm"
 COMPARISON_PROMPTS: Final = 4  # one for each agent
 
@@ -140,7 +141,10 @@ class Client:
         )
         try:
             await self._party.send(topics.PROMPT, prompt, cluster=cluster, agent=agent)
-            await done
+            async with asyncio.timeout(ANSWER_S):
+                await done
+        except TimeoutError:
+            generated.finish, generated.error = "error", f"{agent} did not answer within {ANSWER_S:g} s"
         finally:
             del self._open[request]
         return generated

@@ -75,23 +75,27 @@ class Outcome:
     texts: list[list[int]] = field(default_factory=list)
 
 
-class Node:
-    """A part that can crash and start again: `launch` makes its buses and its main coroutine anew."""
+Service = CloudService | EdgeService
 
-    def __init__(self, launch: "Callable[[], tuple[list[LoopbackBus], Callable[[], object]]]") -> None:
+
+class Node:
+    """A part that can crash and start again: `launch` makes its buses and its service anew."""
+
+    def __init__(self, launch: Callable[[], tuple[list[LoopbackBus], Service]]) -> None:
         self._launch = launch
         self._task: asyncio.Task[None] | None = None
         self._buses: list[LoopbackBus] = []
 
     def start(self) -> None:
         """Bring the part up."""
-        self._buses, serve = self._launch()
-        self._task = asyncio.create_task(self._live(serve), name="node")
+        self._buses, service = self._launch()
+        self._task = asyncio.create_task(self._live(service), name="node")
 
-    async def _live(self, serve: "Callable[[], object]") -> None:
+    async def _live(self, service: Service) -> None:
+        await service.subscribe()
         for bus in self._buses:
             await bus.__aenter__()
-        await serve()  # type: ignore[misc]
+        await service.run()
 
     async def crash(self) -> None:
         """Kill it as a power cut would: nothing is said, nothing is saved."""
@@ -140,7 +144,7 @@ class Fleet:
         """A party on that bus."""
         return Party(bus=bus, stamp=Stamp(sender, self.wall_s), counters=self.counters)
 
-    def _cloud(self) -> "tuple[list[LoopbackBus], Callable[[], object]]":
+    def _cloud(self) -> "tuple[list[LoopbackBus], Service]":
         stamp = Stamp("cloud", self.wall_s)
         name = topics.CLOUD_STATUS.name()
         birth = Retained(name, encode(presence(stamp, "cloud", online=True, fingerprint=toy.FINGERPRINT)))
@@ -158,9 +162,9 @@ class Fleet:
             counters=self.counters,
             batch_max=8,
         )
-        return [bus], service.run
+        return [bus], service
 
-    def _edge(self, cluster: str) -> "tuple[list[LoopbackBus], Callable[[], object]]":
+    def _edge(self, cluster: str) -> "tuple[list[LoopbackBus], Service]":
         stamp = Stamp(f"edge-{cluster}", self.wall_s)
         name = topics.EDGE_STATUS.name(cluster=cluster)
         will = Retained(name, encode(presence(stamp, "edge", online=False)))
@@ -176,7 +180,7 @@ class Fleet:
             batch_wait_s=0.002,
             to_announce=to_announce,
         )
-        return [down, up], service.run
+        return [down, up], service
 
     async def run_agent(self, cluster: str, name: str, outcome: Outcome) -> None:
         """One agent's life: its prompts one after the other, each checked against the oracle."""

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from typing import Final
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from fedhlm import telemetry
 from fedhlm.config import ENV_PREFIX
@@ -15,7 +15,12 @@ from fedhlm.config import ENV_PREFIX
 ALLOWED_SKIPS: Final = ("no CUDA device",)
 
 # A busy machine must not fail a property, and the same commit must give the same CI result.
-settings.register_profile("fedhlm", deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.register_profile(
+    "fedhlm",
+    deadline=None,
+    derandomize=os.environ.get("CI") == "true",
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("fedhlm")
 
 Report = pytest.TestReport | pytest.CollectReport

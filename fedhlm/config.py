@@ -116,7 +116,7 @@ class Pipeline(Section, frozen=True):
     block: BlockSize = 8
     flush_uncertainty: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
     flush_age_ms: WaitMs = 200.0
-    survival_floor: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
+    survival_floor: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.03
     bonus: bool = True
 
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import socket
 from collections import deque
 from collections.abc import AsyncIterator
 from types import TracebackType
@@ -285,6 +286,8 @@ class MqttBus:
             max_queued_incoming_messages=self._max_incoming,
             max_inflight_messages=MAX_IN_FLIGHT,
             tls_context=self._ssl,
+            # Our packets are small and wanted now: with Nagle's algorithm each could wait for the peer's delayed ACK.
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         client.pending_calls_threshold = 2 * MAX_IN_FLIGHT
         client.set_tcp_timeout(TCP_TIMEOUT_S)

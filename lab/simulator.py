@@ -119,7 +119,12 @@ class Fleet:
         self.nodes: dict[str, Node] = {"cloud": Node(self._cloud)}
         for c in range(scenario.clusters):
             self.nodes[f"edge-{c}"] = Node(lambda c=c: self._edge(f"c{c}"))  # type: ignore[misc]
-        flags = {"generation.deadline_ms": str(round(scenario.deadline_s * 1000)), "generation.retry_ms": "500"}
+        flags = {
+            "generation.deadline_ms": str(round(scenario.deadline_s * 1000)),
+            "generation.retry_ms": "500",
+            # Drafting never pauses here: the more blocks are in flight, the more there is to go wrong.
+            "generation.pipeline.survival_floor": "0",
+        }
         self.config: Generation = load(preset=scenario.preset, environ={}, flags=flags).config.generation
 
     def wall_s(self) -> float:

@@ -12,155 +12,17 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
-from msgspec import Meta
 
-from fedhlm import messages, topics
-from fedhlm.broker_url import BrokerUrl, TlsFiles
 from fedhlm.errors import ConfigError
+from fedhlm.settings import DEFAULT_PRESET, Broker, Config, Section, is_secret, masked
 
 ENV_PREFIX: Final = "FEDHLM_"
 # Read by the model tools, which have no configuration file.
 OTHER_VARIABLES: Final = frozenset({"FEDHLM_DATA"})
-DEFAULT_PRESET: Final = "exact"
 PRESET_FOLDER: Final = Path(__file__).with_name("presets")
-MASK: Final = "***"
-
-Port = Annotated[int, Meta(ge=0, le=65_535)]
-Threads = Annotated[int, Meta(ge=0, le=256)]
-BatchSize = Annotated[int, Meta(ge=1, le=messages.MAX_BATCH)]
-WaitMs = Annotated[float, Meta(ge=0.0, le=60_000.0)]
-BlockSize = Annotated[int, Meta(ge=1, le=messages.MAX_BLOCK)]
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of keys. Passwords never show in its repr."""
-
-    def __repr__(self) -> str:
-        shown = (f"{name}={_masked(name, getattr(self, name))!r}" for name in self.__struct_fields__)
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-
-class Broker(Section, frozen=True):
-    """An MQTT broker. An empty `url` means none: an edge then starts its own. TLS comes with the scheme mqtts."""
-
-    url: str = ""
-    protocol: Literal["auto", "5", "3.1.1"] = "auto"
-    username: str = ""
-    password: str = ""
-    ca: str = ""
-    cert: str = ""
-    key: str = ""
-    connect_timeout_s: Annotated[float, Meta(gt=0.0, le=3_600.0)] = 10.0
-    root: Annotated[str, Meta(min_length=1, max_length=256)] = topics.DEFAULT_ROOT
-
-    def address(self, *, key: str = "broker.url") -> BrokerUrl:
-        """The parsed `url` with user, password and TLS files of these keys before those of the URL itself.
-
-        Raises:
-            ConfigError: no URL, or one that cannot be used; `key` names it.
-        """
-        files = TlsFiles(self.ca or None, self.cert or None, self.key or None)
-        parsed = BrokerUrl.parse(self.url, files=files if any(files) else None, key=key)
-        return msgspec.structs.replace(
-            parsed, username=self.username or parsed.username, password=self.password or parsed.password
-        )
-
-
-class Cluster(Section, frozen=True):
-    """The group of agents that share one edge."""
-
-    name: messages.Name = "home"
-
-
-class Agent(Section, frozen=True):
-    """A device. An empty `model` is the shipped SLM; 0 threads leave the choice to the runtime."""
-
-    id: messages.Name = "agent"
-    model: str = ""
-    threads: Threads = 0
-
-
-class Edge(Section, frozen=True):
-    """The cluster's edge: the broker on its cloud side, batching, and the broker it starts when it is given none."""
-
-    upstream: Broker = Broker()
-    batch_max: BatchSize = 64
-    batch_wait_ms: WaitMs = 2.0
-    embedded_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
-    embedded_port: Port = 1883
-
-
-class Cloud(Section, frozen=True):
-    """The verifier. An empty `model` is the shipped LLM; `sessions_max` bounds the key-value caches kept."""
-
-    model: str = ""
-    threads: Threads = 0
-    sessions_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
-    batch_max: BatchSize = 64
-    batch_wait_ms: WaitMs = 2.0
-
-
-class Pipeline(Section, frozen=True):
-    """How far drafting runs ahead of the verdicts, in tokens; `remote` lets the cloud decode `block` tokens at a time.
-
-    `bonus` asks for a token of the LLM's own after each accepted block (always so in `async`).
-    Drafting pauses when the tail is likelier than 1 - `survival_floor` to be rejected somewhere (`async`).
-    A block leaves when it is full, when drafting pauses, when a draft's uncertainty passes `flush_uncertainty`, or at `flush_age_ms`.
-    """
-
-    kind: Literal["blocking", "async", "remote"] = "async"
-    window: BlockSize = 16
-    block: BlockSize = 8
-    flush_uncertainty: Annotated[float, Meta(ge=0.0, le=1.0)] = 1.0
-    flush_age_ms: WaitMs = 200.0
-    survival_floor: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.03
-    bonus: bool = True
-
-
-class Generation(Section, frozen=True):
-    """The mode (coupling, gate, peers, threshold, pipeline), the law of the tokens, and the patience with the cloud.
-
-    `tau` is the fixed threshold on the uncertainty, `send_probability` that of the random gate.
-    An escalation is sent again after `retry_ms`; at `deadline_ms` its tokens are committed unverified.
-    """
-
-    coupling: Literal["gumbel", "greedy", "full", "lattice"] = "gumbel"
-    gate: Literal["always", "never", "random", "threshold"] = "always"
-    peers: Literal["none"] = "none"
-    threshold: Literal["none", "fixed"] = "none"
-    tau: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.43
-    send_probability: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.7
-    pipeline: Pipeline = Pipeline()
-    temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.8
-    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    seed: messages.Seed = 0
-    max_tokens: Annotated[int, Meta(ge=1, le=messages.MAX_TOKENS)] = 64
-    deadline_ms: Annotated[int, Meta(ge=1, le=3_600_000)] = 10_000
-    retry_ms: Annotated[int, Meta(ge=1, le=3_600_000)] = 1_000
-
-
-class Telemetry(Section, frozen=True):
-    """Logs and metrics; port 0 exports no metrics."""
-
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    metrics_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
-    metrics_port: Port = 0
-
-
-class Config(Section, frozen=True):
-    """Everything. `preset` is a shipped preset's name or the path of a preset file."""
-
-    preset: Annotated[str, Meta(min_length=1)] = DEFAULT_PRESET
-    broker: Broker = Broker()
-    cluster: Cluster = Cluster()
-    agent: Agent = Agent()
-    edge: Edge = Edge()
-    cloud: Cloud = Cloud()
-    generation: Generation = Generation()
-    telemetry: Telemetry = Telemetry()
 
 
 class Setting(NamedTuple):
@@ -308,7 +170,7 @@ def _read_environment(environ: Mapping[str, str]) -> Layer:
 def _read_flags(flags: Mapping[str, str]) -> Layer:
     for key, value in flags.items():
         _require_known(key, value, f"flag --{key}")
-        if _is_secret(key):
+        if is_secret(key):
             raise _secret_on_command_line(key, value)
     return _layer(flags, lambda key: f"flag --{key}", text=True)
 
@@ -362,6 +224,16 @@ def _check_together(config: Config, sources: dict[str, str]) -> None:
         key = "generation.pipeline.window"
         wanted = f"at least generation.pipeline.block, {pipeline.block}, expected"
         raise _error(key, pipeline.window, wanted, sources[key])
+    generation = config.generation
+    shared = generation.coupling in ("gumbel", "greedy")
+    if generation.peers != "none" and not shared:
+        key = "generation.peers"
+        wanted = f"'none' expected with generation.coupling {generation.coupling!r}, whose drafts come from a law that travels"
+        raise _error(key, generation.peers, wanted, sources[key])
+    if pipeline.kind == "tree" and not (shared and generation.gate == "always"):
+        key = "generation.pipeline.kind"
+        wanted = "trees need generation.coupling 'gumbel' or 'greedy' and generation.gate 'always'"
+        raise _error(key, pipeline.kind, wanted, sources[key])
 
 
 def _check_address(key: str, broker: Broker, source: str) -> None:
@@ -395,7 +267,7 @@ def _secret_on_command_line(key: str, value: str) -> ConfigError:
 
 
 def _error(key: str, value: object, expectation: str, source: str) -> ConfigError:
-    return ConfigError(key, _masked(key, value), f"{expectation} ({source})")
+    return ConfigError(key, masked(key, value), f"{expectation} ({source})")
 
 
 def _expectation(kind: Any) -> str:
@@ -424,21 +296,9 @@ def _limits(info: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
     return f"{low} {high}"
 
 
-def _is_secret(key: str) -> bool:
-    """Whether a key, perhaps a misspelt one, is meant to hold a password."""
-    name = key.rpartition(".")[2]
-    return name.startswith("pas") or "pwd" in name or "secret" in name
-
-
-def _masked(key: str, value: object) -> object:
-    """`value` for human eyes: no password, and no address that carries one."""
-    text = str(value)
-    return MASK if value and (_is_secret(key) or ("://" in text and "@" in text)) else value
-
-
 def _shown(key: str, value: object) -> str:
     # A path may hold bytes that are no text; they must not stop the listing.
-    return json.dumps(_masked(key, value), ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return json.dumps(masked(key, value), ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _lookup(config: Config, key: str) -> object:

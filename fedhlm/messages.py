@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from fedhlm.errors import ProtocolError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 MAX_CONTEXT: Final = 131_072
 MAX_BLOCK: Final = 4_096
 MAX_BATCH: Final = 1_024
 MAX_TEXT: Final = 1_048_576
 MAX_TOKENS: Final = 65_536
+MAX_KEY: Final = 1_024
+MAX_CURVES: Final = 16
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -35,6 +37,11 @@ Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
 Ids = Annotated[bytes, Meta(max_length=3 * MAX_CONTEXT)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Reason = Annotated[str, Meta(max_length=1_024)]
+Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
+Key = Annotated[bytes, Meta(max_length=MAX_KEY)]
+Space = Annotated[str, Meta(max_length=16)]
+Measure = Annotated[str, Meta(max_length=64)]
+Sums = Annotated[bytes, Meta(max_length=4_096)]
 
 Source = Literal["local", "peer", "neighbour", "cloud", "unverified"]
 FinishReason = Literal["length", "stop", "error", "cancelled", "context"]
@@ -118,6 +125,18 @@ class Prime(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     context: Ids
 
 
+class Hints(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a block may carry besides its ids.
+
+    With `similarity` set, the edge may settle the drafts from verified neighbours that are at least so near (cosine) and
+    of which `votes` agree. `branches` holds the alternatives of a tree draft (`fedhlm.tree`).
+    """
+
+    similarity: Unit | None = None
+    votes: Annotated[int, Meta(ge=1, le=64)] = 1
+    branches: Annotated[bytes, Meta(max_length=6 * MAX_BLOCK)] = b""
+
+
 class Escalation(Message, tag=4, frozen=True):
     """A block of drafted tokens to be settled, idempotent by (session, epoch, base).
 
@@ -136,6 +155,7 @@ class Escalation(Message, tag=4, frozen=True):
     extend: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 1
     prime: Prime | None = None
     laws: Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)] = b""
+    hints: Hints | None = None
 
 
 class Verdict(Message, tag=5, frozen=True):
@@ -143,7 +163,9 @@ class Verdict(Message, tag=5, frozen=True):
 
     `accepted` counts the leading ids that stand (fixed ones included); `ids` continue after them: the replacement of a
     rejected draft, or the LLM's own tokens after a fully accepted block. `target_probs` (float16) is the target
-    probability of each escalated id that was looked at, from which the agent computes beta. A status other than
+    probability of each escalated id that was looked at, from which the agent computes beta. `missed` has one bit (the
+    first id is the lowest bit of the first byte) for each fixed id: set where the target would have emitted another token.
+    Of a verdict from a peer or neighbour the cloud knows nothing yet. A status other than
     "settled" decides nothing: "unprimed" asks for the same block with `prime`, "refused" says why in `reason`.
     """
 
@@ -156,6 +178,7 @@ class Verdict(Message, tag=5, frozen=True):
     target_probs: Annotated[bytes, Meta(max_length=2 * MAX_CONTEXT)] = b""
     source: Literal["peer", "neighbour", "cloud"] = "cloud"
     reason: Reason = ""
+    missed: Annotated[bytes, Meta(max_length=MAX_CONTEXT // 8 + 1)] = b""
 
 
 class Routed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -184,7 +207,102 @@ class VerdictBatch(Message, tag=7, frozen=True):
     items: Annotated[tuple[Answered, ...], Meta(max_length=MAX_BATCH)]
 
 
-AnyMessage = Presence | Prompt | Output | Escalation | Verdict | EscalationBatch | VerdictBatch
+class Uncertain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One doubtful draft: where it stands, its uncertainty, and the int8 key of its context (`fedhlm.keys`)."""
+
+    position: Position
+    token: TokenId
+    uncertainty: Unit
+    key: Key
+
+
+class UncertainTokens(Message, tag=8, frozen=True):
+    """What an agent doubts, sent to its cluster before the block that escalates it.
+
+    `space` names what the keys were made with; keys of different spaces cannot be compared.
+    """
+
+    session: Session
+    space: Space
+    items: Annotated[tuple[Uncertain, ...], Meta(max_length=MAX_BLOCK)]
+
+
+class Verified(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The token that the cloud settled in the context with this key."""
+
+    key: Key
+    token: TokenId
+
+
+class VerifiedTokens(Message, tag=9, frozen=True):
+    """What the cloud settled in a cluster, for its agents' caches and for the neighbour clusters' edges."""
+
+    space: Space
+    items: Annotated[tuple[Verified, ...], Meta(max_length=MAX_BATCH)]
+
+
+class PaperThreshold(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A threshold on its way (FedHLM eqs 6-8): the tokens behind it, the control variate and the local steps taken."""
+
+    threshold: Unit
+    count: Count
+    control: float = 0.0
+    steps: Count = 0
+
+
+class Contribution(Message, tag=10, frozen=True):
+    """What a member has learnt: an agent to its edge, an edge to the cloud.
+
+    `curves` are the member's whole sums by measure (`fedhlm.rejection.Curve`), so a repeated or lost message changes
+    nothing that the next one does not mend. `members` counts the agents behind it.
+    """
+
+    round: Count
+    members: Count
+    threshold: PaperThreshold | None = None
+    curves: Annotated[dict[Measure, Sums], Meta(max_length=MAX_CURVES)] = {}
+
+
+class Learned(Message, tag=11, frozen=True):
+    """Retained state of the federation: an edge's to its agents, the cloud's to the edges."""
+
+    round: Count
+    members: Count
+    refused: Count = 0
+    threshold: PaperThreshold | None = None
+    curves: Annotated[dict[Measure, Sums], Meta(max_length=MAX_CURVES)] = {}
+
+
+class Profile(Message, tag=12, frozen=True):
+    """A sample of an agent's tokens for clustering: keys of `dims` int8 each, and one uncertainty (uint8 of 255) each."""
+
+    agent: Name
+    dims: Annotated[int, Meta(ge=1, le=MAX_KEY)]
+    keys: Annotated[bytes, Meta(max_length=256 * MAX_KEY)]
+    uncertainties: Annotated[bytes, Meta(max_length=4_096)]
+
+
+class Assignment(Message, tag=13, frozen=True):
+    """Which cluster an agent belongs to from now on."""
+
+    cluster: Name
+
+
+AnyMessage = (
+    Presence
+    | Prompt
+    | Output
+    | Escalation
+    | Verdict
+    | EscalationBatch
+    | VerdictBatch
+    | UncertainTokens
+    | VerifiedTokens
+    | Contribution
+    | Learned
+    | Profile
+    | Assignment
+)
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final[msgspec.msgpack.Decoder[AnyMessage]] = msgspec.msgpack.Decoder(AnyMessage)
@@ -243,6 +361,18 @@ def unpack_ids(data: bytes, vocab_size: int) -> list[int]:
     if ids.size and int(ids.max()) >= vocab_size:
         raise ProtocolError(f"token id {int(ids.max())}: below {vocab_size} expected")
     return [int(i) for i in ids]
+
+
+def pack_bits(bits: "list[bool]") -> bytes:
+    """One bit each, the first in the lowest bit of the first byte; trailing zero bytes are left out."""
+    return np.packbits(np.asarray(bits, bool), bitorder="little").tobytes().rstrip(b"\0")
+
+
+def unpack_bits(data: bytes, count: int) -> list[bool]:
+    """The first `count` bits of `pack_bits`; what was left out is false."""
+    # Padded here: unpackbits leaves the result uninitialised where there is no byte at all.
+    padded = np.frombuffer(data.ljust((count + 7) // 8, b"\0"), np.uint8)
+    return [bool(bit) for bit in np.unpackbits(padded, bitorder="little")[:count]]
 
 
 def pack_probs(probs: NDArray[Any]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from fedhlm import config as configuration
+from fedhlm import settings
 from fedhlm.bus import LinkHook, Retained
 from fedhlm.errors import ModelError, root_of
 from fedhlm.mqtt import MqttBus
@@ -34,7 +34,7 @@ def model_folder(configured: str, shipped: str) -> Path:
 
 
 def bus_of(
-    broker: configuration.Broker,
+    broker: settings.Broker,
     *,
     client_id: str,
     key: str = "broker",
@@ -60,7 +60,7 @@ def bus_of(
     )
 
 
-def serve(config: configuration.Config, name: str, main: Callable[[Counters], Awaitable[int]]) -> int:
+def serve(config: settings.Config, name: str, main: Callable[[Counters], Awaitable[int]]) -> int:
     """Run a service until it ends or SIGINT or SIGTERM asks it to; its exit status, 0 after a signal."""
     secrets = (config.broker.password, config.edge.upstream.password)
     configure_logging(config.telemetry.log_level, name, secrets=secrets)

@@ -137,6 +137,97 @@ CLOUD_VERDICT: Final = Topic(
     purpose="the cloud's answers to a cluster",
 )
 
+PEER: Final = Topic(
+    pattern="c/{cluster}/peer/{agent}",
+    payload=messages.UncertainTokens,
+    qos=0,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("agent", "edge"),
+    purpose="drafts that an agent doubts, with the keys of their contexts",
+)
+KNOWN: Final = Topic(
+    pattern="c/{cluster}/known",
+    payload=messages.VerifiedTokens,
+    qos=0,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("agent",),
+    purpose="what the cloud settled, by context key, for the agents' caches",
+)
+NEIGHBOUR: Final = Topic(
+    pattern="neighbour/{cluster}",
+    payload=messages.VerifiedTokens,
+    qos=0,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("edge",),
+    purpose="digest of a cluster's verified tokens for the other edges",
+)
+FL_UPDATE: Final = Topic(
+    pattern="c/{cluster}/fl/{agent}",
+    payload=messages.Contribution,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("edge",),
+    purpose="an agent's sums and threshold of a federated round",
+)
+FL_STATE: Final = Topic(
+    pattern="c/{cluster}/fl",
+    payload=messages.Learned,
+    qos=1,
+    retain=True,
+    publishers=("edge",),
+    subscribers=("agent", "edge", "client"),
+    purpose="the curves and threshold that the cluster's agents use",
+)
+CLOUD_FL_UPDATE: Final = Topic(
+    pattern="cloud/fl/{cluster}",
+    payload=messages.Contribution,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("cloud",),
+    purpose="a cluster's sums and mean threshold",
+)
+CLOUD_FL_STATE: Final = Topic(
+    pattern="cloud/fl",
+    payload=messages.Learned,
+    qos=1,
+    retain=True,
+    publishers=("cloud",),
+    subscribers=("edge", "cloud", "client"),
+    purpose="the global curves and threshold",
+)
+PROFILE: Final = Topic(
+    pattern="c/{cluster}/profile/{agent}",
+    payload=messages.Profile,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("edge",),
+    purpose="a sample of an agent's token keys, for clustering",
+)
+CLOUD_PROFILE: Final = Topic(
+    pattern="cloud/profile/{cluster}",
+    payload=messages.Profile,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("cloud",),
+    purpose="the same, relayed to the cloud",
+)
+ASSIGN: Final = Topic(
+    pattern="cloud/assign/{agent}",
+    payload=messages.Assignment,
+    qos=1,
+    retain=True,
+    publishers=("cloud", "edge"),
+    subscribers=("agent", "edge"),
+    purpose="the cluster that an agent belongs to",
+)
+
 TABLE: Final = (
     AGENT_STATUS,
     PROMPT,
@@ -147,6 +238,16 @@ TABLE: Final = (
     CLOUD_STATUS,
     CLOUD_VERIFY,
     CLOUD_VERDICT,
+    PEER,
+    KNOWN,
+    NEIGHBOUR,
+    FL_UPDATE,
+    FL_STATE,
+    CLOUD_FL_UPDATE,
+    CLOUD_FL_STATE,
+    PROFILE,
+    CLOUD_PROFILE,
+    ASSIGN,
 )
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhlm import config
-from fedhlm.config import Config, load
+from fedhlm import config, settings
+from fedhlm.config import load
 from fedhlm.errors import ConfigError
 
 SECRET = "correct horse battery staple"
@@ -17,6 +17,9 @@ PRESETS = {
     "exact": ("gumbel", "always", "async"),
     "hlm": ("full", "always", "blocking"),
     "slm-only": ("gumbel", "never", "blocking"),
+    "budget": ("gumbel", "threshold", "blocking"),
+    "fedhlm": ("greedy", "threshold", "blocking"),
+    "cu-hlm": ("published-cu", "threshold", "blocking"),
     "speculative": ("lattice", "always", "blocking"),
     "u-hlm": ("full", "threshold", "blocking"),
     "rand-hlm": ("full", "random", "blocking"),
@@ -60,7 +63,7 @@ def test_the_highest_source_wins_and_is_named(chosen: set[str], tmp_path_factory
         ("flag", 5, "flag --generation.pipeline.block"),
         ("env", 4, f"env {name}"),
         ("file", 3, f"file {file}"),
-        ("preset", 8, "preset exact"),
+        ("preset", 8, "preset budget"),
     ]
     _, value, source = next(rank for rank in ranking if rank[0] in chosen | {"preset"})
     assert loaded.config.generation.pipeline.block == value
@@ -70,13 +73,13 @@ def test_the_highest_source_wins_and_is_named(chosen: set[str], tmp_path_factory
 def test_what_no_source_sets_is_the_default_and_says_so() -> None:
     loaded = load(environ={})
     assert loaded.sources["generation.max_tokens"] == "default"
-    assert loaded.config.generation.max_tokens == Config().generation.max_tokens
+    assert loaded.config.generation.max_tokens == settings.Config().generation.max_tokens
 
 
 @pytest.mark.parametrize(
     ("sources", "expected"),
     [
-        ({}, "exact"),
+        ({}, "budget"),
         ({"file": True}, "hlm"),
         ({"file": True, "environ": {"FEDHLM_PRESET": "slm-only"}}, "slm-only"),
         ({"file": True, "environ": {"FEDHLM_PRESET": "slm-only"}, "preset": "llm-only"}, "llm-only"),
@@ -143,9 +146,9 @@ def test_numbers_survive_the_way_through_text(seed: int, temperature: float) -> 
         ("generation.temperature", "inf", "a number from 0 up to 10.0 expected"),
         ("generation.top_p", "0", "a number above 0 up to 1.0 expected"),
         ("generation.gate", "sometimes", "one of always, never, random, threshold expected"),
-        ("generation.coupling", "", "one of full, greedy, gumbel, lattice expected"),
-        ("generation.pipeline.kind", "tree", "one of async, blocking, remote expected"),
-        ("generation.peers", "centroid", "'none' expected"),
+        ("generation.coupling", "", "one of full, greedy, gumbel, lattice, published-cu, published-cu-online expected"),
+        ("generation.pipeline.kind", "bush", "one of async, blocking, remote, tree expected"),
+        ("generation.peers", "friends", "one of centroid, neighbour, none expected"),
         ("broker.protocol", "4", "one of 3.1.1, 5, auto expected"),
         ("edge.embedded_port", "65536", "an integer from 0 up to 65535 expected"),
         ("edge.embedded_host", "", "non-empty text expected"),
@@ -188,7 +191,7 @@ def test_a_file_is_typed_strictly(text: str, key: str, expectation: str, written
 
 
 def test_an_async_window_shorter_than_its_block_is_refused() -> None:
-    error = error_of(flags={"generation.pipeline.window": "4"})
+    error = error_of(preset="exact", flags={"generation.pipeline.window": "4"})
     assert (error.key, error.value) == ("generation.pipeline.window", 4)
     assert "at least generation.pipeline.block, 8" in error.expectation
 
@@ -250,7 +253,10 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     error = error_of(preset="exat")
     assert error.key == "preset"
-    assert "one of exact, hlm, llm-only, rand-hlm, slm-only, speculative, u-hlm" in error.expectation
+    assert (
+        "one of budget, cu-hlm, exact, fedhlm, hlm, llm-only, rand-hlm, slm-only, speculative, u-hlm"
+        in error.expectation
+    )
     assert "did you mean 'exact'?" in error.expectation
     assert "(flag --preset)" in error.expectation
 
@@ -390,7 +396,7 @@ def test_exchanging_the_preset_takes_no_path(written: Any) -> None:
 
 
 def test_the_address_joins_url_and_credentials() -> None:
-    broker = config.Broker(url="mqtts://host", username="me", password=SECRET, ca="ca.pem")
+    broker = settings.Broker(url="mqtts://host", username="me", password=SECRET, ca="ca.pem")
     address = broker.address()
     assert (address.host, address.port, address.tls) == ("host", 8883, True)
     assert (address.username, address.password, address.files.ca) == ("me", SECRET, "ca.pem")
@@ -398,12 +404,12 @@ def test_the_address_joins_url_and_credentials() -> None:
 
 def test_no_url_is_no_address() -> None:
     with pytest.raises(ConfigError, match=r"edge\.upstream\.url is ''"):
-        config.Broker().address(key="edge.upstream.url")
+        settings.Broker().address(key="edge.upstream.url")
 
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        Config().preset = "hlm"  # type: ignore[misc]
+        settings.Config().preset = "hlm"  # type: ignore[misc]
 
 
 def test_the_listing_has_one_row_per_key_with_its_source() -> None:

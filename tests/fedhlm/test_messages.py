@@ -5,7 +5,7 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedhlm import messages
@@ -18,8 +18,10 @@ from fedhlm.messages import (
     decode,
     encode,
     id_bytes,
+    pack_bits,
     pack_ids,
     pack_probs,
+    unpack_bits,
     unpack_ids,
     unpack_probs,
 )
@@ -92,6 +94,7 @@ def test_every_message_survives_the_codec(kind: type[AnyMessage]) -> None:
 def test_tags_are_distinct_and_known_for_good() -> None:
     tags = {kind.__name__: kind.__struct_config__.tag for kind in KINDS}
     expected = ["Presence", "Prompt", "Output", "Escalation", "Verdict", "EscalationBatch", "VerdictBatch"]
+    expected += ["UncertainTokens", "VerifiedTokens", "Contribution", "Learned", "Profile", "Assignment"]
     assert tags == {name: tag for tag, name in enumerate(expected, start=1)}
 
 
@@ -222,3 +225,11 @@ def test_all_messages_are_frozen_arrays_without_unknown_fields() -> None:
         config = kind.__struct_config__
         assert (config.frozen, config.array_like, config.forbid_unknown_fields) == (True, True, True)
     assert {kind for kind in vars(messages).values() if isinstance(kind, type) and kind in KINDS} == set(KINDS)
+
+
+@given(st.lists(st.booleans(), max_size=40))
+@example([False] * 9)
+def test_bits_survive_their_packing(bits: list[bool]) -> None:
+    packed = pack_bits(bits)
+    assert unpack_bits(packed, len(bits)) == bits
+    assert len(packed) <= (len(bits) + 7) // 8

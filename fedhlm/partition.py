@@ -1,0 +1,63 @@
+"""Non-IID split of labelled items over parties: each label's shares are one Dirichlet draw.
+
+Small alpha gives every party a few labels, large alpha gives all parties the same mixture. Same arguments, same split.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def dirichlet_partition(labels: Sequence[str], parties: int, alpha: float, seed: int) -> list[list[int]]:
+    """Give every index of `labels` to exactly one party; the lists are ascending.
+
+    Per label, the shares over the parties are drawn from Dirichlet(alpha, ..., alpha) and the label's shuffled items
+    are cut at the rounded cumulative shares. Then each party left empty takes one random item from the party that
+    holds most (the first of them), as long as that one keeps an item itself: with at least as many items as parties
+    nobody is empty, with fewer the items lie one to a party.
+
+    Raises:
+        ValueError: `parties` below 1, or `alpha` not a finite number above 0.
+    """
+    if parties < 1:
+        raise ValueError(f"parties is {parties!r}: expected at least 1")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha is {alpha!r}: expected a finite number above 0")
+    rng = np.random.default_rng(seed)
+    held: list[list[int]] = [[] for _ in range(parties)]
+    names, codes = np.unique(np.asarray(labels, dtype=np.str_), return_inverse=True)  # codes (n,) int64
+    for code in range(len(names)):
+        items = rng.permutation(np.flatnonzero(codes == code))  # (m,) int64
+        cuts = np.rint(np.cumsum(_shares(parties, alpha, rng))[:-1] * len(items)).astype(np.int64)  # (parties - 1,)
+        for party, given in zip(held, np.split(items, cuts), strict=True):
+            party.extend(given.tolist())
+    for party in held:
+        richest = max(held, key=len)
+        if not party and len(richest) > 1:
+            party.append(richest.pop(int(rng.integers(len(richest)))))
+    return [sorted(party) for party in held]
+
+
+def skew(labels: Sequence[str], parts: Iterable[Sequence[int]]) -> float:
+    """Mean total variation between a party's label law and the law of all `labels`, over the parties that hold items.
+
+    0: every party mirrors the whole; the upper end, 1 minus a label's share, is reached by parties of one label each.
+    """
+    names, codes = np.unique(np.asarray(labels, dtype=np.str_), return_inverse=True)
+    overall = _law(codes, len(names))
+    gaps = [0.5 * np.abs(_law(codes[list(part)], len(names)) - overall).sum() for part in parts if part]
+    return float(np.mean(gaps)) if gaps else 0.0
+
+
+def _shares(parties: int, alpha: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    shares = rng.dirichlet(np.full(parties, alpha))  # (parties,) float64
+    if np.isfinite(shares).all():
+        return shares
+    # An alpha at the end of the float range overflows inside the draw; its limit is the even split.
+    return np.full(parties, 1.0 / parties)
+
+
+def _law(codes: NDArray[np.int64], size: int) -> NDArray[np.float64]:
+    return np.bincount(codes, minlength=size) / max(1, len(codes))  # (size,) float64

@@ -1,0 +1,226 @@
+"""What is known of harm given a score in [0, 1]: sums per bin, and the curve m(score) = E[harm | score] fitted to them.
+
+The score is the uncertainty u, or 1 - cosine similarity; harm is beta in [0, 1], or a mismatch, 0 or 1. Sums of
+clients add exactly, so an edge and a cloud pool them by addition and a silent client changes nothing. A fit is
+never optimistic where nothing was observed.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhlm.errors import ProtocolError
+
+BINS: Final = 64
+
+Bins = NDArray[np.float64]  # (BINS,)
+
+_BITMAP_BYTES: Final = BINS // 8
+_FLOAT32_SLACK: Final = 1.0 + 1e-6
+# Sums beyond this are no one's token counts; the cap keeps float32 finite.
+_LARGEST_SUM: Final = 1e30
+
+
+def bin_of(score: float) -> int:
+    """The bin of a score: 0 for [0, 1/64], then (j/64, (j + 1)/64], so 1.0 is in the last.
+
+    Closed on the right, because a token is kept iff its score is <= the threshold and thresholds are upper edges.
+    Scores beside [0, 1] (a cosine's rounding, an obtuse angle) count as the nearer end; ValueError for NaN.
+    """
+    if math.isnan(score):
+        raise ValueError("score is nan: a number in [0, 1] expected")
+    return math.ceil(min(1.0, max(2.0**-53, score)) * BINS) - 1
+
+
+def upper_edges() -> Bins:
+    """The largest score of each bin; shape (BINS,), from 1/64 to 1."""
+    return np.arange(1, BINS + 1, dtype=np.float64) / BINS  # (BINS,) float64, exact
+
+
+def midpoints() -> Bins:
+    """The middle of each bin; shape (BINS,)."""
+    return (np.arange(BINS, dtype=np.float64) + 0.5) / BINS  # (BINS,) float64, exact
+
+
+@dataclass(eq=False, slots=True)
+class Curve:
+    """Sums per bin, each (BINS,) float64: gate decisions seen, sum of w, of w h and of w h^2 over scored tokens."""
+
+    seen: Bins
+    weight: Bins
+    harm: Bins
+    square: Bins
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(*np.zeros((4, BINS)))  # four (BINS,) float64
+
+    def see(self, score: float, count: float = 1.0) -> None:
+        """Counts gate decisions, whether or not their harm will ever be known."""
+        if not (math.isfinite(count) and count >= 0.0):
+            raise ValueError(f"count is {count!r}: finite and not negative expected")
+        self.seen[bin_of(score)] += count
+
+    def add(self, score: float, harm: float, weight: float = 1.0) -> None:
+        """Adds one scored token; ValueError if harm is outside [0, 1] or weight negative or not finite."""
+        if not 0.0 <= harm <= 1.0:
+            raise ValueError(f"harm is {harm!r}: a number in [0, 1] expected")
+        if not (math.isfinite(weight) and weight >= 0.0):
+            raise ValueError(f"weight is {weight!r}: finite and not negative expected")
+        j = bin_of(score)
+        self.weight[j] += weight
+        self.harm[j] += weight * harm
+        self.square[j] += weight * harm * harm
+
+    def scaled(self, factor: float) -> Self:
+        """A copy with every sum times factor >= 0."""
+        if not (math.isfinite(factor) and factor >= 0.0):
+            raise ValueError(f"factor is {factor!r}: finite and not negative expected")
+        return type(self)(self.seen * factor, self.weight * factor, self.harm * factor, self.square * factor)
+
+    def decayed(self, factor: float) -> Self:
+        """A copy that has forgotten: every sum times a factor in [0, 1]."""
+        if not 0.0 <= factor <= 1.0:
+            raise ValueError(f"factor is {factor!r}: a number in [0, 1] expected")
+        return self.scaled(factor)
+
+    def copy(self) -> Self:
+        return self.scaled(1.0)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            self.seen + other.seen, self.weight + other.weight, self.harm + other.harm, self.square + other.square
+        )
+
+    @property
+    def total_seen(self) -> float:
+        return float(self.seen.sum())
+
+    @property
+    def total_weight(self) -> float:
+        return float(self.weight.sum())
+
+    def rows(self) -> NDArray[np.float64]:
+        """The sums as one array, shape (BINS, 4): seen, weight, harm, square; a copy."""
+        return np.stack([self.seen, self.weight, self.harm, self.square], axis=1)  # (BINS, 4) float64
+
+    def flaw(self) -> str | None:
+        """What makes these sums impossible, or None: shape, finiteness, sign, square <= harm <= weight."""
+        sums = {"seen": self.seen, "weight": self.weight, "harm": self.harm, "square": self.square}
+        for name, values in sums.items():
+            if values.shape != (BINS,):
+                return f"{name} has shape {values.shape}: ({BINS},) expected"
+            if not np.isfinite(values).all() or values.min() < 0.0 or values.max() > _LARGEST_SUM:
+                return f"{name} has a sum that is negative, not finite or above {_LARGEST_SUM:g}"
+        if (self.harm > self.weight * _FLOAT32_SLACK).any():
+            return "harm exceeds weight: harm of a token is at most 1"
+        if (self.square > self.harm * _FLOAT32_SLACK).any():
+            return "square exceeds harm: harm of a token is at most 1"
+        return None
+
+    def to_bytes(self) -> bytes:
+        """A bitmap of the non-empty bins, then four little-endian float32 for each of them; 8 to 1,032 bytes.
+
+        Rounding to float32 keeps order, so valid sums stay valid.
+        """
+        rows = np.minimum(self.rows(), _LARGEST_SUM).astype("<f4")  # (BINS, 4) float32
+        used = rows.any(axis=1)  # (BINS,) bool
+        return np.packbits(used, bitorder="little").tobytes() + rows[used].tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Inverse of `to_bytes` up to float32.
+
+        Raises:
+            ProtocolError: wrong length, or sums no client can have (see `flaw`).
+        """
+        if len(data) < _BITMAP_BYTES:
+            raise ProtocolError(f"curve of {len(data)} bytes: at least {_BITMAP_BYTES} expected")
+        used = np.unpackbits(np.frombuffer(data, np.uint8, _BITMAP_BYTES), bitorder="little").astype(bool)  # (BINS,)
+        expected = _BITMAP_BYTES + 16 * int(used.sum())
+        if len(data) != expected:
+            raise ProtocolError(f"curve of {len(data)} bytes: its bitmap announces {expected}")
+        rows = np.zeros((BINS, 4))  # (BINS, 4) float64
+        with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, not warned about
+            rows[used] = np.frombuffer(data, "<f4", offset=_BITMAP_BYTES).reshape(-1, 4)
+        curve = cls(*rows.T.copy())
+        if (flaw := curve.flaw()) is not None:
+            raise ProtocolError(f"curve: {flaw}")
+        curve.harm = np.minimum(curve.harm, curve.weight)
+        curve.square = np.minimum(curve.square, curve.harm)
+        return curve
+
+
+def isotonic(curve: Curve) -> Bins:
+    """m(score): the non-decreasing fit of harm/weight by weighted least squares (pool adjacent violators).
+
+    Shape (BINS,), in [0, 1]. An empty bin takes the value of the next non-empty one to its right, the largest that
+    monotony allows, and 1 if there is none: with no evidence at all m is 1 everywhere and nothing is worth keeping.
+    The fit is a mean, not a limit: a handful of lucky tokens gives a low curve. `shrunk(curve, Curve.empty(), kappa)`
+    adds kappa tokens of harm 1 to each bin first.
+    """
+    return _monotone(curve.harm, curve.weight)
+
+
+def shrunk(own: Curve, cluster: Curve, kappa: float) -> Bins:
+    """m of one client, drawn to its cluster: (W_k m_k + kappa m_cluster) / (W_k + kappa) per bin, isotonic again.
+
+    Shape (BINS,). kappa is how many own tokens of a bin weigh as much as the cluster; 0 ignores the cluster.
+    """
+    if not (math.isfinite(kappa) and kappa >= 0.0):
+        raise ValueError(f"kappa is {kappa!r}: finite and not negative expected")
+    return _monotone(own.harm + kappa * isotonic(cluster), own.weight + kappa)
+
+
+def _monotone(harm: Bins, weight: Bins) -> Bins:
+    # Blocks of (harm, weight, first bin); a block whose ratio is not above its left neighbour's joins it.
+    blocks: list[tuple[float, float, int]] = []
+    for j in np.flatnonzero(weight > 0.0).tolist():
+        block = (float(harm[j]), float(weight[j]), j)
+        while blocks and blocks[-1][0] / blocks[-1][1] >= block[0] / block[1]:
+            left = blocks.pop()
+            block = (left[0] + block[0], left[1] + block[1], left[2])
+        blocks.append(block)
+    m = np.ones(BINS)  # (BINS,) float64
+    observed = np.flatnonzero(weight > 0.0)
+    if observed.size == 0:
+        return m
+    starts = [first for _, _, first in blocks]
+    ends = [*(int(observed[observed < first][-1]) for first in starts[1:]), int(observed[-1])]
+    lower = 0
+    for (h, w, _), end in zip(blocks, ends, strict=True):
+        m[lower : end + 1] = h / w
+        lower = end + 1
+    return np.clip(m, 0.0, 1.0)
+
+
+def affine(curve: Curve) -> tuple[float, float]:
+    """(a, b) of the weighted least-squares line harm = a score + b through the bins' middles (U-HLM's form).
+
+    (0, mean harm) when all tokens lie in one bin, (0, 1) when there are none.
+    """
+    total = curve.total_weight
+    if total <= 0.0:
+        return 0.0, 1.0
+    score = midpoints() - float(midpoints() @ curve.weight) / total
+    spread = float(curve.weight @ score**2)
+    mean = float(curve.harm.sum()) / total
+    slope = float(curve.harm @ score) / spread if spread > 0.0 else 0.0
+    return slope, mean - slope * float(midpoints() @ curve.weight) / total
+
+
+def correlation(curve: Curve) -> float:
+    """Pearson's r of score (at its bin's middle) and harm, from the sums; 0 when either does not vary."""
+    total = curve.total_weight
+    if total <= 0.0:
+        return 0.0
+    score = midpoints() - float(midpoints() @ curve.weight) / total
+    score_spread = float(curve.weight @ score**2)
+    harm_spread = float(curve.square.sum()) - float(curve.harm.sum()) ** 2 / total
+    # Below rounding of the subtraction there is no spread to speak of.
+    if score_spread <= 1e-12 * total or harm_spread <= 1e-12 * total:
+        return 0.0
+    return float(np.clip(float(curve.harm @ score) / math.sqrt(score_spread * harm_spread), -1.0, 1.0))

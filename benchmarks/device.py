@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from edge_agent.model import Slm
+from fedhlm.couplings import COUPLINGS
 from fedhlm.decoder import Decoder, Request
 from fedhlm.messages import Sampling
-from fedhlm.sampling import COUPLINGS
 from fedhlm.serve import model_folder
 from fedhlm.uncertainty import closed_form
 

@@ -1,17 +1,16 @@
-"""Target laws, keyed noise, and the couplings that test a draft against the target.
+"""Target laws and keyed noise.
 
 All randomness is a function of (seed, position): a counter-based generator and IEEE-754 operations that every
 platform rounds alike, so device and cloud draw the same noise, and a position visited twice draws it twice.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+import math
+import threading
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhlm.draft import coded_bytes, decode, encode, quantise
-from fedhlm.errors import ProtocolError
 from fedhlm.messages import Sampling
 
 NOISE: Final = "philox-gumbel/1"
@@ -19,17 +18,34 @@ NOISE: Final = "philox-gumbel/1"
 Logits = NDArray[Any]  # (V,) floating
 Law = NDArray[np.float64]  # (V,) probabilities
 
-LATTICE_K: Final = 30
-LATTICE_RESOLUTION: Final = 100
-
 _LN2: Final = 0.6931471805599453
 _SQRT_HALF: Final = 0.7071067811865476
-_GUMBEL, _DRAFT, _ACCEPT, _RESAMPLE, GATE_STREAM = range(5)
+_ROUGH_ERROR: Final = 1e-9  # far above the error of any platform's log, far below what separates two tokens
+# Streams are part of the noise: a number once given keeps its meaning.
+_GUMBEL, DRAFT_STREAM, ACCEPT_STREAM, RESAMPLE_STREAM, GATE_STREAM, DOUBT_STREAM, AUDIT_STREAM = range(7)
+_local = threading.local()
+_EMPTY_BUFFER: Final = np.zeros(4, np.uint64)
 
 
 def _raw(seed: int, position: int, stream: int, count: int) -> NDArray[np.uint64]:
     # One Philox key per seed; position and stream are upper words of the counter, so no two draws overlap.
-    return np.random.Philox(key=[seed, 0], counter=[0, position, stream, 0]).random_raw(count)
+    # Setting the state of one generator per thread takes a quarter of the time of building a generator.
+    try:
+        philox: np.random.Philox = _local.philox
+    except AttributeError:
+        philox = _local.philox = np.random.Philox(key=0)
+    philox.state = {
+        "bit_generator": "Philox",
+        "state": {
+            "counter": np.array([0, position, stream, 0], np.uint64),
+            "key": np.array([seed, 0], np.uint64),
+        },
+        "buffer": _EMPTY_BUFFER,
+        "buffer_pos": _EMPTY_BUFFER.size,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return philox.random_raw(count)
 
 
 def _open_unit(raw: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -63,9 +79,14 @@ def gumbel(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
     return _gumbel_of(_raw(seed, position, _GUMBEL, vocab_size))
 
 
+def uniforms(seed: int, position: int, stream: int, count: int) -> NDArray[np.float64]:
+    """Numbers in the open unit interval; shape (count,)."""
+    return _open_unit(_raw(seed, position, stream, count))
+
+
 def uniform(seed: int, position: int, stream: int) -> float:
-    """One number in the open unit interval."""
-    return float(_open_unit(_raw(seed, position, stream, 1))[0])
+    """One number in the open unit interval, the first of `uniforms`."""
+    return float(uniforms(seed, position, stream, 1)[0])
 
 
 def scores(logits: Logits, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:
@@ -99,137 +120,30 @@ def law(logits: Logits, sampling: Sampling) -> Law:
     return _softmax(scores(logits, sampling.temperature, sampling.top_p))
 
 
+def probability(log_law: NDArray[np.float64], token: int) -> float:
+    """One entry of the law whose unnormalised logarithm is given, without the others."""
+    peak = log_law.max()
+    return float(np.exp(log_law[token] - peak) / np.exp(log_law - peak).sum())
+
+
 def perturbed_argmax(log_law: NDArray[np.float64], seed: int, position: int) -> int:
-    """argmax(log_law + gumbel(seed, position, V)), computing the noise only of tokens that can win."""
+    """argmax(log_law + gumbel(seed, position, V)), computing the noise only of tokens that can win.
+
+    The platform's own log finds the winner; portable noise is computed where it cannot tell two tokens apart.
+    """
     raw = _raw(seed, position, _GUMBEL, log_law.size)
     favourite = int(np.argmax(log_law))
-    largest, own = _gumbel_of(np.array([raw.max(), raw[favourite]]))
-    able = np.flatnonzero(log_law + largest >= log_law[favourite] + own)
-    return int(able[np.argmax(log_law[able] + _gumbel_of(raw[able]))])
-
-
-def rejection_probability(draft_prob: float, target_prob: float) -> float:
-    """beta = max(0, 1 - p(d)/q(d)), FedHLM eq. (3); 0 when q(d) is 0."""
-    return max(0.0, 1.0 - target_prob / draft_prob) if draft_prob > 0.0 else 0.0
-
-
-class Draft(NamedTuple):
-    """A drafted token, its probability under the law it was drawn from, and that law's bytes if they must travel."""
-
-    token: int
-    prob: float
-    law: bytes
-
-
-class Coupling(NamedTuple):
-    """How device and cloud agree on a token.
-
-    `draft(logits, sampling, position)` runs on the device. `settle(logits, sampling, position, draft, law)` runs in the
-    cloud and returns the emitted token: the draft was accepted iff it is that token. With draft None (nothing was
-    drafted there) it returns the target's own token. `law_bytes(vocab_size)` is what each draft adds to the uplink.
-    """
-
-    draft: Callable[[Logits, Sampling, int], Draft]
-    settle: Callable[[Logits, Sampling, int, int | None, bytes], int]
-    law_bytes: Callable[[int], int]
-
-
-def _none(_vocab_size: int) -> int:
-    return 0
-
-
-def _draft_gumbel(logits: Logits, sampling: Sampling, position: int) -> Draft:
-    log_law = scores(logits, sampling.temperature, sampling.top_p)
-    token = perturbed_argmax(log_law, sampling.seed, position)
-    return Draft(token, float(_softmax(log_law)[token]), b"")
-
-
-def _settle_gumbel(logits: Logits, sampling: Sampling, position: int, _draft: int | None, _law: bytes) -> int:
-    return perturbed_argmax(scores(logits, sampling.temperature, sampling.top_p), sampling.seed, position)
-
-
-def _draft_greedy(logits: Logits, sampling: Sampling, _position: int) -> Draft:
-    token = int(np.argmax(logits))
-    # The proposal is a point mass, but beta of [3] is defined with the softmax probability.
-    return Draft(token, float(law(logits, sampling)[token]), b"")
-
-
-def _settle_greedy(logits: Logits, _sampling: Sampling, _position: int, _draft: int | None, _law: bytes) -> int:
-    return int(np.argmax(logits))
-
-
-def encode_full_law(q: Law) -> bytes:
-    """All V probabilities as float16, 2 V bytes (HLM, U-HLM)."""
-    return np.asarray(q, "<f2").tobytes()
-
-
-def decode_full_law(data: bytes, vocab_size: int) -> Law:
-    """The law both ends use: the float16 values, renormalised; shape (V,).
-
-    Raises:
-        ProtocolError: wrong length, a negative or non-finite value, or no mass.
-    """
-    if len(data) != 2 * vocab_size:
-        raise ProtocolError(f"draft law of {len(data)} bytes: {2 * vocab_size} expected")
-    values = np.frombuffer(data, "<f2").astype(np.float64)
-    total = float(values.sum())
-    if not (np.isfinite(total) and total > 0.0 and float(values.min()) >= 0.0):
-        raise ProtocolError("draft law has a negative or non-finite probability, or no mass")
-    return np.asarray(values / total)
+    slack = _ROUGH_ERROR * (1.0 + abs(float(log_law[favourite])))
+    largest, own = (-math.log(-math.log(u)) for u in _open_unit(np.array([raw.max(), raw[favourite]])))
+    able = np.flatnonzero(log_law >= log_law[favourite] + own - largest - slack)
+    rough = log_law[able] - np.log(-np.log(_open_unit(raw[able])))
+    near = able[rough >= rough.max() - slack]
+    if near.size == 1:
+        return int(near[0])
+    return int(near[np.argmax(log_law[near] + _gumbel_of(raw[near]))])
 
 
 def inverse_cdf(q: Law, u: float) -> int:
     """The token at quantile u of a law; only tokens with positive probability are returned."""
     cumulative = np.cumsum(q)
     return int(min(np.searchsorted(cumulative, u * cumulative[-1], side="right"), np.flatnonzero(q)[-1]))
-
-
-def _draft_from(q: Law, encoded: bytes, sampling: Sampling, position: int) -> Draft:
-    token = inverse_cdf(q, uniform(sampling.seed, position, _DRAFT))
-    return Draft(token, float(q[token]), encoded)
-
-
-def _accept_or_resample(p: Law, q: Law, sampling: Sampling, position: int, draft: int) -> int:
-    """The draft with probability min(1, p(d)/q(d)), else a token of max(0, p - q) normalised: the result follows p."""
-    if q[draft] > 0.0 and uniform(sampling.seed, position, _ACCEPT) * q[draft] < p[draft]:
-        return draft
-    residual = np.maximum(0.0, p - q)
-    if residual.sum() <= 0.0:
-        return draft  # p equals q up to rounding: nothing is left to resample
-    return inverse_cdf(residual, uniform(sampling.seed, position, _RESAMPLE))
-
-
-def _draft_full(logits: Logits, sampling: Sampling, position: int) -> Draft:
-    encoded = encode_full_law(law(logits, sampling))
-    # The draft comes from the law that travels, which keeps HLM exact.
-    return _draft_from(decode_full_law(encoded, len(logits)), encoded, sampling, position)
-
-
-def _settle_full(logits: Logits, sampling: Sampling, position: int, draft: int | None, encoded: bytes) -> int:
-    p = law(logits, sampling)
-    if draft is None:
-        return inverse_cdf(p, uniform(sampling.seed, position, _RESAMPLE))
-    return _accept_or_resample(p, decode_full_law(encoded, len(logits)), sampling, position, draft)
-
-
-def _draft_lattice(logits: Logits, sampling: Sampling, position: int) -> Draft:
-    point = quantise(law(logits, sampling), LATTICE_K, LATTICE_RESOLUTION)
-    return _draft_from(point.dense(len(logits)), encode(point, len(logits)), sampling, position)
-
-
-def _settle_lattice(logits: Logits, sampling: Sampling, position: int, draft: int | None, encoded: bytes) -> int:
-    p = law(logits, sampling)
-    if draft is None:
-        return inverse_cdf(p, uniform(sampling.seed, position, _RESAMPLE))
-    q = decode(encoded, len(logits), LATTICE_K, LATTICE_RESOLUTION).dense(len(logits))
-    return _accept_or_resample(p, q, sampling, position, draft)
-
-
-COUPLINGS: Final[dict[str, Coupling]] = {
-    "gumbel": Coupling(_draft_gumbel, _settle_gumbel, _none),
-    "greedy": Coupling(_draft_greedy, _settle_greedy, _none),
-    "full": Coupling(_draft_full, _settle_full, lambda vocab_size: 2 * vocab_size),
-    "lattice": Coupling(
-        _draft_lattice, _settle_lattice, lambda vocab_size: coded_bytes(vocab_size, LATTICE_K, LATTICE_RESOLUTION)
-    ),
-}

@@ -1,0 +1,142 @@
+"""From the SLM's last hidden state to a key on the wire: `dims` bytes whose cosine says how alike two contexts are.
+
+Keys compare only within one projection: the model folder's fitted one, else a fallback that every party computes alike.
+A key of zeros has no direction: it is like nothing. numpy only.
+"""
+
+import hashlib
+import zipfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhlm.errors import ModelError, ProtocolError
+
+DIMS: Final = 64
+PROJECTION_FILE: Final = "projection.npz"
+SCALE: Final = 127
+FALLBACK_SEED: Final = 20_250_700
+
+Key = NDArray[np.int8]  # (dims,)
+
+
+class Projection:
+    """Centre, project, scale to a unit vector, round to int8. `mean` is (h,) and `matrix` (h, dims), float32.
+
+    Whitening, where there is any, is part of the matrix: without it a few directions of large variance decide every
+    cosine.
+    """
+
+    def __init__(self, mean: NDArray[np.float32], matrix: NDArray[np.float32]) -> None:
+        if mean.ndim != 1 or matrix.ndim != 2 or matrix.shape[0] != mean.shape[0] or 0 in matrix.shape:
+            raise ValueError(f"mean {mean.shape} and matrix {matrix.shape}: (hidden,) and (hidden, dims) expected")
+        self.mean = mean
+        self.matrix = matrix
+
+    @property
+    def dims(self) -> int:
+        """Bytes of a key."""
+        return int(self.matrix.shape[1])
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of the hidden state that `key` takes."""
+        return int(self.matrix.shape[0])
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that are equal where keys may be compared."""
+        data = np.ascontiguousarray(self.mean, "<f4").tobytes() + np.ascontiguousarray(self.matrix, "<f4").tobytes()
+        return hashlib.sha256(f"{self.hidden_size} {self.dims} ".encode() + data).hexdigest()[:16]
+
+    def key(self, hidden: NDArray[np.float32]) -> Key:
+        """The key of one hidden state, (dims,) int8 within -127..127; zeros for the mean itself or a non-finite state.
+
+        Raises:
+            ValueError: `hidden` is not (hidden_size,).
+        """
+        if hidden.shape != self.mean.shape:
+            raise ValueError(f"hidden state of shape {hidden.shape}: {self.mean.shape} expected")
+        with np.errstate(invalid="ignore", over="ignore"):  # a non-finite state is answered below
+            projected = (hidden.astype(np.float64) - self.mean) @ self.matrix  # (dims,) float64
+            length = float(np.sqrt(projected @ projected))
+        if not 0.0 < length < float("inf"):
+            return np.zeros(self.dims, np.int8)
+        return np.rint(projected * (SCALE / length)).astype(np.int8)  # (dims,)
+
+    def save(self, folder: Path) -> Path:
+        """Write PROJECTION_FILE into a model folder; listing it in ``model.json`` is the caller's."""
+        path = folder / PROJECTION_FILE
+        np.savez(path, mean=self.mean.astype("<f4"), matrix=self.matrix.astype("<f4"))
+        return path
+
+    @classmethod
+    def fallback(cls, hidden_size: int, dims: int = DIMS) -> Self:
+        """Orthonormal directions from a fixed seed, no centring, no whitening: the same for every party.
+
+        Q of the QR factorisation of a standard normal matrix from PCG64(FALLBACK_SEED), signs fixed so that R has a
+        positive diagonal. Where the hidden state is narrower than the key, the rows are orthonormal instead of the columns.
+        """
+        wide, narrow = max(hidden_size, dims), min(hidden_size, dims)
+        normal = np.random.Generator(np.random.PCG64(FALLBACK_SEED)).standard_normal((wide, narrow))
+        q, r = np.linalg.qr(normal)  # (wide, narrow), (narrow, narrow)
+        q *= np.where(np.diag(r) < 0.0, -1.0, 1.0)
+        matrix = q if hidden_size >= dims else q.T
+        return cls(np.zeros(hidden_size, np.float32), np.ascontiguousarray(matrix, np.float32))
+
+
+def load_projection(folder: Path, hidden_size: int) -> Projection:
+    """The projection of a model folder; `Projection.fallback` where the folder has none.
+
+    Raises:
+        ModelError: the file cannot be read, or is not a finite projection of `hidden_size` numbers.
+    """
+    path = folder / PROJECTION_FILE
+    if not path.exists():
+        return Projection.fallback(hidden_size)
+    try:
+        # numpy leaves a file that it opened itself open when it is no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if missing := sorted({"mean", "matrix"} - set(arrays.files)):
+                raise ModelError(f"{path} lacks the arrays {missing}: 'mean' and 'matrix' expected")
+            mean, matrix = _float32(arrays["mean"]), _float32(arrays["matrix"])
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as exc:
+        raise ModelError(f"{path} is not a projection: {exc}") from exc
+    if mean.shape != (hidden_size,) or matrix.ndim != 2 or matrix.shape[0] != hidden_size or not matrix.shape[1]:
+        raise ModelError(
+            f"{path} has mean {mean.shape} and matrix {matrix.shape}: ({hidden_size},) and ({hidden_size}, dims) expected"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(matrix).all()):
+        raise ModelError(f"{path} has values that are not finite")
+    return Projection(mean, matrix)
+
+
+def _float32(array: Any) -> NDArray[np.float32]:
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise TypeError("an array of floating-point numbers expected")
+    return array.astype(np.float32)
+
+
+def cosine(keys: NDArray[np.int8], key: Key) -> NDArray[np.float32]:
+    """Cosine of every row of `keys` (n, dims) with `key` (dims,); (n,) float32, 0 where either is all zeros."""
+    rows, one = keys.astype(np.float32), key.astype(np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows) * (one @ one))  # (n,)
+    similarity: NDArray[np.float32] = np.divide(
+        rows @ one, lengths, out=np.zeros(len(rows), np.float32), where=lengths > 0.0
+    )
+    similarity.clip(-1.0, 1.0, out=similarity)  # rounding may pass 1
+    return similarity
+
+
+def unpack_key(data: bytes, dims: int = DIMS) -> Key:
+    """The key whose `tobytes()` is `data`; (dims,) int8.
+
+    Raises:
+        ProtocolError: another length than `dims`.
+    """
+    if len(data) != dims:
+        raise ProtocolError(f"key has {len(data)} bytes: {dims} expected")
+    return np.frombuffer(data, np.int8).copy()  # (dims,)

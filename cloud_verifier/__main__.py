@@ -1,19 +1,23 @@
 """`fedhlm cloud`: load the large model and verify for every cluster on the broker."""
 
+import asyncio
 import logging
 
 from cloud_verifier.backends.onnx import engine_of
+from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Sessions
 from fedhlm import topics
 from fedhlm.bus import Retained
-from fedhlm.config import Config, Loaded
+from fedhlm.config import Loaded
 from fedhlm.decoder import Decoder
 from fedhlm.fingerprint import fingerprint_of
 from fedhlm.messages import encode
 from fedhlm.party import Party, Stamp, presence
 from fedhlm.sampling import NOISE
 from fedhlm.serve import bus_of, model_folder, serve
+from fedhlm.settings import Config
+from fedhlm.state import store_of
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
@@ -23,16 +27,19 @@ NAME = "cloud"
 
 async def run(config: Config, counters: Counters) -> int:
     """Serve until cancelled."""
+    store = store_of(config.cloud.state, key="cloud.state")
     decoder = Decoder.load(model_folder(config.cloud.model, "llm"), threads=config.cloud.threads)
     info = decoder.info
     fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
     stamp = Stamp(NAME)
     status = topics.CLOUD_STATUS.name(config.broker.root)
+    to_announce = asyncio.Event()
     bus = bus_of(
         config.broker,
         client_id=NAME,
         birth=Retained(status, encode(presence(stamp, "cloud", online=True, fingerprint=fingerprint))),
         will=Retained(status, encode(presence(stamp, "cloud", online=False))),
+        on_link=lambda _up: to_announce.set(),
     )
     sessions = Sessions(
         fingerprint=fingerprint,
@@ -48,6 +55,10 @@ async def run(config: Config, counters: Counters) -> int:
             counters=counters,
             batch_max=config.cloud.batch_max,
             batch_wait_s=config.cloud.batch_wait_ms / 1000.0,
+            coordinator=Coordinator.of(config.federation),
+            assign_s=config.federation.assign_s,
+            store=store,
+            to_announce=to_announce,
         )
         await service.subscribe()
         async with bus:

@@ -1,4 +1,4 @@
-"""The cloud as a running service: escalation batches in, verdict batches out."""
+"""The cloud as a running service: escalation batches in, verdict batches out; clusters' sums in, the global state out."""
 
 import asyncio
 import logging
@@ -10,16 +10,34 @@ import numpy as np
 from msgspec.structs import replace
 
 from cloud_verifier.batching import Batcher, Done, Job, Output
+from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verifier import Settled
-from fedhlm import topics
-from fedhlm.messages import MAX_BATCH, Answered, EscalationBatch, Verdict, VerdictBatch, pack_ids, pack_probs
+from fedhlm import rounds, topics
+from fedhlm.errors import ProtocolError
+from fedhlm.messages import (
+    MAX_BATCH,
+    Answered,
+    Assignment,
+    Contribution,
+    EscalationBatch,
+    Learned,
+    Profile,
+    Verdict,
+    VerdictBatch,
+    pack_bits,
+    pack_ids,
+    pack_probs,
+)
 from fedhlm.party import Party
-from fedhlm.telemetry import Counters
+from fedhlm.settings import Federation
+from fedhlm.state import Store
+from fedhlm.telemetry import Counters, warn_once
 
 log = logging.getLogger(__name__)
 
 SHARE_GROUP: Final = "cloud"
+FEDERATION_FILE: Final = "cloud.federation"
 
 
 class Engine(NamedTuple):
@@ -30,7 +48,12 @@ class Engine(NamedTuple):
 
 
 class CloudService:
-    """Verifies until cancelled. `clock_s` is monotonic; `shared` joins a shared subscription of several clouds."""
+    """Verifies and coordinates until cancelled. `clock_s` is monotonic.
+
+    Agents are regrouped every `assign_s` seconds (0: never). What the clusters contributed is kept in `store`;
+    `in_thread` waits for the disk and for the grouping. `to_announce` is set on every connect where the broker may have
+    lost its retained messages.
+    """
 
     def __init__(
         self,
@@ -42,7 +65,13 @@ class CloudService:
         batch_max: int,
         batch_wait_s: float = 0.0,
         clock_s: Callable[[], float] | None = None,
+        coordinator: Coordinator | None = None,
+        assign_s: float = 0.0,
+        store: Store | None = None,
+        in_thread: Callable[..., Awaitable[Any]] = asyncio.to_thread,
+        to_announce: asyncio.Event | None = None,
     ) -> None:
+        self.coordinator = coordinator or Coordinator.of(Federation())
         self.batcher = Batcher(sessions, engine.empty_cache, batch_max)
         self._party = party
         self._engine = engine
@@ -50,29 +79,118 @@ class CloudService:
         self._batch_wait_s = batch_wait_s
         self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
         self._work = asyncio.Event()
+        self._contributed = asyncio.Event()
+        self._to_announce = to_announce or asyncio.Event()
+        self._assign_s = assign_s
+        self._in_thread = in_thread
+        self._saver = rounds.Saver(store, {FEDERATION_FILE: self.coordinator.members})
 
     async def subscribe(self) -> None:
         """To be called before the bus connects, so that the cloud is not online before it hears."""
-        await self._party.bus.subscribe(topics.CLOUD_VERIFY.name(self._party.root, cluster="+"))
+        clusters = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
+        await self._party.bus.subscribe(
+            *(topic.name(self._party.root, cluster="+") for topic in clusters),
+            # Its own retained state of before a restart.
+            topics.CLOUD_FL_STATE.name(self._party.root),
+        )
 
     async def run(self) -> None:
         """Serve until cancelled, or until the bus is refused for good (BusError)."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._receive(), name="cloud-receive")
-            group.create_task(self._verify(), name="cloud-verify")
+        rounds_made = rounds.keep_rounds(
+            self.coordinator.members,
+            bus=self._party.bus,
+            changed=self._contributed,
+            clock_s=self._clock_s,
+            publish=self._end_round,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._receive(), name="cloud-receive")
+                group.create_task(self._verify(), name="cloud-verify")
+                group.create_task(rounds_made, name="cloud-rounds")
+                group.create_task(self._announce(), name="cloud-announce")
+                group.create_task(self._regroup(), name="cloud-regroup")
+                group.create_task(self._saver.keep(self._in_thread), name="cloud-save")
+        finally:
+            self._saver.write()
 
     async def _receive(self) -> None:
         async for received in self._party.received():
-            batch = received.message
-            if not isinstance(batch, EscalationBatch):
-                self._counters.add("refused_messages")
-                continue
+            cluster = received.levels.get("cluster", "")
+            match received.message:
+                case EscalationBatch() as batch:
+                    self._submit(cluster, batch)
+                case Contribution() as contribution:
+                    self._contribute(cluster, contribution)
+                case Profile() as profile:
+                    self._take("profile", self.coordinator.note_profile, cluster, profile)
+                case Learned() as learned:
+                    self._take("state", self.coordinator.members.inherit, learned)
+                case _:
+                    self._counters.add("refused_messages")
+
+    def _submit(self, cluster: str, batch: EscalationBatch) -> None:
+        now = self._clock_s()
+        for agent, escalation in ((i.agent, i.escalation) for i in batch.items):
+            key = Key(cluster, agent, escalation.session)
+            self._counters.add("escalations")
+            self.batcher.submit(Job(key, escalation, now + escalation.patience_ms / 1000.0))
+        self._work.set()
+
+    # Federation
+
+    def _contribute(self, cluster: str, contribution: Contribution) -> None:
+        match self.coordinator.members.take(cluster, contribution, self._clock_s()):
+            case "taken":
+                self._counters.add("contributions")
+                self._contributed.set()
+            case "duplicate":
+                self._counters.add("duplicate_messages")
+            case "refused":
+                self._counters.add("refused_contributions")
+
+    def _take(self, what: str, take: Callable[..., object], *given: object) -> None:
+        try:
+            take(*given)
+        except ProtocolError as exc:
+            self._counters.add("refused_messages")
+            warn_once(log, what, "refused a %s: %s", what, exc)
+
+    async def _end_round(self) -> None:
+        self._counters.add("rounds")
+        self.coordinator.members.close()
+        await self._send_learned()
+
+    async def _send_learned(self) -> None:
+        learned = self.coordinator.members.state().learned(self._party.stamp())
+        await self._party.send(topics.CLOUD_FL_STATE, learned)
+
+    async def _announce(self) -> None:
+        self._to_announce.set()
+        while True:
+            await self._to_announce.wait()
+            self._to_announce.clear()
+            if self.coordinator.members.told:
+                await self._send_learned()
+
+    async def _regroup(self) -> None:
+        while self._assign_s:
+            await asyncio.sleep(self._assign_s)
             now = self._clock_s()
-            for agent, escalation in ((i.agent, i.escalation) for i in batch.items):
-                key = Key(received.levels["cluster"], agent, escalation.session)
-                self._counters.add("escalations")
-                self.batcher.submit(Job(key, escalation, now + escalation.patience_ms / 1000.0))
-            self._work.set()
+            if not self.coordinator.prepare(now):
+                continue
+            try:
+                moves = await self._in_thread(self.coordinator.regroup, now)
+            except Exception:  # whatever a numerical library raises, the service lives on
+                log.exception("the agents could not be regrouped")
+                continue
+            for agent, cluster in sorted(moves.items()):
+                log.info("agent %s belongs to cluster %s", agent, cluster)
+                self._counters.add("assignments")
+                message = Assignment(**self._party.stamp(), cluster=cluster)
+                await self._party.send(topics.ASSIGN, message, agent=agent)
+
+    # Verification
 
     async def _verify(self) -> None:
         while True:
@@ -108,13 +226,14 @@ class CloudService:
 
     def _verdict(self, done: Done) -> Verdict | None:
         match done.outcome:
-            case Settled(accepted, ids, probs):
+            case Settled(accepted, ids, probs, missed):
                 verdict = self._blank(done, "settled")
                 return replace(
                     verdict,
                     accepted=accepted,
                     ids=pack_ids(ids, self.batcher.sessions.fingerprint.vocab_size),
                     target_probs=pack_probs(np.clip(probs, 0.0, 1.0)),
+                    missed=pack_bits(missed),
                 )
             case Unprimed():
                 self._counters.add("reprimes")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cloud_verifier.verifier import Block, Session
+from fedhlm.couplings import COUPLINGS, split_laws
 from fedhlm.errors import FingerprintMismatch, ProtocolError
 from fedhlm.fingerprint import check_agreement
 from fedhlm.ids import common_prefix
 from fedhlm.messages import Escalation, Fingerprint, Prime, unpack_ids
-from fedhlm.sampling import COUPLINGS
+from fedhlm.tree import Tree, unpack_branches
 
 
 class Key(NamedTuple):
@@ -113,7 +114,11 @@ class Sessions:
             return Refused("escalation.base is 0: at least one context token expected")
         if not ids and not escalation.extend:
             return Refused("escalation has no ids and extend 0: nothing is asked")
-        end = escalation.base + len(ids) + escalation.extend
+        chain = ids[escalation.fixed :]
+        packed = escalation.hints.branches if escalation.hints else b""
+        branches = unpack_branches(packed, vocab_size, len(chain))
+        depth = Tree(chain, branches).depth
+        end = escalation.base + escalation.fixed + depth + escalation.extend
         if end > self.context_max:
             return Refused(f"escalation reaches position {end}: the model's context is {self.context_max}")
         name = (
@@ -123,14 +128,13 @@ class Sessions:
             return Block(escalation.base, ids, escalation.fixed, escalation.extend, [])
         if name not in COUPLINGS:
             return Refused(f"sampling.coupling is {name!r}: one of {', '.join(sorted(COUPLINGS))} expected")
-        size = COUPLINGS[name].law_bytes(vocab_size)
-        drafts = len(ids) - escalation.fixed
-        if len(escalation.laws) != size * drafts:
+        if branches and not COUPLINGS[name].shared:
             return Refused(
-                f"escalation.laws has {len(escalation.laws)} bytes: {size} for each of {drafts} drafts expected"
+                f"escalation has {len(branches)} branches: sampling.coupling {name!r} tests one draft a place"
             )
-        laws = [b""] * escalation.fixed + [escalation.laws[i * size : (i + 1) * size] for i in range(drafts)]
-        return Block(escalation.base, ids, escalation.fixed, escalation.extend, laws)
+        drafts = split_laws(COUPLINGS[name], escalation.laws, len(ids) - escalation.fixed, vocab_size)
+        laws = [b""] * escalation.fixed + drafts
+        return Block(escalation.base, ids, escalation.fixed, escalation.extend, laws, branches)
 
     def _prime(self, key: Key, escalation: Escalation, prime: Prime) -> Refused | None:
         try:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from fedhlm.couplings import COUPLINGS, Coupling
 from fedhlm.ids import common_prefix
 from fedhlm.messages import Sampling
-from fedhlm.sampling import COUPLINGS, law
+from fedhlm.sampling import law
+from fedhlm.tree import Branch, Tree
 
 
 @dataclass
@@ -29,13 +31,15 @@ class Session:
 
 
 class Block(NamedTuple):
-    """An escalation's content, decoded and checked: `laws` has one entry per id, empty where none travels."""
+    """An escalation's content, decoded and checked: `laws` has one entry per id, empty where none travels. `branches`
+    are the drafts' alternatives, where the coupling is shared."""
 
     base: int
     ids: list[int]
     fixed: int
     extend: int
     laws: list[bytes]
+    branches: tuple[Branch, ...] = ()
 
 
 class Feed(NamedTuple):
@@ -46,56 +50,94 @@ class Feed(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """The leading `accepted` ids stand; `ids` follow them; target probability of every id that was looked at."""
+    """The leading `accepted` ids stand; `ids` follow them; target probability of every id that was looked at.
+
+    `missed` says of each fixed id whether the target would have emitted another token there. Only a shared coupling can
+    tell; under any other it is false.
+    """
 
     accepted: int
     ids: list[int]
     target_probs: list[float]
+    missed: list[bool]
 
 
 def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Settled]:
     """Settle a block whose base is at most the session's context (ALGORITHMS 2 and 6).
 
     Fixed ids are the device's authority and overwrite; a draft is tested by the session's coupling; after the first
-    rejection nothing further is looked at. A fully accepted block is extended by `block.extend` tokens of the target,
-    or up to its end of text.
+    rejection nothing further of the main chain is looked at. Where the emitted token is a branch of the tree, it stands,
+    and settling continues on the main path below it (ALGORITHMS 6.1). One model call serves the main chain and one more
+    each change of path: nodes off the emitted text are never evaluated, and the round trip stays one. A path that
+    stands to its end is extended by `block.extend` tokens of the target, or up to its end of text.
     """
-    context = session.context
-    base, ids = block.base, block.ids
+    context, base, fixed = session.context, block.base, block.fixed
     coupling = COUPLINGS[session.sampling.coupling]
-    for position, token in enumerate(ids[: block.fixed], start=base):
-        if position < len(context) and context[position] != token:
-            del context[position:]
-            break
-    logits = yield _feed(session, base, ids)
-    offset = len(logits) - len(ids) - 1  # the row before base holds the law of the first id
-    probs: list[float] = []
-    for i, token in enumerate(ids):
-        position = base + i
-        row = logits[offset + i]
-        probs.append(float(law(row, session.sampling)[token]))
-        if position < len(context):
-            settled = context[position]
-        else:
-            settled = (
-                token if i < block.fixed else coupling.settle(row, session.sampling, position, token, block.laws[i])
-            )
-            context.append(settled)
-        if settled != token:
-            del session.fed[position:]
-            session.rejected_at = position
-            return Settled(i, [settled], probs)
-    extension: list[int] = []
-    row = logits[-1]
-    for position in range(base + len(ids), base + len(ids) + block.extend):
+    _overwrite(context, base, block.ids[:fixed])
+    tree = Tree(block.ids[fixed:], block.branches)
+    rows = yield from _run(session, base, block.ids)
+    accepted = _stand(session, block, coupling, rows)
+    looked_at = list(zip(rows, block.ids[: accepted + 1], strict=False))
+    probs = [float(law(row, session.sampling)[token]) for row, token in looked_at]
+    missed = [
+        coupling.shared and token != coupling.settle(row, session.sampling, position, None, b"")
+        for position, (row, token) in enumerate(looked_at[:fixed], start=base)
+    ]
+    start = end = base + accepted  # tokens up to `end` are confirmed by device or target
+    stood = accepted == len(block.ids)
+    node = accepted - fixed
+    if not stood:
+        session.rejected_at = start
+    while not stood:
+        del session.fed[end:]
+        child = tree.child(node, context[end])
+        end += 1
+        if child is None or context[end - 1] in session.eos_ids:
+            return Settled(accepted, context[start:end], probs, missed)
+        path = tree.chain_below(child)
+        ids = [tree.tokens[n - 1] for n in path]
+        rows = yield from _run(session, end, ids)
+        count = _stand(session, Block(end, ids, 0, 0, [b""] * len(ids)), coupling, rows)
+        stood = count == len(ids)
+        node = path[count - 1] if count else child
+        end += count
+    row, leaf = rows[-1], end
+    for position in range(leaf, leaf + block.extend):
         if position == len(context):
-            if position > base + len(ids):
-                row = (yield _feed(session, position, []))[-1]
+            if position > leaf:
+                row = (yield from _run(session, position, []))[-1]
             context.append(coupling.settle(row, session.sampling, position, None, b""))
-        extension.append(context[position])
+        end = position + 1
         if context[position] in session.eos_ids:
             break
-    return Settled(len(ids), extension, probs)
+    return Settled(accepted, context[start:end], probs, missed)
+
+
+def _overwrite(context: list[int], base: int, fixed: list[int]) -> None:
+    for position, token in enumerate(fixed, start=base):
+        if position < len(context) and context[position] != token:
+            del context[position:]
+            return
+
+
+def _run(session: Session, start: int, ids: list[int]) -> Generator[Feed, NDArray[Any], NDArray[Any]]:
+    """Logits after the context before `start` and after each of `ids`; shape (len(ids) + 1, V)."""
+    logits = yield _feed(session, start, ids)
+    return logits[-len(ids) - 1 :]
+
+
+def _stand(session: Session, block: Block, coupling: Coupling, rows: NDArray[Any]) -> int:
+    """How many leading ids stand. The context then holds them and, if not all do, the target's token after them."""
+    for i, token in enumerate(block.ids):
+        position = block.base + i
+        if position == len(session.context):
+            settled = (
+                token if i < block.fixed else coupling.settle(rows[i], session.sampling, position, token, block.laws[i])
+            )
+            session.context.append(settled)
+        if session.context[position] != token:
+            return i
+    return len(block.ids)
 
 
 def _feed(session: Session, base: int, ids: list[int]) -> Feed:

@@ -10,10 +10,12 @@ from edge_broker.embedded import EmbeddedBroker
 from edge_broker.service import EdgeService
 from fedhlm import topics
 from fedhlm.bus import Retained
-from fedhlm.config import Config, Loaded
+from fedhlm.config import Loaded
 from fedhlm.messages import encode
 from fedhlm.party import Party, Stamp, presence
 from fedhlm.serve import bus_of, serve
+from fedhlm.settings import Config
+from fedhlm.state import store_of
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ async def run(config: Config, counters: Counters) -> int:
     cluster = config.cluster.name
     name = f"edge-{cluster}"
     stamp = Stamp(name)
+    store = store_of(config.edge.state, key="edge.state")
     broker = config.broker
     async with AsyncExitStack() as stack:
         if not broker.url:
@@ -49,6 +52,10 @@ async def run(config: Config, counters: Counters) -> int:
             batch_max=config.edge.batch_max,
             batch_wait_s=config.edge.batch_wait_ms / 1000.0,
             to_announce=to_announce,
+            federation=config.federation,
+            memory_max=config.edge.memory,
+            store=store,
+            bridges=bool(config.edge.upstream.url),
         )
         await service.subscribe()
         for bus in dict.fromkeys((down.bus, up.bus)):

@@ -42,6 +42,10 @@ class Relay:
         self.pending.append(Routed(agent, escalation))
         return True
 
+    def settle(self, agent: str, escalation: Escalation) -> None:
+        """Take a queued block out again: it was answered here."""
+        self.pending = [r for r in self.pending if r.agent != agent or r.escalation is not escalation]
+
     def take_batch(self) -> tuple[Routed, ...]:
         """The next at most `batch_max` pending blocks, oldest first; empty when there are none."""
         batch, self.pending = tuple(self.pending[: self.batch_max]), self.pending[self.batch_max :]

@@ -1,21 +1,54 @@
-"""The edge as a running service: one bus to its cluster, one to the cloud (they may be the same)."""
+"""The edge as a running service: one bus to its cluster, one to the cloud (they may be the same).
+
+What it decides is in `cluster` (the relay), `memory` (answers from verified tokens) and `fedhlm.federation` (rounds).
+"""
 
 import asyncio
 import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+from msgspec.structs import replace
 
 from edge_broker.cluster import Relay
-from fedhlm import topics
-from fedhlm.messages import Escalation, EscalationBatch, Fingerprint, Presence, VerdictBatch
+from edge_broker.memory import DIGEST_MAX, Answer, ClusterMemory
+from fedhlm import rounds, topics
+from fedhlm.errors import ProtocolError
+from fedhlm.federation import Members, State, mean_of_agents
+from fedhlm.messages import (
+    MAX_BATCH,
+    Assignment,
+    Contribution,
+    Escalation,
+    EscalationBatch,
+    Fingerprint,
+    Learned,
+    Presence,
+    Profile,
+    UncertainTokens,
+    Verdict,
+    VerdictBatch,
+    Verified,
+    VerifiedTokens,
+)
 from fedhlm.party import Party, Received, presence
+from fedhlm.settings import Edge, Federation
+from fedhlm.state import Store
 from fedhlm.telemetry import Counters, warn_once
 
 log = logging.getLogger(__name__)
 
+DIGEST_S: Final = 0.5
+ASSIGNED_MAX: Final = 4_096
+
 
 class EdgeService:
-    """Relays between a cluster and the cloud until cancelled.
+    """Relays between a cluster and the cloud until cancelled, answers from its memory, sums what its agents learn.
 
-    `to_announce` is set whenever the edge's retained presence is due; its cluster bus sets it on every connect.
+    `to_announce` is set whenever the edge's retained state is due; its cluster bus sets it on every connect. What it
+    knows is kept in `store`; `in_thread` waits for the disk. `bridges` says that cluster and cloud have brokers of their
+    own, so that assignments must be carried over.
     """
 
     def __init__(
@@ -28,37 +61,78 @@ class EdgeService:
         batch_max: int,
         batch_wait_s: float,
         to_announce: asyncio.Event,
+        federation: Federation | None = None,
+        memory_max: int = Edge().memory,
+        store: Store | None = None,
+        bridges: bool = False,
+        in_thread: rounds.InThread = asyncio.to_thread,
+        clock_s: Callable[[], float] | None = None,
     ) -> None:
         self.cluster = cluster
         self.relay = Relay(batch_max=batch_max)
+        self.memory = ClusterMemory(memory_max)
+        federation = federation or Federation()
+        self.members = Members(federation, mean_of_agents)
+        self._prior_tokens = federation.prior_tokens
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None
+        self.above: State | None = None
         self._down = down
         self._up = up
         self._counters = counters
         self._batch_wait_s = batch_wait_s
         self._waiting = asyncio.Event()
         self._to_announce = to_announce
+        self._contributed = asyncio.Event()
+        self._learnt = asyncio.Event()
+        self._digest_full = asyncio.Event()
+        self._assigned: OrderedDict[str, Assignment] = OrderedDict()
+        self._bridges = bridges
+        self._in_thread = in_thread
+        self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
+        kept: dict[str, rounds.Kept] = {
+            f"edge-{cluster}.federation": self.members,
+            f"edge-{cluster}.memory": self.memory,
+        }
+        self._saver = rounds.Saver(store, kept)
 
     async def subscribe(self) -> None:
         """To be called before the buses connect, so that nobody hears of the edge before it hears them."""
+        agents = (topics.ESCALATE, topics.AGENT_STATUS, topics.PEER, topics.FL_UPDATE, topics.PROFILE)
         await self._down.bus.subscribe(
-            topics.ESCALATE.name(self._down.root, cluster=self.cluster, agent="+"),
-            topics.AGENT_STATUS.name(self._down.root, cluster=self.cluster, agent="+"),
+            *(topic.name(self._down.root, cluster=self.cluster, agent="+") for topic in agents),
+            # Its own retained state of before a restart.
+            topics.FL_STATE.name(self._down.root, cluster=self.cluster),
         )
         await self._up.bus.subscribe(
             topics.CLOUD_STATUS.name(self._up.root),
             topics.CLOUD_VERDICT.name(self._up.root, cluster=self.cluster),
+            topics.CLOUD_FL_STATE.name(self._up.root),
+            topics.NEIGHBOUR.name(self._up.root, cluster="+"),
+            topics.ASSIGN.name(self._up.root, agent="+"),
         )
 
     async def run(self) -> None:
         """Serve until cancelled, or until a bus is refused for good (BusError)."""
         parties = [self._down] if self._up.bus is self._down.bus else [self._down, self._up]
-        async with asyncio.TaskGroup() as group:
-            for party in parties:
-                group.create_task(self._receive(party), name="edge-receive")
-            group.create_task(self._send_batches(), name="edge-batches")
-            group.create_task(self._announce(), name="edge-announce")
+        rounds_made = rounds.keep_rounds(
+            self.members,
+            bus=self._down.bus,
+            changed=self._contributed,
+            clock_s=self._clock_s,
+            publish=self._end_round,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                for party in parties:
+                    group.create_task(self._receive(party), name="edge-receive")
+                group.create_task(self._send_batches(), name="edge-batches")
+                group.create_task(self._announce(), name="edge-announce")
+                group.create_task(self._send_digests(), name="edge-digests")
+                group.create_task(rounds_made, name="edge-rounds")
+                group.create_task(self._saver.keep(self._in_thread), name="edge-save")
+        finally:
+            self._saver.write()
 
     async def _receive(self, party: Party) -> None:
         async for received in party.received():
@@ -67,23 +141,81 @@ class EdgeService:
     async def _handle(self, received: Received) -> None:
         match received.message:
             case Escalation() as escalation:
-                self._counters.add("escalations")
-                if self.relay.escalate(received.levels["agent"], escalation):
-                    self._waiting.set()
-                else:
-                    self._counters.add("stale_escalations")
+                await self._escalate(received.levels["agent"], escalation)
             case VerdictBatch() as batch:
-                answers = self.relay.answers(batch)
-                self._counters.add("stale_verdicts", len(batch.items) - len(answers))
-                for agent, verdict in ((a.agent, a.verdict) for a in answers):
-                    self._counters.add("verdicts")
-                    await self._down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+                await self._settle(batch)
+            case UncertainTokens() as doubts:
+                self.memory.doubt(received.levels["agent"], doubts)
+                self._count_refused_keys()
+            case VerifiedTokens() as verified:
+                if received.levels["cluster"] != self.cluster:
+                    self.memory.hear(verified)
+                    self._count_refused_keys()
+            case Contribution() as contribution:
+                self._contribute(received.levels["agent"], contribution)
+            case Learned() as learned:
+                self._note_learned(received.topic, learned)
+            case Profile() as profile if profile.agent == received.levels["agent"]:
+                await self._up.send(topics.CLOUD_PROFILE, profile, cluster=self.cluster)
+            case Assignment() as assignment:
+                await self._assign(received.levels["agent"], assignment)
             case Presence(role="agent") as state:
-                self._note_agent(received.levels["agent"], state)
+                await self._note_agent(received.levels["agent"], state)
             case Presence(role="cloud") as state:
-                self._note_cloud(state)
+                await self._note_cloud(state)
             case _:
                 self._counters.add("refused_messages")
+
+    # Blocks
+
+    async def _escalate(self, agent: str, escalation: Escalation) -> None:
+        self._counters.add("escalations")
+        if not self.relay.escalate(agent, escalation):
+            self._counters.add("stale_escalations")
+            return
+        vocab_size = self._vocab_size(agent)
+        answer = None if vocab_size is None else self.memory.answer(agent, escalation, vocab_size)
+        if vocab_size is None or answer is None:
+            self.memory.await_verdict(agent, escalation)
+            self._waiting.set()
+            return
+        self.relay.settle(agent, escalation)
+        self._counters.add("neighbour_answers" if answer.source == "neighbour" else "peer_answers")
+        verdict = self._verdict(escalation, answer)
+        self._counters.add("verdicts")
+        await self._down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+
+    def _verdict(self, escalation: Escalation, answer: Answer) -> Verdict:
+        return Verdict(
+            **self._down.stamp(),
+            session=escalation.session,
+            epoch=escalation.epoch,
+            base=escalation.base,
+            status="settled",
+            accepted=answer.accepted,
+            source=answer.source,
+        )
+
+    async def _settle(self, batch: VerdictBatch) -> None:
+        answers = self.relay.answers(batch)
+        self._counters.add("stale_verdicts", len(batch.items) - len(answers))
+        verified: list[Verified] = []
+        for agent, verdict in ((a.agent, a.verdict) for a in answers):
+            vocab_size = self._vocab_size(agent)
+            verified += self.memory.learn(agent, verdict, vocab_size) if vocab_size is not None else ()
+        # Before the verdicts and on the same connection, so that an agent that goes on after its verdict knows them.
+        for start in range(0, len(verified), MAX_BATCH):
+            items = tuple(verified[start : start + MAX_BATCH])
+            message = VerifiedTokens(**self._down.stamp(), space=self.memory.keys, items=items)
+            await self._down.send(topics.KNOWN, message, cluster=self.cluster)
+        if verified:
+            self._counters.add("verified_tokens", len(verified))
+            self._learnt.set()
+            if self.memory.waiting >= DIGEST_MAX:
+                self._digest_full.set()
+        for agent, verdict in ((a.agent, a.verdict) for a in answers):
+            self._counters.add("verdicts")
+            await self._down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
 
     async def _send_batches(self) -> None:
         while True:
@@ -96,19 +228,122 @@ class EdgeService:
                 batch = EscalationBatch(**self._up.stamp(), items=items)
                 await self._up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
 
-    def _note_agent(self, agent: str, state: Presence) -> None:
+    async def _send_digests(self) -> None:
+        while True:
+            await self._learnt.wait()
+            try:
+                async with asyncio.timeout(DIGEST_S):
+                    await self._digest_full.wait()
+            except TimeoutError:
+                pass
+            self._learnt.clear()
+            self._digest_full.clear()
+            while items := self.memory.take_digest():
+                message = VerifiedTokens(**self._up.stamp(), space=self.memory.keys, items=items)
+                await self._up.send(topics.NEIGHBOUR, message, cluster=self.cluster)
+
+    def _vocab_size(self, agent: str) -> int | None:
+        state = self.agents.get(agent)
+        fingerprint = (state.fingerprint if state else None) or self.upstream
+        return None if fingerprint is None else fingerprint.vocab_size
+
+    def _count_refused_keys(self) -> None:
+        if self.memory.refused_keys:
+            self._counters.add("refused_keys", self.memory.refused_keys)
+            self.memory.refused_keys = 0
+
+    # Federation
+
+    def _contribute(self, agent: str, contribution: Contribution) -> None:
+        # An agent speaks for one agent, whatever it says.
+        match self.members.take(agent, replace(contribution, members=1), self._clock_s()):
+            case "taken":
+                self._counters.add("contributions")
+                self._contributed.set()
+            case "duplicate":
+                self._counters.add("duplicate_messages")
+            case "refused":
+                self._counters.add("refused_contributions")
+
+    async def _end_round(self) -> None:
+        grown = self.members.grown
+        state = self.members.close()
+        self._counters.add("rounds")
+        await self._send_learned(state)
+        if grown:
+            await self._send_contribution(state)
+
+    async def _send_contribution(self, state: State) -> None:
+        contribution = state.contribution(self._up.stamp())
+        await self._up.send(topics.CLOUD_FL_UPDATE, contribution, cluster=self.cluster)
+
+    async def _send_learned(self, state: State) -> None:
+        # What is inherited holds the cloud's share already.
+        above = None if self.members.inherited_share else self.above
+        learned = state.below(above, tokens=self._prior_tokens).learned(self._down.stamp())
+        await self._down.send(topics.FL_STATE, learned, cluster=self.cluster)
+
+    def _note_learned(self, topic: topics.Topic, learned: Learned) -> None:
+        try:
+            if topic is topics.FL_STATE:
+                self.members.inherit(learned)
+                return
+            above = State.of(learned)
+        except ProtocolError as exc:
+            self._counters.add("refused_contributions")
+            warn_once(log, topic.pattern, "refused the state on %s: %s", topic.pattern, exc)
+            return
+        if self.above is None or self.above.round != above.round:
+            self.members.touch(self._clock_s())
+            self._contributed.set()
+        self.above = above
+
+    async def _assign(self, agent: str, assignment: Assignment) -> None:
+        self._assigned[agent] = assignment
+        self._assigned.move_to_end(agent)
+        while len(self._assigned) > ASSIGNED_MAX:
+            self._assigned.popitem(last=False)
+        if agent in self.agents:
+            await self._carry_over(agent)
+        else:
+            self._forget_if_moved(agent)
+
+    async def _carry_over(self, agent: str) -> None:
+        if self._bridges and agent in self._assigned:
+            self._counters.add("assignments")
+            await self._down.send(topics.ASSIGN, self._assigned[agent], agent=agent)
+
+    def _forget_if_moved(self, agent: str) -> None:
+        """Its sums are part of another cluster from now on; a merely silent agent stays with its last ones."""
+        assigned = self._assigned.get(agent)
+        if assigned is not None and assigned.cluster != self.cluster and self.members.forget(agent):
+            self.members.touch(self._clock_s())
+            self._contributed.set()
+
+    # Presence
+
+    async def _note_agent(self, agent: str, state: Presence) -> None:
         if state.online:
+            new = agent not in self.agents
             self.agents[agent] = state
             ours, theirs = self.upstream, state.fingerprint
             if ours and theirs and (ours.tokenizer, ours.vocab_size) != (theirs.tokenizer, theirs.vocab_size):
                 warn_once(log, f"mismatch {agent}", "agent %s has another tokenizer than the cloud", agent)
+            if new:
+                await self._carry_over(agent)
         else:
             self.agents.pop(agent, None)
+            self._forget_if_moved(agent)
 
-    def _note_cloud(self, state: Presence) -> None:
+    async def _note_cloud(self, state: Presence) -> None:
         self.upstream = state.fingerprint if state.online else None
+        if self.upstream is not None:
+            self.memory.belong(f"{self.upstream.tokenizer} {self.upstream.vocab_size}")
         log.info("cloud is %s", "online" if state.online else "offline")
         self._to_announce.set()
+        if state.online and self.members.told:
+            # A cloud that has forgotten everything need not wait for the next round; any other one knows it already.
+            await self._send_contribution(self.members.state())
 
     async def _announce(self) -> None:
         self._to_announce.set()
@@ -117,3 +352,6 @@ class EdgeService:
             self._to_announce.clear()
             message = presence(self._down.stamp, "edge", online=True, upstream=self.upstream)
             await self._down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
+            if self.members.told:
+                # The broker may have lost it with a restart of its own.
+                await self._send_learned(self.members.state())

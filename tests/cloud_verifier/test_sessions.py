@@ -5,7 +5,8 @@ import pytest
 
 from cloud_verifier.sessions import Admission, Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verifier import Block
-from fedhlm.messages import Escalation, Fingerprint, Prime, Sampling, pack_ids
+from fedhlm.messages import SCHEMA_VERSION, Escalation, Fingerprint, Hints, Prime, Sampling, pack_ids
+from fedhlm.tree import Branch, pack_branches
 from lab import toy
 
 KEY = Key("c", "a", 1)
@@ -29,15 +30,36 @@ def escalation(
     laws: bytes = b"",
     fingerprint: Fingerprint = toy.FINGERPRINT,
     context: bytes | None = None,
+    branches: bytes = b"",
 ) -> Escalation:
     prime = None
     if primed:
         held = pack_ids(list(range(1, base + 1)), toy.VOCAB_SIZE) if context is None else context
         prime = Prime(Sampling(seed=1, coupling=coupling), fingerprint, held)
     return Escalation(
-        version=1, sender="a", sequence=1, sent_ms=0, session=1, epoch=epoch, base=base, ids=ids, patience_ms=10,
-        fixed=fixed, extend=extend, prime=prime, laws=laws,
+        version=SCHEMA_VERSION, sender="a", sequence=1, sent_ms=0, session=1, epoch=epoch, base=base, ids=ids, patience_ms=10,
+        fixed=fixed, extend=extend, prime=prime, laws=laws, hints=Hints(branches=branches) if branches else None,
     )  # fmt: skip
+
+
+def deep(count: int) -> bytes:
+    """A branch of `count` nodes below the two drafts."""
+    return pack_branches([Branch(2 + i, 5) for i in range(count)], toy.VOCAB_SIZE)
+
+
+def test_branches_belong_to_the_drafts_and_not_to_the_fixed_ids() -> None:
+    branches = (Branch(0, 7), Branch(1, 8), Branch(3, 9))
+    packed = pack_branches(branches, toy.VOCAB_SIZE)
+    for coupling in ("gumbel", "greedy"):
+        admitted = store().admit(KEY, escalation(fixed=1, branches=packed, coupling=coupling))
+        assert admitted == Block(2, [5, 6], 1, 1, [b"", b""], branches)
+    refused = store().admit(KEY, escalation(fixed=2, branches=packed))
+    assert isinstance(refused, Refused)
+    assert "parent of branch 2 is 3: at most 2" in refused.reason
+
+
+def test_the_longest_branch_may_just_fill_the_context() -> None:
+    assert isinstance(store().admit(KEY, escalation(branches=deep(toy.CONTEXT - 5))), Block)
 
 
 def test_a_primed_block_is_admitted() -> None:
@@ -83,6 +105,11 @@ def test_blocks_behind_a_rejection_of_their_epoch_are_stale() -> None:
         (escalation(extend=toy.CONTEXT), "context is 512"),
         (escalation(coupling="magic"), "sampling.coupling is 'magic'"),
         (escalation(coupling="full", laws=b"abc"), "escalation.laws has 3 bytes"),
+        (escalation(branches=b"abc"), "branches of 3 bytes"),
+        (escalation(branches=pack_branches([Branch(3, 1)], 48)), "parent of branch 0 is 3"),
+        (escalation(branches=pack_branches([Branch(0, 49)], 99)), "token id 49"),
+        (escalation(branches=pack_branches([Branch(0, 1)], 48), coupling="full", laws=bytes(192)), "1 branches"),
+        (escalation(branches=deep(toy.CONTEXT - 4)), "reaches position 513"),
         (escalation(context=b"\1\0"), "prime.context has 1 ids"),
         (escalation(fingerprint=Fingerprint("other", 48, toy.FINGERPRINT.noise, "m")), "fingerprint.tokenizer differs"),
         (escalation(fingerprint=Fingerprint("toy", 49, toy.FINGERPRINT.noise, "m")), "fingerprint.vocab_size differs"),

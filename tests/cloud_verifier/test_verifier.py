@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloud_verifier.verifier import Block, Session, Settled, settle
+from fedhlm.draft import encode_full
 from fedhlm.messages import Sampling
 from fedhlm.sampling import law
+from fedhlm.tree import Branch, Tree
 from lab import toy
 
 SAMPLING = Sampling(seed=3)
@@ -97,3 +99,94 @@ def test_target_probabilities_are_the_targets() -> None:
     for i, token in enumerate(text):
         expected = law(toy.large_logits([7, *text[:i]]), SAMPLING)[token]
         assert settled.target_probs[i] == pytest.approx(expected)
+
+
+@st.composite
+def trees(draw: st.DrawFn, text: list[int]) -> Tree:
+    """A nonsense tree in which the target's own tokens are frequent, so that every kind of walk occurs."""
+    size = draw(st.integers(0, 6))
+    chain = [draw(st.one_of(st.just(t), st.integers(0, toy.VOCAB_SIZE - 1))) for t in text[:size]]
+    depths = list(range(len(chain) + 1))
+    branches = []
+    for _ in range(draw(st.integers(0, 12))):
+        parent = draw(st.integers(0, len(depths) - 1))
+        depth = depths[parent]
+        right = text[depth] if depth < len(text) else 1
+        branches.append(Branch(parent, draw(st.one_of(st.just(right), st.integers(0, toy.VOCAB_SIZE - 1)))))
+        depths.append(depth + 1)
+    return Tree(chain, branches)
+
+
+@settings(max_examples=50)
+@given(data=st.data(), prompt=prompts, seed=st.integers(0, 999), temperature=st.sampled_from([0.0, 0.8]))
+def test_text_settled_with_any_trees_is_the_targets_alone(
+    data: st.DataObject, prompt: list[int], seed: int, temperature: float
+) -> None:
+    sampling = Sampling(seed=seed, temperature=temperature, coupling=data.draw(st.sampled_from(["gumbel", "greedy"])))
+    text = toy.large_alone(prompt, sampling, 16)
+    state = session(prompt, sampling)
+    base, repeatable = len(prompt), []
+    while len(state.context) - len(prompt) < len(text):
+        tree = data.draw(trees(text[base - len(prompt) :]))
+        asked = Block(base, list(tree.chain), 0, data.draw(st.integers(1, 3)), [b""] * len(tree.chain), tree.branches)
+        settled = drive(state, asked)
+        after = base - len(prompt) + settled.accepted
+        assert (
+            list(tree.chain[: settled.accepted]) == text[after - settled.accepted : after] or toy.EOS_ID in tree.chain
+        )
+        assert settled.ids[: len(text) - after] == text[after : after + len(settled.ids)]
+        assert settled.ids
+        repeatable.append((asked, settled))
+        if data.draw(st.booleans()):
+            state.fed = state.fed[: data.draw(st.integers(0, len(state.fed)))]  # a cache that was cut changes nothing
+        again, answer = data.draw(st.sampled_from(repeatable))
+        assert drive(state, again) == answer
+        base += settled.accepted + len(settled.ids)
+        if data.draw(st.booleans()):
+            base = data.draw(st.integers(len(prompt), base))  # overlaps what is settled already
+            base = min(base, len(state.context))
+        if toy.EOS_ID in state.context[len(prompt) :]:
+            break
+    assert state.context[len(prompt) :][: len(text)] == text[: len(state.context) - len(prompt)]
+
+
+def test_a_right_branch_stands_with_what_follows_it_and_one_more_token() -> None:
+    text = toy.large_alone([7], SAMPLING, 6)
+    wrong = (text[1] + 1) % toy.VOCAB_SIZE
+    branches = (Branch(1, text[1]), Branch(4, text[2]), Branch(5, wrong), Branch(5, text[3]))
+    state = session([7])
+    settled = drive(state, Block(1, [text[0], wrong, wrong], 0, 1, [b""] * 3, branches))
+    assert (settled.accepted, settled.ids) == (1, text[1:5])
+    assert state.rejected_at == 2
+    assert len(settled.target_probs) == 2
+
+
+def test_a_block_without_branches_ends_at_its_first_rejection() -> None:
+    text = toy.large_alone([7], SAMPLING, 6)
+    wrong = (text[1] + 1) % toy.VOCAB_SIZE
+    settled = drive(session([7]), block(1, [text[0], wrong, wrong]))
+    assert (settled.accepted, settled.ids) == (1, [text[1]])
+
+
+@given(
+    prompt=prompts,
+    committed=st.lists(st.one_of(st.none(), st.integers(1, toy.VOCAB_SIZE - 1)), min_size=1, max_size=6),
+    drafts=st.lists(st.integers(1, toy.VOCAB_SIZE - 1), max_size=3),
+    coupling=st.sampled_from(["gumbel", "greedy", "full"]),
+)
+def test_missed_bits_tell_where_the_target_would_have_gone_another_way(
+    prompt: list[int], committed: list[int | None], drafts: list[int], coupling: str
+) -> None:
+    sampling = Sampling(seed=3, coupling=coupling)
+    laws = [encode_full(law(toy.large_logits([5]), sampling)) for _ in drafts] if coupling == "full" else [b""] * 3
+    fixed: list[int] = []
+    expected = []
+    for choice in committed:  # None: what the target emits
+        own = toy.large_alone([*prompt, *fixed], sampling, 1)[0]
+        fixed.append(own if choice is None else choice)
+        expected.append(coupling != "full" and own != fixed[-1])
+    state = session(prompt, sampling)
+    asked = Block(len(prompt), fixed + drafts, len(fixed), 1, [b""] * len(fixed) + laws[: len(drafts)])
+    settled = drive(state, asked)
+    assert settled.missed == expected
+    assert drive(state, asked) == settled

@@ -1,18 +1,33 @@
 """The relay passes on what is current, in order, within its bounds."""
 
 from edge_broker.cluster import SESSIONS_MAX, Relay
-from fedhlm.messages import Answered, Escalation, Verdict, VerdictBatch
+from fedhlm.messages import SCHEMA_VERSION, Answered, Escalation, Verdict, VerdictBatch
 
 
 def escalation(session: int = 1, epoch: int = 0, base: int = 5, ids: bytes = b"ab") -> Escalation:
     return Escalation(
-        version=1, sender="a", sequence=1, sent_ms=0, session=session, epoch=epoch, base=base, ids=ids, patience_ms=1
+        version=SCHEMA_VERSION,
+        sender="a",
+        sequence=1,
+        sent_ms=0,
+        session=session,
+        epoch=epoch,
+        base=base,
+        ids=ids,
+        patience_ms=1,
     )
 
 
 def verdict(session: int = 1, epoch: int = 0) -> Verdict:
     return Verdict(
-        version=1, sender="cloud", sequence=1, sent_ms=0, session=session, epoch=epoch, base=5, status="settled"
+        version=SCHEMA_VERSION,
+        sender="cloud",
+        sequence=1,
+        sent_ms=0,
+        session=session,
+        epoch=epoch,
+        base=5,
+        status="settled",
     )
 
 
@@ -42,11 +57,22 @@ def test_a_repeated_block_replaces_its_double() -> None:
     assert [r.escalation.ids for r in relay.take_batch()] == [b"abcd"]
 
 
+def test_a_block_answered_here_leaves_the_queue_alone_and_is_not_stale() -> None:
+    relay = Relay()
+    blocks = [escalation(base=base) for base in (1, 2, 3)]
+    for block in blocks:
+        relay.escalate("a", block)
+        relay.escalate("b", block)
+    relay.settle("a", blocks[1])
+    assert [(r.agent, r.escalation.base) for r in relay.pending] == [("a", 1), ("b", 1), ("b", 2), ("a", 3), ("b", 3)]
+    assert relay.stale == 0
+
+
 def test_answers_of_old_epochs_are_dropped_and_strangers_pass() -> None:
     relay = Relay()
     relay.escalate("a", escalation(epoch=3))
     batch = VerdictBatch(
-        version=1, sender="cloud", sequence=1, sent_ms=0,
+        version=SCHEMA_VERSION, sender="cloud", sequence=1, sent_ms=0,
         items=(Answered("a", verdict(epoch=2)), Answered("a", verdict(epoch=3)), Answered("b", verdict(epoch=0))),
     )  # fmt: skip
     assert [(a.agent, a.verdict.epoch) for a in relay.answers(batch)] == [("a", 3), ("b", 0)]

@@ -1,0 +1,231 @@
+"""What an edge knows of contexts, without I/O: doubts of its agents, tokens that the cloud settled, here and next door.
+
+A doubtful draft is known by agent, session and position in the context. Answers come from verified tokens only, and
+only what the cloud settled is learnt: an answer given here teaches nothing.
+"""
+
+from collections import OrderedDict, deque
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from fedhlm.consensus import Memory, Origin
+from fedhlm.errors import ProtocolError
+from fedhlm.keys import DIMS, Key, unpack_key
+from fedhlm.messages import (
+    MAX_BLOCK,
+    Escalation,
+    UncertainTokens,
+    Verdict,
+    Verified,
+    VerifiedTokens,
+    unpack_bits,
+    unpack_ids,
+)
+
+SESSIONS_MAX: Final = 1_024
+DOUBTS_MAX: Final = MAX_BLOCK  # of one session
+PENDING_MAX: Final = 4_096
+DIGEST_MAX: Final = 64  # verified tokens in one message to the neighbours
+DIGESTS_MAX: Final = 16  # messages' worth that wait while the bus is slow; the oldest go first
+
+
+class Answer(NamedTuple):
+    """All `accepted` ids of a block stand; `source` is the farthest origin of those that said so."""
+
+    accepted: int
+    source: Literal["peer", "neighbour"]
+
+
+class _Doubt(NamedTuple):
+    token: int
+    key: Key
+
+
+class _Block(NamedTuple):
+    ids: bytes
+    fixed: int
+
+
+class _Snapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    space: str
+    keys: str
+    tokens: bytes
+
+
+_snapshots: Final = msgspec.msgpack.Decoder(_Snapshot)
+
+
+class ClusterMemory:
+    """Doubts, pending blocks and verified tokens of one cluster, each bounded.
+
+    `refused_keys` counts keys of another length than `dims`, or of another space than the first.
+    """
+
+    def __init__(self, capacity: int, *, dims: int = DIMS) -> None:
+        self.dims = dims
+        self.refused_keys = 0
+        self._keys = ""  # the space of all keys here
+        self._tokens = Memory(capacity, dims)
+        self._doubts: OrderedDict[tuple[str, int], dict[int, _Doubt]] = OrderedDict()
+        self._pending: OrderedDict[tuple[str, int, int, int], _Block] = OrderedDict()
+        self._digest: deque[Verified] = deque(maxlen=DIGEST_MAX * DIGESTS_MAX)
+
+    @property
+    def size(self) -> int:
+        """Verified tokens held."""
+        return self._tokens.size
+
+    @property
+    def keys(self) -> str:
+        """The space of all keys here; empty before the first."""
+        return self._keys
+
+    @property
+    def waiting(self) -> int:
+        """Verified tokens that the neighbours have not been sent yet."""
+        return len(self._digest)
+
+    def belong(self, space: str) -> None:
+        """Say which tokenizer the tokens are of; those of another one mean nothing and are forgotten."""
+        if space != self._tokens.space:
+            if self._tokens.space:
+                self._tokens = Memory(self._tokens.capacity, self.dims)
+                self._digest.clear()
+            self._tokens.space = space
+
+    def _comparable(self, message: UncertainTokens | VerifiedTokens) -> bool:
+        """Whether a message's keys are of the space that was met first; those of another projection mean nothing here."""
+        self._keys = self._keys or message.space
+        if message.space == self._keys:
+            return True
+        self.refused_keys += len(message.items)
+        return False
+
+    def doubt(self, agent: str, message: UncertainTokens) -> None:
+        """Remember the keys of an agent's doubtful drafts; a draft made anew replaces the one at its position."""
+        if not self._comparable(message):
+            return
+        session = (agent, message.session)
+        known = self._doubts.setdefault(session, {})
+        for item in message.items:
+            key = self._unpacked(item.key)
+            if key is not None:
+                known.pop(item.position, None)
+                known[item.position] = _Doubt(item.token, key)
+        while len(known) > DOUBTS_MAX:
+            del known[next(iter(known))]
+        self._doubts.move_to_end(session)
+        while len(self._doubts) > SESSIONS_MAX:
+            self._doubts.popitem(last=False)
+
+    def hear(self, message: VerifiedTokens) -> None:
+        """Take in what the cloud settled in a neighbour cluster."""
+        if self._comparable(message):
+            self._remember(message.items, "neighbour")
+
+    def answer(self, agent: str, escalation: Escalation, vocab_size: int) -> Answer | None:
+        """Settle a block where the agent allows it and verified neighbours agree with each of its doubtful drafts.
+
+        Drafts that nobody doubted count as certain. None: ask the cloud. So it is also where the neighbours know
+        another token: measured, such a token is hardly ever better than the draft.
+        """
+        hints = escalation.hints
+        if hints is None or hints.similarity is None:
+            return None
+        ids = _ids(escalation.ids, vocab_size)
+        doubts = self._doubts_of(agent, escalation, ids)
+        doubtful = [i for i in sorted(doubts) if i >= escalation.fixed]
+        source: Literal["peer", "neighbour"] = "peer"
+        for i in doubtful:
+            match = self._tokens.nearest(doubts[i], hints.votes, theta=hints.similarity)
+            if match is None or match.similarity < hints.similarity or match.token != ids[i]:
+                return None
+            if match.origin == "neighbour":
+                source = "neighbour"
+        return Answer(len(ids), source) if doubtful else None
+
+    def await_verdict(self, agent: str, escalation: Escalation) -> None:
+        """Remember a block that goes to the cloud, so that its verdict can be learnt from."""
+        name = (agent, escalation.session, escalation.epoch, escalation.base)
+        self._pending[name] = _Block(escalation.ids, escalation.fixed)
+        self._pending.move_to_end(name)
+        while len(self._pending) > PENDING_MAX:
+            self._pending.popitem(last=False)
+
+    def learn(self, agent: str, verdict: Verdict, vocab_size: int) -> tuple[Verified, ...]:
+        """What a verdict of the cloud settled in doubtful contexts; each block teaches once.
+
+        The drafts that stand and the token that replaced the first that does not; committed tokens only where the
+        cloud says that it would have emitted them.
+        """
+        block = self._pending.pop((agent, verdict.session, verdict.epoch, verdict.base), None)
+        if block is None or verdict.status != "settled":
+            return ()
+        ids, settled = _ids(block.ids, vocab_size), _ids(verdict.ids, vocab_size)
+        accepted = min(verdict.accepted, len(ids))
+        missed = unpack_bits(verdict.missed, block.fixed)
+        tokens = {i: ids[i] for i in range(accepted) if i >= block.fixed or not missed[i]}
+        if accepted < len(ids) and settled:
+            tokens[accepted] = settled[0]
+        doubts = self._doubts_of(agent, verdict, ids)
+        learnt = tuple(Verified(doubts[i].tobytes(), token) for i, token in tokens.items() if i in doubts)
+        self._remember(learnt, "peer")
+        self._digest.extend(learnt)
+        self._forget_doubts(agent, verdict, replaced_at=verdict.base + accepted if accepted < len(ids) else None)
+        return learnt
+
+    def take_digest(self) -> tuple[Verified, ...]:
+        """The next at most DIGEST_MAX verified tokens for the neighbours, oldest first; empty when there are none."""
+        return tuple(self._digest.popleft() for _ in range(min(DIGEST_MAX, len(self._digest))))
+
+    def snapshot(self) -> bytes:
+        """The verified tokens, for `restore`; doubts and pending blocks are of the moment."""
+        return msgspec.msgpack.encode(_Snapshot(self._tokens.space, self._keys, self._tokens.snapshot()))
+
+    def restore(self, data: bytes) -> None:
+        """Take over the verified tokens of a snapshot.
+
+        Raises:
+            ProtocolError: not a snapshot, or one of other dimensions; nothing has changed then.
+        """
+        try:
+            held = _snapshots.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise ProtocolError(f"cluster memory cannot be decoded: {exc}") from exc
+        self._tokens = Memory.restore(held.tokens, self._tokens.capacity, self.dims, space=held.space)
+        self._keys = held.keys
+
+    def _doubts_of(self, agent: str, block: Escalation | Verdict, ids: list[int]) -> dict[int, Key]:
+        """Keys of a block's drafts by index. A doubt about another token is one that a rollback has taken back."""
+        known = self._doubts.get((agent, block.session), {})
+        found = ((i, token, known.get(block.base + i)) for i, token in enumerate(ids)) if known else ()
+        return {i: doubt.key for i, token, doubt in found if doubt is not None and doubt.token == token}
+
+    def _forget_doubts(self, agent: str, verdict: Verdict, *, replaced_at: int | None) -> None:
+        """Drop what lies before the block and, after a replacement, what was drafted behind it."""
+        known = self._doubts.get((agent, verdict.session))
+        if known is not None:
+            kept = {p: d for p, d in known.items() if p >= verdict.base and (replaced_at is None or p < replaced_at)}
+            self._doubts[agent, verdict.session] = kept
+
+    def _remember(self, items: tuple[Verified, ...], origin: Origin) -> None:
+        for item in items:
+            key = self._unpacked(item.key)
+            if key is not None:
+                self._tokens.add(key, item.token, origin)
+
+    def _unpacked(self, data: bytes) -> Key | None:
+        try:
+            return unpack_key(data, self.dims)
+        except ProtocolError:
+            self.refused_keys += 1
+            return None
+
+
+def _ids(data: bytes, vocab_size: int) -> list[int]:
+    """Token ids, or none where they are not ids of this vocabulary: the cloud says so to the agent."""
+    try:
+        return unpack_ids(data, vocab_size)
+    except ProtocolError:
+        return []

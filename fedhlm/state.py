@@ -1,0 +1,117 @@
+"""Small state files that survive power cuts: written aside, synced, renamed; checked when read.
+
+A file that is truncated or garbled is a warning and a fresh start, and is kept under another name. Nothing here runs in
+a thread by itself; `save` waits for the disk.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Final, NamedTuple, NoReturn
+
+from fedhlm.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+MAGIC: Final = b"fedhlm state 1\n"
+_DIGEST_BYTES: Final = 32
+_MODE: Final = 0o600  # what a device has learnt is nobody else's
+
+
+def save(folder: Path | str, name: str, payload: bytes, *, key: str = "state") -> None:
+    """Replace the file `name` as a whole: whenever the power fails, the old or the new payload is there.
+
+    Raises:
+        ConfigError: the folder cannot be made or written; `key` is the setting that names it.
+    """
+    folder = Path(folder)
+    path, aside = folder / name, folder / f"{name}.new"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, _MODE), "wb") as file:
+            file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        _sync_folder(folder)
+    except OSError as exc:
+        _refuse(key, folder, f"a writable folder expected, cannot write {name} ({exc.strerror or exc})", exc)
+
+
+def load(folder: Path | str, name: str, *, key: str = "state") -> bytes | None:
+    """What `save` wrote last, or None where there is nothing or nothing usable.
+
+    Raises:
+        ConfigError: the file is there and cannot be read; `key` is the setting that names the folder.
+    """
+    folder = Path(folder)
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        _refuse(key, folder, f"a readable folder expected, cannot read {name} ({exc.strerror or exc})", exc)
+    head = len(MAGIC) + _DIGEST_BYTES
+    payload = data[head:]
+    if data[:head] == MAGIC + hashlib.sha256(payload).digest():
+        return payload
+    put_aside(folder, name, "is truncated or garbled", key=key)
+    return None
+
+
+def put_aside(folder: Path | str, name: str, why: str, *, key: str = "state") -> None:
+    """Keep a file that cannot be used under the next free name `{name}.bad-N`, with a warning.
+
+    Raises:
+        ConfigError: it cannot be renamed.
+    """
+    folder = Path(folder)
+    path = folder / name
+    kept = next(p for p in (folder / f"{name}.bad-{n}" for n in count(1)) if not p.exists())
+    try:
+        path.rename(kept)
+    except OSError as exc:
+        _refuse(key, folder, f"a writable folder expected, cannot rename {name} ({exc.strerror or exc})", exc)
+    log.warning("%s %s: starting afresh, the old file is kept as %s", path, why, kept.name)
+
+
+class Store(NamedTuple):
+    """State as a service needs it: payloads by name; `reject` is told of one that could not be understood."""
+
+    load: Callable[[str], bytes | None]
+    save: Callable[[str, bytes], None]
+    reject: Callable[[str, str], None]
+
+
+def store_of(folder: str, *, key: str) -> Store | None:
+    """The store in a folder, tried out at once; None where no folder is configured.
+
+    Raises:
+        ConfigError: the folder cannot be made or written; `key` is the setting that names it.
+    """
+    if not folder:
+        return None
+    save(folder, ".probe", b"", key=key)
+    (Path(folder) / ".probe").unlink(missing_ok=True)
+    return Store(
+        load=lambda name: load(folder, name, key=key),
+        save=lambda name, payload: save(folder, name, payload, key=key),
+        reject=lambda name, why: put_aside(folder, name, why, key=key),
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without it the rename itself may be lost.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refuse(key: str, folder: Path, expectation: str, error: OSError) -> NoReturn:
+    raise ConfigError(key, str(folder), expectation) from error

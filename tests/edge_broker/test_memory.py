@@ -1,0 +1,280 @@
+"""The edge's memory answers only what verified neighbours agree on, and learns only what the cloud settled."""
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from edge_broker import memory as module
+from edge_broker.memory import DIGEST_MAX, DIGESTS_MAX, Answer, ClusterMemory
+from fedhlm.errors import ProtocolError
+from fedhlm.messages import (
+    SCHEMA_VERSION,
+    Escalation,
+    Hints,
+    Uncertain,
+    UncertainTokens,
+    Verdict,
+    Verified,
+    VerifiedTokens,
+    pack_bits,
+    pack_ids,
+)
+
+DIMS = 4
+VOCAB = 50
+HEADER: dict[str, Any] = {"version": SCHEMA_VERSION, "sender": "a", "sequence": 1, "sent_ms": 1}
+
+
+def key(angle: int) -> bytes:
+    """Keys at multiples of a right angle have nothing in common."""
+    values = np.zeros(DIMS, np.int8)
+    values[angle % DIMS] = 127 if angle < DIMS else -127
+    return values.tobytes()
+
+
+def doubt(*items: tuple[int, int, bytes], session: int = 1) -> UncertainTokens:
+    return UncertainTokens(
+        **HEADER, session=session, space="s", items=tuple(Uncertain(p, t, 0.9, k) for p, t, k in items)
+    )
+
+
+def block(
+    ids: list[int], *, base: int = 10, fixed: int = 0, similarity: float | None = 0.9, votes: int = 1, session: int = 1
+) -> Escalation:
+    hints = None if similarity is None else Hints(similarity, votes)
+    return Escalation(
+        **HEADER,
+        session=session,
+        epoch=0,
+        base=base,
+        ids=pack_ids(ids, VOCAB),
+        patience_ms=1,
+        fixed=fixed,
+        hints=hints,
+    )
+
+
+def verdict(
+    accepted: int,
+    ids: list[int],
+    *,
+    base: int = 10,
+    missed: list[bool] | None = None,
+    status: Literal["settled", "unprimed", "refused"] = "settled",
+) -> Verdict:
+    return Verdict(
+        **HEADER,
+        session=1,
+        epoch=0,
+        base=base,
+        status=status,
+        accepted=accepted,
+        ids=pack_ids(ids, VOCAB),
+        missed=pack_bits(missed or []),
+    )
+
+
+def cluster(*known: tuple[bytes, int], capacity: int = 64) -> ClusterMemory:
+    """A memory that has learnt these from its own cloud verdicts."""
+    memory = ClusterMemory(capacity, dims=DIMS)
+    for k, token in known:
+        memory.doubt("teacher", doubt((0, token, k)))
+        memory.await_verdict("teacher", block([token], base=0))
+        assert memory.learn("teacher", verdict(1, [], base=0), VOCAB) == (Verified(k, token),)
+    return memory
+
+
+# Answers
+
+
+def test_agreement_settles_the_whole_block() -> None:
+    memory = cluster((key(0), 7))
+    memory.doubt("a", doubt((11, 7, key(0))))
+    assert memory.answer("a", block([3, 7, 4]), VOCAB) == Answer(3, "peer")
+
+
+def test_keys_of_another_space_are_refused_and_counted() -> None:
+    memory = cluster((key(0), 7))
+    memory.hear(VerifiedTokens(**HEADER, space="other", items=(Verified(key(1), 9),)))
+    memory.doubt("a", replace(doubt((11, 7, key(0))), space="other"))
+    assert (memory.size, memory.refused_keys) == (1, 2)
+    assert memory.answer("a", block([3, 7, 4]), VOCAB) is None
+
+
+def test_a_neighbours_token_makes_it_a_neighbours_answer() -> None:
+    memory = cluster((key(0), 7))
+    memory.hear(VerifiedTokens(**HEADER, space="s", items=(Verified(key(1), 9),)))
+    memory.doubt("a", doubt((10, 7, key(0)), (11, 9, key(1))))
+    assert memory.answer("a", block([7, 9]), VOCAB) == Answer(2, "neighbour")
+    assert memory.answer("a", block([7]), VOCAB) == Answer(1, "peer")
+
+
+@pytest.mark.parametrize(
+    "escalation",
+    [
+        block([3, 7], similarity=None),
+        block([3, 7], votes=2),
+        block([3, 7], base=20),
+        block([3, 7], session=2),
+        block([3, 8]),
+        block([3, 7], fixed=2),
+        block([]),
+        block([3, 7, 5]),
+    ],
+    ids=["not allowed", "votes", "position", "session", "another draft", "all fixed", "nothing", "one unknown doubt"],
+)
+def test_what_is_not_certain_goes_to_the_cloud(escalation: Escalation) -> None:
+    memory = cluster((key(0), 7))
+    memory.doubt("a", doubt((11, 7, key(0)), (12, 5, key(3))))
+    assert memory.answer("a", block([3, 7]), VOCAB) is not None
+    assert memory.answer("a", escalation, VOCAB) is None
+    assert memory.answer("b", block([3, 7]), VOCAB) is None
+
+
+def test_garbled_ids_and_tokens_of_another_vocabulary_go_to_the_cloud() -> None:
+    memory = cluster()
+    memory.hear(VerifiedTokens(**HEADER, space="s", items=(Verified(key(0), VOCAB),)))
+    memory.doubt("a", doubt((10, 7, key(0))))
+    assert memory.answer("a", block([7]), VOCAB) is None
+    assert memory.answer("a", block([7]), 3) is None
+
+
+@given(
+    drafts=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+    truth=st.lists(st.integers(0, 3), min_size=6, max_size=6),
+    doubted=st.sets(st.integers(0, 5)),
+    known=st.sets(st.integers(0, 5)),
+    fixed=st.integers(0, 6),
+)
+def test_a_block_stands_where_every_doubtful_token_is_known_to_be_right(
+    drafts: list[int], truth: list[int], doubted: set[int], known: set[int], fixed: int
+) -> None:
+    fixed = min(fixed, len(drafts))
+    memory = cluster(*((key(i), truth[i]) for i in sorted(known)))
+    memory.doubt("a", doubt(*((10 + i, t, key(i)) for i, t in enumerate(drafts) if i in doubted)))
+    answer = memory.answer("a", block(drafts, fixed=fixed), VOCAB)
+    asked = [i for i in range(fixed, len(drafts)) if i in doubted]
+    wrong = [i for i in asked if i in known and truth[i] != drafts[i]]
+    if not asked or wrong or not set(asked) <= known:
+        assert answer is None
+    else:
+        assert answer == Answer(len(drafts), "peer")
+
+
+# Learning
+
+
+def test_accepted_drafts_and_the_replacement_are_learnt_where_they_were_doubtful() -> None:
+    memory = cluster()
+    memory.doubt("a", doubt((10, 1, key(0)), (12, 3, key(1)), (13, 4, key(2))))
+    memory.await_verdict("a", block([1, 2, 3, 4]))
+    assert memory.learn("a", verdict(2, [8]), VOCAB) == (Verified(key(0), 1), Verified(key(1), 8))
+    assert memory.size == memory.waiting == 2
+
+
+def test_a_block_teaches_once_and_only_when_it_is_settled() -> None:
+    memory = cluster()
+    memory.doubt("a", doubt((10, 1, key(0))))
+    assert memory.learn("a", verdict(1, []), VOCAB) == ()
+    memory.await_verdict("a", block([1]))
+    assert memory.learn("b", verdict(1, []), VOCAB) == ()
+    assert memory.learn("a", verdict(0, [], status="unprimed"), VOCAB) == ()
+    memory.await_verdict("a", block([1]))
+    assert memory.learn("a", verdict(1, []), VOCAB) == (Verified(key(0), 1),)
+    assert memory.learn("a", verdict(1, []), VOCAB) == ()
+    assert memory.size == memory.waiting == 1
+
+
+def test_committed_tokens_are_learnt_unless_the_cloud_would_have_said_otherwise() -> None:
+    memory = cluster()
+    memory.doubt("a", doubt((10, 1, key(0)), (11, 2, key(1)), (12, 3, key(2))))
+    memory.await_verdict("a", block([1, 2, 3], fixed=2))
+    learnt = memory.learn("a", verdict(3, [9], missed=[True, False]), VOCAB)
+    assert learnt == (Verified(key(1), 2), Verified(key(2), 3))
+
+
+def test_a_rollback_takes_the_doubts_behind_it_along() -> None:
+    memory = cluster((key(2), 4))
+    memory.doubt("a", doubt((10, 1, key(0)), (12, 4, key(2))))
+    memory.await_verdict("a", block([1, 2, 4]))
+    memory.learn("a", verdict(0, [9]), VOCAB)
+    assert memory.answer("a", block([2, 4], base=11), VOCAB) is None
+
+
+def test_a_lying_or_garbled_verdict_teaches_nothing_and_breaks_nothing() -> None:
+    memory = cluster()
+    memory.doubt("a", doubt((10, 1, key(0))))
+    memory.await_verdict("a", block([1]))
+    assert memory.learn("a", verdict(1, []), 1) == ()
+    memory.await_verdict("a", block([1]))
+    assert memory.learn("a", verdict(99, [3]), VOCAB) == (Verified(key(0), 1),)
+
+
+def test_what_neighbours_settled_is_not_passed_on() -> None:
+    memory = cluster()
+    memory.hear(VerifiedTokens(**HEADER, space="s", items=(Verified(key(0), 7),)))
+    assert (memory.size, memory.waiting, memory.take_digest()) == (1, 0, ())
+
+
+# Bounds
+
+
+def test_keys_of_another_length_are_counted_and_dropped() -> None:
+    memory = cluster()
+    memory.doubt("a", doubt((10, 1, b"abc"), (11, 1, key(0))))
+    memory.hear(VerifiedTokens(**HEADER, space="s", items=(Verified(b"", 7), Verified(key(0), 1))))
+    assert memory.refused_keys == 2
+    assert memory.size == 1
+    assert memory.answer("a", block([1, 1]), VOCAB) == Answer(2, "neighbour")
+
+
+def test_everything_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SESSIONS_MAX", "DOUBTS_MAX", "PENDING_MAX"):
+        monkeypatch.setattr(module, name, 3)
+    memory = ClusterMemory(5, dims=DIMS)
+    for session in range(9):
+        memory.doubt("a", doubt(*((p, 1, key(0)) for p in range(9)), session=session))
+        memory.await_verdict("a", block([1], session=session))
+    assert len(memory._doubts) == len(memory._pending) == 3
+    assert [list(d) for d in memory._doubts.values()] == [[6, 7, 8]] * 3
+    for position in range(3 * DIGEST_MAX * DIGESTS_MAX):
+        memory.doubt("a", doubt((position, 1 + position % 40, key(0))))
+        memory.await_verdict("a", block([1 + position % 40], base=position))
+        memory.learn("a", verdict(1, [], base=position), VOCAB)
+    assert memory.size == 5
+    assert memory.waiting == DIGEST_MAX * DIGESTS_MAX
+    assert len(memory.take_digest()) == DIGEST_MAX
+
+
+# Over restarts
+
+
+def test_verified_tokens_survive_a_restart_and_their_doubts_do_not() -> None:
+    memory = cluster((key(0), 7))
+    memory.hear(VerifiedTokens(**HEADER, space="s", items=(Verified(key(1), 9),)))
+    memory.belong("tokenizer x")
+    again = ClusterMemory(64, dims=DIMS)
+    again.restore(memory.snapshot())
+    again.belong("tokenizer x")
+    assert again.size == 2
+    assert again.answer("a", block([7]), VOCAB) is None
+    again.doubt("a", doubt((10, 7, key(0)), (11, 9, key(1))))
+    assert again.answer("a", block([7]), VOCAB) == Answer(1, "peer")
+    assert again.answer("a", block([7, 9]), VOCAB) == Answer(2, "neighbour")
+    again.belong("tokenizer y")
+    assert again.size == 0
+    again.belong("tokenizer x")
+    assert again.size == 0
+
+
+@given(st.binary(max_size=80))
+def test_a_bad_snapshot_is_refused_and_changes_nothing(data: bytes) -> None:
+    memory = cluster((key(0), 7))
+    for bad in (data, ClusterMemory(4, dims=DIMS + 1).snapshot(), memory.snapshot()[:-1]):
+        with pytest.raises(ProtocolError):
+            memory.restore(bad)
+    assert memory.size == 1

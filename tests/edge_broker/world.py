@@ -1,0 +1,182 @@
+"""Edges, a cloud and hand-written agents on one loopback broker in virtual time."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from cloud_verifier.coordinator import Coordinator
+from cloud_verifier.service import CloudService, Engine
+from cloud_verifier.sessions import Sessions
+from edge_broker.service import EdgeService
+from fedhlm import topics
+from fedhlm.bus import Retained
+from fedhlm.federation import Members, mean_of_clusters
+from fedhlm.loopback import LoopbackBroker, LoopbackBus
+from fedhlm.messages import AnyMessage, Contribution, PaperThreshold, encode
+from fedhlm.party import Party, Stamp, presence
+from fedhlm.rejection import Curve
+from fedhlm.settings import Federation
+from fedhlm.state import Store
+from fedhlm.telemetry import Counters
+from lab import toy
+
+PRIOR_TOKENS = 256.0
+RULES = Federation(round_updates=4, round_s=1.0, prior_tokens=PRIOR_TOKENS)
+M = TypeVar("M")
+
+
+def curve(tokens: float, harm: float = 0.5) -> Curve:
+    made = Curve.empty()
+    made.add(0.3, harm, tokens)
+    return made
+
+
+async def inline(work: Callable[..., Any], *given: object) -> Any:
+    return work(*given)
+
+
+class Disk:
+    """A store in memory that outlives services."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.rejected: list[str] = []
+
+    @property
+    def store(self) -> Store:
+        return Store(self.files.get, self.files.__setitem__, lambda name, _why: self.rejected.append(name))
+
+
+class Node:
+    """A running service with its buses; `stop` ends it politely, `crash` as a power cut does."""
+
+    def __init__(self, buses: list[LoopbackBus], service: EdgeService | CloudService) -> None:
+        self.buses = buses
+        self.service: Any = service
+        self.task: asyncio.Task[None] | None = None
+
+    async def start(self) -> "Node":
+        await self.service.subscribe()
+        for bus in self.buses:
+            await bus.__aenter__()
+        self.task = asyncio.create_task(self.service.run())
+        await asyncio.sleep(0.1)
+        return self
+
+    async def stop(self) -> None:
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        for bus in self.buses:
+            bus.crash()
+
+
+class Hand:
+    """A party moved by the test: what it hears is kept in order."""
+
+    def __init__(self, world: "World", name: str, broker: LoopbackBroker | None = None) -> None:
+        self.bus = LoopbackBus(broker or world.broker, client_id=name)
+        self.party = Party(bus=self.bus, stamp=Stamp(name, world.wall_s), counters=Counters())
+        self.heard: list[tuple[str, AnyMessage]] = []
+
+    async def start(self, *filters: str) -> "Hand":
+        await self.bus.__aenter__()
+        self.task = asyncio.create_task(self._listen())
+        await self.bus.subscribe(*filters)
+        await asyncio.sleep(0.01)
+        return self
+
+    async def _listen(self) -> None:
+        async for received in self.party.received():
+            levels = dict(received.levels)
+            self.heard.append((received.topic.name(**levels), received.message))
+
+    def of(self, kind: type[M]) -> list[M]:
+        return [message for _, message in self.heard if isinstance(message, kind)]
+
+    async def send(self, topic: topics.Topic, message: AnyMessage, **levels: str) -> None:
+        await self.party.send(topic, message, expiry_s=None, **levels)
+        await asyncio.sleep(0.01)
+
+
+class World:
+    """One broker for the cloud; clusters use it too unless a test gives them one of their own."""
+
+    def __init__(self) -> None:
+        self.broker = LoopbackBroker(random.Random(1), reconnect_s=0.1)
+        self.counters = Counters()
+
+    @staticmethod
+    def wall_s() -> float:
+        return 1.0e9 + asyncio.get_running_loop().time()
+
+    def party(self, bus: LoopbackBus, sender: str) -> Party:
+        return Party(bus=bus, stamp=Stamp(sender, self.wall_s), counters=self.counters)
+
+    def edge(self, cluster: str = "c1", *, store: Store | None = None, own: LoopbackBroker | None = None) -> Node:
+        announce = asyncio.Event()
+        down = LoopbackBus(own or self.broker, client_id=f"{cluster}-down", on_link=lambda _up: announce.set())
+        up = LoopbackBus(self.broker, client_id=f"{cluster}-up")
+        service = EdgeService(
+            cluster=cluster,
+            down=self.party(down, f"edge-{cluster}"),
+            up=self.party(up, f"edge-{cluster}"),
+            counters=self.counters,
+            batch_max=8,
+            batch_wait_s=0.0,
+            to_announce=announce,
+            federation=RULES,
+            memory_max=64,
+            store=store,
+            bridges=own is not None,
+            in_thread=inline,
+        )
+        return Node([down, up], service)
+
+    def cloud(self, *, store: Store | None = None, grouping: Any = None, assign_s: float = 0.0) -> Node:
+        announce = asyncio.Event()
+        stamp = Stamp("cloud", self.wall_s)
+        status = topics.CLOUD_STATUS.name()
+        bus = LoopbackBus(
+            self.broker,
+            client_id="cloud",
+            birth=Retained(status, encode(presence(stamp, "cloud", online=True, fingerprint=toy.FINGERPRINT))),
+            will=Retained(status, encode(presence(stamp, "cloud", online=False))),
+            on_link=lambda _up: announce.set(),
+        )
+        service = CloudService(
+            party=self.party(bus, "cloud"),
+            engine=Engine(toy.ToyCache(), toy.large_forward),
+            sessions=Sessions(
+                fingerprint=toy.FINGERPRINT, eos_ids=frozenset({toy.EOS_ID}), context_max=toy.CONTEXT, sessions_max=8
+            ),
+            counters=self.counters,
+            batch_max=8,
+            coordinator=Coordinator(Members(RULES, mean_of_clusters), grouping),
+            assign_s=assign_s,
+            store=store,
+            in_thread=inline,
+            to_announce=announce,
+        )
+        return Node([bus], service)
+
+
+async def contribute(
+    agent: Hand,
+    number: int,
+    tokens: float,
+    *,
+    cluster: str = "c1",
+    harm: float = 0.5,
+    threshold: PaperThreshold | None = None,
+) -> None:
+    """An agent's whole sums."""
+    message = Contribution(
+        **agent.party.stamp(),
+        round=number,
+        members=1,
+        threshold=threshold,
+        curves={"u": curve(tokens, harm).to_bytes()},
+    )
+    await agent.send(topics.FL_UPDATE, message, cluster=cluster, agent=agent.party.stamp.sender)

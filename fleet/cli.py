@@ -29,6 +29,7 @@ BROKEN_PIPE: Final = 141
 Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
+Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
 
 
@@ -72,11 +73,12 @@ def config_check(*keys: Keys, config: Path | None = None, preset: str | None = N
 def presets() -> int:
     """List the shipped presets and what each promises."""
     from fedhlm import config
+    from fedhlm.settings import DEFAULT_PRESET
 
     promises = config.presets()
     width = max(map(len, promises))
     for name, promise in promises.items():
-        print(f"{name:<{width}}  {promise}{' (default)' if name == config.DEFAULT_PRESET else ''}")
+        print(f"{name:<{width}}  {promise}{' (default)' if name == DEFAULT_PRESET else ''}")
     return 0
 
 
@@ -142,22 +144,26 @@ def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) ->
 @app.command
 def demo(
     *,
-    preset: str = "exact",
+    preset: str = "budget",
     prompts: Path | None = None,
     tokens: Positive = 64,
     seed: Seed = 0,
     broker: str = "",
     duration: Seconds = 30.0,
+    budget: Share | None = None,
+    alpha: Annotated[float, Parameter(validator=Number(gt=0))] | None = None,
     json: Path | None = None,
 ) -> int:
     """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled what at which price.
+
+    After the run the same few prompts are asked under this preset, exact, fedhlm and hlm, in one table.
 
     Parameters
     ----------
     preset
         Shipped preset or path of a preset file.
     prompts
-        Text file with one prompt a line; the shipped news by default.
+        Text file with one title a line, or .jsonl with title, text and topic; the shipped news by default.
     tokens
         Tokens per prompt.
     seed
@@ -165,14 +171,27 @@ def demo(
     broker
         URL of an MQTT broker to use; by default the demo starts its own.
     duration
-        Seconds after which no new prompt is begun.
+        Seconds after which no new prompt of the run is begun; the comparison comes after it.
+    budget
+        Error allowed per token, for presets with a learnt threshold; by default the preset's own.
+    alpha
+        Dirichlet concentration that shares out the news over the agents: 0.1 gives each few topics, 10 nearly all alike;
+        by default all agents share one list.
     json
         File for the results.
     """
     with _needing("agent,edge,cloud"):
         from fleet.demo import run
     return run(
-        preset=preset, prompts=prompts, tokens=tokens, seed=seed, broker=broker, duration_s=duration, json_file=json
+        preset=preset,
+        prompts=prompts,
+        tokens=tokens,
+        seed=seed,
+        broker=broker,
+        duration_s=duration,
+        budget=budget,
+        alpha=alpha,
+        json_file=json,
     )
 
 

@@ -1,16 +1,16 @@
 """`fedhlm demo`: a whole fleet on this machine, as real processes over MQTT, on news prompts.
 
-Two clusters with two agents each, two edges, one cloud. The client here only sends prompts and reads outputs, as any
-client would; afterwards it runs both models alone to compare.
+Two clusters with two agents each, two edges, one cloud. First the fleet works and learns under one preset; then the same
+few prompts, none of them seen before, are asked under that preset and under those of COMPARED.
 """
 
 import asyncio
-import itertools
 import os
 import random
 import signal
 import time
-from collections.abc import Coroutine, Iterator
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -18,185 +18,101 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
+from edge_agent.learner import measures_of
 from fedhlm import config as configuration
-from fedhlm import topics
+from fedhlm import settings
 from fedhlm.errors import BusError, ConfigError, root_of
-from fedhlm.messages import Output, Presence, Prompt, Sampling
+from fedhlm.messages import Sampling
+from fedhlm.partition import dirichlet_partition, skew
 from fedhlm.party import Party, Stamp
 from fedhlm.serve import bus_of, model_folder
 from fedhlm.telemetry import Counters, configure_logging
+from fleet.client import Client, Place, Task, load_prompts, tasks_of
+from fleet.journey import ASCII_BARS, BARS, Journey
+from fleet.judge import Judge
 from fleet.processes import Processes
 from fleet.progress import Progress
-from fleet.reference import Alone
-from fleet.report import Alternatives, Figures, Generated, Report, figures, table
-from model_zoo.corpus import TOPIC_LINE, Article
-from model_zoo.prompts import load_items
+from fleet.report import Figures, Generated, Report, Run, figures, notes, tables
 
 CLUSTERS: Final = 2
 AGENTS: Final = 2
 READY_S: Final = 90.0
-ANSWER_S: Final = 120.0
-COMPARED: Final = "hlm"
-COMPARISON_PROMPTS: Final = 4  # one for each agent
-
-
-class Task(msgspec.Struct, frozen=True):
-    """One request to be: a title to continue, or a whole item whose topic is asked for."""
-
-    kind: str
-    text: str
-    topic: str
-    tokens: int
-    temperature: float | None
-
-
-def tasks_of(articles: tuple[Article, ...], tokens: int) -> Iterator[Task]:
-    """For every item a continuation of its title and, where it has a topic, the question for it."""
-    for article in articles:
-        yield Task("continue", article.title + "\n", article.topic, tokens, None)
-        if article.topic:
-            yield Task("topic", article.body + TOPIC_LINE, article.topic, 1, 0.0)
-
-
-def load_prompts(path: Path | None) -> tuple[Article, ...]:
-    """News items of a .jsonl file, or any other file's lines as titles; the shipped items without a path.
-
-    Raises:
-        DataMissing: the file cannot be read or holds nothing.
-    """
-    if path is None or path.suffix in (".jsonl", ".json"):
-        return load_items(path)
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError("--prompts", str(path), f"a readable UTF-8 text file expected ({exc})") from exc
-    titles = [line.strip() for line in lines if line.strip()]
-    if not titles:
-        raise ConfigError("--prompts", str(path), "at least one line of text expected")
-    return tuple(Article(title, "", "") for title in titles)
-
-
-class Client:
-    """Sends prompts and collects outputs; one request at a time for each agent."""
-
-    def __init__(self, party: Party, agents: list[tuple[str, str]], progress: Progress) -> None:
-        self.agents = agents
-        self.requests: list[Generated] = []
-        self._party = party
-        self._progress = progress
-        self._open: dict[str, tuple[Generated, asyncio.Future[None]]] = {}
-        self._numbers = itertools.count()
-        self._online: set[str] = set()
-        self._linked: set[str] = set()
-        self._ready = asyncio.Event()
-
-    async def listen(self) -> None:
-        """Read the bus until it closes."""
-        root = self._party.root
-        await self._party.bus.subscribe(
-            topics.AGENT_STATUS.name(root, cluster="+", agent="+"),
-            topics.EDGE_STATUS.name(root, cluster="+"),
-            topics.OUTPUT.name(root, cluster="+", agent="+"),
-        )
-        async for received in self._party.received():
-            match received.message:
-                case Presence(role="agent") as state:
-                    (self._online.add if state.online else self._online.discard)(received.levels["agent"])
-                case Presence(role="edge") as state:
-                    linked = state.online and state.upstream is not None
-                    (self._linked.add if linked else self._linked.discard)(received.levels["cluster"])
-                case Output() as output:
-                    self._take(output)
-            if {a for _, a in self.agents} <= self._online and {c for c, _ in self.agents} <= self._linked:
-                self._ready.set()
-
-    async def wait_ready(self) -> None:
-        """Return when every agent is online and every edge sees the cloud."""
-        await self._ready.wait()
-
-    async def ask(self, place: tuple[str, str], task: Task, seed: int, preset: str | None) -> Generated:
-        """Send one prompt and wait for its last output."""
-        cluster, agent = place
-        generated = Generated(
-            agent=agent,
-            task=task.kind,
-            prompt=task.text,
-            topic=task.topic,
-            seed=seed,
-            max_tokens=task.tokens,
-            temperature=task.temperature,
-        )
-        self.requests.append(generated)
-        request = f"r{next(self._numbers)}"
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._open[request] = generated, done
-        prompt = Prompt(
-            **self._party.stamp(),
-            request=request,
-            text=task.text,
-            max_tokens=task.tokens,
-            seed=seed,
-            temperature=task.temperature,
-            preset=preset,
-        )
-        try:
-            await self._party.send(topics.PROMPT, prompt, cluster=cluster, agent=agent)
-            async with asyncio.timeout(ANSWER_S):
-                await done
-        except TimeoutError:
-            generated.finish, generated.error = "error", f"{agent} did not answer within {ANSWER_S:g} s"
-        finally:
-            del self._open[request]
-        return generated
-
-    def _take(self, output: Output) -> None:
-        generated, done = self._open.get(output.request, (None, None))
-        if generated is None or done is None or output.position != len(generated.ids):
-            return  # not ours, or an MQTT duplicate
-        generated.ids += output.ids
-        generated.sources += output.sources
-        generated.text += output.text
-        self._progress.heard(generated)
-        if output.finish is not None:
-            generated.finish, generated.error = output.finish, output.error
-            generated.statistics = dict(output.statistics)
-            self._progress.finished(generated)
-            if not done.done():
-                done.set_result(None)
+COMPARED: Final = ("exact", "fedhlm", "hlm")
+COMPARED_ITEMS: Final = 8
+JUDGED_TEXTS: Final = 24  # of the run; to write them all alone would take longer than the run
+_SEEDS_APART: Final = 1_000_003
+_COMPARISON_SEEDS: Final = 500_000  # no run asks so many
 
 
 class Demo:
-    """One run with its options; `report` is what was measured up to now."""
+    """One run with its options; `report` is what was measured up to now. `alpha` None: all agents share one list."""
 
     def __init__(
-        self, *, preset: str, prompts: Path | None, tokens: int, seed: int, broker: str, duration_s: float
+        self,
+        *,
+        preset: str,
+        prompts: Path | None,
+        tokens: int,
+        seed: int,
+        broker: str,
+        duration_s: float,
+        budget: float | None = None,
+        alpha: float | None = None,
     ) -> None:
         flags = {"broker.url": broker} if broker else {}
+        if budget is not None:
+            flags["generation.budget"] = str(budget)
         self.config = configuration.load(preset=preset, flags=flags).config
+        generation = self.config.generation
+        self.has_budget = generation.threshold == "calibrated-fl"
+        if budget is not None and not self.has_budget:
+            words = (
+                f"a preset with generation.threshold 'calibrated-fl' expected, not {preset} ({generation.threshold!r})"
+            )
+            raise ConfigError("generation.budget", f"{budget:g}", f"{words} (flag --budget)")
+        self.budget = budget
         self.preset = preset
-        self.preset_source = str(Path(preset).resolve()) if preset.endswith(".toml") else preset
+        is_path = preset not in configuration.presets()
+        self.preset_source = str(Path(preset).resolve()) if is_path else preset
+        self.name = Path(preset).name  # of a file with its ending, so that it is none of the shipped
         self.seed = seed
         self.tokens = tokens
         self.duration_s = duration_s
-        self.articles = load_prompts(prompts)
+        articles = load_prompts(prompts)
+        # What is compared must be new to the fleet, whose peers remember; a short list is used twice all the same.
+        held_out = COMPARED_ITEMS if len(articles) >= 2 * COMPARED_ITEMS else 0
+        self.compared = articles[-COMPARED_ITEMS:]
+        self.articles = articles[: len(articles) - held_out]
+        self.places = [
+            Place(f"cluster-{c + 1}", f"agent-{c + 1}{'ab'[a]}") for c in range(CLUSTERS) for a in range(AGENTS)
+        ]
+        self.alpha = alpha
+        self.parts = None if alpha is None else self._parts(alpha)
         self.slm = model_folder(self.config.agent.model, "slm")
         self.llm = model_folder(self.config.cloud.model, "llm")
         self.report: Report | None = None
-        self.wall_s = 0.0
         self.root = f"fedhlm-demo-{random.SystemRandom().getrandbits(32):08x}/1"
+
+    @property
+    def skew(self) -> float | None:
+        """How different the agents' news are (`fedhlm.partition.skew`); None where they share one list."""
+        return None if self.parts is None else skew([a.topic for a in self.articles], self.parts)
 
     async def run(self, console: Console) -> None:
         """Start the fleet, ask, compare, stop the fleet."""
-        agents = [(f"cluster-{c + 1}", f"agent-{c + 1}{'ab'[a]}") for c in range(CLUSTERS) for a in range(AGENTS)]
-        progress = Progress([a for _, a in agents], plain=not console.is_terminal, console=console)
+        generation = self.config.generation
+        sampling = Sampling(self.seed, generation.temperature, generation.top_p, generation.coupling)
+        bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
+        journey = Journey(generation, measures_of(generation, sampling).draft, bars=bars)
+        progress = Progress([p.agent for p in self.places], journey, plain=not console.is_terminal, console=console)
         async with Processes() as processes:
             broker = await self._start_broker(processes)
             bus = bus_of(broker, client_id=f"demo-{os.getpid()}", connect_timeout_s=broker.connect_timeout_s)
             async with bus:
-                await self._start_parts(processes, broker, agents)
+                await self._start_parts(processes, broker)
                 party = Party(bus=bus, stamp=Stamp("demo"), counters=Counters(), root=self.root)
-                client = Client(party, agents, progress)
-                main = asyncio.create_task(self._ask_all(client, progress), name="demo-main")
+                client = Client(party, self.places, progress)
+                main = asyncio.create_task(self._tell(client, progress), name="demo-main")
                 helpers = [
                     asyncio.create_task(client.listen(), name="demo-listen"),
                     asyncio.create_task(processes.watch(), name="demo-watch"),
@@ -211,7 +127,7 @@ class Demo:
                     if not task.cancelled() and (error := task.exception()) is not None:
                         raise error
 
-    async def _start_broker(self, processes: Processes) -> configuration.Broker:
+    async def _start_broker(self, processes: Processes) -> settings.Broker:
         if self.config.broker.url:
             return self.config.broker
         await processes.start("broker", "edge_broker.embedded", "--port", "0")
@@ -221,9 +137,7 @@ class Demo:
                 await asyncio.sleep(0.05)
         return msgspec.structs.replace(self.config.broker, url=printed.splitlines()[0])
 
-    async def _start_parts(
-        self, processes: Processes, broker: configuration.Broker, agents: list[tuple[str, str]]
-    ) -> None:
+    async def _start_parts(self, processes: Processes, broker: settings.Broker) -> None:
         cores = os.cpu_count() or 1
         common = {
             "FEDHLM_BROKER__URL": broker.url,
@@ -231,94 +145,138 @@ class Demo:
             "FEDHLM_PRESET": self.preset_source,
             "FEDHLM_TELEMETRY__LOG_LEVEL": "WARNING",
         }
+        if self.budget is not None:
+            common["FEDHLM_GENERATION__BUDGET"] = str(self.budget)
         await processes.start(
             "cloud", "fleet.cli", "cloud", env={**common, "FEDHLM_CLOUD__THREADS": str(max(1, cores // 2))}
         )
-        for cluster in dict.fromkeys(c for c, _ in agents):
+        for cluster in dict.fromkeys(p.cluster for p in self.places):
             await processes.start(
                 f"edge-{cluster}", "fleet.cli", "edge", env={**common, "FEDHLM_CLUSTER__NAME": cluster}
             )
-        for cluster, agent in agents:
+        for cluster, agent in self.places:
             own = {"FEDHLM_CLUSTER__NAME": cluster, "FEDHLM_AGENT__ID": agent, "FEDHLM_AGENT__THREADS": "1"}
             await processes.start(agent, "fleet.cli", "agent", env={**common, **own})
 
-    async def _ask_all(self, client: Client, progress: Progress) -> None:
-        progress.status = "starting the fleet"
+    async def _tell(self, client: Client, progress: Progress) -> None:
         with progress.live():
+            progress.stage(f"starting {CLUSTERS} clusters of {AGENTS} agents, {CLUSTERS} edges, a cloud and a broker")
+            for line in self._news():
+                progress.note(line)
             try:
                 async with asyncio.timeout(READY_S):
                     await client.wait_ready()
             except TimeoutError:
                 raise BusError(f"the fleet was not ready within {READY_S:g} s") from None
-            progress.status = f"preset {self.preset}"
+            progress.stage(f"preset {self.name}: all agents write for {self.duration_s:g} s", watched=True)
+            for line in progress.journey.legend():
+                progress.note(line)
             began = time.monotonic()
             try:
-                await self._round(client, self.duration_s, self.articles, None)
+                await self._work(client, self.shares(), self.duration_s, None)
             finally:
-                self.wall_s = time.monotonic() - began
-                self.report = self._summary(client.requests, self.wall_s)
-            await self._compare(client, progress)
+                run = self._run_of(self.name, list(client.requests), time.monotonic() - began)
+                self.report = self._reported(figures(run, {}), progress, stopped_early=True)
+            progress.stage("the run is over")
+            progress.tell()
+            runs = [await self._compare(client, progress, name) for name in self._compared_presets()]
+            progress.stage("both models write the same alone, to compare")
+            judge = await asyncio.to_thread(Judge, llm=self.llm, slm=self.slm)
+            comparisons = [await asyncio.to_thread(judge.figures, other) for other in runs]
+            judged = await asyncio.to_thread(judge.figures, run, JUDGED_TEXTS)
+            self.report = self._reported(judged, progress, comparisons=comparisons)
 
-    async def _compare(self, client: Client, progress: Progress) -> None:
-        """Ask a few prompts again under the preset COMPARED, then let both models write alone."""
-        main, compared = list(client.requests), None
-        if self.preset != COMPARED:
-            progress.status = f"the same under preset {COMPARED}"
-            began = time.monotonic()
-            await self._round(client, self.duration_s, self.articles[:COMPARISON_PROMPTS], COMPARED)
-            compared = client.requests[len(main) :], time.monotonic() - began
-        progress.status = "both models alone"
-        comparison = None if compared is None else await asyncio.to_thread(self._judged, COMPARED, *compared)
-        judged = await asyncio.to_thread(self._judged, self.preset, main, self.wall_s)
-        self.report = Report(**msgspec.structs.asdict(judged), comparison=comparison)
+    def _news(self) -> list[str]:
+        """How the news are shared out."""
+        if self.parts is None:
+            return [f"{len(self.articles)} news items, one list for all agents"]
+        lines = [f"{len(self.articles)} news items, Dirichlet({self.alpha:g}) over the agents, skew {self.skew:.2f}"]
+        for place, part in zip(self.places, self.parts, strict=True):
+            held = Counter(self.articles[i].topic for i in part)
+            lines.append(f"{place.agent}: {', '.join(f'{topic} {count}' for topic, count in held.most_common())}")
+        return lines
 
-    async def _round(
-        self, client: Client, duration_s: float, articles: tuple[Article, ...], preset: str | None
+    def _parts(self, alpha: float) -> list[list[int]]:
+        labels = [article.topic for article in self.articles]
+        if not all(labels):
+            raise ConfigError("--alpha", alpha, "prompts with topics expected, as in a .jsonl file (see docs/demo.md)")
+        try:
+            return dirichlet_partition(labels, len(self.places), alpha, self.seed)
+        except ValueError as exc:
+            raise ConfigError("--alpha", alpha, f"a finite number above 0 expected ({exc})") from exc
+
+    def shares(self) -> dict[Place, Iterator[Task]]:
+        """Where each agent takes its next task from."""
+        first = self.seed * _SEEDS_APART
+        if self.parts is None:
+            shared = tasks_of(self.articles, self.tokens, first)
+            return dict.fromkeys(self.places, shared)
+        return {
+            place: tasks_of(tuple(self.articles[i] for i in part), self.tokens, first + 2 * len(self.articles) * number)
+            for number, (place, part) in enumerate(zip(self.places, self.parts, strict=True))
+        }
+
+    def _compared_presets(self) -> list[str]:
+        return [self.name, *(name for name in COMPARED if name != self.name)]
+
+    async def _compare(self, client: Client, progress: Progress, name: str) -> Run:
+        """Ask the prompts of the comparison, the same of the same agent whatever the preset."""
+        progress.stage(f"the same {len(self.compared)} news items under preset {name}")
+        tasks = list(tasks_of(self.compared, self.tokens, self.seed * _SEEDS_APART + _COMPARISON_SEEDS))
+        # Two in a row belong to one item: neighbours in the list go to one agent, so that each gets both kinds.
+        agents = len(self.places)
+        shares = {
+            p: iter([t for i, t in enumerate(tasks) if (i // 2) % agents == n]) for n, p in enumerate(self.places)
+        }
+        already, began = len(client.requests), time.monotonic()
+        await self._work(client, shares, None, None if name == self.name else name)
+        return self._run_of(name, client.requests[already:], time.monotonic() - began)
+
+    async def _work(
+        self, client: Client, shares: dict[Place, Iterator[Task]], duration_s: float | None, preset: str | None
     ) -> None:
-        """Every agent takes the next task until none is left or the time is over."""
-        numbered = enumerate(tasks_of(articles, self.tokens))
-        until = time.monotonic() + duration_s
+        """Every agent takes its next task until none is left or the time is over."""
+        until = None if duration_s is None else time.monotonic() + duration_s
 
-        async def work(place: tuple[str, str]) -> None:
-            while time.monotonic() < until:
-                number, task = next(numbered, (0, None))
+        async def work(place: Place, tasks: Iterator[Task]) -> None:
+            while until is None or time.monotonic() < until:
+                task = next(tasks, None)
                 if task is None:
                     return
-                await client.ask(place, task, self.seed * 1_000_003 + number, preset)
+                await client.ask(place, task, preset)
 
         async with asyncio.TaskGroup() as group:
-            for place in client.agents:
-                group.create_task(work(place), name=f"ask-{place[1]}")
+            for place, tasks in shares.items():
+                group.create_task(work(place, tasks), name=f"ask-{place.agent}")
 
-    def _summary(self, requests: list[Generated], wall_s: float) -> Report:
-        plain = figures(self.preset, self.seed, requests, {}, wall_s)
-        return Report(**msgspec.structs.asdict(plain), stopped_early=True)
+    def _run_of(self, name: str, requests: list[Generated], wall_s: float) -> Run:
+        own = self.config.generation if name == self.name else configuration.load(preset=name).config.generation
+        return Run(name, own, self.seed, requests, wall_s)
 
-    def _judged(self, preset: str, requests: list[Generated], wall_s: float) -> Figures:
-        """Figures with what both models write alone beside the system's text."""
-        large, small = Alone.load(self.llm, threads=0), Alone.load(self.slm, threads=0)
-        generation = configuration.load(preset=preset).config.generation
-        # Only gumbel and greedy texts are functions of the seed; others are compared with the gumbel text.
-        coupling = "greedy" if generation.coupling == "greedy" else "gumbel"
-        alone: dict[int, Alternatives] = {}
-        for i, request in enumerate(requests):
-            temperature = generation.temperature if request.temperature is None else request.temperature
-            sampling = Sampling(request.seed, temperature, generation.top_p, coupling)
-            prompt = large.encode(request.prompt)
-            ids = large.write(prompt, sampling, request.max_tokens)
-            word = small.decode(small.write(prompt, sampling, 1)) if request.task == "topic" else ""
-            alone[i] = Alternatives(ids, large.decode(ids), word)
-        return figures(preset, self.seed, requests, alone, wall_s)
+    def _reported(
+        self, own: Figures, progress: Progress, *, comparisons: Sequence[Figures] = (), stopped_early: bool = False
+    ) -> Report:
+        return Report(
+            **msgspec.structs.asdict(own),
+            budget=self.config.generation.budget if self.has_budget else None,
+            alpha=self.alpha,
+            skew=self.skew,
+            rounds={name or "all": state.number for name, state in progress.journey.rounds.items()},
+            comparisons=list(comparisons),
+            stopped_early=stopped_early,
+        )
 
 
 def run(
     *,
-    preset: str = configuration.DEFAULT_PRESET,
+    preset: str = settings.DEFAULT_PRESET,
     prompts: Path | None = None,
     tokens: int = 64,
     seed: int = 0,
     broker: str = "",
     duration_s: float = 30.0,
+    budget: float | None = None,
+    alpha: float | None = None,
     json_file: Path | None = None,
 ) -> int:
     """Run the demo and print its table; 130 when it was interrupted, with the table so far."""
@@ -326,7 +284,16 @@ def run(
     configure_logging("ERROR", "demo")  # what is wrong with the broker comes as an error of ours
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError("--json", str(json_file), "a file in an existing folder expected")
-    demo = Demo(preset=preset, prompts=prompts, tokens=tokens, seed=seed, broker=broker, duration_s=duration_s)
+    demo = Demo(
+        preset=preset,
+        prompts=prompts,
+        tokens=tokens,
+        seed=seed,
+        broker=broker,
+        duration_s=duration_s,
+        budget=budget,
+        alpha=alpha,
+    )
     code = 0
     try:
         asyncio.run(_interruptible(demo.run(console)))
@@ -336,7 +303,9 @@ def run(
     except BaseExceptionGroup as group:
         raise root_of(group) from group
     if demo.report is not None:
-        console.print(table(demo.report))
+        console.print(*tables(demo.report, console.width))
+        for line in notes(demo.report):
+            console.print(line, markup=False, highlight=False)
         if json_file is not None:
             json_file.write_bytes(msgspec.json.format(msgspec.json.encode(demo.report), indent=2) + b"\n")
     return code

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from fedhlm.couplings import COUPLINGS
 from fedhlm.decoder import Decoder, Request
 from fedhlm.messages import Sampling
-from fedhlm.sampling import COUPLINGS
 from fedhlm.text import encode_prompt
 
 

@@ -1,5 +1,6 @@
 """The command as users meet it: quick, helpful on mistakes, one line per error, silent about secrets."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedhlm.config import KEYS, Loaded
+from fedhlm.config import KEYS, Loaded, presets
 from fedhlm.errors import FedhlmError
+from fedhlm.settings import DEFAULT_PRESET
 from fleet import cli
 from tests.processes import obey_interrupts
 
@@ -114,9 +116,17 @@ def test_a_password_is_neither_printed_nor_taken_from_the_command_line() -> None
 def test_presets_are_listed_with_their_promise() -> None:
     done = fedhlm("presets")
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert set(lines) == {"exact", "hlm", "llm-only", "rand-hlm", "slm-only", "speculative", "u-hlm"}
+    assert list(lines) == [
+        "budget", "cu-hlm", "exact", "fedhlm", "hlm", "llm-only", "rand-hlm", "slm-only", "speculative", "u-hlm"
+    ]  # fmt: skip
+    for name, promise in presets().items():
+        assert promise in lines[name]
+        assert lines[name].endswith(" (default)") == (name == DEFAULT_PRESET)
     assert "identical to the LLM alone" in lines["exact"]
-    assert lines["exact"].endswith("(default)")
+
+
+def test_the_demo_s_default_is_the_default_preset() -> None:
+    assert inspect.signature(cli.demo).parameters["preset"].default == DEFAULT_PRESET
 
 
 # Mistakes

@@ -4,20 +4,29 @@ import asyncio
 import logging
 import random
 import sys
+import time
+
+import numpy as np
 
 from edge_agent.agent import Agent
+from edge_agent.connection import Connection
+from edge_agent.learner import Learner
+from edge_agent.membership import birth_and_will
 from edge_agent.model import Slm, ThreadedDrafter
+from edge_agent.peers import Peers
+from edge_agent.profile import Sampler
 from edge_agent.service import AgentService, ModelFacts
-from fedhlm import topics
-from fedhlm.bus import Retained
+from fedhlm.bus import Bus
 from fedhlm.config import Loaded
 from fedhlm.decoder import Decoder
 from fedhlm.errors import FedhlmError
 from fedhlm.fingerprint import fingerprint_of
-from fedhlm.messages import Prompt, encode
-from fedhlm.party import Party, Stamp, presence
+from fedhlm.keys import load_projection
+from fedhlm.messages import Prompt
+from fedhlm.party import Party, Stamp
 from fedhlm.sampling import NOISE
 from fedhlm.serve import bus_of, model_folder, serve
+from fedhlm.state import store_of
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
@@ -26,32 +35,47 @@ log = logging.getLogger(__name__)
 async def run(loaded: Loaded, counters: Counters, prompt: str | None = None) -> int:
     """Serve until cancelled, or until `prompt` is answered; exit status 1 when its answer is an error."""
     config = loaded.config
-    decoder = Decoder.load(model_folder(config.agent.model, "slm"), threads=config.agent.threads)
+    folder = model_folder(config.agent.model, "slm")
+    decoder = Decoder.load(folder, threads=config.agent.threads)
     info = decoder.info
     fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
     name, cluster, root = config.agent.id, config.cluster.name, config.broker.root
     stamp = Stamp(name)
-    status = topics.AGENT_STATUS.name(root, cluster=cluster, agent=name)
-    bus = bus_of(
-        config.broker,
-        client_id=f"{cluster}-{name}",
-        birth=Retained(status, encode(presence(stamp, "agent", online=True, fingerprint=fingerprint))),
-        will=Retained(status, encode(presence(stamp, "agent", online=False))),
-        connect_timeout_s=None if prompt is None else config.broker.connect_timeout_s,
-    )
-    async with ThreadedDrafter(Slm(decoder)) as drafter:
+
+    def open_bus(home: str, connect_timeout_s: float | None = config.broker.connect_timeout_s) -> Bus:
+        birth, will = birth_and_will(stamp, fingerprint, home, root)
+        client_id = f"{home}-{name}"
+        return bus_of(config.broker, client_id=client_id, birth=birth, will=will, connect_timeout_s=connect_timeout_s)
+
+    # A service waits for its broker as long as it takes; a command line, or a second connection, does not.
+    bus = open_bus(cluster, None) if prompt is None else open_bus(cluster)
+    party = Party(bus=bus, stamp=stamp, counters=counters, root=root)
+    projection = load_projection(folder, info.hidden_size)
+    consensus = config.generation.consensus
+    rng = np.random.default_rng()
+    async with ThreadedDrafter(Slm(decoder, projection)) as drafter:
         agent = Agent(
-            party=Party(bus=bus, stamp=stamp, counters=counters, root=root),
+            party=party,
             cluster=cluster,
             drafter=drafter,
             fingerprint=fingerprint,
             counters=counters,
             new_session=lambda: random.SystemRandom().getrandbits(32),
+            learner=Learner(config.federation, rng),
+            make_peers=lambda: Peers(
+                name, time.monotonic, size=consensus.size, max_age_s=consensus.max_age_s, space=projection.digest[:8]
+            ),
+            # Without a cloud that groups agents a profile would only cost its bytes.
+            sampler=Sampler(rng) if config.federation.assign_s else None,
         )
         model = ModelFacts(decoder.tokenizer, info.bos_id, frozenset(info.eos_ids), info.context)
-        service = AgentService(agent=agent, loaded=loaded, model=model, counters=counters)
+        store = store_of(config.agent.state, key="agent.state")
+        connection = Connection(party, open_bus, cluster)
+        service = AgentService(
+            agent=agent, loaded=loaded, model=model, counters=counters, store=store, connection=connection
+        )
         await service.subscribe()
-        async with bus:
+        async with connection:
             log.info("drafting with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
             if prompt is None:
                 await service.run()

@@ -8,10 +8,9 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
-from edge_agent.gate import GATES, Settings
-from edge_agent.generation import (
+from edge_agent.events import (
     Answered,
     Cancelled,
     Commit,
@@ -21,33 +20,52 @@ from edge_agent.generation import (
     Escalate,
     Event,
     Finish,
-    Generation,
+    Grown,
     LinkUp,
+    Observation,
     Observe,
     Plan,
     Refused,
     Tick,
     Unprimed,
 )
-from edge_agent.model import Drafter
+from edge_agent.gate import GATES, Settings
+from edge_agent.generation import Generation
+from edge_agent.growth import RANKS, Budget, Delay
+from edge_agent.learner import Learner, Risk, measures_of
+from edge_agent.membership import Membership
+from edge_agent.model import Drafter, Drawn
+from edge_agent.peers import Peers
 from edge_agent.pipeline import PIPELINES, Limits
+from edge_agent.profile import PromptSample, Sampler
 from fedhlm import topics
-from fedhlm.config import Generation as GenerationConfig
+from fedhlm.couplings import COUPLINGS
 from fedhlm.errors import ProtocolError
 from fedhlm.messages import (
+    Assignment,
+    Contribution,
     Escalation,
     Fingerprint,
     FinishReason,
+    Hints,
+    Learned,
     Presence,
     Prime,
+    Profile,
     Sampling,
+    UncertainTokens,
     Verdict,
+    VerifiedTokens,
     pack_ids,
+    unpack_bits,
     unpack_ids,
     unpack_probs,
 )
-from fedhlm.party import Party
+from fedhlm.party import Party, Received
+from fedhlm.sampling import AUDIT_STREAM, uniform
+from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import Counters, warn_once
+from fedhlm.tree import pack_branches
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +74,11 @@ EVENTS_MAX: Final = 1_024
 
 @dataclass
 class Result:
-    """One finished generation: ids with who settled each, why it ended, and what it cost on the uplink."""
+    """One finished generation: ids with who settled each, why it ended, and what it cost.
+
+    `uplink_bytes` go to the cloud; `cluster_bytes` are for the peers and the federation. `tau` and `similarity` are the
+    thresholds that it ran with.
+    """
 
     ids: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -65,54 +87,62 @@ class Result:
     error: str = ""
     uplink_bytes: int = 0
     uplink_messages: int = 0
+    cluster_bytes: int = 0
     round_trips: int = 0
     rollbacks: int = 0
     discarded: int = 0
-    observed: list[tuple[float, float]] = field(default_factory=list)
+    escalated: int = 0
+    tau: float = 1.0
+    similarity: float | None = None
+    audited: bool = False
+    observed: list[Observation] = field(default_factory=list)
+    ended: Finish = Finish("error")  # noqa: RUF009 - never changed
+    risk: Risk | None = None
     wall_s: float = 0.0
 
     def statistics(self) -> dict[str, float]:
         """Figures for the last message of a request."""
         by_source = {f"tokens_{source}": float(count) for source, count in Counter(self.sources).items()}
-        betas = [beta for _, beta in self.observed]
-        return by_source | {
+        betas = [o.beta for o in self.observed if o.source == "local"]
+        figures = by_source | {
             "uplink_bytes": float(self.uplink_bytes),
             "uplink_messages": float(self.uplink_messages),
+            "cluster_bytes": float(self.cluster_bytes),
             "round_trips": float(self.round_trips),
             "rollbacks": float(self.rollbacks),
             "discarded": float(self.discarded),
+            "escalated": float(self.escalated),
             "mean_beta": sum(betas) / len(betas) if betas else 0.0,
+            "tau": self.tau,
             "wall_s": self.wall_s,
         }
+        if self.similarity is not None:
+            figures["similarity"] = self.similarity
+        if self.risk is not None:
+            figures |= {
+                "risk": self.risk.estimate,
+                "risk_limit": self.risk.limit,
+                "risk_generations": float(self.risk.generations),
+            }
+        return figures
 
 
-def plan_of(
-    config: GenerationConfig, sampling: Sampling, *, max_tokens: int, context_max: int, eos_ids: frozenset[int]
-) -> Plan:
-    """The machine's plan for a merged configuration; its names are checked by the configuration's types."""
-    pipeline = config.pipeline
-    limits = Limits(
-        window=pipeline.window,
-        block=pipeline.block,
-        flush_uncertainty=pipeline.flush_uncertainty,
-        flush_age_s=pipeline.flush_age_ms / 1000.0,
-        survival_floor=pipeline.survival_floor,
-        bonus=pipeline.bonus,
-    )
-    return Plan(
-        sampling=sampling,
-        gate=GATES[config.gate](Settings(config.tau, config.send_probability, sampling.seed)),
-        pipeline=PIPELINES[pipeline.kind](limits),
-        max_tokens=max_tokens,
-        context_max=context_max,
-        eos_ids=eos_ids,
-        deadline_s=config.deadline_ms / 1000.0,
-        retry_s=config.retry_ms / 1000.0,
-    )
+class Job(NamedTuple):
+    """A generation to be: the merged configuration, its law, its limits in tokens."""
+
+    config: GenerationConfig
+    sampling: Sampling
+    max_tokens: int
+    context_max: int
+    eos_ids: frozenset[int]
 
 
 class Agent:
-    """Runs generations over one bus. `new_session` gives numbers below 2**63 that do not repeat among recent ones."""
+    """Runs generations over one bus, in `cluster` until it is assigned to another one.
+
+    `new_session` gives numbers below 2**63 that do not repeat among recent ones. With a `sampler` the cloud is shown
+    samples of what this agent drafts; `make_peers` makes an empty view of a cluster.
+    """
 
     def __init__(
         self,
@@ -123,24 +153,106 @@ class Agent:
         fingerprint: Fingerprint,
         counters: Counters,
         new_session: Callable[[], int],
+        learner: Learner,
+        make_peers: Callable[[], Peers],
+        sampler: Sampler | None = None,
     ) -> None:
         self.party = party
-        self.cluster = cluster
         self.name = party.stamp.sender
         self.fingerprint = fingerprint
+        self.membership = Membership(party=party, cluster=cluster, fingerprint=fingerprint)
+        self.learner = learner
+        self.peers = make_peers()
         self.link_up = True
         self.upstream: Fingerprint | None = None
         self._drafter = drafter
         self._counters = counters
         self._new_session = new_session
+        self._make_peers = make_peers
+        self._sampler = sampler
         self._routes: dict[int, asyncio.Queue[Event]] = {}
+        self._delay = Delay()
+
+    @property
+    def cluster(self) -> str:
+        """The cluster that the agent speaks to now."""
+        return self.membership.cluster
+
+    def plan(self, job: Job) -> Plan:
+        """The machine's plan for a job, with the thresholds learnt so far; names are checked by the settings' types."""
+        config, sampling = job.config, job.sampling
+        measures = measures_of(config, sampling)
+        pipeline = config.pipeline
+        limits = Limits(
+            window=pipeline.window,
+            block=pipeline.block,
+            flush_uncertainty=pipeline.flush_uncertainty,
+            flush_age_s=pipeline.flush_age_ms / 1000.0,
+            survival_floor=pipeline.survival_floor,
+            bonus=pipeline.bonus,
+        )
+        tau = self.learner.tau(measures, config)
+        similarity = self.learner.similarity(measures, config)
+        coupling = COUPLINGS[sampling.coupling]
+        return Plan(
+            sampling=sampling,
+            gate=GATES[config.gate](Settings(tau, config.send_probability, sampling.seed)),
+            pipeline=PIPELINES[pipeline.kind](limits),
+            max_tokens=job.max_tokens,
+            context_max=job.context_max,
+            eos_ids=job.eos_ids,
+            deadline_s=config.deadline_ms / 1000.0,
+            retry_s=config.retry_ms / 1000.0,
+            harm=coupling.harm,
+            consult=self.peers.consult(config, similarity),
+            similarity=None if config.gate == "always" else similarity,
+            votes=config.consensus.votes,
+            # One coin for the whole generation, tossed before anything is known of it.
+            audit=uniform(sampling.seed, 0, AUDIT_STREAM) < config.audit,
+            tau=tau,
+        )
 
     async def subscribe(self) -> None:
-        """Ask for this agent's verdicts and its edge's presence."""
-        await self.party.bus.subscribe(
-            topics.VERDICT.name(self.party.root, cluster=self.cluster, agent=self.name),
-            topics.EDGE_STATUS.name(self.party.root, cluster=self.cluster),
-        )
+        """Ask for prompts and verdicts, the edge's presence, what the cluster knows, and assignments to another one."""
+        await self.membership.subscribe()
+
+    async def handle(self, received: Received) -> bool:
+        """Take in a message of one of these topics, prompts excepted; False when it is none."""
+        message, cluster = received.message, received.levels.get("cluster", self.cluster)
+        here = cluster == self.cluster  # of the clusters that were left, only prompts and verdicts are of interest
+        try:
+            match message:
+                case Verdict():
+                    self.on_verdict(message)
+                case Presence(role="edge") if here:
+                    self.on_edge(message)
+                case Presence(role="edge"):
+                    if await self.membership.seen(cluster, message):
+                        self._moved(message)
+                case Assignment():
+                    await self.membership.assigned(message.cluster)
+                case Learned():
+                    if here:
+                        self.learner.learned(message)
+                case VerifiedTokens():
+                    if here:
+                        self.peers.hear_verified(message)
+                case UncertainTokens():
+                    if here:
+                        self.peers.hear_doubts(message)
+                case _:
+                    return False
+        except ProtocolError as exc:
+            self._counters.add("refused_messages")
+            warn_once(log, type(message).__name__, "refused a message of %s: %s", message.sender, exc)
+        return True
+
+    def _moved(self, edge: Presence) -> None:
+        """Begin in another cluster: what described the old one's agents is dropped, what the cloud verified stays true."""
+        self._counters.add("assignments")
+        self.peers.centroid = self._make_peers().centroid
+        self.learner.cluster = {}  # until the new one's retained state, which follows the subscription
+        self.on_edge(edge)
 
     def on_verdict(self, verdict: Verdict) -> None:
         """Hand a verdict to its generation; one that nobody waits for is counted and dropped."""
@@ -148,13 +260,9 @@ class Agent:
         if queue is None:
             self._counters.add("late_verdicts")
             return
-        try:
-            event = self._event(verdict)
-        except ProtocolError as exc:
-            self._counters.add("refused_messages")
-            warn_once(log, "bad verdict", "refused a verdict: %s", exc)
-            return
+        event = self._event(verdict)
         self._counters.add("verdicts")
+        self._delay.heard((verdict.session, verdict.epoch, verdict.base), asyncio.get_running_loop().time())
         self._post(queue, event)
 
     def on_edge(self, state: Presence) -> None:
@@ -181,7 +289,8 @@ class Agent:
             case "settled":
                 ids = unpack_ids(verdict.ids, self.fingerprint.vocab_size)
                 probs = [float(p) for p in unpack_probs(verdict.target_probs)]
-                return Answered(verdict.epoch, verdict.base, verdict.accepted, ids, probs, verdict.source)
+                missed = unpack_bits(verdict.missed, len(probs))
+                return Answered(verdict.epoch, verdict.base, verdict.accepted, ids, probs, verdict.source, missed)
             case "unprimed":
                 return Unprimed(verdict.epoch)
             case "refused":
@@ -189,7 +298,7 @@ class Agent:
 
     async def generate(
         self,
-        plan: Plan,
+        job: Job,
         prompt: list[int],
         on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
     ) -> Result:
@@ -200,11 +309,14 @@ class Agent:
         """
         clock = asyncio.get_running_loop().time
         began = clock()
+        plan = self.plan(job)
         machine = Generation(plan, list(prompt), link_up=self.link_up)
         session = self._new_session()
         queue: asyncio.Queue[Event] = asyncio.Queue()
         self._routes[session] = queue
-        result = Result()
+        place = self.cluster
+        sample = self._sampler.begin() if self._sampler else None
+        result = Result(tau=plan.tau, similarity=plan.similarity, audited=plan.audit)
         try:
             async with asyncio.TaskGroup() as group:
                 actions = machine.start(clock())
@@ -212,8 +324,9 @@ class Agent:
                     for action in actions:
                         match action:
                             case Draft():
-                                group.create_task(self._draft(action, plan.sampling, queue), name="draft")
+                                group.create_task(self._draft(action, job, plan, queue, sample), name="draft")
                             case Escalate():
+                                await self._publish_doubts(session, job, action, result)
                                 await self._escalate(session, plan, action, result)
                             case Commit(tokens):
                                 result.ids += [t.token for t in tokens]
@@ -222,22 +335,72 @@ class Agent:
                                 reason = await on_commit(tokens)
                                 if reason is not None:
                                     self._post(queue, Cancelled(reason))
-                            case Observe(pairs):
-                                result.observed += pairs
+                            case Observe(observations):
+                                result.observed += observations
                             case Finish(reason, error):
-                                result.finish, result.error = reason, error
+                                result.finish, result.error, result.ended = reason, error, action
                     if machine.finished:
                         break
                     event = await self._next_event(queue, machine.wake_s())
                     result.round_trips += isinstance(event, Answered)
-                    actions = machine.handle(event, clock())
+                    actions = []
+                    if place != self.cluster:
+                        # Sessions belong to clusters. Without this a cloud that held the session for an earlier stay
+                        # might go on from a context that was settled otherwise since.
+                        place = self.cluster
+                        actions += machine.handle(Unprimed(machine.epoch), clock())
+                    actions += machine.handle(event, clock())
         finally:
             del self._routes[session]
             self.link_up = machine.link_up
         result.rollbacks, result.discarded = machine.tally.rollbacks, machine.tally.discarded
+        result.escalated = machine.tally.escalated
         result.wall_s = clock() - began
         self._count(machine, result)
+        if self._sampler is not None and sample is not None:
+            self._sampler.end(sample)
+        await self._learn(job, result, clock())
         return result
+
+    async def _learn(self, job: Job, result: Result, now_s: float) -> None:
+        """Take the generation into account, and contribute when a round is due."""
+        config, measures = job.config, measures_of(job.config, job.sampling)
+        learner = self.learner
+        learner.observe(measures, config, result.observed)
+        learner.finished(
+            measures,
+            config,
+            result.observed,
+            result.ended,
+            tokens=len(result.ids),
+            audited=result.audited,
+            uplink_bytes=result.uplink_bytes,
+            escalated=result.escalated,
+        )
+        known = self.peers.collaboration[config.peers]
+        for seen in result.observed:
+            self.peers.learn(config, seen, result.similarity)
+        if result.escalated:
+            known.escalated(result.uplink_bytes / result.escalated)
+        result.risk = learner.risk(measures, config)
+        if config.threshold in ("paper-fl", "calibrated-fl") and learner.due(config, now_s):
+            await self._contribute(config, result, now_s)
+
+    async def _contribute(self, config: GenerationConfig, result: Result, now_s: float) -> None:
+        number = self.learner.round
+        ended = self.learner.contribution(config, now_s)
+        if ended is None:
+            warn_once(log, "releases", "contributes no more: federation.releases are used up")
+            return
+        threshold, curves = ended
+        message = Contribution(**self.party.stamp(), round=number, members=1, threshold=threshold, curves=curves)
+        self._counters.add("contributions")
+        result.cluster_bytes += await self.party.send(topics.FL_UPDATE, message, cluster=self.cluster, agent=self.name)
+        if self._sampler is not None and self._sampler.due:
+            profile = Profile(**self.party.stamp(), agent=self.name, **self._sampler.take())
+            result.cluster_bytes += await self.party.send(
+                topics.PROFILE, profile, cluster=self.cluster, agent=self.name
+            )
 
     def _count(self, machine: Generation, result: Result) -> None:
         tally = machine.tally
@@ -256,12 +419,26 @@ class Agent:
             self._counters.add("tokens_by_source", amount, label=source)
         self._counters.add("generations", label=result.finish)
 
-    async def _draft(self, action: Draft, sampling: Sampling, queue: asyncio.Queue[Event]) -> None:
-        drawn = await self._drafter.draft(action.ids, sampling)
+    async def _draft(
+        self, action: Draft, job: Job, plan: Plan, queue: asyncio.Queue[Event], sample: PromptSample | None
+    ) -> None:
+        ids, position = action.ids, len(action.ids)
+        uncertainty = job.config.uncertainty
         # At most one draft is under way, and the machine would wait for a lost one for ever: no limit applies here.
-        queue.put_nowait(
-            Drafted(action.revision, len(action.ids), drawn.token, drawn.prob, drawn.uncertainty, drawn.law)
-        )
+        if not action.levels:
+            drawn = await self._drafter.draft(ids, plan.sampling, uncertainty)
+            chain = [_drafted(action.revision, position, drawn)]
+            queue.put_nowait(chain[0])
+        else:
+            budget = Budget(job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
+            grown = await self._drafter.grow(
+                ids, plan.sampling, budget, uncertainty=uncertainty, settled=action.settled
+            )
+            chain = [_drafted(action.revision, position + i, drawn) for i, drawn in enumerate(grown.chain)]
+            queue.put_nowait(Grown(action.revision, position, chain, grown.branches))
+        if sample is not None:
+            for drafted in chain:
+                sample.see(drafted.position, drafted.key, drafted.uncertainty)
 
     async def _next_event(self, queue: asyncio.Queue[Event], wake_s: float) -> Event:
         if not queue.empty():
@@ -272,12 +449,27 @@ class Agent:
         except TimeoutError:
             return Tick()
 
+    async def _publish_doubts(self, session: int, job: Job, action: Escalate, result: Result) -> None:
+        """Tell the cluster what is doubtful, before the block that escalates it, where that is worth its bytes."""
+        coin = uniform(job.sampling.seed, 1, AUDIT_STREAM)
+        if not action.uncertain or job.config.peers == "none" or not self.peers.asks(job.config, coin):
+            return
+        message = UncertainTokens(**self.party.stamp(), session=session, space=self.peers.space, items=action.uncertain)
+        sent = await self.party.send(topics.PEER, message, cluster=self.cluster, agent=self.name)
+        result.cluster_bytes += sent
+        for _ in action.uncertain:
+            self.peers.collaboration[job.config.peers].published(round(sent / len(action.uncertain)))
+
     async def _escalate(self, session: int, plan: Plan, action: Escalate, result: Result) -> None:
         vocab_size = self.fingerprint.vocab_size
         stamp = self.party.stamp()
         prime = None
         if action.context is not None:
             prime = Prime(plan.sampling, self.fingerprint, pack_ids(action.context, vocab_size))
+        hints = None
+        if plan.similarity is not None or action.branches:
+            hints = Hints(plan.similarity, plan.votes, pack_branches(action.branches, vocab_size))
+        self._delay.sent((session, action.epoch, action.base), asyncio.get_running_loop().time())
         message = Escalation(
             **stamp,
             session=session,
@@ -289,9 +481,14 @@ class Agent:
             extend=action.extend,
             prime=prime,
             laws=action.laws,
+            hints=hints,
         )
         sent = await self.party.send(
             topics.ESCALATE, message, expiry_s=action.deadline_s, cluster=self.cluster, agent=self.name
         )
         result.uplink_bytes += sent
         result.uplink_messages += sent > 0
+
+
+def _drafted(revision: int, position: int, drawn: Drawn) -> Drafted:
+    return Drafted(revision, position, drawn.token, drawn.prob, drawn.uncertainty, drawn.law, drawn.key)

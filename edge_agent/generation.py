@@ -9,130 +9,37 @@ import math
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from edge_agent.gate import Gate
-from edge_agent.pipeline import Pending, Pipeline, expected_rejection
-from fedhlm.messages import FinishReason, Sampling, Source
-from fedhlm.sampling import rejection_probability
+from edge_agent.events import (
+    Action,
+    Answered,
+    Cancelled,
+    Commit,
+    Committed,
+    Draft,
+    Drafted,
+    Escalate,
+    Event,
+    Finish,
+    Grown,
+    LinkUp,
+    Observation,
+    Observe,
+    Plan,
+    Proposal,
+    Refused,
+    Tick,
+    Unprimed,
+)
+from edge_agent.pipeline import Pending, expected_rejection
+from fedhlm.couplings import rejection_probability
+from fedhlm.messages import FinishReason, Source, Uncertain
+from fedhlm.tree import Branch, Tree
 
 RETRY_CAP: Final = 8  # the wait between two sends of an unanswered block doubles up to this many times `retry_s`
 
 
-class Plan(NamedTuple):
-    """What stays fixed during a generation; times in seconds, `context_max` and `max_tokens` in tokens."""
-
-    sampling: Sampling
-    gate: Gate
-    pipeline: Pipeline
-    max_tokens: int
-    context_max: int
-    eos_ids: frozenset[int]
-    deadline_s: float
-    retry_s: float
-
-
-class Drafted(NamedTuple):
-    """The model's answer to a Draft: a token for `position`, its probability, uncertainty and the law's bytes."""
-
-    revision: int
-    position: int
-    token: int
-    prob: float
-    uncertainty: float
-    law: bytes = b""
-
-
-class Answered(NamedTuple):
-    """A verdict, decoded and range-checked."""
-
-    epoch: int
-    base: int
-    accepted: int
-    ids: list[int]
-    target_probs: list[float]
-    source: Source
-
-
-class Unprimed(NamedTuple):
-    """The cloud has lost the session, or never had it."""
-
-    epoch: int
-
-
-class Refused(NamedTuple):
-    """The cloud will never settle this session."""
-
-    reason: str
-
-
-class LinkUp(NamedTuple):
-    """Someone upstream is there to answer. (That nobody is shows at the deadline, and only then is text unverified.)"""
-
-
-class Cancelled(NamedTuple):
-    """Stop now; what is committed stays."""
-
-    reason: FinishReason
-
-
-class Tick(NamedTuple):
-    """Time passed."""
-
-
-Event = Drafted | Answered | Unprimed | Refused | LinkUp | Cancelled | Tick
-
-
-class Draft(NamedTuple):
-    """Ask the model for the token after `ids`."""
-
-    revision: int
-    ids: tuple[int, ...]
-
-
-class Escalate(NamedTuple):
-    """Send a block; `context` is the prime's, None when the cloud holds the session."""
-
-    epoch: int
-    base: int
-    ids: list[int]
-    fixed: int
-    extend: int
-    laws: bytes
-    deadline_s: float
-    context: list[int] | None
-
-
-class Committed(NamedTuple):
-    """One token, for good. `drafted` is false where the text comes from elsewhere than the device's own model."""
-
-    token: int
-    source: Source
-    drafted: bool
-
-
-class Commit(NamedTuple):
-    """Tokens that follow all committed before."""
-
-    tokens: list[Committed]
-
-
-class Observe(NamedTuple):
-    """Feedback for the threshold learner: (uncertainty, beta) of positions that the target has seen."""
-
-    pairs: list[tuple[float, float]]
-
-
-class Finish(NamedTuple):
-    """The generation is over."""
-
-    reason: FinishReason
-    error: str = ""
-
-
-Action = Draft | Escalate | Commit | Observe | Finish
-
-
 class Token(NamedTuple):
-    """A drafted token that is not verified."""
+    """A token of the sequence that the cloud has not verified; `source` says who settles it unless it is escalated."""
 
     token: int
     prob: float
@@ -140,6 +47,10 @@ class Token(NamedTuple):
     law: bytes
     escalate: bool
     drafted_s: float
+    key: bytes
+    own: int  # the device's own draft, where peers replaced it
+    source: Source = "local"
+    match: Proposal | None = None
 
 
 @dataclass
@@ -150,6 +61,7 @@ class Tally:
     discarded: int = 0
     rollbacks: int = 0
     escalations: int = 0
+    escalated: int = 0
     retries: int = 0
     reprimes: int = 0
     stale: int = 0
@@ -187,6 +99,9 @@ class Generation:
         self._asked = self.verified  # how far verdicts are due
         self._primed = False
         self._drafting = False
+        self._tree = Tree([])  # what the tail is the main chain of, or the end of it
+        self._cut: FinishReason | None = None  # the caller has enough text
+        self._auditing = False
         self._revision = 0  # counts rewritings of the tail, so that a draft of the old one is known
         self._waiting_since = 0.0
         self._retry_at = 0.0
@@ -225,7 +140,9 @@ class Generation:
         actions: list[Action] = []
         match event:
             case Drafted():
-                self._on_draft(event, now)
+                self._on_drafts(event.revision, event.position, [event], (), now)
+            case Grown(revision, position, chain, branches):
+                self._on_drafts(revision, position, chain, branches, now)
             case Answered():
                 self._on_answer(event, actions, now)
             case Unprimed(epoch):
@@ -238,31 +155,65 @@ class Generation:
                 return self._finish(actions, "error", reason)
             case LinkUp():
                 self._set_link(True, now)
+            case Cancelled("stop"):
+                self._cut = "stop"
+                self._drop_tail()
             case Cancelled(reason):
                 return self._finish(actions, reason)
             case Tick():
                 pass
         return self._go_on(actions, now)
 
-    def _on_draft(self, event: Drafted, now: float) -> None:
+    def _on_drafts(
+        self, revision: int, position: int, drafts: list[Drafted], branches: tuple[Branch, ...], now: float
+    ) -> None:
         self._drafting = False
-        self.tally.drafted += 1
-        if event.revision != self._revision or event.position != self.length:
-            self.tally.discarded += 1
+        self.tally.drafted += len(drafts)
+        if revision != self._revision or position != self.length:
+            self.tally.discarded += len(drafts)
             return
-        escalate = self.plan.gate(event.uncertainty, event.position)
-        self._tail.append(Token(event.token, event.prob, event.uncertainty, event.law, escalate, now))
+        judged = [self._judged(draft, now) for draft in drafts]
+        if branches and all(token.token == token.own for token in judged):
+            self._tree = Tree([token.token for token in judged], branches)
+        self._tail += judged
+
+    def _judged(self, draft: Drafted, now: float) -> Token:
+        """Who settles a draft: the device, its peers, or those above."""
+        escalate = self.plan.gate(draft.uncertainty, draft.position)
+        token = Token(
+            draft.token, draft.prob, draft.uncertainty, draft.law, escalate, now, key=draft.key, own=draft.token
+        )
+        proposal = self.plan.consult(draft) if escalate else None
+        if proposal is None or not proposal.adopt:
+            return token._replace(match=proposal)
+        settled = proposal.source is not None
+        return token._replace(
+            token=proposal.token, escalate=not settled, source=proposal.source or "peer", match=proposal
+        )
 
     def _on_answer(self, event: Answered, actions: list[Action], now: float) -> None:
         self._set_link(True, now)
         if event.epoch != self.epoch or event.base + event.accepted > self.length:
             self.tally.stale += 1
             return
-        self._primed = True
-        self._observe(event, actions)
+        verified = event.source == "cloud"
+        if verified:
+            self._primed = True
+            self._observe(event, actions)
         committed: list[Committed] = []
         while len(self.context) < event.base + event.accepted:
-            self._accept(self._tail.pop(0).token, event.source, True, committed)
+            self._take_draft(event.source, committed)
+        known = self._take_on(event, committed, now)
+        if not verified:
+            self._sent = self._asked = self.verified  # the cloud knows nothing of it yet
+            self._wait_anew(now)
+        elif known > self.verified:
+            self._advance(known, now)
+        if committed:
+            actions.append(Commit(committed))
+
+    def _take_on(self, event: Answered, committed: list[Committed], now: float) -> int:
+        """Commit the ids that follow the accepted ones; how far both ends agree afterwards."""
         known = event.base + event.accepted
         for token in event.ids:
             if known < len(self.context):
@@ -272,15 +223,20 @@ class Generation:
             elif self._ended():
                 break
             elif self._tail and self._tail[0].token == token:
-                self._accept(self._tail.pop(0).token, event.source, True, committed)
+                self._take_draft(event.source, committed)
             else:
                 self._roll_back()
+                if event.source != "cloud":
+                    self._skipped.append(Token(token, 0.0, 1.0, b"", False, now, b"", own=token, source=event.source))
                 self._accept(token, event.source, False, committed)
             known += 1
-        if known > self.verified:
-            self._advance(known, now)
-        if committed:
-            actions.append(Commit(committed))
+        return known
+
+    def _take_draft(self, source: Source, committed: list[Committed]) -> None:
+        draft = self._tail.pop(0)
+        if source != "cloud":
+            self._skipped.append(draft._replace(source=source, escalate=False))
+        self._accept(draft.token, source, True, committed)
 
     def _accept(self, token: int, source: Source, drafted: bool, committed: list[Committed]) -> None:
         self.context.append(token)
@@ -291,27 +247,59 @@ class Generation:
         self.verified = known
         self._sent = max(self._sent, known)
         self._asked = max(self._asked, known)
+        self._wait_anew(now)
+
+    def _wait_anew(self, now: float) -> None:
         self._waiting_since = now
         self._retry_delay = self.plan.retry_s
         self._retry_at = now + self._retry_delay
 
     def _observe(self, event: Answered, actions: list[Action]) -> None:
         unverified = self._skipped + self._tail  # from position `verified` on
-        pairs = []
-        for place, target_prob in enumerate(event.target_probs, start=event.base - self.verified):
+        seen = []
+        for offset, target_prob in enumerate(event.target_probs):
+            place = event.base + offset - self.verified
             if 0 <= place < len(unverified):
-                token = unverified[place]
-                pairs.append((token.uncertainty, rejection_probability(token.prob, target_prob)))
-        if pairs:
-            actions.append(Observe(pairs))
+                missed = offset >= event.accepted or (offset < len(event.missed) and event.missed[offset])
+                replacement = event.ids[0] if offset == event.accepted and event.ids else None
+                seen.append(self._scored(unverified[place], target_prob, missed, replacement, place))
+        if seen:
+            actions.append(Observe(seen))
+
+    def _scored(
+        self, token: Token, target_prob: float, missed: bool, replacement: int | None, place: int
+    ) -> Observation:
+        right = replacement if missed else token.token  # what the target emits, where the verdict tells
+
+        def harm_of(candidate: int) -> float | None:
+            if candidate == token.token:
+                return self.plan.harm(token.prob, target_prob, missed)
+            return None if right is None else float(candidate != right)
+
+        matched = None if token.match is None else harm_of(token.match.token)
+        skipped = place < len(self._skipped)
+        return Observation(
+            uncertainty=token.uncertainty,
+            beta=rejection_probability(token.prob, target_prob),
+            harm=harm_of(token.own),
+            match=None if token.match is None or matched is None else (token.match.score, matched),
+            committed_harm=self.plan.harm(token.prob, target_prob, missed) if skipped else 0.0,
+            source=token.source,
+            skipped=skipped,
+            audit=self._auditing,
+        )
 
     def _roll_back(self) -> None:
         if self._tail:
             self.tally.rollbacks += 1
-            self.tally.discarded += len(self._tail)
-            self._tail.clear()
-            self._revision += 1
-            self._new_epoch()
+            self._drop_tail()
+
+    def _drop_tail(self) -> None:
+        self.tally.discarded += len(self._tail)
+        self._tail.clear()
+        self._tree = Tree([])
+        self._revision += 1
+        self._new_epoch()
 
     def _new_epoch(self) -> None:
         self.epoch += 1
@@ -330,14 +318,27 @@ class Generation:
             self._set_link(False, now)
         self._commit_undisputed(actions)
         if self._ended():
-            return self._finish(actions, self._reason())
+            return actions if self._audited(actions, now) else self._finish(actions, self._reason())
         self._send_if_due(actions, now)
         pending = self._pending(now)
         alone = not self.link_up  # without a link the device goes on by itself
         if not self._drafting and not pending.ended and (alone or self.plan.pipeline.may_draft(pending)):
             self._drafting = True
-            actions.append(Draft(self._revision, (*self.context, *(t.token for t in self._tail))))
+            ids = (*self.context, *(t.token for t in self._tail))
+            levels = self.end - self.length if self.plan.pipeline.grow and self.link_up else 0
+            actions.append(Draft(self._revision, ids, self.verified, levels))
         return actions
+
+    def _audited(self, actions: list[Action], now: float) -> bool:
+        """Whether the finished text waits for its audit, which is asked for here."""
+        if not (self.plan.audit and self._skipped and self.link_up):
+            return False
+        if self._auditing:
+            self._send_if_due(actions, now)
+        else:
+            self._auditing = True
+            self._send(actions, now, self.verified)
+        return True
 
     def _commit_undisputed(self, actions: list[Action]) -> None:
         """Commit what no verdict is waited for: tokens the gate keeps, and every token while the link is down."""
@@ -345,7 +346,8 @@ class Generation:
         while self._tail and not (self._tail[0].escalate and self.link_up):
             token = self._tail.pop(0)
             self._skipped.append(token)
-            self._accept(token.token, "unverified" if token.escalate else "local", True, committed)
+            source: Source = "unverified" if token.escalate else token.source
+            self._accept(token.token, source, token.source == "local", committed)
         if committed:
             actions.append(Commit(committed))
 
@@ -373,9 +375,11 @@ class Generation:
         return newest in self.plan.eos_ids
 
     def _ended(self) -> bool:
-        return len(self.context) >= self.end or self._stopped(None)
+        return self._cut is not None or len(self.context) >= self.end or self._stopped(None)
 
     def _reason(self) -> FinishReason:
+        if self._cut is not None:
+            return self._cut
         if self._stopped(None):
             return "stop"
         return "length" if len(self.context) - self.prompt_length >= self.plan.max_tokens else "context"
@@ -394,23 +398,49 @@ class Generation:
 
     def _send(self, actions: list[Action], now: float, base: int) -> None:
         fixed = self.context[base:]
-        drafts = self._tail[max(0, base - len(self.context)) :]
+        first = max(base, len(self.context))
+        drafts = self._tail[first - len(self.context) :]
         ids = fixed + [t.token for t in drafts]
-        room = 0 if self._pending(now).ended else self.end - self.length
+        room = 0 if self._ended() or self._pending(now).ended else self.end - self.length
         extend = min(room, self.plan.pipeline.extend if self.link_up or not ids else 0)
         if not (ids or extend):
             return
         if not self.awaiting:
             self._waiting_since = now
             self._retry_at = now + self._retry_delay
+        repeated = self._asked > first
+        self.tally.escalated += 0 if repeated else sum(d.escalate for d in drafts)
         self._sent = self.length
         self._asked = self.length + min(extend, 1)
         self.tally.escalations += 1
-        context = None if self._primed or base > self.verified else self.context[:base]
-        laws = b"".join(t.law for t in drafts)
-        actions.append(Escalate(self.epoch, base, ids, len(fixed), extend, laws, self.plan.deadline_s, context))
+        actions.append(
+            Escalate(
+                self.epoch,
+                base,
+                ids,
+                len(fixed),
+                extend,
+                laws=b"".join(t.law for t in drafts),
+                deadline_s=self.plan.deadline_s,
+                context=None if self._primed or base > self.verified else self.context[:base],
+                uncertain=() if repeated else self._doubts(drafts, first),
+                branches=self._branches(),
+            )
+        )
+
+    def _branches(self) -> tuple[Branch, ...]:
+        """The alternatives to what is left of a tree's main chain; none where the tail is no such chain."""
+        steps = len(self._tree.chain) - len(self._tail)
+        return self._tree.below(steps).branches if steps >= 0 else ()
+
+    def _doubts(self, drafts: list[Token], first: int) -> tuple[Uncertain, ...]:
+        return tuple(
+            Uncertain(position, draft.token, draft.uncertainty, draft.key)
+            for position, draft in enumerate(drafts, start=first)
+            if draft.escalate and draft.key
+        )
 
     def _finish(self, actions: list[Action], reason: FinishReason, error: str = "") -> list[Action]:
         self.finished = True
-        actions.append(Finish(reason, error))
+        actions.append(Finish(reason, error, tuple((t.uncertainty, t.source) for t in self._skipped)))
         return actions

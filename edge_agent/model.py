@@ -1,52 +1,153 @@
 """The device's SLM: drafts the token after a list of ids, on one worker thread, reusing the cached common prefix."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import perf_counter
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
-from fedhlm.decoder import Cache, Decoder, Request
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.growth import Budget, Trees, grow
+from fedhlm.couplings import COUPLINGS
+from fedhlm.decoder import Cache, Decoder, Request, Result
 from fedhlm.ids import common_prefix
+from fedhlm.keys import Projection
 from fedhlm.messages import Sampling
-from fedhlm.sampling import COUPLINGS
-from fedhlm.uncertainty import closed_form
+from fedhlm.tree import Branch
+from fedhlm.uncertainty import UNCERTAINTIES
+
+PRIOR_NODE_S: Final = 0.002  # what a node costs until it is measured
+NODE_WEIGHT: Final = 0.1  # of the newest tree in the running mean of what a node costs
 
 
 class Drawn(NamedTuple):
-    """A drafted token, its probability, its uncertainty in [0, 1], and the bytes of the draft law if they travel."""
+    """A drafted token, its probability, its uncertainty in [0, 1], the bytes of the draft law if they travel, and the
+    key of its context (`fedhlm.keys`), empty where the model has no projection."""
 
     token: int
     prob: float
     uncertainty: float
     law: bytes
+    key: bytes = b""
+
+
+class Grown(NamedTuple):
+    """A tree draft: its main chain, its branches (`fedhlm.tree`), and the expected tokens of its round trip."""
+
+    chain: list[Drawn]
+    branches: tuple[Branch, ...]
+    expected: float
 
 
 class Drafter(Protocol):
     """What the agent needs of a model."""
 
-    async def draft(self, ids: Sequence[int], sampling: Sampling) -> Drawn:
-        """Draw the token after `ids` (at least one) from the draft side of the sampling's coupling."""
+    async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
+        """Draw the token after `ids` (at least one) from the draft side of the sampling's coupling.
+
+        `uncertainty` is a key of `fedhlm.uncertainty.UNCERTAINTIES`.
+        """
+
+    async def grow(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        budget: Budget,
+        *,
+        uncertainty: str = "closed-form",
+        settled: int | None = None,
+    ) -> Grown:
+        """Draft a tree below `ids` (at least one) under a shared coupling.
+
+        The first `settled` ids (None: all) are the target's text or the prompt: what they say about the last tree is learnt.
+        """
 
 
 class Slm:
-    """A decoder and the prefix it holds. Not for two threads at once."""
+    """A decoder and the prefix it holds. Not for two threads at once. With a `projection` drafts carry keys."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        projection: Projection | None = None,
+        *,
+        clock_s: Callable[[], float] = perf_counter,
+    ) -> None:
         self.decoder = decoder
+        self.trees = Trees(frozenset(decoder.info.eos_ids))
+        self.node_s = PRIOR_NODE_S
+        self._projection = projection
+        self._clock_s = clock_s
         self._ids: list[int] = []
         self._cache: Cache = decoder.empty_cache()
 
-    def draft(self, ids: Sequence[int], sampling: Sampling) -> Drawn:
+    def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """See `Drafter.draft`; blocks while the model computes."""
         wanted = list(ids)
+        result = self.decoder.forward([self._request(wanted)])[0]
+        self._ids, self._cache = wanted, result.cache
+        return self._drawn(result, sampling, len(wanted), uncertainty)
+
+    def grow(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        budget: Budget,
+        *,
+        uncertainty: str = "closed-form",
+        settled: int | None = None,
+    ) -> Grown:
+        """See `Drafter.grow`; blocks while the model computes."""
+        wanted = list(ids)
+        room = max(1, self.decoder.info.context - len(wanted))
+        budget = budget._replace(levels=min(budget.levels, room))
+        growth = self.trees.begin(wanted, sampling, budget, settled)
+        held: dict[int, Result] = {}
+        ready_s = self._clock_s()
+
+        def evaluate(nodes: list[int]) -> list[NDArray[np.float32]]:
+            nonlocal ready_s
+            requests = [
+                Request(held[growth.parents[node]].cache, growth.paths[node][-1:]) if node else self._request(wanted)
+                for node in nodes
+            ]
+            held.update(zip(nodes, self.decoder.forward(requests), strict=True))
+            if nodes == [0]:
+                ready_s = self._clock_s()  # the root's own time is that of the settled text before it
+            return [held[node].logits[-1] for node in nodes]
+
+        grow(growth, evaluate, sampling=sampling, position=len(wanted), node_s=self.node_s, clock_s=self._clock_s)
+        if len(held) > 1:
+            node_s = (self._clock_s() - ready_s) / (len(held) - 1)
+            self.node_s += NODE_WEIGHT * (node_s - self.node_s)
+        chain, branches = growth.tree()
+        known = max((node for node in [0, *chain] if node in held), key=lambda node: len(growth.paths[node]))
+        self._ids, self._cache = [*wanted, *growth.paths[known]], held[known].cache
+        drawn = [
+            self._drawn(held[growth.parents[node]], sampling, len(wanted) + depth, uncertainty)
+            for depth, node in enumerate(chain)
+        ]
+        return Grown(drawn, tuple(branches), growth.expected)
+
+    def _request(self, wanted: list[int]) -> Request:
         # The last id is always fed: its logits are the ones that are needed.
         keep = min(common_prefix(self._ids, wanted), len(wanted) - 1)
-        result = self.decoder.forward([Request(self._cache.truncated(keep), wanted[keep:])])[0]
-        self._ids, self._cache = wanted, result.cache
+        return Request(self._cache.truncated(keep), wanted[keep:])
+
+    def _drawn(self, result: Result, sampling: Sampling, position: int, uncertainty: str) -> Drawn:
         logits = result.logits[-1]
-        token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, len(wanted))
-        return Drawn(token, prob, closed_form(logits, token), law)
+        token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, position)
+        doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, position)
+        return Drawn(token, prob, doubt, law, self._key(result.hidden))
+
+    def _key(self, hidden: NDArray[np.float32] | None) -> bytes:
+        if self._projection is None or hidden is None:
+            return b""
+        return self._projection.key(hidden[-1]).tobytes()
 
 
 class ThreadedDrafter:
@@ -64,6 +165,19 @@ class ThreadedDrafter:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def draft(self, ids: Sequence[int], sampling: Sampling) -> Drawn:
+    async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """See `Drafter.draft`."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._slm.draft, ids, sampling)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._slm.draft, ids, sampling, uncertainty)
+
+    async def grow(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        budget: Budget,
+        *,
+        uncertainty: str = "closed-form",
+        settled: int | None = None,
+    ) -> Grown:
+        """See `Drafter.grow`."""
+        call = partial(self._slm.grow, ids, sampling, budget, uncertainty=uncertainty, settled=settled)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)

@@ -19,12 +19,13 @@ class Pending(NamedTuple):
 
 class Pipeline(NamedTuple):
     """`may_draft` and `must_send` look at what is pending; `extend` is how many tokens of its own the cloud adds to a
-    fully accepted block; a draft is sent at the latest `flush_age_s` after it was made."""
+    fully accepted block; a draft is sent at the latest `flush_age_s` after it was made. With `grow` a draft is a tree."""
 
     may_draft: Callable[[Pending], bool]
     must_send: Callable[[Pending], bool]
     extend: int
     flush_age_s: float = float("inf")
+    grow: bool = False
 
 
 class Limits(NamedTuple):
@@ -83,8 +84,19 @@ def remote(limits: Limits) -> Pipeline:
     )
 
 
+def tree(_limits: Limits) -> Pipeline:
+    """Grow a tree, send it, wait for its verdict (ALGORITHMS 6.1). The tree's own limits end its growth."""
+    return Pipeline(
+        may_draft=lambda p: not p.awaiting and p.unsent == 0,
+        must_send=lambda p: not p.awaiting and p.unsent > 0,
+        extend=1,
+        grow=True,
+    )
+
+
 PIPELINES: Final[dict[str, Callable[[Limits], Pipeline]]] = {
     "blocking": blocking,
     "async": asynchronous,
     "remote": remote,
+    "tree": tree,
 }

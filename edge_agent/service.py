@@ -7,14 +7,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from edge_agent.agent import Agent, Result, plan_of
-from edge_agent.generation import Committed
+from edge_agent.agent import Agent, Job, Result
+from edge_agent.connection import Connection
+from edge_agent.events import Committed
 from fedhlm import topics
-from fedhlm.config import Generation as GenerationConfig
 from fedhlm.config import Loaded
-from fedhlm.errors import FedhlmError
-from fedhlm.messages import FinishReason, Output, Presence, Prompt, Sampling, Verdict
-from fedhlm.telemetry import Counters
+from fedhlm.errors import BusError, FedhlmError, ProtocolError
+from fedhlm.messages import FinishReason, Output, Prompt, Sampling
+from fedhlm.settings import Generation as GenerationConfig
+from fedhlm.state import Store
+from fedhlm.telemetry import Counters, warn_once
 from fedhlm.text import TextStream, encode_prompt
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROMPTS_MAX: Final = 256
+LEARNER_FILE: Final = "learner"
 REQUESTS_REMEMBERED: Final = 1_024
+RENEW_AGAIN_S: Final = 30.0
 
 
 class ModelFacts(NamedTuple):
@@ -35,78 +39,160 @@ class ModelFacts(NamedTuple):
     context: int
 
 
-class AgentService:
-    """Serves prompts until cancelled."""
+class Request(NamedTuple):
+    """A prompt, and the cluster through which it came and its output goes."""
 
-    def __init__(self, *, agent: Agent, loaded: Loaded, model: ModelFacts, counters: Counters) -> None:
+    cluster: str
+    prompt: Prompt
+
+
+class AgentService:
+    """Serves prompts until cancelled. With a `connection`, the broker is told the truth of an agent that has moved."""
+
+    def __init__(
+        self,
+        *,
+        agent: Agent,
+        loaded: Loaded,
+        model: ModelFacts,
+        counters: Counters,
+        store: Store | None = None,
+        connection: Connection | None = None,
+    ) -> None:
         self.agent = agent
+        self._connection = connection
+        self._moved = asyncio.Event()
+        self._turn = asyncio.Lock()
         self._loaded = loaded
         self._model = model
         self._counters = counters
-        self._prompts: asyncio.Queue[Prompt] = asyncio.Queue(PROMPTS_MAX)
+        self._store = store
+        self._saved_round = 0
+        self._restore()
+        self._requests: asyncio.Queue[Request] = asyncio.Queue(PROMPTS_MAX)
         self._seen: OrderedDict[str, None] = OrderedDict()
+
+    def _restore(self) -> None:
+        kept = self._store.load(LEARNER_FILE) if self._store else None
+        if self._store is None or kept is None:
+            return
+        try:
+            self.agent.learner.restore(kept)
+        except ProtocolError as exc:
+            self._store.reject(LEARNER_FILE, str(exc))
+        self._saved_round = self.agent.learner.round
+
+    async def _save(self) -> None:
+        """Keep what was learnt, once a round: the disk of a small device does not last for ever."""
+        learner = self.agent.learner
+        if self._store is not None and learner.round != self._saved_round:
+            self._saved_round = learner.round
+            await asyncio.to_thread(self._store.save, LEARNER_FILE, learner.snapshot())
 
     async def subscribe(self) -> None:
         """To be called before the bus connects, so that the agent is not online before it hears prompts."""
-        agent = self.agent
-        await agent.subscribe()
-        await agent.party.bus.subscribe(topics.PROMPT.name(agent.party.root, cluster=agent.cluster, agent=agent.name))
+        await self.agent.subscribe()
 
     async def run(self) -> None:
         """Serve until cancelled, or until the bus is refused for good (BusError)."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive(), name="agent-receive")
             group.create_task(self._serve(), name="agent-serve")
+            if self._connection is not None:
+                group.create_task(self._renew(self._connection), name="agent-renew")
 
     async def _receive(self) -> None:
-        async for received in self.agent.party.received():
-            match received.message:
-                case Verdict() as verdict:
-                    self.agent.on_verdict(verdict)
-                case Presence(role="edge") as state:
-                    self.agent.on_edge(state)
-                case Prompt() as prompt:
-                    await self._accept(prompt)
-                case _:
+        party = self.agent.party
+        bus = None
+        while bus is not party.bus:  # a closed bus ends its messages; a new one may have taken its place
+            bus = party.bus
+            async for received in party.received():
+                if isinstance(received.message, Prompt):
+                    await self._accept(Request(received.levels["cluster"], received.message))
+                    continue
+                before = self.agent.cluster
+                if not await self.agent.handle(received):
                     self._counters.add("refused_messages")
+                if self.agent.cluster != before:
+                    self._moved.set()
 
-    async def _accept(self, prompt: Prompt) -> None:
+    async def _renew(self, connection: Connection) -> None:
+        """After a move, go on with a connection whose last will is in the new cluster."""
+        while True:
+            await self._moved.wait()
+            self._moved.clear()
+            try:
+                await self._reconnect(connection)
+            except BusError as exc:
+                warn_once(log, "renew", "no second connection, trying again every %g s: %s", RENEW_AGAIN_S, exc)
+                await asyncio.sleep(RENEW_AGAIN_S)
+                self._moved.set()
+
+    async def _reconnect(self, connection: Connection) -> None:
+        membership = self.agent.membership
+        cluster, filters = membership.cluster, membership.filters()
+        if cluster == connection.cluster:
+            return
+        bus = await connection.successor(cluster, filters)
+        adopted = False
+        try:
+            # Between two generations, so that no output overtakes another on the way.
+            async with self._turn:
+                if cluster == membership.cluster:
+                    adopted = True
+                    await connection.adopt(bus, cluster)
+                    await self.agent.subscribe()  # what was added since
+        finally:
+            if not adopted:  # it has moved on meanwhile, and is asked to come again
+                await bus.__aexit__(None, None, None)
+
+    async def _accept(self, request: Request) -> None:
+        prompt = request.prompt
         if prompt.request in self._seen:
             self._counters.add("duplicate_messages")
             return
-        if self._prompts.full():
+        if self._requests.full():
             self._counters.add("dropped_messages")
-            await self._refuse(prompt, f"agent {self.agent.name} has {PROMPTS_MAX} prompts waiting: ask later")
+            await self._refuse(request, f"agent {self.agent.name} has {PROMPTS_MAX} prompts waiting: ask later")
             return
         self._seen[prompt.request] = None
         while len(self._seen) > REQUESTS_REMEMBERED:
             self._seen.popitem(last=False)
-        self._prompts.put_nowait(prompt)
+        self._requests.put_nowait(request)
 
     async def _serve(self) -> None:
         while True:
-            prompt = await self._prompts.get()
+            request = await self._requests.get()
             try:
-                await self.complete(prompt)
+                await self.complete(request.prompt, cluster=request.cluster)
             except (FedhlmError, ValueError) as exc:
-                await self._refuse(prompt, str(exc))
+                await self._refuse(request, str(exc))
             except Exception as exc:  # one request's failure must not end the service
-                log.exception("request %s failed", prompt.request)
-                await self._refuse(prompt, f"{type(exc).__name__}: {exc}")
+                log.exception("request %s failed", request.prompt.request)
+                await self._refuse(request, f"{type(exc).__name__}: {exc}")
 
-    async def _refuse(self, prompt: Prompt, error: str) -> None:
-        await self._publish(prompt.request, 0, [], "", "error", error[:1_024], {})
+    async def _refuse(self, request: Request, error: str) -> None:
+        await self._publish(request, 0, [], "", "error", error[:1_024], {})
 
-    async def complete(self, prompt: Prompt, show: Callable[[str], object] | None = None) -> Result:
-        """Serve one prompt; `show` gets the text as well, as it is committed.
+    async def complete(
+        self, prompt: Prompt, show: Callable[[str], object] | None = None, *, cluster: str | None = None
+    ) -> Result:
+        """Serve one prompt; `show` gets the text as well, as it is committed. One after the other.
+
+        The output goes to `cluster`, through which the prompt came (None: the agent's own).
 
         Raises:
             ConfigError: an unknown preset.
             ValueError: a prompt without tokens, or longer than the model's context.
         """
+        async with self._turn:
+            return await self._complete(Request(cluster or self.agent.cluster, prompt), show)
+
+    async def _complete(self, request: Request, show: Callable[[str], object] | None) -> Result:
+        prompt = request.prompt
         config = self._config(prompt)
         sampling = self._sampling(prompt, config)
-        plan = plan_of(
+        job = Job(
             config,
             sampling,
             max_tokens=prompt.max_tokens,
@@ -121,17 +207,18 @@ class AgentService:
             new = text.push([t.token for t in tokens])
             if show is not None:
                 show(new)
-            await self._publish(prompt.request, count, tokens, new, None, "", {})
+            await self._publish(request, count, tokens, new, None, "", {})
             count += len(tokens)
             return "stop" if text.stopped else None
 
         ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
-        result = await self.agent.generate(plan, ids, publish)
+        result = await self.agent.generate(job, ids, publish)
         finish = "stop" if text.stopped else result.finish
         rest = text.rest()
         if show is not None:
             show(rest)
-        await self._publish(prompt.request, count, [], rest, finish, result.error, result.statistics())
+        await self._publish(request, count, [], rest, finish, result.error, result.statistics())
+        await self._save()
         return result
 
     def _config(self, prompt: Prompt) -> GenerationConfig:
@@ -152,7 +239,7 @@ class AgentService:
 
     async def _publish(
         self,
-        request: str,
+        request: Request,
         position: int,
         tokens: list[Committed],
         text: str,
@@ -163,7 +250,7 @@ class AgentService:
         party = self.agent.party
         message = Output(
             **party.stamp(),
-            request=request,
+            request=request.prompt.request,
             position=position,
             ids=tuple(t.token for t in tokens),
             sources=tuple(t.source for t in tokens),
@@ -172,7 +259,7 @@ class AgentService:
             error=error,
             statistics=statistics,
         )
-        await party.send(topics.OUTPUT, message, cluster=self.agent.cluster, agent=self.agent.name)
+        await party.send(topics.OUTPUT, message, cluster=request.cluster, agent=self.agent.name)
 
 
 class StoppedText:

@@ -9,26 +9,19 @@ import asyncio
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from cloud_verifier.service import CloudService, Engine
-from cloud_verifier.sessions import Sessions
-from edge_agent.agent import Agent, Result, plan_of
-from edge_agent.generation import Committed
-from edge_broker.service import EdgeService
-from fedhlm import topics
-from fedhlm.bus import LinkHook, Retained
-from fedhlm.config import Generation, load
+from edge_agent.agent import Agent, Job, Result
+from edge_agent.events import Committed
+from fedhlm.config import load
+from fedhlm.couplings import COUPLINGS
 from fedhlm.link import LinkModel
-from fedhlm.loopback import LoopbackBroker, LoopbackBus
-from fedhlm.messages import FinishReason, Presence, Sampling, Verdict, encode
-from fedhlm.party import Party, Stamp, presence
-from fedhlm.sampling import COUPLINGS
-from fedhlm.telemetry import Counters
+from fedhlm.messages import FinishReason, Sampling
+from fedhlm.settings import Generation
 from fedhlm.virtual import run_virtual
 from lab import toy
+from lab.fleet import Fleet
 
 TIME_LIMIT_S: Final = 3_600.0
 
@@ -75,50 +68,18 @@ class Outcome:
     texts: list[list[int]] = field(default_factory=list)
 
 
-Service = CloudService | EdgeService
-
-
-class Node:
-    """A part that can crash and start again: `launch` makes its buses and its service anew."""
-
-    def __init__(self, launch: Callable[[], tuple[list[LoopbackBus], Service]]) -> None:
-        self._launch = launch
-        self._task: asyncio.Task[None] | None = None
-        self._buses: list[LoopbackBus] = []
-
-    def start(self) -> None:
-        """Bring the part up."""
-        self._buses, service = self._launch()
-        self._task = asyncio.create_task(self._live(service), name="node")
-
-    async def _live(self, service: Service) -> None:
-        await service.subscribe()
-        for bus in self._buses:
-            await bus.__aenter__()
-        await service.run()
-
-    async def crash(self) -> None:
-        """Kill it as a power cut would: nothing is said, nothing is saved."""
-        for bus in self._buses:
-            bus.crash()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
-
-
-class Fleet:
-    """The parts of one scenario on one loopback broker."""
+class Trial(Fleet):
+    """A fleet of toy models under the faults of one scenario, each text checked against the oracle."""
 
     def __init__(self, scenario: Scenario) -> None:
+        super().__init__(
+            toy.pair(scenario.agreement),
+            seed=scenario.seed,
+            clusters=scenario.clusters,
+            delay_s=scenario.delay_s,
+            sessions_max=3,  # fewer than the agents, so that re-priming happens all the time
+        )
         self.scenario = scenario
-        self.rng = random.Random(scenario.seed)
-        self.broker = LoopbackBroker(self.rng, keepalive_s=3.0, reconnect_s=0.5)
-        self.counters = Counters()
-        self.links: dict[str, LinkModel] = {}
-        self.nodes: dict[str, Node] = {"cloud": Node(self._cloud)}
-        for c in range(scenario.clusters):
-            self.nodes[f"edge-{c}"] = Node(lambda c=c: self._edge(f"c{c}"))  # type: ignore[misc]
         flags = {
             "generation.deadline_ms": str(round(scenario.deadline_s * 1000)),
             "generation.retry_ms": "500",
@@ -127,95 +88,21 @@ class Fleet:
         }
         self.config: Generation = load(preset=scenario.preset, environ={}, flags=flags).config.generation
 
-    def wall_s(self) -> float:
-        """The fleet's common wall clock."""
-        return 1.0e9 + asyncio.get_running_loop().time()
-
-    def link(self, name: str) -> LinkModel:
-        """A client's link, the same one after a restart of the client."""
-        return self.links.setdefault(name, LinkModel(delay_s=self.scenario.delay_s))
-
-    def bus(
-        self,
-        name: str,
-        will: Retained | None = None,
-        birth: Retained | None = None,
-        on_link: LinkHook | None = None,
-    ) -> LoopbackBus:
-        """A new connection over that link."""
-        return LoopbackBus(self.broker, client_id=name, link=self.link(name), will=will, birth=birth, on_link=on_link)
-
-    def party(self, bus: LoopbackBus, sender: str) -> Party:
-        """A party on that bus."""
-        return Party(bus=bus, stamp=Stamp(sender, self.wall_s), counters=self.counters)
-
-    def _cloud(self) -> "tuple[list[LoopbackBus], Service]":
-        stamp = Stamp("cloud", self.wall_s)
-        name = topics.CLOUD_STATUS.name()
-        birth = Retained(name, encode(presence(stamp, "cloud", online=True, fingerprint=toy.FINGERPRINT)))
-        will = Retained(name, encode(presence(stamp, "cloud", online=False)))
-        bus = self.bus("cloud", will, birth)
-        service = CloudService(
-            party=self.party(bus, "cloud"),
-            engine=Engine(toy.ToyCache(), toy.large_forward),
-            sessions=Sessions(
-                fingerprint=toy.FINGERPRINT,
-                eos_ids=frozenset({toy.EOS_ID}),
-                context_max=toy.CONTEXT,
-                sessions_max=3,  # fewer than the agents, so that re-priming happens all the time
-            ),
-            counters=self.counters,
-            batch_max=8,
-        )
-        return [bus], service
-
-    def _edge(self, cluster: str) -> "tuple[list[LoopbackBus], Service]":
-        stamp = Stamp(f"edge-{cluster}", self.wall_s)
-        name = topics.EDGE_STATUS.name(cluster=cluster)
-        will = Retained(name, encode(presence(stamp, "edge", online=False)))
-        to_announce = asyncio.Event()
-        down = self.bus(f"edge-{cluster}-down", will, on_link=lambda _up: to_announce.set())
-        up = self.bus(f"edge-{cluster}-up")
-        service = EdgeService(
-            cluster=cluster,
-            down=self.party(down, f"edge-{cluster}"),
-            up=self.party(up, f"edge-{cluster}"),
-            counters=self.counters,
-            batch_max=16,
-            batch_wait_s=0.002,
-            to_announce=to_announce,
-        )
-        return [down, up], service
-
     async def run_agent(self, cluster: str, name: str, outcome: Outcome) -> None:
         """One agent's life: its prompts one after the other, each checked against the oracle."""
         rng = random.Random(f"{self.scenario.seed}/{name}")
         drafter = toy.ToyDrafter(agreement=self.scenario.agreement)
-        async with self.bus(name) as bus:
-            agent = Agent(
-                party=self.party(bus, name),
-                cluster=cluster,
-                drafter=drafter,
-                fingerprint=toy.FINGERPRINT,
-                counters=self.counters,
-                new_session=lambda: rng.getrandbits(63),
-            )
-            await agent.subscribe()
-            listener = asyncio.create_task(listen(agent), name=f"{name}-listen")
-            try:
-                for _ in range(self.scenario.prompts):
-                    prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(rng.randrange(1, 6))]
-                    await self._generate(agent, drafter, prompt, rng.getrandbits(40), outcome)
-            finally:
-                listener.cancel()
-                await asyncio.wait([listener])
+        async with self.online(cluster, name, drafter) as agent:
+            for _ in range(self.scenario.prompts):
+                prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(rng.randrange(1, 6))]
+                await self._generate(agent, drafter, prompt, rng.getrandbits(40), outcome)
 
     async def _generate(
         self, agent: Agent, drafter: toy.ToyDrafter, prompt: list[int], seed: int, outcome: Outcome
     ) -> None:
         scenario = self.scenario
         sampling = Sampling(seed, scenario.temperature, 1.0, self.config.coupling)
-        plan = plan_of(
+        job = Job(
             self.config,
             sampling,
             max_tokens=scenario.tokens,
@@ -228,7 +115,7 @@ class Fleet:
             heard.extend(t.token for t in tokens)
             return None
 
-        result = await agent.generate(plan, prompt, hear)
+        result = await agent.generate(job, prompt, hear)
         if heard != result.ids:
             raise Violation(f"committed {heard}, reported {result.ids}\n{scenario.replay}")
         self._check(prompt, sampling, drafter, result)
@@ -247,7 +134,9 @@ class Fleet:
         for token, source, drafted in zip(result.ids, result.sources, result.drafted, strict=True):
             draft = drafter.draft_now(ids, sampling)
             logits = toy.large_logits(ids)
-            if source in ("unverified", "local"):
+            if source in ("peer", "neighbour"):  # whatever was settled in a context like this one
+                expected = {token}
+            elif source in ("unverified", "local"):
                 expected = {draft.token}
             else:
                 expected = {coupling.settle(logits, sampling, len(ids), draft.token, draft.law)}
@@ -303,18 +192,8 @@ class Fleet:
         self.heal()
 
 
-async def listen(agent: Agent) -> None:
-    """Hand what the bus brings to an agent."""
-    async for received in agent.party.received():
-        match received.message:
-            case Verdict() as verdict:
-                agent.on_verdict(verdict)
-            case Presence(role="edge") as state:
-                agent.on_edge(state)
-
-
 async def _run(scenario: Scenario) -> Outcome:
-    fleet = Fleet(scenario)
+    fleet = Trial(scenario)
     outcome = Outcome()
     for node in fleet.nodes.values():
         node.start()

@@ -13,10 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_verifier.batching import Output
-from edge_agent.model import Drawn
+from cloud_verifier.service import Engine
+from edge_agent.growth import Budget, Trees, grow
+from edge_agent.model import Drawn, Grown
+from fedhlm.couplings import COUPLINGS
+from fedhlm.keys import DIMS
 from fedhlm.messages import Fingerprint, Sampling
-from fedhlm.sampling import COUPLINGS, NOISE
-from fedhlm.uncertainty import closed_form
+from fedhlm.sampling import NOISE
+from fedhlm.uncertainty import UNCERTAINTIES
+from lab.fleet import Pair
 
 VOCAB_SIZE: Final = 48
 EOS_ID: Final = 0
@@ -79,20 +84,91 @@ async def large_forward(requests: Sequence[tuple[Any, list[int]]], *, step_s: fl
     return outputs
 
 
+@lru_cache(maxsize=65_536)
+def _key(suffix: tuple[int, ...]) -> bytes:
+    vector = np.random.default_rng((3, *suffix)).standard_normal(DIMS)  # (DIMS,)
+    return np.rint(vector / np.linalg.norm(vector) * 127.0).astype(np.int8).tobytes()
+
+
+def key_of(ids: Sequence[int]) -> bytes:
+    """The key of a context: equal where the toy models' laws are, almost orthogonal elsewhere."""
+    return _key(tuple(ids[-_ORDER:]))
+
+
+def pair(agreement: float) -> Pair:
+    """The toy models as a fleet's pair."""
+    return Pair(
+        fingerprint=FINGERPRINT,
+        eos_ids=frozenset({EOS_ID}),
+        context=CONTEXT,
+        engine=lambda: Engine(ToyCache(), large_forward),
+        drafter=lambda: ToyDrafter(agreement=agreement),
+    )
+
+
 class ToyDrafter:
-    """The SLM as an agent's Drafter, `step_s` seconds a token."""
+    """The SLM as an agent's Drafter, `step_s` seconds a model call."""
 
     def __init__(self, *, agreement: float, step_s: float = 0.01) -> None:
         self._agreement = agreement
         self._step_s = step_s
+        self._trees = Trees(frozenset({EOS_ID}))
 
-    async def draft(self, ids: Sequence[int], sampling: Sampling) -> Drawn:
+    async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """See `edge_agent.model.Drafter`."""
         await asyncio.sleep(self._step_s)
-        return self.draft_now(ids, sampling)
+        return self.draft_now(ids, sampling, uncertainty)
 
-    def draft_now(self, ids: Sequence[int], sampling: Sampling) -> Drawn:
+    def draft_now(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """The same without the time it takes."""
         logits = small_logits(ids, self._agreement)
         token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, len(ids))
-        return Drawn(token, prob, closed_form(logits, token), law)
+        doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, len(ids))
+        return Drawn(token, prob, doubt, law, key_of(ids))
+
+    async def grow(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        budget: Budget,
+        *,
+        uncertainty: str = "closed-form",
+        settled: int | None = None,
+    ) -> Grown:
+        """See `edge_agent.model.Drafter`."""
+        grown, calls = self.grow_now(ids, sampling, budget, uncertainty=uncertainty, settled=settled)
+        await asyncio.sleep(calls * self._step_s)
+        return grown
+
+    def grow_now(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        budget: Budget,
+        *,
+        uncertainty: str = "closed-form",
+        settled: int | None = None,
+    ) -> tuple[Grown, int]:
+        """The same without the time it takes, and the number of model calls."""
+        wanted = list(ids)
+        growth = self._trees.begin(wanted, sampling, budget, settled)
+        calls = 0
+
+        def evaluate(nodes: list[int]) -> list[NDArray[np.float64]]:
+            nonlocal calls
+            calls += 1
+            return [small_logits([*wanted, *growth.paths[node]], self._agreement) for node in nodes]
+
+        grow(
+            growth,
+            evaluate,
+            sampling=sampling,
+            position=len(wanted),
+            node_s=self._step_s,
+            clock_s=lambda: calls * self._step_s,
+        )
+        chain, branches = growth.tree()
+        drawn = [
+            self.draft_now([*wanted, *growth.paths[growth.parents[node]]], sampling, uncertainty) for node in chain
+        ]
+        return Grown(drawn, tuple(branches), growth.expected), calls

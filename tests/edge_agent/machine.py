@@ -5,8 +5,7 @@ import numpy as np
 from cloud_verifier import sessions
 from cloud_verifier.sessions import Key, Sessions
 from cloud_verifier.verifier import Block, settle
-from edge_agent.gate import GATES, Settings
-from edge_agent.generation import (
+from edge_agent.events import (
     Action,
     Answered,
     Commit,
@@ -16,14 +15,20 @@ from edge_agent.generation import (
     Escalate,
     Event,
     Finish,
-    Generation,
+    Grown,
     Plan,
     Refused,
     Tick,
     Unprimed,
 )
+from edge_agent.gate import GATES, Settings
+from edge_agent.generation import Generation
+from edge_agent.growth import Budget
+from edge_agent.model import Drawn
 from edge_agent.pipeline import PIPELINES, Limits
-from fedhlm.messages import Escalation, Prime, Sampling, pack_ids
+from fedhlm.couplings import COUPLINGS
+from fedhlm.messages import SCHEMA_VERSION, Escalation, Hints, Prime, Sampling, pack_ids
+from fedhlm.tree import pack_branches
 from lab import toy
 
 EOS = frozenset({toy.EOS_ID})
@@ -53,6 +58,7 @@ def plan(
         eos_ids=EOS,
         deadline_s=deadline_s,
         retry_s=1.0,
+        harm=COUPLINGS[coupling].harm,
     )
 
 
@@ -70,7 +76,7 @@ class Cloud:
         if action.context is not None:
             prime = Prime(sampling, toy.FINGERPRINT, pack_ids(action.context, toy.VOCAB_SIZE))
         message = Escalation(
-            version=1,
+            version=SCHEMA_VERSION,
             sender="a",
             sequence=1,
             sent_ms=0,
@@ -83,6 +89,7 @@ class Cloud:
             extend=action.extend,
             prime=prime,
             laws=action.laws,
+            hints=Hints(branches=pack_branches(action.branches, toy.VOCAB_SIZE)) if action.branches else None,
         )
         key = Key("c", "a", 7)
         admission = self.sessions.admit(key, message)
@@ -98,7 +105,9 @@ class Cloud:
                     feed = steps.send(np.stack(rows))
                 except StopIteration as stop:
                     done = stop.value
-                    return Answered(action.epoch, action.base, done.accepted, done.ids, done.target_probs, "cloud")
+                    return Answered(
+                        action.epoch, action.base, done.accepted, done.ids, done.target_probs, "cloud", done.missed
+                    )
         if isinstance(admission, sessions.Unprimed):
             return Unprimed(action.epoch)
         if isinstance(admission, sessions.Refused):
@@ -154,9 +163,20 @@ class Bench:
         if not self.work:
             return False
         action = self.work.pop()
-        drawn = self.drafter.draft_now(action.ids, self.plan.sampling)
-        self.handle(Drafted(action.revision, len(action.ids), drawn.token, drawn.prob, drawn.uncertainty, drawn.law))
+        if action.levels:
+            budget = Budget(nodes=12, width=4, levels=action.levels, delay_s=1.0)
+            grown, _ = self.drafter.grow_now(action.ids, self.plan.sampling, budget, settled=action.settled)
+            self.handle(
+                Grown(action.revision, len(action.ids), [self._event(action, d) for d in grown.chain], grown.branches)
+            )
+        else:
+            self.handle(self._event(action, self.drafter.draft_now(action.ids, self.plan.sampling)))
         return True
+
+    def _event(self, action: Draft, drawn: Drawn) -> Drafted:
+        return Drafted(
+            action.revision, len(action.ids), drawn.token, drawn.prob, drawn.uncertainty, drawn.law, drawn.key
+        )
 
     def settle(self, index: int = 0) -> bool:
         """Let the cloud settle the block at `index` of those on their way."""

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from edge_agent.agent import Agent, Result, plan_of
-from edge_agent.generation import Committed
+from edge_agent.agent import Agent, Job, Result
+from edge_agent.events import Committed
 from edge_agent.service import StoppedText
 from fedhlm import topics
 from fedhlm.config import load
 from fedhlm.loopback import LoopbackBus
-from fedhlm.messages import Fingerprint, FinishReason, Sampling, Verdict, encode, pack_ids
+from fedhlm.messages import SCHEMA_VERSION, Fingerprint, FinishReason, Sampling, Verdict, encode, pack_ids
 from fedhlm.text import TextStream
 from fedhlm.virtual import run_virtual
 from lab import toy
-from lab.simulator import Fleet, Scenario, listen
+from lab.fleet import Fleet, listen
 
 
 async def nobody(_tokens: list[Committed]) -> FinishReason | None:
@@ -29,19 +29,14 @@ def with_fleet(
     """Run `work` on one agent of a calm fleet in virtual time."""
 
     async def main() -> tuple[Result, Agent]:
-        fleet = Fleet(Scenario(seed=1, clusters=1, faults=False, deadline_s=5.0))
+        fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
         for node in fleet.nodes.values():
             node.start()
         await asyncio.sleep(1.0)
         async with fleet.bus("a") as bus:
-            agent = Agent(
-                party=fleet.party(bus, "a"),
-                cluster="c0",
-                drafter=toy.ToyDrafter(agreement=0.8),
-                fingerprint=fingerprint,
-                counters=fleet.counters,
-                new_session=iter(range(1, 99)).__next__,
-            )
+            sessions = iter(range(1, 99))
+            drafter = toy.ToyDrafter(agreement=0.8)
+            agent = fleet.agent(bus, "c0", "a", drafter, sessions.__next__, fingerprint)
             await agent.subscribe()
             listener = asyncio.create_task(listen(agent))
             result = await work(fleet, agent)
@@ -56,7 +51,7 @@ def with_fleet(
 def toy_plan(**options: Any) -> Any:
     config = load(preset="exact", environ={}, flags={"generation.deadline_ms": "5000"}).config.generation
     options = {"max_tokens": 16, "context_max": toy.CONTEXT, "eos_ids": frozenset({toy.EOS_ID}), **options}
-    return plan_of(config, Sampling(seed=3), **options)
+    return Job(config, Sampling(seed=3), **options)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +84,7 @@ def test_hostile_verdicts_are_counted_and_change_nothing() -> None:
                     (pack_ids([5] * 50, 48), b"", 90, 3),
                 ):
                     verdict = Verdict(
-                        version=1, sender="x", sequence=1, sent_ms=0, session=session, epoch=0, base=base,
+                        version=SCHEMA_VERSION, sender="x", sequence=1, sent_ms=0, session=session, epoch=0, base=base,
                         status="settled", accepted=accepted, ids=ids, target_probs=probs,
                     )  # fmt: skip
                     await attacker.publish(name, encode(verdict))
@@ -106,7 +101,10 @@ def test_hostile_verdicts_are_counted_and_change_nothing() -> None:
 
 def test_a_draft_that_fails_ends_the_generation_with_its_error() -> None:
     class Broken:
-        async def draft(self, ids: object, sampling: object) -> Any:
+        async def draft(self, ids: object, sampling: object, uncertainty: str = "") -> Any:
+            raise RuntimeError("no memory")
+
+        async def grow(self, *_arguments: object, **_options: object) -> Any:
             raise RuntimeError("no memory")
 
     async def work(_fleet: Fleet, agent: Agent) -> Result:

@@ -4,13 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.generation import Answered, Cancelled, Drafted, Generation, LinkUp, Refused, Tick, Unprimed
-from fedhlm.sampling import COUPLINGS
+from edge_agent.events import Answered, Cancelled, Drafted, Finish, LinkUp, Refused, Tick, Unprimed
+from edge_agent.generation import Generation
+from fedhlm.couplings import COUPLINGS
 from lab import toy
 from tests.edge_agent.machine import Bench, plan
 
 PROMPT = [5, 9]
-PIPELINE_KINDS = ("async", "blocking", "remote")
+PIPELINE_KINDS = ("async", "blocking", "remote", "tree")
 
 
 def oracle(bench: Bench) -> list[int]:
@@ -237,7 +238,7 @@ def test_stale_and_impossible_answers_are_counted_and_dropped() -> None:
 def test_a_refusal_ends_with_its_reason() -> None:
     bench = Bench(plan(), PROMPT)
     bench.handle(Refused("fingerprint.tokenizer differs"))
-    assert bench.finish == ("error", "fingerprint.tokenizer differs")
+    assert bench.finish == Finish("error", "fingerprint.tokenizer differs")
 
 
 def test_cancelling_keeps_what_is_committed() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from cloud_verifier.batching import Output
 from cloud_verifier.sessions import Admission, Key, Sessions
+from fedhlm.config import presets
 from fedhlm.messages import Escalation
 from lab import toy
 from lab.simulator import Outcome, Scenario, Violation, main, simulate
@@ -34,7 +35,7 @@ def test_exact_text_survives_every_fault_schedule(first: int) -> None:
     assert total["faults"] > CHUNK
 
 
-@pytest.mark.parametrize("preset", ["exact", "hlm", "llm-only", "slm-only", "speculative", "u-hlm", "rand-hlm"])
+@pytest.mark.parametrize("preset", sorted(presets()))
 @pytest.mark.parametrize("deadline_s", [2.0, 600.0])
 def test_every_preset_keeps_its_word_with_short_and_long_deadlines(preset: str, deadline_s: float) -> None:
     total = run(1_000, seeds=8, preset=preset, deadline_s=deadline_s)

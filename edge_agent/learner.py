@@ -1,0 +1,318 @@
+"""What a device learns about its doubts, and what its cluster told it: curves of harm, the threshold, the error budget.
+
+Everything here is a function of what was observed; messages are made and read, but not sent. A measure names what a
+curve is about (uncertainty, coupling, greedy or sampled), so that different ways of generating never mix.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from edge_agent.events import Finish, Observation
+from fedhlm.budget import Budget
+from fedhlm.errors import ConfigError, ProtocolError
+from fedhlm.messages import MAX_CURVES, Learned, PaperThreshold, Sampling
+from fedhlm.privacy import noised, sigma_for
+from fedhlm.rejection import Curve, isotonic, shrunk
+from fedhlm.settings import Federation, Generation
+from fedhlm.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, tau_of_budget, tau_of_price
+
+PAIRS_MAX: Final = 65_536
+SPACE: Final = "learner/1"
+
+
+class Measures(NamedTuple):
+    """The names of the curves that a generation feeds: of its own drafts, of its peers' proposals."""
+
+    draft: str
+    peers: str
+
+
+def measures_of(config: Generation, sampling: Sampling) -> Measures:
+    """Which curves belong to a configuration."""
+    law = f"{sampling.coupling}/{'greedy' if sampling.temperature == 0.0 else 'sampled'}"
+    return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}")
+
+
+class Risk(NamedTuple):
+    """The error budget so far: R-hat and its upper limit per token, over so many generations."""
+
+    estimate: float
+    limit: float
+    generations: int
+
+
+class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """A learner on disk."""
+
+    space: str
+    round: int
+    releases: int
+    threshold: float | None
+    control: float
+    server_control: float
+    curves: dict[str, bytes]
+    cluster: dict[str, bytes]
+    budgets: dict[str, dict[str, float]]
+
+
+class Learner:
+    """One device's knowledge. `rng` makes the noise of privacy; it is not used without."""
+
+    def __init__(self, federation: Federation, rng: np.random.Generator) -> None:
+        self.round = 0
+        self.curves: defaultdict[str, Curve] = defaultdict(Curve.empty)
+        self.cluster: dict[str, Curve] = {}
+        self.threshold: float | None = None  # the published rule's; None before its first round
+        self._global_threshold: float | None = None
+        self._control = 0.0
+        self._server_control = 0.0
+        self._pairs: list[tuple[float, float]] = []  # (u, beta) of this round's transmitted tokens
+        self._budgets: dict[str, Budget] = {}
+        self._escalation_bytes = 0.0
+        self._escalated = 0
+        self._federation = federation
+        self._rng = rng
+        self._releases = 0
+        self._tokens = 0
+        self._round_began_s = 0.0
+
+    def observe(self, measures: Measures, config: Generation, observations: Sequence[Observation]) -> None:
+        """Take in what the target said of drafted tokens."""
+        draft, peers = self.curves[measures.draft], self.curves[measures.peers]
+        for seen in observations:
+            draft.see(seen.uncertainty)
+            if seen.harm is not None:
+                draft.add(seen.uncertainty, seen.harm)
+            if config.peers != "none":
+                # A token that peers had no say in counts where no threshold reaches, so that shares are of all tokens.
+                score, harm = seen.match or (1.0, 1.0)
+                peers.see(score)
+                peers.add(score, harm)
+            if not seen.skipped and len(self._pairs) < PAIRS_MAX:
+                self._pairs.append((seen.uncertainty, seen.beta))
+
+    def finished(
+        self,
+        measures: Measures,
+        config: Generation,
+        observations: Sequence[Observation],
+        finish: Finish,
+        *,
+        tokens: int,
+        audited: bool,
+        uplink_bytes: int,
+        escalated: int,
+    ) -> None:
+        """One generation is over: account for its skipped tokens.
+
+        A tail that the audit's coin chose but nobody scored, and tokens committed because the link was gone, count as
+        wrong: nothing is hoped.
+        """
+        self._tokens += tokens
+        self._escalation_bytes += uplink_bytes
+        self._escalated += escalated
+        for uncertainty, _ in finish.unseen:
+            self.curves[measures.draft].see(uncertainty)
+            if config.peers != "none":
+                self.curves[measures.peers].see(1.0)
+        if config.audit == 0.0:
+            return
+        seen = [o.committed_harm for o in observations if o.skipped and not o.audit]
+        tail = [o.committed_harm for o in observations if o.skipped and o.audit]
+        lost = sum(source == "unverified" for _, source in finish.unseen)
+        seen += [1.0] * lost
+        unseen = len(finish.unseen) - lost
+        harms = tail + [1.0] * unseen if audited else None
+        self.budget(measures, config).add_session(tokens, seen, harms, len(tail) + unseen)
+
+    def budget(self, measures: Measures, config: Generation) -> Budget:
+        """The running error budget of a measure; a changed audit or confidence begins a new one."""
+        delta = 1.0 - config.confidence
+        known = self._budgets.get(measures.draft)
+        if known is None or (known.epsilon, known.delta) != (config.audit, delta):
+            known = self._budgets[measures.draft] = Budget(config.audit, delta)
+        return known
+
+    def risk(self, measures: Measures, config: Generation) -> Risk | None:
+        """R-hat and its limit; None where nothing is audited."""
+        if config.audit == 0.0:
+            return None
+        budget = self.budget(measures, config)
+        return Risk(budget.estimate, budget.limit(), budget.sessions)
+
+    def tau(self, measures: Measures, config: Generation) -> float:
+        """The threshold on the uncertainty for the next generation; KEEP_NONE verifies everything."""
+        return THRESHOLDS[config.threshold](self, measures, config)
+
+    def similarity(self, measures: Measures, config: Generation) -> float | None:
+        """The cosine from which peers may settle a token; None: never, there is no evidence that it is safe."""
+        consensus = config.consensus
+        if config.peers == "none":
+            return None
+        if not (consensus.adapt and config.threshold == "calibrated-fl"):
+            return consensus.similarity
+        own, evidence = self._evidence(measures.peers)
+        m = shrunk(own, evidence, config.learning.shrinkage)
+        share = tau_of_budget(evidence, m, self._allowed(measures, config) * consensus.error_share, self._delta(config))
+        return None if share == KEEP_NONE else max(consensus.similarity, 1.0 - share)
+
+    def calibrated(self, measures: Measures, config: Generation) -> float:
+        """The most that the budget, or the price of a transmission, allows to keep (ALGORITHMS 4.2)."""
+        own, evidence = self._evidence(measures.draft)
+        m = shrunk(own, evidence, config.learning.shrinkage)
+        if config.learning.objective == "price":
+            return tau_of_price(m, self.price(config))
+        share = 1.0 - config.consensus.error_share if config.peers != "none" else 1.0
+        return tau_of_budget(evidence, m, self._allowed(measures, config) * share, self._delta(config))
+
+    def price(self, config: Generation) -> float:
+        """c/w: what escalating a token costs, by the bytes measured here, in units of a wrong token."""
+        learning = config.learning
+        measured = self._escalation_bytes / self._escalated if self._escalated else 0.0
+        return (measured + learning.round_trip_bytes) / learning.harm_bytes
+
+    def _allowed(self, measures: Measures, config: Generation) -> float:
+        """The budget, tightened while the audited estimate is above it."""
+        risk = self.risk(measures, config)
+        over = 1.0 if risk is None or risk.estimate <= config.budget else risk.estimate / config.budget
+        return config.budget / over
+
+    def _delta(self, config: Generation) -> float:
+        return 1.0 - config.confidence
+
+    def _evidence(self, measure: str) -> tuple[Curve, Curve]:
+        """This device's curve and the larger of it and its cluster's."""
+        own = self.curves[measure]
+        cluster = self.cluster.get(measure)
+        return own, own if cluster is None or cluster.total_weight < own.total_weight else cluster
+
+    def expected_harm(self, measures: Measures) -> Callable[[float], float] | None:
+        """m(u) as far as it is known; None before anything was observed."""
+        _, evidence = self._evidence(measures.draft)
+        if evidence.total_weight == 0.0:
+            return None
+        m = isotonic(evidence)
+        return lambda u: float(m[min(len(m) - 1, int(u * len(m)))])
+
+    def due(self, config: Generation, now_s: float) -> bool:
+        """Whether this round's contribution should go out."""
+        learning = config.learning
+        return self._tokens >= learning.round_tokens or (
+            self._tokens > 0 and now_s - self._round_began_s >= learning.round_s
+        )
+
+    def contribution(self, config: Generation, now_s: float) -> tuple[PaperThreshold | None, dict[str, bytes]] | None:
+        """End a round: its threshold and the sums to send; None when the releases that privacy allows are used up."""
+        federation = self._federation
+        if federation.epsilon > 0.0 and self._releases >= federation.releases:
+            return None
+        paper = self._paper_update(config) if config.threshold == "paper-fl" else None
+        self.round += 1
+        self._releases += 1
+        self._tokens = 0
+        self._pairs.clear()
+        self._round_began_s = now_s
+        if federation.epsilon > 0.0:
+            sigma = sigma_for(federation.epsilon, federation.delta, federation.releases)
+            shared = {name: noised(curve, sigma, self._rng) for name, curve in self.curves.items()}
+        else:
+            shared = dict(self.curves)
+        largest = sorted(shared, key=lambda name: -shared[name].total_weight)[:MAX_CURVES]
+        packed = {name: shared[name].to_bytes() for name in largest if shared[name].total_seen > 0.0}
+        if config.learning.forgetting > 0.0:
+            for name in self.curves:
+                self.curves[name] = self.curves[name].decayed(1.0 - config.learning.forgetting)
+        return paper, packed
+
+    def _paper_update(self, config: Generation) -> PaperThreshold:
+        learning = config.learning
+        settings = PaperSettings(
+            gamma=learning.gamma,
+            learning_rate=learning.learning_rate,
+            decay=learning.decay,
+            lam=learning.regularisation,
+            mu=learning.proximal,
+            optimiser=learning.optimiser,
+            local_steps=learning.local_steps,
+        )
+        local = config.tau if self.threshold is None else self.threshold
+        pairs = np.array(self._pairs, np.float64).reshape(-1, 2)  # (n, 2)
+        update = OPTIMISERS[learning.optimiser](
+            pairs,
+            local,
+            local if self._global_threshold is None else self._global_threshold,
+            self._control,
+            self._server_control,
+            self.round,
+            settings,
+        )
+        self.threshold, self._control = update.threshold, update.control
+        return PaperThreshold(update.threshold, update.count, update.control, update.steps)
+
+    def learned(self, state: Learned) -> None:
+        """Take over what the cluster knows.
+
+        Raises:
+            ProtocolError: a curve that is none.
+        """
+        curves = {name: Curve.from_bytes(data) for name, data in state.curves.items()}
+        self.cluster = curves
+        if state.threshold is not None:
+            self.threshold = self._global_threshold = state.threshold.threshold
+            self._server_control = state.threshold.control
+
+    def snapshot(self) -> bytes:
+        """All there is to keep over a restart."""
+        return msgspec.msgpack.encode(
+            Snapshot(
+                SPACE,
+                self.round,
+                self._releases,
+                self.threshold,
+                self._control,
+                self._server_control,
+                {name: curve.to_bytes() for name, curve in self.curves.items()},
+                {name: curve.to_bytes() for name, curve in self.cluster.items()},
+                {name: budget.snapshot() for name, budget in self._budgets.items()},
+            )
+        )
+
+    def restore(self, data: bytes) -> None:
+        """Take back what `snapshot` gave.
+
+        Raises:
+            ProtocolError: not a snapshot of this version; nothing is changed then.
+        """
+        try:
+            kept = msgspec.msgpack.decode(data, type=Snapshot)
+            curves = {name: Curve.from_bytes(raw) for name, raw in kept.curves.items()}
+            cluster = {name: Curve.from_bytes(raw) for name, raw in kept.cluster.items()}
+            budgets = {name: Budget.restore(raw) for name, raw in kept.budgets.items()}
+        except (msgspec.DecodeError, ConfigError) as exc:
+            raise ProtocolError(f"not a learner's snapshot: {exc}") from exc
+        if kept.space != SPACE:
+            raise ProtocolError(f"snapshot of {kept.space!r}: {SPACE!r} expected")
+        self.round, self._releases, self.threshold = kept.round, kept.releases, kept.threshold
+        self._control, self._server_control = kept.control, kept.server_control
+        self.curves.update(curves)
+        self.cluster, self._budgets = cluster, budgets
+
+
+def _fixed(_learner: Learner, _measures: Measures, config: Generation) -> float:
+    return config.tau
+
+
+def _published(learner: Learner, _measures: Measures, config: Generation) -> float:
+    return config.tau if learner.threshold is None else learner.threshold
+
+
+THRESHOLDS: Final[dict[str, Callable[[Learner, Measures, Generation], float]]] = {
+    "none": _fixed,
+    "fixed": _fixed,
+    "paper-fl": _published,
+    "calibrated-fl": Learner.calibrated,
+}

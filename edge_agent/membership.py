@@ -1,0 +1,111 @@
+"""Which cluster an agent belongs to: what it hears there, and its presence; it moves while it runs.
+
+An agent hears its new cluster before it says that it is there, and goes on hearing the prompts and verdicts of those
+it left. It moves only to a cluster whose edge it has seen at work, so that a wrong assignment strands nobody.
+"""
+
+import logging
+from typing import Final
+
+from fedhlm import topics
+from fedhlm.bus import Retained
+from fedhlm.errors import BusError, ProtocolError
+from fedhlm.messages import Fingerprint, Presence, encode
+from fedhlm.party import Party, Stamp, presence
+
+log = logging.getLogger(__name__)
+
+CLUSTERS_MAX: Final = 32
+
+_PERSONAL: Final = (topics.PROMPT, topics.VERDICT)
+
+
+class Membership:
+    """The clusters in an agent's life; `cluster` is the one that it speaks to."""
+
+    def __init__(self, *, party: Party, cluster: str, fingerprint: Fingerprint) -> None:
+        self.cluster = cluster
+        self.wanted: str | None = None
+        self.moves = 0
+        self._party = party
+        self._name = party.stamp.sender
+        self._fingerprint = fingerprint
+        self._visited: dict[str, None] = {cluster: None}
+        self._considered: set[str] = {cluster}
+
+    def filters(self) -> tuple[str, ...]:
+        """All that the agent hears now."""
+        root, name = self._party.root, self._name
+        elsewhere = [] if self.wanted is None else [topics.EDGE_STATUS.name(root, cluster=self.wanted)]
+        left = [topic.name(root, cluster=c, agent=name) for c in self._visited for topic in _PERSONAL]
+        return (*left, *self._of(self.cluster), *elsewhere, topics.ASSIGN.name(root, agent=name))
+
+    def _of(self, cluster: str) -> tuple[str, ...]:
+        root = self._party.root
+        return (
+            *(topic.name(root, cluster=cluster, agent=self._name) for topic in _PERSONAL),
+            *(topic.name(root, cluster=cluster) for topic in (topics.EDGE_STATUS, topics.FL_STATE, topics.KNOWN)),
+            topics.PEER.name(root, cluster=cluster, agent="+"),
+        )
+
+    async def subscribe(self) -> None:
+        """Hear all of it."""
+        await self._party.bus.subscribe(*self.filters())
+
+    async def assigned(self, cluster: str) -> None:
+        """Look for the edge of an assigned cluster; its presence decides.
+
+        Raises:
+            ProtocolError: the broker refuses to show it, or there were more than CLUSTERS_MAX assignments elsewhere.
+        """
+        if cluster == self.cluster:
+            self.wanted = None
+            return
+        if cluster not in self._considered and len(self._considered) >= CLUSTERS_MAX:
+            raise ProtocolError(
+                f"assignment.cluster is {cluster!r}: at most {CLUSTERS_MAX} clusters in a life expected"
+            )
+        self._considered.add(cluster)
+        self.wanted = cluster
+        try:
+            await self._party.bus.subscribe(topics.EDGE_STATUS.name(self._party.root, cluster=cluster))
+        except BusError as exc:
+            self.wanted = None
+            raise ProtocolError(f"assignment.cluster is {cluster!r}: {exc}") from exc
+
+    async def seen(self, cluster: str, edge: Presence) -> bool:
+        """Move to the wanted cluster if this is its edge, and the cloud behind it; whether the agent moved.
+
+        Raises:
+            ProtocolError: the broker refuses what the agent must hear there; it stays.
+        """
+        if cluster != self.wanted or not edge.online or edge.upstream is None:
+            return False
+        self.wanted = None
+        try:
+            await self._party.bus.subscribe(*self._of(cluster))
+        except BusError as exc:
+            raise ProtocolError(f"assignment.cluster is {cluster!r}: {exc}") from exc
+        left, self.cluster = self.cluster, cluster
+        self._visited[cluster] = None
+        self.moves += 1
+        log.info("agent %s moves from cluster %s to %s", self._name, left, cluster)
+        # In this order, so that it is never nowhere.
+        await self._announce(cluster, online=True)
+        await self._announce(left, online=False)
+        return True
+
+    async def _announce(self, cluster: str, *, online: bool) -> None:
+        message = _presence(self._party.stamp, self._fingerprint, online=online)
+        await self._party.send(topics.AGENT_STATUS, message, cluster=cluster, agent=self._name)
+
+
+def birth_and_will(stamp: Stamp, fingerprint: Fingerprint, cluster: str, root: str) -> tuple[Retained, Retained]:
+    """What a connection says of the agent in this cluster: at its beginning, and at its end."""
+    name = topics.AGENT_STATUS.name(root, cluster=cluster, agent=stamp.sender)
+    birth, will = (encode(_presence(stamp, fingerprint, online=online)) for online in (True, False))
+    return Retained(name, birth), Retained(name, will)
+
+
+def _presence(stamp: Stamp, fingerprint: Fingerprint, *, online: bool) -> Presence:
+    return presence(stamp, "agent", online=online, fingerprint=fingerprint if online else None)

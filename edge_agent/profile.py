@@ -1,0 +1,92 @@
+"""A sample of what an agent drafts, by which the cloud tells who writes of the same things; pure.
+
+Few tokens of many prompts: those of one prompt resemble each other and say little about the agent. A prompt's tokens
+stay together and in order, because the cloud's cross-validation cuts the sample into stretches.
+"""
+
+from collections import deque
+from typing import Any, Final
+
+import numpy as np
+
+from fedhlm.keys import DIMS
+
+ROWS_MAX: Final = 256  # tokens of a profile
+PROMPT_ROWS: Final = 8  # of which one prompt gives at most so many
+FRESH_MIN: Final = 64  # new ones since the last profile that make another one worth its bytes
+
+
+class PromptSample:
+    """A reservoir over the drafts of one prompt: every position is kept with equal probability."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._positions = 0
+        self._last = -1
+        self._rows: dict[int, tuple[bytes, float]] = {}
+
+    def see(self, position: int, key: bytes, uncertainty: float) -> None:
+        """Take in a draft; one that replaces a rolled-back draft takes its place. Without a key there is nothing to see."""
+        if len(key) != DIMS:
+            return
+        if position > self._last:
+            self._last = position
+            self._positions += 1
+            if len(self._rows) == PROMPT_ROWS:
+                place = int(self._rng.integers(self._positions))
+                if place >= PROMPT_ROWS:
+                    return
+                del self._rows[sorted(self._rows)[place]]
+            self._rows[position] = (key, uncertainty)
+        elif position in self._rows:
+            self._rows[position] = (key, uncertainty)
+
+    @property
+    def rows(self) -> list[tuple[bytes, float]]:
+        """The keys and uncertainties kept, in order of position."""
+        return [row for _, row in sorted(self._rows.items())]
+
+
+class Sampler:
+    """The latest prompts' samples, ROWS_MAX tokens at most. `rng` chooses among a prompt's tokens.
+
+    Only the latest, because what an agent is asked changes, and its cluster should follow.
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._prompts: deque[list[tuple[bytes, float]]] = deque()
+        self._fresh = 0
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self._prompts)
+
+    @property
+    def due(self) -> bool:
+        """Whether FRESH_MIN tokens have come since the last profile."""
+        return self._fresh >= FRESH_MIN
+
+    def begin(self) -> PromptSample:
+        """An empty sample for a prompt; give it to `end` when the prompt is answered."""
+        return PromptSample(self._rng)
+
+    def end(self, sample: PromptSample) -> None:
+        """Add a prompt's sample; the oldest prompts make room."""
+        rows = sample.rows
+        if not rows:
+            return
+        self._prompts.append(rows)
+        self._fresh += len(rows)
+        while len(self) > ROWS_MAX:
+            self._prompts.popleft()
+
+    def take(self) -> dict[str, Any]:
+        """Fields of a Profile: `dims`, `keys` (n times dims int8) and `uncertainties` (n uint8 of 255)."""
+        self._fresh = 0
+        rows = [row for prompt in self._prompts for row in prompt]
+        doubts = np.clip([doubt for _, doubt in rows], 0.0, 1.0)  # (n,) float64
+        return {
+            "dims": DIMS,
+            "keys": b"".join(key for key, _ in rows),
+            "uncertainties": np.rint(255.0 * doubts).astype(np.uint8).tobytes(),  # (n,) uint8
+        }

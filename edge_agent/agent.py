@@ -32,13 +32,14 @@ from edge_agent.events import (
 from edge_agent.gate import GATES, Settings
 from edge_agent.generation import Generation
 from edge_agent.growth import RANKS, Budget, Delay
-from edge_agent.learner import Learner, Risk, measures_of
+from edge_agent.learner import Learner, measures_of
 from edge_agent.membership import Membership
 from edge_agent.model import Drafter, Drawn
 from edge_agent.peers import Peers
 from edge_agent.pipeline import PIPELINES, Limits
 from edge_agent.profile import PromptSample, Sampler
 from fedhlm import topics
+from fedhlm.budget import Budget as ErrorBudget
 from fedhlm.couplings import COUPLINGS
 from fedhlm.errors import ProtocolError
 from fedhlm.messages import (
@@ -97,7 +98,7 @@ class Result:
     audited: bool = False
     observed: list[Observation] = field(default_factory=list)
     ended: Finish = Finish("error")  # noqa: RUF009 - never changed
-    risk: Risk | None = None
+    risk: ErrorBudget | None = None
     wall_s: float = 0.0
 
     def statistics(self) -> dict[str, float]:
@@ -119,11 +120,8 @@ class Result:
         if self.similarity is not None:
             figures["similarity"] = self.similarity
         if self.risk is not None:
-            figures |= {
-                "risk": self.risk.estimate,
-                "risk_limit": self.risk.limit,
-                "risk_generations": float(self.risk.generations),
-            }
+            figures |= {"risk": self.risk.estimate, "risk_limit": self.risk.limit()}
+            figures |= {f"risk_{name}": value for name, value in self.risk.snapshot().items()}
         return figures
 
 
@@ -181,7 +179,7 @@ class Agent:
     def plan(self, job: Job) -> Plan:
         """The machine's plan for a job, with the thresholds learnt so far; names are checked by the settings' types."""
         config, sampling = job.config, job.sampling
-        measures = measures_of(config, sampling)
+        measures = measures_of(config, sampling, job.max_tokens)
         pipeline = config.pipeline
         limits = Limits(
             window=pipeline.window,
@@ -208,7 +206,7 @@ class Agent:
             similarity=None if config.gate == "always" else similarity,
             votes=config.consensus.votes,
             # One coin for the whole generation, tossed before anything is known of it.
-            audit=uniform(sampling.seed, 0, AUDIT_STREAM) < config.audit,
+            audit=uniform(sampling.seed, 0, AUDIT_STREAM) < measures.audit,
             tau=tau,
         )
 
@@ -219,7 +217,9 @@ class Agent:
     async def handle(self, received: Received) -> bool:
         """Take in a message of one of these topics, prompts excepted; False when it is none."""
         message, cluster = received.message, received.levels.get("cluster", self.cluster)
-        here = cluster == self.cluster  # of the clusters that were left, only prompts and verdicts are of interest
+        here = cluster == self.cluster
+        if not here and isinstance(message, Learned | VerifiedTokens | UncertainTokens):
+            return True  # of a cluster that it has left, or not yet come to
         try:
             match message:
                 case Verdict():
@@ -232,14 +232,11 @@ class Agent:
                 case Assignment():
                     await self.membership.assigned(message.cluster)
                 case Learned():
-                    if here:
-                        self.learner.learned(message)
+                    self.learner.learned(message)
                 case VerifiedTokens():
-                    if here:
-                        self.peers.hear_verified(message)
+                    self.peers.hear_verified(message)
                 case UncertainTokens():
-                    if here:
-                        self.peers.hear_doubts(message)
+                    self.peers.hear_doubts(message)
                 case _:
                     return False
         except ProtocolError as exc:
@@ -315,7 +312,7 @@ class Agent:
         queue: asyncio.Queue[Event] = asyncio.Queue()
         self._routes[session] = queue
         place = self.cluster
-        sample = self._sampler.begin() if self._sampler else None
+        sample = None if self._sampler is None else self._sampler.begin()
         result = Result(tau=plan.tau, similarity=plan.similarity, audited=plan.audit)
         try:
             async with asyncio.TaskGroup() as group:
@@ -364,7 +361,7 @@ class Agent:
 
     async def _learn(self, job: Job, result: Result, now_s: float) -> None:
         """Take the generation into account, and contribute when a round is due."""
-        config, measures = job.config, measures_of(job.config, job.sampling)
+        config, measures = job.config, measures_of(job.config, job.sampling, job.max_tokens)
         learner = self.learner
         learner.observe(measures, config, result.observed)
         learner.finished(

@@ -4,8 +4,10 @@ Everything here is a function of what was observed; messages are made and read, 
 curve is about (uncertainty, coupling, greedy or sampled), so that different ways of generating never mix.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Final, NamedTuple
 
 import msgspec
@@ -25,24 +27,27 @@ SPACE: Final = "learner/1"
 
 
 class Measures(NamedTuple):
-    """The names of the curves that a generation feeds: of its own drafts, of its peers' proposals."""
+    """The names of the curves that a generation feeds: of its own drafts, of its peers' proposals.
+
+    `audit` is the probability that the end of it which nobody scored is audited.
+    """
 
     draft: str
     peers: str
+    audit: float
 
 
-def measures_of(config: Generation, sampling: Sampling) -> Measures:
-    """Which curves belong to a configuration."""
+def measures_of(config: Generation, sampling: Sampling, max_tokens: int) -> Measures:
+    """What belongs to a configuration and a request.
+
+    The audit's probability is `generation.audit` for each token that is asked for, so that its share of the messages
+    is the same for short and long texts; all of it is known before anything is drawn, as the estimate demands.
+    Powers of two keep the number of budgets small.
+    """
     law = f"{sampling.coupling}/{'greedy' if sampling.temperature == 0.0 else 'sampled'}"
-    return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}")
-
-
-class Risk(NamedTuple):
-    """The error budget so far: R-hat and its upper limit per token, over so many generations."""
-
-    estimate: float
-    limit: float
-    generations: int
+    wanted = config.audit * max_tokens
+    audit = min(1.0, 2.0 ** math.floor(math.log2(wanted))) if wanted > 0.0 else 0.0
+    return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}", audit)
 
 
 class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -119,7 +124,7 @@ class Learner:
             self.curves[measures.draft].see(uncertainty)
             if config.peers != "none":
                 self.curves[measures.peers].see(1.0)
-        if config.audit == 0.0:
+        if measures.audit == 0.0:
             return
         seen = [o.committed_harm for o in observations if o.skipped and not o.audit]
         tail = [o.committed_harm for o in observations if o.skipped and o.audit]
@@ -130,19 +135,16 @@ class Learner:
         self.budget(measures, config).add_session(tokens, seen, harms, len(tail) + unseen)
 
     def budget(self, measures: Measures, config: Generation) -> Budget:
-        """The running error budget of a measure; a changed audit or confidence begins a new one."""
-        delta = 1.0 - config.confidence
-        known = self._budgets.get(measures.draft)
-        if known is None or (known.epsilon, known.delta) != (config.audit, delta):
-            known = self._budgets[measures.draft] = Budget(config.audit, delta)
+        """The running error budget of a measure and an audit's probability; another confidence begins a new one."""
+        name, delta = f"{measures.draft}/{measures.audit:g}", 1.0 - config.confidence
+        known = self._budgets.get(name)
+        if known is None or known.delta != delta:
+            known = self._budgets[name] = Budget(measures.audit, delta)
         return known
 
-    def risk(self, measures: Measures, config: Generation) -> Risk | None:
-        """R-hat and its limit; None where nothing is audited."""
-        if config.audit == 0.0:
-            return None
-        budget = self.budget(measures, config)
-        return Risk(budget.estimate, budget.limit(), budget.sessions)
+    def risk(self, measures: Measures, config: Generation) -> Budget | None:
+        """The budget, with R-hat and its limit; None where nothing is audited."""
+        return None if measures.audit == 0.0 else copy(self.budget(measures, config))
 
     def tau(self, measures: Measures, config: Generation) -> float:
         """The threshold on the uncertainty for the next generation; KEEP_NONE verifies everything."""

@@ -58,9 +58,6 @@ class Sampler:
         self._prompts: deque[list[tuple[bytes, float]]] = deque()
         self._fresh = 0
 
-    def __len__(self) -> int:
-        return sum(len(rows) for rows in self._prompts)
-
     @property
     def due(self) -> bool:
         """Whether FRESH_MIN tokens have come since the last profile."""
@@ -77,7 +74,7 @@ class Sampler:
             return
         self._prompts.append(rows)
         self._fresh += len(rows)
-        while len(self) > ROWS_MAX:
+        while sum(len(rows) for rows in self._prompts) > ROWS_MAX:
             self._prompts.popleft()
 
     def take(self) -> dict[str, Any]:

@@ -102,6 +102,22 @@ class Budget:
         )
         return min(1.0, self.estimate + margin / self.epsilon)
 
+    def __add__(self, other: Self) -> Self:
+        """The budget of both devices' sessions together: its limit is as valid as theirs and nearer to the estimate.
+
+        Raises:
+            ValueError: they differ in epsilon or delta.
+        """
+        if (self.epsilon, self.delta) != (other.epsilon, other.delta):
+            raise ValueError(
+                f"budgets of (epsilon, delta) {self.epsilon, self.delta} and {other.epsilon, other.delta}: equal ones expected"
+            )
+        both = type(self)(self.epsilon, self.delta)
+        both.sessions = self.sessions + other.sessions
+        both._total = self._total + other._total
+        both._drift = self._drift + other._drift
+        return both
+
     def snapshot(self) -> dict[str, float]:
         """All there is to keep over a restart."""
         return dict(zip(_KEYS, (self.epsilon, self.delta, float(self.sessions), self._total, self._drift), strict=True))

@@ -166,7 +166,7 @@ class Generation(Section, frozen=True):
 
     `tau` is the threshold on the uncertainty, where learning starts from; `send_probability` is that of the random gate.
     `budget` bounds the mean total variation per token that skipping may cost, shown with a limit at `confidence`; the end
-    of a generation that nobody verified is audited with probability `audit`.
+    of a text that nobody verified is audited with probability `audit` for each token that was asked for.
     An escalation is sent again after `retry_ms`; at `deadline_ms` its tokens are committed unverified.
     """
 

@@ -103,7 +103,7 @@ class Demo:
         generation = self.config.generation
         sampling = Sampling(self.seed, generation.temperature, generation.top_p, generation.coupling)
         bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
-        journey = Journey(generation, measures_of(generation, sampling).draft, bars=bars)
+        journey = Journey(generation, measures_of(generation, sampling, self.tokens).draft, bars=bars)
         progress = Progress([p.agent for p in self.places], journey, plain=not console.is_terminal, console=console)
         async with Processes() as processes:
             broker = await self._start_broker(processes)

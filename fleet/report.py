@@ -8,6 +8,7 @@ import msgspec
 from rich import box
 from rich.table import Table
 
+from fedhlm.budget import Budget
 from fedhlm.messages import Source
 from fedhlm.settings import Generation
 
@@ -169,14 +170,17 @@ def figures(run: Run, alone: Mapping[int, Alternatives]) -> Figures:
 
 
 def budget_of(requests: Sequence[Generated]) -> tuple[float | None, float | None, int]:
-    """R-hat over the agents' latest reports, the largest of their limits, and the generations behind them."""
-    latest = {r.agent: r.statistics for r in requests if "risk" in r.statistics}
-    if not latest:
+    """R-hat and its limit over the sessions of all agents, and how many there were; of the kind that most were of."""
+    latest = {(r.agent, r.statistics["risk_epsilon"]): r.statistics for r in requests if "risk_epsilon" in r.statistics}
+    budgets: dict[float, Budget] = {}
+    for (_, epsilon), statistics in latest.items():
+        named = {name.removeprefix("risk_"): value for name, value in statistics.items()}
+        budget = Budget.restore(named)
+        budgets[epsilon] = budgets[epsilon] + budget if epsilon in budgets else budget
+    if not budgets:
         return None, None, 0
-    generations = sum(s["risk_generations"] for s in latest.values())
-    weighted = sum(s["risk"] * s["risk_generations"] for s in latest.values())
-    limit = max(s["risk_limit"] for s in latest.values())
-    return (weighted / generations if generations else 0.0), limit, round(generations)
+    budget = max(budgets.values(), key=lambda b: b.sessions)
+    return budget.estimate, budget.limit(), budget.sessions
 
 
 def taus_of(requests: Sequence[Generated]) -> list[tuple[float, float]]:

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from edge_agent.agent import Agent, Job, Result
 from edge_agent.events import Committed, Observation
+from fedhlm.budget import Budget
 from fedhlm.config import load, presets
 from fedhlm.couplings import COUPLINGS
 from fedhlm.decoder import Decoder, Request
@@ -47,13 +48,14 @@ class Task(NamedTuple):
 class Done:
     """What became of a task under a preset."""
 
+    agent: str
     task: Task
     result: Result
 
 
 @dataclass
 class Line:
-    """One preset's figures. Shares and rates are per token; bytes with MQTT framing; `*_risk_*` as the agents report."""
+    """One preset's figures. Shares and rates are per token; bytes with MQTT framing."""
 
     preset: str
     kind: str
@@ -68,7 +70,6 @@ class Line:
     uplink_bytes: float = 0.0
     cluster_bytes: float = 0.0
     round_trips: float = 0.0
-    true_risk: float = 0.0
     risk: float | None = None
     risk_limit: float | None = None
     tau: tuple[float, float] = (0.0, 0.0)
@@ -130,7 +131,7 @@ async def work(
     for task in tasks:
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, 1.0, config.generation.coupling)
         job = Job(config.generation, sampling, task.max_tokens, context, eos_ids)
-        done.append(Done(task, await agent.generate(job, task.prompt, nobody)))
+        done.append(Done(agent.name, task, await agent.generate(job, task.prompt, nobody)))
     return done
 
 
@@ -172,12 +173,20 @@ def line_of(preset: str, kind: str, done: Sequence[Done], large: Alone, config: 
     for name in ("uplink_bytes", "cluster_bytes", "round_trips", "escalated"):
         setattr(line, name, sum(getattr(d.result, name) for d in done) / line.tokens)
     line.transmissions = sum(d.result.uplink_messages for d in done) / line.tokens
-    risks = [d.result.risk for d in done if d.result.risk is not None]
-    if risks:
-        latest = [r for r in risks if r.generations == max(x.generations for x in risks)]
-        line.risk, line.risk_limit = latest[-1].estimate, latest[-1].limit
+    budget = budget_of(done)
+    if budget is not None:
+        line.risk, line.risk_limit = budget.estimate, budget.limit()
     line.tau = (done[0].result.tau, done[-1].result.tau)
     return line
+
+
+def budget_of(done: Sequence[Done]) -> Budget | None:
+    """The agents' error budgets together, of the kind of audit that most generations had; None without audits."""
+    last = {(d.agent, d.result.risk.epsilon): d.result.risk for d in done if d.result.risk is not None}
+    pooled: dict[float, Budget] = {}
+    for (_, epsilon), budget in last.items():
+        pooled[epsilon] = pooled[epsilon] + budget if epsilon in pooled else budget
+    return max(pooled.values(), key=lambda b: b.sessions, default=None)
 
 
 def observations_of(done: Sequence[Done]) -> list[Observation]:

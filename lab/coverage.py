@@ -68,7 +68,7 @@ async def life(pair: Pair, config: Config, *, seed: int, generations: int, token
     if risk is None:
         raise ValueError("generation.audit is 0: nothing is estimated without audits")
     truth = sum(harms) / len(harms)
-    return Run(truth, risk.estimate, risk.limit, skipped / written, different / generations)
+    return Run(truth, risk.estimate, risk.limit(), skipped / written, different / generations)
 
 
 def study(*, runs: int, generations: int, tokens: int, budget: float, audit: float, first_seed: int = 0) -> list[Run]:
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--generations", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--budget", type=float, default=0.05)
-    parser.add_argument("--audit", type=float, default=0.25)
+    parser.add_argument("--audit", type=float, default=0.0105, help="for each token that is asked for")
     options = parser.parse_args(arguments)
     lives = study(**vars(options))
     above = sum(r.truth > r.limit for r in lives)

@@ -13,7 +13,6 @@ from cloud_verifier.service import CloudService, Engine
 from cloud_verifier.sessions import Sessions
 from edge_agent.agent import Agent
 from edge_agent.learner import Learner
-from edge_agent.membership import birth_and_will
 from edge_agent.model import Drafter
 from edge_agent.peers import Peers
 from edge_agent.profile import Sampler
@@ -29,13 +28,17 @@ from fedhlm.telemetry import Counters
 
 
 class Pair(NamedTuple):
-    """Two models that share a tokenizer; `context` in tokens. `drafter` makes an agent's own view of the small one."""
+    """Two models that share a tokenizer; `context` in tokens. `drafter` makes an agent's own view of the small one.
+
+    `space` names what the small one's keys are made with; keys of different spaces are not compared.
+    """
 
     fingerprint: Fingerprint
     eos_ids: frozenset[int]
     context: int
     engine: Callable[[], Engine]
     drafter: Callable[[], Drafter]
+    space: str
 
 
 Service = CloudService | EdgeService
@@ -180,7 +183,9 @@ class Fleet:
             counters=self.counters,
             new_session=new_session,
             learner=Learner(self.federation, rng),
-            make_peers=lambda: Peers(name, asyncio.get_running_loop().time, size=256, max_age_s=600.0),
+            make_peers=lambda: Peers(
+                name, asyncio.get_running_loop().time, size=256, max_age_s=600.0, space=self.pair.space
+            ),
             sampler=Sampler(rng) if self.federation.assign_s else None,
         )
 
@@ -191,9 +196,7 @@ class Fleet:
         Its session numbers follow from the seed and its name.
         """
         rng = random.Random(f"{self.seed}/{name}/sessions")
-        stamp = Stamp(name, self.wall_s)
-        birth, will = birth_and_will(stamp, self.pair.fingerprint, cluster, topics.DEFAULT_ROOT)
-        async with self.bus(name, will, birth) as bus:
+        async with self.bus(name) as bus:
             agent = self.agent(bus, cluster, name, drafter, lambda: rng.getrandbits(63))
             await agent.subscribe()
             listener = asyncio.create_task(listen(agent), name=f"{name}-listen")

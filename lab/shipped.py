@@ -74,4 +74,5 @@ def shipped_pair(slm_folder: Path, llm_folder: Path, *, threads: int = 1) -> Pai
         context=min(info.context, small.info.context),
         engine=lambda: Engine(large.empty_cache(), forward),
         drafter=drafter,
+        space=projection.digest[:8],
     )

@@ -103,6 +103,7 @@ def pair(agreement: float) -> Pair:
         context=CONTEXT,
         engine=lambda: Engine(ToyCache(), large_forward),
         drafter=lambda: ToyDrafter(agreement=agreement),
+        space="",
     )
 
 

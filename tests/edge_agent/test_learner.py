@@ -35,7 +35,7 @@ def seen(u: float, harm: float, *, match: tuple[float, float] | None = None, ski
 def teach(device: Learner, settings: Generation, tokens: int, *, seed: int = 0) -> Measures:
     """Tokens whose harm is a coin of u squared."""
     rng = np.random.default_rng(seed)
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, 10)
     u = rng.random(tokens)
     harm = rng.random(tokens) < u**2
     device.observe(measures, settings, [seen(float(a), float(b)) for a, b in zip(u, harm, strict=True)])
@@ -45,13 +45,13 @@ def teach(device: Learner, settings: Generation, tokens: int, *, seed: int = 0) 
 def finish(device: Learner, settings: Generation, observations: list[Observation], **options: Any) -> None:
     options = {"tokens": 10, "audited": False, "uplink_bytes": 0, "escalated": 0, **options}
     ended = options.pop("ended", Finish("length"))
-    device.finished(measures_of(settings, SAMPLING), settings, observations, ended, **options)
+    device.finished(measures_of(settings, SAMPLING, 10), settings, observations, ended, **options)
 
 
 def test_a_device_without_evidence_sends_everything_and_earns_the_right_to_skip() -> None:
     settings = config(peers="none")
     device = learner()
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, 10)
     assert device.tau(measures, settings) == KEEP_NONE
     teach(device, settings, 3_000)
     tau = device.tau(measures, settings)
@@ -96,7 +96,7 @@ def test_the_price_of_a_transmission_sets_tau(gate_bytes: int) -> None:
 def test_similarity_is_earned_and_shares_are_of_all_tokens() -> None:
     settings = config()
     device = learner()
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, 10)
     assert device.similarity(measures, settings) is None
     hits = [seen(0.9, 0.0, match=(0.05, 0.0)) for _ in range(600)]
     misses = [seen(0.9, 1.0, match=(0.4, 1.0)) for _ in range(300)]
@@ -151,12 +151,12 @@ def test_the_budget_counts_every_skipped_token_once(sessions: list[tuple[int, in
             observations += [seen(0.1, 1.0, skipped=True)._replace(audit=True)] * tail
             unseen = ()
         finish(device, settings, observations, audited=audited, ended=Finish("length", "", unseen))
-        expected += (scored + audited * tail / settings.audit) / 10
-    risk = device.risk(measures_of(settings, SAMPLING), settings)
+        expected += (scored + audited * tail / 0.0625) / 10
+    risk = device.risk(measures_of(settings, SAMPLING, 10), settings)
     assert risk is not None
-    assert risk.generations == len(sessions)
+    assert risk.sessions == len(sessions)
     assert risk.estimate == pytest.approx(expected / len(sessions) if sessions else 0.0)
-    assert risk.limit >= min(1.0, risk.estimate)
+    assert risk.limit() >= min(1.0, risk.estimate)
 
 
 def test_what_was_never_scored_counts_as_wrong_where_it_should_have_been() -> None:
@@ -164,9 +164,9 @@ def test_what_was_never_scored_counts_as_wrong_where_it_should_have_been() -> No
     lost, unlucky = learner(), learner()
     finish(lost, settings, [], ended=Finish("length", "", ((0.1, "unverified"),) * 4))
     finish(unlucky, settings, [], audited=True, ended=Finish("length", "", ((0.1, "local"),) * 4))
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, 10)
     assert lost.risk(measures, settings).estimate == pytest.approx(0.4)  # type: ignore[union-attr]
-    assert unlucky.risk(measures, settings).estimate == pytest.approx(0.4 / settings.audit)  # type: ignore[union-attr]
+    assert unlucky.risk(measures, settings).estimate == pytest.approx(0.4 / 0.0625)  # type: ignore[union-attr]
 
 
 def test_an_estimate_above_the_budget_tightens_tau() -> None:
@@ -189,7 +189,7 @@ def test_a_snapshot_keeps_everything() -> None:
     again.restore(device.snapshot())
     assert again.snapshot() == device.snapshot()
     assert again.tau(measures, settings) == device.tau(measures, settings)
-    assert again.risk(measures, settings) == device.risk(measures, settings)
+    assert again.risk(measures, settings).snapshot() == device.risk(measures, settings).snapshot()  # type: ignore[union-attr]
     assert again.round == 1
 
 
@@ -219,9 +219,16 @@ def test_different_ways_of_generating_never_mix() -> None:
     settings = config()
     greedy = Sampling(1, 0.0, 1.0, "gumbel")
     names = {
-        measures_of(settings, SAMPLING).draft,
-        measures_of(settings, greedy).draft,
-        measures_of(config("fedhlm"), greedy).draft,
-        measures_of(config(uncertainty="entropy"), greedy).draft,
+        measures_of(settings, SAMPLING, 10).draft,
+        measures_of(settings, greedy, 10).draft,
+        measures_of(config("fedhlm"), greedy, 10).draft,
+        measures_of(config(uncertainty="entropy"), greedy, 10).draft,
     }
     assert len(names) == 4
+
+
+@pytest.mark.parametrize(("tokens", "probability"), [(1, 2**-7), (10, 2**-4), (64, 0.5), (99, 0.5), (100, 1.0), (1_000, 1.0)])
+def test_longer_texts_are_audited_more_often(tokens: int, probability: float) -> None:
+    """0.01 for each token, rounded down to a power of two."""
+    assert measures_of(config(), SAMPLING, tokens).audit == probability
+    assert measures_of(config("exact"), SAMPLING, tokens).audit == 0.0

@@ -337,3 +337,19 @@ def test_a_damaged_snapshot_is_refused_by_name(change: dict[str, object]) -> Non
     del incomplete["drift"]
     with pytest.raises(ConfigError, match=r"budget\.drift"):
         Budget.restore(incomplete)
+
+
+def test_two_devices_budgets_add_up_to_that_of_all_sessions() -> None:
+    rng = np.random.default_rng(4)
+    sessions = [(4, rng.random(2).tolist(), None, 1) for _ in range(40)]
+    whole, parts = Budget(0.5), [Budget(0.5), Budget(0.5)]
+    for i, session in enumerate(sessions):
+        whole.add_session(*session)
+        parts[i % 2].add_session(*session)
+    both = parts[0] + parts[1]
+    assert both.sessions == 40
+    assert both.estimate == pytest.approx(whole.estimate)
+    assert both.limit() == pytest.approx(whole.limit(), abs=0.02)
+    assert both.limit() < min(part.limit() for part in parts)
+    with pytest.raises(ValueError, match="equal ones expected"):
+        Budget(0.5) + Budget(0.25)

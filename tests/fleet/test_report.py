@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fedhlm.budget import Budget
 from fedhlm.config import load, presets
 from fedhlm.errors import ProtocolError
 from fedhlm.messages import Learned, PaperThreshold
@@ -80,15 +81,24 @@ def test_thresholds_are_the_agents_first_and_last_and_0_where_nothing_is_kept() 
     assert figures(run_of(requests, "exact"), {}).tau_end is None  # its gate has no threshold
 
 
-def test_the_error_is_the_agents_latest_weighted_by_their_generations() -> None:
-    reports = [("a", 0.5, 1.0, 1.0), ("a", 0.1, 0.7, 3.0), ("b", 0.3, 0.9, 1.0)]
-    requests = [
-        request("continue", [1], "x", ["local"], agent, risk=risk, risk_limit=limit, risk_generations=count)
-        for agent, risk, limit, count in reports
-    ]
+def reported(budget: Budget) -> dict[str, float]:
+    """An agent's statistics of its error budget."""
+    return {f"risk_{name}": value for name, value in budget.snapshot().items()}
+
+
+def test_the_error_is_that_of_all_agents_generations_of_the_commonest_kind() -> None:
+    first, second, other = Budget(0.5), Budget(0.5), Budget(0.125)
+    first.add_session(10, [0.5], None, 1)
+    early = reported(first)
+    first.add_session(10, [], [1.0], 1)
+    second.add_session(10, [], None, 3)
+    other.add_session(10, [1.0] * 10, None, 0)
+    reports = [("a", early), ("a", reported(first)), ("b", reported(second)), ("b", reported(other))]
+    requests = [request("continue", [1], "x", ["local"], agent, **statistics) for agent, statistics in reports]
     result = figures(run_of(requests), {})
-    assert result.risk == pytest.approx(0.15)
-    assert (result.risk_limit, result.risk_generations) == (0.9, 4)
+    both = first + second
+    assert (result.risk, result.risk_limit, result.risk_generations) == (both.estimate, both.limit(), 3)
+    assert result.risk == pytest.approx((0.05 + 0.2) / 3)
 
 
 def test_nothing_finished_is_no_division_by_zero() -> None:
@@ -170,16 +180,18 @@ def test_the_journey_tells_rounds_threshold_and_budget() -> None:
     for u, harm in ((0.05, 0.0), (0.4, 0.25), (0.95, 1.0)):
         for _ in range(20):
             curve.add(u, harm)
+    budget = Budget(0.5)
+    budget.add_session(10, [0.5], None, 1)
     told.heard(["local", "cloud", "cloud", "peer"])
     told.learned("home", learned(curve))
     told.learned("", learned(None, number=1))
-    told.finished(request("continue", [1], "x", ["local"], tau=0.25, risk=0.01, risk_limit=0.5, risk_generations=7.0))
+    told.finished(request("continue", [1], "x", ["local"], "a", tau=0.25, **reported(budget)))
     lines = told.lines()
     assert lines[0] == "tokens     4: kept on the device 25.0%, settled by peers 25.0%, by the cloud 50.0%"
     assert lines[1].startswith("federated  home: round 3, 2 agents, 60 tokens, m(u) ")
     assert lines[1].endswith(" 0.25 1.00 1.00")  # never optimistic between what was seen
     assert lines[2:4] == ["federated  all: round 1, 2 agents", "threshold  tau 0.25"]
-    assert lines[5] == "error      budget 0.05 per token, estimated 0.0100, limit 0.50, after 7 texts"
+    assert lines[5] == "error      budget 0.05 per token, estimated 0.0500, limit 1.00, after 1 texts"
     assert told.lines(brief=True) == [lines[0], *lines[2:]]
 
 

@@ -1,0 +1,194 @@
+"""The simulator is a model of the fleet and not of itself: on the same seeds, real services over a real broker and the
+same parts in virtual time commit the same tokens, settled by the same parties, with the same escalations.
+"""
+
+import asyncio
+import random
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Final, NamedTuple
+
+import pytest
+
+import edge_agent.__main__ as agent_main
+from edge_broker.embedded import EmbeddedBroker
+from fedhlm import topics
+from fedhlm.bus import ProtocolVersion
+from fedhlm.config import load, presets
+from fedhlm.decoder import Decoder
+from fedhlm.loopback import LoopbackBus
+from fedhlm.messages import Prompt
+from fedhlm.party import Stamp
+from fedhlm.serve import model_folder
+from fedhlm.virtual import run_virtual
+from lab.compare import Task, tasks_of, work
+from lab.fleet import Fleet, Pair
+from lab.shipped import shipped_pair
+from model_zoo.corpus import TOPIC_LINE
+from model_zoo.prompts import load_items
+from tests.integration.live import Live, ids_of, live
+
+SEED: Final = 1
+AGENT: Final = "porch"
+CLUSTER: Final = "c0"
+TITLES: Final = 2
+TOKENS: Final = 16
+TEMPERATURE: Final = 0.8
+ANSWER_S: Final = 60.0
+
+# Rounds are out of reach: they come by the clock, and what a round brings would come at another token in virtual time.
+# A busy machine must not look like a lost message, so nothing is asked for twice.
+FROZEN: Final = {
+    "generation.learning.round_tokens": "1000000000",
+    "generation.learning.round_s": "86400",
+    "federation.round_s": "86400",
+    "generation.deadline_ms": "120000",
+    "generation.retry_ms": "120000",
+}
+# Without rounds `budget` has no evidence, and verifies everything; with a threshold of its own it keeps and asks, too.
+FIXED: Final = FROZEN | {"generation.threshold": "fixed", "generation.tau": "0.6"}
+# Numbers take more bytes from 256 on; the live agent has numbered its presence and outputs as well. From here to 65,535
+# all take the same, so that bytes can be compared.
+NUMBERED: Final = 256
+# `exact` drafts on while verdicts are under way: how much goes up in one block, and what is drafted in vain, depend on how
+# fast the machine is; the promise is that its text does not. It comes last, so that what is learnt from its drafts
+# touches nobody.
+TIMED: Final = "exact"
+BLOCKING: Final = tuple(sorted(set(presets()) - {TIMED}))
+
+
+class Answer(NamedTuple):
+    """One request's outcome; `figures` are its statistics without the time that it took."""
+
+    ids: list[int]
+    sources: list[str]
+    figures: dict[str, float]
+
+
+Answers = dict[str, list[Answer]]  # by preset
+
+
+def untimed(statistics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in statistics.items() if name != "wall_s"}
+
+
+def worn_stamp(sender: str) -> Stamp:
+    """The header of a party that has sent NUMBERED messages before."""
+    return worn(Stamp(sender))
+
+
+def worn(stamp: Stamp) -> Stamp:
+    for _ in range(NUMBERED):
+        stamp()
+    return stamp
+
+
+def tasks(decoder: Decoder) -> list[tuple[str, Task]]:
+    """Titles to continue and a topic to name, as text for the bus and as tasks of the simulator."""
+    items = load_items()
+    continued = tasks_of(items[:TITLES], "continue", decoder, tokens=TOKENS, temperature=TEMPERATURE)
+    asked = tasks_of(items[:1], "topic", decoder, tokens=TOKENS, temperature=TEMPERATURE)
+    texts = [item.title + "\n" for item in items[:TITLES]] + [items[0].body + TOPIC_LINE]
+    return list(zip(texts, continued + asked, strict=True))
+
+
+async def ask(system: Live, preset: str, number: int, text: str, task: Task) -> Answer:
+    request = f"{preset}-{number}"
+    prompt = Prompt(
+        **system.party.stamp(),
+        request=request,
+        text=text,
+        preset=preset,
+        max_tokens=task.max_tokens,
+        seed=task.sampling.seed,
+        temperature=task.sampling.temperature,
+    )
+    await system.party.send(topics.PROMPT, prompt, cluster=CLUSTER, agent=AGENT)
+    outputs = system.outputs.setdefault(request, [])
+    await system.until(lambda: any(o.finish is not None for o in outputs), ANSWER_S)
+    assert outputs[-1].finish != "error", outputs[-1].error
+    return Answer(ids_of(outputs), [s for o in outputs for s in o.sources], untimed(outputs[-1].statistics))
+
+
+async def over_mqtt(names: tuple[str, ...], flags: dict[str, str], asked: list[tuple[str, Task]]) -> Answers:
+    """The real services, one after the other under each preset."""
+    settings: dict[str, object] = {**flags, "cluster.name": CLUSTER}
+    async with EmbeddedBroker() as broker, live(broker.url, parts=("edge", "cloud", AGENT), flags=settings) as system:
+        return {name: [await ask(system, name, number, *one) for number, one in enumerate(asked)] for name in names}
+
+
+async def in_virtual_time(pair: Pair, names: tuple[str, ...], flags: dict[str, str], wanted: list[Task]) -> Answers:
+    """The same requests of the same agent in a calm fleet."""
+    federation = load(environ={}, flags=flags).config.federation
+    fleet = Fleet(pair, seed=SEED, clusters=1, delay_s=0.02, sessions_max=64, federation=federation)
+    answers = Answers()
+    for node in fleet.nodes.values():
+        node.start()
+    await asyncio.sleep(1.0)
+    async with fleet.online(CLUSTER, AGENT, pair.drafter()) as agent:
+        await asyncio.sleep(1.0)
+        worn(agent.party.stamp)
+        for name in names:
+            config = load(preset=name, environ={}, flags=flags).config
+            done = [d.result for d in await work(agent, config, iter(wanted), pair.eos_ids, pair.context)]
+            answers[name] = [Answer(r.ids, r.sources, untimed(r.statistics())) for r in done]
+    for node in fleet.nodes.values():
+        await node.crash()
+    return answers
+
+
+def both(names: tuple[str, ...], flags: dict[str, str]) -> tuple[Answers, Answers]:
+    """What live services and simulator answered, by preset."""
+    slm, llm = model_folder("", "slm"), model_folder("", "llm")
+    asked = tasks(Decoder.load(slm, threads=1))
+    pair = shipped_pair(slm, llm)
+    with pytest.MonkeyPatch.context() as patch:
+        # The same session numbers and as long sequence numbers as in the simulator; the embedded broker speaks MQTT 3.1.1,
+        # whose packets have no properties.
+        sessions = random.Random(f"{SEED}/{AGENT}/sessions")
+        numbers = SimpleNamespace(getrandbits=lambda _bits: sessions.getrandbits(63))
+        patch.setattr(agent_main, "random", SimpleNamespace(SystemRandom=lambda: numbers))
+        patch.setattr(agent_main, "Stamp", worn_stamp)
+        protocol: ProtocolVersion = "3.1.1"
+        patch.setattr(LoopbackBus, "protocol", protocol)
+        lived = asyncio.run(over_mqtt(names, flags, asked))
+        simulated = run_virtual(in_virtual_time(pair, names, flags, [task for _, task in asked]))
+    return lived, simulated
+
+
+@pytest.fixture(scope="module")
+def frozen() -> tuple[Answers, Answers]:
+    """All presets, live and simulated, before the first federated round."""
+    return both((*BLOCKING, TIMED), FROZEN)
+
+
+@pytest.mark.parametrize("preset", BLOCKING)
+def test_live_and_simulator_agree_in_every_token_message_and_byte(frozen: tuple[Answers, Answers], preset: str) -> None:
+    lived, simulated = frozen
+    assert [len(answer.ids) for answer in lived[preset]][-1] == 1
+    assert lived[preset] == simulated[preset]
+
+
+def test_live_and_simulator_agree_in_the_text_where_drafts_run_ahead(frozen: tuple[Answers, Answers]) -> None:
+    lived, simulated = ([answer[:2] for answer in side[TIMED]] for side in frozen)
+    assert {source for _, sources in lived for source in sources} == {"cloud"}
+    assert lived == simulated
+
+
+def test_the_presets_do_what_their_gates_say(frozen: tuple[Answers, Answers]) -> None:
+    """Agreement says nothing where nothing is decided: some presets both keep and escalate, and at different tokens."""
+    lived, _ = frozen
+    settled = {name: [s for a in answers for s in a.sources] for name, answers in lived.items()}
+    for name in ("cu-hlm", "fedhlm", "rand-hlm", "u-hlm"):
+        assert {"local", "cloud"} <= set(settled[name]), name
+    assert set(settled["slm-only"]) == {"local"}
+    for name in ("exact", "hlm", "llm-only", "speculative"):
+        assert set(settled[name]) == {"cloud"}, name
+
+
+def test_budget_with_a_fixed_threshold_keeps_and_escalates_the_same_tokens_and_audits_the_same_texts() -> None:
+    lived, simulated = both(("budget",), FIXED)
+    sources = {s for answer in lived["budget"] for s in answer.sources}
+    assert {"local", "cloud"} <= sources
+    assert sum(answer.figures["escalated"] for answer in lived["budget"]) > 0
+    assert lived == simulated

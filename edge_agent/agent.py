@@ -370,6 +370,7 @@ class Agent:
             result.observed,
             result.ended,
             tokens=len(result.ids),
+            tau=result.tau,
             audited=result.audited,
             uplink_bytes=result.uplink_bytes,
             escalated=result.escalated,
@@ -380,6 +381,12 @@ class Agent:
         if result.escalated:
             known.escalated(result.uplink_bytes / result.escalated)
         result.risk = learner.risk(measures, config)
+        gauges = {"tau": result.tau, "similarity": result.similarity}
+        if (risk := result.risk) is not None:
+            gauges |= {"risk": risk.estimate, "risk_limit": risk.limit(), "risk_generations": risk.sessions}
+        for name, value in gauges.items():
+            if value is not None:
+                self._counters.set(name, value)
         if config.threshold in ("paper-fl", "calibrated-fl") and learner.due(config, now_s):
             await self._contribute(config, result, now_s)
 

@@ -24,6 +24,9 @@ from fedhlm.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, tau_of_budge
 
 PAIRS_MAX: Final = 65_536
 SPACE: Final = "learner/1"
+SLACK_MEMORY: Final = 0.95  # of what was counted, a generation later
+SLACK_EVIDENCE: Final = 10.0  # skipped tokens
+SLACK_RISE: Final = 1.03  # a generation
 
 
 class Measures(NamedTuple):
@@ -48,6 +51,25 @@ def measures_of(config: Generation, sampling: Sampling, max_tokens: int) -> Meas
     wanted = config.audit * max_tokens
     audit = min(1.0, 2.0 ** math.floor(math.log2(wanted))) if wanted > 0.0 else 0.0
     return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}", audit)
+
+
+class Slack:
+    """How many tokens below tau there are for each that is skipped: a block verifies for nothing what follows a doubt.
+
+    The factor rises slowly, because a higher tau leaves less to verify, and falls at once.
+    """
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self._eligible = 0.0
+        self._skipped = 0.0
+
+    def update(self, *, eligible: int, skipped: int) -> None:
+        """Counts of one generation."""
+        self._eligible = SLACK_MEMORY * self._eligible + eligible
+        self._skipped = SLACK_MEMORY * self._skipped + skipped
+        if self._skipped >= SLACK_EVIDENCE:
+            self.factor = max(1.0, min(self._eligible / self._skipped, SLACK_RISE * self.factor))
 
 
 class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -77,6 +99,7 @@ class Learner:
         self._server_control = 0.0
         self._pairs: list[tuple[float, float]] = []  # (u, beta) of this round's transmitted tokens
         self._budgets: dict[str, Budget] = {}
+        self._slack: defaultdict[str, Slack] = defaultdict(Slack)
         self._escalation_bytes = 0.0
         self._escalated = 0
         self._federation = federation
@@ -108,6 +131,7 @@ class Learner:
         finish: Finish,
         *,
         tokens: int,
+        tau: float,
         audited: bool,
         uplink_bytes: int,
         escalated: int,
@@ -126,6 +150,11 @@ class Learner:
                 self.curves[measures.peers].see(1.0)
         if measures.audit == 0.0:
             return
+        local = [o for o in observations if o.source == "local"]
+        self._slack[_kind(measures)].update(
+            eligible=sum(o.uncertainty <= tau for o in local) + len(finish.unseen),
+            skipped=sum(o.skipped for o in local) + len(finish.unseen),
+        )
         seen = [o.committed_harm for o in observations if o.skipped and not o.audit]
         tail = [o.committed_harm for o in observations if o.skipped and o.audit]
         lost = sum(source == "unverified" for _, source in finish.unseen)
@@ -136,7 +165,7 @@ class Learner:
 
     def budget(self, measures: Measures, config: Generation) -> Budget:
         """The running error budget of a measure and an audit's probability; another confidence begins a new one."""
-        name, delta = f"{measures.draft}/{measures.audit:g}", 1.0 - config.confidence
+        name, delta = _kind(measures), 1.0 - config.confidence
         known = self._budgets.get(name)
         if known is None or known.delta != delta:
             known = self._budgets[name] = Budget(measures.audit, delta)
@@ -178,10 +207,11 @@ class Learner:
         return (measured + learning.round_trip_bytes) / learning.harm_bytes
 
     def _allowed(self, measures: Measures, config: Generation) -> float:
-        """The budget, tightened while the audited estimate is above it."""
+        """What the kept tokens' curve may cost: the budget, loosened by tokens that are verified although they could be
+        kept, tightened while the audited estimate is above it."""
         risk = self.risk(measures, config)
         over = 1.0 if risk is None or risk.estimate <= config.budget else risk.estimate / config.budget
-        return config.budget / over
+        return min(1.0, config.budget * self._slack[_kind(measures)].factor) / over
 
     def _delta(self, config: Generation) -> float:
         return 1.0 - config.confidence
@@ -203,7 +233,8 @@ class Learner:
     def due(self, config: Generation, now_s: float) -> bool:
         """Whether this round's contribution should go out."""
         learning = config.learning
-        return self._tokens >= learning.round_tokens or (
+        seen = max((curve.total_seen for curve in self.curves.values()), default=0.0)
+        return self._tokens >= max(learning.round_tokens, learning.growth * seen) or (
             self._tokens > 0 and now_s - self._round_began_s >= learning.round_s
         )
 
@@ -302,6 +333,11 @@ class Learner:
         self._control, self._server_control = kept.control, kept.server_control
         self.curves.update(curves)
         self.cluster, self._budgets = cluster, budgets
+
+
+def _kind(measures: Measures) -> str:
+    """What generations must have in common to be counted together."""
+    return f"{measures.draft}/{measures.audit:g}"
 
 
 def _fixed(_learner: Learner, _measures: Measures, config: Generation) -> float:

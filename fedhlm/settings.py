@@ -137,7 +137,8 @@ class Consensus(Section, frozen=True):
 
 
 class Learning(Section, frozen=True):
-    """How the threshold is learnt. An agent contributes every `round_tokens` tokens or `round_s` seconds.
+    """How the threshold is learnt. An agent contributes after `round_tokens` tokens, and when what it has seen has grown by
+    the share `growth` since: often at first, seldom later. Something new goes out after `round_s` seconds in any case.
 
     `paper-fl` (FedHLM eqs 4-8) uses gamma, the learning rate (divided by 1 + decay x round), `regularisation` (lambda) and
     the optimiser. `calibrated-fl` shrinks the device's curve to its cluster's by `shrinkage` tokens, forgets by `forgetting` a
@@ -146,7 +147,8 @@ class Learning(Section, frozen=True):
     """
 
     round_tokens: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 32
-    round_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 10.0
+    round_s: Annotated[float, Meta(gt=0.0, le=86_400.0)] = 60.0
+    growth: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.1
     gamma: Annotated[float, Meta(gt=0.0, le=1_000.0)] = 10.0
     learning_rate: Annotated[float, Meta(gt=0.0, le=100.0)] = 0.001
     decay: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.1

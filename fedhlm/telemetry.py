@@ -1,10 +1,11 @@
-"""Logs and counters of a service.
+"""Logs, counters and gauges of a service.
 
-One line per record, with the party that wrote it and without any known secret. Counters have fixed, documented names and only
-rise; they are exported to Prometheus where a port is configured, and only then is its library loaded.
+One line per record, with the party that wrote it and without any known secret. Counters and gauges have fixed, documented
+names; counters only rise. They are exported to Prometheus where a port is configured, and only then is its library loaded.
 """
 
 import logging
+import math
 import sys
 import threading
 from collections import Counter
@@ -50,12 +51,24 @@ COUNTERS: Final[dict[str, str]] = {
 }
 LABELS: Final = {"tokens_by_source": "source", "generations": "finish"}
 
+GAUGES: Final[dict[str, str]] = {
+    "risk": "estimated harm per token of what was not verified (R-hat), after the newest generation that could be audited",
+    "risk_limit": "upper confidence limit of that estimate",
+    "risk_generations": "generations that it is an estimate over",
+    "tau": "threshold on the uncertainty in the newest generation; below 0 every token was verified",
+    "similarity": "cosine from which peers settled tokens, in the newest generation in which they could",
+}
+
 
 class Counters:
-    """Monotonic counts by a name of COUNTERS and, for the names in LABELS, by label. Any thread may add and read."""
+    """Monotonic counts by a name of COUNTERS and, for the names in LABELS, by label; newest values by a name of GAUGES.
+
+    Any thread may add, set and read.
+    """
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._values: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def add(self, name: str, amount: int = 1, *, label: str = "") -> None:
@@ -74,6 +87,25 @@ class Counters:
         with self._lock:
             self._counts[name, label] += amount
 
+    def set(self, name: str, value: float) -> None:
+        """Give a gauge its newest value.
+
+        Raises:
+            KeyError: `name` is not in GAUGES.
+            ValueError: a value that is not finite.
+        """
+        if name not in GAUGES:
+            raise KeyError(name)
+        if not math.isfinite(value):
+            raise ValueError(f"gauge {name} set to {value!r}: a finite number expected")
+        with self._lock:
+            self._values[name] = float(value)
+
+    def gauges(self) -> dict[str, float]:
+        """The newest value of each gauge that was set, in a fixed order."""
+        with self._lock:
+            return {name: self._values[name] for name in GAUGES if name in self._values}
+
     def __getitem__(self, name: str) -> int:
         """The count of a name, summed over its labels; 0 before the first `add`."""
         if name not in COUNTERS:
@@ -89,15 +121,17 @@ class Counters:
         with self._lock:
             return sorted(self._counts.items())
 
-    def snapshot(self) -> dict[str, int]:
-        """Flat counts; a labelled one is called `name.label`."""
-        return {f"{name}.{label}" if label else name: count for (name, label), count in self.items()}
+    def snapshot(self) -> dict[str, float]:
+        """Flat counts, a labelled one as `name.label`, and the gauges that were set."""
+        counts = {f"{name}.{label}" if label else name: count for (name, label), count in self.items()}
+        return {**counts, **self.gauges()}
 
 
 @contextmanager
 def exported(counters: Counters, *, party: str, port: int, host: str = "127.0.0.1") -> Iterator[int]:
-    """Serve the counters to Prometheus over HTTP while the block runs, as `fedhlm_<name>_total{party=...}`.
+    """Serve counters and gauges to Prometheus over HTTP while the block runs.
 
+    Counters are called `fedhlm_<name>_total{party=...}`, gauges that were set `fedhlm_<name>{party=...}`.
     Port 0 serves nothing. Yields the port.
 
     Raises:
@@ -128,7 +162,7 @@ class _Collector:
         self._party = party
 
     def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import CounterMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         for name, meaning in COUNTERS.items():
             label = LABELS.get(name)
@@ -139,6 +173,10 @@ class _Collector:
             else:
                 family.add_metric([self._party], self._counters[name])
             yield family
+        for name, newest in self._counters.gauges().items():
+            gauge = GaugeMetricFamily(f"fedhlm_{name}", GAUGES[name], labels=["party"])
+            gauge.add_metric([self._party], newest)
+            yield gauge
 
 
 class OneLine(logging.Formatter):

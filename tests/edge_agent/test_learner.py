@@ -43,7 +43,7 @@ def teach(device: Learner, settings: Generation, tokens: int, *, seed: int = 0) 
 
 
 def finish(device: Learner, settings: Generation, observations: list[Observation], **options: Any) -> None:
-    options = {"tokens": 10, "audited": False, "uplink_bytes": 0, "escalated": 0, **options}
+    options = {"tokens": 10, "tau": 0.5, "audited": False, "uplink_bytes": 0, "escalated": 0, **options}
     ended = options.pop("ended", Finish("length"))
     device.finished(measures_of(settings, SAMPLING, 10), settings, observations, ended, **options)
 

@@ -1,7 +1,8 @@
-"""Properties of logs and counters: one line, no secret, named counts that only rise, metrics over HTTP."""
+"""Properties of logs, counters and gauges: one line, no secret, named counts that only rise, metrics over HTTP."""
 
 import io
 import logging
+import math
 import socket
 import sys
 import threading
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.errors import ConfigError
-from fedhlm.telemetry import COUNTERS, LABELS, WARNED_MAX, Counters, configure_logging, exported, warn_once
+from fedhlm.telemetry import COUNTERS, GAUGES, LABELS, WARNED_MAX, Counters, configure_logging, exported, warn_once
 
 PLAIN = sorted(set(COUNTERS) - set(LABELS))
 
@@ -161,20 +162,57 @@ def test_no_addition_is_lost_between_threads() -> None:
     assert counters["retries"] == 8_000
 
 
+# Gauges
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(GAUGES)), st.floats(allow_nan=False, allow_infinity=False))))
+def test_a_gauge_has_its_newest_value_and_none_before_it_is_set(values: list[tuple[str, float]]) -> None:
+    counters = Counters()
+    counters.add("retries")
+    for name, value in values:
+        counters.set(name, value)
+    assert counters.gauges() == dict(values)
+    assert counters.snapshot() == {"retries": 1, **dict(values)}
+
+
+@given(st.sampled_from([math.nan, math.inf, -math.inf]), st.floats(-1.0, 1.0))
+def test_a_gauge_has_a_known_name_and_keeps_its_value_when_a_new_one_is_not_finite(wrong: float, value: float) -> None:
+    counters = Counters()
+    counters.set("tau", value)
+    with pytest.raises(ValueError, match="gauge tau set to .*: a finite number expected"):
+        counters.set("tau", wrong)
+    for name in ("tua", "retries"):
+        with pytest.raises(KeyError):
+            counters.set(name, value)
+    with pytest.raises(KeyError):
+        counters.add("tau")
+    assert counters.snapshot() == {"tau": value}
+
+
+def test_counters_and_gauges_never_share_a_name() -> None:
+    exposed = [f"{name}_total" for name in COUNTERS] + list(GAUGES)
+    assert len({*exposed, *COUNTERS}) == len(exposed) + len(COUNTERS)
+
+
 # Metrics
 
 
-def test_the_counters_are_served_to_prometheus_while_the_block_runs(free_port: int) -> None:
+def test_counters_and_gauges_are_served_to_prometheus_while_the_block_runs(free_port: int) -> None:
     counters = Counters()
     address = f"http://127.0.0.1:{free_port}/metrics"
     with exported(counters, party="porch", port=free_port):
         counters.add("retries", 2)
         counters.add("tokens_by_source", 5, label="cloud")
+        counters.set("tau", 0.4)
+        counters.set("tau", -1.0)
         with urllib.request.urlopen(address) as answer:
             text = answer.read().decode()
     assert 'fedhlm_retries_total{party="porch"} 2.0' in text
     assert 'fedhlm_tokens_by_source_total{party="porch",source="cloud"} 5.0' in text
     assert "# HELP fedhlm_rollbacks_total drafts taken back after a verdict" in text
+    assert "# TYPE fedhlm_tau gauge" in text
+    assert 'fedhlm_tau{party="porch"} -1.0' in text
+    assert "fedhlm_similarity" not in text, "a gauge that was never set has no value"
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(address)
 

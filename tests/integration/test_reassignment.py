@@ -30,11 +30,11 @@ class Observer:
     async def listen(self) -> None:
         async for received in self.party.received():
             async with self.changed:
-                cluster = received.levels["cluster"]
-                if isinstance(received.message, Presence):
-                    self.where[cluster, received.levels.get("agent", "edge")] = received.message.online
-                else:
+                cluster = received.levels.get("cluster", "")
+                if received.topic is topics.ESCALATE:
                     self.escalated.append(cluster)
+                elif isinstance(received.message, Presence):
+                    self.where[cluster, received.levels.get("agent", "edge")] = received.message.online
                 self.changed.notify_all()
 
     async def until(self, holds: Callable[[], bool]) -> None:

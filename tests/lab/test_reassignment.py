@@ -14,7 +14,7 @@ from edge_agent.model import Drawn
 from fedhlm import topics
 from fedhlm.config import load, presets
 from fedhlm.loopback import LoopbackBus
-from fedhlm.messages import Assignment, Escalation, FinishReason, Presence, Sampling, decode
+from fedhlm.messages import Assignment, Escalation, FinishReason, Presence, Sampling, Verdict, decode
 from fedhlm.party import Party
 from fedhlm.settings import Federation, Generation
 from fedhlm.virtual import run_virtual
@@ -181,6 +181,43 @@ def test_a_wrong_assignment_strands_nobody_and_counts_once_its_edge_comes() -> N
             await asyncio.sleep(1.0)
             assert agent.membership.moves == 1
         for node in (edge, *fleet.nodes.values()):
+            await node.crash()
+
+    run_virtual(scenario())
+
+
+def test_the_first_block_in_a_cluster_brings_its_context_even_on_a_second_visit() -> None:
+    """Nobody has to ask for it, and no cloud goes on from what it held of an earlier stay."""
+
+    async def scenario() -> None:
+        fleet = Fleet(toy.pair(0.7), seed=1, clusters=2, delay_s=0.02, sessions_max=16)
+        settings = config("exact")
+        await started(fleet)
+        async with (
+            LoopbackBus(fleet.broker, client_id="master") as bus,
+            fleet.online("c0", "a", toy.ToyDrafter(agreement=0.7)) as agent,
+        ):
+            party = fleet.party(bus, "master")
+            await bus.subscribe(*(topic.name(cluster="+", agent="+") for topic in (topics.ESCALATE, topics.VERDICT)))
+            writing = asyncio.create_task(write(agent, settings, [5], 3, 96))
+            for cluster in ("c1", "c0", "c1", "c0"):
+                await asyncio.sleep(0.5)
+                assert not writing.done()
+                await assign(party, "a", cluster)
+            assert await writing == toy.large_alone([5], Sampling(3, 0.8), 96)
+            assert agent.membership.moves == 4
+            await bus.__aexit__(None, None, None)
+            stays: list[tuple[str, bool]] = []
+            async for received in party.received():
+                match received.message:
+                    case Escalation() as block:
+                        cluster = received.levels["cluster"]
+                        if not stays or stays[-1][0] != cluster:
+                            stays.append((cluster, block.prime is not None))
+                    case Verdict() as verdict:
+                        assert verdict.status == "settled"
+            assert stays == [(cluster, True) for cluster in ("c0", "c1", "c0", "c1", "c0")]
+        for node in fleet.nodes.values():
             await node.crash()
 
     run_virtual(scenario())

@@ -114,7 +114,7 @@ class AgentService:
                 if not await self.agent.handle(received):
                     self._counters.add("refused_messages")
                 if self.agent.cluster != before:
-                    pass
+                    self._moved.set()
 
     async def _renew(self, connection: Connection) -> None:
         """After a move, go on with a connection whose last will is in the new cluster."""

@@ -106,7 +106,7 @@ class Learner:
         self._rng = rng
         self._releases = 0
         self._tokens = 0
-        self._round_began_s = 0.0
+        self._round_began_s: float | None = None  # the first generation begins the first round
 
     def observe(self, measures: Measures, config: Generation, observations: Sequence[Observation]) -> None:
         """Take in what the target said of drafted tokens."""
@@ -232,6 +232,8 @@ class Learner:
 
     def due(self, config: Generation, now_s: float) -> bool:
         """Whether this round's contribution should go out."""
+        if self._round_began_s is None:
+            self._round_began_s = now_s
         learning = config.learning
         seen = max((curve.total_seen for curve in self.curves.values()), default=0.0)
         return self._tokens >= max(learning.round_tokens, learning.growth * seen) or (
@@ -325,7 +327,7 @@ class Learner:
             curves = {name: Curve.from_bytes(raw) for name, raw in kept.curves.items()}
             cluster = {name: Curve.from_bytes(raw) for name, raw in kept.cluster.items()}
             budgets = {name: Budget.restore(raw) for name, raw in kept.budgets.items()}
-        except (msgspec.DecodeError, ConfigError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as exc:
             raise ProtocolError(f"not a learner's snapshot: {exc}") from exc
         if kept.space != SPACE:
             raise ProtocolError(f"snapshot of {kept.space!r}: {SPACE!r} expected")

@@ -23,7 +23,7 @@ from fedhlm.link import LinkModel
 from fedhlm.loopback import LoopbackBroker, LoopbackBus
 from fedhlm.messages import Fingerprint, encode
 from fedhlm.party import Party, Stamp, presence
-from fedhlm.settings import Federation
+from fedhlm.settings import Consensus, Federation
 from fedhlm.telemetry import Counters
 
 
@@ -184,7 +184,11 @@ class Fleet:
             new_session=new_session,
             learner=Learner(self.federation, rng),
             make_peers=lambda: Peers(
-                name, asyncio.get_running_loop().time, size=256, max_age_s=600.0, space=self.pair.space
+                name,
+                asyncio.get_running_loop().time,
+                size=Consensus().size,
+                max_age_s=Consensus().max_age_s,
+                space=self.pair.space,
             ),
             sampler=Sampler(rng) if self.federation.assign_s else None,
         )

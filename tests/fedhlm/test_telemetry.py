@@ -1,5 +1,6 @@
 """Properties of logs, counters and gauges: one line, no secret, named counts that only rise, metrics over HTTP."""
 
+import asyncio
 import io
 import logging
 import math
@@ -13,8 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_agent.agent import Result
+from fedhlm.config import load
 from fedhlm.errors import ConfigError
+from fedhlm.messages import Sampling
 from fedhlm.telemetry import COUNTERS, GAUGES, LABELS, WARNED_MAX, Counters, configure_logging, exported, warn_once
+from fedhlm.virtual import run_virtual
+from lab.compare import Task, work
+from lab.fleet import Fleet
+from lab.toy import CONTEXT, pair
 
 PLAIN = sorted(set(COUNTERS) - set(LABELS))
 
@@ -192,6 +200,32 @@ def test_a_gauge_has_a_known_name_and_keeps_its_value_when_a_new_one_is_not_fini
 def test_counters_and_gauges_never_share_a_name() -> None:
     exposed = [f"{name}_total" for name in COUNTERS] + list(GAUGES)
     assert len({*exposed, *COUNTERS}) == len(exposed) + len(COUNTERS)
+
+
+def test_an_agent_shows_the_thresholds_and_the_budget_of_its_newest_generation() -> None:
+    async def main() -> tuple[list[dict[str, float]], list[Result]]:
+        fleet = Fleet(pair(0.8), seed=3, clusters=1, delay_s=0.01, sessions_max=4)
+        for node in fleet.nodes.values():
+            node.start()
+        await asyncio.sleep(1.0)
+        shown, done = [], []
+        async with fleet.online("c0", "porch", fleet.pair.drafter()) as agent:
+            for preset in ("u-hlm", "budget", "fedhlm", "slm-only"):
+                config = load(preset=preset, environ={}).config
+                task = Task([7, 8, 9], Sampling(5), 8, "")
+                done += [d.result for d in await work(agent, config, iter([task]), fleet.pair.eos_ids, CONTEXT)]
+                shown.append(fleet.counters.gauges())
+        for node in fleet.nodes.values():
+            await node.crash()
+        return shown, done
+
+    (u_hlm, budget, fedhlm, slm_only), (first, audited, peers, last) = run_virtual(main())
+    assert u_hlm == {"tau": first.tau}
+    assert audited.risk is not None
+    risk = {"risk": audited.risk.estimate, "risk_limit": audited.risk.limit(), "risk_generations": 1.0}
+    assert budget == {"tau": audited.tau, **risk}
+    assert fedhlm == {"tau": peers.tau, "similarity": peers.similarity, **risk}
+    assert slm_only == {**fedhlm, "tau": last.tau}
 
 
 # Metrics

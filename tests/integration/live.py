@@ -92,7 +92,9 @@ async def live(
     """The parts, started and ready; `flags` are configuration keys."""
     bus = MqttBus(url, client_id="client", connect_timeout_s=10.0)
     async with bus:
-        system = Live(Party(bus=bus, stamp=Stamp("client"), counters=Counters()), url, {"preset": "exact", **(flags or {})})
+        system = Live(
+            Party(bus=bus, stamp=Stamp("client"), counters=Counters()), url, {"preset": "exact", **(flags or {})}
+        )
         await bus.subscribe(
             topics.OUTPUT.name(cluster="+", agent="+"),
             topics.AGENT_STATUS.name(cluster="+", agent="+"),

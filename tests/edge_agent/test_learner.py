@@ -227,7 +227,9 @@ def test_different_ways_of_generating_never_mix() -> None:
     assert len(names) == 4
 
 
-@pytest.mark.parametrize(("tokens", "probability"), [(1, 2**-7), (10, 2**-4), (64, 0.5), (99, 0.5), (100, 1.0), (1_000, 1.0)])
+@pytest.mark.parametrize(
+    ("tokens", "probability"), [(1, 2**-7), (10, 2**-4), (64, 0.5), (99, 0.5), (100, 1.0), (1_000, 1.0)]
+)
 def test_longer_texts_are_audited_more_often(tokens: int, probability: float) -> None:
     """0.01 for each token, rounded down to a power of two."""
     assert measures_of(config(), SAMPLING, tokens).audit == probability

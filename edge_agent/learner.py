@@ -252,7 +252,8 @@ class Learner:
         self._pairs.clear()
         self._round_began_s = now_s
         if federation.epsilon > 0.0:
-            sigma = sigma_for(federation.epsilon, federation.delta, federation.releases)
+            # A token may be in two curves, that of the drafts and that of the peers.
+            sigma = math.sqrt(2.0) * sigma_for(federation.epsilon, federation.delta, federation.releases)
             shared = {name: noised(curve, sigma, self._rng) for name, curve in self.curves.items()}
         else:
             shared = dict(self.curves)

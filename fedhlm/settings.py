@@ -197,8 +197,8 @@ class Federation(Section, frozen=True):
     """Rounds and robustness, at edge and cloud: new state goes out after `round_updates` contributions or `round_s` seconds.
 
     A cluster's state begins with at most `prior_tokens` tokens' worth of what the others know.
-    A member's weight is capped at `weight_cap` tokens; from five members on the `trim` largest and smallest ratios of each
-    bin are cut. With `epsilon` above 0 an agent adds Gaussian noise to its sums, for (epsilon, delta) over `releases`
+    A member's weight is capped at `weight_cap` tokens; from five members on the share `trim` of the ratios in each bin
+    is cut at either end (rounded down: 0.1 cuts from ten members on). With `epsilon` above 0 an agent adds Gaussian noise to its sums, for (epsilon, delta) over `releases`
     contributions, after which it sends none. Every `assign_s` seconds the cloud regroups the agents (0: never).
     """
 

@@ -7,8 +7,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from edge_agent.events import (
     Answered,
@@ -22,7 +21,6 @@ from edge_agent.events import (
     Finish,
     Grown,
     LinkUp,
-    Observation,
     Observe,
     Plan,
     Refused,
@@ -38,8 +36,8 @@ from edge_agent.model import Drafter, Drawn
 from edge_agent.peers import Peers
 from edge_agent.pipeline import PIPELINES, Limits
 from edge_agent.profile import PromptSample, Sampler
+from edge_agent.result import Job, Result
 from fedhlm import topics
-from fedhlm.budget import Budget as ErrorBudget
 from fedhlm.couplings import COUPLINGS
 from fedhlm.errors import ProtocolError
 from fedhlm.messages import (
@@ -53,7 +51,6 @@ from fedhlm.messages import (
     Presence,
     Prime,
     Profile,
-    Sampling,
     UncertainTokens,
     Verdict,
     VerifiedTokens,
@@ -71,68 +68,6 @@ from fedhlm.tree import pack_branches
 log = logging.getLogger(__name__)
 
 EVENTS_MAX: Final = 1_024
-
-
-@dataclass
-class Result:
-    """One finished generation: ids with who settled each, why it ended, and what it cost.
-
-    `uplink_bytes` go to the cloud; `cluster_bytes` are for the peers and the federation. `tau` and `similarity` are the
-    thresholds that it ran with.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    drafted: list[bool] = field(default_factory=list)
-    finish: FinishReason = "error"
-    error: str = ""
-    uplink_bytes: int = 0
-    uplink_messages: int = 0
-    cluster_bytes: int = 0
-    round_trips: int = 0
-    rollbacks: int = 0
-    discarded: int = 0
-    escalated: int = 0
-    tau: float = 1.0
-    similarity: float | None = None
-    audited: bool = False
-    observed: list[Observation] = field(default_factory=list)
-    ended: Finish = Finish("error")  # noqa: RUF009 - never changed
-    risk: ErrorBudget | None = None
-    wall_s: float = 0.0
-
-    def statistics(self) -> dict[str, float]:
-        """Figures for the last message of a request."""
-        by_source = {f"tokens_{source}": float(count) for source, count in Counter(self.sources).items()}
-        betas = [o.beta for o in self.observed if o.source == "local"]
-        figures = by_source | {
-            "uplink_bytes": float(self.uplink_bytes),
-            "uplink_messages": float(self.uplink_messages),
-            "cluster_bytes": float(self.cluster_bytes),
-            "round_trips": float(self.round_trips),
-            "rollbacks": float(self.rollbacks),
-            "discarded": float(self.discarded),
-            "escalated": float(self.escalated),
-            "mean_beta": sum(betas) / len(betas) if betas else 0.0,
-            "tau": self.tau,
-            "wall_s": self.wall_s,
-        }
-        if self.similarity is not None:
-            figures["similarity"] = self.similarity
-        if self.risk is not None:
-            figures |= {"risk": self.risk.estimate, "risk_limit": self.risk.limit()}
-            figures |= {f"risk_{name}": value for name, value in self.risk.snapshot().items()}
-        return figures
-
-
-class Job(NamedTuple):
-    """A generation to be: the merged configuration, its law, its limits in tokens."""
-
-    config: GenerationConfig
-    sampling: Sampling
-    max_tokens: int
-    context_max: int
-    eos_ids: frozenset[int]
 
 
 class Agent:

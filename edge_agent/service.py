@@ -7,9 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from edge_agent.agent import Agent, Job, Result
+from edge_agent.agent import Agent
 from edge_agent.connection import Connection
 from edge_agent.events import Committed
+from edge_agent.result import Job, Result
 from fedhlm import topics
 from fedhlm.config import Loaded
 from fedhlm.errors import BusError, FedhlmError, ProtocolError

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from edge_agent.agent import Agent, Job, Result
+from edge_agent.agent import Agent
 from edge_agent.events import Committed, Observation
+from edge_agent.result import Job, Result
 from fedhlm.budget import Budget
 from fedhlm.config import load, presets
 from fedhlm.couplings import COUPLINGS

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Final, NamedTuple
 
-from edge_agent.agent import Job, Result
+from edge_agent.result import Job, Result
 from fedhlm.config import load
 from fedhlm.couplings import COUPLINGS
 from fedhlm.messages import Sampling

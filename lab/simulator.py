@@ -12,8 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
-from edge_agent.agent import Agent, Job, Result
+from edge_agent.agent import Agent
 from edge_agent.events import Committed
+from edge_agent.result import Job, Result
 from fedhlm.config import load
 from fedhlm.couplings import COUPLINGS
 from fedhlm.link import LinkModel

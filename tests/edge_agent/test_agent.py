@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from edge_agent.agent import Agent, Job, Result
+from edge_agent.agent import Agent
 from edge_agent.events import Committed
+from edge_agent.result import Job, Result
 from edge_agent.service import StoppedText
 from fedhlm import topics
 from fedhlm.config import load

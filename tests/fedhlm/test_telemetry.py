@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.agent import Result
+from edge_agent.result import Result
 from fedhlm.config import load
 from fedhlm.errors import ConfigError
 from fedhlm.messages import Sampling

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from edge_agent.agent import Agent, Job
+from edge_agent.agent import Agent
 from edge_agent.events import Committed
 from edge_agent.model import Drawn
+from edge_agent.result import Job
 from fedhlm import topics
 from fedhlm.config import load, presets
 from fedhlm.loopback import LoopbackBus

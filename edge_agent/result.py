@@ -1,0 +1,72 @@
+"""A generation that is asked for, and what became of it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from edge_agent.events import Finish, Observation
+from fedhlm.budget import Budget
+from fedhlm.messages import FinishReason, Sampling
+from fedhlm.settings import Generation
+
+
+class Job(NamedTuple):
+    """A generation to be: the merged configuration, its law, its limits in tokens."""
+
+    config: Generation
+    sampling: Sampling
+    max_tokens: int
+    context_max: int
+    eos_ids: frozenset[int]
+
+
+@dataclass
+class Result:
+    """One finished generation: ids with who settled each, why it ended, and what it cost.
+
+    `uplink_bytes` go to the cloud; `cluster_bytes` are for the peers and the federation. `tau` and `similarity` are the
+    thresholds that it ran with.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    finish: FinishReason = "error"
+    error: str = ""
+    uplink_bytes: int = 0
+    uplink_messages: int = 0
+    cluster_bytes: int = 0
+    round_trips: int = 0
+    rollbacks: int = 0
+    discarded: int = 0
+    escalated: int = 0
+    tau: float = 1.0
+    similarity: float | None = None
+    audited: bool = False
+    observed: list[Observation] = field(default_factory=list)
+    ended: Finish = Finish("error")  # noqa: RUF009 - never changed
+    risk: Budget | None = None
+    wall_s: float = 0.0
+
+    def statistics(self) -> dict[str, float]:
+        """Figures for the last message of a request."""
+        by_source = {f"tokens_{source}": float(count) for source, count in Counter(self.sources).items()}
+        betas = [o.beta for o in self.observed if o.source == "local"]
+        figures = by_source | {
+            "uplink_bytes": float(self.uplink_bytes),
+            "uplink_messages": float(self.uplink_messages),
+            "cluster_bytes": float(self.cluster_bytes),
+            "round_trips": float(self.round_trips),
+            "rollbacks": float(self.rollbacks),
+            "discarded": float(self.discarded),
+            "escalated": float(self.escalated),
+            "mean_beta": sum(betas) / len(betas) if betas else 0.0,
+            "tau": self.tau,
+            "wall_s": self.wall_s,
+        }
+        if self.similarity is not None:
+            figures["similarity"] = self.similarity
+        if self.risk is not None:
+            figures |= {"risk": self.risk.estimate, "risk_limit": self.risk.limit()}
+            figures |= {f"risk_{name}": value for name, value in self.risk.snapshot().items()}
+        return figures

@@ -1,11 +1,12 @@
 """Every preset on the same news prompts with real models, in virtual time: the table of docs/results.md.
 
-Run: python -m lab.compare [--presets exact budget ...] [--prompts 500] [--items FILE] [--set KEY=VALUE] [--json FILE]
+Run: python -m lab.compare [--presets exact budget ...] [--prompts 500] [--ag-news] [--set KEY=VALUE] [--json FILE]
 """
 
 import argparse
 import asyncio
 import json
+import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from fedhlm.text import encode_prompt
 from fedhlm.virtual import run_virtual
 from lab.fleet import Fleet, Pair
 from lab.shipped import shipped_pair
-from model_zoo.corpus import TOPIC_LINE, Article
+from model_zoo.corpus import TOPIC_LINE, Article, load_ag_news
 from model_zoo.prompts import load_items
 
 CLUSTERS: Final = 2
@@ -117,6 +118,17 @@ def tasks_of(
         wanted = [(ids(a.body + TOPIC_LINE), a.topic) for a in articles]
         return [Task(p, Sampling(i, 0.0), 1, t) for i, (p, t) in enumerate(wanted) if len(p) <= room]
     return [Task(ids(a.title + "\n"), Sampling(i, temperature), tokens, "") for i, a in enumerate(articles)]
+
+
+def shuffled_test_split() -> list[Article]:
+    """AG News, test split, always in the same order.
+
+    Raises:
+        DataMissing: it is not there and cannot be downloaded.
+    """
+    articles = list(load_ag_news("test"))
+    random.Random(5).shuffle(articles)
+    return articles
 
 
 async def nobody(_tokens: list[Committed]) -> FinishReason | None:
@@ -231,13 +243,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--delay", type=float, default=0.02, help="seconds, one way, on every link")
     parser.add_argument("--alpha", type=float, help="Dirichlet partition of the topics over the agents")
-    parser.add_argument("--items", type=Path)
+    parser.add_argument("--items", type=Path, help="news items, one JSON object a line; default: the shipped ones")
+    parser.add_argument("--ag-news", action="store_true", help="the AG News test split, shuffled (see FEDHLM_DATA)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every preset")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     slm, llm = model_folder("", "slm"), model_folder("", "llm")
     pair, large = shipped_pair(slm, llm), Alone(llm)
-    articles = load_items(options.items)[options.skip : options.skip + options.prompts + options.warm]
+    known = shuffled_test_split() if options.ag_news else load_items(options.items)
+    articles = known[options.skip : options.skip + options.prompts + options.warm]
     places = CLUSTERS * AGENTS
     lines: list[Line] = []
     for kind in options.kinds:

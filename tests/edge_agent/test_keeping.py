@@ -1,0 +1,69 @@
+"""What an agent has learnt survives its restart, and a garbled file costs no more than that knowledge."""
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from edge_agent.events import Observation
+from edge_agent.learner import Learner, measures_of
+from edge_agent.service import LEARNER_FILE, AgentService
+from fedhlm.config import load
+from fedhlm.messages import Sampling
+from fedhlm.settings import Federation
+from fedhlm.state import Store
+from fedhlm.virtual import run_virtual
+from lab import toy
+from lab.fleet import Fleet
+
+LOADED = load(preset="budget", environ={})
+MEASURES = measures_of(LOADED.config.generation, Sampling(1), 64)
+
+
+class Disk:
+    """Files in memory, in place of a folder."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.rejected: list[str] = []
+        self.store = Store(self.files.get, self.files.__setitem__, lambda name, _why: self.rejected.append(name))
+
+
+def service(fleet: Fleet, disk: Disk) -> AgentService:
+    facts: Any = None  # no prompt is served here
+    bus = fleet.bus("a")
+    agent = fleet.agent(bus, "c0", "a", toy.ToyDrafter(agreement=0.8), lambda: 1)
+    return AgentService(agent=agent, loaded=LOADED, model=facts, counters=fleet.counters, store=disk.store)
+
+
+def teach(learner: Learner) -> None:
+    seen = Observation(0.2, 0.0, 0.0, None, 0.0, "local", False, False)
+    learner.observe(MEASURES, LOADED.config.generation, [seen] * 400)
+
+
+def test_what_was_learnt_survives_a_restart() -> None:
+    async def scenario() -> None:
+        fleet, disk = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.0, sessions_max=3), Disk()
+        first = service(fleet, disk)
+        teach(first.agent.learner)
+        await first._save()
+        assert disk.files == {}, "nothing before a round is over"
+        first.agent.learner.contribution(LOADED.config.generation, 1.0)
+        await first._save()
+        again = service(fleet, disk).agent.learner
+        assert again.snapshot() == first.agent.learner.snapshot()
+        assert again.tau(MEASURES, LOADED.config.generation) > 0.0
+        assert disk.rejected == []
+
+    asyncio.run(scenario())
+
+
+def test_a_garbled_file_is_put_aside() -> None:
+    async def scenario() -> None:
+        fleet, disk = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.0, sessions_max=3), Disk()
+        disk.files[LEARNER_FILE] = b"garbled"
+        fresh = Learner(Federation(), np.random.default_rng(1))
+        assert service(fleet, disk).agent.learner.snapshot() == fresh.snapshot()
+        assert disk.rejected == [LEARNER_FILE]
+
+    run_virtual(scenario())

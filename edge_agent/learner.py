@@ -208,9 +208,10 @@ class Learner:
 
     def _allowed(self, measures: Measures, config: Generation) -> float:
         """What the kept tokens' curve may cost: the budget, loosened by tokens that are verified although they could be
-        kept, tightened while the audited estimate is above it."""
+        kept, tightened while the audited estimate is above it by more than it errs (two standard errors)."""
         risk = self.risk(measures, config)
-        over = 1.0 if risk is None or risk.estimate <= config.budget else risk.estimate / config.budget
+        surely = 0.0 if risk is None else risk.estimate - 2.0 * risk.standard_error
+        over = max(1.0, surely / config.budget)
         return min(1.0, config.budget * self._slack[_kind(measures)].factor) / over
 
     def _delta(self, config: Generation) -> float:

@@ -85,6 +85,11 @@ class Budget:
         """R-hat per token: the mean of Y, in [0, 1/epsilon]; 0 before the first session."""
         return self._total / (self.epsilon * self.sessions) if self.sessions else 0.0
 
+    @property
+    def standard_error(self) -> float:
+        """Of `estimate`, from the spread of the sessions; 0 before the first. For control, not for promises."""
+        return math.sqrt(self._drift) / (self.epsilon * self.sessions) if self.sessions else 0.0
+
     def limit(self) -> float:
         """Upper limit of the mean, over the sessions so far, of each session's risk given the past; in [0, 1].
 

@@ -353,3 +353,18 @@ def test_two_devices_budgets_add_up_to_that_of_all_sessions() -> None:
     assert both.limit() < min(part.limit() for part in parts)
     with pytest.raises(ValueError, match="equal ones expected"):
         Budget(0.5) + Budget(0.25)
+
+
+def test_the_standard_error_is_that_of_independent_sessions() -> None:
+    rng = np.random.default_rng(5)
+    estimates, errors = [], []
+    for _ in range(300):
+        budget = Budget(0.5)
+        for _ in range(100):
+            audited = rng.random() < 0.5
+            harm = float(rng.random() < 0.3)
+            budget.add_session(1, [], [harm] if audited else None, 1)
+        estimates.append(budget.estimate)
+        errors.append(budget.standard_error)
+    assert float(np.mean(errors)) == pytest.approx(float(np.std(estimates)), rel=0.15)
+    assert Budget(0.5).standard_error == 0.0

@@ -27,6 +27,12 @@ VARIANTS = {
     "hlm (blocking, 1 token)": {"preset": "hlm"},
     "blocking, 8 tokens": {"preset": "exact", "generation.pipeline.kind": "blocking"},
     "async (exact)": {"preset": "exact"},
+    "tree, 64 nodes at most": {"preset": "exact", "generation.pipeline.kind": "tree"},
+    "tree, 256 nodes at most": {
+        "preset": "exact",
+        "generation.pipeline.kind": "tree",
+        "generation.pipeline.nodes": "256",
+    },
     "llm-only (remote, 8 tokens)": {"preset": "llm-only"},
 }
 

@@ -47,13 +47,14 @@ class Scenario:
     calm_s: float = 20.0
     deadline_s: float = 600.0
     delay_s: float = 0.02
+    settings: tuple[str, ...] = ()  # KEY=VALUE
 
     @property
     def replay(self) -> str:
         """The shell command that runs this scenario again."""
         return (
             f"python -m lab.simulator --preset {self.preset} --temperature {self.temperature} "
-            f"--deadline {self.deadline_s:g} --seeds {self.seed}"
+            f"--deadline {self.deadline_s:g} --seeds {self.seed}" + "".join(f" --set {s}" for s in self.settings)
         )
 
 
@@ -86,6 +87,7 @@ class Trial(Fleet):
             "generation.retry_ms": "500",
             # Drafting never pauses here: the more blocks are in flight, the more there is to go wrong.
             "generation.pipeline.survival_floor": "0",
+            **dict(setting.split("=", 1) for setting in scenario.settings),
         }
         self.config: Generation = load(preset=scenario.preset, environ={}, flags=flags).config.generation
 
@@ -235,6 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--deadline", type=float, default=600.0, help="seconds before tokens are committed unverified")
     parser.add_argument("--seeds", default="0..9", help="one seed, or A..B inclusive")
     parser.add_argument("--calm", action="store_true", help="no faults")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting over the preset's")
     options = parser.parse_args(arguments)
     first, _, last = options.seeds.partition("..")
     total: Counter[str] = Counter()
@@ -246,6 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
             temperature=options.temperature,
             deadline_s=options.deadline,
             faults=not options.calm,
+            settings=tuple(options.set),
         )
         try:
             outcome = simulate(scenario)

@@ -42,6 +42,14 @@ def test_every_preset_keeps_its_word_with_short_and_long_deadlines(preset: str, 
     assert total["local" if preset == "slm-only" else "cloud"] > 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_trees_survive_every_fault_schedule_too(temperature: float) -> None:
+    settings = ("generation.pipeline.kind=tree", "generation.pipeline.nodes=12")
+    total = run(2_000, temperature=temperature, settings=settings)
+    assert total["cloud"] == sum(total[s] for s in ("cloud", "local", "unverified", "peer", "neighbour"))
+    assert total["rollbacks"] > CHUNK
+
+
 def test_one_seed_is_one_run() -> None:
     assert simulate(Scenario(seed=5)) == simulate(Scenario(seed=5))
     assert simulate(Scenario(seed=5)).texts != simulate(Scenario(seed=6)).texts

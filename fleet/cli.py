@@ -152,6 +152,7 @@ def demo(
     duration: Seconds = 30.0,
     budget: Share | None = None,
     alpha: Annotated[float, Parameter(validator=Number(gt=0))] | None = None,
+    temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.0,
     json: Path | None = None,
 ) -> int:
     """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled what at which price.
@@ -177,6 +178,8 @@ def demo(
     alpha
         Dirichlet concentration that shares out the news over the agents: 0.1 gives each few topics, 10 nearly all alike;
         by default all agents share one list.
+    temperature
+        Of the continued texts; topics are always asked for at 0.
     json
         File for the results.
     """
@@ -191,6 +194,7 @@ def demo(
         duration_s=duration,
         budget=budget,
         alpha=alpha,
+        temperature=temperature,
         json_file=json,
     )
 

@@ -36,6 +36,7 @@ from fleet.report import Figures, Generated, Report, Run, figures, notes, tables
 
 CLUSTERS: Final = 2
 AGENTS: Final = 2
+TEMPERATURE: Final = 0.0  # where the peers have something to say (docs/peers.md)
 READY_S: Final = 90.0
 COMPARED: Final = ("exact", "fedhlm", "hlm")
 COMPARED_ITEMS: Final = 8
@@ -58,11 +59,14 @@ class Demo:
         duration_s: float,
         budget: float | None = None,
         alpha: float | None = None,
+        temperature: float = TEMPERATURE,
     ) -> None:
-        flags = {"broker.url": broker} if broker else {}
+        # Within the demo's clusters a byte costs nothing: it never leaves the machine.
+        self.overrides = {"generation.temperature": f"{temperature:g}", "generation.consensus.lan_price": "0"}
         if budget is not None:
-            flags["generation.budget"] = str(budget)
-        self.config = configuration.load(preset=preset, flags=flags).config
+            self.overrides["generation.budget"] = str(budget)
+        flags = {"broker.url": broker} if broker else {}
+        self.config = configuration.load(preset=preset, flags={**flags, **self.overrides}).config
         generation = self.config.generation
         self.has_budget = generation.threshold == "calibrated-fl"
         if budget is not None and not self.has_budget:
@@ -70,7 +74,6 @@ class Demo:
                 f"a preset with generation.threshold 'calibrated-fl' expected, not {preset} ({generation.threshold!r})"
             )
             raise ConfigError("generation.budget", f"{budget:g}", f"{words} (flag --budget)")
-        self.budget = budget
         self.preset = preset
         is_path = preset not in configuration.presets()
         self.preset_source = str(Path(preset).resolve()) if is_path else preset
@@ -145,8 +148,7 @@ class Demo:
             "FEDHLM_PRESET": self.preset_source,
             "FEDHLM_TELEMETRY__LOG_LEVEL": "WARNING",
         }
-        if self.budget is not None:
-            common["FEDHLM_GENERATION__BUDGET"] = str(self.budget)
+        common |= {configuration.environment_name(key): value for key, value in self.overrides.items()}
         await processes.start(
             "cloud", "fleet.cli", "cloud", env={**common, "FEDHLM_CLOUD__THREADS": str(max(1, cores // 2))}
         )
@@ -250,8 +252,10 @@ class Demo:
                 group.create_task(work(place, tasks), name=f"ask-{place.agent}")
 
     def _run_of(self, name: str, requests: list[Generated], wall_s: float) -> Run:
-        own = self.config.generation if name == self.name else configuration.load(preset=name).config.generation
-        return Run(name, own, self.seed, requests, wall_s)
+        if name == self.name:
+            return Run(name, self.config.generation, self.seed, requests, wall_s)
+        other = configuration.load(preset=name, flags=self.overrides).config.generation
+        return Run(name, other, self.seed, requests, wall_s)
 
     def _reported(
         self, own: Figures, progress: Progress, *, comparisons: Sequence[Figures] = (), stopped_early: bool = False
@@ -277,6 +281,7 @@ def run(
     duration_s: float = 30.0,
     budget: float | None = None,
     alpha: float | None = None,
+    temperature: float = TEMPERATURE,
     json_file: Path | None = None,
 ) -> int:
     """Run the demo and print its table; 130 when it was interrupted, with the table so far."""
@@ -293,6 +298,7 @@ def run(
         duration_s=duration_s,
         budget=budget,
         alpha=alpha,
+        temperature=temperature,
     )
     code = 0
     try:

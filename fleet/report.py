@@ -125,7 +125,9 @@ def figures(run: Run, alone: Mapping[int, Alternatives]) -> Figures:
     done = [r for r in run.requests if r.finish is not None]
     tokens = sum(len(r.ids) for r in done)
     compared = [(r, alone[i]) for i, r in enumerate(run.requests) if i in alone and r.finish is not None]
-    seeded = compared if run.generation.coupling in SEEDED else []
+    # At temperature 0 nothing is drawn, so every text can be compared.
+    alike = run.generation.coupling in SEEDED or run.generation.temperature == 0.0
+    seeded = compared if alike else []
     equal = sum(a == b for r, other in seeded for a, b in zip(r.ids, other.llm_ids, strict=False))
     compared_tokens = sum(len(r.ids) for r, _ in seeded)
     continued = [r for r in done if r.task == "continue"]

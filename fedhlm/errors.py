@@ -6,7 +6,8 @@ FedhlmError
 ├── ModelError         a model folder is missing, incomplete or of the wrong kind
 ├── FingerprintMismatch  agent and cloud do not run the same tokenizer, vocabulary or sampler
 ├── ProtocolError      bytes on a topic are not a message of that topic
-└── BusError           the broker cannot be reached or refuses
+├── BusError           the broker cannot be reached or refuses
+└── TraceError         a recording cannot be read, written or used as asked
 """
 
 
@@ -56,3 +57,7 @@ def root_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+class TraceError(FedhlmError):
+    """A recording cannot be read, written or used as asked."""

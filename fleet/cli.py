@@ -7,17 +7,17 @@ command that needs it, so that help and errors come at once.
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
-from msgspec.structs import asdict
 
 from fedhlm.errors import FedhlmError
+from fleet.commands import models
+from fleet.commands.common import Positive, Seconds, Seed, Share, needing
 
 if TYPE_CHECKING:
     from fedhlm.config import Loaded
@@ -27,10 +27,6 @@ INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 
 Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
-Positive = Annotated[int, Parameter(validator=Number(gte=1))]
-Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
-Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
-Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
 
 
 def _version() -> str:
@@ -45,9 +41,8 @@ app = App(
     help_format="plaintext",
 )
 config_app = App(name="config", help="Look at the configuration.")
-models_app = App(name="models", help="Train, export, quantise and inspect models.")
 app.command(config_app)
-app.command(models_app)
+app.command(models.app)
 
 
 @config_app.command(name="check")
@@ -98,7 +93,7 @@ def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, pr
         Continue this text, print the result and end; without it the agent serves prompts from the bus.
     """
     loaded = _loaded(keys, config, preset)
-    with _needing("agent"):
+    with needing("agent"):
         from edge_agent.__main__ import main as run
     return run(loaded, prompt)
 
@@ -117,7 +112,7 @@ def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> 
         Shipped preset or path of a preset file.
     """
     loaded = _loaded(keys, config, preset)
-    with _needing("edge"):
+    with needing("edge"):
         from edge_broker.__main__ import main as run
     return run(loaded)
 
@@ -136,7 +131,7 @@ def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) ->
         Shipped preset or path of a preset file.
     """
     loaded = _loaded(keys, config, preset)
-    with _needing("cloud"):
+    with needing("cloud"):
         from cloud_verifier.__main__ import main as run
     return run(loaded)
 
@@ -183,7 +178,7 @@ def demo(
     json
         File for the results.
     """
-    with _needing("agent,edge,cloud"):
+    with needing("agent,edge,cloud"):
         from fleet.demo import run
     return run(
         preset=preset,
@@ -197,163 +192,6 @@ def demo(
         temperature=temperature,
         json_file=json,
     )
-
-
-@models_app.command(name="export")
-def models_export(source: str, out: Path, *, tokenizer: Path | None = None, name: str | None = None) -> int:
-    """Export a Hugging Face causal language model to ONNX, compared with torch.
-
-    Parameters
-    ----------
-    source
-        Model directory or hub id.
-    out
-        Folder to write.
-    tokenizer
-        Folder or file with tokenizer.json, for a source that has none.
-    name
-        Name of the model; by default that of the source.
-    """
-    with _needing("models"):
-        from model_zoo.export import export
-    export(source, out, tokenizer=tokenizer, name=name)
-    return models_info(out)
-
-
-@models_app.command(name="quantise")
-def models_quantise(
-    folder: Path, out: Path, *, mode: Literal["int8-dynamic", "weights-int8", "weights-fp16"] = "int8-dynamic"
-) -> int:
-    """Quantise an exported model.
-
-    Parameters
-    ----------
-    folder
-        Exported fp32 model.
-    out
-        Folder to write.
-    mode
-        int8-dynamic is for drafting; a cloud model takes one of the weights-only modes.
-    """
-    with _needing("models"):
-        from model_zoo.quantise import quantise
-    quantise(folder, out, mode)
-    return models_info(out)
-
-
-@models_app.command(name="info")
-def models_info(folder: Path) -> int:
-    """Describe a model folder.
-
-    Parameters
-    ----------
-    folder
-        Exported or quantised model.
-    """
-    with _needing("models"):
-        from model_zoo.info import summary
-    _print_facts(summary(folder))
-    return 0
-
-
-@models_app.command(name="train")
-def models_train(runs: Path, *, data: Path | None = None, until: str | None = None) -> int:
-    """Train the default pair stage by stage; what an earlier call finished is kept, what it began goes on.
-
-    Parameters
-    ----------
-    runs
-        Working folder.
-    data
-        Folder with ag_news/ and news_text/; by default FEDHLM_DATA, ../shared/data or the hub.
-    until
-        Last stage to run.
-    """
-    from fedhlm.telemetry import configure_logging
-
-    with _needing("models"):
-        from model_zoo.recipe import run_recipe
-    configure_logging("INFO", "models")
-    _print_facts(run_recipe(runs, data, until=until))
-    return 0
-
-
-@models_app.command(name="release")
-def models_release(
-    runs: Path,
-    out: Path,
-    *,
-    data: Path | None = None,
-    articles: Positive | None = None,
-    prompts: Positive = 100,
-    threads: Positive = 1,
-) -> int:
-    """Export, quantise and measure a trained pair, and write its model cards.
-
-    Parameters
-    ----------
-    runs
-        Working folder of `fedhlm models train`.
-    out
-        Folder for the two model folders.
-    data
-        Folder with ag_news/; by default FEDHLM_DATA, ../shared/data or the hub.
-    articles
-        Size of a random sample of the test split; all of it by default.
-    prompts
-        Number of titles that the LLM continues.
-    threads
-        Threads of the models while they are measured.
-    """
-    from fedhlm.telemetry import configure_logging
-
-    with _needing("models"):
-        from model_zoo.release import release
-    configure_logging("INFO", "models")
-    _print_facts(release(runs, out, data, articles=articles, prompts=prompts, threads=threads))
-    return 0
-
-
-@models_app.command(name="evaluate")
-def models_evaluate(
-    folder: Path,
-    *,
-    target: Path | None = None,
-    data: Path | None = None,
-    articles: Positive | None = None,
-    prompts: Positive = 100,
-    tokenizer: Path | None = None,
-    threads: Positive = 1,
-) -> int:
-    """Measure topic accuracy and perplexity on the AG News test split and, with a target, how often both agree.
-
-    Parameters
-    ----------
-    folder
-        Exported model or Hugging Face directory.
-    target
-        Large model whose continuations the first one is to predict.
-    data
-        Folder with ag_news/; by default FEDHLM_DATA, ../shared/data or the hub.
-    articles
-        Size of a random sample; all of the split by default.
-    prompts
-        Number of titles that the target continues.
-    tokenizer
-        Folder with tokenizer.json, for a Hugging Face directory without one.
-    threads
-        Threads of an exported model.
-    """
-    with _needing("models"):
-        from model_zoo import evaluate
-        from model_zoo.corpus import load_ag_news
-    split = load_ag_news("test", data)
-    model = evaluate.open_model(folder, tokenizer=tokenizer, threads=threads)
-    _print_facts(asdict(evaluate.evaluate(model, evaluate.sample(split, articles))))
-    if target is not None:
-        other = evaluate.open_model(target, tokenizer=tokenizer, threads=threads)
-        _print_facts(asdict(evaluate.agreement(model, other, evaluate.sample(split, prompts))))
-    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -400,24 +238,6 @@ def _loaded(keys: Sequence[str], file: Path | None, preset: str | None) -> "Load
     from fedhlm.config import load
 
     return load(file=file, preset=preset, flags=parse_keys(keys))
-
-
-@contextmanager
-def _needing(extra: str) -> Iterator[None]:
-    """Say which extra to install when a library is absent."""
-    try:
-        yield
-    except ModuleNotFoundError as exc:
-        library = (exc.name or "").partition(".")[0]
-        if library in {"fedhlm", "edge_agent", "edge_broker", "cloud_verifier", "fleet", "lab", "model_zoo"}:
-            raise
-        raise FedhlmError(f"{library!r} is not installed: pip install 'fedhlm[{extra}]'") from exc
-
-
-def _print_facts(facts: Mapping[str, object]) -> None:
-    width = max(map(len, facts))
-    for label, fact in facts.items():
-        print(f"{label:<{width}}  {fact}")
 
 
 def _fail(reason: str) -> int:

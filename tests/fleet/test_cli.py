@@ -14,6 +14,7 @@ from fedhlm.config import KEYS, Loaded, presets
 from fedhlm.errors import FedhlmError
 from fedhlm.settings import DEFAULT_PRESET
 from fleet import cli
+from fleet.commands.common import needing
 from tests.processes import obey_interrupts
 
 PROGRAM = Path(sys.executable).with_name("fedhlm")
@@ -169,10 +170,10 @@ def test_malformed_toml_names_the_line(tmp_path: Path) -> None:
 def test_an_absent_library_names_the_extra() -> None:
     with (
         pytest.raises(FedhlmError, match=r"'onnxruntime' is not installed: pip install 'fedhlm\[agent\]'"),
-        cli._needing("agent"),
+        needing("agent"),
     ):
         raise ModuleNotFoundError("No module named 'onnxruntime.capi'", name="onnxruntime.capi")
-    with pytest.raises(ModuleNotFoundError), cli._needing("agent"):
+    with pytest.raises(ModuleNotFoundError), needing("agent"):
         raise ModuleNotFoundError("No module named 'edge_agent.nothing'", name="edge_agent.nothing")
 
 

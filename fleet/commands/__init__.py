@@ -1,0 +1,1 @@
+"""The groups of the `fedhlm` command; each module holds one App."""

@@ -15,7 +15,7 @@ from fedhlm.fingerprint import fingerprint_of
 from fedhlm.messages import encode
 from fedhlm.party import Party, Stamp, presence
 from fedhlm.sampling import NOISE
-from fedhlm.serve import bus_of, model_folder, serve
+from fedhlm.serve import bus_of, diary_of, model_folder, serve
 from fedhlm.settings import Config
 from fedhlm.state import store_of
 from fedhlm.telemetry import Counters
@@ -49,7 +49,9 @@ async def run(config: Config, counters: Counters) -> int:
     )
     async with engine_of(decoder) as engine:
         service = CloudService(
-            party=Party(bus=bus, stamp=stamp, counters=counters, root=config.broker.root),
+            party=Party(
+                bus=bus, stamp=stamp, counters=counters, root=config.broker.root, diary=diary_of(config.telemetry)
+            ),
             engine=engine,
             sessions=sessions,
             counters=counters,

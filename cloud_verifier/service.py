@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from cloud_verifier.batching import Batcher, Done, Job, Output
 from cloud_verifier.coordinator import Coordinator
+from cloud_verifier.diary import Life
 from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verifier import Settled
 from fedhlm import rounds, topics
@@ -84,6 +86,18 @@ class CloudService:
         self._assign_s = assign_s
         self._in_thread = in_thread
         self._saver = rounds.Saver(store, {FEDERATION_FILE: self.coordinator.members})
+        if party.diary is not None:
+            life = Life(
+                root=party.root,
+                fingerprint=sessions.fingerprint,
+                eos_ids=sessions.eos_ids,
+                context_max=sessions.context_max,
+                sessions_max=sessions.sessions_max,
+                batch_max=batch_max,
+                federation=self.coordinator.members.federation,
+                members=self.coordinator.members.snapshot(),
+            )
+            party.diary.note("state", "cloud", msgspec.msgpack.encode(life))
 
     async def subscribe(self) -> None:
         """To be called before the bus connects, so that the cloud is not online before it hears."""
@@ -101,7 +115,7 @@ class CloudService:
             bus=self._party.bus,
             changed=self._contributed,
             clock_s=self._clock_s,
-            publish=self._end_round,
+            publish=self.end_round,
         )
         try:
             async with asyncio.TaskGroup() as group:
@@ -111,6 +125,9 @@ class CloudService:
                 group.create_task(self._announce(), name="cloud-announce")
                 group.create_task(self._regroup(), name="cloud-regroup")
                 group.create_task(self._saver.keep(self._in_thread), name="cloud-save")
+                if (diary := self._party.diary) is not None:
+                    journal = diary.keep(self._party, topics.CLOUD_JOURNAL, dict)
+                    group.create_task(journal, name="cloud-journal")
         finally:
             self._saver.write()
 
@@ -156,7 +173,10 @@ class CloudService:
             self._counters.add("refused_messages")
             warn_once(log, what, "refused a %s: %s", what, exc)
 
-    async def _end_round(self) -> None:
+    async def end_round(self) -> None:
+        """Close the round of the federation and tell the edges."""
+        if self._party.diary is not None:
+            self._party.diary.note("round", at_s=self._clock_s())
         self._counters.add("rounds")
         self.coordinator.members.close()
         await self._send_learned()

@@ -60,7 +60,7 @@ class Sessions:
         self.context_max = context_max
         self.sessions_max = sessions_max
         self.dropped = 0
-        self._eos_ids = eos_ids
+        self.eos_ids = eos_ids
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class Sessions:
             return Refused(f"prime.context has {len(context)} ids: escalation.base is {escalation.base}")
         entry = self._entries.get(key)
         if entry is None or entry.state.sampling != prime.sampling:
-            state = Session(prime.sampling, self.fingerprint.vocab_size, self._eos_ids, context)
+            state = Session(prime.sampling, self.fingerprint.vocab_size, self.eos_ids, context)
             self._entries[key] = Entry(state)
         else:
             held = entry.state.context

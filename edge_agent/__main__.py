@@ -25,7 +25,7 @@ from fedhlm.keys import load_projection
 from fedhlm.messages import Prompt
 from fedhlm.party import Party, Stamp
 from fedhlm.sampling import NOISE
-from fedhlm.serve import bus_of, model_folder, serve
+from fedhlm.serve import bus_of, diary_of, model_folder, serve
 from fedhlm.state import store_of
 from fedhlm.telemetry import Counters
 
@@ -49,7 +49,7 @@ async def run(loaded: Loaded, counters: Counters, prompt: str | None = None) -> 
 
     # A service waits for its broker as long as it takes; a command line, or a second connection, does not.
     bus = open_bus(cluster, None) if prompt is None else open_bus(cluster)
-    party = Party(bus=bus, stamp=stamp, counters=counters, root=root)
+    party = Party(bus=bus, stamp=stamp, counters=counters, root=root, diary=diary_of(config.telemetry))
     projection = load_projection(folder, info.hidden_size)
     consensus = config.generation.consensus
     rng = np.random.default_rng()

@@ -7,8 +7,9 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, NamedTuple
 
+from edge_agent.diary import Ended, Life, Notes, Planned
 from edge_agent.events import (
     Answered,
     Cancelled,
@@ -20,6 +21,7 @@ from edge_agent.events import (
     Event,
     Finish,
     Grown,
+    Judged,
     LinkUp,
     Observe,
     Plan,
@@ -61,6 +63,7 @@ from fedhlm.messages import (
 )
 from fedhlm.party import Party, Received
 from fedhlm.sampling import AUDIT_STREAM, uniform
+from fedhlm.settings import Consensus, Federation
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import Counters, warn_once
 from fedhlm.tree import pack_branches
@@ -69,12 +72,39 @@ log = logging.getLogger(__name__)
 
 EVENTS_MAX: Final = 1_024
 
+NextEvent = Callable[[asyncio.Queue[Event], float], Awaitable[Event]]
+"""Waits for a generation's next event, or for the time when a Tick is due."""
+
+
+async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
+    """The queue's next event, or a Tick at `wake_s` on the loop's clock."""
+    if not queue.empty():
+        return queue.get_nowait()
+    try:
+        async with asyncio.timeout_at(None if wake_s == float("inf") else wake_s):
+            return await queue.get()
+    except TimeoutError:
+        return Tick()
+
+
+class Turn(NamedTuple):
+    """One generation on its way; `sample` collects what the cloud may see of its drafts."""
+
+    session: int
+    job: Job
+    plan: Plan
+    queue: asyncio.Queue[Event]
+    sample: PromptSample | None
+    result: Result
+    on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
+
 
 class Agent:
     """Runs generations over one bus, in `cluster` until it is assigned to another one.
 
     `new_session` gives numbers below 2**63 that do not repeat among recent ones. With a `sampler` the cloud is shown
-    samples of what this agent drafts; `make_peers` makes an empty view of a cluster.
+    samples of what this agent drafts; `make_peers` makes an empty view of a cluster. Time comes from `clock_s` (the
+    loop's by default), and events from `next_event`, so that a journal can take their place.
     """
 
     def __init__(
@@ -89,6 +119,8 @@ class Agent:
         learner: Learner,
         make_peers: Callable[[], Peers],
         sampler: Sampler | None = None,
+        clock_s: Callable[[], float] | None = None,
+        next_event: NextEvent = next_event,
     ) -> None:
         self.party = party
         self.name = party.stamp.sender
@@ -103,6 +135,9 @@ class Agent:
         self._new_session = new_session
         self._make_peers = make_peers
         self._sampler = sampler
+        self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
+        self._next_event = next_event
+        self._notes = Notes(party)
         self._routes: dict[int, asyncio.Queue[Event]] = {}
         self._delay = Delay()
 
@@ -143,6 +178,21 @@ class Agent:
             # One coin for the whole generation, tossed before anything is known of it.
             audit=uniform(sampling.seed, 0, AUDIT_STREAM) < measures.audit,
             tau=tau,
+        )
+
+    def note_life(self, federation: Federation, consensus: Consensus) -> None:
+        """Begin the journal, if one is kept: what this agent is made of, and what it has learnt in earlier lives."""
+        self._notes.life(
+            lambda: Life(
+                name=self.name,
+                cluster=self.cluster,
+                root=self.party.root,
+                fingerprint=self.fingerprint,
+                federation=federation,
+                consensus=consensus,
+                space=self.peers.space,
+                learner=self.learner.snapshot(),
+            )
         )
 
     async def subscribe(self) -> None:
@@ -194,7 +244,7 @@ class Agent:
             return
         event = self._event(verdict)
         self._counters.add("verdicts")
-        self._delay.heard((verdict.session, verdict.epoch, verdict.base), asyncio.get_running_loop().time())
+        self._delay.heard((verdict.session, verdict.epoch, verdict.base), self._clock_s())
         self._post(queue, event)
 
     def on_edge(self, state: Presence) -> None:
@@ -239,60 +289,70 @@ class Agent:
         Raises:
             ValueError: an empty prompt, or one that leaves no room in the model's context.
         """
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        plan = self.plan(job)
-        machine = Generation(plan, list(prompt), link_up=self.link_up)
+        now = began = self._clock_s()
         session = self._new_session()
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._routes[session] = queue
-        place = self.cluster
-        sample = None if self._sampler is None else self._sampler.begin()
+        self._notes.began(session, job, prompt, link_up=self.link_up, now_s=now)
+        plan = self.plan(job)
+        self._notes.write("plan", Planned(plan.tau, plan.similarity, plan.audit))
+        machine = Generation(plan, list(prompt), link_up=self.link_up)
         result = Result(tau=plan.tau, similarity=plan.similarity, audited=plan.audit)
+        sample = None if self._sampler is None else self._sampler.begin()
+        turn = Turn(session, job, plan, asyncio.Queue(), sample, result, on_commit)
+        self._routes[session] = turn.queue
+        place = self.cluster
         try:
             async with asyncio.TaskGroup() as group:
-                actions = machine.start(clock())
+                actions = machine.start(now)
                 while True:
                     for action in actions:
-                        match action:
-                            case Draft():
-                                group.create_task(self._draft(action, job, plan, queue, sample), name="draft")
-                            case Escalate():
-                                await self._publish_doubts(session, job, action, result)
-                                await self._escalate(session, plan, action, result)
-                            case Commit(tokens):
-                                result.ids += [t.token for t in tokens]
-                                result.sources += [t.source for t in tokens]
-                                result.drafted += [t.drafted for t in tokens]
-                                reason = await on_commit(tokens)
-                                if reason is not None:
-                                    self._post(queue, Cancelled(reason))
-                            case Observe(observations):
-                                result.observed += observations
-                            case Finish(reason, error):
-                                result.finish, result.error, result.ended = reason, error, action
+                        if isinstance(action, Draft):
+                            group.create_task(self._draft(action, turn), name="draft")
+                        else:
+                            await self._act(action, turn)
                     if machine.finished:
                         break
-                    event = await self._next_event(queue, machine.wake_s())
+                    event = await self._next_event(turn.queue, machine.wake_s())
+                    now = self._clock_s()
+                    self._notes.write("fed", event, now)
                     result.round_trips += isinstance(event, Answered)
                     actions = []
                     if place != self.cluster:
                         # Sessions belong to clusters. Without this a cloud that held the session for an earlier stay
                         # might go on from a context that was settled otherwise since.
                         place = self.cluster
-                        actions += machine.handle(Unprimed(machine.epoch), clock())
-                    actions += machine.handle(event, clock())
+                        actions += machine.handle(Unprimed(machine.epoch), now)
+                    actions += machine.handle(event, now)
         finally:
             del self._routes[session]
             self.link_up = machine.link_up
         result.rollbacks, result.discarded = machine.tally.rollbacks, machine.tally.discarded
         result.escalated = machine.tally.escalated
-        result.wall_s = clock() - began
+        result.wall_s = now - began
         self._count(machine, result)
         if self._sampler is not None and sample is not None:
             self._sampler.end(sample)
-        await self._learn(job, result, clock())
+        await self._learn(job, result, now)
         return result
+
+    async def _act(self, action: Escalate | Commit | Judged | Observe | Finish, turn: Turn) -> None:
+        result = turn.result
+        match action:
+            case Escalate():
+                await self._publish_doubts(turn, action)
+                await self._escalate(turn, action)
+            case Commit(tokens):
+                self._notes.write("committed", tokens)
+                result.commit(tokens)
+                reason = await turn.on_commit(tokens)
+                if reason is not None:
+                    self._post(turn.queue, Cancelled(reason))
+            case Judged():
+                self._notes.write("judged", action)
+            case Observe(observations):
+                result.observed += observations
+            case Finish(reason, error):
+                result.finish, result.error, result.ended = reason, error, action
+                self._notes.write("ended", Ended(reason, error))
 
     async def _learn(self, job: Job, result: Result, now_s: float) -> None:
         """Take the generation into account, and contribute when a round is due."""
@@ -358,49 +418,39 @@ class Agent:
             self._counters.add("tokens_by_source", amount, label=source)
         self._counters.add("generations", label=result.finish)
 
-    async def _draft(
-        self, action: Draft, job: Job, plan: Plan, queue: asyncio.Queue[Event], sample: PromptSample | None
-    ) -> None:
+    async def _draft(self, action: Draft, turn: Turn) -> None:
         ids, position = action.ids, len(action.ids)
-        uncertainty = job.config.uncertainty
+        sampling, uncertainty, queue = turn.plan.sampling, turn.job.config.uncertainty, turn.queue
         # At most one draft is under way, and the machine would wait for a lost one for ever: no limit applies here.
         if not action.levels:
-            drawn = await self._drafter.draft(ids, plan.sampling, uncertainty)
+            drawn = await self._drafter.draft(ids, sampling, uncertainty)
             chain = [_drafted(action.revision, position, drawn)]
             queue.put_nowait(chain[0])
         else:
-            budget = Budget(job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
-            grown = await self._drafter.grow(
-                ids, plan.sampling, budget, uncertainty=uncertainty, settled=action.settled
-            )
+            budget = Budget(turn.job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
+            grown = await self._drafter.grow(ids, sampling, budget, uncertainty=uncertainty, settled=action.settled)
             chain = [_drafted(action.revision, position + i, drawn) for i, drawn in enumerate(grown.chain)]
             queue.put_nowait(Grown(action.revision, position, chain, grown.branches))
-        if sample is not None:
+        if turn.sample is not None:
             for drafted in chain:
-                sample.see(drafted.position, drafted.key, drafted.uncertainty)
+                turn.sample.see(drafted.position, drafted.key, drafted.uncertainty)
 
-    async def _next_event(self, queue: asyncio.Queue[Event], wake_s: float) -> Event:
-        if not queue.empty():
-            return queue.get_nowait()
-        try:
-            async with asyncio.timeout_at(None if wake_s == float("inf") else wake_s):
-                return await queue.get()
-        except TimeoutError:
-            return Tick()
-
-    async def _publish_doubts(self, session: int, job: Job, action: Escalate, result: Result) -> None:
+    async def _publish_doubts(self, turn: Turn, action: Escalate) -> None:
         """Tell the cluster what is doubtful, before the block that escalates it, where that is worth its bytes."""
+        job = turn.job
         coin = uniform(job.sampling.seed, 1, AUDIT_STREAM)
         if not action.uncertain or job.config.peers == "none" or not self.peers.asks(job.config, coin):
             return
-        message = UncertainTokens(**self.party.stamp(), session=session, space=self.peers.space, items=action.uncertain)
+        message = UncertainTokens(
+            **self.party.stamp(), session=turn.session, space=self.peers.space, items=action.uncertain
+        )
         sent = await self.party.send(topics.PEER, message, cluster=self.cluster, agent=self.name)
-        result.cluster_bytes += sent
+        turn.result.cluster_bytes += sent
         for _ in action.uncertain:
             self.peers.collaboration[job.config.peers].published(round(sent / len(action.uncertain)))
 
-    async def _escalate(self, session: int, plan: Plan, action: Escalate, result: Result) -> None:
-        vocab_size = self.fingerprint.vocab_size
+    async def _escalate(self, turn: Turn, action: Escalate) -> None:
+        vocab_size, plan, session = self.fingerprint.vocab_size, turn.plan, turn.session
         stamp = self.party.stamp()
         prime = None
         if action.context is not None:
@@ -408,7 +458,7 @@ class Agent:
         hints = None
         if plan.similarity is not None or action.branches:
             hints = Hints(plan.similarity, plan.votes, pack_branches(action.branches, vocab_size))
-        self._delay.sent((session, action.epoch, action.base), asyncio.get_running_loop().time())
+        self._delay.sent((session, action.epoch, action.base), self._clock_s())
         message = Escalation(
             **stamp,
             session=session,
@@ -425,8 +475,8 @@ class Agent:
         sent = await self.party.send(
             topics.ESCALATE, message, expiry_s=action.deadline_s, cluster=self.cluster, agent=self.name
         )
-        result.uplink_bytes += sent
-        result.uplink_messages += sent > 0
+        turn.result.uplink_bytes += sent
+        turn.result.uplink_messages += sent > 0
 
 
 def _drafted(revision: int, position: int, drawn: Drawn) -> Drafted:

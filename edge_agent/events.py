@@ -167,6 +167,21 @@ class Observation(NamedTuple):
     audit: bool
 
 
+class Judged(NamedTuple):
+    """Who settles a draft, for the record: `token` stands in its place at `position`, `own` is the device's draft.
+
+    `escalate`: those above; else `source`. `score` is that of what peers proposed (`Proposal`), None without.
+    """
+
+    position: int
+    token: int
+    own: int
+    uncertainty: float
+    escalate: bool
+    source: Source
+    score: float | None
+
+
 class Observe(NamedTuple):
     """Feedback for the learner."""
 
@@ -181,4 +196,4 @@ class Finish(NamedTuple):
     unseen: tuple[tuple[float, Source], ...] = ()
 
 
-Action = Draft | Escalate | Commit | Observe | Finish
+Action = Draft | Escalate | Commit | Judged | Observe | Finish

@@ -21,6 +21,7 @@ from edge_agent.events import (
     Event,
     Finish,
     Grown,
+    Judged,
     LinkUp,
     Observation,
     Observe,
@@ -140,9 +141,9 @@ class Generation:
         actions: list[Action] = []
         match event:
             case Drafted():
-                self._on_drafts(event.revision, event.position, [event], (), now)
+                self._on_drafts(event.revision, event.position, [event], (), actions, now)
             case Grown(revision, position, chain, branches):
-                self._on_drafts(revision, position, chain, branches, now)
+                self._on_drafts(revision, position, chain, branches, actions, now)
             case Answered():
                 self._on_answer(event, actions, now)
             case Unprimed(epoch):
@@ -165,7 +166,13 @@ class Generation:
         return self._go_on(actions, now)
 
     def _on_drafts(
-        self, revision: int, position: int, drafts: list[Drafted], branches: tuple[Branch, ...], now: float
+        self,
+        revision: int,
+        position: int,
+        drafts: list[Drafted],
+        branches: tuple[Branch, ...],
+        actions: list[Action],
+        now: float,
     ) -> None:
         self._drafting = False
         self.tally.drafted += len(drafts)
@@ -176,6 +183,12 @@ class Generation:
         if branches and all(token.token == token.own for token in judged):
             self._tree = Tree([token.token for token in judged], branches)
         self._tail += judged
+        actions += [
+            Judged(
+                place, t.token, t.own, t.uncertainty, t.escalate, t.source, None if t.match is None else t.match.score
+            )
+            for place, t in enumerate(judged, start=position)
+        ]
 
     def _judged(self, draft: Drafted, now: float) -> Token:
         """Who settles a draft: the device, its peers, or those above."""

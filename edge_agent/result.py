@@ -1,10 +1,11 @@
 """A generation that is asked for, and what became of it."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from edge_agent.events import Finish, Observation
+from edge_agent.events import Committed, Finish, Observation
 from fedhlm.budget import Budget
 from fedhlm.messages import FinishReason, Sampling
 from fedhlm.settings import Generation
@@ -47,6 +48,12 @@ class Result:
     ended: Finish = Finish("error")  # noqa: RUF009 - never changed
     risk: Budget | None = None
     wall_s: float = 0.0
+
+    def commit(self, tokens: Sequence[Committed]) -> None:
+        """Take in tokens that are now for good."""
+        self.ids += [t.token for t in tokens]
+        self.sources += [t.source for t in tokens]
+        self.drafted += [t.drafted for t in tokens]
 
     def statistics(self) -> dict[str, float]:
         """Figures for the last message of a request."""

@@ -14,6 +14,7 @@ from edge_agent.result import Job, Result
 from fedhlm import topics
 from fedhlm.config import Loaded
 from fedhlm.errors import BusError, FedhlmError, ProtocolError
+from fedhlm.journal import Diary
 from fedhlm.messages import FinishReason, Output, Prompt, Sampling
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.state import Store
@@ -70,6 +71,7 @@ class AgentService:
         self._store = store
         self._saved_round = 0
         self._restore()
+        agent.note_life(loaded.config.federation, loaded.config.generation.consensus)
         self._requests: asyncio.Queue[Request] = asyncio.Queue(PROMPTS_MAX)
         self._seen: OrderedDict[str, None] = OrderedDict()
 
@@ -99,8 +101,14 @@ class AgentService:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive(), name="agent-receive")
             group.create_task(self._serve(), name="agent-serve")
+            if self.agent.party.diary is not None:
+                group.create_task(self._keep_journal(self.agent.party.diary), name="agent-journal")
             if self._connection is not None:
                 group.create_task(self._renew(self._connection), name="agent-renew")
+
+    async def _keep_journal(self, diary: Diary) -> None:
+        agent = self.agent
+        await diary.keep(agent.party, topics.AGENT_JOURNAL, lambda: {"cluster": agent.cluster, "agent": agent.name})
 
     async def _receive(self) -> None:
         party = self.agent.party

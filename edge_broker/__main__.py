@@ -13,7 +13,7 @@ from fedhlm.bus import Retained
 from fedhlm.config import Loaded
 from fedhlm.messages import encode
 from fedhlm.party import Party, Stamp, presence
-from fedhlm.serve import bus_of, serve
+from fedhlm.serve import bus_of, diary_of, serve
 from fedhlm.settings import Config
 from fedhlm.state import store_of
 from fedhlm.telemetry import Counters
@@ -39,11 +39,12 @@ async def run(config: Config, counters: Counters) -> int:
             topics.EDGE_STATUS.name(broker.root, cluster=cluster), encode(presence(stamp, "edge", online=False))
         )
         down_bus = bus_of(broker, client_id=name, will=will, on_link=lambda _up: to_announce.set())
-        down = Party(bus=down_bus, stamp=stamp, counters=counters, root=broker.root)
+        diary = diary_of(config.telemetry)
+        down = Party(bus=down_bus, stamp=stamp, counters=counters, root=broker.root, diary=diary)
         up = down
         if config.edge.upstream.url:
             up_bus = bus_of(config.edge.upstream, client_id=name, key="edge.upstream")
-            up = Party(bus=up_bus, stamp=stamp, counters=counters, root=config.edge.upstream.root)
+            up = Party(bus=up_bus, stamp=stamp, counters=counters, root=config.edge.upstream.root, diary=diary)
         service = EdgeService(
             cluster=cluster,
             down=down,

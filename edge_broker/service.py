@@ -9,9 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
 from msgspec.structs import replace
 
 from edge_broker.cluster import Relay
+from edge_broker.diary import Life
 from edge_broker.memory import DIGEST_MAX, Answer, ClusterMemory
 from fedhlm import rounds, topics
 from fedhlm.errors import ProtocolError
@@ -95,6 +97,19 @@ class EdgeService:
             f"edge-{cluster}.memory": self.memory,
         }
         self._saver = rounds.Saver(store, kept)
+        if down.diary is not None:
+            life = Life(
+                cluster=cluster,
+                down_root=down.root,
+                up_root=up.root,
+                batch_max=batch_max,
+                memory_max=memory_max,
+                bridges=bridges,
+                federation=federation,
+                members=self.members.snapshot(),
+                memory=self.memory.snapshot(),
+            )
+            down.diary.note("state", "edge", msgspec.msgpack.encode(life))
 
     async def subscribe(self) -> None:
         """To be called before the buses connect, so that nobody hears of the edge before it hears them."""
@@ -120,7 +135,7 @@ class EdgeService:
             bus=self._down.bus,
             changed=self._contributed,
             clock_s=self._clock_s,
-            publish=self._end_round,
+            publish=self.end_round,
         )
         try:
             async with asyncio.TaskGroup() as group:
@@ -131,14 +146,18 @@ class EdgeService:
                 group.create_task(self._send_digests(), name="edge-digests")
                 group.create_task(rounds_made, name="edge-rounds")
                 group.create_task(self._saver.keep(self._in_thread), name="edge-save")
+                if (diary := self._down.diary) is not None:
+                    journal = diary.keep(self._down, topics.EDGE_JOURNAL, lambda: {"cluster": self.cluster})
+                    group.create_task(journal, name="edge-journal")
         finally:
             self._saver.write()
 
     async def _receive(self, party: Party) -> None:
         async for received in party.received():
-            await self._handle(received)
+            await self.handle(received)
 
-    async def _handle(self, received: Received) -> None:
+    async def handle(self, received: Received) -> None:
+        """Take in one message."""
         match received.message:
             case Escalation() as escalation:
                 await self._escalate(received.levels["agent"], escalation)
@@ -223,10 +242,17 @@ class EdgeService:
             if self._batch_wait_s and len(self.relay.pending) < self.relay.batch_max:
                 await asyncio.sleep(self._batch_wait_s)
             self._waiting.clear()
-            while items := self.relay.take_batch():
-                self._counters.add("batches")
-                batch = EscalationBatch(**self._up.stamp(), items=items)
-                await self._up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
+            while await self.send_batch():
+                pass
+
+    async def send_batch(self) -> bool:
+        """Send the blocks that have waited longest to the cloud; False when there are none."""
+        items = self.relay.take_batch()
+        if items:
+            self._counters.add("batches")
+            batch = EscalationBatch(**self._up.stamp(), items=items)
+            await self._up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
+        return bool(items)
 
     async def _send_digests(self) -> None:
         while True:
@@ -265,7 +291,10 @@ class EdgeService:
             case "refused":
                 self._counters.add("refused_contributions")
 
-    async def _end_round(self) -> None:
+    async def end_round(self) -> None:
+        """Close the round of the federation, tell the cluster and, where it has grown, the cloud."""
+        if self._down.diary is not None:
+            self._down.diary.note("round", at_s=self._clock_s())
         grown = self.members.grown
         state = self.members.close()
         self._counters.add("rounds")

@@ -139,7 +139,7 @@ class Members:
     def __init__(self, federation: Federation, mean: Mean) -> None:
         self.round = 0
         self.refused: Counter[str] = Counter()
-        self._federation = federation
+        self.federation = federation
         self._mean = mean
         self._members: dict[str, _Member] = {}  # the one silent for longest first
         self._fresh: set[str] = set()
@@ -222,7 +222,7 @@ class Members:
         """When the next round is due, on the clock of `take`; None while there is nothing new."""
         if self._first_s is None:
             return None
-        return -math.inf if self.fresh >= self._federation.round_updates else self._first_s + self._federation.round_s
+        return -math.inf if self.fresh >= self.federation.round_updates else self._first_s + self.federation.round_s
 
     def due(self, now_s: float) -> bool:
         """Whether a round is due."""
@@ -260,9 +260,7 @@ class Members:
         # More measures than a message holds can only come from liars: those that most members speak of stay.
         names = sorted({*by_measure, *held}, key=lambda m: (-len(by_measure.get(m, ())), m not in held, m))
         for measure in names[:MAX_CURVES]:
-            pooled = pool(
-                by_measure.get(measure, {}), weight_cap=self._federation.weight_cap, trim=self._federation.trim
-            )
+            pooled = pool(by_measure.get(measure, {}), weight_cap=self.federation.weight_cap, trim=self.federation.trim)
             refused += len(pooled.refused)
             rest = held[measure].scaled(share) if measure in held else Curve.empty()
             curves[measure] = pooled.curve + rest

@@ -23,6 +23,7 @@ MAX_TEXT: Final = 1_048_576
 MAX_TOKENS: Final = 65_536
 MAX_KEY: Final = 1_024
 MAX_CURVES: Final = 16
+MAX_NOTES: Final = 1_024
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -44,6 +45,7 @@ Measure = Annotated[str, Meta(max_length=64)]
 Sums = Annotated[bytes, Meta(max_length=4_096)]
 
 Source = Literal["local", "peer", "neighbour", "cloud", "unverified"]
+Kind = Literal["state", "began", "heard", "fed", "round", "plan", "judged", "sent", "dropped", "committed", "ended"]
 FinishReason = Literal["length", "stop", "error", "cancelled", "context"]
 
 
@@ -288,6 +290,26 @@ class Assignment(Message, tag=13, frozen=True):
     cluster: Name
 
 
+class Note(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One line of a journal: monotonic time of its part in seconds, and what came in or was decided (docs/recordings.md).
+
+    `subject` is a topic's name, or says what `data` holds.
+    """
+
+    at_s: float
+    kind: Kind
+    subject: Annotated[str, Meta(max_length=65_535)]
+    data: Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)]
+
+
+class Journal(Message, tag=14, frozen=True):
+    """What a part took in and decided, in its own order: notes `number`, `number` + 1, ... of this `life` of it."""
+
+    life: Session
+    number: Annotated[int, Meta(ge=0, lt=2**53)]
+    notes: Annotated[tuple[Note, ...], Meta(max_length=MAX_NOTES)]
+
+
 AnyMessage = (
     Presence
     | Prompt
@@ -302,6 +324,7 @@ AnyMessage = (
     | Learned
     | Profile
     | Assignment
+    | Journal
 )
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -7,14 +7,17 @@ the service lives on.
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fedhlm import __version__
 from fedhlm.bus import Bus, publish_wire_bytes
 from fedhlm.errors import ProtocolError
-from fedhlm.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Presence, encode
+from fedhlm.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Journal, Presence, encode
 from fedhlm.telemetry import Counters, warn_once
 from fedhlm.topics import DEFAULT_ROOT, Topic, decode_for, lookup
+
+if TYPE_CHECKING:
+    from fedhlm.journal import Diary
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +75,24 @@ def presence(
 
 
 class Party:
-    """One service's view of one bus."""
+    """One service's view of one bus. With a `diary` it notes what it sends and receives."""
 
-    def __init__(self, *, bus: Bus, stamp: Stamp, counters: Counters, root: str = DEFAULT_ROOT) -> None:
+    def __init__(
+        self, *, bus: Bus, stamp: Stamp, counters: Counters, root: str = DEFAULT_ROOT, diary: "Diary | None" = None
+    ) -> None:
         self.bus = bus
         self.stamp = stamp
         self.counters = counters
         self.root = root
+        self.diary = diary
 
     async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> int:
         """Publish as the topic's row says; the PUBLISH packet's bytes, or 0 when the bus had no room (counted)."""
         name = topic.name(self.root, **levels)
         payload = encode(message)
         sent = await self.bus.publish(name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s)
+        if self.diary is not None and not isinstance(message, Journal):
+            self.diary.note("sent" if sent else "dropped", name, payload)
         if not sent:
             self.counters.add("dropped_messages")
             warn_once(log, "no room", "dropped a message for %s: the outgoing queue is full, or the bus closed", name)
@@ -97,12 +105,21 @@ class Party:
         """Valid messages in order of arrival; ends when the bus is closed."""
         async for delivery in self.bus.deliveries():
             try:
-                yield self._read(delivery.topic, delivery.payload)
+                received = self.read(delivery.topic, delivery.payload)
             except ProtocolError as exc:
                 self.counters.add("refused_messages")
                 warn_once(log, delivery.topic, "refused a message on %s: %s", delivery.topic, exc)
+                continue
+            if self.diary is not None:
+                self.diary.note("heard", delivery.topic, delivery.payload)
+            yield received
 
-    def _read(self, name: str, payload: bytes) -> Received:
+    def read(self, name: str, payload: bytes) -> Received:
+        """A message and where it belongs.
+
+        Raises:
+            ProtocolError: no topic of ours, no message of it, or one of another sender than the topic's.
+        """
         found = lookup(name, self.root)
         if found is None:
             raise ProtocolError(f"{name} is not a topic of {self.root}")

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import random
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -12,6 +14,7 @@ import msgspec
 from fedhlm import settings
 from fedhlm.bus import LinkHook, Retained
 from fedhlm.errors import ModelError, root_of
+from fedhlm.journal import Diary
 from fedhlm.mqtt import MqttBus
 from fedhlm.telemetry import Counters, configure_logging, exported
 
@@ -58,6 +61,11 @@ def bus_of(
         connect_timeout_s=connect_timeout_s,
         on_link=on_link,
     )
+
+
+def diary_of(telemetry: settings.Telemetry) -> Diary | None:
+    """The journal of a part on real time, where one is asked for."""
+    return Diary(random.SystemRandom().getrandbits(63), time.monotonic) if telemetry.journal else None
 
 
 def serve(config: settings.Config, name: str, main: Callable[[Counters], Awaitable[int]]) -> int:

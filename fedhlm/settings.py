@@ -214,11 +214,14 @@ class Federation(Section, frozen=True):
 
 
 class Telemetry(Section, frozen=True):
-    """Logs and metrics; port 0 exports no metrics."""
+    """Logs and metrics; port 0 exports no metrics. With `journal` a part publishes what it took in and decided, so that a
+    recording of the bus can be decided again (`fedhlm replay --check`); its traffic doubles at least.
+    """
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     metrics_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     metrics_port: Port = 0
+    journal: bool = False
 
 
 class Config(Section, frozen=True):

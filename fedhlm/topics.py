@@ -228,6 +228,34 @@ ASSIGN: Final = Topic(
     purpose="the cluster that an agent belongs to",
 )
 
+AGENT_JOURNAL: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/journal",
+    payload=messages.Journal,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("client",),
+    purpose="what an agent took in and decided, where `telemetry.journal` is on",
+)
+EDGE_JOURNAL: Final = Topic(
+    pattern="c/{cluster}/journal",
+    payload=messages.Journal,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("client",),
+    purpose="the same of an edge",
+)
+CLOUD_JOURNAL: Final = Topic(
+    pattern="cloud/journal",
+    payload=messages.Journal,
+    qos=1,
+    retain=False,
+    publishers=("cloud",),
+    subscribers=("client",),
+    purpose="the same of the cloud",
+)
+
 TABLE: Final = (
     AGENT_STATUS,
     PROMPT,
@@ -248,6 +276,9 @@ TABLE: Final = (
     PROFILE,
     CLOUD_PROFILE,
     ASSIGN,
+    AGENT_JOURNAL,
+    EDGE_JOURNAL,
+    CLOUD_JOURNAL,
 )
 
 

@@ -35,7 +35,7 @@ async def test_state_is_written_when_the_edge_ends(tmp_path: Path, monkeypatch: 
         await asyncio.wait([task])
     assert task.cancelled()
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["edge-home.federation", "edge-home.memory"]
-    assert service.members._federation.round_updates == 7
+    assert service.members.federation.round_updates == 7
     assert service.memory._tokens.capacity == 5
 
 

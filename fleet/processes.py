@@ -79,17 +79,21 @@ class Processes:
                 wait.cancel()
         self.check()
 
-    async def stop(self) -> None:
-        """Ask every child to stop, newest first, and kill those that do not."""
-        for child in reversed(self._children.values()):
+    async def end(self, *names: str) -> None:
+        """Ask these children to stop, newest first, and kill those that do not; returns when all are gone."""
+        children = [self._children.pop(name) for name in reversed(self._children.copy()) if name in names]
+        for child in children:
             if child.returncode is None:
                 child.terminate()
-        for child in reversed(self._children.values()):
+        for child in children:
             try:
                 async with asyncio.timeout(STOP_S):
                     await child.wait()
             except TimeoutError:
                 child.kill()
                 await child.wait()
-        self._children.clear()
+
+    async def stop(self) -> None:
+        """End every child, and forget their logs."""
+        await self.end(*self._children)
         self._folder.cleanup()

@@ -15,13 +15,19 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
 TEST := $(VENV)/.test
 MODELS := $(VENV)/.models
+FUZZ := $(VENV)/.fuzz
 
-.PHONY: help demo test lint format models clean
+# The recordings that tests/traces/test_golden.py decides again: every preset, a few seconds of the demo each.
+GOLDEN := tests/golden
+
+.PHONY: golden help demo test lint format models chaos fuzz clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo [ARGS="--preset hlm"]    run agents, edges and a cloud on this machine'
 	@echo 'make test [PYTEST_ARGS="-k ..."]   ruff, mypy, import-linter, pytest'
+	@echo 'make chaos [ARGS="--minutes 2"]    kill and cut off the parts of a running fleet, ten minutes; needs mosquitto'
+	@echo 'make fuzz [ARGS="message services"]  feed hostile input to decoders and services, a minute each'
 	@echo 'make lint                          the same without pytest'
 	@echo 'make format                        let ruff rewrite'
 	@echo 'make models                        add torch, to train, export and test everything'
@@ -39,9 +45,22 @@ lint: $(TEST)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+chaos: $(DEMO)
+	@$(BIN)/python -m fleet.chaos $(ARGS)
+
+fuzz: $(FUZZ)
+	@$(BIN)/python -m tests.fuzz.guided $(ARGS)
+
 format: $(TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+golden: $(DEMO)
+	@mkdir -p $(GOLDEN) && rm -f $(GOLDEN)/*.trace
+	@for preset in $$($(BIN)/fedhlm presets | cut -d ' ' -f 1); do \
+		case $$preset in budget|fedhlm) seconds=6;; *) seconds=2;; esac; \
+		$(BIN)/fedhlm demo --preset $$preset --tokens 16 --duration $$seconds --record $(GOLDEN)/$$preset.trace || exit 1; \
+	done
 
 models: $(MODELS)
 
@@ -56,6 +75,10 @@ $(DEMO): pyproject.toml constraints.txt $(READY)
 
 $(TEST): pyproject.toml constraints.txt $(READY)
 	$(INSTALL) --editable '.[agent,edge,cloud,lab,dev]'
+	@touch $@
+
+$(FUZZ): $(TEST)
+	$(INSTALL) --editable '.[fuzz]'
 	@touch $@
 
 $(MODELS): $(TEST)

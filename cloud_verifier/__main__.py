@@ -13,6 +13,7 @@ from fedhlm.config import Loaded
 from fedhlm.decoder import Decoder
 from fedhlm.fingerprint import fingerprint_of
 from fedhlm.messages import encode
+from fedhlm.notify import Notifier
 from fedhlm.party import Party, Stamp, presence
 from fedhlm.sampling import NOISE
 from fedhlm.serve import bus_of, diary_of, model_folder, serve
@@ -25,8 +26,9 @@ log = logging.getLogger(__name__)
 NAME = "cloud"
 
 
-async def run(config: Config, counters: Counters) -> int:
+async def run(config: Config, counters: Counters, notifier: Notifier | None = None) -> int:
     """Serve until cancelled."""
+    notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
     decoder = Decoder.load(model_folder(config.cloud.model, "llm"), threads=config.cloud.threads)
     info = decoder.info
@@ -39,7 +41,7 @@ async def run(config: Config, counters: Counters) -> int:
         client_id=NAME,
         birth=Retained(status, encode(presence(stamp, "cloud", online=True, fingerprint=fingerprint))),
         will=Retained(status, encode(presence(stamp, "cloud", online=False))),
-        on_link=lambda _up: to_announce.set(),
+        on_link=notifier.link("the broker", then=to_announce.set),
     )
     sessions = Sessions(
         fingerprint=fingerprint,
@@ -65,6 +67,7 @@ async def run(config: Config, counters: Counters) -> int:
         await service.subscribe()
         async with bus:
             log.info("verifying with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
+            notifier.serving()
             await service.run()
     return 0
 
@@ -72,4 +75,4 @@ async def run(config: Config, counters: Counters) -> int:
 def main(loaded: Loaded) -> int:
     """Run until a signal; the exit status."""
     config = loaded.config
-    return serve(config, NAME, lambda counters: run(config, counters))
+    return serve(config, NAME, lambda counters, notifier: run(config, counters, notifier))

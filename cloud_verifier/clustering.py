@@ -17,6 +17,7 @@ TOKENS_MIN: Final = 64  # fewer tell nothing: chance alone would reach a distanc
 TOKENS_MAX: Final = 256  # per agent and pair
 AGENTS_MAX: Final = 32  # per computation; 496 pairs
 PROFILES_MAX: Final = 512  # remembered; the one not heard from for longest is forgotten
+CLUSTERS_MAX: Final = 1_024  # names that agents can be sent to; then those where nobody lives are forgotten
 FOLDS: Final = 4
 RIDGE: Final = 0.1  # scikit-learn's C: strong enough for 64 columns on a few hundred tokens
 
@@ -147,13 +148,14 @@ class Clusterer:
         """Start without profiles.
 
         Args:
-            clusters: names that agents can be sent to; those that profiles come from are added.
+            clusters: names that agents can be sent to; those that profiles come from are added, up to CLUSTERS_MAX.
             columns: the number of feature columns every profile must have.
             interval_s: least time between two computations.
             margin: how much nearer, in distance, the new mates must be for an agent to move.
             cut: groups within this distance count as alike.
             seed: of the subsampling; same calls, same assignments.
         """
+        self._given = frozenset(clusters)
         self._clusters = list(dict.fromkeys(clusters))
         self._columns = columns
         self._interval_s = interval_s
@@ -184,6 +186,9 @@ class Clusterer:
         self._profiles[agent] = Sample(sample.features[-TOKENS_MAX:].astype(np.float32))
         self._homes[agent] = cluster
         if cluster not in self._clusters:
+            if len(self._clusters) >= CLUSTERS_MAX:
+                lived_in = self._given.union(self._homes.values())
+                self._clusters = [name for name in self._clusters if name in lived_in]
             self._clusters.append(cluster)
         if len(self._profiles) > PROFILES_MAX:
             silent = next(iter(self._profiles))

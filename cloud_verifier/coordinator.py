@@ -5,7 +5,7 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
-from cloud_verifier.clustering import PROFILES_MAX, Clusterer, Sample
+from cloud_verifier.clustering import PROFILES_MAX, TOKENS_MAX, Clusterer, Sample
 from fedhlm.errors import ProtocolError
 from fedhlm.federation import Members, mean_of_clusters
 from fedhlm.keys import DIMS, SCALE
@@ -74,7 +74,7 @@ class Coordinator:
 
 
 def sample_of(profile: Profile) -> Sample:
-    """The features of a profile: (n, COLUMNS) float32, the key within -1..1 and the uncertainty of each token.
+    """The features of a profile's last TOKENS_MAX tokens: (n, COLUMNS) float32, the key within -1..1 and the uncertainty.
 
     Raises:
         ProtocolError: keys of another length than DIMS, or as many uncertainties as keys are not there.
@@ -84,6 +84,8 @@ def sample_of(profile: Profile) -> Sample:
             f"profile has {len(profile.keys)} bytes of keys of {profile.dims} dims and {len(profile.uncertainties)} "
             f"uncertainties: {DIMS} bytes expected for each"
         )
-    keys = np.frombuffer(profile.keys, np.int8).reshape(-1, DIMS).astype(np.float32) / SCALE  # (n, DIMS)
-    uncertainty = np.frombuffer(profile.uncertainties, np.uint8).astype(np.float32) / _UNCERTAINTY_SCALE  # (n,)
+    # Only as many as will be used are kept: agents are many, and a message may hold sixteen times that.
+    keys = np.frombuffer(profile.keys, np.int8).reshape(-1, DIMS)[-TOKENS_MAX:].astype(np.float32) / SCALE  # (n, DIMS)
+    doubts = np.frombuffer(profile.uncertainties, np.uint8)[-TOKENS_MAX:]  # (n,)
+    uncertainty = doubts.astype(np.float32) / _UNCERTAINTY_SCALE  # (n,)
     return Sample(np.column_stack([keys, uncertainty]).astype(np.float32))  # (n, COLUMNS) float32

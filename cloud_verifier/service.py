@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -19,6 +19,7 @@ from fedhlm import rounds, topics
 from fedhlm.errors import ProtocolError
 from fedhlm.messages import (
     MAX_BATCH,
+    MAX_PAYLOAD_BYTES,
     Answered,
     Assignment,
     Contribution,
@@ -39,6 +40,9 @@ from fedhlm.telemetry import Counters, warn_once
 log = logging.getLogger(__name__)
 
 SHARE_GROUP: Final = "cloud"
+CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
+HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE)
+ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # of verdicts in one message
 FEDERATION_FILE: Final = "cloud.federation"
 
 
@@ -101,9 +105,8 @@ class CloudService:
 
     async def subscribe(self) -> None:
         """To be called before the bus connects, so that the cloud is not online before it hears."""
-        clusters = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
         await self._party.bus.subscribe(
-            *(topic.name(self._party.root, cluster="+") for topic in clusters),
+            *(topic.name(self._party.root, cluster="+") for topic in CLUSTERS),
             # Its own retained state of before a restart.
             topics.CLOUD_FL_STATE.name(self._party.root),
         )
@@ -133,6 +136,9 @@ class CloudService:
 
     async def _receive(self) -> None:
         async for received in self._party.received():
+            if received.topic not in HEARD:
+                self._counters.add("refused_messages")
+                continue
             cluster = received.levels.get("cluster", "")
             match received.message:
                 case EscalationBatch() as batch:
@@ -238,8 +244,7 @@ class CloudService:
             if verdict is not None:
                 by_cluster[item.job.key.cluster].append(Answered(item.job.key.agent, verdict))
         for cluster, answers in by_cluster.items():
-            for start in range(0, len(answers), MAX_BATCH):
-                items = tuple(answers[start : start + MAX_BATCH])
+            for items in _messages(answers):
                 message = VerdictBatch(**self._party.stamp(), items=items)
                 self._counters.add("verdicts", len(items))
                 await self._party.send(topics.CLOUD_VERDICT, message, cluster=cluster)
@@ -276,3 +281,18 @@ class CloudService:
             base=escalation.base,
             status=status,
         )
+
+
+def _messages(answers: list[Answered]) -> Iterator[tuple[Answered, ...]]:
+    """Verdicts in portions that a message may carry."""
+    portion: list[Answered] = []
+    size = 0
+    for answer in answers:
+        new = len(answer.verdict.ids) + len(answer.verdict.target_probs)
+        if portion and (len(portion) == MAX_BATCH or size + new > ANSWER_BYTES):
+            yield tuple(portion)
+            portion, size = [], 0
+        portion.append(answer)
+        size += new
+    if portion:
+        yield tuple(portion)

@@ -4,17 +4,19 @@ Sessions are kept in order of use and bounded; one that was dropped is asked for
 round trip and nothing else. A cache and a context may be lost at any time without changing any answer.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from cloud_verifier.verifier import Block, Session
 from fedhlm.couplings import COUPLINGS, split_laws
 from fedhlm.errors import FingerprintMismatch, ProtocolError
 from fedhlm.fingerprint import check_agreement
-from fedhlm.ids import common_prefix
-from fedhlm.messages import Escalation, Fingerprint, Prime, unpack_ids
+from fedhlm.ids import common_prefix, digest_of
+from fedhlm.messages import Escalation, Fingerprint, Prime, id_bytes, unpack_ids
 from fedhlm.tree import Tree, unpack_branches
+
+EXTEND_MAX: Final = 256  # tokens of the target's own in one answer; who wants more asks again, after the others
 
 
 class Key(NamedTuple):
@@ -23,6 +25,11 @@ class Key(NamedTuple):
     cluster: str
     agent: str
     session: int
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """Cluster and agent."""
+        return self.cluster, self.agent
 
 
 @dataclass
@@ -51,7 +58,11 @@ Admission = Block | Unprimed | Refused | Stale
 
 
 class Sessions:
-    """Bounded store of sessions, least recently used dropped first."""
+    """Bounded store of sessions, least recently used dropped first.
+
+    Where it is full, an agent that holds more than a quarter of it makes room from its own: one that opens session after
+    session does not drive out the others'.
+    """
 
     def __init__(
         self, *, fingerprint: Fingerprint, eos_ids: frozenset[int], context_max: int, sessions_max: int
@@ -62,6 +73,7 @@ class Sessions:
         self.dropped = 0
         self.eos_ids = eos_ids
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._held: Counter[tuple[str, str]] = Counter()  # sessions by owner
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -75,7 +87,17 @@ class Sessions:
 
     def forget(self, key: Key) -> None:
         """Drop one session."""
-        self._entries.pop(key, None)
+        if self._entries.pop(key, None) is not None:
+            self._held[key.owner] -= 1
+            if not self._held[key.owner]:
+                del self._held[key.owner]
+
+    def _make_room(self, newest: Key) -> None:
+        while len(self._entries) > self.sessions_max:
+            greedy = self._held[newest.owner] > max(1, self.sessions_max // 4)
+            mine = (key for key in self._entries if not greedy or key.owner == newest.owner)
+            self.forget(next(mine))
+            self.dropped += 1
 
     def admit(self, key: Key, escalation: Escalation) -> Admission:
         """Check an escalation and bring its session up to date with the prime and epoch it carries."""
@@ -96,17 +118,25 @@ class Sessions:
             if refusal is not None:
                 return refusal
             entry = self.entry(key)
-        if entry is None or escalation.base > len(entry.state.context):
+        if entry is None:
+            return Unprimed()
+        rejected_at = entry.state.rejected_at if escalation.epoch == entry.state.epoch else None
+        if rejected_at is not None and escalation.base > rejected_at:
+            return Stale()
+        held = entry.state.context[: escalation.base]
+        if len(held) < escalation.base or escalation.digest not in (None, digest_of(held)):
             return Unprimed()
         if escalation.epoch > entry.state.epoch:
             entry.state.epoch = escalation.epoch
             entry.state.rejected_at = None
-        if entry.state.rejected_at is not None and escalation.base > entry.state.rejected_at:
-            return Stale()
         return block
 
     def _block(self, escalation: Escalation, entry: Entry | None) -> Block | Refused:
         vocab_size = self.fingerprint.vocab_size
+        # Looked at before anything is unpacked: what is too long is refused at little cost.
+        end = escalation.base + len(escalation.ids) // id_bytes(vocab_size)
+        if end > self.context_max:
+            return Refused(f"escalation reaches position {end}: the model's context is {self.context_max}")
         ids = unpack_ids(escalation.ids, vocab_size)
         if escalation.fixed > len(ids):
             return Refused(f"escalation.fixed is {escalation.fixed}: at most the {len(ids)} ids of the block expected")
@@ -122,10 +152,10 @@ class Sessions:
         if end > self.context_max:
             return Refused(f"escalation reaches position {end}: the model's context is {self.context_max}")
         name = (
-            escalation.prime.sampling.coupling if escalation.prime else entry.state.sampling.coupling if entry else ""
+            escalation.prime.sampling.coupling if escalation.prime else entry.state.sampling.coupling if entry else None
         )
-        if not name:
-            return Block(escalation.base, ids, escalation.fixed, escalation.extend, [])
+        if name is None:
+            return Block(escalation.base, ids, escalation.fixed, 0, [])
         if name not in COUPLINGS:
             return Refused(f"sampling.coupling is {name!r}: one of {', '.join(sorted(COUPLINGS))} expected")
         if branches and not COUPLINGS[name].shared:
@@ -134,19 +164,22 @@ class Sessions:
             )
         drafts = split_laws(COUPLINGS[name], escalation.laws, len(ids) - escalation.fixed, vocab_size)
         laws = [b""] * escalation.fixed + drafts
-        return Block(escalation.base, ids, escalation.fixed, escalation.extend, laws, branches)
+        return Block(escalation.base, ids, escalation.fixed, min(escalation.extend, EXTEND_MAX), laws, branches)
 
     def _prime(self, key: Key, escalation: Escalation, prime: Prime) -> Refused | None:
         try:
             check_agreement(self.fingerprint, prime.fingerprint)
         except FingerprintMismatch as exc:
             return Refused(str(exc))
-        context = unpack_ids(prime.context, self.fingerprint.vocab_size)
-        if len(context) != escalation.base:
-            return Refused(f"prime.context has {len(context)} ids: escalation.base is {escalation.base}")
+        vocab_size = self.fingerprint.vocab_size
+        if len(prime.context) != escalation.base * id_bytes(vocab_size):
+            count = len(prime.context) // id_bytes(vocab_size)
+            return Refused(f"prime.context has {count} ids: escalation.base is {escalation.base}")
+        context = unpack_ids(prime.context, vocab_size)
         entry = self._entries.get(key)
         if entry is None or entry.state.sampling != prime.sampling:
             state = Session(prime.sampling, self.fingerprint.vocab_size, self.eos_ids, context)
+            self._held[key.owner] += entry is None
             self._entries[key] = Entry(state)
         else:
             held = entry.state.context
@@ -154,7 +187,5 @@ class Sessions:
             if shared < len(context):  # what the device committed overrules what was settled here
                 held[shared:] = context[shared:]
         self._entries.move_to_end(key)
-        while len(self._entries) > self.sessions_max:
-            self._entries.popitem(last=False)
-            self.dropped += 1
+        self._make_room(key)
         return None

@@ -23,6 +23,7 @@ from fedhlm.errors import FedhlmError
 from fedhlm.fingerprint import fingerprint_of
 from fedhlm.keys import load_projection
 from fedhlm.messages import Prompt
+from fedhlm.notify import Notifier
 from fedhlm.party import Party, Stamp
 from fedhlm.sampling import NOISE
 from fedhlm.serve import bus_of, diary_of, model_folder, serve
@@ -32,8 +33,11 @@ from fedhlm.telemetry import Counters
 log = logging.getLogger(__name__)
 
 
-async def run(loaded: Loaded, counters: Counters, prompt: str | None = None) -> int:
+async def run(
+    loaded: Loaded, counters: Counters, prompt: str | None = None, *, notifier: Notifier | None = None
+) -> int:
     """Serve until cancelled, or until `prompt` is answered; exit status 1 when its answer is an error."""
+    notifier = notifier or Notifier()
     config = loaded.config
     folder = model_folder(config.agent.model, "slm")
     decoder = Decoder.load(folder, threads=config.agent.threads)
@@ -45,7 +49,14 @@ async def run(loaded: Loaded, counters: Counters, prompt: str | None = None) -> 
     def open_bus(home: str, connect_timeout_s: float | None = config.broker.connect_timeout_s) -> Bus:
         birth, will = birth_and_will(stamp, fingerprint, home, root)
         client_id = f"{home}-{name}"
-        return bus_of(config.broker, client_id=client_id, birth=birth, will=will, connect_timeout_s=connect_timeout_s)
+        return bus_of(
+            config.broker,
+            client_id=client_id,
+            birth=birth,
+            will=will,
+            on_link=notifier.link("the broker"),
+            connect_timeout_s=connect_timeout_s,
+        )
 
     # A service waits for its broker as long as it takes; a command line, or a second connection, does not.
     bus = open_bus(cluster, None) if prompt is None else open_bus(cluster)
@@ -78,6 +89,7 @@ async def run(loaded: Loaded, counters: Counters, prompt: str | None = None) -> 
         async with connection:
             log.info("drafting with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
             if prompt is None:
+                notifier.serving()
                 await service.run()
                 return 0
             return await _answer(service, loaded, prompt)
@@ -110,4 +122,8 @@ async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:
 
 def main(loaded: Loaded, prompt: str | None = None) -> int:
     """Run until a signal, or until `prompt` is answered; the exit status."""
-    return serve(loaded.config, loaded.config.agent.id, lambda counters: run(loaded, counters, prompt))
+    return serve(
+        loaded.config,
+        loaded.config.agent.id,
+        lambda counters, notifier: run(loaded, counters, prompt, notifier=notifier),
+    )

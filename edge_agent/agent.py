@@ -237,10 +237,12 @@ class Agent:
         self.on_edge(edge)
 
     def on_verdict(self, verdict: Verdict) -> None:
-        """Hand a verdict to its generation; one that nobody waits for is counted and dropped."""
+        """Hand a verdict to its generation; one whose text has ended says only that somebody answers again."""
         queue = self._routes.get(verdict.session)
         if queue is None:
             self._counters.add("late_verdicts")
+            # A device that writes alone may end every text before the answer to its probe is there.
+            self._set_link_up()
             return
         event = self._event(verdict)
         self._counters.add("verdicts")
@@ -251,9 +253,12 @@ class Agent:
         """The edge, or the cloud behind it, came or went."""
         self.upstream = state.upstream if state.online else None
         if self.upstream is not None:
-            self.link_up = True
-            for queue in self._routes.values():
-                self._post(queue, LinkUp())
+            self._set_link_up()
+
+    def _set_link_up(self) -> None:
+        self.link_up = True
+        for queue in self._routes.values():
+            self._post(queue, LinkUp())
 
     def cancel(self, reason: FinishReason) -> None:
         """End every running generation."""
@@ -452,9 +457,9 @@ class Agent:
     async def _escalate(self, turn: Turn, action: Escalate) -> None:
         vocab_size, plan, session = self.fingerprint.vocab_size, turn.plan, turn.session
         stamp = self.party.stamp()
-        prime = None
+        before: Prime | int | None = action.digest
         if action.context is not None:
-            prime = Prime(plan.sampling, self.fingerprint, pack_ids(action.context, vocab_size))
+            before = Prime(plan.sampling, self.fingerprint, pack_ids(action.context, vocab_size))
         hints = None
         if plan.similarity is not None or action.branches:
             hints = Hints(plan.similarity, plan.votes, pack_branches(action.branches, vocab_size))
@@ -468,7 +473,7 @@ class Agent:
             patience_ms=round(action.deadline_s * 1000.0),
             fixed=action.fixed,
             extend=action.extend,
-            prime=prime,
+            before=before,
             laws=action.laws,
             hints=hints,
         )

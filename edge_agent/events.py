@@ -121,7 +121,10 @@ class Draft(NamedTuple):
 
 
 class Escalate(NamedTuple):
-    """Send a block; `context` is the prime's, None when the cloud holds the session; `uncertain` are its doubted drafts."""
+    """Send a block; `context` is the prime's, None when the cloud holds the session; `uncertain` are its doubted drafts.
+
+    `digest` is that of all ids before `base`, None where `context` holds them.
+    """
 
     epoch: int
     base: int
@@ -133,6 +136,7 @@ class Escalate(NamedTuple):
     context: list[int] | None
     uncertain: tuple[Uncertain, ...] = ()
     branches: tuple[Branch, ...] = ()
+    digest: int | None = None
 
 
 class Committed(NamedTuple):

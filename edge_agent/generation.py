@@ -33,6 +33,7 @@ from edge_agent.events import (
 )
 from edge_agent.pipeline import Pending, expected_rejection
 from fedhlm.couplings import rejection_probability
+from fedhlm.ids import digest_of
 from fedhlm.messages import FinishReason, Source, Uncertain
 from fedhlm.tree import Branch, Tree
 
@@ -100,6 +101,7 @@ class Generation:
         self._asked = self.verified  # how far verdicts are due
         self._primed = False
         self._drafting = False
+        self._early: dict[int, Answered] = {}  # peers' answers by base, until what is before their blocks is settled
         self._tree = Tree([])  # what the tail is the main chain of, or the end of it
         self._cut: FinishReason | None = None  # the caller has enough text
         self._auditing = False
@@ -206,10 +208,18 @@ class Generation:
 
     def _on_answer(self, event: Answered, actions: list[Action], now: float) -> None:
         self._set_link(True, now)
+        if event.source != "cloud" and event.base > len(self.context) and event.epoch == self.epoch:
+            self._early[event.base] = event  # says nothing of the open drafts before its block
+            return
+        self._read_answer(event, actions, now)
+        while (base := next((b for b in self._early if b <= len(self.context)), None)) is not None:
+            self._read_answer(self._early.pop(base), actions, now)
+
+    def _read_answer(self, event: Answered, actions: list[Action], now: float) -> None:
+        verified = event.source == "cloud"
         if event.epoch != self.epoch or event.base + event.accepted > self.length:
             self.tally.stale += 1
             return
-        verified = event.source == "cloud"
         if verified:
             self._primed = True
             self._observe(event, actions)
@@ -316,6 +326,7 @@ class Generation:
 
     def _new_epoch(self) -> None:
         self.epoch += 1
+        self._early.clear()
         self._sent = self._asked = self.verified
 
     def _set_link(self, up: bool, now: float) -> None:
@@ -426,6 +437,8 @@ class Generation:
         self._sent = self.length
         self._asked = self.length + min(extend, 1)
         self.tally.escalations += 1
+        primes = not self._primed and base <= self.verified
+        before = [*self.context, *(t.token for t in self._tail)][:base]
         actions.append(
             Escalate(
                 self.epoch,
@@ -435,9 +448,10 @@ class Generation:
                 extend,
                 laws=b"".join(t.law for t in drafts),
                 deadline_s=self.plan.deadline_s,
-                context=None if self._primed or base > self.verified else self.context[:base],
+                context=before if primes else None,
                 uncertain=() if repeated else self._doubts(drafts, first),
                 branches=self._branches(),
+                digest=None if primes else digest_of(before),
             )
         )
 

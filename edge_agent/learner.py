@@ -16,7 +16,8 @@ import numpy as np
 from edge_agent.events import Finish, Observation
 from fedhlm.budget import Budget
 from fedhlm.errors import ConfigError, ProtocolError
-from fedhlm.messages import MAX_CURVES, Learned, PaperThreshold, Sampling
+from fedhlm.federation import check_threshold
+from fedhlm.messages import MAX_CURVES, Count, Learned, PaperThreshold, Sampling, Unit
 from fedhlm.privacy import noised, sigma_for
 from fedhlm.rejection import Curve, isotonic, shrunk
 from fedhlm.settings import Federation, Generation
@@ -76,9 +77,9 @@ class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A learner on disk."""
 
     space: str
-    round: int
-    releases: int
-    threshold: float | None
+    round: Count
+    releases: Count
+    threshold: Unit | None
     control: float
     server_control: float
     curves: dict[str, bytes]
@@ -294,8 +295,9 @@ class Learner:
         """Take over what the cluster knows.
 
         Raises:
-            ProtocolError: a curve that is none.
+            ProtocolError: a curve that is none, or an impossible control; nothing is changed then.
         """
+        check_threshold(state.threshold)
         curves = {name: Curve.from_bytes(data) for name, data in state.curves.items()}
         self.cluster = curves
         if state.threshold is not None:
@@ -331,6 +333,8 @@ class Learner:
             budgets = {name: Budget.restore(raw) for name, raw in kept.budgets.items()}
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as exc:
             raise ProtocolError(f"not a learner's snapshot: {exc}") from exc
+        for control in (kept.control, kept.server_control):
+            check_threshold(PaperThreshold(0.0, 0, control))
         if kept.space != SPACE:
             raise ProtocolError(f"snapshot of {kept.space!r}: {SPACE!r} expected")
         self.round, self._releases, self.threshold = kept.round, kept.releases, kept.threshold

@@ -41,8 +41,9 @@ class Peers:
             ProtocolError: a key of the wrong length, or made with another model.
         """
         self._check(message.space)
-        for key in [unpack_key(item.key) for item in message.items]:
-            self.centroid.add(message.sender, key)
+        keys = [unpack_key(item.key) for item in message.items]
+        if keys:
+            self.centroid.add(message.sender, *keys)
 
     def hear_verified(self, message: VerifiedTokens) -> None:
         """What the cloud settled in this cluster.

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 PROMPTS_MAX: Final = 256
 LEARNER_FILE: Final = "learner"
 REQUESTS_REMEMBERED: Final = 1_024
+TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens than this
 RENEW_AGAIN_S: Final = 30.0
 
 
@@ -220,6 +221,9 @@ class AgentService:
             count += len(tokens)
             return "stop" if text.stopped else None
 
+        longest = TOKEN_BYTES_MAX * self._model.context
+        if len(prompt.text) > longest:  # to encode it would hold up everything else
+            raise ValueError(f"prompt has {len(prompt.text)} characters: at most {longest} expected")
         ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
         result = await self.agent.generate(job, ids, publish)
         finish = "stop" if text.stopped else result.finish

@@ -12,6 +12,7 @@ from fedhlm import topics
 from fedhlm.bus import Retained
 from fedhlm.config import Loaded
 from fedhlm.messages import encode
+from fedhlm.notify import Notifier
 from fedhlm.party import Party, Stamp, presence
 from fedhlm.serve import bus_of, diary_of, serve
 from fedhlm.settings import Config
@@ -21,8 +22,9 @@ from fedhlm.telemetry import Counters
 log = logging.getLogger(__name__)
 
 
-async def run(config: Config, counters: Counters) -> int:
-    """Serve until cancelled."""
+async def run(config: Config, counters: Counters, notifier: Notifier | None = None) -> int:
+    """Serve until cancelled. It is ready without the cloud, because its cluster can settle much by itself."""
+    notifier = notifier or Notifier()
     cluster = config.cluster.name
     name = f"edge-{cluster}"
     stamp = Stamp(name)
@@ -38,12 +40,15 @@ async def run(config: Config, counters: Counters) -> int:
         will = Retained(
             topics.EDGE_STATUS.name(broker.root, cluster=cluster), encode(presence(stamp, "edge", online=False))
         )
-        down_bus = bus_of(broker, client_id=name, will=will, on_link=lambda _up: to_announce.set())
+        down_bus = bus_of(
+            broker, client_id=name, will=will, on_link=notifier.link("the cluster's broker", then=to_announce.set)
+        )
         diary = diary_of(config.telemetry)
         down = Party(bus=down_bus, stamp=stamp, counters=counters, root=broker.root, diary=diary)
         up = down
         if config.edge.upstream.url:
-            up_bus = bus_of(config.edge.upstream, client_id=name, key="edge.upstream")
+            to_cloud = notifier.link("the cloud's broker", needed=False)
+            up_bus = bus_of(config.edge.upstream, client_id=name, key="edge.upstream", on_link=to_cloud)
             up = Party(bus=up_bus, stamp=stamp, counters=counters, root=config.edge.upstream.root, diary=diary)
         service = EdgeService(
             cluster=cluster,
@@ -62,6 +67,7 @@ async def run(config: Config, counters: Counters) -> int:
         for bus in dict.fromkeys((down.bus, up.bus)):
             await stack.enter_async_context(bus)
         log.info("serving cluster %s", cluster)
+        notifier.serving()
         await service.run()
     return 0
 
@@ -69,4 +75,4 @@ async def run(config: Config, counters: Counters) -> int:
 def main(loaded: Loaded) -> int:
     """Run until a signal; the exit status."""
     config = loaded.config
-    return serve(config, f"edge-{config.cluster.name}", lambda counters: run(config, counters))
+    return serve(config, f"edge-{config.cluster.name}", lambda counters, notifier: run(config, counters, notifier))

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from fedhlm.messages import MAX_BATCH, Answered, Escalation, Routed, VerdictBatch
+from fedhlm.messages import MAX_BATCH, MAX_PAYLOAD_BYTES, Answered, Escalation, Routed, VerdictBatch
 
 SESSIONS_MAX: Final = 4_096
+# The cloud refuses a larger payload as a whole, and with it the blocks of agents that asked for little.
+BATCH_BYTES: Final = MAX_PAYLOAD_BYTES // 2
+_FIXED_BYTES: Final = 512  # at most, of a block besides its packed fields
 
 
 @dataclass
@@ -47,8 +50,17 @@ class Relay:
         self.pending = [r for r in self.pending if r.agent != agent or r.escalation is not escalation]
 
     def take_batch(self) -> tuple[Routed, ...]:
-        """The next at most `batch_max` pending blocks, oldest first; empty when there are none."""
-        batch, self.pending = tuple(self.pending[: self.batch_max]), self.pending[self.batch_max :]
+        """The next at most `batch_max` pending blocks of BATCH_BYTES together, oldest first; empty when there are none.
+
+        One block that is larger goes alone.
+        """
+        count, size = 0, 0
+        for routed in self.pending[: self.batch_max]:
+            size += block_bytes(routed.escalation)
+            if count and size > BATCH_BYTES:
+                break
+            count += 1
+        batch, self.pending = tuple(self.pending[:count]), self.pending[count:]
         return batch
 
     def answers(self, batch: VerdictBatch) -> list[Answered]:
@@ -61,3 +73,10 @@ class Relay:
         kept = [r for r in self.pending if r.agent != agent or not matches(r.escalation)]
         self.stale += len(self.pending) - len(kept)
         self.pending = kept
+
+
+def block_bytes(escalation: Escalation) -> int:
+    """About what a block takes on the wire; never less."""
+    context = len(escalation.prime.context) if escalation.prime else 0
+    branches = len(escalation.hints.branches) if escalation.hints else 0
+    return len(escalation.ids) + len(escalation.laws) + context + branches + _FIXED_BYTES

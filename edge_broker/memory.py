@@ -25,7 +25,10 @@ from fedhlm.messages import (
 
 SESSIONS_MAX: Final = 1_024
 DOUBTS_MAX: Final = MAX_BLOCK  # of one session
+DOUBTS_TOTAL: Final = 65_536
+DOUBTFUL_MAX: Final = 64  # of one block; each costs a search of the whole memory
 PENDING_MAX: Final = 4_096
+PENDING_BYTES: Final = 16 * 1024 * 1024
 DIGEST_MAX: Final = 64  # verified tokens in one message to the neighbours
 DIGESTS_MAX: Final = 16  # messages' worth that wait while the bus is slow; the oldest go first
 
@@ -68,7 +71,9 @@ class ClusterMemory:
         self._keys = ""  # the space of all keys here
         self._tokens = Memory(capacity, dims)
         self._doubts: OrderedDict[tuple[str, int], dict[int, _Doubt]] = OrderedDict()
+        self._doubts_held = 0
         self._pending: OrderedDict[tuple[str, int, int, int], _Block] = OrderedDict()
+        self._pending_bytes = 0
         self._digest: deque[Verified] = deque(maxlen=DIGEST_MAX * DIGESTS_MAX)
 
     @property
@@ -108,6 +113,7 @@ class ClusterMemory:
             return
         session = (agent, message.session)
         known = self._doubts.setdefault(session, {})
+        before = len(known)
         for item in message.items:
             key = self._unpacked(item.key)
             if key is not None:
@@ -115,9 +121,10 @@ class ClusterMemory:
                 known[item.position] = _Doubt(item.token, key)
         while len(known) > DOUBTS_MAX:
             del known[next(iter(known))]
+        self._doubts_held += len(known) - before
         self._doubts.move_to_end(session)
-        while len(self._doubts) > SESSIONS_MAX:
-            self._doubts.popitem(last=False)
+        while len(self._doubts) > SESSIONS_MAX or self._doubts_held > DOUBTS_TOTAL:
+            self._doubts_held -= len(self._doubts.popitem(last=False)[1])
 
     def hear(self, message: VerifiedTokens) -> None:
         """Take in what the cloud settled in a neighbour cluster."""
@@ -128,7 +135,7 @@ class ClusterMemory:
         """Settle a block where the agent allows it and verified neighbours agree with each of its doubtful drafts.
 
         Drafts that nobody doubted count as certain. None: ask the cloud. So it is also where the neighbours know
-        another token: measured, such a token is hardly ever better than the draft.
+        another token: measured, such a token is hardly ever better than the draft; and above DOUBTFUL_MAX doubts.
         """
         hints = escalation.hints
         if hints is None or hints.similarity is None:
@@ -136,6 +143,8 @@ class ClusterMemory:
         ids = _ids(escalation.ids, vocab_size)
         doubts = self._doubts_of(agent, escalation, ids)
         doubtful = [i for i in sorted(doubts) if i >= escalation.fixed]
+        if len(doubtful) > DOUBTFUL_MAX:
+            return None
         source: Literal["peer", "neighbour"] = "peer"
         for i in doubtful:
             match = self._tokens.nearest(doubts[i], hints.votes, theta=hints.similarity)
@@ -148,10 +157,16 @@ class ClusterMemory:
     def await_verdict(self, agent: str, escalation: Escalation) -> None:
         """Remember a block that goes to the cloud, so that its verdict can be learnt from."""
         name = (agent, escalation.session, escalation.epoch, escalation.base)
+        self._take_pending(name)
         self._pending[name] = _Block(escalation.ids, escalation.fixed)
-        self._pending.move_to_end(name)
-        while len(self._pending) > PENDING_MAX:
-            self._pending.popitem(last=False)
+        self._pending_bytes += len(escalation.ids)
+        while len(self._pending) > PENDING_MAX or self._pending_bytes > PENDING_BYTES:
+            self._take_pending(next(iter(self._pending)))
+
+    def _take_pending(self, name: tuple[str, int, int, int]) -> _Block | None:
+        block = self._pending.pop(name, None)
+        self._pending_bytes -= 0 if block is None else len(block.ids)
+        return block
 
     def learn(self, agent: str, verdict: Verdict, vocab_size: int) -> tuple[Verified, ...]:
         """What a verdict of the cloud settled in doubtful contexts; each block teaches once.
@@ -159,7 +174,7 @@ class ClusterMemory:
         The drafts that stand and the token that replaced the first that does not; committed tokens only where the
         cloud says that it would have emitted them.
         """
-        block = self._pending.pop((agent, verdict.session, verdict.epoch, verdict.base), None)
+        block = self._take_pending((agent, verdict.session, verdict.epoch, verdict.base))
         if block is None or verdict.status != "settled":
             return ()
         ids, settled = _ids(block.ids, vocab_size), _ids(verdict.ids, vocab_size)
@@ -208,6 +223,7 @@ class ClusterMemory:
         if known is not None:
             kept = {p: d for p, d in known.items() if p >= verdict.base and (replaced_at is None or p < replaced_at)}
             self._doubts[agent, verdict.session] = kept
+            self._doubts_held -= len(known) - len(kept)
 
     def _remember(self, items: tuple[Verified, ...], origin: Origin) -> None:
         for item in items:

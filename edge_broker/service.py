@@ -42,7 +42,19 @@ from fedhlm.telemetry import Counters, warn_once
 log = logging.getLogger(__name__)
 
 DIGEST_S: Final = 0.5
+ANNOUNCE_AGAIN_S: Final = 1.0
 ASSIGNED_MAX: Final = 4_096
+AGENTS_MAX: Final = 4_096
+BELOW: Final = (topics.ESCALATE, topics.AGENT_STATUS, topics.PEER, topics.FL_UPDATE, topics.PROFILE)
+HEARD: Final = (
+    *BELOW,
+    topics.FL_STATE,
+    topics.CLOUD_STATUS,
+    topics.CLOUD_VERDICT,
+    topics.CLOUD_FL_STATE,
+    topics.NEIGHBOUR,
+    topics.ASSIGN,
+)
 
 
 class EdgeService:
@@ -113,9 +125,8 @@ class EdgeService:
 
     async def subscribe(self) -> None:
         """To be called before the buses connect, so that nobody hears of the edge before it hears them."""
-        agents = (topics.ESCALATE, topics.AGENT_STATUS, topics.PEER, topics.FL_UPDATE, topics.PROFILE)
         await self._down.bus.subscribe(
-            *(topic.name(self._down.root, cluster=self.cluster, agent="+") for topic in agents),
+            *(topic.name(self._down.root, cluster=self.cluster, agent="+") for topic in BELOW),
             # Its own retained state of before a restart.
             topics.FL_STATE.name(self._down.root, cluster=self.cluster),
         )
@@ -154,10 +165,13 @@ class EdgeService:
 
     async def _receive(self, party: Party) -> None:
         async for received in party.received():
-            await self.handle(received)
+            if received.topic in HEARD:
+                await self.handle(received)
+            else:
+                self._counters.add("refused_messages")
 
     async def handle(self, received: Received) -> None:
-        """Take in one message."""
+        """Take in one message of the rows in HEARD."""
         match received.message:
             case Escalation() as escalation:
                 await self._escalate(received.levels["agent"], escalation)
@@ -235,6 +249,10 @@ class EdgeService:
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
             self._counters.add("verdicts")
             await self._down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+        if self.upstream is None:
+            # The cloud is there, and its presence was lost on the way, in a full queue perhaps. A subscription brings
+            # retained state again.
+            await self._up.bus.subscribe(topics.CLOUD_STATUS.name(self._up.root))
 
     async def _send_batches(self) -> None:
         while True:
@@ -264,9 +282,16 @@ class EdgeService:
                 pass
             self._learnt.clear()
             self._digest_full.clear()
-            while items := self.memory.take_digest():
-                message = VerifiedTokens(**self._up.stamp(), space=self.memory.keys, items=items)
-                await self._up.send(topics.NEIGHBOUR, message, cluster=self.cluster)
+            while await self.send_digest():
+                pass
+
+    async def send_digest(self) -> bool:
+        """Tell the neighbours the next verified tokens; False when there are none."""
+        items = self.memory.take_digest()
+        if items:
+            message = VerifiedTokens(**self._up.stamp(), space=self.memory.keys, items=items)
+            await self._up.send(topics.NEIGHBOUR, message, cluster=self.cluster)
+        return bool(items)
 
     def _vocab_size(self, agent: str) -> int | None:
         state = self.agents.get(agent)
@@ -355,6 +380,8 @@ class EdgeService:
         if state.online:
             new = agent not in self.agents
             self.agents[agent] = state
+            while len(self.agents) > AGENTS_MAX:
+                del self.agents[next(iter(self.agents))]
             ours, theirs = self.upstream, state.fingerprint
             if ours and theirs and (ours.tokenizer, ours.vocab_size) != (theirs.tokenizer, theirs.vocab_size):
                 warn_once(log, f"mismatch {agent}", "agent %s has another tokenizer than the cloud", agent)
@@ -379,8 +406,16 @@ class EdgeService:
         while True:
             await self._to_announce.wait()
             self._to_announce.clear()
-            message = presence(self._down.stamp, "edge", online=True, upstream=self.upstream)
-            await self._down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
-            if self.members.told:
-                # The broker may have lost it with a restart of its own.
-                await self._send_learned(self.members.state())
+            if not await self.announce():
+                # The queue was full, and the broker would go on telling what was true before.
+                await asyncio.sleep(ANNOUNCE_AGAIN_S)
+                self._to_announce.set()
+
+    async def announce(self) -> bool:
+        """Publish what the broker is to retain; whether there was room for the edge's presence."""
+        message = presence(self._down.stamp, "edge", online=True, upstream=self.upstream)
+        sent = await self._down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
+        if self.members.told:
+            # The broker may have lost it with a restart of its own.
+            await self._send_learned(self.members.state())
+        return sent > 0

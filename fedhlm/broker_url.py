@@ -4,6 +4,7 @@ TLS files may stand in the query (`mqtts://host?ca=ca.pem&cert=me.pem&key=me.key
 The password appears in no repr, no log line and no error message.
 """
 
+import re
 import ssl
 from typing import Final, NamedTuple, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -13,6 +14,20 @@ import msgspec
 from fedhlm.errors import ConfigError
 
 _PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
+# What a broker's TLS alert means to the party that it refuses.
+_ALERTS: Final = {
+    "certificate required": "asks for a certificate of ours: set cert and key",
+    "certificate revoked": "refused our certificate: it has been revoked",
+    "certificate expired": "refused our certificate: it, its CA or the broker's revocation list has expired",
+    "unknown ca": "refused our certificate: another CA made it, or the broker has no revocation list of its CA",
+    "bad certificate": "refused our certificate: bad, not valid yet, or the broker's revocation list is not",
+    "unsupported certificate": "refused our certificate: it was made for another purpose",
+    "certificate unknown": "refused our certificate",
+}
+_ALERT: Final = re.compile(rf"alert ({'|'.join(_ALERTS)})\b")
+_DISTRUST: Final = re.compile(r"certificate verify failed: (.+?)(?: \(_ssl|$)")
+# A device that has just started may not know the time yet.
+_PASSING: Final = "not yet valid"
 _EXPECTED: Final = "mqtt://[user:password@]host[:port] or mqtts://... expected"
 
 
@@ -86,16 +101,25 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
             return None
         try:
             context = ssl.create_default_context(cafile=self.files.ca)
-        except (OSError, ssl.SSLError) as exc:
+        except (OSError, ValueError) as exc:  # a name with a zero byte is a ValueError
             raise ConfigError(f"{key} (ca)", self.files.ca, f"a readable PEM file expected ({_reason(exc)})") from exc
         context.sslsocket_class = _ClosingSocket
         if self.files.cert is not None:
             try:
                 context.load_cert_chain(self.files.cert, self.files.key)
-            except (OSError, ssl.SSLError) as exc:
+            except (OSError, ValueError) as exc:
                 found = f"{self.files.cert}, {self.files.key}"
                 raise ConfigError(f"{key} (cert, key)", found, f"a PEM pair expected ({_reason(exc)})") from exc
         return context
+
+
+def tls_refusal(error: str) -> str | None:
+    """What an error says of certificates, as the end of a sentence on the broker; None when time alone may mend it."""
+    if (alert := _ALERT.search(error)) is not None:
+        return _ALERTS[alert[1]]
+    if (distrust := _DISTRUST.search(error)) is not None and _PASSING not in distrust[1]:
+        return f"is not to be trusted: {distrust[1]}"
+    return None
 
 
 class _ClosingSocket(ssl.SSLSocket):
@@ -114,5 +138,5 @@ def _without_secrets(text: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else text.rpartition("@")[2]
 
 
-def _reason(exc: OSError) -> str:
-    return exc.strerror or str(exc)
+def _reason(exc: Exception) -> str:
+    return getattr(exc, "strerror", None) or str(exc)

@@ -14,6 +14,7 @@ from fedhlm.errors import ConfigError
 # Slopes of the limit, geometric: some member is within a factor sqrt(2) of the best slope from 1 to 10^6 sessions.
 # Slope k has the part 1 / ((k + 1) (k + 2)) of delta; the parts sum to less than 1, and few sessions need the first.
 _SLOPES: Final = tuple(0.95 * 2.0**-k for k in range(10))
+_SMALLEST: Final = 1e-100  # of epsilon in a snapshot: its inverse must stay finite
 _KEYS: Final = ("epsilon", "delta", "sessions", "total", "drift")
 
 
@@ -148,6 +149,8 @@ class Budget:
                 raise ConfigError(
                     f"budget.{key}", values[key], f"at most {sessions:g}, the number of sessions, expected"
                 )
+        if values["epsilon"] < _SMALLEST:
+            raise ConfigError("budget.epsilon", values["epsilon"], f"at least {_SMALLEST:g} expected")
         budget = cls(values["epsilon"], values["delta"])
         budget.sessions = int(sessions)
         budget._total = values["total"]

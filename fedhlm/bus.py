@@ -19,6 +19,7 @@ ProtocolVersion = Literal["5", "3.1.1"]
 MAX_TOPIC_BYTES: Final = 65_535
 DEFAULT_MAX_OUTGOING: Final = 1_024
 DEFAULT_MAX_INCOMING: Final = 4_096
+MAX_INCOMING_BYTES: Final = 64 * 1024 * 1024
 
 LinkHook = Callable[[bool], None]
 
@@ -162,10 +163,15 @@ def topic_matches(levels: list[str], topic: str) -> bool:
 
 
 class Inbox:
-    """Bounded queue between a transport and the one consumer of `deliveries`; the newest is dropped when full."""
+    """Bounded queue between a transport and the one consumer of `deliveries`; the newest is dropped when full.
 
-    def __init__(self, limit: int, statistics: BusStatistics) -> None:
+    It is full with `limit` messages, or with `limit_bytes` of payload; one message always has room.
+    """
+
+    def __init__(self, limit: int, statistics: BusStatistics, *, limit_bytes: int = MAX_INCOMING_BYTES) -> None:
         self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
         self._statistics = statistics
         self._queue: deque[Delivery] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -177,9 +183,12 @@ class Inbox:
 
     def put(self, delivery: Delivery, wire_bytes: int) -> bool:
         """Add a message and count it; False when it was dropped."""
-        if self._closed or len(self._queue) >= self._limit:
+        size = len(delivery.payload) + len(delivery.topic)
+        full = len(self._queue) >= self._limit or (bool(self._queue) and self._bytes + size > self._limit_bytes)
+        if self._closed or full:
             self._statistics.dropped_in += 1
             return False
+        self._bytes += size
         self._statistics.messages_in += 1
         self._statistics.bytes_in += wire_bytes
         self._queue.append(delivery)
@@ -212,4 +221,6 @@ class Inbox:
                 await self._waiter
             finally:
                 self._waiter = None
-        return self._queue.popleft()
+        delivery = self._queue.popleft()
+        self._bytes -= len(delivery.payload) + len(delivery.topic)
+        return delivery

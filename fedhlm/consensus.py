@@ -219,12 +219,12 @@ class Centroid:
         self._forget()
         return tuple(self._agents)
 
-    def add(self, name: str, key: Key) -> None:
-        """Take in a key that an agent published."""
+    def add(self, name: str, *published: Key) -> None:
+        """Take in keys that an agent published, the newest last; at least one."""
         self._forget()
         known = self._agents.pop(name, None)
         keys = known.keys if known else deque[Key](maxlen=self._recent)
-        keys.append(key)
+        keys.extend(published)
         self._agents[name] = _Agent(keys, np.mean(np.stack(keys), axis=0, dtype=np.float64), self._clock())
         if len(self._agents) > self._max_peers:
             del self._agents[next(iter(self._agents))]

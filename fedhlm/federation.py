@@ -24,6 +24,7 @@ from fedhlm.thresholds import PaperUpdate, cluster_mean, global_mean, mean_contr
 log = logging.getLogger(__name__)
 
 MEMBERS_MAX: Final = 4_096
+CONTROL_MAX: Final = 1e12  # of a control variate: a mean gradient on [0, 1], whose sums must stay finite
 _COUNT_END: Final = 2**31
 _VERSION: Final = 1
 
@@ -57,7 +58,7 @@ class State(NamedTuple):
         Raises:
             ProtocolError: a curve or the control is impossible.
         """
-        _check(message.threshold)
+        check_threshold(message.threshold)
         return cls(message.round, message.members, message.refused, message.threshold, _curves(message))
 
     def learned(self, header: Mapping[str, Any]) -> Learned:
@@ -174,7 +175,7 @@ class Members:
             return "duplicate"
         reason = "threshold"
         try:
-            _check(message.threshold)
+            check_threshold(message.threshold)
             reason = "curve"
             curves = _curves(message)
         except ProtocolError as exc:
@@ -301,20 +302,26 @@ class Members:
                 f"federation snapshot has versions {saved.version}, {saved.schema}: {_VERSION}, {SCHEMA_VERSION} expected"
             )
         for threshold in (saved.threshold, *(message.threshold for _, message in saved.members)):
-            _check(threshold)
+            check_threshold(threshold)
         members = {name: _Member(message, _curves(message)) for name, message in saved.members[-MEMBERS_MAX:]}
         self._inherited = None if saved.inherited is None else State.of(saved.inherited)
         self._members, self.round, self._threshold = members, saved.round, saved.threshold
-        self._told = True
+        # One who kept nothing has nothing to tell, and hears what was retained.
+        self._told = bool(members or saved.round or saved.inherited is not None)
 
     def _updates(self, names: "set[str] | dict[str, _Member]") -> list[PaperUpdate]:
         found = (self._members[name].update for name in sorted(names))
         return [update for update in found if update is not None]
 
 
-def _check(threshold: PaperThreshold | None) -> None:
-    if threshold is not None and not math.isfinite(threshold.control):
-        raise ProtocolError(f"threshold.control is {threshold.control}: a finite number expected")
+def check_threshold(threshold: PaperThreshold | None) -> None:
+    """What the type alone does not say.
+
+    Raises:
+        ProtocolError: the control variate is not finite, or larger than any.
+    """
+    if threshold is not None and not abs(threshold.control) <= CONTROL_MAX:
+        raise ProtocolError(f"threshold.control is {threshold.control}: a number within +-{CONTROL_MAX:g} expected")
 
 
 def _curves(message: Contribution | Learned) -> dict[str, Curve]:

@@ -1,5 +1,15 @@
 """Token id sequences, wherever two of them have to be compared."""
 
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def digest_of(ids: Sequence[int]) -> int:
+    """CRC-32 of a sequence, four little-endian bytes an id: two that differ have the same one once in 2**32."""
+    return zlib.crc32(np.asarray(ids, "<u4").tobytes())
+
 
 def common_prefix(a: list[int], b: list[int]) -> int:
     """Length of the longest common prefix."""

@@ -1,4 +1,4 @@
-"""A part's journal: what it took in and what it decided, in its own order, published in pieces (docs/recordings.md).
+"""A part's journal: what it took in and what it decided, in its own order, published in pieces (docs/checking.md).
 
 With it `fedhlm replay --check` feeds the same inputs to the same code later, without broker, model or clock. Notes that
 the bus has no room for are lost, and the running number of the next ones says so.

@@ -9,11 +9,14 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 # A reordered packet is late by up to this many times the ordinary delay, and at least by up to the minimum.
 REORDER_DELAYS: Final = 4.0
 REORDER_MIN_S: Final = 0.01
+RESENDS_MAX: Final = 8  # of one packet
+
+Direction = Literal["up", "down"]
 
 Action = Callable[[], object]
 
@@ -23,9 +26,11 @@ class Faults:
     """How often each fault was injected."""
 
     lost: int = 0
+    resent: int = 0
     duplicated: int = 0
     reordered: int = 0
     partition_lost: int = 0
+    cut: int = 0
     expired: int = 0
     disconnects: int = 0
     wills: int = 0
@@ -33,9 +38,24 @@ class Faults:
 
 
 class LinkModel:
-    """Both directions of one link. Probabilities are per message; `bytes_per_s` None is an unlimited rate."""
+    """Both directions of one link. Probabilities are per message; a rate of None is unlimited, `bytes_per_s` sets both.
 
-    __slots__ = ("_partitioned", "bytes_per_s", "delay_s", "duplicate", "jitter_s", "loss", "reorder", "watchers")
+    `loss` loses a message; `resent` is what TCP makes of a lost packet: it comes `resend_s` later, and so does the rest.
+    """
+
+    __slots__ = (
+        "_partitioned",
+        "delay_s",
+        "down_bytes_per_s",
+        "duplicate",
+        "jitter_s",
+        "loss",
+        "reorder",
+        "resend_s",
+        "resent",
+        "up_bytes_per_s",
+        "watchers",
+    )
 
     def __init__(
         self,
@@ -43,6 +63,10 @@ class LinkModel:
         delay_s: float = 0.0,
         jitter_s: float = 0.0,
         bytes_per_s: float | None = None,
+        up_bytes_per_s: float | None = None,
+        down_bytes_per_s: float | None = None,
+        resent: float = 0.0,
+        resend_s: float = 0.2,
         loss: float = 0.0,
         duplicate: float = 0.0,
         reorder: float = 0.0,
@@ -50,7 +74,10 @@ class LinkModel:
     ) -> None:
         self.delay_s = delay_s
         self.jitter_s = jitter_s
-        self.bytes_per_s = bytes_per_s
+        self.up_bytes_per_s = bytes_per_s if up_bytes_per_s is None else up_bytes_per_s
+        self.down_bytes_per_s = bytes_per_s if down_bytes_per_s is None else down_bytes_per_s
+        self.resent = resent
+        self.resend_s = resend_s
         self.loss = loss
         self.duplicate = duplicate
         self.reorder = reorder
@@ -76,6 +103,7 @@ class Pipe:
     __slots__ = (
         "_busy_until_s",
         "_departures",
+        "_direction",
         "_faults",
         "_held",
         "_last_s",
@@ -86,9 +114,18 @@ class Pipe:
         "open",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, link: LinkModel, *, rng: random.Random, faults: Faults) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        link: LinkModel,
+        *,
+        direction: Direction,
+        rng: random.Random,
+        faults: Faults,
+    ) -> None:
         self._loop = loop
         self._link = link
+        self._direction = direction
         self._rng = rng
         self._faults = faults
         self._busy_until_s = 0.0
@@ -119,6 +156,11 @@ class Pipe:
                 self._faults.reordered += 1
                 self._send_late(action, arrival_s)
                 return
+        for _ in range(RESENDS_MAX if link.resent else 0):
+            if rng.random() >= link.resent:
+                break
+            self._faults.resent += 1
+            arrival_s += link.resend_s
         if link.jitter_s:
             arrival_s += rng.random() * link.jitter_s
         # Packets in order share one queue and every timer takes its head, so equal arrival times cannot swap.
@@ -147,7 +189,7 @@ class Pipe:
 
     def _depart(self, size_bytes: int) -> float:
         now = self._loop.time()
-        rate = self._link.bytes_per_s
+        rate = self._link.up_bytes_per_s if self._direction == "up" else self._link.down_bytes_per_s
         if rate is None:
             return now
         self._busy_until_s = max(now, self._busy_until_s) + size_bytes / rate

@@ -10,7 +10,7 @@ message is one attempt here: what the link loses is lost, harsher than TCP, so t
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -31,14 +31,16 @@ from fedhlm.bus import (
     topic_matches,
 )
 from fedhlm.errors import BusError
-from fedhlm.link import Action, Faults, LinkModel, Pipe
+from fedhlm.link import Action, Direction, Faults, LinkModel, Pipe
 
 CLOSE_TIMEOUT_S: Final = 2.0
 _MAX_ROUTES: Final = 4_096
 _CONTROL_BYTES: Final = 32
 
 
-class _Packet(NamedTuple):
+class Packet(NamedTuple):
+    """One message on its way; `deadline_s` is on the loop's clock."""
+
     topic: str
     payload: bytes
     qos: int
@@ -61,7 +63,7 @@ class _Session:
         self.filters: dict[str, None] = {}
         self.ended = False
 
-    def send(self, packet: _Packet, *, retained: bool) -> None:
+    def send(self, packet: Packet, *, retained: bool) -> None:
         size = packet.size_bytes()
         delivery = Delivery(packet.topic, packet.payload, retained)
         self.down.send(partial(self.bus._receive, delivery, size), size_bytes=size, reliable=packet.retain)
@@ -77,6 +79,7 @@ class LoopbackBroker:
 
     `keepalive_s` is how long a partition lasts before both ends give the connection up; `reconnect_s` bounds the
     random delay of a client before it connects again; without `keeps_retained` a restart forgets retained messages.
+    `tap` sees every message that the broker takes; `stream` gives the random numbers of a client's link in one direction.
     """
 
     def __init__(
@@ -91,7 +94,10 @@ class LoopbackBroker:
         self.keepalive_s = keepalive_s
         self.reconnect_s = reconnect_s
         self.faults: Final = Faults()
-        self.retained: Final[dict[str, _Packet]] = {}
+        self.retained: Final[dict[str, Packet]] = {}
+        self.tap: Callable[[str, Packet], None] | None = None  # who published, and what
+        self.stream: Callable[[str, Direction], random.Random] = lambda _client, _direction: rng
+        self._cuts: dict[tuple[str, str], dict[str, None]] = {}  # with the retained topics that did not pass
         self._keeps_retained = keeps_retained
         self._sessions: dict[str, _Session] = {}
         self._routes: dict[str, _Route] = {}
@@ -104,14 +110,14 @@ class LoopbackBroker:
         """Whether clients can connect."""
         return self._running
 
-    def stop(self) -> None:
-        """Go down: every connection breaks, no will is published."""
+    def stop(self, *, forget: bool = False) -> None:
+        """Go down: every connection breaks, no will is published. With `forget` its disk is lost too."""
         self._running = False
         self.faults.restarts += 1
         for session in list(self._sessions.values()):
             self._forget(session)
             session.bus._lost(session)
-        if not self._keeps_retained:
+        if forget or not self._keeps_retained:
             self.retained.clear()
 
     def start(self) -> None:
@@ -126,6 +132,28 @@ class LoopbackBroker:
         self.stop()
         await asyncio.sleep(down_s)
         self.start()
+
+    def cut(self, publisher: str, reader: str) -> None:
+        """Let nothing pass from one client to another, as where brokers are bridged, until `mend`."""
+        self._cuts.setdefault((publisher, reader), {})
+
+    def mend(self, publisher: str, reader: str) -> None:
+        """End a cut; the reader gets the retained messages that it missed."""
+        missed = self._cuts.pop((publisher, reader), {})
+        session = self._sessions.get(reader)
+        for topic in missed:
+            packet = self.retained.get(topic)
+            if session is not None and packet is not None and session in self._find_route(topic).sessions:
+                session.send(packet, retained=True)
+
+    def _passes(self, source: str, packet: Packet, session: _Session) -> bool:
+        missed = self._cuts.get((source, session.bus.client_id))
+        if missed is None:
+            return True
+        self.faults.cut += 1
+        if packet.retain:
+            missed[packet.topic] = None
+        return False
 
     def _wait_for_start(self, bus: "LoopbackBus") -> None:
         self._waiting[bus] = None
@@ -149,7 +177,9 @@ class LoopbackBroker:
             if any(topic_matches(pattern, packet.topic) for pattern in plain):
                 session.send(packet, retained=True)
 
-    def _publish(self, packet: _Packet) -> None:
+    def _publish(self, packet: Packet, source: str) -> None:
+        if self.tap is not None:
+            self.tap(source, packet)
         if packet.deadline_s is not None and packet.deadline_s < asyncio.get_running_loop().time():
             self.faults.expired += 1
             return
@@ -160,12 +190,15 @@ class LoopbackBroker:
                 self.retained.pop(packet.topic, None)
         route = self._routes.get(packet.topic) or self._find_route(packet.topic)
         for session in route.sessions:
-            session.send(packet, retained=False)
+            if not self._cuts or self._passes(source, packet, session):
+                session.send(packet, retained=False)
         for pattern in route.groups:
             members = [session for session in self._sessions.values() if pattern in session.filters]
             if members:
                 turn = self._turns[pattern] = self._turns.get(pattern, -1) + 1
-                members[turn % len(members)].send(packet, retained=False)
+                chosen = members[turn % len(members)]
+                if not self._cuts or self._passes(source, packet, chosen):
+                    chosen.send(packet, retained=False)
 
     def _find_route(self, topic: str) -> _Route:
         sessions: dict[_Session, None] = {}
@@ -193,7 +226,7 @@ class LoopbackBroker:
         will = session.bus.will
         if known and will is not None:
             self.faults.wills += 1
-            self._publish(_Packet(will.topic, will.payload, 1, True, None))
+            self._publish(Packet(will.topic, will.payload, 1, True, None), session.bus.client_id)
         session.bus._lost(session)
 
     def _disconnect(self, session: _Session, done: asyncio.Future[None]) -> None:
@@ -210,7 +243,10 @@ class LoopbackBroker:
 
 
 class LoopbackBus:
-    """A client of a LoopbackBroker; see `bus.Bus`. The parameters mean what they mean for `mqtt.MqttBus`."""
+    """A client of a LoopbackBroker; see `bus.Bus`. The parameters mean what they mean for `mqtt.MqttBus`.
+
+    `max_incoming` and `max_outgoing` may be changed while it runs: what is in a queue stays, what comes finds it full.
+    """
 
     def __init__(
         self,
@@ -231,12 +267,13 @@ class LoopbackBus:
         self._broker = broker
         self._birth = birth
         self._connect_timeout_s = connect_timeout_s
-        self._max_outgoing = max_outgoing
+        self.max_incoming = max_incoming
+        self.max_outgoing = max_outgoing
         self._on_link = on_link
         self._statistics = BusStatistics()
         self._inbox = Inbox(max_incoming, self._statistics)
-        self._outgoing: deque[_Packet] = deque()
-        self._unheard: deque[_Packet] = deque()
+        self._outgoing: deque[Packet] = deque()
+        self._unheard: deque[Packet] = deque()
         self._filters: dict[str, None] = {}
         self._acks: dict[asyncio.Future[None], None] = {}
         self._session: _Session | None = None
@@ -258,6 +295,16 @@ class LoopbackBus:
     @property
     def statistics(self) -> BusStatistics:
         return self._statistics
+
+    @property
+    def unread(self) -> int:
+        """Messages that came in and wait for the consumer."""
+        return len(self._inbox)
+
+    @property
+    def unsent(self) -> int:
+        """Messages that wait for the connection, or for its bandwidth."""
+        return len(self._outgoing) + (0 if self._session is None else self._session.up.backlog())
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -285,7 +332,7 @@ class LoopbackBus:
         if self._open and self._connected and session is not None:
             self._open = False
             if self.will is not None:
-                self._transmit(session, _Packet(self.will.topic, self.will.payload, 1, True, None))
+                self._transmit(session, Packet(self.will.topic, self.will.payload, 1, True, None))
             done: asyncio.Future[None] = self._loop.create_future()
             leave = partial(self._broker._disconnect, session, done)
             session.up.send(leave, size_bytes=_CONTROL_BYTES, reliable=True)
@@ -317,11 +364,11 @@ class LoopbackBus:
         check_topic(topic)
         session = self._session if self._connected else None
         waiting = len(self._outgoing) if session is None else session.up.backlog()
-        if not self._open or waiting >= self._max_outgoing:
+        if not self._open or waiting >= self.max_outgoing:
             self._statistics.dropped_out += 1
             return False
         deadline_s = None if expiry_s is None else self._loop.time() + expiry_s
-        packet = _Packet(topic, payload, qos, retain, deadline_s)
+        packet = Packet(topic, payload, qos, retain, deadline_s)
         if session is None:
             self._outgoing.append(packet)
         else:
@@ -355,10 +402,12 @@ class LoopbackBus:
         if not self._broker.running:
             self._broker._wait_for_start(self)
             return
-        broker = self._broker
-        up, down = (Pipe(self._loop, self.link, rng=broker.rng, faults=broker.faults) for _ in range(2))
-        session = self._session = _Session(self, up=up, down=down)
-        up.send(partial(broker._connect, session), size_bytes=_CONTROL_BYTES, reliable=True)
+        session = self._session = _Session(self, up=self._pipe("up"), down=self._pipe("down"))
+        session.up.send(partial(self._broker._connect, session), size_bytes=_CONTROL_BYTES, reliable=True)
+
+    def _pipe(self, direction: Direction) -> Pipe:
+        rng, faults = self._broker.stream(self.client_id, direction), self._broker.faults
+        return Pipe(self._loop, self.link, direction=direction, rng=rng, faults=faults)
 
     def _schedule_connect(self) -> None:
         if self._open and self._timer is None:
@@ -373,7 +422,7 @@ class LoopbackBus:
             return
         again, self._unheard = self._unheard, deque()
         if self._birth is not None:
-            birth = _Packet(*self._birth, 1, True, None)
+            birth = Packet(*self._birth, 1, True, None)
             self._transmit(session, birth)
             again = deque(packet for packet in again if packet != birth)
         for packet in (*again, *self._outgoing):
@@ -385,7 +434,7 @@ class LoopbackBus:
         request = partial(self._broker._subscribe, session, filters, acknowledge)
         session.up.send(request, size_bytes=_CONTROL_BYTES, reliable=True)
 
-    def _transmit(self, session: _Session, packet: _Packet) -> None:
+    def _transmit(self, session: _Session, packet: Packet) -> None:
         size = packet.size_bytes()
         self._statistics.messages_out += 1
         self._statistics.bytes_out += size
@@ -394,13 +443,16 @@ class LoopbackBus:
             self._unheard.append(packet)
         session.up.send(partial(self._heard, packet), size_bytes=size, reliable=packet.retain)
 
-    def _heard(self, packet: _Packet) -> None:
+    def _heard(self, packet: Packet) -> None:
         if packet.retain:
             self._unheard.remove(packet)
-        self._broker._publish(packet)
+        self._broker._publish(packet, self.client_id)
 
     def _receive(self, delivery: Delivery, size: int) -> None:
-        self._inbox.put(delivery, size)
+        if self.unread < self.max_incoming:
+            self._inbox.put(delivery, size)
+        else:
+            self._statistics.dropped_in += 1
 
     def _lost(self, session: _Session) -> None:
         """The broker or the keepalive ended this session."""

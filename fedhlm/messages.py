@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedhlm.errors import ProtocolError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 MAX_CONTEXT: Final = 131_072
 MAX_BLOCK: Final = 4_096
@@ -24,6 +24,7 @@ MAX_TOKENS: Final = 65_536
 MAX_KEY: Final = 1_024
 MAX_CURVES: Final = 16
 MAX_NOTES: Final = 1_024
+MAX_STOPS: Final = 16
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -33,6 +34,7 @@ Session = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
+Digest = Annotated[int, Meta(ge=0, lt=2**32)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
 Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
 Ids = Annotated[bytes, Meta(max_length=3 * MAX_CONTEXT)]
@@ -98,7 +100,7 @@ class Prompt(Message, tag=2, frozen=True):
     seed: Seed | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=10.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
-    stop: tuple[Text, ...] = ()
+    stop: Annotated[tuple[Text, ...], Meta(max_length=MAX_STOPS)] = ()
     preset: Name | None = None
 
 
@@ -145,6 +147,8 @@ class Escalation(Message, tag=4, frozen=True):
     `base` is the number of context tokens (prompt included) that both ends hold; `ids` follow it, of which the first
     `fixed` are committed already (ingest and score, never replace) and the rest are drafts. `extend` asks for that many
     tokens of the LLM's own after an accepted block. `laws` holds the draft laws where the coupling needs them.
+    `before` is what stands before the block: the prime, or the digest of the `base` ids (`fedhlm.ids`). A cloud that
+    holds other ones, because it was restarted or an answer of its was lost, asks for the prime.
     The deadline is `patience_ms` after the sending: a span, because a device's clock may be wrong by years.
     """
 
@@ -155,9 +159,19 @@ class Escalation(Message, tag=4, frozen=True):
     patience_ms: Milliseconds
     fixed: Position = 0
     extend: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 1
-    prime: Prime | None = None
+    before: Prime | Digest | None = None
     laws: Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)] = b""
     hints: Hints | None = None
+
+    @property
+    def prime(self) -> Prime | None:
+        """The prime, where the block carries one."""
+        return self.before if isinstance(self.before, Prime) else None
+
+    @property
+    def digest(self) -> int | None:
+        """The digest of the ids before the block, where they do not travel."""
+        return self.before if isinstance(self.before, int) else None
 
 
 class Verdict(Message, tag=5, frozen=True):
@@ -291,7 +305,7 @@ class Assignment(Message, tag=13, frozen=True):
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One line of a journal: monotonic time of its part in seconds, and what came in or was decided (docs/recordings.md).
+    """One line of a journal: monotonic time of its part in seconds, and what came in or was decided (docs/checking.md).
 
     `subject` is a topic's name, or says what `data` holds.
     """
@@ -383,7 +397,8 @@ def unpack_ids(data: bytes, vocab_size: int) -> list[int]:
     ids = wide.view("<u4").ravel()  # (n,)
     if ids.size and int(ids.max()) >= vocab_size:
         raise ProtocolError(f"token id {int(ids.max())}: below {vocab_size} expected")
-    return [int(i) for i in ids]
+    found: list[int] = ids.tolist()
+    return found
 
 
 def pack_bits(bits: "list[bool]") -> bytes:

@@ -10,16 +10,17 @@ import logging
 import random
 import socket
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Self
 
 import aiomqtt
 import paho.mqtt.client as paho
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from fedhlm.broker_url import BrokerUrl
+from fedhlm.broker_url import BrokerUrl, tls_refusal
 from fedhlm.bus import (
     DEFAULT_MAX_INCOMING,
     DEFAULT_MAX_OUTGOING,
@@ -36,6 +37,7 @@ from fedhlm.bus import (
 )
 from fedhlm.errors import BusError
 from fedhlm.mqtt_client import Client, ClosedEarlyError, drop, enter_quietly, funnel, publish_properties, watch
+from fedhlm.telemetry import warn_once
 
 _log: Final = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class _Outgoing(NamedTuple):
     qos: int
     retain: bool
     deadline_s: float | None  # loop time after which nobody wants it
+    properties: Properties | None = None
 
 
 class MqttBus:
@@ -70,6 +73,7 @@ class MqttBus:
     when we are lost and by us on a clean exit. With `connect_timeout_s` entering waits that long for the broker and
     raises BusError after it; without, entering returns after the first attempt and the bus keeps trying.
     `content_type` (MQTT 5) is for foreign readers; it adds its length to every message, so ours goes without.
+    With a `tap` every message goes there and none to `deliveries`: under MQTT 5 as published (QoS, retain flag, properties).
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class MqttBus:
         max_incoming: int = DEFAULT_MAX_INCOMING,
         content_type: str | None = None,
         on_link: LinkHook | None = None,
+        tap: Callable[[aiomqtt.Message], None] | None = None,
         rng: random.Random | None = None,
         backoff_cap_s: float = BACKOFF_CAP_S,
     ) -> None:
@@ -100,6 +105,7 @@ class MqttBus:
         self._max_outgoing = max_outgoing
         self._content_type = content_type
         self._on_link = on_link
+        self._tap = tap
         self._rng = rng or random.Random()
         self._backoff_cap_s = backoff_cap_s
         self._statistics = BusStatistics()
@@ -112,6 +118,7 @@ class MqttBus:
         self._wakeup = asyncio.Event()
         self._settled = asyncio.Event()
         self._tried = asyncio.Event()
+        self._moved = asyncio.Event()
         self._open = False
         self._closing = False
         self._ever_connected = False
@@ -174,12 +181,20 @@ class MqttBus:
             await self._group.__aexit__(None, None, None)
             self._statistics.dropped_out += len(self._outgoing)
             self._outgoing.clear()
+            self._moved.set()
             self._inbox.close(self._failure)
             self._failure = self._failure or BusError(f"the bus to {self.url} is closed")
             self._settled.set()
 
     async def publish(
-        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        expiry_s: float | None = None,
+        properties: Properties | None = None,
     ) -> bool:
         check_topic(topic)
         if not self._open or self._failure is not None or len(self._outgoing) >= self._max_outgoing:
@@ -187,9 +202,21 @@ class MqttBus:
             self._warn_full()
             return False
         deadline_s = None if expiry_s is None else asyncio.get_running_loop().time() + expiry_s
-        self._outgoing.append(_Outgoing(topic, payload, qos, retain, deadline_s))
+        self._outgoing.append(_Outgoing(topic, payload, qos, retain, deadline_s, properties))
         self._wakeup.set()
         return True
+
+    async def wait_backlog(self, at_most: int) -> None:
+        """Return once no more than `at_most` messages wait or are under way.
+
+        Raises:
+            BusError: the broker refused, or the bus is closed.
+        """
+        while len(self._outgoing) + len(self._in_flight) > at_most:
+            if self._failure is not None:
+                raise self._failure
+            self._moved.clear()
+            await self._moved.wait()
 
     def _warn_full(self) -> None:
         level = logging.DEBUG if self._warned_full else logging.WARNING
@@ -234,6 +261,7 @@ class MqttBus:
                 self._failure = exc
                 self._inbox.close(exc)
                 self._settled.set()
+                self._moved.set()
                 return
             except aiomqtt.MqttError as exc:
                 self._note_trouble(exc)
@@ -258,6 +286,12 @@ class MqttBus:
             if error is None:
                 self._protocol = version
                 return client
+            if (refusal := tls_refusal(str(error))) is not None:
+                if not self._ever_connected:
+                    raise BusError(f"broker {self.url} {refusal}") from error
+                # The loss of the link was told before it, and this is the reason why it will not come back by itself.
+                warn_once(_log, f"{self.client_id} {refusal}", "%s: %s %s", self, self.url, refusal)
+                raise error
             code = getattr(getattr(error, "rc", None), "value", None)
             too_new = code == _UNSUPPORTED_PROTOCOL or isinstance(error, ClosedEarlyError)
             if too_new and version != candidates[-1]:
@@ -273,6 +307,7 @@ class MqttBus:
         client = Client(
             self.url.host,
             self.url.port,
+            on_refused=self._publish_refused,
             username=self.url.username,
             password=self.url.password,
             identifier=self.client_id,
@@ -291,6 +326,8 @@ class MqttBus:
         )
         client.pending_calls_threshold = 2 * MAX_IN_FLIGHT
         client.set_tcp_timeout(TCP_TIMEOUT_S)
+        if self._tap is not None:
+            client.read_ahead()
         return client
 
     async def _enter(self, client: Client) -> aiomqtt.MqttError | None:
@@ -347,10 +384,13 @@ class MqttBus:
             done.update(pending)
 
     async def _subscribe(self, client: aiomqtt.Client, filters: list[str]) -> dict[str, str]:
-        """Subscribe at QoS 1; the refused filters with their reasons."""
+        """Subscribe at QoS 1, a tap under MQTT 5 at 2; the refused filters with their reasons."""
         if self._protocol == "5":
-            reply = await client.subscribe([(pattern, SubscribeOptions(qos=1)) for pattern in filters])
+            tapped = self._tap is not None
+            options = SubscribeOptions(qos=2 if tapped else 1, retainAsPublished=tapped)
+            reply = await client.subscribe([(pattern, options) for pattern in filters])
         else:
+            # Some brokers of 3.1.1 deliver everything with the subscription's QoS, and 2 costs them four packets a message.
             reply = await client.subscribe([(pattern, 1) for pattern in filters])
         codes: list[int | ReasonCode] = [*reply]
         refused: dict[str, str] = {}
@@ -379,6 +419,7 @@ class MqttBus:
     async def _send(self, client: aiomqtt.Client, number: int, window: asyncio.Semaphore) -> None:
         await self._transmit(client, self._in_flight[number])
         del self._in_flight[number]
+        self._moved.set()
         window.release()
 
     async def _transmit(self, client: aiomqtt.Client, item: _Outgoing) -> None:
@@ -390,7 +431,10 @@ class MqttBus:
                 return
         properties = None
         if self._protocol == "5":
-            properties = publish_properties(self._content_type, None if expiry_s is None else expiry_seconds(expiry_s))
+            whole_s = None if expiry_s is None else expiry_seconds(expiry_s)
+            properties = item.properties or publish_properties(self._content_type, whole_s)
+            if item.properties is not None and whole_s is not None:
+                item.properties.MessageExpiryInterval = whole_s
         self._statistics.messages_out += 1
         self._statistics.bytes_out += publish_wire_bytes(
             item.topic,
@@ -402,12 +446,17 @@ class MqttBus:
         )
         await client.publish(item.topic, item.payload, qos=item.qos, retain=item.retain, properties=properties)
 
+    def _publish_refused(self, topic: str, reason: str) -> None:
+        self._statistics.dropped_out += 1
+        warn_once(_log, f"{self.client_id} {topic}", "%s: the broker refused a message on %s: %s", self, topic, reason)
+
     def _requeue(self) -> None:
         """Put what was under way back in front; QoS 0 is not worth a second attempt."""
         again = [item for item in self._in_flight.values() if item.qos]
         self._statistics.dropped_out += len(self._in_flight) - len(again)
         self._in_flight.clear()
         self._outgoing.extendleft(reversed(again))
+        self._moved.set()
 
     def _set_link(self, client: aiomqtt.Client | None) -> None:
         was_up = self._client is not None
@@ -426,6 +475,9 @@ class MqttBus:
             self._on_link(up)
 
     def _take(self, message: aiomqtt.Message) -> None:
+        if self._tap is not None:
+            self._tap(message)
+            return
         payload = message.payload
         properties = message.properties
         wire_bytes = publish_wire_bytes(

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import aiomqtt
 import paho.mqtt.client as paho
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -36,10 +37,14 @@ class _Complaints(logging.Logger):
 class Client(aiomqtt.Client):
     """aiomqtt's client, except that a connection closed before its CONNACK fails at once, not after the timeout.
 
+    `on_refused` is told the topic and the reason of a message that the broker does not take (MQTT 5, from QoS 1 on).
     `opened` is set when paho's thread, which opens the connection and cannot be stopped, has ended.
     """
 
-    def __init__(self, hostname: str, port: int, **options: Any) -> None:
+    def __init__(
+        self, hostname: str, port: int, *, on_refused: Callable[[str, str], None] | None = None, **options: Any
+    ) -> None:
+        self._on_refused = on_refused
         self._complaints = _Complaints(__name__, logging.ERROR)
         super().__init__(hostname, port, logger=self._complaints, **options)
         self.opened = asyncio.Event()
@@ -65,6 +70,57 @@ class Client(aiomqtt.Client):
             )
         if not self._connected.cancelled():
             super()._on_disconnect(client, userdata, flags, reason_code, properties)
+
+    def _on_publish(
+        self, client: paho.Client, userdata: object, mid: int, reason_code: ReasonCode, properties: Properties
+    ) -> None:
+        # paho forgets the message after this call.
+        if (
+            self._on_refused is not None
+            and reason_code.is_failure
+            and (message := client._out_messages.get(mid)) is not None
+        ):
+            self._on_refused(message.topic, str(reason_code))
+        super()._on_publish(client, userdata, mid, reason_code, properties)
+
+    def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
+        def register() -> None:
+            # aiomqtt takes the socket's number now and asks for the loop's attention later. By then the socket may be
+            # closed and its number another's, who would be left with our writer in place of its own.
+            if sock.fileno() >= 0:
+                self._loop.add_writer(sock.fileno(), write)
+
+        def write() -> None:
+            try:
+                client.loop_write()
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the link is broken
+                if not self._disconnected.done():
+                    self._disconnected.set_exception(exc)
+
+        self._loop.call_soon_threadsafe(register)
+
+    def read_ahead(self, size_bytes: int = 16_384) -> None:
+        """Read many packets with one system call; paho makes four for each. Before connecting, for who receives thousands a second."""
+        paho_client = self._client
+        receive, read_packet = paho_client._sock_recv, paho_client.loop_read
+        buffer = bytearray()
+
+        def take(bufsize: int) -> bytes:
+            if not buffer:
+                buffer.extend(receive(max(bufsize, size_bytes)))
+            taken = bytes(buffer[:bufsize])
+            del buffer[:bufsize]
+            return taken
+
+        def read_all(max_packets: int = 1) -> MQTTErrorCode:
+            # What is in our buffer makes the socket readable no more.
+            code = read_packet(max_packets)
+            while buffer and code == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                code = read_packet(max_packets)
+            return code
+
+        paho_client._sock_recv = take  # type: ignore[method-assign]
+        paho_client.loop_read = read_all  # type: ignore[method-assign]
 
     def set_tcp_timeout(self, seconds: float) -> None:
         """How long opening the connection may take; before connecting."""

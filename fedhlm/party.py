@@ -108,7 +108,14 @@ class Party:
                 received = self.read(delivery.topic, delivery.payload)
             except ProtocolError as exc:
                 self.counters.add("refused_messages")
-                warn_once(log, delivery.topic, "refused a message on %s: %s", delivery.topic, exc)
+                found = lookup(delivery.topic, self.root)
+                warn_once(
+                    log,
+                    found[0].pattern if found else "no topic of ours",
+                    "refused a message on %s: %s",
+                    delivery.topic,
+                    exc,
+                )
                 continue
             if self.diary is not None:
                 self.diary.note("heard", delivery.topic, delivery.payload)
@@ -127,4 +134,6 @@ class Party:
         message = decode_for(topic, payload)
         if topic.publishers == ("agent",) and message.sender != levels["agent"]:
             raise ProtocolError(f"message.sender is {message.sender!r}: {levels['agent']!r} expected on {name}")
+        if isinstance(message, Presence) and message.role not in topic.publishers:
+            raise ProtocolError(f"message.role is {message.role!r}: {topic.publishers[0]!r} expected on {name}")
         return Received(topic, levels, message)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fedhlm.messages import Sampling
 
 NOISE: Final = "philox-gumbel/1"
+COLDEST: Final = 1e-6  # a lower temperature tells logits apart that differ by rounding, and at last divides to infinity
 
 Logits = NDArray[Any]  # (V,) floating
 Law = NDArray[np.float64]  # (V,) probabilities
@@ -92,10 +93,10 @@ def uniform(seed: int, position: int, stream: int) -> float:
 def scores(logits: Logits, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:
     """Unnormalised log-law after temperature and top-p; -inf outside the kept set; shape (V,).
 
-    Temperature 0 keeps the largest logit alone (the lowest id among equals).
+    Temperature 0, or one below COLDEST, keeps the largest logit alone (the lowest id among equals).
     """
     wide = np.asarray(logits, np.float64)
-    if temperature == 0.0:
+    if temperature < COLDEST:
         only = np.full(wide.shape, -np.inf)
         only[int(np.argmax(wide))] = 0.0
         return only

@@ -1,7 +1,8 @@
-"""Starting and stopping a service: logs, metrics, signals, buses and shipped models, the same for every part."""
+"""Starting and stopping a service: logs, metrics, signals, the service manager, buses and shipped models, for every part."""
 
 import asyncio
 import contextlib
+import logging
 import random
 import signal
 import time
@@ -13,11 +14,16 @@ import msgspec
 
 from fedhlm import settings
 from fedhlm.bus import LinkHook, Retained
-from fedhlm.errors import ModelError, root_of
+from fedhlm.errors import FedhlmError, ModelError, root_of
 from fedhlm.journal import Diary
 from fedhlm.mqtt import MqttBus
+from fedhlm.notify import Notifier
 from fedhlm.telemetry import Counters, configure_logging, exported
 
+log = logging.getLogger(__name__)
+
+# A broker that refuses a whole fleet must not see it come back in step: the manager's own delays have no jitter.
+EXIT_JITTER_S: Final = 10.0
 DEFAULT_URL: Final = "mqtt://127.0.0.1:1883"
 _ARTEFACTS: Final = Path(__file__).parent.parent / "model_zoo" / "artefacts"
 
@@ -68,23 +74,29 @@ def diary_of(telemetry: settings.Telemetry) -> Diary | None:
     return Diary(random.SystemRandom().getrandbits(63), time.monotonic) if telemetry.journal else None
 
 
-def serve(config: settings.Config, name: str, main: Callable[[Counters], Awaitable[int]]) -> int:
-    """Run a service until it ends or SIGINT or SIGTERM asks it to; its exit status, 0 after a signal."""
+def serve(config: settings.Config, name: str, main: Callable[[Counters, Notifier], Awaitable[int]]) -> int:
+    """Run a service until it ends or SIGINT or SIGTERM asks it to; its exit status, 0 after a signal.
+
+    `main` hooks its links to the notifier, by which the service manager learns when it is ready.
+    """
     secrets = (config.broker.password, config.edge.upstream.password)
     configure_logging(config.telemetry.log_level, name, secrets=secrets)
     counters = Counters()
+    notifier = Notifier.of()
     with exported(counters, party=name, port=config.telemetry.metrics_port, host=config.telemetry.metrics_host):
-        return asyncio.run(_until_signal(main(counters)))
+        return asyncio.run(_until_signal(main(counters, notifier), notifier))
 
 
-async def _until_signal(work: Awaitable[int]) -> int:
-    task = asyncio.ensure_future(work)
+async def _until_signal(work: Awaitable[int], notifier: Notifier, rng: random.Random | None = None) -> int:
+    task = asyncio.ensure_future(_unhurried(work, notifier, rng or random.SystemRandom()))
     loop = asyncio.get_running_loop()
+    alive = loop.create_task(notifier.keep_alive(), name="notify")
     stopped = False
 
     def stop() -> None:
         nonlocal stopped
         stopped = True
+        notifier.stopping()
         task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -98,3 +110,18 @@ async def _until_signal(work: Awaitable[int]) -> int:
         raise
     except BaseExceptionGroup as group:
         raise root_of(group) from group
+    finally:
+        alive.cancel()
+
+
+async def _unhurried(work: Awaitable[int], notifier: Notifier, rng: random.Random) -> int:
+    """The work; where a manager restarts us, its failure comes after a random delay."""
+    try:
+        return await work
+    except (FedhlmError, BaseExceptionGroup) as exc:
+        error = root_of(exc) if isinstance(exc, BaseExceptionGroup) else exc
+        if notifier.managed and isinstance(error, FedhlmError):
+            delay_s = rng.uniform(0.0, EXIT_JITTER_S)
+            log.error("ending in %.1f s: %s", delay_s, error)  # noqa: TRY400 - the caller prints it as well
+            await asyncio.sleep(delay_s)
+        raise

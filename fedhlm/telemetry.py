@@ -17,6 +17,8 @@ from fedhlm.errors import ConfigError
 
 MASK: Final = "***"
 WARNED_MAX: Final = 4_096
+KEY_MAX: Final = 256  # characters of a warning's key that are remembered
+MESSAGE_MAX: Final = 4_096  # characters of one record: the name of a topic alone may have 65,535
 
 COUNTERS: Final[dict[str, str]] = {
     "refused_messages": "payloads that were not a valid message of their topic, or came from the wrong sender",
@@ -195,8 +197,10 @@ class OneLine(logging.Formatter):
         return text
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the name is the standard library's
-        # What comes over the bus may end up in a message; a line break in it must not look like another record.
-        return super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
+        # What comes over the bus may end up in a message; a line break in it must not look like another record, and
+        # nobody can fill the disk with a few of them.
+        text = super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
+        return text if len(text) <= MESSAGE_MAX else f"{text[:MESSAGE_MAX]}... ({len(text)} characters)"
 
 
 def configure_logging(
@@ -217,6 +221,7 @@ def warn_once(logger: logging.Logger, key: str, message: str, *args: object) -> 
 
     Keys may derive from what strangers send, so only the first WARNED_MAX are remembered; later new ones go to DEBUG.
     """
+    key = key[:KEY_MAX]
     known = (logger.name, key) in _warned
     if known or len(_warned) >= WARNED_MAX:
         logger.debug(message, *args)

@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError
-from fleet.commands import models
+from fleet.commands import doctor, models, pki, simulate, trace, traces
 from fleet.commands.common import Positive, Seconds, Seed, Share, needing
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ app = App(
 config_app = App(name="config", help="Look at the configuration.")
 app.command(config_app)
 app.command(models.app)
+app.command(pki.app)
+app.command(simulate.simulate)
+app.command(traces.record)
+app.command(traces.replay)
+app.command(trace.app)
+app.command(doctor.doctor)
 
 
 @config_app.command(name="check")
@@ -149,6 +155,7 @@ def demo(
     alpha: Annotated[float, Parameter(validator=Number(gt=0))] | None = None,
     temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.0,
     json: Path | None = None,
+    record: Path | None = None,
 ) -> int:
     """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled what at which price.
 
@@ -177,6 +184,8 @@ def demo(
         Of the continued texts; topics are always asked for at 0.
     json
         File for the results.
+    record
+        File for a recording of all that passes over the broker, journals included; nothing is compared then.
     """
     with needing("agent,edge,cloud"):
         from fleet.demo import run
@@ -191,6 +200,7 @@ def demo(
         alpha=alpha,
         temperature=temperature,
         json_file=json,
+        recording=record,
     )
 
 

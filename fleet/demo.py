@@ -37,6 +37,8 @@ from fleet.report import Figures, Generated, Report, Run, figures, notes, tables
 CLUSTERS: Final = 2
 AGENTS: Final = 2
 TEMPERATURE: Final = 0.0  # where the peers have something to say (docs/peers.md)
+CLOUD: Final = "cloud"
+RECORDER: Final = "recorder"
 READY_S: Final = 90.0
 COMPARED: Final = ("exact", "fedhlm", "hlm")
 COMPARED_ITEMS: Final = 8
@@ -60,6 +62,7 @@ class Demo:
         budget: float | None = None,
         alpha: float | None = None,
         temperature: float = TEMPERATURE,
+        recording: Path | None = None,
     ) -> None:
         # Within the demo's clusters a byte costs nothing: it never leaves the machine.
         self.overrides = {"generation.temperature": f"{temperature:g}", "generation.consensus.lan_price": "0"}
@@ -93,6 +96,7 @@ class Demo:
         self.parts = None if alpha is None else self._parts(alpha)
         self.slm = model_folder(self.config.agent.model, "slm")
         self.llm = model_folder(self.config.cloud.model, "llm")
+        self.recording = recording
         self.report: Report | None = None
         self.root = f"fedhlm-demo-{random.SystemRandom().getrandbits(32):08x}/1"
 
@@ -126,6 +130,7 @@ class Demo:
                     for task in (main, *helpers):
                         task.cancel()
                     await asyncio.wait([main, *helpers])
+                    await self._end_recording(processes)
                 for task in (*helpers, main):
                     if not task.cancelled() and (error := task.exception()) is not None:
                         raise error
@@ -140,6 +145,21 @@ class Demo:
                 await asyncio.sleep(0.05)
         return msgspec.structs.replace(self.config.broker, url=printed.splitlines()[0])
 
+    async def _record(self, processes: Processes, broker: settings.Broker, file: Path) -> None:
+        """Have everything under the demo's root recorded; returns when it is."""
+        where = ("--broker", broker.url, "--root", self.root)
+        await processes.start(RECORDER, "fleet.cli", "record", *where, "--out", str(file))
+        async with asyncio.timeout(READY_S):
+            while not await asyncio.to_thread(file.exists):
+                processes.check()
+                await asyncio.sleep(0.05)
+
+    async def _end_recording(self, processes: Processes) -> None:
+        """The parts first, so that their last words are recorded."""
+        if self.recording is not None:
+            await processes.end(CLOUD, *(f"edge-{p.cluster}" for p in self.places), *(p.agent for p in self.places))
+            await processes.end(RECORDER)
+
     async def _start_parts(self, processes: Processes, broker: settings.Broker) -> None:
         cores = os.cpu_count() or 1
         common = {
@@ -148,9 +168,12 @@ class Demo:
             "FEDHLM_PRESET": self.preset_source,
             "FEDHLM_TELEMETRY__LOG_LEVEL": "WARNING",
         }
+        if self.recording is not None:
+            await self._record(processes, broker, self.recording)
+            common["FEDHLM_TELEMETRY__JOURNAL"] = "true"
         common |= {configuration.environment_name(key): value for key, value in self.overrides.items()}
         await processes.start(
-            "cloud", "fleet.cli", "cloud", env={**common, "FEDHLM_CLOUD__THREADS": str(max(1, cores // 2))}
+            CLOUD, "fleet.cli", "cloud", env={**common, "FEDHLM_CLOUD__THREADS": str(max(1, cores // 2))}
         )
         for cluster in dict.fromkeys(p.cluster for p in self.places):
             await processes.start(
@@ -181,7 +204,9 @@ class Demo:
                 self.report = self._reported(figures(run, {}), progress, stopped_early=True)
             progress.stage("the run is over")
             progress.tell()
-            runs = [await self._compare(client, progress, name) for name in self._compared_presets()]
+            # What is compared belongs to other presets than the one that was to be recorded.
+            presets = self._compared_presets() if self.recording is None else []
+            runs = [await self._compare(client, progress, name) for name in presets]
             progress.stage("both models write the same alone, to compare")
             judge = await asyncio.to_thread(Judge, llm=self.llm, slm=self.slm)
             comparisons = [await asyncio.to_thread(judge.figures, other) for other in runs]
@@ -283,12 +308,15 @@ def run(
     alpha: float | None = None,
     temperature: float = TEMPERATURE,
     json_file: Path | None = None,
+    recording: Path | None = None,
 ) -> int:
     """Run the demo and print its table; 130 when it was interrupted, with the table so far."""
     console = Console()
     configure_logging("ERROR", "demo")  # what is wrong with the broker comes as an error of ours
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigError("--json", str(json_file), "a file in an existing folder expected")
+    if recording is not None and (recording.exists() or not recording.parent.is_dir()):
+        raise ConfigError("--record", str(recording), "a new file in an existing folder expected")
     demo = Demo(
         preset=preset,
         prompts=prompts,
@@ -299,6 +327,7 @@ def run(
         budget=budget,
         alpha=alpha,
         temperature=temperature,
+        recording=recording,
     )
     code = 0
     try:

@@ -4,7 +4,8 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from fedhlm.messages import Fingerprint, encode
 from fedhlm.party import Party, Stamp, presence
 from fedhlm.settings import Consensus, Federation
 from fedhlm.telemetry import Counters
+from lab.parts import Part, PartBus, inline
+
+WALL_S: Final = 1.0e9  # Unix time at the beginning of virtual time
 
 
 class Pair(NamedTuple):
@@ -41,40 +45,11 @@ class Pair(NamedTuple):
     space: str
 
 
-Service = CloudService | EdgeService
-
-
-class Node:
-    """A part that can crash and start again: `launch` makes its buses and its service anew."""
-
-    def __init__(self, launch: Callable[[], tuple[list[LoopbackBus], Service]]) -> None:
-        self._launch = launch
-        self._task: asyncio.Task[None] | None = None
-        self._buses: list[LoopbackBus] = []
-
-    def start(self) -> None:
-        """Bring the part up."""
-        self._buses, service = self._launch()
-        self._task = asyncio.create_task(self._live(service), name="node")
-
-    async def _live(self, service: Service) -> None:
-        await service.subscribe()
-        for bus in self._buses:
-            await bus.__aenter__()
-        await service.run()
-
-    async def crash(self) -> None:
-        """Kill it as a power cut would: nothing is said, nothing is saved."""
-        for bus in self._buses:
-            bus.crash()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
-
-
 class Fleet:
-    """The parts on one broker. `sessions_max` bounds the cloud's sessions, `delay_s` is every link's one-way delay."""
+    """The parts on one broker. `sessions_max` bounds the cloud's sessions, `delay_s` is every link's one-way delay.
+
+    With `keeps` the edges and the cloud have disks.
+    """
 
     def __init__(
         self,
@@ -85,6 +60,7 @@ class Fleet:
         delay_s: float,
         sessions_max: int,
         federation: Federation = Federation(),  # noqa: B008 - frozen
+        keeps: bool = False,
     ) -> None:
         self.pair = pair
         self.seed = seed
@@ -95,13 +71,14 @@ class Fleet:
         self.federation = federation
         self._delay_s = delay_s
         self._sessions_max = sessions_max
-        self.nodes: dict[str, Node] = {"cloud": Node(self._cloud)}
+        self._keeps = keeps
+        self.nodes: dict[str, Part] = {"cloud": Part("cloud", self._cloud)}
         for c in range(clusters):
-            self.nodes[f"edge-{c}"] = Node(lambda c=c: self._edge(f"c{c}"))  # type: ignore[misc]
+            self.nodes[f"edge-{c}"] = Part(f"edge-{c}", partial(self._edge, f"c{c}"))
 
-    def wall_s(self) -> float:
-        """The fleet's common wall clock."""
-        return 1.0e9 + asyncio.get_running_loop().time()
+    def wall_s(self, part: Part | None = None) -> float:
+        """The fleet's common wall clock, or a part's own."""
+        return WALL_S + asyncio.get_running_loop().time() + (0.0 if part is None else part.skew_s)
 
     def link(self, name: str) -> LinkModel:
         """A client's link, the same one after a restart of the client."""
@@ -113,22 +90,33 @@ class Fleet:
         will: Retained | None = None,
         birth: Retained | None = None,
         on_link: LinkHook | None = None,
-    ) -> LoopbackBus:
-        """A new connection over that link."""
-        return LoopbackBus(self.broker, client_id=name, link=self.link(name), will=will, birth=birth, on_link=on_link)
+        part: Part | None = None,
+        client_id: str = "",
+    ) -> PartBus:
+        """A new connection over that link; the client's id is the link's name by default."""
+        return PartBus(
+            part or Part(name),
+            self.broker,
+            client_id=client_id or name,
+            link=self.link(name),
+            will=will,
+            birth=birth,
+            on_link=on_link,
+        )
 
-    def party(self, bus: LoopbackBus, sender: str) -> Party:
+    def party(self, bus: LoopbackBus, sender: str, part: Part | None = None) -> Party:
         """A party on that bus."""
-        return Party(bus=bus, stamp=Stamp(sender, self.wall_s), counters=self.counters)
+        return Party(bus=bus, stamp=Stamp(sender, partial(self.wall_s, part)), counters=self.counters)
 
-    def _cloud(self) -> "tuple[list[LoopbackBus], Service]":
-        stamp = Stamp("cloud", self.wall_s)
+    def _cloud(self, part: Part) -> tuple[list[PartBus], CloudService]:
+        stamp = Stamp("cloud", partial(self.wall_s, part))
         name = topics.CLOUD_STATUS.name()
         birth = Retained(name, encode(presence(stamp, "cloud", online=True, fingerprint=self.pair.fingerprint)))
         will = Retained(name, encode(presence(stamp, "cloud", online=False)))
-        bus = self.bus("cloud", will, birth)
+        to_announce = asyncio.Event()
+        bus = self.bus("cloud", will, birth, on_link=lambda _up: to_announce.set(), part=part)
         service = CloudService(
-            party=self.party(bus, "cloud"),
+            party=self.party(bus, "cloud", part),
             engine=self.pair.engine(),
             sessions=Sessions(
                 fingerprint=self.pair.fingerprint,
@@ -140,26 +128,29 @@ class Fleet:
             batch_max=8,
             coordinator=Coordinator.of(self.federation),
             assign_s=self.federation.assign_s,
+            store=part.disk.store() if self._keeps else None,
             in_thread=inline,
+            to_announce=to_announce,
         )
         return [bus], service
 
-    def _edge(self, cluster: str) -> "tuple[list[LoopbackBus], Service]":
-        stamp = Stamp(f"edge-{cluster}", self.wall_s)
+    def _edge(self, cluster: str, part: Part) -> tuple[list[PartBus], EdgeService]:
+        stamp = Stamp(f"edge-{cluster}", partial(self.wall_s, part))
         name = topics.EDGE_STATUS.name(cluster=cluster)
         will = Retained(name, encode(presence(stamp, "edge", online=False)))
         to_announce = asyncio.Event()
-        down = self.bus(f"edge-{cluster}-down", will, on_link=lambda _up: to_announce.set())
-        up = self.bus(f"edge-{cluster}-up")
+        down = self.bus(f"edge-{cluster}-down", will, on_link=lambda _up: to_announce.set(), part=part)
+        up = self.bus(f"edge-{cluster}-up", part=part)
         service = EdgeService(
             cluster=cluster,
-            down=self.party(down, f"edge-{cluster}"),
-            up=self.party(up, f"edge-{cluster}"),
+            down=self.party(down, f"edge-{cluster}", part),
+            up=self.party(up, f"edge-{cluster}", part),
             counters=self.counters,
             batch_max=16,
             batch_wait_s=0.002,
             to_announce=to_announce,
             federation=self.federation,
+            store=part.disk.store() if self._keeps else None,
             in_thread=inline,
         )
         return [down, up], service
@@ -172,11 +163,13 @@ class Fleet:
         drafter: Drafter,
         new_session: Callable[[], int],
         fingerprint: Fingerprint | None = None,
+        part: Part | None = None,
+        kind: Callable[..., Agent] = Agent,
     ) -> Agent:
         """A device on that bus."""
         rng = np.random.default_rng(self.seed)
-        return Agent(
-            party=self.party(bus, name),
+        return kind(
+            party=self.party(bus, name, part),
             cluster=cluster,
             drafter=drafter,
             fingerprint=fingerprint or self.pair.fingerprint,
@@ -215,8 +208,3 @@ async def listen(agent: Agent) -> None:
     """Hand what the bus brings to an agent."""
     async for received in agent.party.received():
         await agent.handle(received)
-
-
-async def inline(work: Callable[..., Any], *given: object) -> Any:
-    """What `asyncio.to_thread` is to real time: the work takes no virtual time."""
-    return work(*given)

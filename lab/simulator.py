@@ -1,268 +1,326 @@
 """A whole fleet in virtual time: real agents, edges and cloud on toy models and a faulty loopback network.
 
-`simulate` is a function of its scenario: the same seed gives the same run. It raises Violation when a committed token
-is not the one that the LLM, or the SLM where the token is marked unverified, gives after the committed prefix.
+`simulate` is a function of its scenario: the same one gives the same run. A client asks every agent over the bus and asks
+again where no answer comes; when the faults are over the fleet must come to rest and answer at once. Violation says what
+did not hold.
 """
 
-import argparse
 import asyncio
 import random
-import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Final
 
-from edge_agent.agent import Agent
-from edge_agent.events import Committed
-from edge_agent.result import Job, Result
-from fedhlm.config import load
-from fedhlm.couplings import COUPLINGS
-from fedhlm.link import LinkModel
-from fedhlm.messages import FinishReason, Sampling
-from fedhlm.settings import Generation
-from fedhlm.virtual import run_virtual
+import msgspec
+
+from edge_agent.connection import Connection
+from edge_agent.membership import birth_and_will
+from edge_agent.service import LEARNER_FILE, AgentService, ModelFacts
+from fedhlm.link import Direction
+from fedhlm.loopback import LoopbackBus, Packet
+from fedhlm.messages import Presence, decode
+from fedhlm.party import Stamp
+from fedhlm.topics import DEFAULT_ROOT
+from fedhlm.virtual import VirtualTimeError, run_virtual
 from lab import toy
+from lab.client import Client, Request
+from lab.faults import Weather
 from lab.fleet import Fleet
+from lab.invariants import Monitor, Violation, WatchedAgent, idle, presence_topics
+from lab.parts import Part, PartBus
+from lab.scenario import CLIENT, STEP_S, Scenario
 
-TIME_LIMIT_S: Final = 3_600.0
+KEEPALIVE_S: Final = 1.5
+WATCH_S: Final = 1.0
+SESSIONS_MAX: Final = 3  # fewer than the agents, so that re-priming happens all the time
+COUNTERS: Final = ("rollbacks", "reprimes", "retries", "refused_messages", "dropped_messages", "assignments")
+Tap = Callable[[str, Packet], None]
+
+__all__ = ["Outcome", "Scenario", "Simulation", "Violation", "simulate"]
 
 
-class Violation(AssertionError):
-    """An invariant does not hold; the message carries the command that replays the run."""
+class Outcome(msgspec.Struct):
+    """Totals of one run; `texts` are the answers that the client got."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """What to run. Faults happen before `calm_s`; after it every link is good and every part is up."""
-
-    seed: int
-    preset: str = "exact"
-    clusters: int = 2
-    agents: int = 2
-    prompts: int = 2
-    tokens: int = 24
-    temperature: float = 0.8
-    agreement: float = 0.7
-    faults: bool = True
-    calm_s: float = 20.0
-    deadline_s: float = 600.0
-    delay_s: float = 0.02
-    settings: tuple[str, ...] = ()  # KEY=VALUE
+    tokens: Counter[str]
+    faults: Counter[str]
+    counters: Counter[str]
+    texts: list[list[int]]
+    messages: int
+    virtual_s: float
 
     @property
-    def replay(self) -> str:
-        """The shell command that runs this scenario again."""
-        return (
-            f"python -m lab.simulator --preset {self.preset} --temperature {self.temperature} "
-            f"--deadline {self.deadline_s:g} --seeds {self.seed}" + "".join(f" --set {s}" for s in self.settings)
-        )
+    def rollbacks(self) -> int:
+        """Tails taken back."""
+        return self.counters["rollbacks"]
+
+    @property
+    def reprimes(self) -> int:
+        """Sessions that the cloud had to be given anew."""
+        return self.counters["reprimes"]
 
 
-@dataclass
-class Outcome:
-    """Totals of one run."""
+class KeepingService(AgentService):
+    """An agent's service that writes its state at once: threads do not exist on virtual time."""
 
-    tokens: Counter[str] = field(default_factory=Counter)
-    rollbacks: int = 0
-    reprimes: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    virtual_s: float = 0.0
-    texts: list[list[int]] = field(default_factory=list)
+    async def _save(self) -> None:
+        learner = self.agent.learner
+        if self._store is not None and learner.round != self._saved_round:
+            self._saved_round = learner.round
+            self._store.save(LEARNER_FILE, learner.snapshot())
 
 
-class Trial(Fleet):
-    """A fleet of toy models under the faults of one scenario, each text checked against the oracle."""
+class Simulation:
+    """One run. `tap` sees every message besides."""
 
-    def __init__(self, scenario: Scenario) -> None:
-        super().__init__(
+    def __init__(self, scenario: Scenario, *, tap: Tap | None = None) -> None:
+        self.scenario = scenario
+        self.fleet = Fleet(
             toy.pair(scenario.agreement),
             seed=scenario.seed,
             clusters=scenario.clusters,
-            delay_s=scenario.delay_s,
-            sessions_max=3,  # fewer than the agents, so that re-priming happens all the time
+            delay_s=0.0,
+            sessions_max=SESSIONS_MAX,
+            keeps=True,
         )
-        self.scenario = scenario
-        flags = {
-            "generation.deadline_ms": str(round(scenario.deadline_s * 1000)),
-            "generation.retry_ms": "500",
-            # Drafting never pauses here: the more blocks are in flight, the more there is to go wrong.
-            "generation.pipeline.survival_floor": "0",
-            **dict(setting.split("=", 1) for setting in scenario.settings),
-        }
-        self.config: Generation = load(preset=scenario.preset, environ={}, flags=flags).config.generation
-
-    async def run_agent(self, cluster: str, name: str, outcome: Outcome) -> None:
-        """One agent's life: its prompts one after the other, each checked against the oracle."""
-        rng = random.Random(f"{self.scenario.seed}/{name}")
-        drafter = toy.ToyDrafter(agreement=self.scenario.agreement)
-        async with self.online(cluster, name, drafter) as agent:
-            for _ in range(self.scenario.prompts):
-                prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(rng.randrange(1, 6))]
-                await self._generate(agent, drafter, prompt, rng.getrandbits(40), outcome)
-
-    async def _generate(
-        self, agent: Agent, drafter: toy.ToyDrafter, prompt: list[int], seed: int, outcome: Outcome
-    ) -> None:
-        scenario = self.scenario
-        sampling = Sampling(seed, scenario.temperature, 1.0, self.config.coupling)
-        job = Job(
-            self.config,
-            sampling,
-            max_tokens=scenario.tokens,
-            context_max=toy.CONTEXT,
-            eos_ids=frozenset({toy.EOS_ID}),
+        self.fleet.broker.keepalive_s = KEEPALIVE_S
+        # Streams of their own, so that a fault that is taken out changes as little as possible elsewhere.
+        self.fleet.broker.stream = lru_cache(maxsize=None)(partial(_stream, scenario.seed))
+        self.drafter = toy.ToyDrafter(agreement=scenario.agreement)
+        self.monitor = Monitor(scenario, self.drafter)
+        self.agents = [(scenario.cluster_of(i), name) for i, name in enumerate(scenario.agent_names())]
+        for cluster, name in self.agents:
+            self.fleet.nodes[name] = Part(name, partial(self._agent, cluster))
+        self.parts = list(self.fleet.nodes.values())
+        for client in (*scenario.targets().links, CLIENT):
+            scenario.profile_of(client).apply(self.fleet.link(client))
+        self.weather = Weather(
+            self.fleet.broker,
+            parts=self.fleet.nodes,
+            link=self.fleet.link,
+            links=scenario.targets().links,
+            profile_of=scenario.profile_of,
         )
-        heard: list[int] = []
+        self.texts: list[list[int]] = []
+        self._unanswered: set[str] = set()
+        self._relayed: set[str] = set()  # edges that verdicts came through in calm weather
+        self._tap = tap
 
-        async def hear(tokens: list[Committed]) -> FinishReason | None:
-            heard.extend(t.token for t in tokens)
-            return None
+    def _agent(self, cluster: str, part: Part) -> tuple[list[PartBus], AgentService]:
+        """One life of an agent, as its command would begin it."""
+        fleet, name, life = self.fleet, part.name, part.lives
+        stamp = Stamp(name, partial(fleet.wall_s, part))
+        numbers = random.Random(f"{self.scenario.seed}/{name}/{life}")
+        buses: list[PartBus] = []
 
-        result = await agent.generate(job, prompt, hear)
-        if heard != result.ids:
-            raise Violation(f"committed {heard}, reported {result.ids}\n{scenario.replay}")
-        self._check(prompt, sampling, drafter, result)
-        outcome.tokens.update(result.sources)
-        outcome.rollbacks += result.rollbacks
-        outcome.texts.append(result.ids)
+        def open_bus(home: str) -> PartBus:
+            birth, will = birth_and_will(stamp, toy.FINGERPRINT, home, DEFAULT_ROOT)
+            client_id = name if home == cluster else f"{name}-{home}"
+            bus = fleet.bus(name, will, birth, part=part, client_id=client_id)
+            bus.fit(part.room)
+            buses.append(bus)
+            return bus
 
-    def _check(self, prompt: list[int], sampling: Sampling, drafter: toy.ToyDrafter, result: Result) -> None:
+        kind = partial(_watched, self.monitor)
+        agent = fleet.agent(
+            open_bus(cluster), cluster, name, self.drafter, lambda: numbers.getrandbits(63), part=part, kind=kind
+        )
+        facts = ModelFacts(toy.ToyTokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
+        service = KeepingService(
+            agent=agent,
+            loaded=self.scenario.loaded,
+            model=facts,
+            counters=fleet.counters,
+            store=part.disk.store(),
+            connection=Connection(agent.party, open_bus, cluster),
+        )
+        return buses, service
+
+    async def run(self) -> Outcome:
+        """From the start of all parts to the fleet at rest.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        self.fleet.broker.tap = self._see
+        for part in self.parts:
+            part.start()
+        async with LoopbackBus(self.fleet.broker, client_id=CLIENT, link=self.fleet.link(CLIENT)) as bus:
+            client = Client(self.fleet.party(bus, CLIENT), patience_s=self.patience_s, seeds=self.monitor.seeds)
+            await client.subscribe()
+            tasks = [
+                asyncio.create_task(client.listen(), name="client"),
+                asyncio.create_task(self._watch(), name="watch"),
+                work := asyncio.create_task(self._work(client), name="work"),
+            ]
+            try:
+                await asyncio.wait([work, self.monitor.failed], return_when=asyncio.FIRST_COMPLETED)
+                if self.monitor.failed.done():
+                    await self.monitor.failed
+                await work
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+                self.monitor.failed.cancel()
+        virtual_s = asyncio.get_running_loop().time()
+        for part in self.parts:
+            await part.crash()
+        counted = self.fleet.counters
+        network = self.fleet.broker.faults
+        counters = Counter({name: round(counted[name]) for name in COUNTERS})
+        counters["asked_again"] = client.asked_again
+        counters["lost"] = network.lost + network.partition_lost + network.cut
+        counters["duplicated"], counters["reordered"] = network.duplicated, network.reordered
+        return Outcome(
+            tokens=self.monitor.tokens,
+            faults=self.weather.injected,
+            counters=counters,
+            texts=self.texts,
+            messages=self.monitor.messages,
+            virtual_s=virtual_s,
+        )
+
+    @property
+    def patience_s(self) -> float:
+        """How long the client waits for news before it asks again."""
+        return 3.0 * max(1.0, self.scenario.round_trip_s)
+
+    @property
+    def answer_s(self) -> float:
+        """The bound on a request that meets no fault: sending again at its slowest, and a round trip for each token."""
         scenario = self.scenario
-        if result.finish not in ("length", "stop"):
-            raise Violation(f"finished with {result.finish}: {result.error}\n{scenario.replay}")
-        if len(result.ids) != scenario.tokens and result.ids[-1] != toy.EOS_ID:
-            raise Violation(f"{len(result.ids)} tokens of {scenario.tokens}\n{scenario.replay}")
-        coupling = COUPLINGS[sampling.coupling]
-        ids = list(prompt)
-        for token, source, drafted in zip(result.ids, result.sources, result.drafted, strict=True):
-            draft = drafter.draft_now(ids, sampling)
-            logits = toy.large_logits(ids)
-            if source in ("peer", "neighbour"):  # whatever was settled in a context like this one
-                expected = {token}
-            elif source in ("unverified", "local"):
-                expected = {draft.token}
-            else:
-                expected = {coupling.settle(logits, sampling, len(ids), draft.token, draft.law)}
-                if not drafted:  # also where nothing was drafted: a bonus token, or one the cloud decoded
-                    expected.add(coupling.settle(logits, sampling, len(ids), None, b""))
-            if token not in expected:
-                raise Violation(
-                    f"token {len(ids) - len(prompt)} of {prompt} is {token} from {source}, "
-                    f"{sorted(expected)} expected after {ids}\n{scenario.replay}"
-                )
-            ids.append(token)
+        return 30.0 + 16.0 * scenario.retry_s + 4.0 * scenario.tokens * (scenario.round_trip_s + STEP_S)
 
-    def spoil(self, link: LinkModel) -> None:
-        """Give a link faults of its own."""
-        rng = self.rng
-        link.delay_s = rng.choice((0.0, 0.02, 0.1, 0.4))
-        link.jitter_s = rng.choice((0.0, 0.05, 0.3))
-        link.loss = rng.choice((0.0, 0.05, 0.3))
-        link.duplicate = rng.choice((0.0, 0.1, 0.5))
-        link.reorder = rng.choice((0.0, 0.1, 0.5))
+    @property
+    def rest_s(self) -> float:
+        """How long after the last fault, or the last token, all is quiet."""
+        return self.fleet.broker.keepalive_s + 5.0 + 10.0 * self.scenario.round_trip_s
 
-    def heal(self) -> None:
-        """Make every link good."""
-        for link in self.links.values():
-            link.partitioned = False
-            link.delay_s, link.jitter_s = self.scenario.delay_s, 0.0
-            link.loss = link.duplicate = link.reorder = 0.0
+    def _see(self, sender: str, packet: Packet) -> None:
+        self.monitor.see(packet)
+        if self._tap is not None:
+            self._tap(sender, packet)
 
-    async def trouble(self, outcome: Outcome) -> None:
-        """Inject faults until the calm; whatever is broken then is mended."""
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self.monitor.check_parts(self.parts)
+
+    async def _work(self, client: Client) -> None:
         loop = asyncio.get_running_loop()
-        for link in self.links.values():
-            self.spoil(link)
-        while loop.time() < self.scenario.calm_s:
-            await asyncio.sleep(self.rng.expovariate(1.0))
-            kind = self.rng.choice(("partition", "crash", "broker", "weather"))
-            outcome.faults[kind] += 1
-            match kind:
-                case "partition":
-                    link = self.links[self.rng.choice(sorted(self.links))]
-                    link.partitioned = True
-                    await asyncio.sleep(self.rng.choice((0.2, 2.0, 5.0)))
-                    link.partitioned = False
-                case "crash":
-                    node = self.nodes[self.rng.choice(sorted(self.nodes))]
-                    await node.crash()
-                    await asyncio.sleep(self.rng.choice((0.0, 1.0, 4.0)))
-                    node.start()
-                case "broker":
-                    await self.broker.restart(self.rng.choice((0.1, 2.0)))
-                case "weather":
-                    self.spoil(self.links[self.rng.choice(sorted(self.links))])
-        self.heal()
+        weather = asyncio.create_task(self.weather.run(self.scenario.schedule), name="weather")
+        lives = [self._ask_all(client, cluster, name) for cluster, name in self.agents]
+        # Each agent has its prompts, those asked for again among them, and one more at the end.
+        limit_s = self.scenario.calm_s + 4.0 * (self.scenario.prompts + 1) * self.answer_s
+        try:
+            async with asyncio.timeout_at(limit_s):
+                await asyncio.gather(weather, *lives)
+        except TimeoutError:
+            late = ", ".join(sorted(self._unanswered))
+            self.monitor.fail("ends", f"not answered within {limit_s:.0f} s: {late}")
+            return
+        if self.scenario.schedule:
+            await asyncio.sleep(max(0.0, self.scenario.calm_s - loop.time()))
+        await self._rest()
+        await asyncio.gather(*(self._ask_last(client, cluster, name) for cluster, name in self.agents))
+        await asyncio.sleep(self.rest_s)
+        self._check_presence()
+        self.monitor.check_parts(self.parts)
+        for part in self.parts:
+            for bound in idle(part):
+                if bound.size:
+                    self.monitor.fail("steady", f"{part.name} at rest: {bound.what} holds {bound.size}, 0 expected")
+
+    async def _ask_all(self, client: Client, cluster: str, name: str) -> None:
+        rng = random.Random(f"{self.scenario.seed}/{name}")
+        for number in range(self.scenario.prompts):
+            await asyncio.sleep(rng.uniform(0.0, 0.5 * self.scenario.calm_s / self.scenario.prompts))
+            prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(rng.randrange(1, 6))]
+            await self._ask(client, Request(cluster, name, f"{name}-{number}", prompt, rng.getrandbits(40)))
+
+    async def _ask(self, client: Client, request: Request, patience_s: float | None = None) -> int:
+        """Ask until it is answered; how often."""
+        scenario = self.scenario
+        self._unanswered.add(request.name)
+        answer = await client.ask(
+            request, max_tokens=scenario.tokens, temperature=scenario.temperature, patience_s=patience_s
+        )
+        self._unanswered.remove(request.name)
+        known = self.monitor.attempts[request.seed]
+        if not any(attempt.over and attempt.ids == answer.ids for attempt in known):
+            self.monitor.fail("output", f"{request.agent} answered {answer.ids}, and committed otherwise")
+        if answer.text != toy.ToyTokenizer().decode(answer.ids):
+            self.monitor.fail("output", f"{request.agent} wrote {answer.text!r} for {answer.ids}")
+        self.texts.append(answer.ids)
+        return answer.attempts
+
+    async def _rest(self) -> None:
+        """Let requests that nobody waits for any more end, and everyone find the others again."""
+        limit_s = asyncio.get_running_loop().time() + 16.0 * self.answer_s
+        while any(b.size for part in self.parts for b in idle(part) if b.what in ("prompts", "generations")):
+            if asyncio.get_running_loop().time() > limit_s:
+                self.monitor.fail("ends", "a request that was asked for again never ended")
+                return
+            await asyncio.sleep(WATCH_S)
+        await asyncio.sleep(self.rest_s)
+
+    def _check_presence(self) -> None:
+        retained = self.fleet.broker.retained
+        places = [(self._home(name, cluster), name) for cluster, name in self.agents]
+        for topic in presence_topics(places, self.scenario.clusters):
+            state = decode(retained[topic].payload) if topic in retained else None
+            if not isinstance(state, Presence) or not state.online:
+                self.monitor.fail("steady", f"after the faults {topic} says {state}")
+            elif state.role == "edge" and state.upstream is None and state.sender in self._relayed:
+                self.monitor.fail("steady", f"after the faults {state.sender} does not see the cloud")
+
+    def _home(self, name: str, born: str) -> str:
+        service = self.fleet.nodes[name].service
+        return service.agent.cluster if isinstance(service, AgentService) else born
+
+    async def _ask_last(self, client: Client, cluster: str, name: str) -> None:
+        """One more prompt of every agent, now that all is well: answered at once, by the cloud where it is to be."""
+        began_s = asyncio.get_running_loop().time()
+        rng = random.Random(f"{self.scenario.seed}/{name}/last")
+        request = Request(cluster, name, f"{name}-last", [rng.randrange(1, toy.VOCAB_SIZE)], rng.getrandbits(40))
+        attempts = await self._ask(client, request, self.answer_s)
+        took_s = asyncio.get_running_loop().time() - began_s
+        if attempts > 1 or took_s > self.answer_s:
+            self.monitor.fail(
+                "steady", f"{name} was asked {attempts} times, {took_s:.1f} s: once, {self.answer_s:.0f} s expected"
+            )
+        sources = self.monitor.attempts[request.seed][-1].sources
+        if "cloud" in sources:
+            self._relayed.add(f"edge-{self._home(name, cluster)}")
+        unverified = sources.count("unverified")
+        if unverified and self.scenario.deadline_s >= self.answer_s:
+            self.monitor.fail("steady", f"{name} left {unverified} tokens unverified in calm weather")
 
 
-async def _run(scenario: Scenario) -> Outcome:
-    fleet = Trial(scenario)
-    outcome = Outcome()
-    for node in fleet.nodes.values():
-        node.start()
-    await asyncio.sleep(1.0)
-    agents = [(f"c{c}", f"agent-{c}-{a}") for c in range(scenario.clusters) for a in range(scenario.agents)]
-    for _, name in agents:
-        fleet.link(name)
-    troubles = asyncio.create_task(fleet.trouble(outcome), name="trouble") if scenario.faults else None
-    try:
-        async with asyncio.timeout(TIME_LIMIT_S):
-            await asyncio.gather(*(fleet.run_agent(cluster, name, outcome) for cluster, name in agents))
-    except TimeoutError:
-        raise Violation(f"not finished after {TIME_LIMIT_S:g} virtual seconds\n{scenario.replay}") from None
-    if troubles is not None:
-        troubles.cancel()
-        await asyncio.wait([troubles])
-    outcome.virtual_s = asyncio.get_running_loop().time()
-    outcome.reprimes = fleet.counters["reprimes"]
-    for node in fleet.nodes.values():
-        await node.crash()
-    return outcome
+def _watched(monitor: Monitor, **named: object) -> WatchedAgent:
+    agent = WatchedAgent(**named)  # type: ignore[arg-type]
+    agent.monitor = monitor
+    return agent
 
 
-def simulate(scenario: Scenario) -> Outcome:
-    """Run a scenario.
+def _stream(seed: int, client: str, direction: Direction) -> random.Random:
+    return random.Random(f"{seed}/{client}/{direction}")
+
+
+async def _run(scenario: Scenario, tap: Tap | None) -> Outcome:
+    return await Simulation(scenario, tap=tap).run()
+
+
+def simulate(scenario: Scenario, *, tap: Tap | None = None) -> Outcome:
+    """Run a scenario; `tap` sees every message.
 
     Raises:
-        Violation: an invariant does not hold; the message ends with the command that replays the run.
+        Violation: an invariant does not hold.
+        ConfigError: the scenario's preset or settings cannot be used.
     """
-    return run_virtual(_run(scenario))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run seeds from the command line; exit status 1 when one fails."""
-    parser = argparse.ArgumentParser(prog="python -m lab.simulator", description="simulate fleets under faults")
-    parser.add_argument("--preset", default="exact")
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--deadline", type=float, default=600.0, help="seconds before tokens are committed unverified")
-    parser.add_argument("--seeds", default="0..9", help="one seed, or A..B inclusive")
-    parser.add_argument("--calm", action="store_true", help="no faults")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting over the preset's")
-    options = parser.parse_args(arguments)
-    first, _, last = options.seeds.partition("..")
-    total: Counter[str] = Counter()
-    failed = 0
-    for seed in range(int(first), int(last or first) + 1):
-        scenario = Scenario(
-            seed=seed,
-            preset=options.preset,
-            temperature=options.temperature,
-            deadline_s=options.deadline,
-            faults=not options.calm,
-            settings=tuple(options.set),
-        )
-        try:
-            outcome = simulate(scenario)
-        except Violation as violation:
-            failed += 1
-            print(f"seed {seed}: {violation}", file=sys.stderr)
-            continue
-        total.update(outcome.tokens)
-        total.update({"rollbacks": outcome.rollbacks, "reprimes": outcome.reprimes})
-        total.update(outcome.faults)
-    print(", ".join(f"{name} {count}" for name, count in sorted(total.items())), f"failed {failed}")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        return run_virtual(_run(scenario, tap))
+    except VirtualTimeError as exc:
+        raise Violation("alive", f"the fleet came to a standstill: {exc}", float("nan")) from exc

@@ -26,7 +26,9 @@ from lab.fleet import Pair
 VOCAB_SIZE: Final = 48
 EOS_ID: Final = 0
 CONTEXT: Final = 512
+DRAWN_MAX: Final = 4_096
 _ORDER: Final = 3  # tokens that the next law depends on
+_FIRST: Final = ord("@")
 _SPREAD: Final = 2.0  # standard deviation of the logits
 FINGERPRINT: Final = Fingerprint("toy", VOCAB_SIZE, NOISE, "toy")
 
@@ -95,6 +97,24 @@ def key_of(ids: Sequence[int]) -> bytes:
     return _key(tuple(ids[-_ORDER:]))
 
 
+class Encoding(NamedTuple):
+    """What an encoded text is."""
+
+    ids: list[int]
+
+
+class ToyTokenizer:
+    """One character for each token; the end of text has none. It stands where a `tokenizers.Tokenizer` is needed."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        """The ids of a text made by `decode`."""
+        return Encoding([ord(character) - _FIRST for character in text])
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids."""
+        return "".join(chr(_FIRST + i) for i in ids if i != EOS_ID or not skip_special_tokens)
+
+
 def pair(agreement: float) -> Pair:
     """The toy models as a fleet's pair."""
     return Pair(
@@ -114,6 +134,7 @@ class ToyDrafter:
         self._agreement = agreement
         self._step_s = step_s
         self._trees = Trees(frozenset({EOS_ID}))
+        self._drawn: dict[tuple[tuple[int, ...], Sampling, str], Drawn] = {}
 
     async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """See `edge_agent.model.Drafter`."""
@@ -121,11 +142,17 @@ class ToyDrafter:
         return self.draft_now(ids, sampling, uncertainty)
 
     def draft_now(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
-        """The same without the time it takes."""
-        logits = small_logits(ids, self._agreement)
-        token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, len(ids))
-        doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, len(ids))
-        return Drawn(token, prob, doubt, law, key_of(ids))
+        """The same without the time it takes. Recent ones are remembered: after a rollback much is drafted again."""
+        name = (tuple(ids), sampling, uncertainty)
+        drawn = self._drawn.get(name)
+        if drawn is None:
+            logits = small_logits(ids, self._agreement)
+            token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, len(ids))
+            doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, len(ids))
+            if len(self._drawn) >= DRAWN_MAX:
+                self._drawn.clear()
+            drawn = self._drawn[name] = Drawn(token, prob, doubt, law, key_of(ids))
+        return drawn
 
     async def grow(
         self,

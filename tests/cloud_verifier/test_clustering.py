@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cloud_verifier.clustering import (
     AGENTS_MAX,
+    CLUSTERS_MAX,
     PROFILES_MAX,
     TOKENS_MAX,
     TOKENS_MIN,
@@ -392,3 +393,11 @@ def test_a_large_fleet_is_looked_at_in_turns(monkeypatch: pytest.MonkeyPatch) ->
         assert state.compute(float(step)) == {}
     assert all(len(names) == AGENTS_MAX for names in seen)
     assert len(set.union(*seen)) == 2 * AGENTS_MAX
+
+
+def test_names_of_clusters_that_strangers_make_up_are_forgotten() -> None:
+    clusterer = Clusterer(CLUSTERS, columns=COLUMNS)
+    for number in range(3 * CLUSTERS_MAX):
+        clusterer.note_profile("liar", f"made-up-{number}", tokens(0, 1, 2))
+        assert len(clusterer._clusters) <= CLUSTERS_MAX
+    assert set(CLUSTERS) < set(clusterer._clusters)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cloud_verifier import coordinator
-from cloud_verifier.clustering import TOKENS_MIN, Clusterer, Sample
+from cloud_verifier.clustering import TOKENS_MAX, TOKENS_MIN, Clusterer, Sample
 from cloud_verifier.coordinator import COLUMNS, Coordinator, sample_of
 from fedhlm import topics
 from fedhlm.errors import ProtocolError
@@ -157,3 +157,11 @@ def test_real_profiles_part_agents_that_write_of_different_things() -> None:
     assert cloud.prepare(0.0)
     assert cloud.regroup(0.0) == {"a3": "c1", "b3": "c2"}
     assert not cloud.prepare(0.0)
+
+
+def test_of_a_long_profile_the_last_tokens_are_kept() -> None:
+    long = profile(tokens=TOKENS_MAX + 50)
+    features = sample_of(long).features
+    assert features.shape == (TOKENS_MAX, COLUMNS)
+    assert features[-1, -1] == np.float32(long.uncertainties[-1] / 255)
+    assert features[0, -1] == np.float32(long.uncertainties[50] / 255)

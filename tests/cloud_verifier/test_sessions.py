@@ -3,9 +3,10 @@
 import msgspec
 import pytest
 
-from cloud_verifier.sessions import Admission, Key, Refused, Sessions, Stale, Unprimed
+from cloud_verifier import sessions as sessions_module
+from cloud_verifier.sessions import EXTEND_MAX, Admission, Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verifier import Block
-from fedhlm.messages import SCHEMA_VERSION, Escalation, Fingerprint, Hints, Prime, Sampling, pack_ids
+from fedhlm.messages import SCHEMA_VERSION, Escalation, Fingerprint, Hints, Prime, Sampling, pack_ids, unpack_ids
 from fedhlm.tree import Branch, pack_branches
 from lab import toy
 
@@ -38,7 +39,7 @@ def escalation(
         prime = Prime(Sampling(seed=1, coupling=coupling), fingerprint, held)
     return Escalation(
         version=SCHEMA_VERSION, sender="a", sequence=1, sent_ms=0, session=1, epoch=epoch, base=base, ids=ids, patience_ms=10,
-        fixed=fixed, extend=extend, prime=prime, laws=laws, hints=Hints(branches=branches) if branches else None,
+        fixed=fixed, extend=extend, before=prime, laws=laws, hints=Hints(branches=branches) if branches else None,
     )  # fmt: skip
 
 
@@ -91,6 +92,8 @@ def test_blocks_behind_a_rejection_of_their_epoch_are_stale() -> None:
     entry.state.context += [5, 7]
     entry.state.rejected_at = 3
     assert sessions.admit(KEY, escalation(base=4, primed=False)) == Stale()
+    # Behind the context too: that is no lost session, and nobody waits for the answer.
+    assert sessions.admit(KEY, escalation(base=9, primed=False)) == Stale()
     assert isinstance(sessions.admit(KEY, escalation(base=4, primed=False, epoch=1)), Block)
 
 
@@ -140,3 +143,53 @@ def test_a_prime_repairs_a_context_that_went_another_way() -> None:
     entry.state.context += [40, 41, 42]
     sessions.admit(KEY, msgspec.structs.replace(escalation(base=4), epoch=1))
     assert entry.state.context == [1, 2, 3, 4]
+
+
+def test_a_coupling_without_a_name_is_refused() -> None:
+    """It would otherwise be taken for a session that is not known yet, and fail when the first draft is settled."""
+    refused = store().admit(KEY, escalation(coupling=""))
+    assert isinstance(refused, Refused)
+    assert "sampling.coupling is ''" in refused.reason
+
+
+def test_an_answer_goes_on_for_a_limited_number_of_tokens() -> None:
+    admitted = store().admit(KEY, escalation(extend=EXTEND_MAX + 1))
+    assert isinstance(admitted, Block)
+    assert admitted.extend == EXTEND_MAX
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (escalation(ids=b"\1\0" * 190_000), "reaches position 190002"),
+        (escalation(context=b"\1\0" * 130_000), "prime.context has 130000 ids"),
+    ],
+    ids=["ids", "context"],
+)
+def test_what_is_too_long_is_refused_before_it_is_unpacked(
+    given: Escalation, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpacked(data: bytes, vocab_size: int) -> list[int]:
+        assert len(data) < 1_000
+        return unpack_ids(data, vocab_size)
+
+    monkeypatch.setattr(sessions_module, "unpack_ids", unpacked)
+    refused = store().admit(KEY, given)
+    assert isinstance(refused, Refused)
+    assert reason in refused.reason
+
+
+def test_an_agent_that_opens_session_after_session_drives_out_its_own() -> None:
+    sessions = store(sessions_max=8)
+    modest = [Key("c", f"m{number}", 1) for number in range(3)]
+    for key in modest:
+        sessions.admit(key, escalation())
+    for number in range(100):
+        sessions.admit(Key("c", "greedy", number), escalation())
+        assert len(sessions) <= 8
+        assert sum(sessions._held.values()) == len(sessions)
+    assert all(sessions.entry(key) is not None for key in modest)
+    assert sessions.entry(Key("c", "greedy", 99)) is not None
+    for key in modest:
+        sessions.forget(key)
+    assert dict(sessions._held) == {("c", "greedy"): 5}

@@ -72,9 +72,9 @@ class Cloud:
         self.sessions = Sessions(fingerprint=toy.FINGERPRINT, eos_ids=EOS, context_max=toy.CONTEXT, sessions_max=4)
 
     def answer(self, action: Escalate, sampling: Sampling) -> Event | None:
-        prime = None
+        before: Prime | int | None = action.digest
         if action.context is not None:
-            prime = Prime(sampling, toy.FINGERPRINT, pack_ids(action.context, toy.VOCAB_SIZE))
+            before = Prime(sampling, toy.FINGERPRINT, pack_ids(action.context, toy.VOCAB_SIZE))
         message = Escalation(
             version=SCHEMA_VERSION,
             sender="a",
@@ -87,7 +87,7 @@ class Cloud:
             patience_ms=1,
             fixed=action.fixed,
             extend=action.extend,
-            prime=prime,
+            before=before,
             laws=action.laws,
             hints=Hints(branches=pack_branches(action.branches, toy.VOCAB_SIZE)) if action.branches else None,
         )

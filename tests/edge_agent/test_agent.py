@@ -100,6 +100,21 @@ def test_hostile_verdicts_are_counted_and_change_nothing() -> None:
     assert counters["stale_verdicts"] >= 2
 
 
+def test_texts_shorter_than_a_round_trip_are_verified_again_after_the_link_was_down() -> None:
+    async def work(_fleet: Fleet, agent: Agent) -> Result:
+        agent._drafter = toy.ToyDrafter(agreement=0.8, step_s=0.001)  # 16 tokens in 16 ms, an answer takes 40
+        await asyncio.sleep(1.0)
+        agent.link_up = False
+        alone = await agent.generate(toy_plan(), [5], nobody)
+        assert set(alone.sources) == {"unverified"}
+        await asyncio.sleep(1.0)
+        return await agent.generate(toy_plan(), [5], nobody)
+
+    result, agent = with_fleet(work)
+    assert agent._counters["late_verdicts"] == 1
+    assert set(result.sources) == {"cloud"}
+
+
 def test_a_draft_that_fails_ends_the_generation_with_its_error() -> None:
     class Broken:
         async def draft(self, ids: object, sampling: object, uncertainty: str = "") -> Any:

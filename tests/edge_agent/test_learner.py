@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -234,3 +235,25 @@ def test_longer_texts_are_audited_more_often(tokens: int, probability: float) ->
     """0.01 for each token, rounded down to a power of two."""
     assert measures_of(config(), SAMPLING, tokens).audit == probability
     assert measures_of(config("exact"), SAMPLING, tokens).audit == 0.0
+
+
+@pytest.mark.parametrize("control", [float("nan"), float("inf"), -1e308])
+def test_a_state_with_an_impossible_control_is_refused_and_changes_nothing(control: float) -> None:
+    device = learner()
+    state = Learned(
+        version=SCHEMA_VERSION, sender="edge", sequence=1, sent_ms=0, round=1, members=1,
+        threshold=PaperThreshold(0.9, 1, control), curves={"u": Curve.empty().to_bytes()},
+    )  # fmt: skip
+    with pytest.raises(ProtocolError, match="threshold.control"):
+        device.learned(state)
+    assert (device.threshold, device.cluster, device._server_control) == (None, {}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [(1, 2**31), (1, -1), (2, -1), (3, 1.5), (3, float("nan")), (4, float("nan")), (5, 1e308)]
+)
+def test_a_snapshot_with_a_number_out_of_range_is_refused(place: int, value: float) -> None:
+    kept = msgspec.msgpack.decode(learner().snapshot())
+    kept[place] = value
+    with pytest.raises(ProtocolError):
+        learner().restore(msgspec.msgpack.encode(kept))

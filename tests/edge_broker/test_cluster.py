@@ -1,7 +1,9 @@
 """The relay passes on what is current, in order, within its bounds."""
 
-from edge_broker.cluster import SESSIONS_MAX, Relay
-from fedhlm.messages import SCHEMA_VERSION, Answered, Escalation, Verdict, VerdictBatch
+import msgspec
+
+from edge_broker.cluster import BATCH_BYTES, SESSIONS_MAX, Relay
+from fedhlm.messages import SCHEMA_VERSION, Answered, Escalation, EscalationBatch, Verdict, VerdictBatch, encode
 
 
 def escalation(session: int = 1, epoch: int = 0, base: int = 5, ids: bytes = b"ab") -> Escalation:
@@ -84,3 +86,17 @@ def test_memory_is_bounded() -> None:
         relay.escalate("a", escalation(session=session))
         relay.take_batch()
     assert len(relay._epochs) == SESSIONS_MAX
+
+
+def test_a_batch_fits_a_message_whatever_one_agent_sends() -> None:
+    """The cloud refuses what is too large as a whole, and the blocks of modest agents would go with it."""
+    relay = Relay()
+    for number, size in enumerate((10, BATCH_BYTES - 1_200, 10, 2 * BATCH_BYTES, 10, 10)):
+        relay.escalate(f"a{number}", msgspec.structs.replace(escalation(), laws=bytes(size)))
+    batches = []
+    while batch := relay.take_batch():
+        batches.append([routed.agent for routed in batch])
+        message = EscalationBatch(version=SCHEMA_VERSION, sender="e", sequence=1, sent_ms=0, items=batch)
+        if len(batch) > 1:
+            assert len(encode(message)) <= BATCH_BYTES
+    assert batches == [["a0", "a1"], ["a2"], ["a3"], ["a4", "a5"]]

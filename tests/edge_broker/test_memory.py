@@ -278,3 +278,34 @@ def test_a_bad_snapshot_is_refused_and_changes_nothing(data: bytes) -> None:
         with pytest.raises(ProtocolError):
             memory.restore(bad)
     assert memory.size == 1
+
+
+# Limits
+
+
+def test_doubts_are_bounded_over_all_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One agent that opens session after session would otherwise hold a session's limit in each."""
+    monkeypatch.setattr(module, "DOUBTS_TOTAL", 20)
+    memory = cluster((key(0), 7))
+    for session in range(50):
+        memory.doubt("a", doubt(*((p, 7, key(0)) for p in range(session % 7)), session=session))
+        assert memory._doubts_held == sum(len(known) for known in memory._doubts.values()) <= 20
+    assert memory.answer("a", block([7], base=3, session=48), VOCAB) == Answer(1, "peer")
+
+
+def test_blocks_that_wait_for_their_verdict_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PENDING_BYTES", 100)
+    memory = ClusterMemory(8, dims=DIMS)
+    for base in (*range(40), 39, 3):
+        memory.await_verdict("a", block([1] * (base % 9), base=base))
+        assert memory._pending_bytes == sum(len(b.ids) for b in memory._pending.values()) <= 100
+    memory.learn("a", verdict(0, [], base=3), VOCAB)
+    assert memory._pending_bytes == sum(len(b.ids) for b in memory._pending.values())
+
+
+def test_a_block_with_very_many_doubts_goes_to_the_cloud() -> None:
+    """Each doubt costs a search of the whole memory: thousands in one message would hold the edge for seconds."""
+    memory = cluster((key(0), 7))
+    memory.doubt("a", doubt(*((10 + i, 7, key(0)) for i in range(module.DOUBTFUL_MAX + 1))))
+    assert memory.answer("a", block([7] * module.DOUBTFUL_MAX), VOCAB) == Answer(module.DOUBTFUL_MAX, "peer")
+    assert memory.answer("a", block([7] * (module.DOUBTFUL_MAX + 1)), VOCAB) is None

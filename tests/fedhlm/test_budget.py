@@ -368,3 +368,10 @@ def test_the_standard_error_is_that_of_independent_sessions() -> None:
         errors.append(budget.standard_error)
     assert float(np.mean(errors)) == pytest.approx(float(np.std(estimates)), rel=0.15)
     assert Budget(0.5).standard_error == 0.0
+
+
+def test_a_snapshot_whose_estimate_would_be_infinite_is_refused() -> None:
+    kept = Budget(0.5).snapshot()
+    for epsilon in (5e-324, 1e-200):
+        with pytest.raises(ConfigError, match="budget.epsilon"):
+            Budget.restore(kept | {"epsilon": epsilon})

@@ -342,3 +342,13 @@ def test_a_centroid_of_many_keys_moves_with_the_latest() -> None:
         centroid.add("b", key_of(values))
         found.append(centroid.similarity("a", key_of([0, 1])))
     assert all(a is not None and b is not None and a < b for a, b in pairwise(found))
+
+
+@given(st.lists(components, min_size=1, max_size=12))
+def test_keys_published_together_count_as_if_one_by_one(published: list[tuple[int, ...]]) -> None:
+    together, apart = Centroid(lambda: 0.0), Centroid(lambda: 0.0)
+    together.add("a", *(key_of(values) for values in published))
+    for values in published:
+        apart.add("a", key_of(values))
+    probe = key_of((1, 2, 3, 4))
+    assert together.similarity("b", probe) == apart.similarity("b", probe)

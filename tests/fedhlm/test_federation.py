@@ -308,3 +308,11 @@ def test_a_bad_snapshot_is_refused_and_changes_nothing(noise: bytes, cut: int) -
         with pytest.raises(ProtocolError):
             members.restore(data)
     assert weight(members.state()) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("control", [1e308, -1e13, float("inf"), float("nan")])
+def test_controls_whose_sum_might_overflow_are_refused(control: float) -> None:
+    pool = agents()
+    assert pool.take("a", contribution(1, threshold=PaperThreshold(0.5, 1, control)), 0.0) == "refused"
+    assert pool.take("b", contribution(1, threshold=PaperThreshold(0.5, 1, federation.CONTROL_MAX)), 0.0) == "taken"
+    assert len(pool) == 1

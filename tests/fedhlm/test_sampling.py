@@ -113,3 +113,13 @@ def test_law_sums_to_one_and_survives_huge_logits() -> None:
 def test_inverse_cdf_never_returns_an_impossible_token(u: float) -> None:
     q = np.array([0.0, 0.5, 0.0, 0.5, 0.0])
     assert inverse_cdf(q, u) in (1, 3)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-200, 1e-7])
+@pytest.mark.parametrize("top_p", [1.0, 0.5, 5e-324])
+def test_the_coldest_temperatures_are_greedy(temperature: float, top_p: float) -> None:
+    """Divided by one of them, logits would become infinite and their differences undefined."""
+    z = logits(3)
+    log_law = scores(z, temperature, top_p)
+    assert np.array_equal(log_law, scores(z, 0.0))
+    assert perturbed_argmax(log_law, 1, 1) == int(np.argmax(z))

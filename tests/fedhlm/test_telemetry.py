@@ -18,7 +18,17 @@ from edge_agent.result import Result
 from fedhlm.config import load
 from fedhlm.errors import ConfigError
 from fedhlm.messages import Sampling
-from fedhlm.telemetry import COUNTERS, GAUGES, LABELS, WARNED_MAX, Counters, configure_logging, exported, warn_once
+from fedhlm.telemetry import (
+    COUNTERS,
+    GAUGES,
+    LABELS,
+    MESSAGE_MAX,
+    WARNED_MAX,
+    Counters,
+    configure_logging,
+    exported,
+    warn_once,
+)
 from fedhlm.virtual import run_virtual
 from lab.compare import Task, work
 from lab.fleet import Fleet
@@ -268,3 +278,19 @@ def test_a_taken_port_names_the_key() -> None:
             exported(Counters(), party="porch", port=port),
         ):
             pass
+
+
+def test_a_long_record_is_cut(log: logging.Logger) -> None:
+    """The name of a topic may have 65,535 bytes, and there may be thousands of them."""
+    stream = io.StringIO()
+    configure_logging("INFO", "porch", stream=stream)
+    log.warning("refused a message on %s", "x" * 60_000)
+    assert len(stream.getvalue()) < MESSAGE_MAX + 40
+    assert "characters)" in stream.getvalue()
+
+
+def test_of_a_warnings_key_little_is_remembered(log: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        for ending in ("a", "b"):
+            warn_once(log, "x" * 60_000 + ending, "again")
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG"]

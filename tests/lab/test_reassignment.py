@@ -19,9 +19,10 @@ from fedhlm.messages import Assignment, Escalation, FinishReason, Presence, Samp
 from fedhlm.party import Party
 from fedhlm.settings import Federation, Generation
 from fedhlm.virtual import run_virtual
-from lab import toy
+from lab import links, toy
 from lab.fleet import Fleet
-from lab.simulator import Outcome, Scenario, Trial
+from lab.scenario import Scenario
+from lab.simulator import Simulation
 
 TOKENS = 24
 
@@ -50,9 +51,11 @@ async def assign(party: Party, agent: str, cluster: str) -> None:
     await party.send(topics.ASSIGN, Assignment(**party.stamp(), cluster=cluster), agent=agent)
 
 
-async def wander(fleet: Fleet, party: Party, names: Sequence[str], pause_s: float) -> None:
-    """Assign the agents to and fro until cancelled."""
-    while True:
+async def wander(
+    fleet: Fleet, party: Party, names: Sequence[str], pause_s: float, *, until_s: float = float("inf")
+) -> None:
+    """Assign the agents to and fro until cancelled, or for a while."""
+    while asyncio.get_running_loop().time() < until_s:
         await asyncio.sleep(fleet.rng.expovariate(1.0 / pause_s))
         await assign(party, fleet.rng.choice(names), fleet.rng.choice(("c0", "c1")))
 
@@ -138,22 +141,19 @@ def test_every_preset_keeps_its_word_while_agents_move_and_parts_fail(preset: st
     """Each token is checked by the simulator against the model that it is said to come from."""
 
     async def trial(seed: int) -> int:
-        fleet = Trial(Scenario(seed=seed, preset=preset, calm_s=10.0))
-        outcome = Outcome()
-        await started(fleet)
-        names = [f"agent-{i}" for i in range(3)]
-        for name in names:
-            fleet.link(name)
-        async with LoopbackBus(fleet.broker, client_id="master") as bus, asyncio.timeout(3_600.0):
-            orders = asyncio.create_task(wander(fleet, fleet.party(bus, "master"), names, 0.3))
-            troubles = asyncio.create_task(fleet.trouble(outcome))
-            await asyncio.gather(*(fleet.run_agent("c0", name, outcome) for name in names))
-            for task in (orders, troubles):
-                task.cancel()
-            await asyncio.wait([orders, troubles])
-        for node in fleet.nodes.values():
-            await node.crash()
-        return fleet.counters["assignments"]
+        scenario = Scenario(
+            seed=seed, preset=preset, agents=3, tokens=12, link=links.load("lte"), upstream=links.load("lan")
+        )
+        simulation = Simulation(scenario.with_faults("all"))
+        fleet = simulation.fleet
+        async with LoopbackBus(fleet.broker, client_id="master") as bus:
+            orders = asyncio.create_task(
+                wander(fleet, fleet.party(bus, "master"), scenario.agent_names(), 0.3, until_s=scenario.calm_s)
+            )
+            outcome = await simulation.run()
+            orders.cancel()
+            await asyncio.wait([orders])
+        return outcome.counters["assignments"]
 
     assert sum(run_virtual(trial(seed)) for seed in range(2_000, 2_006)) > 0
 

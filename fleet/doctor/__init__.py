@@ -1,0 +1,1 @@
+"""What is wrong with a part where it stands, and what to do about it: `fedhlm doctor`."""

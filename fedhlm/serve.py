@@ -65,6 +65,7 @@ def bus_of(
         will=will,
         protocol=broker.protocol,
         connect_timeout_s=connect_timeout_s,
+        keepalive_s=broker.keepalive_s,
         on_link=on_link,
     )
 

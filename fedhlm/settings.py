@@ -28,7 +28,10 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Broker(Section, frozen=True):
-    """An MQTT broker. An empty `url` means none: an edge then starts its own. TLS comes with the scheme mqtts."""
+    """An MQTT broker. An empty `url` means none: an edge then starts its own. TLS comes with the scheme mqtts.
+
+    A link that has died in silence is noticed after up to twice `keepalive_s`.
+    """
 
     url: str = ""
     protocol: Literal["auto", "5", "3.1.1"] = "auto"
@@ -38,6 +41,7 @@ class Broker(Section, frozen=True):
     cert: str = ""
     key: str = ""
     connect_timeout_s: Annotated[float, Meta(gt=0.0, le=3_600.0)] = 10.0
+    keepalive_s: Annotated[int, Meta(ge=1, le=65_535)] = 30
     root: Annotated[str, Meta(min_length=1, max_length=256)] = topics.DEFAULT_ROOT
 
     def address(self, *, key: str = "broker.url") -> BrokerUrl:

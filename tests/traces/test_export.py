@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm import topics
-from fedhlm.messages import Escalation, Output, Prime, Verdict, decode, encode, pack_ids
+from fedhlm.messages import SCHEMA_VERSION, Escalation, Output, Prime, Verdict, decode, encode, pack_ids
 from tests.traces.told import Told, told
 from traces.export import COLUMNS, FORMATS, named
 from traces.file import Header, Record
@@ -99,8 +99,8 @@ def test_packed_ids_are_lists_where_the_vocabulary_is_known(run: Told) -> None:
     assert blocks
     for line in blocks:
         assert all(isinstance(i, int) for i in line["message"]["ids"])
-    first = next(line for line in blocks if line["message"]["prime"])
-    assert first["message"]["prime"]["context"][: first["message"]["base"]]
+    first = next(line for line in blocks if isinstance(line["message"]["before"], dict))
+    assert first["message"]["before"]["context"][: first["message"]["base"]]
 
 
 @given(st.binary(max_size=200), st.sampled_from(["else/where", topics.OUTPUT.name(cluster="c", agent="a")]))
@@ -113,7 +113,15 @@ def test_any_payload_comes_back_with_a_reason(payload: bytes, topic: str) -> Non
 
 def test_a_message_in_another_encoding_is_kept_as_it_came() -> None:
     output = Output(
-        version=2, sender="a", sequence=1, sent_ms=1, request="r", position=0, ids=(5,), sources=("local",), text="x"
+        version=SCHEMA_VERSION,
+        sender="a",
+        sequence=1,
+        sent_ms=1,
+        request="r",
+        position=0,
+        ids=(5,),
+        sources=("local",),
+        text="x",
     )
     plain = encode(output)
     longer = plain.replace(b"\xa1x", b"\xd9\x01x")  # the same text with a longer length
@@ -180,7 +188,7 @@ def test_a_gist_is_one_printable_line(run: Told) -> None:
 @given(st.text(max_size=400))
 def test_a_gist_never_lets_control_characters_through(text: str) -> None:
     output = Output(
-        version=2,
+        version=SCHEMA_VERSION,
         sender="a",
         sequence=1,
         sent_ms=1,

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from fedhlm import topics
-from fedhlm.messages import Output, encode
+from fedhlm.messages import SCHEMA_VERSION, Output, encode
 from tests.traces.told import Told, told
 from traces.export import FORMATS
 from traces.file import Header, Record
@@ -59,7 +59,7 @@ def test_mutated_recordings_break_nothing(seed: int, run: Told) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e300])
 def test_senseless_statistics_break_nothing(value: float) -> None:
     output = Output(
-        version=2, sender="a", sequence=1, sent_ms=1, request="r", position=0, ids=(), sources=(), text="", finish="length",
+        version=SCHEMA_VERSION, sender="a", sequence=1, sent_ms=1, request="r", position=0, ids=(), sources=(), text="", finish="length",
         statistics={"uplink_bytes": value},
     )  # fmt: skip
     record = Record(0.0, 0, topics.OUTPUT.name(cluster="c", agent="a"), encode(output))

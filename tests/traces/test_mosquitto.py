@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedhlm import topics
 from fedhlm.errors import TraceError
-from fedhlm.messages import Presence, encode
+from fedhlm.messages import SCHEMA_VERSION, Presence, encode
 from fedhlm.mqtt import MqttBus
 from tests.brokers import MOSQUITTO, Mosquitto
 from tests.traces.told import told
@@ -180,7 +180,7 @@ async def recorded(form: str) -> list[bytes]:
     """What the real mosquitto_sub prints of a first message, of PAYLOADS, and of a message of ours."""
     assert MOSQUITTO_SUB is not None
     presence = Presence(
-        version=2, sender="cloud", sequence=1, sent_ms=1, role="cloud", online=True, software="fedhlm 0"
+        version=SCHEMA_VERSION, sender="cloud", sequence=1, sent_ms=1, role="cloud", online=True, software="fedhlm 0"
     )
     sent = [("a/b", payload) for payload in PAYLOADS] + [(topics.CLOUD_STATUS.name(), encode(presence))]
     async with Mosquitto() as broker, MqttBus(broker.url, client_id="sender") as bus, asyncio.timeout(30.0):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedhlm import topics
 from fedhlm.bus import ProtocolVersion, publish_wire_bytes
-from fedhlm.messages import Escalation, Output, Verdict, encode
+from fedhlm.messages import SCHEMA_VERSION, Escalation, Output, Verdict, encode
 from tests.traces.told import AGENTS, DELAY_S, Told, told
 from traces.file import Header, Record
 from traces.look import look, protocol_of
@@ -113,7 +113,7 @@ def test_refused_payloads_are_counted_where_they_came(run: Told) -> None:
 
 
 def test_a_verdicts_latency_is_from_the_first_sending_of_its_block() -> None:
-    stamp = {"version": 2, "sender": "ann", "sent_ms": 0}
+    stamp = {"version": SCHEMA_VERSION, "sender": "ann", "sent_ms": 0}
     block = Escalation(**stamp, sequence=1, session=1, epoch=0, base=3, ids=b"", patience_ms=1)  # type: ignore[arg-type]
     again = msgspec.structs.replace(block, sequence=2)
     verdict = Verdict(**stamp, sequence=3, session=1, epoch=0, base=3, status="settled")  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_memory_does_not_grow_with_blocks_that_nobody_answers() -> None:
     accounting = Accounting(HEADER.root)
     topic = topics.ESCALATE.name(cluster="c0", agent="ann")
     block = Escalation(
-        version=2, sender="ann", sequence=0, sent_ms=0, session=1, epoch=0, base=3, ids=b"", patience_ms=1
+        version=SCHEMA_VERSION, sender="ann", sequence=0, sent_ms=0, session=1, epoch=0, base=3, ids=b"", patience_ms=1
     )
     for number in range(70_000):
         payload = encode(msgspec.structs.replace(block, sequence=number, session=number))

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from fedhlm import topics
-from fedhlm.messages import Escalation, Journal, Output, Prompt, Verdict, encode
+from fedhlm.messages import SCHEMA_VERSION, Escalation, Journal, Output, Prompt, Verdict, encode
 from tests.traces.told import DELAY_S, Deed, Told, told
 from traces.file import Record
 from traces.look import look
@@ -168,7 +168,7 @@ def test_a_request_refused_while_another_is_served_is_a_story_of_its_own() -> No
     run = told("exact", seed=7, prompts=1)
     topic = topics.OUTPUT.name(cluster="c0", agent="ann")
     at = next(i for i, r in enumerate(run.records) if r.topic == topics.VERDICT.name(cluster="c0", agent="ann"))
-    stamp = {"version": 2, "sender": "ann", "sequence": 9_999, "sent_ms": 1}
+    stamp = {"version": SCHEMA_VERSION, "sender": "ann", "sequence": 9_999, "sent_ms": 1}
     refusal = Output(**stamp, request="later", position=0, ids=(), sources=(), text="", finish="error", error="busy")  # type: ignore[arg-type]
     before = run.records[at]
     record = msgspec.structs.replace(before, topic=topic, payload=encode(refusal))

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -201,13 +202,20 @@ def _layer(values: Mapping[str, object], source_of: Callable[[str], str], *, tex
     layer: Layer = {}
     for key, raw in values.items():
         try:
-            value = msgspec.convert(raw, _TYPES[key], strict=not text)
+            value = msgspec.convert(_words(key, raw) if text else raw, _TYPES[key], strict=not text)
         except msgspec.ValidationError as exc:
             raise _error(key, raw, f"{_expectation(_TYPES[key])} expected", source_of(key)) from exc
         if isinstance(value, float) and not math.isfinite(value):
             raise _error(key, raw, f"{_expectation(_TYPES[key])} expected", source_of(key))
         layer[key] = Setting(value, source_of(key))
     return layer
+
+
+def _words(key: str, raw: object) -> object:
+    """The text of a list: names between commas, in brackets and quotes or not."""
+    if not isinstance(msgspec.inspect.type_info(_TYPES[key]), msgspec.inspect.VarTupleType):
+        return raw
+    return re.findall(r"[^\s,()\[\]'\"]+", str(raw))
 
 
 def _check_together(config: Config, sources: dict[str, str]) -> None:
@@ -282,6 +290,8 @@ def _expectation(kind: Any) -> str:
             return f"an integer {_limits(info)}"
         case msgspec.inspect.FloatType():
             return f"a number {_limits(info)}"
+        case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.LiteralType(values=values)):
+            return f"a list of {', '.join(str(value) for value in values)}, in order of preference,"
         case msgspec.inspect.StrType(pattern=str()):
             return f"1..{info.max_length} letters, digits, '.', '_' or '-', first a letter or digit,"
         case msgspec.inspect.StrType(min_length=int()):

@@ -6,6 +6,7 @@ rounding. onnxruntime and tokenizers are imported by `Decoder.load` only.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
@@ -15,14 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhlm.errors import ModelError
+from fedhlm.telemetry import warn_once
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 GRAPH_FILE: Final = "model.onnx"
 TOKENIZER_FILE: Final = "tokenizer.json"
 INFO_FILE: Final = "model.json"
 HIDDEN_OUTPUT: Final = "hidden"
+CPU: Final = "CPUExecutionProvider"
 # Hashing gigabytes at every start would cost more than loading them; larger folders are checked by size only.
 HASH_UP_TO_BYTES: Final = 64 * 1024 * 1024
 
@@ -146,6 +151,19 @@ def load_info(folder: Path) -> ModelInfo:
     return info
 
 
+def usable_providers(wanted: Sequence[str], *, available: Sequence[str]) -> list[str]:
+    """Those of `wanted` that this build of onnxruntime has, in their order, and the processor last; warns once of the others."""
+    _tell_missing(wanted, available)
+    kept = dict.fromkeys(name for name in wanted if name in available)
+    return [*kept, *(() if CPU in kept else (CPU,))]
+
+
+def _tell_missing(wanted: Sequence[str], there: Sequence[str]) -> None:
+    if missing := [name for name in wanted if name not in there]:
+        names = ", ".join(missing)
+        warn_once(log, names, "onnxruntime has no %s here: the processor computes instead (`fedhlm doctor`)", names)
+
+
 class Decoder:
     """A loaded model. Calls block for as long as the model computes, and one Decoder serves one thread at a time."""
 
@@ -186,8 +204,11 @@ class Decoder:
         self._empty = Cache(0, (empty,) * len(names))
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Self:
+    def load(cls, folder: Path, *, threads: int = 1, providers: Sequence[str] = ()) -> Self:
         """Open a model folder; `threads` is the number of cores one call may use.
+
+        Of `providers` (onnxruntime's names, in order of preference) those are used that are there, and the processor for the rest;
+        what is not there is told in one warning.
 
         Raises:
             ModelError: the folder is not a usable model; the message names the file and the expectation.
@@ -209,10 +230,13 @@ class Decoder:
         options.log_severity_level = 3
         # Waiting threads sleep: several parties share the cores of one small machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        usable = usable_providers(providers, available=onnxruntime.get_available_providers())
         try:
-            session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=list(providers))
+            session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=usable)
         except Exception as exc:  # onnxruntime's exception classes share no base below Exception
             raise ModelError(f"{folder / GRAPH_FILE} cannot be loaded by onnxruntime: {exc}") from exc
+        # A build may have a provider whose driver or device is absent: onnxruntime leaves it out then by itself.
+        _tell_missing(usable, session.get_providers())
         return cls(session=session, info=info, tokenizer=tokenizer, digest=digest)
 
     def empty_cache(self) -> Cache:

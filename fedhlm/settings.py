@@ -16,6 +16,18 @@ Threads = Annotated[int, Meta(ge=0, le=256)]
 BatchSize = Annotated[int, Meta(ge=1, le=messages.MAX_BATCH)]
 Unit = messages.Unit
 WaitMs = Annotated[float, Meta(ge=0.0, le=60_000.0)]
+# Those of onnxruntime that exist for Linux; which of them a build has, is known where it runs.
+Provider = Literal[
+    "CPUExecutionProvider",
+    "CUDAExecutionProvider",
+    "TensorrtExecutionProvider",
+    "MIGraphXExecutionProvider",
+    "OpenVINOExecutionProvider",
+    "DnnlExecutionProvider",
+    "XnnpackExecutionProvider",
+    "ACLExecutionProvider",
+    "QNNExecutionProvider",
+]
 BlockSize = Annotated[int, Meta(ge=1, le=messages.MAX_BLOCK)]
 
 
@@ -66,13 +78,15 @@ class Cluster(Section, frozen=True):
 class Agent(Section, frozen=True):
     """A device. An empty `model` is the shipped SLM; 0 threads leave the choice to the runtime.
 
-    What it has learnt is kept in the folder `state`; an empty one keeps nothing over a restart.
+    What it has learnt is kept in the folder `state`; an empty one keeps nothing over a restart. The first of `providers`
+    that takes an operation computes it; the processor does where none does, and for all when none is named.
     """
 
     id: messages.Name = "agent"
     model: str = ""
     state: str = ""
     threads: Threads = 0
+    providers: tuple[Provider, ...] = ()
 
 
 class Edge(Section, frozen=True):
@@ -93,12 +107,13 @@ class Edge(Section, frozen=True):
 class Cloud(Section, frozen=True):
     """The verifier. An empty `model` is the shipped LLM; `sessions_max` bounds the key-value caches kept.
 
-    The federation's sums are kept in the folder `state`; an empty one keeps nothing over a restart.
+    The federation's sums are kept in the folder `state`; an empty one keeps nothing over a restart. `providers` as for an agent.
     """
 
     model: str = ""
     state: str = ""
     threads: Threads = 0
+    providers: tuple[Provider, ...] = ()
     sessions_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     batch_max: BatchSize = 64
     batch_wait_ms: WaitMs = 2.0

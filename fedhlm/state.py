@@ -36,7 +36,7 @@ def save(folder: Path | str, name: str, payload: bytes, *, key: str = "state") -
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _sync_folder(folder)
+        sync(folder)
     except OSError as exc:
         _refuse(key, folder, f"a writable folder expected, cannot write {name} ({exc.strerror or exc})", exc)
 
@@ -104,9 +104,9 @@ def store_of(folder: str, *, key: str) -> Store | None:
     )
 
 
-def _sync_folder(folder: Path) -> None:
-    # Without it the rename itself may be lost.
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written down for good: without it even a rename may be lost."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

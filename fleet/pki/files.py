@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from fedhlm.errors import FedhlmError
+from fedhlm.state import sync
 
 PUBLIC: Final = 0o644
 SECRET: Final = 0o600
@@ -38,7 +39,7 @@ def write(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as exc:
         raise PkiError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
@@ -70,14 +71,5 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    # Without it the rename itself may be lost.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

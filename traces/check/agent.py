@@ -4,9 +4,8 @@ No broker, model or clock takes part: drafts, verdicts and times come from the j
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from types import TracebackType
-from typing import Any, Final, Self
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,13 +17,13 @@ from edge_agent.learner import Learner
 from edge_agent.model import Drawn, Grown
 from edge_agent.peers import Peers
 from fedhlm import topics
-from fedhlm.bus import BusStatistics, Delivery, ProtocolVersion
 from fedhlm.errors import ProtocolError
 from fedhlm.journal import Diary
 from fedhlm.messages import Escalation, FinishReason, Kind, Note, Prompt, Sampling
 from fedhlm.party import Party, Stamp
 from fedhlm.telemetry import Counters
 from fedhlm.thresholds import KEEP_NONE
+from traces.check.captured import CapturingBus
 from traces.check.compare import facts_of, same
 from traces.check.divergence import Divergence, Outcome, Spell, by_number
 from traces.check.journals import Life
@@ -52,38 +51,6 @@ class Book(Diary):
     def note(self, kind: Kind, subject: str = "", data: bytes = b"", *, at_s: float | None = None) -> None:
         """Keep it."""
         self.notes.append(Note(self.clock_s() if at_s is None else at_s, kind, subject, data))
-
-
-class _Silence:
-    """A bus on which nobody listens. `room` says whether the next message finds room."""
-
-    def __init__(self, room: Callable[[], bool]) -> None:
-        self.protocol: ProtocolVersion | None = "5"
-        self.statistics = BusStatistics()
-        self.connected = True
-        self._room = room
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None:
-        return None
-
-    async def publish(
-        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
-    ) -> bool:
-        return self._room()
-
-    async def subscribe(self, *filters: str) -> None:
-        return None
-
-    async def wait_connected(self) -> None:
-        return None
-
-    def deliveries(self) -> AsyncIterator[Delivery]:
-        raise AssertionError("a journal is read, not heard")
 
 
 class _Still:
@@ -123,7 +90,7 @@ class _Replay:
             raise ProtocolError(f"the journal of {life.name} begins with {life.notes[0].kind!r}: 'state' expected")
         self._born: diary.Life = born
         self._root = born.root
-        self._bus = _Silence(self._has_room)
+        self._bus = CapturingBus(lambda _number: self._has_room())
         self._sessions: list[int] = []
         self._agent = self._made()
 
@@ -212,6 +179,7 @@ class _Replay:
         while self._at < end:  # what it decided after it had ended, and what it heard
             await self._take(self._life.notes[self._at])
             self._at += 1
+        self._bus.take()  # the book has it all
         self._compare(began, note, cut=end == len(self._life.notes))
 
     def _counts(self, note: Note) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from fedhlm.decoder import TOKENIZER_FILE, tokenizer_digest
 from fedhlm.errors import FedhlmError, TraceError
 from fedhlm.messages import Fingerprint
 from fedhlm.serve import model_folder
@@ -13,6 +12,7 @@ from fleet.commands.common import needing
 from traces.file import Header, Record, Trace
 from traces.look import Seen, Vocabularies, gist, look
 from traces.request import Story
+from traces.spelling import spelling_of
 from traces.story import Stories, belongs, stories
 from traces.tell import Text, lines, no_text
 
@@ -90,7 +90,8 @@ class _Texts:
         self._digest = ""
         self._text: Text = no_text
         try:
-            self._digest, self._text = _tokenizer(folder or model_folder("", "slm"))
+            with needing("agent"):
+                self._digest, self._text = spelling_of(folder or model_folder("", "slm"))
         except FedhlmError as exc:
             if self._given:
                 raise
@@ -101,15 +102,3 @@ class _Texts:
         fingerprint = self._fingerprints.get(agent)
         same = fingerprint is not None and fingerprint.tokenizer == self._digest
         return self._text if self._given or same else no_text
-
-
-def _tokenizer(folder: Path) -> tuple[str, Text]:
-    """A tokenizer's digest, and the text of a single token."""
-    digest = tokenizer_digest(folder)
-    with needing("agent"):
-        from tokenizers import Tokenizer
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except Exception as exc:
-        raise TraceError(f"{folder / TOKENIZER_FILE} is no tokenizer: {exc}") from exc
-    return digest, lambda token: str(tokenizer.decode([token], skip_special_tokens=False))

@@ -25,8 +25,9 @@ from fedhlm.telemetry import Counters
 from fedhlm.thresholds import KEEP_NONE
 from traces.check.captured import CapturingBus
 from traces.check.compare import facts_of, same
-from traces.check.divergence import Divergence, Outcome, Spell, by_number
+from traces.check.divergence import Divergence, Outcome
 from traces.check.journals import Life
+from traces.spelling import Spell, by_number
 
 DECISIONS: Final = frozenset({"plan", "judged", "sent", "dropped", "committed", "ended"})
 # What the agent itself sends; outputs are its service's, profiles are samples drawn at random.

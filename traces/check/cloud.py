@@ -37,12 +37,13 @@ from fedhlm.settings import Federation
 from fedhlm.telemetry import Counters
 from traces.check.captured import CapturingBus
 from traces.check.compare import same
-from traces.check.divergence import Divergence, Outcome, Spell, by_number
+from traces.check.divergence import Divergence, Outcome
 from traces.check.journals import Life, Part
 from traces.check.pairing import Said, paired
 from traces.check.verdicts import Verifier, agree
 from traces.check.words import federation_words, plural
 from traces.file import Record
+from traces.spelling import Spell, by_number
 
 _DUE_SLACK_S: Final = 1e-6
 

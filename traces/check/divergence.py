@@ -1,6 +1,6 @@
 """A decision that is made otherwise today, and how it is shown: what was decided, what is decided now, why."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -11,13 +11,6 @@ if TYPE_CHECKING:
 
 # Of one life: what follows rests on the first, so more of them tell nothing new.
 DIVERGENCES_MAX: Final = 10
-
-Spell = Callable[[int], str]
-
-
-def by_number(token: int) -> str:
-    """A token where nobody can spell it."""
-    return f"id {token}"
 
 
 class Divergence(NamedTuple):

@@ -32,9 +32,10 @@ from fedhlm.party import Party, Received, Stamp
 from fedhlm.telemetry import Counters
 from traces.check.captured import CapturingBus, Sent, at_once
 from traces.check.compare import same
-from traces.check.divergence import Divergence, Outcome, Spell, by_number
+from traces.check.divergence import Divergence, Outcome
 from traces.check.journals import Life
 from traces.check.words import Doubts, evidence, federation_words, place_of, plural, verdict_words
+from traces.spelling import Spell, by_number
 
 _DUE_SLACK_S: Final = 1e-6
 _BY_TIMER: Final = (topics.CLOUD_VERIFY, topics.NEIGHBOUR, topics.EDGE_STATUS)

@@ -21,7 +21,7 @@ from fedhlm.couplings import COUPLINGS
 from fedhlm.errors import ProtocolError
 from fedhlm.messages import SCHEMA_VERSION, Escalation, Sampling, Verdict, pack_bits, pack_ids, pack_probs, unpack_ids
 from fedhlm.sampling import ACCEPT_STREAM, RESAMPLE_STREAM, gumbel, law, scores, uniform
-from traces.check.divergence import Spell
+from traces.spelling import Spell
 
 PROB_UNITS: Final = 2  # float16 steps by which probabilities may differ between machines and batches
 FAILED: Final = "the cloud's model failed"

@@ -21,7 +21,7 @@ from fedhlm.messages import (
 )
 from fedhlm.rejection import Curve
 from traces.check.compare import same
-from traces.check.divergence import Spell
+from traces.spelling import Spell
 
 _SUMS: Final = ("seen", "weight", "harm", "square")
 

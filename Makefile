@@ -20,7 +20,7 @@ FUZZ := $(VENV)/.fuzz
 # The recordings that tests/traces/test_golden.py decides again: every preset, a few seconds of the demo each.
 GOLDEN := tests/golden
 
-.PHONY: golden help demo test lint format models chaos fuzz clean
+.PHONY: arm64-test golden help demo test lint format models chaos fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo 'make test [PYTEST_ARGS="-k ..."]   ruff, mypy, import-linter, pytest'
 	@echo 'make chaos [ARGS="--minutes 2"]    kill and cut off the parts of a running fleet, ten minutes; needs mosquitto'
 	@echo 'make fuzz [ARGS="message services"]  feed hostile input to decoders and services, a minute each'
+	@echo 'make arm64-test                    flash a card image, install it in an arm64 Debian under qemu, compare texts; root'
+	@echo 'make compose-test [ARGS=compose.plain.yml]  docker-compose.yml on this machine'\''s Docker engine, then nothing left'
 	@echo 'make lint                          the same without pytest'
 	@echo 'make format                        let ruff rewrite'
 	@echo 'make models                        add torch, to train, export and test everything'
@@ -50,6 +52,12 @@ chaos: $(DEMO)
 
 fuzz: $(FUZZ)
 	@$(BIN)/python -m tests.fuzz.guided $(ARGS)
+
+arm64-test: $(TEST)
+	@deploy/arm64-test $(ARGS)
+
+compose-test: $(DEMO)
+	@$(BIN)/python -m tests.deploy.engine $(ARGS)
 
 format: $(TEST)
 	$(BIN)/ruff check --fix .

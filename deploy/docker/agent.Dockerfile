@@ -1,0 +1,35 @@
+# An agent: drafts with the small model, which is the only one here.
+# The tag names Python's minor version and Debian's release; pin a digest of your own registry by PYTHON_IMAGE=...@sha256:...
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+WORKDIR /src
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_CONSTRAINT=/src/constraints.txt
+RUN python -m venv --without-pip /opt/fedhlm
+# Libraries first: they change seldom, and what is ours is a layer of its own. What tokenizers downloads models with is not
+# for an image that carries its model.
+COPY pyproject.toml constraints.txt deploy/docker/requirements.py ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python requirements.py agent > requirements.txt \
+    && pip --python /opt/fedhlm/bin/python install --only-binary :all: --requirement requirements.txt \
+    && pip --python /opt/fedhlm/bin/python uninstall --yes huggingface_hub hf-xet \
+    && find /opt/fedhlm/lib -depth -type d \( -name tests -o -name test \) -exec rm -r {} +
+COPY README.md LICENSE ./
+COPY fedhlm fedhlm
+COPY edge_agent edge_agent
+COPY fleet fleet
+COPY model_zoo/__init__.py model_zoo/__init__.py
+COPY model_zoo/artefacts/slm model_zoo/artefacts/slm
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip --python /opt/fedhlm/bin/python install --no-deps --prefix /opt/code . \
+    && find /opt/code -path '*/bin/*' -type f -exec sed -i '1s|^#!.*|#!/opt/fedhlm/bin/python|' {} +
+
+FROM ${PYTHON_IMAGE}
+COPY --from=build /opt/fedhlm /opt/fedhlm
+COPY --from=build /opt/code /opt/fedhlm
+ENV PATH=/opt/fedhlm/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# The engine gives a new volume the owner of the folder that it covers.
+RUN install -d -o 10001 -g 10001 -m 0700 /var/lib/fedhlm /run/fedhlm
+USER 10001:10001
+ENTRYPOINT ["python", "-m", "fleet.container.part"]
+CMD ["agent"]

@@ -1,0 +1,238 @@
+"""`python -m tests.deploy.engine`: docker-compose.yml on a real engine, from images to nothing left.
+
+Builds, starts, asks agents over the bus and compares with what the large model writes alone; kills an agent, an edge, a
+broker and the cloud from inside and asks again when the engine has brought them back. Prints times and sizes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from fedhlm.messages import Sampling
+from fedhlm.serve import model_folder
+from fleet.reference import Alone
+
+ROOT: Final = Path(__file__).parents[2]
+TEXT: Final = "Oil prices rise\n"
+TOKENS: Final = 32
+SEED: Final = 7
+TEMPERATURE: Final = 0.8
+LIMIT_S: Final = 180.0
+KILLED: Final = ("agent-porch", "edge-home", "broker-home", "cloud")
+# From inside, as a crash would: after `docker kill` the engine takes the end for wanted and does not restart.
+DIE: Final = ("sh", "-c", "kill -9 -1")
+IMAGES: Final = ("agent", "edge", "cloud", "init")
+AGENT_MAX_BYTES: Final = 350_000_000
+
+
+class Trouble(Exception):
+    """What went wrong, in words."""
+
+
+class Fleet:
+    """One compose project of its own name."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.project = f"fedhlm-test-{os.getpid()}"
+        self.plain = "compose.plain.yml" in files
+        self._base = ["docker", "compose", "--project-name", self.project, *(f"--file={name}" for name in files)]
+
+    def compose(self, *arguments: str, limit_s: float = LIMIT_S, check: bool = True) -> str:
+        """Run `docker compose`; its output. Raises Trouble when it fails."""
+        return run(*self._base, *arguments, limit_s=limit_s, check=check)
+
+    def ask(self, cluster: str, agent: str) -> list[int]:
+        """The ids that an agent answers with, over the bus."""
+        options = ("--preset=exact", f"--tokens={TOKENS}", f"--seed={SEED}", f"--temperature={TEMPERATURE}", "--json")
+        printed = self.compose("run", "--rm", "-T", f"ask-{cluster}", agent, TEXT, *options)
+        answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        ids: list[int] = answer["ids"]
+        return ids
+
+    def container(self, service: str) -> dict[str, Any]:
+        """What the engine knows of a service's container."""
+        number = self.compose("ps", "--all", "--quiet", service).strip()
+        found: list[dict[str, Any]] = json.loads(run("docker", "inspect", number))
+        return found[0]
+
+    def refused(self, service: str, *command: str) -> bool:
+        """Whether a command fails in a running container."""
+        done = subprocess.run(
+            [*self._base, "exec", "-T", service, *command], cwd=ROOT, capture_output=True, timeout=LIMIT_S
+        )
+        return done.returncode != 0
+
+
+def run(*command: str, limit_s: float = LIMIT_S, check: bool = True) -> str:
+    """A command's standard output. Raises Trouble when it fails, with the end of what it said."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
+    if check and done.returncode != 0:
+        raise Trouble(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-3_000:]}")
+    return done.stdout
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print how long the block took."""
+    began_s = time.monotonic()
+    yield
+    print(f"{what:<44} {time.monotonic() - began_s:6.1f} s", flush=True)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Return once a condition holds. Raises Trouble after LIMIT_S."""
+    end_s = time.monotonic() + LIMIT_S
+    while not condition():
+        if time.monotonic() > end_s:
+            raise Trouble(f"{what}: not within {LIMIT_S:g} s")
+        time.sleep(0.2)
+
+
+def require(holds: bool, what: str) -> None:
+    """Say that something holds, or raise Trouble."""
+    if not holds:
+        raise Trouble(f"not so: {what}")
+    print(f"  {what}", flush=True)
+
+
+def oracle() -> list[int]:
+    """What the large model alone writes."""
+    alone = Alone.load(model_folder("", "llm"), threads=1)
+    return alone.write(alone.encode(TEXT), Sampling(SEED, TEMPERATURE, 1.0, "gumbel"), TOKENS)
+
+
+def images() -> None:
+    """Print sizes; the agent's is limited."""
+    for name in IMAGES:
+        reference = f"{os.environ.get('IMAGES', 'fedhlm')}/{name}:{os.environ.get('VERSION', '0.1.0')}"
+        size = int(run("docker", "image", "inspect", "--format", "{{.Size}}", reference))
+        print(f"  image {reference:<37} {size / 1e6:6.0f} MB")
+        if name == "agent":
+            require(size <= AGENT_MAX_BYTES, f"the agent's image is at most {AGENT_MAX_BYTES / 1e6:.0f} MB")
+
+
+def walls(fleet: Fleet) -> None:
+    """What a container cannot do."""
+    reach = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
+    port = "1883" if fleet.plain else "8883"
+    require(not fleet.refused("agent-porch", "python", "-c", reach, "broker-home", port), "an agent reaches its broker")
+    require(fleet.refused("agent-porch", "python", "-c", reach, "broker-cloud", port), "and not the cloud's")
+    require(fleet.refused("agent-porch", "python", "-c", reach, "broker-garden", port), "nor another cluster's")
+    require(fleet.refused("agent-porch", "touch", "/opt/fedhlm/x"), "it cannot write to its own image")
+    require(fleet.compose("exec", "-T", "agent-porch", "id", "-u").strip() == "10001", "it is not root")
+    if not fleet.plain:
+        keys = fleet.compose("exec", "-T", "agent-porch", "sh", "-c", "find / -name '*.key' 2>/dev/null", check=False)
+        require(keys.split() == ["/etc/fedhlm/tls/party.key"], "it sees one key, its own")
+        require(fleet.refused("agent-porch", "touch", "/etc/fedhlm/tls/party.key"), "and cannot replace it")
+
+
+def crash(fleet: Fleet, service: str) -> None:
+    """Kill a service from inside and return when the engine has brought it back, well."""
+    before = fleet.container(service)["State"]["StartedAt"]
+    fleet.compose("exec", "-T", service, *DIE, check=False)
+
+    def back() -> bool:
+        state = fleet.container(service)["State"]
+        return bool(state["StartedAt"] != before and state.get("Health", {}).get("Status") == "healthy")
+
+    until(back, f"{service} is back")
+
+
+def revoked(fleet: Fleet) -> None:
+    """A client whose certificate is taken back is refused, and is told why; others go on."""
+    fleet.compose("run", "--rm", "-T", "init", "fleet.cli", "pki", "revoke", "ask-garden", "--pki", "/pki")
+    fleet.compose("run", "--rm", "-T", "init")
+    fleet.compose("exec", "-T", "broker-garden", "sh", "-c", "kill -HUP 1")
+    # The broker reads its files a moment after the signal.
+    said: list[str] = []
+
+    def refused() -> bool:
+        try:
+            fleet.ask("garden", "shed")
+        except Trouble as exc:
+            said.append(str(exc))
+        return bool(said)
+
+    until(refused, "the revoked client is refused")
+    require("it has been revoked" in said[0], "a revoked client is refused, and told why")
+
+
+def trial(fleet: Fleet) -> None:
+    """Everything, in order. Raises Trouble at the first thing that is not as it should be."""
+    fleet.compose("config", "--quiet")
+    with timed("build"):
+        fleet.compose("build", limit_s=1_800.0)
+    images()
+    with timed("up, until all are healthy"):
+        fleet.compose("up", "--detach", "--wait")
+    expected = oracle()
+    with timed("a question over the bus"):
+        found = fleet.ask("home", "porch")
+    require(found == expected, f"porch writes what the large model writes alone: {len(expected)} tokens")
+    require(fleet.ask("garden", "shed") == expected, "and so does shed in the other cluster")
+    walls(fleet)
+    for service in KILLED:
+        with timed(f"{service} killed, until it is healthy again"):
+            crash(fleet, service)
+        with timed("  and a question"):
+            found = fleet.ask("home", "porch")
+        require(found == expected, "the answer is the same")
+    with timed("up again, nothing changed"):
+        fleet.compose("up", "--detach", "--wait")
+    if not fleet.plain:
+        said = fleet.compose("logs", "--no-log-prefix", "init").splitlines()
+        issued = [line for line in said if ": issued until" in line]
+        kept = [line for line in said if ": good until" in line]
+        require(len(set(issued)) == len(issued) > 0, f"{len(issued)} certificates were issued, each once")
+        require(len(kept) >= len(issued), "and kept when the init service ran again")
+        revoked(fleet)
+        require(fleet.ask("home", "porch") == expected, "the others go on")
+    used = run("docker", "stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}}").splitlines()
+    for line in sorted(line for line in used if line.startswith(fleet.project)):
+        print(f"  {line.removeprefix(fleet.project + '-')}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trial with the overlays that are named; 0 when everything held."""
+    parser = argparse.ArgumentParser(prog="compose-test", description=__doc__)
+    parser.add_argument("overlays", nargs="*", help="compose.plain.yml, compose.scale.yml, ...")
+    parser.add_argument("--keep", action="store_true", help="leave everything running")
+    given = parser.parse_args(arguments)
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+    ):
+        print("compose-test: Docker with Compose 2 expected", file=sys.stderr)
+        return 2
+    fleet = Fleet(["docker-compose.yml", *given.overlays])
+    try:
+        trial(fleet)
+    except (Trouble, subprocess.TimeoutExpired) as exc:
+        print(f"compose-test: {exc}", file=sys.stderr)
+        print(fleet.compose("ps", "--all", check=False), file=sys.stderr)
+        print(fleet.compose("logs", "--tail", "20", check=False), file=sys.stderr)
+        return 1
+    finally:
+        if not given.keep:
+            with timed("down, with its volumes"):
+                fleet.compose("--profile", "tools", "down", "--volumes", "--timeout", "20", check=False)
+    label = f"label=com.docker.compose.project={fleet.project}"
+    if not given.keep and (
+        run("docker", "volume", "ls", "-q", "--filter", label) or run("docker", "ps", "-aq", "--filter", label)
+    ):
+        print("compose-test: something was left behind", file=sys.stderr)
+        return 1
+    print("everything held")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""docker-compose.yml and its overlays, read and not run: who may what, who waits for whom, who sees which key.
+
+What an engine does with them is `make compose-test`.
+"""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from fedhlm import config
+from fleet.container.init import plan
+
+ROOT: Final = Path(__file__).parents[2]
+BASE: Final = "docker-compose.yml"
+OVERLAYS: Final = ("compose.plain.yml", "compose.scale.yml", "compose.gpu.yml")
+VARIABLE: Final = re.compile(r"\$\{(\w+):-([^}]*)\}")
+DOCKERFILES: Final = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
+MODELS: Final = {"agent": ["slm"], "cloud": ["llm"], "edge": [], "init": []}
+
+
+def read(name: str) -> dict[str, Any]:
+    """A compose file with its variables' defaults in place."""
+    text = VARIABLE.sub(lambda found: found[2], (ROOT / name).read_text("utf-8"))
+    assert "${" not in text, "every variable has a default"
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """As Compose merges what is used here: mappings by key, volumes by what they cover, all else replaced."""
+    out = dict(base)
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(out.get(key), dict):
+            out[key] = merged(out[key], value)
+        elif key == "volumes" and isinstance(value, list):
+            out[key] = list({v.split(":")[1]: v for v in (*out.get(key, []), *value)}.values())
+        else:
+            out[key] = value
+    return out
+
+
+def fleet(*overlays: str) -> dict[str, Any]:
+    """The whole of it."""
+    whole = read(BASE)
+    for name in overlays:
+        overlay = read(name)
+        for service, body in overlay["services"].items():
+            if "extends" in body:
+                assert body["extends"]["file"] == BASE
+                parent = whole["services"][body["extends"]["service"]]
+                overlay["services"][service] = merged(parent, {k: v for k, v in body.items() if k != "extends"})
+        whole = merged(whole, overlay)
+    return whole
+
+
+WHOLE: Final = [pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), *((o,) for o in OVERLAYS))]
+SECURE: Final = [pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), (OVERLAYS[1],))]
+
+
+def services(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = whole["services"]
+    return found
+
+
+def lasting(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The services that stay up."""
+    return {name: body for name, body in services(whole).items() if name != "init" and not name.startswith("ask-")}
+
+
+def mounts(body: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Volume to (path, mode)."""
+    parts = [mount.split(":") for mount in body.get("volumes", [])]
+    return {part[0]: (part[1], part[2] if len(part) > 2 else "rw") for part in parts}
+
+
+def settings_of(body: dict[str, Any]) -> dict[str, str]:
+    """The environment without what is not for `fedhlm.config`."""
+    found = body.get("environment", {})
+    return {key: str(value) for key, value in found.items() if key not in ("CLIENT_NAME", "LD_LIBRARY_PATH")}
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_every_service_is_locked_in(whole: dict[str, Any]) -> None:
+    for name, body in services(whole).items():
+        assert body["read_only"] is True, name
+        assert body["init"] is True, name
+        assert body["cap_drop"] == ["ALL"], name
+        assert body["security_opt"] == ["no-new-privileges:true"], name
+        assert {"max-size", "max-file"} <= set(body["logging"]["options"]), name
+        assert {"cpus", "memory", "pids"} <= set(body["deploy"]["resources"]["limits"]), name
+        assert not {"ports", "privileged", "pid", "ipc", "devices", "group_add", "configs", "secrets"} & set(body), name
+        assert not any(volume.startswith((".", "/", "~")) for volume in mounts(body)), name
+        user, _, group = body["user"].partition(":")
+        if name == "init":
+            assert (user, body["cap_add"], body["network_mode"]) == ("0", ["CHOWN"], "none")
+        else:
+            assert int(user) > 0, name
+            assert int(group) > 0, name
+            assert not {"cap_add", "network_mode"} & set(body), name
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_what_stays_up_has_a_health_and_is_restarted(whole: dict[str, Any]) -> None:
+    assert len(lasting(whole)) >= 10
+    for name, body in lasting(whole).items():
+        assert body["restart"] == "unless-stopped", name
+        assert body["healthcheck"]["test"][0] == "CMD", name
+        assert {"interval", "timeout", "retries", "start_period", "start_interval"} <= set(body["healthcheck"]), name
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_who_waits_for_whom(whole: dict[str, Any]) -> None:
+    for name, body in lasting(whole).items():
+        waits = {other: how["condition"] for other, how in body["depends_on"].items()}
+        assert waits.pop("init") == "service_completed_successfully", name
+        assert set(waits.values()) <= {"service_healthy"}, name
+        cluster = body.get("environment", {}).get("FEDHLM_CLUSTER__NAME")
+        kind = name.partition("-")[0]
+        expected: dict[str, set[str]] = {
+            "broker": set(),
+            "cloud": {"broker-cloud"},
+            "edge": {f"broker-{cluster}", "broker-cloud"},
+            "agent": {f"edge-{cluster}"},
+        }
+        assert set(waits) == expected[kind], name
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_only_edges_are_in_two_networks_and_none_leads_outside(whole: dict[str, Any]) -> None:
+    assert all(network == {"internal": True} for network in whole["networks"].values())
+    for name, body in services(whole).items():
+        if name == "init":
+            continue
+        cluster = body.get("environment", {}).get("FEDHLM_CLUSTER__NAME", name.removeprefix("broker-"))
+        assert body["networks"] == (["cloud", cluster] if name.startswith("edge-") else [cluster]), name
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_each_secret_is_seen_by_the_init_service_and_one_other(whole: dict[str, Any]) -> None:
+    seen: dict[str, list[str]] = {volume: [] for volume in whole["volumes"]}
+    for name, body in services(whole).items():
+        for volume, (_, mode) in mounts(body).items():
+            seen[volume].append(name)
+            assert mode == ("ro" if volume.startswith("tls-") and name != "init" else "rw"), (name, volume)
+    assert seen.pop("pki") == ["init"]
+    for volume, users in seen.items():
+        own = volume.partition("-")[2]
+        assert users == (["init", own] if volume.startswith("tls-") else [own]), volume
+    for name, body in services(whole).items():
+        if name != "init":
+            assert sum(volume.startswith("tls-") for volume in mounts(body)) == 1, name
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_every_variable_is_a_setting_with_a_value_that_it_can_have(whole: dict[str, Any]) -> None:
+    for name, body in services(whole).items():
+        environ = settings_of(body)
+        assert all(key.startswith(config.ENV_PREFIX) for key in environ), name
+        loaded = config.load(environ=environ).config
+        if environ:
+            loaded.broker.address()
+        if loaded.edge.upstream.url:
+            loaded.edge.upstream.address(key="edge.upstream.url")
+
+
+@pytest.mark.parametrize("whole", SECURE)
+def test_the_plan_names_everybody_as_they_call_themselves(whole: dict[str, Any], tmp_path: Path) -> None:
+    at = {path: volume for volume, (path, _) in mounts(services(whole)["init"]).items()}
+    for path in at:
+        (tmp_path / path.removeprefix("/")).mkdir(parents=True)
+    parties = {
+        at["/" + str(party.folder.relative_to(tmp_path))].removeprefix("tls-"): party
+        for party in plan(tmp_path / "parts")
+    }
+    assert set(parties) == {name for name in services(whole) if name != "init"}
+    hosts = {host: party for party in parties.values() for host in party.hosts if host != "localhost"}
+    for service, party in parties.items():
+        environ = settings_of(services(whole)[service])
+        settings = config.load(environ=environ).config
+        urls = [settings.broker.address()] if environ else []
+        match party.role:
+            case "agent":
+                assert (party.name, *party.clusters) == (settings.agent.id, settings.cluster.name)
+            case "edge":
+                assert party.name == f"edge-{settings.cluster.name}"
+                upstream = settings.edge.upstream.address(key="edge.upstream.url")
+                assert hosts[upstream.host].clusters == ()
+                assert upstream.files == settings.broker.address().files
+            case "client":
+                assert party.clusters == (settings.cluster.name,)
+                assert party.name == services(whole)[service]["environment"]["CLIENT_NAME"]
+            case "broker":
+                assert service in party.hosts, "parties reach it by its service's name"
+        for url in urls:
+            assert url.tls
+            assert hosts[url.host].clusters == (() if party.role == "cloud" else party.clusters)
+
+
+def test_plain_leaves_no_certificate_anywhere() -> None:
+    for name, body in services(fleet("compose.plain.yml")).items():
+        text = str(body.get("environment", {})) + str(body.get("healthcheck", {}))
+        assert "mqtts" not in text, name
+        assert "/tls/" not in text, name
+        assert "--cert" not in text, name
+
+
+def test_the_example_names_every_variable_with_its_default() -> None:
+    lines = [line for line in (ROOT / ".env.example").read_text("utf-8").splitlines() if line and line[0] != "#"]
+    example = dict(line.split("=", 1) for line in lines)
+    assert example.pop("COMPOSE_FILE") == BASE
+    used: dict[str, set[str]] = {}
+    for name in (BASE, *OVERLAYS):
+        for found in VARIABLE.finditer((ROOT / name).read_text("utf-8")):
+            used.setdefault(found[1], set()).add(found[2])
+    assert {name: {default} for name, default in example.items()} == used
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert example["VERSION"] == version
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_every_image_has_a_tag_that_stays(whole: dict[str, Any]) -> None:
+    images = {body["image"] for body in services(whole).values()}
+    images |= {
+        found
+        for path in DOCKERFILES
+        for found in re.findall(r"^ARG PYTHON_IMAGE=(\S+)", path.read_text(), re.MULTILINE)
+    }
+    for image in images:
+        tag = image.rpartition("/")[2].partition(":")[2]
+        assert re.match(r"\d+\.\d+", tag), image
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
+def test_an_image_has_two_stages_one_model_and_no_tool_of_the_first(path: Path) -> None:
+    text = path.read_text("utf-8")
+    first, second = re.split(r"^FROM .*$", text, flags=re.MULTILINE)[1:]
+    assert "pip" in first
+    assert "pip" not in second
+    assert "apt" not in second
+    assert all(line.startswith("COPY --from=build ") for line in second.splitlines() if line.startswith("COPY"))
+    assert re.findall(r"^USER (.*)$", second, re.MULTILINE) == ["10001:10001"]
+    assert "# syntax=" not in text
+    assert re.findall(r"^COPY model_zoo/artefacts/?(\S*) ", first, re.MULTILINE) == MODELS[path.stem]
+    ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert "*" in ignored
+    for source in re.findall(r"^COPY (?!--)(.*) \S+$", first, re.MULTILINE):
+        assert all(any(name.startswith(line[1:]) for line in ignored if line[:1] == "!") for name in source.split())
+        assert all((ROOT / name).exists() for name in source.split())
+
+
+def test_the_libraries_of_an_image_are_those_of_the_project() -> None:
+    script = ROOT / "deploy/docker/requirements.py"
+    done = subprocess.run([sys.executable, script, "agent"], cwd=ROOT, capture_output=True, text=True, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert set(done.stdout.split("\n")[:-1]) == {*project["dependencies"], *project["optional-dependencies"]["agent"]}
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_every_image_of_ours_is_built_by_one_service(whole: dict[str, Any]) -> None:
+    ours = [body for body in services(whole).values() if body["image"].startswith("fedhlm/")]
+    built = [body["image"] for body in ours if "build" in body]
+    assert sorted(built) == sorted({body["image"] for body in ours})

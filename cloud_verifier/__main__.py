@@ -30,7 +30,9 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     """Serve until cancelled."""
     notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
-    decoder = Decoder.load(model_folder(config.cloud.model, "llm"), threads=config.cloud.threads)
+    decoder = Decoder.load(
+        model_folder(config.cloud.model, "llm"), threads=config.cloud.threads, providers=config.cloud.providers
+    )
     info = decoder.info
     fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
     stamp = Stamp(NAME)

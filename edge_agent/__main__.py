@@ -40,7 +40,7 @@ async def run(
     notifier = notifier or Notifier()
     config = loaded.config
     folder = model_folder(config.agent.model, "slm")
-    decoder = Decoder.load(folder, threads=config.agent.threads)
+    decoder = Decoder.load(folder, threads=config.agent.threads, providers=config.agent.providers)
     info = decoder.info
     fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
     name, cluster, root = config.agent.id, config.cluster.name, config.broker.root

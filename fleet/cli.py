@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError
-from fleet.commands import doctor, models, pki, simulate, trace, traces
+from fleet.commands import doctor, flash, models, pki, provision, simulate, trace, traces
 from fleet.commands.common import Positive, Seconds, Seed, Share, needing
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ app.command(traces.record)
 app.command(traces.replay)
 app.command(trace.app)
 app.command(doctor.doctor)
+app.command(flash.flash)
+app.command(provision.app)
 
 
 @config_app.command(name="check")

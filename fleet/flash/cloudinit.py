@@ -35,7 +35,8 @@ WantedBy=multi-user.target
 """
 _GROUPS: Final = "adm,dialout,sudo,video,plugdev,input,gpio,spi,i2c,netdev,render"
 _KEYS: Final = {"hostname", "manage_etc_hosts", "preserve_hostname", "ssh_pwauth", "users", "write_files", "runcmd"}
-_PLAIN: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+# A network may be called "no": YAML 1.1 would make a truth value of it.
+_PLAIN: Final = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)\Z)[a-z_][a-z0-9_-]*", re.ASCII)
 
 
 def user_data(device: Device) -> dict[str, Any]:
@@ -45,7 +46,6 @@ def user_data(device: Device) -> dict[str, Any]:
         "preserve_hostname": False,
         "manage_etc_hosts": True,
         "ssh_pwauth": False,
-        "users": [],
         "write_files": [
             {
                 "path": f"/etc/systemd/system/{SERVICE}",
@@ -56,6 +56,7 @@ def user_data(device: Device) -> dict[str, Any]:
         ],
         "runcmd": [["systemctl", "daemon-reload"], ["systemctl", "enable", "--now", "--no-block", SERVICE]],
     }
+    # Without a key the image's own user stays as it is: locked, unless the image has another idea.
     if device.ssh_key:
         document["users"] = [
             {

@@ -32,10 +32,15 @@ if [ ! -e "$target/$digest.complete" ]; then
     fi
     # Without --without-pip, Debian wants the package python3-venv, which is not on every image.
     "$python" -m venv --without-pip "$target"
-    # onnxruntime reads the processor's features at import; nothing of the caller's environment shall matter here.
     pip=$(ls wheels/pip-*.whl)
     PIP_CONFIG_FILE=/dev/null "$target/bin/python" "$pip/pip" install --quiet --no-index --no-cache-dir \
         --disable-pip-version-check --no-warn-script-location --find-links wheels 'fedhlm[agent]'
+    # NVIDIA's build has the same modules under another project's name, so that no requirement asks for it.
+    for gpu in wheels/onnxruntime_gpu-*.whl; do
+        [ -e "$gpu" ] || continue
+        "$target/bin/python" "$pip/pip" uninstall --quiet --yes onnxruntime
+        PIP_CONFIG_FILE=/dev/null "$target/bin/python" "$pip/pip" install --quiet --no-index --no-deps --no-cache-dir "$gpu"
+    done
     if [ -d model ]; then
         cp -r model "$target/model"
     fi
@@ -57,11 +62,13 @@ if [ -d tls ]; then
 fi
 units=$root/etc/systemd/system
 install -D -m 0644 fedhlm-agent.service "$units/fedhlm-agent.service"
-if [ -e plain.conf ]; then
-    install -D -m 0644 plain.conf "$units/fedhlm-agent.service.d/plain.conf"
-else
-    rm -f "$units/fedhlm-agent.service.d/plain.conf"
-fi
+for name in plain.conf cuda.conf; do
+    if [ -e "$name" ]; then
+        install -D -m 0644 "$name" "$units/fedhlm-agent.service.d/$name"
+    else
+        rm -f "$units/fedhlm-agent.service.d/$name"
+    fi
+done
 
 # The switch is one rename: /opt/fedhlm is the old program or the new one.
 if [ -d "$current" ] && [ ! -L "$current" ]; then

@@ -21,6 +21,7 @@ FOLDER: Final = "fedhlm"
 INSTALLER: Final = "install.sh"
 UNIT: Final = "fedhlm-agent.service"
 PLAIN: Final = "plain.conf"
+CUDA: Final = "cuda.conf"
 CONFIGURATION: Final = "agent.toml"
 SUMS: Final = "SHA256SUMS"
 MADE: Final = "made"
@@ -193,6 +194,8 @@ def payload(
         parts.append(Part("tls/client.key", tls.key, secret=True))
     else:
         parts.append(Part(PLAIN, units[PLAIN]))
+    if {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(settings.get("agent", {}).get("providers", ())):
+        parts.append(Part(CUDA, units[CUDA]))
     parts.sort(key=lambda part: part.path)
     sums = "".join(f"{part.sha256}  {part.path}\n" for part in parts).encode()
     digest = hashlib.sha256(sums).hexdigest()[:16]

@@ -1,10 +1,12 @@
 """Card images made here (MBR, FAT boot partition), wheels that stand for the bundle's, and how to read a card back."""
 
+import io
 import os
 import shutil
 import subprocess
 import zipfile
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -90,15 +92,16 @@ def wheel(folder: Path, name: str, files: dict[str, str], *, tag: str = "py3-non
     return path
 
 
-def pip_wheel(folder: Path) -> Path:
-    """The pip that runs these tests, as the wheel that it was."""
+@lru_cache(maxsize=1)
+def pip_wheel() -> tuple[str, bytes]:
+    """The pip that runs these tests, as the wheel that it was: name and content."""
     distribution = metadata.distribution("pip")
-    path = folder / f"pip-{distribution.version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
         for file in distribution.files or ():
             if not str(file).startswith("..") and file.suffix != ".pyc":
                 archive.write(str(distribution.locate_file(file)), str(file))
-    return path
+    return f"pip-{distribution.version}-py3-none-any.whl", content.getvalue()
 
 
 def wheels(folder: Path, *, says: str = "1.0", leave_out: Sequence[str] = ()) -> Path:
@@ -109,5 +112,6 @@ def wheels(folder: Path, *, says: str = "1.0", leave_out: Sequence[str] = ()) ->
         if name not in (*leave_out, "pip"):
             wheel(folder, name, {"stand_in.py": program} if name == "fedhlm" else {f"{name}/__init__.py": ""})
     if "pip" not in leave_out:
-        pip_wheel(folder)
+        name, content = pip_wheel()
+        (folder / name).write_bytes(content)
     return folder

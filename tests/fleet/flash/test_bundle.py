@@ -82,7 +82,7 @@ def test_pip_takes_the_tags_and_finds_by_them(tmp_path: Path) -> None:
         "cp311-cp311-manylinux_2_28_aarch64",
     ):
         cards.wheel(store, "thing", {"thing.py": ""}, tag=tag)
-    command = [
+    command: list[str | Path] = [
         sys.executable,
         "-m",
         "pip",
@@ -106,11 +106,17 @@ def test_an_interpreter_is_an_archive(tmp_path: Path) -> None:
         bundle.parts([], interpreter=tmp_path / "python.exe")
 
 
-def test_the_source_of_an_editable_install_is_found_and_its_wheel_has_all_that_is_needed(tmp_path: Path) -> None:
+def test_the_copy_that_is_built_has_the_units_and_no_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = bundle.source_folder()
     assert source is not None
-    assert (source / "fleet/flash/install.sh").is_file()
-    left = bundle._left_out(source, source, [".venv", ".git", "tests", "fleet", "pyproject.toml", "x.egg-info"])
-    assert left == {".venv", ".git", "tests", "x.egg-info"}
-    inner = source / "fleet" / "flash"
-    assert bundle._left_out(source, inner, ["plan.py", "__pycache__", "plain.conf"]) == {"__pycache__", "plain.conf"}
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(bundle, "_pip", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(bundle, "_NO_SOURCE", (*bundle._NO_SOURCE, "model_zoo"))
+    bundle._build(source, tmp_path / "copy", tmp_path)
+    # By its whole path: pip takes a bare word for a project of the package index.
+    assert calls == [("wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(tmp_path / "copy"))]
+    for name, content in bundle.shipped_units().items():
+        assert (tmp_path / "copy/fleet/flash" / name).read_bytes() == content
+    names = {path.name for path in (tmp_path / "copy").rglob("*")}
+    assert {"pyproject.toml", "README.md", "fedhlm"} <= names
+    assert not names & {".venv", ".git", "tests", "__pycache__", "build"}

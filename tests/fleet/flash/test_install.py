@@ -32,7 +32,7 @@ def laid_out(folder: Path, wheels: Path, **given: Any) -> Path:
 def install(boot: Path, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     root.mkdir(exist_ok=True)
     environ = {"PATH": os.environ["PATH"], "FEDHLM_ROOT": str(root), "HOME": str(root)}
-    command = ["sh", boot / "fedhlm" / "install.sh", *arguments]
+    command: list[str | Path] = ["sh", boot / "fedhlm" / "install.sh", *arguments]
     return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
 
 

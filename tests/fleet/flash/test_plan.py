@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.errors import ConfigError
+from fedhlm.messages import NAME_PATTERN
 from fleet.flash import bundle, plan, toml
 from fleet.flash.plan import Device, Part, Tls, Wifi
 
@@ -69,7 +70,7 @@ def test_what_cannot_be_is_refused_by_the_flag_s_name(key: str, value: str, flag
     assert "secret" not in str(caught.value)
 
 
-@given(st.from_regex(plan.NAME_PATTERN, fullmatch=True))
+@given(st.from_regex(NAME_PATTERN, fullmatch=True))
 def test_every_agent_has_a_host_name(agent: str) -> None:
     assert plan._HOSTNAME.fullmatch(device(agent=agent).hostname)
 
@@ -105,6 +106,12 @@ def test_tls_without_a_certificate_is_refused_and_plain_needs_none() -> None:
     assert not any(path.startswith("tls/") for path in plain)
 
 
+def test_a_device_with_a_gpu_gets_the_drop_in_that_lets_it_be_seen() -> None:
+    for providers, there in (((), False), (("CPUExecutionProvider",), False), (("CUDAExecutionProvider",), True)):
+        paths = {part.path for part in payload(device(), agent={"providers": list(providers)}).parts}
+        assert (plan.CUDA in paths) is there
+
+
 def test_secrets_show_in_no_repr() -> None:
     wifi = Wifi.of("net", "correct horse", "DE")
     made = payload(device(wifi=wifi))
@@ -117,5 +124,5 @@ def test_secrets_show_in_no_repr() -> None:
 def test_the_shipped_units_are_those_of_deploy() -> None:
     deploy = Path(__file__).parents[3] / "deploy" / "systemd"
     units = bundle.shipped_units()
-    for name in (plan.UNIT, plan.PLAIN):
+    for name in (plan.UNIT, plan.PLAIN, plan.CUDA):
         assert units[name] == (deploy / name).read_bytes()

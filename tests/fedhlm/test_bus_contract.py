@@ -86,6 +86,20 @@ def test_a_late_subscriber_gets_the_retained_state_marked_as_such(kind: Kind) ->
     run_on(kind, scenario)
 
 
+def test_retained_state_is_shown_to_those_who_asked_for_it_only(kind: Kind) -> None:
+    async def scenario(net: Network) -> None:
+        async with net.bus("one") as one, net.bus("two") as two:
+            await two.subscribe("state/#")
+            await one.publish("state/a", b"secret", retain=True)
+            await take(two, 1)
+            async with net.bus("three") as three:
+                await three.subscribe("mark")
+                await one.publish("mark", b"")
+                assert await take(three, 1) == [Delivery("mark", b"", False)]
+
+    run_on(kind, scenario)
+
+
 def test_order_holds_per_topic(kind: Kind) -> None:
     async def scenario(net: Network) -> None:
         async with net.bus("one") as one, net.bus("two") as two:

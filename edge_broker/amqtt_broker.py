@@ -62,7 +62,9 @@ class TrackedBroker(Broker):  # type: ignore[misc]
         port: int = self._servers["default"].instance.sockets[0].getsockname()[1]
         return port
 
-    async def _publish_retained_messages_for_subscription(self, subscription: tuple[str, int], session: Session) -> None:
+    async def _publish_retained_messages_for_subscription(
+        self, subscription: tuple[str, int], session: Session
+    ) -> None:
         # amqtt shows a new client the retained messages of every filter that any client has subscribed to.
         pattern, _ = subscription
         if any(owner.client_id == session.client_id for owner, _ in self._subscriptions.get(pattern, ())):

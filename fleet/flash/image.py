@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
+from fedhlm.state import sync
 from fleet.flash.plan import FOLDER, FlashError, Part
 
 SECTOR: Final = 512
@@ -131,7 +132,7 @@ class Disk:
                 _mtool("mdeltree", "-i", drive, f"::/{FOLDER}", image=self.path)
             tops = sorted(str(path) for path in staged.iterdir())
             _mtool("mcopy", "-i", drive, "-s", "-Q", "-o", *tops, "::/", image=self.path)
-        _flush(self.path)
+        sync(self.path)
 
     def _drive(self) -> str:
         return f"{self.path}@@{boot_partition(self.path).start}"
@@ -229,11 +230,3 @@ def _mtool(program: str, *arguments: str, image: Path) -> str:
         said = " ".join((done.stderr or done.stdout).split())
         raise FlashError(f"{program} failed on {image}: {said or done.returncode}")
     return done.stdout
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

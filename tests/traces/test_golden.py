@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import gate, generation
+from edge_agent import diary, gate, generation
 from edge_agent.events import Observation
 from fedhlm.config import presets
 from fedhlm.couplings import COUPLINGS
@@ -46,12 +46,13 @@ def test_nothing_is_decided_otherwise_today(preset: str, capsys: pytest.CaptureF
         assert {note.kind for note in life.notes} >= {"state", "began", "plan", "committed", "ended"}
 
 
-def test_the_budget_recording_has_learnt_a_threshold() -> None:
-    # Else the tests below could not see a change of it.
-    taus = [d.why for d in differing("budget")]
-    assert not taus
-    journals = [note for life in agents_of("budget") for note in life.notes if note.kind == "judged"]
-    assert len(journals) > 200
+@pytest.mark.parametrize("preset", ["budget", "fedhlm"])
+def test_the_learning_recordings_have_learnt_a_threshold(preset: str) -> None:
+    """Else the tests below could not see a change of how it is learnt."""
+    plans = [n.data for life in agents_of(preset) for n in life.notes if n.kind == "plan"]
+    taus = {diary.unpack(data, diary.Planned).tau for data in plans}
+    assert len(taus) > 2
+    assert max(taus) > 0.2
 
 
 # Changes on purpose

@@ -17,7 +17,7 @@ TEST := $(VENV)/.test
 MODELS := $(VENV)/.models
 FUZZ := $(VENV)/.fuzz
 
-# The recordings that tests/traces/test_golden.py decides again: every preset, a few seconds of the demo each.
+# The recordings that tests/fedhlm_traces/test_golden.py decides again: every preset, a few seconds of the demo each.
 GOLDEN := tests/golden
 
 .PHONY: arm64-test golden help demo test lint format models chaos fuzz clean
@@ -48,7 +48,7 @@ lint: $(TEST)
 	$(BIN)/lint-imports
 
 chaos: $(DEMO)
-	@$(BIN)/python -m fleet.chaos $(ARGS)
+	@$(BIN)/python -m fedhlm_fleet.chaos $(ARGS)
 
 fuzz: $(FUZZ)
 	@$(BIN)/python -m tests.fuzz.guided $(ARGS)

@@ -15,13 +15,13 @@ import cloud_verifier.__main__ as cloud
 import edge_agent.__main__ as agent
 import edge_broker.__main__ as edge
 from edge_broker.embedded import EmbeddedBroker
-from fedhlm import topics
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm.bus.party import Party, Stamp
 from fedhlm.config import load
-from fedhlm.messages import Output, Presence, Prompt
-from fedhlm.mqtt import MqttBus
-from fedhlm.party import Party, Stamp
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Output, Presence, Prompt
 from fedhlm.telemetry import Counters
-from model_zoo.prompts import load_items
+from fedhlm_zoo.prompts import load_items
 
 VARIANTS = {
     "hlm (blocking, 1 token)": {"preset": "hlm"},

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 from edge_agent.model import Slm
-from fedhlm.couplings import COUPLINGS
-from fedhlm.decoder import Decoder, Request
-from fedhlm.messages import Sampling
-from fedhlm.serve import model_folder
-from fedhlm.uncertainty import closed_form
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.uncertainty import closed_form
+from fedhlm.process.run import model_folder
+from fedhlm.protocol.messages import Sampling
 
 TOKENS = 128
 ROUNDS = 5
@@ -26,10 +26,10 @@ began = time.perf_counter()
 from pathlib import Path
 from edge_agent.model import Slm
 from edge_agent.service import AgentService
-from fedhlm.decoder import Decoder
-from fedhlm.mqtt import MqttBus
-from fedhlm.messages import Sampling
-from fedhlm.serve import model_folder
+from fedhlm.decoding.decoder import Decoder
+from fedhlm.bus.interface.mqtt import MqttBus
+from fedhlm.protocol.messages import Sampling
+from fedhlm.process.run import model_folder
 slm = Slm(Decoder.load(model_folder("", "slm"), threads=1))
 slm.draft([0, 5, 6], Sampling(seed=1))
 seconds = time.perf_counter() - began

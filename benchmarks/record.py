@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from fedhlm.settings import Broker
-from traces.file import Header, Record, Writer, read
-from traces.record import Summary, record
-from traces.replay import replay
+from fedhlm_traces.file import Header, Record, Writer, read
+from fedhlm_traces.record import Summary, record
+from fedhlm_traces.replay import replay
 
 TOPIC = "fedhlm/1/c/home/escalate/agent-{}"
 AGENTS = 20

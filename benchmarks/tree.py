@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from cloud_verifier.verifier import Block, Session, settle
 from edge_agent.growth import RANKS, Budget
 from edge_agent.model import Slm
-from fedhlm.couplings import COUPLINGS
-from fedhlm.decoder import Cache, Decoder, Request
-from fedhlm.messages import Sampling
-from fedhlm.serve import model_folder
-from fedhlm.tree import Branch
-from model_zoo.prompts import load_items
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.decoder import Cache, Decoder, Request
+from fedhlm.decoding.tree import Branch
+from fedhlm.process.run import model_folder
+from fedhlm.protocol.messages import Sampling
+from fedhlm_zoo.prompts import load_items
 
 Draft = tuple[list[int], Sequence[Branch]]
 DELAY_WEIGHT = 0.1  # of the newest round in the running mean of the delay

@@ -7,18 +7,18 @@ from cloud_verifier.backends.onnx import engine_of
 from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Sessions
-from fedhlm import topics
-from fedhlm.bus import Retained
+from fedhlm.bus.interface import Retained
+from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.config import Loaded
-from fedhlm.decoder import Decoder
-from fedhlm.fingerprint import fingerprint_of
-from fedhlm.messages import encode
-from fedhlm.notify import Notifier
-from fedhlm.party import Party, Stamp, presence
-from fedhlm.sampling import NOISE
-from fedhlm.serve import bus_of, diary_of, model_folder, serve
+from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.sampling import NOISE
+from fedhlm.process.notify import Notifier
+from fedhlm.process.run import bus_of, diary_of, model_folder, serve
+from fedhlm.process.state import store_of
+from fedhlm.protocol import topics
+from fedhlm.protocol.fingerprint import fingerprint_of
+from fedhlm.protocol.messages import encode
 from fedhlm.settings import Config
-from fedhlm.state import store_of
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)

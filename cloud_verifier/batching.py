@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cloud_verifier.sessions import Admission, Entry, Key, Refused, Sessions
 from cloud_verifier.verifier import Block, Feed, Settled, settle
-from fedhlm.messages import MAX_PAYLOAD_BYTES, Escalation
+from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES, Escalation
 
 WAITING_MAX: Final = 65_536
 WAITING_BYTES: Final = 256 * 1024 * 1024

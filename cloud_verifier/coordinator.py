@@ -7,9 +7,9 @@ import numpy as np
 
 from cloud_verifier.clustering import PROFILES_MAX, TOKENS_MAX, Clusterer, Sample
 from fedhlm.errors import ProtocolError
-from fedhlm.federation import Members, mean_of_clusters
-from fedhlm.keys import DIMS, SCALE
-from fedhlm.messages import Profile
+from fedhlm.learning.federation import Members, mean_of_clusters
+from fedhlm.peers.context_keys import DIMS, SCALE
+from fedhlm.protocol.messages import Profile
 from fedhlm.settings import Federation
 
 COLUMNS: Final = DIMS + 1

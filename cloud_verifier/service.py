@@ -12,12 +12,15 @@ from msgspec.structs import replace
 
 from cloud_verifier.batching import Batcher, Done, Job, Output
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.diary import Life
+from cloud_verifier.journal import Life
 from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verifier import Settled
-from fedhlm import rounds, topics
+from fedhlm.bus.party import Party
 from fedhlm.errors import ProtocolError
-from fedhlm.messages import (
+from fedhlm.learning import rounds
+from fedhlm.process.state import Store
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import (
     MAX_BATCH,
     MAX_PAYLOAD_BYTES,
     Answered,
@@ -32,9 +35,7 @@ from fedhlm.messages import (
     pack_ids,
     pack_probs,
 )
-from fedhlm.party import Party
 from fedhlm.settings import Federation
-from fedhlm.state import Store
 from fedhlm.telemetry import Counters, warn_once
 
 log = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from cloud_verifier.verifier import Block, Session
-from fedhlm.couplings import COUPLINGS, split_laws
+from fedhlm.decoding.couplings import COUPLINGS, split_laws
+from fedhlm.decoding.ids import common_prefix, digest_of
+from fedhlm.decoding.tree import Tree, unpack_branches
 from fedhlm.errors import FingerprintMismatch, ProtocolError
-from fedhlm.fingerprint import check_agreement
-from fedhlm.ids import common_prefix, digest_of
-from fedhlm.messages import Escalation, Fingerprint, Prime, id_bytes, unpack_ids
-from fedhlm.tree import Tree, unpack_branches
+from fedhlm.protocol.fingerprint import check_agreement
+from fedhlm.protocol.messages import Escalation, Fingerprint, Prime, id_bytes, unpack_ids
 
 EXTEND_MAX: Final = 256  # tokens of the target's own in one answer; who wants more asks again, after the others
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from fedhlm.couplings import COUPLINGS, Coupling
-from fedhlm.ids import common_prefix
-from fedhlm.messages import Sampling
-from fedhlm.sampling import law
-from fedhlm.tree import Branch, Tree
+from fedhlm.decoding.couplings import COUPLINGS, Coupling
+from fedhlm.decoding.ids import common_prefix
+from fedhlm.decoding.sampling import law
+from fedhlm.decoding.tree import Branch, Tree
+from fedhlm.protocol.messages import Sampling
 
 
 @dataclass

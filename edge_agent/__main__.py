@@ -8,26 +8,26 @@ import time
 
 import numpy as np
 
-from edge_agent.agent import Agent
 from edge_agent.connection import Connection
+from edge_agent.driver import Agent
 from edge_agent.learner import Learner
 from edge_agent.membership import birth_and_will
 from edge_agent.model import Slm, ThreadedDrafter
 from edge_agent.peers import Peers
 from edge_agent.profile import Sampler
 from edge_agent.service import AgentService, ModelFacts
-from fedhlm.bus import Bus
+from fedhlm.bus.interface import Bus
+from fedhlm.bus.party import Party, Stamp
 from fedhlm.config import Loaded
-from fedhlm.decoder import Decoder
+from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
-from fedhlm.fingerprint import fingerprint_of
-from fedhlm.keys import load_projection
-from fedhlm.messages import Prompt
-from fedhlm.notify import Notifier
-from fedhlm.party import Party, Stamp
-from fedhlm.sampling import NOISE
-from fedhlm.serve import bus_of, diary_of, model_folder, serve
-from fedhlm.state import store_of
+from fedhlm.peers.context_keys import load_projection
+from fedhlm.process.notify import Notifier
+from fedhlm.process.run import bus_of, diary_of, model_folder, serve
+from fedhlm.process.state import store_of
+from fedhlm.protocol.fingerprint import fingerprint_of
+from fedhlm.protocol.messages import Prompt
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)

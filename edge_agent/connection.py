@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from fedhlm.bus import Bus
-from fedhlm.party import Party
+from fedhlm.bus.interface import Bus
+from fedhlm.bus.party import Party
 
 
 class Connection:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from edge_agent.gate import Gate
 from edge_agent.pipeline import Pipeline
-from fedhlm.messages import FinishReason, Sampling, Source, Uncertain
-from fedhlm.tree import Branch
+from fedhlm.decoding.tree import Branch
+from fedhlm.protocol.messages import FinishReason, Sampling, Source, Uncertain
 
 
 class Drafted(NamedTuple):
@@ -22,7 +22,7 @@ class Drafted(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """The model's answer to a Draft of a tree: its main chain, and the alternatives (`fedhlm.tree`)."""
+    """The model's answer to a Draft of a tree: its main chain, and the alternatives (`fedhlm.decoding.tree`)."""
 
     revision: int
     position: int
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     """What stays fixed during a generation; times in seconds, `context_max` and `max_tokens` in tokens.
 
     `consult` asks the peers about a draft that the gate does not keep. `harm(draft_prob, target_prob, missed)` is what
-    a committed draft costs (`fedhlm.couplings`). With `similarity` the edge may settle, by `votes` neighbours. `audit`
+    a committed draft costs (`fedhlm.decoding.couplings`). With `similarity` the edge may settle, by `votes` neighbours. `audit`
     has the end of the text scored that no verdict covered. `tau` is the gate's threshold, for the record.
     """
 

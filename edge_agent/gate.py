@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from fedhlm.sampling import GATE_STREAM, uniform
+from fedhlm.decoding.sampling import GATE_STREAM, uniform
 
 Gate = Callable[[float, int], bool]
 """From the uncertainty of a draft, in [0, 1], and its position to whether it must be settled elsewhere."""

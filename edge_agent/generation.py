@@ -32,10 +32,10 @@ from edge_agent.events import (
     Unprimed,
 )
 from edge_agent.pipeline import Pending, expected_rejection
-from fedhlm.couplings import rejection_probability
-from fedhlm.ids import digest_of
-from fedhlm.messages import FinishReason, Source, Uncertain
-from fedhlm.tree import Branch, Tree
+from fedhlm.decoding.couplings import rejection_probability
+from fedhlm.decoding.ids import digest_of
+from fedhlm.decoding.tree import Branch, Tree
+from fedhlm.protocol.messages import FinishReason, Source, Uncertain
 
 RETRY_CAP: Final = 8  # the wait between two sends of an unanswered block doubles up to this many times `retry_s`
 

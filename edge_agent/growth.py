@@ -12,9 +12,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhlm.messages import Sampling
-from fedhlm.sampling import gumbel, scores
-from fedhlm.tree import Branch
+from fedhlm.decoding.sampling import gumbel, scores
+from fedhlm.decoding.tree import Branch
+from fedhlm.protocol.messages import Sampling
 
 RANKS: Final = 8  # candidates of a node that are ranked
 SLACK: Final = 0.25  # a leaf at least this share as probable as the best one is looked at in the same model call
@@ -158,7 +158,7 @@ class Growth:
             time_s += self.budget.send_s
 
     def tree(self) -> tuple[list[int], list[Branch]]:
-        """The main chain's nodes (as numbered here) and the branches (as numbered in `fedhlm.tree`)."""
+        """The main chain's nodes (as numbered here) and the branches (as numbered in `fedhlm.decoding.tree`)."""
         kept = [node for _, node in self._kept]  # parents first, and of siblings the likelier first
         heirs: dict[int, int] = {}
         for node in kept:

@@ -14,14 +14,14 @@ import msgspec
 import numpy as np
 
 from edge_agent.events import Finish, Observation
-from fedhlm.budget import Budget
 from fedhlm.errors import ConfigError, ProtocolError
-from fedhlm.federation import check_threshold
-from fedhlm.messages import MAX_CURVES, Count, Learned, PaperThreshold, Sampling, Unit
-from fedhlm.privacy import noised, sigma_for
-from fedhlm.rejection import Curve, isotonic, shrunk
+from fedhlm.learning.budget import Budget
+from fedhlm.learning.curve import Curve, isotonic, shrunk
+from fedhlm.learning.federation import check_threshold
+from fedhlm.learning.privacy import noised, sigma_for
+from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, tau_of_budget, tau_of_price
+from fedhlm.protocol.messages import MAX_CURVES, Count, Learned, PaperThreshold, Sampling, Unit
 from fedhlm.settings import Federation, Generation
-from fedhlm.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, tau_of_budget, tau_of_price
 
 PAIRS_MAX: Final = 65_536
 SPACE: Final = "learner/1"

@@ -7,11 +7,11 @@ it left. It moves only to a cluster whose edge it has seen at work, so that a wr
 import logging
 from typing import Final
 
-from fedhlm import topics
-from fedhlm.bus import Retained
+from fedhlm.bus.interface import Retained
+from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.errors import BusError, ProtocolError
-from fedhlm.messages import Fingerprint, Presence, encode
-from fedhlm.party import Party, Stamp, presence
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Fingerprint, Presence, encode
 
 log = logging.getLogger(__name__)
 

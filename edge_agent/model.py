@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.growth import Budget, Trees, grow
-from fedhlm.couplings import COUPLINGS
-from fedhlm.decoder import Cache, Decoder, Request, Result
-from fedhlm.ids import common_prefix
-from fedhlm.keys import Projection
-from fedhlm.messages import Sampling
-from fedhlm.tree import Branch
-from fedhlm.uncertainty import UNCERTAINTIES
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.decoder import Cache, Decoder, Request, Result
+from fedhlm.decoding.ids import common_prefix
+from fedhlm.decoding.tree import Branch
+from fedhlm.decoding.uncertainty import UNCERTAINTIES
+from fedhlm.peers.context_keys import Projection
+from fedhlm.protocol.messages import Sampling
 
 PRIOR_NODE_S: Final = 0.002  # what a node costs until it is measured
 NODE_WEIGHT: Final = 0.1  # of the newest tree in the running mean of what a node costs
@@ -26,7 +26,7 @@ NODE_WEIGHT: Final = 0.1  # of the newest tree in the running mean of what a nod
 
 class Drawn(NamedTuple):
     """A drafted token, its probability, its uncertainty in [0, 1], the bytes of the draft law if they travel, and the
-    key of its context (`fedhlm.keys`), empty where the model has no projection."""
+    key of its context (`fedhlm.peers.context_keys`), empty where the model has no projection."""
 
     token: int
     prob: float
@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """A tree draft: its main chain, its branches (`fedhlm.tree`), and the expected tokens of its round trip."""
+    """A tree draft: its main chain, its branches (`fedhlm.decoding.tree`), and the expected tokens of its round trip."""
 
     chain: list[Drawn]
     branches: tuple[Branch, ...]
@@ -49,7 +49,7 @@ class Drafter(Protocol):
     async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """Draw the token after `ids` (at least one) from the draft side of the sampling's coupling.
 
-        `uncertainty` is a key of `fedhlm.uncertainty.UNCERTAINTIES`.
+        `uncertainty` is a key of `fedhlm.decoding.uncertainty.UNCERTAINTIES`.
         """
 
     async def grow(

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Final
 
 from edge_agent.events import Drafted, Observation, Proposal
-from fedhlm.collaboration import Collaboration, Prices
-from fedhlm.consensus import Centroid, Match, Memory
 from fedhlm.errors import ProtocolError
-from fedhlm.keys import DIMS, unpack_key
-from fedhlm.messages import UncertainTokens, VerifiedTokens
+from fedhlm.peers.collaboration import Collaboration, Prices
+from fedhlm.peers.context_keys import DIMS, unpack_key
+from fedhlm.peers.neighbours import Centroid, Match, Memory
+from fedhlm.protocol.messages import UncertainTokens, VerifiedTokens
 from fedhlm.settings import Generation
 
 EXPLORED_SHARE: Final = 1 / 32

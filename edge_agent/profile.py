@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedhlm.keys import DIMS
+from fedhlm.peers.context_keys import DIMS
 
 ROWS_MAX: Final = 256  # tokens of a profile
 PROMPT_ROWS: Final = 8  # of which one prompt gives at most so many

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from edge_agent.events import Committed, Finish, Observation
-from fedhlm.budget import Budget
-from fedhlm.messages import FinishReason, Sampling
+from fedhlm.learning.budget import Budget
+from fedhlm.protocol.messages import FinishReason, Sampling
 from fedhlm.settings import Generation
 
 

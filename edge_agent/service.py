@@ -7,19 +7,19 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from edge_agent.agent import Agent
 from edge_agent.connection import Connection
+from edge_agent.driver import Agent
 from edge_agent.events import Committed
 from edge_agent.result import Job, Result
-from fedhlm import topics
+from fedhlm.bus.journal import Diary
 from fedhlm.config import Loaded
+from fedhlm.decoding.text import TextStream, encode_prompt
 from fedhlm.errors import BusError, FedhlmError, ProtocolError
-from fedhlm.journal import Diary
-from fedhlm.messages import FinishReason, Output, Prompt, Sampling
+from fedhlm.process.state import Store
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import FinishReason, Output, Prompt, Sampling
 from fedhlm.settings import Generation as GenerationConfig
-from fedhlm.state import Store
 from fedhlm.telemetry import Counters, warn_once
-from fedhlm.text import TextStream, encode_prompt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

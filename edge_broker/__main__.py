@@ -8,15 +8,15 @@ import msgspec
 
 from edge_broker.embedded import EmbeddedBroker
 from edge_broker.service import EdgeService
-from fedhlm import topics
-from fedhlm.bus import Retained
+from fedhlm.bus.interface import Retained
+from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.config import Loaded
-from fedhlm.messages import encode
-from fedhlm.notify import Notifier
-from fedhlm.party import Party, Stamp, presence
-from fedhlm.serve import bus_of, diary_of, serve
+from fedhlm.process.notify import Notifier
+from fedhlm.process.run import bus_of, diary_of, serve
+from fedhlm.process.state import store_of
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import encode
 from fedhlm.settings import Config
-from fedhlm.state import store_of
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)

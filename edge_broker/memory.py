@@ -9,10 +9,10 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from fedhlm.consensus import Memory, Origin
 from fedhlm.errors import ProtocolError
-from fedhlm.keys import DIMS, Key, unpack_key
-from fedhlm.messages import (
+from fedhlm.peers.context_keys import DIMS, Key, unpack_key
+from fedhlm.peers.neighbours import Memory, Origin
+from fedhlm.protocol.messages import (
     MAX_BLOCK,
     Escalation,
     UncertainTokens,

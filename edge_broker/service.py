@@ -1,6 +1,6 @@
 """The edge as a running service: one bus to its cluster, one to the cloud (they may be the same).
 
-What it decides is in `cluster` (the relay), `memory` (answers from verified tokens) and `fedhlm.federation` (rounds).
+What it decides is in `cluster` (the relay), `memory` (answers from verified tokens) and `fedhlm.learning.federation` (rounds).
 """
 
 import asyncio
@@ -12,13 +12,16 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from edge_broker.cluster import Relay
-from edge_broker.diary import Life
+from edge_broker.journal import Life
 from edge_broker.memory import DIGEST_MAX, Answer, ClusterMemory
-from fedhlm import rounds, topics
+from edge_broker.relay import Relay
+from fedhlm.bus.party import Party, Received, presence
 from fedhlm.errors import ProtocolError
-from fedhlm.federation import Members, State, mean_of_agents
-from fedhlm.messages import (
+from fedhlm.learning import rounds
+from fedhlm.learning.federation import Members, State, mean_of_agents
+from fedhlm.process.state import Store
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import (
     MAX_BATCH,
     Assignment,
     Contribution,
@@ -34,9 +37,7 @@ from fedhlm.messages import (
     Verified,
     VerifiedTokens,
 )
-from fedhlm.party import Party, Received, presence
 from fedhlm.settings import Edge, Federation
-from fedhlm.state import Store
 from fedhlm.telemetry import Counters, warn_once
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from fedhlm import messages, topics
-from fedhlm.broker_url import BrokerUrl, TlsFiles
+from fedhlm.bus.broker_url import BrokerUrl, TlsFiles
+from fedhlm.protocol import messages, topics
 
 DEFAULT_PRESET: Final = "budget"
 MASK: Final = "***"

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from edge_broker.embedded import EmbeddedBroker
-from fedhlm.bus import Bus, Delivery
-from fedhlm.loopback import LoopbackBroker, LoopbackBus
-from fedhlm.mqtt import MqttBus
-from fedhlm.virtual import run_virtual
+from fedhlm.bus.interface import Bus, Delivery
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.virtual import run_virtual
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 START_TIMEOUT_S = 10.0

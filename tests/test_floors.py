@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("fedhlm", "edge_agent", "edge_broker", "cloud_verifier", "fleet", "lab", "model_zoo")
+PACKAGES = ("fedhlm", "edge_agent", "edge_broker", "cloud_verifier", "fedhlm_fleet", "fedhlm_lab", "fedhlm_traces", "fedhlm_zoo")
 VIOLATIONS = {
     "fedhlm": ("edge_agent", "rich"),
     "edge_agent": ("edge_broker", "torch", "cyclopts"),
     "edge_broker": ("cloud_verifier", "transformers"),
-    "cloud_verifier": ("model_zoo", "optimum"),
-    "model_zoo": ("edge_agent", "fleet"),
-    "lab": ("fleet", "torch"),
+    "cloud_verifier": ("fedhlm_zoo", "optimum"),
+    "fedhlm_zoo": ("edge_agent", "fedhlm_fleet"),
+    "fedhlm_lab": ("fedhlm_fleet", "torch"),
 }
 
 

@@ -53,7 +53,7 @@ def test_a_device_loads_nothing_heavy(package: str) -> None:
 
 
 def test_configuration_and_messages_need_no_model_runtime() -> None:
-    found = loaded_by(["fedhlm", "fedhlm.messages", "fedhlm.config", "fedhlm.telemetry", "fedhlm.errors"])
+    found = loaded_by(["fedhlm", "fedhlm.protocol.messages", "fedhlm.config", "fedhlm.telemetry", "fedhlm.errors"])
     assert not found & (HEAVY | {"onnxruntime", "tokenizers", "aiomqtt"})
 
 

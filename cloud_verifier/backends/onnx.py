@@ -8,7 +8,7 @@ from typing import Any
 
 from cloud_verifier.batching import Output
 from cloud_verifier.service import Engine
-from fedhlm.decoder import Decoder, Request
+from fedhlm.decoding.decoder import Decoder, Request
 
 
 @asynccontextmanager

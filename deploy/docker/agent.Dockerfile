@@ -17,9 +17,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY README.md LICENSE ./
 COPY fedhlm fedhlm
 COPY edge_agent edge_agent
-COPY fleet fleet
-COPY model_zoo/__init__.py model_zoo/__init__.py
-COPY model_zoo/artefacts/slm model_zoo/artefacts/slm
+COPY fedhlm_fleet fedhlm_fleet
+COPY fedhlm_zoo/__init__.py fedhlm_zoo/__init__.py
+COPY fedhlm_zoo/artefacts/slm fedhlm_zoo/artefacts/slm
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/fedhlm/bin/python install --no-deps --prefix /opt/code . \
     && find /opt/code -path '*/bin/*' -type f -exec sed -i '1s|^#!.*|#!/opt/fedhlm/bin/python|' {} +
@@ -31,5 +31,5 @@ ENV PATH=/opt/fedhlm/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # The engine gives a new volume the owner of the folder that it covers.
 RUN install -d -o 10001 -g 10001 -m 0700 /var/lib/fedhlm /run/fedhlm
 USER 10001:10001
-ENTRYPOINT ["python", "-m", "fleet.container.part"]
+ENTRYPOINT ["python", "-m", "fedhlm_fleet.container.part"]
 CMD ["agent"]

@@ -20,9 +20,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY README.md LICENSE ./
 COPY fedhlm fedhlm
 COPY cloud_verifier cloud_verifier
-COPY fleet fleet
-COPY model_zoo/__init__.py model_zoo/__init__.py
-COPY model_zoo/artefacts/llm model_zoo/artefacts/llm
+COPY fedhlm_fleet fedhlm_fleet
+COPY fedhlm_zoo/__init__.py fedhlm_zoo/__init__.py
+COPY fedhlm_zoo/artefacts/llm fedhlm_zoo/artefacts/llm
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/fedhlm/bin/python install --no-deps --prefix /opt/code . \
     && find /opt/code -path '*/bin/*' -type f -exec sed -i '1s|^#!.*|#!/opt/fedhlm/bin/python|' {} +
@@ -34,5 +34,5 @@ ENV PATH=/opt/fedhlm/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # The engine gives a new volume the owner of the folder that it covers.
 RUN install -d -o 10001 -g 10001 -m 0700 /var/lib/fedhlm /run/fedhlm
 USER 10001:10001
-ENTRYPOINT ["python", "-m", "fleet.container.part"]
+ENTRYPOINT ["python", "-m", "fedhlm_fleet.container.part"]
 CMD ["cloud"]

@@ -15,7 +15,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY README.md LICENSE ./
 COPY fedhlm fedhlm
 COPY edge_broker edge_broker
-COPY fleet fleet
+COPY fedhlm_fleet fedhlm_fleet
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/fedhlm/bin/python install --no-deps --prefix /opt/code . \
     && find /opt/code -path '*/bin/*' -type f -exec sed -i '1s|^#!.*|#!/opt/fedhlm/bin/python|' {} +
@@ -27,5 +27,5 @@ ENV PATH=/opt/fedhlm/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # The engine gives a new volume the owner of the folder that it covers.
 RUN install -d -o 10001 -g 10001 -m 0700 /var/lib/fedhlm /run/fedhlm
 USER 10001:10001
-ENTRYPOINT ["python", "-m", "fleet.container.part"]
+ENTRYPOINT ["python", "-m", "fedhlm_fleet.container.part"]
 CMD ["edge"]

@@ -14,7 +14,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && find /opt/fedhlm/lib -depth -type d \( -name tests -o -name test \) -exec rm -r {} +
 COPY README.md LICENSE ./
 COPY fedhlm fedhlm
-COPY fleet fleet
+COPY fedhlm_fleet fedhlm_fleet
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/fedhlm/bin/python install --no-deps --prefix /opt/code . \
     && find /opt/code -path '*/bin/*' -type f -exec sed -i '1s|^#!.*|#!/opt/fedhlm/bin/python|' {} +
@@ -25,4 +25,4 @@ COPY --from=build /opt/code /opt/fedhlm
 ENV PATH=/opt/fedhlm/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 ENTRYPOINT ["python", "-m"]
-CMD ["fleet.container.init"]
+CMD ["fedhlm_fleet.container.init"]

@@ -7,8 +7,8 @@ from cloud_verifier import batching
 from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_OF_ONE, Batcher, Done, Job, Output
 from cloud_verifier.sessions import Key, Sessions
 from cloud_verifier.verifier import Settled
-from fedhlm.messages import SCHEMA_VERSION, Escalation, Prime, Sampling, pack_ids
-from lab import toy
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Prime, Sampling, pack_ids
+from fedhlm_lab.sim import toy
 
 PROMPT = [5, 6]
 

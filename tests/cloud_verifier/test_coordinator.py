@@ -10,13 +10,13 @@ import pytest
 from cloud_verifier import coordinator
 from cloud_verifier.clustering import TOKENS_MAX, TOKENS_MIN, Clusterer, Sample
 from cloud_verifier.coordinator import COLUMNS, Coordinator, sample_of
-from fedhlm import topics
 from fedhlm.errors import ProtocolError
-from fedhlm.federation import Members, mean_of_clusters
-from fedhlm.keys import DIMS
-from fedhlm.messages import SCHEMA_VERSION, Assignment, Profile
+from fedhlm.learning.federation import Members, mean_of_clusters
+from fedhlm.peers.context_keys import DIMS
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import SCHEMA_VERSION, Assignment, Profile
 from fedhlm.settings import Federation
-from fedhlm.virtual import run_virtual
+from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import Hand, World, contribute
 
 HEADER: dict[str, Any] = {"version": SCHEMA_VERSION, "sender": "a", "sequence": 1, "sent_ms": 1}

@@ -6,9 +6,18 @@ import pytest
 from cloud_verifier import sessions as sessions_module
 from cloud_verifier.sessions import EXTEND_MAX, Admission, Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verifier import Block
-from fedhlm.messages import SCHEMA_VERSION, Escalation, Fingerprint, Hints, Prime, Sampling, pack_ids, unpack_ids
-from fedhlm.tree import Branch, pack_branches
-from lab import toy
+from fedhlm.decoding.tree import Branch, pack_branches
+from fedhlm.protocol.messages import (
+    SCHEMA_VERSION,
+    Escalation,
+    Fingerprint,
+    Hints,
+    Prime,
+    Sampling,
+    pack_ids,
+    unpack_ids,
+)
+from fedhlm_lab.sim import toy
 
 KEY = Key("c", "a", 1)
 

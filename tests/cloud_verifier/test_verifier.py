@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloud_verifier.verifier import Block, Session, Settled, settle
-from fedhlm.draft import encode_full
-from fedhlm.messages import Sampling
-from fedhlm.sampling import law
-from fedhlm.tree import Branch, Tree
-from lab import toy
+from fedhlm.decoding.laws import encode_full
+from fedhlm.decoding.sampling import law
+from fedhlm.decoding.tree import Branch, Tree
+from fedhlm.protocol.messages import Sampling
+from fedhlm_lab.sim import toy
 
 SAMPLING = Sampling(seed=3)
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from fedhlm.messages import Sampling
-from fedhlm.serve import model_folder
-from fleet.reference import Alone
+from fedhlm.process.run import model_folder
+from fedhlm.protocol.messages import Sampling
+from fedhlm_fleet.demo.reference import Alone
 
 ROOT: Final = Path(__file__).parents[2]
 TEXT: Final = "Oil prices rise\n"
@@ -148,7 +148,7 @@ def crash(fleet: Fleet, service: str) -> None:
 
 def revoked(fleet: Fleet) -> None:
     """A client whose certificate is taken back is refused, and is told why; others go on."""
-    fleet.compose("run", "--rm", "-T", "init", "fleet.cli", "pki", "revoke", "ask-garden", "--pki", "/pki")
+    fleet.compose("run", "--rm", "-T", "init", "fedhlm_fleet.cli", "pki", "revoke", "ask-garden", "--pki", "/pki")
     fleet.compose("run", "--rm", "-T", "init")
     fleet.compose("exec", "-T", "broker-garden", "sh", "-c", "kill -HUP 1")
     # The broker reads its files a moment after the signal.

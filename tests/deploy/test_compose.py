@@ -14,7 +14,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from fedhlm import config
-from fleet.container.init import plan
+from fedhlm_fleet.container.init import plan
 
 ROOT: Final = Path(__file__).parents[2]
 BASE: Final = "docker-compose.yml"
@@ -246,7 +246,7 @@ def test_an_image_has_two_stages_one_model_and_no_tool_of_the_first(path: Path) 
     assert all(line.startswith("COPY --from=build ") for line in second.splitlines() if line.startswith("COPY"))
     assert re.findall(r"^USER (.*)$", second, re.MULTILINE) == ["10001:10001"]
     assert "# syntax=" not in text
-    assert re.findall(r"^COPY model_zoo/artefacts/?(\S*) ", first, re.MULTILINE) == MODELS[path.stem]
+    assert re.findall(r"^COPY fedhlm_zoo/artefacts/?(\S*) ", first, re.MULTILINE) == MODELS[path.stem]
     ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     assert "*" in ignored
     for source in re.findall(r"^COPY (?!--)(.*) \S+$", first, re.MULTILINE):

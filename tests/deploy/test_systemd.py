@@ -13,9 +13,9 @@ import pytest
 import trustme
 
 from fedhlm.config import load
-from fleet.cli import parse_keys
+from fedhlm_fleet.cli import parse_keys
 from tests.brokers import MOSQUITTO, Mosquitto
-from tests.fedhlm.test_notify import Manager
+from tests.fedhlm.process.test_notify import Manager
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 NAMES = sorted(path.name for path in UNITS.glob("*.service"))
@@ -177,7 +177,7 @@ async def test_what_the_unit_starts_is_ready_over_tls_and_keeps_its_state(name: 
         manager = Manager(str(tmp_path / "notify"))
         env = {**os.environ, **places, "NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "30000000"}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "fleet.cli", *command, env=env, stderr=asyncio.subprocess.DEVNULL
+            sys.executable, "-m", "fedhlm_fleet.cli", *command, env=env, stderr=asyncio.subprocess.DEVNULL
         )
         try:
             heard = await asyncio.to_thread(manager.hear_until, lambda m: m.get("STATUS") == "serving")

@@ -26,10 +26,10 @@ from edge_agent.generation import Generation
 from edge_agent.growth import Budget
 from edge_agent.model import Drawn
 from edge_agent.pipeline import PIPELINES, Limits
-from fedhlm.couplings import COUPLINGS
-from fedhlm.messages import SCHEMA_VERSION, Escalation, Hints, Prime, Sampling, pack_ids
-from fedhlm.tree import pack_branches
-from lab import toy
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.tree import pack_branches
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Hints, Prime, Sampling, pack_ids
+from fedhlm_lab.sim import toy
 
 EOS = frozenset({toy.EOS_ID})
 

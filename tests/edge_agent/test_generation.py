@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from edge_agent.events import Answered, Cancelled, Drafted, Finish, LinkUp, Refused, Tick, Unprimed
 from edge_agent.generation import Generation
-from fedhlm.couplings import COUPLINGS
-from lab import toy
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm_lab.sim import toy
 from tests.edge_agent.machine import Bench, plan
 
 PROMPT = [5, 9]

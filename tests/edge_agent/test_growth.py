@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from cloud_verifier.verifier import Block, Session, Settled, settle
 from edge_agent.growth import PRIOR_FIRST, RANKS, Acceptance, Budget, Candidates, Delay, Growth, ranking
-from fedhlm.couplings import COUPLINGS
-from fedhlm.messages import Sampling
-from fedhlm.tree import Tree
-from lab import toy
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.tree import Tree
+from fedhlm.protocol.messages import Sampling
+from fedhlm_lab.sim import toy
 
 prompts = st.lists(st.integers(1, toy.VOCAB_SIZE - 1), min_size=1, max_size=4)
 samplings = st.builds(

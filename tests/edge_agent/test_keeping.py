@@ -9,12 +9,12 @@ from edge_agent.events import Observation
 from edge_agent.learner import Learner, measures_of
 from edge_agent.service import LEARNER_FILE, AgentService
 from fedhlm.config import load
-from fedhlm.messages import Sampling
+from fedhlm.process.state import Store
+from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Federation
-from fedhlm.state import Store
-from fedhlm.virtual import run_virtual
-from lab import toy
-from lab.fleet import Fleet
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.sim.world import Fleet
 
 LOADED = load(preset="budget", environ={})
 MEASURES = measures_of(LOADED.config.generation, Sampling(1), 64)

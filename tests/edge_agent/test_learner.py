@@ -12,10 +12,10 @@ from edge_agent.events import Finish, Observation
 from edge_agent.learner import Learner, Measures, measures_of
 from fedhlm.config import load
 from fedhlm.errors import ProtocolError
-from fedhlm.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sampling
-from fedhlm.rejection import Curve
+from fedhlm.learning.curve import Curve
+from fedhlm.learning.thresholds import KEEP_NONE
+from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sampling
 from fedhlm.settings import Federation, Generation
-from fedhlm.thresholds import KEEP_NONE
 
 SAMPLING = Sampling(1, 0.8, 1.0, "gumbel")
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.events import Answered
-from lab import toy
+from fedhlm_lab.sim import toy
 from tests.edge_agent.machine import Bench, plan
 
 

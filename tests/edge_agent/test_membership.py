@@ -9,16 +9,16 @@ import pytest
 
 from edge_agent.connection import Connection
 from edge_agent.membership import CLUSTERS_MAX, Membership, birth_and_will
-from fedhlm import topics
-from fedhlm.bus import BusStatistics
+from fedhlm.bus.interface import BusStatistics
+from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.errors import BusError, ProtocolError
-from fedhlm.loopback import LoopbackBroker, LoopbackBus
-from fedhlm.messages import Presence, Prompt, decode
-from fedhlm.party import Party, Stamp, presence
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Presence, Prompt, decode
+from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm.telemetry import Counters
-from fedhlm.topics import DEFAULT_ROOT
-from fedhlm.virtual import run_virtual
-from lab.toy import FINGERPRINT
+from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.toy import FINGERPRINT
+from fedhlm_lab.sim.virtual import run_virtual
 
 
 class Notebook:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from edge_agent.growth import RANKS, Budget
 from edge_agent.model import Slm, ThreadedDrafter
-from fedhlm.decoder import Decoder, Request, Result
-from fedhlm.keys import Projection
-from fedhlm.messages import Sampling
-from fedhlm.tree import Tree
-from lab import toy
+from fedhlm.decoding.decoder import Decoder, Request, Result
+from fedhlm.decoding.tree import Tree
+from fedhlm.peers.context_keys import Projection
+from fedhlm.protocol.messages import Sampling
+from fedhlm_lab.sim import toy
 
 HIDDEN = 8
 SAMPLING = Sampling(seed=3)

@@ -9,8 +9,8 @@ from edge_agent.events import Drafted, Observation
 from edge_agent.peers import EXPLORED_SHARE, Peers
 from fedhlm.config import load
 from fedhlm.errors import ProtocolError
-from fedhlm.keys import DIMS
-from fedhlm.messages import SCHEMA_VERSION, Uncertain, UncertainTokens, Verified, VerifiedTokens
+from fedhlm.peers.context_keys import DIMS
+from fedhlm.protocol.messages import SCHEMA_VERSION, Uncertain, UncertainTokens, Verified, VerifiedTokens
 from fedhlm.settings import Generation
 
 HEADER: dict[str, Any] = {"version": SCHEMA_VERSION, "sequence": 1, "sent_ms": 0}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from cloud_verifier.clustering import TOKENS_MAX, TOKENS_MIN
 from cloud_verifier.coordinator import sample_of
 from edge_agent.profile import FRESH_MIN, PROMPT_ROWS, ROWS_MAX, PromptSample, Sampler
-from fedhlm.keys import DIMS
-from fedhlm.messages import SCHEMA_VERSION, Profile, decode, encode
+from fedhlm.peers.context_keys import DIMS
+from fedhlm.protocol.messages import SCHEMA_VERSION, Profile, decode, encode
 
 HEADER: dict[str, Any] = {"version": SCHEMA_VERSION, "sender": "a", "sequence": 1, "sent_ms": 1}
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from edge_agent.events import Answered, Cancelled, Drafted, Escalate, Finish, Observe, Plan, Proposal, Tick
 from edge_agent.generation import Generation
-from fedhlm.couplings import COUPLINGS
-from fedhlm.messages import Sampling
-from lab import toy
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.protocol.messages import Sampling
+from fedhlm_lab.sim import toy
 from tests.edge_agent.machine import Bench, plan
 
 PROMPT = [5, 6, 7]

@@ -5,10 +5,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from fedhlm import topics
-from fedhlm.federation import State
-from fedhlm.messages import Contribution, Learned, PaperThreshold, decode
-from fedhlm.virtual import run_virtual
+from fedhlm.learning.federation import State
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Contribution, Learned, PaperThreshold, decode
+from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import PRIOR_TOKENS, RULES, Disk, Hand, Node, World, contribute, curve
 
 ROUND_S = RULES.round_s + 0.1

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from edge_broker import memory as module
 from edge_broker.memory import DIGEST_MAX, DIGESTS_MAX, Answer, ClusterMemory
 from fedhlm.errors import ProtocolError
-from fedhlm.messages import (
+from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     Escalation,
     Hints,

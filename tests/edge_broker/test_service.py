@@ -6,10 +6,10 @@ from typing import Any
 
 from edge_broker.memory import DIGEST_MAX
 from edge_broker.service import DIGEST_S
-from fedhlm import topics
-from fedhlm.keys import DIMS
-from fedhlm.loopback import LoopbackBroker
-from fedhlm.messages import (
+from fedhlm.bus.party import presence
+from fedhlm.peers.context_keys import DIMS
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import (
     Answered,
     Assignment,
     Escalation,
@@ -24,9 +24,9 @@ from fedhlm.messages import (
     VerifiedTokens,
     pack_ids,
 )
-from fedhlm.party import presence
-from fedhlm.virtual import run_virtual
-from lab import toy
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.loopback import LoopbackBroker
+from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import Hand, World, contribute
 
 

@@ -9,17 +9,17 @@ from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.service import CloudService, Engine
 from cloud_verifier.sessions import Sessions
 from edge_broker.service import EdgeService
-from fedhlm import topics
-from fedhlm.bus import Retained
-from fedhlm.federation import Members, mean_of_clusters
-from fedhlm.loopback import LoopbackBroker, LoopbackBus
-from fedhlm.messages import AnyMessage, Contribution, PaperThreshold, encode
-from fedhlm.party import Party, Stamp, presence
-from fedhlm.rejection import Curve
+from fedhlm.bus.interface import Retained
+from fedhlm.bus.party import Party, Stamp, presence
+from fedhlm.learning.curve import Curve
+from fedhlm.learning.federation import Members, mean_of_clusters
+from fedhlm.process.state import Store
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import AnyMessage, Contribution, PaperThreshold, encode
 from fedhlm.settings import Federation
-from fedhlm.state import Store
 from fedhlm.telemetry import Counters
-from lab import toy
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
 
 PRIOR_TOKENS = 256.0
 RULES = Federation(round_updates=4, round_s=1.0, prior_tokens=PRIOR_TOKENS)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edge_agent.result import Result
 from fedhlm.config import load
 from fedhlm.errors import ConfigError
-from fedhlm.messages import Sampling
+from fedhlm.protocol.messages import Sampling
 from fedhlm.telemetry import (
     COUNTERS,
     GAUGES,
@@ -29,10 +29,10 @@ from fedhlm.telemetry import (
     exported,
     warn_once,
 )
-from fedhlm.virtual import run_virtual
-from lab.compare import Task, work
-from lab.fleet import Fleet
-from lab.toy import CONTEXT, pair
+from fedhlm_lab.sim.toy import CONTEXT, pair
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.sim.world import Fleet
+from fedhlm_lab.studies.compare import Task, work
 
 PLAIN = sorted(set(COUNTERS) - set(LABELS))
 

@@ -10,15 +10,16 @@ from typing import Final
 import msgspec
 import zstandard
 
-from fedhlm import config, state
-from fedhlm.broker_url import BrokerUrl, TlsFiles
+from fedhlm import config
+from fedhlm.bus.broker_url import BrokerUrl, TlsFiles
 from fedhlm.errors import ConfigError, FedhlmError, ProtocolError, TraceError
-from fleet.cli import parse_keys
+from fedhlm.process import state
+from fedhlm_fleet.cli import parse_keys
+from fedhlm_traces.file import Header, Record, Writer, read
+from fedhlm_traces.mosquitto import Tally, records
 from tests.fuzz import mutators
 from tests.fuzz.mutators import Rng
 from tests.fuzz.target import Target, refusing, require
-from traces.file import Header, Record, Writer, read
-from traces.mosquitto import Tally, records
 
 
 @cache

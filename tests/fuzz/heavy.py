@@ -9,9 +9,11 @@ from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from fedhlm import topics
-from fedhlm.keys import DIMS
-from fedhlm.messages import (
+from fedhlm.decoding.tree import Branch, pack_branches
+from fedhlm.learning.curve import Curve
+from fedhlm.peers.context_keys import DIMS
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import (
     MAX_BATCH,
     MAX_BLOCK,
     MAX_CONTEXT,
@@ -41,9 +43,7 @@ from fedhlm.messages import (
     encode,
     pack_ids,
 )
-from fedhlm.rejection import Curve
-from fedhlm.tree import Branch, pack_branches
-from lab import toy
+from fedhlm_lab.sim import toy
 from tests.fuzz.mutators import Hostile
 
 SMALL: Final = 64 * 1024

@@ -14,10 +14,12 @@ from typing import Any, Final, NamedTuple, get_args
 
 import msgspec
 
-from fedhlm import topics
-from fedhlm.couplings import COUPLINGS
-from fedhlm.keys import DIMS
-from fedhlm.messages import (
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.tree import Branch, pack_branches
+from fedhlm.learning.curve import Curve
+from fedhlm.peers.context_keys import DIMS
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import (
     MAX_CONTEXT,
     SCHEMA_VERSION,
     AnyMessage,
@@ -30,10 +32,8 @@ from fedhlm.messages import (
     encode,
     pack_ids,
 )
-from fedhlm.rejection import Curve
-from fedhlm.topics import TABLE, Topic
-from fedhlm.tree import Branch, pack_branches
-from lab import toy
+from fedhlm.protocol.topics import TABLE, Topic
+from fedhlm_lab.sim import toy
 
 Rng = random.Random
 

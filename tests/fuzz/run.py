@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedhlm.virtual import run_virtual
+from fedhlm_lab.sim.virtual import run_virtual
 from tests.fuzz import mutators
 from tests.fuzz.services import Parts, no_tracebacks
 from tests.fuzz.target import Target, input_of

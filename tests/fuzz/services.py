@@ -16,22 +16,24 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from cloud_verifier import batching, clustering, coordinator
-from edge_agent import agent as agent_module
-from edge_agent.agent import Agent
+from edge_agent import driver as agent_module
+from edge_agent.driver import Agent
 from edge_agent.learner import Learner
 from edge_agent.membership import CLUSTERS_MAX
 from edge_agent.peers import Peers
 from edge_agent.service import PROMPTS_MAX, REQUESTS_REMEMBERED, AgentService, ModelFacts
-from edge_broker import cluster as edge_cluster
 from edge_broker import memory as edge_memory
+from edge_broker import relay as edge_cluster
 from edge_broker import service as edge_service
-from fedhlm import config, federation, telemetry, topics
-from fedhlm.bus import DEFAULT_MAX_INCOMING, Delivery, topic_matches
-from fedhlm.loopback import LoopbackBus
-from fedhlm.messages import MAX_CURVES, Assignment, Output, Prompt, Sampling, encode
-from fedhlm.party import Party, Stamp, presence
+from fedhlm import config, telemetry
+from fedhlm.bus.interface import DEFAULT_MAX_INCOMING, Delivery, topic_matches
+from fedhlm.bus.party import Party, Stamp, presence
+from fedhlm.learning import federation
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import MAX_CURVES, Assignment, Output, Prompt, Sampling, encode
 from fedhlm.settings import Federation
-from lab import toy
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.loopback import LoopbackBus
 from tests.edge_broker.world import Hand, World
 from tests.fuzz.mutators import SESSIONS, Hostile
 

@@ -10,19 +10,19 @@ import numpy as np
 from cloud_verifier.coordinator import sample_of
 from edge_agent.learner import THRESHOLDS, Learner, measures_of
 from edge_broker.memory import ClusterMemory
-from fedhlm import messages, topics
-from fedhlm.budget import Budget
-from fedhlm.consensus import Memory
-from fedhlm.couplings import COUPLINGS, split_laws
-from fedhlm.draft import decode_full, decode_lattice, decode_top_k
+from fedhlm.decoding.couplings import COUPLINGS, split_laws
+from fedhlm.decoding.laws import decode_full, decode_lattice, decode_top_k
+from fedhlm.decoding.tree import Branch, Tree, pack_branches, unpack_branches
 from fedhlm.errors import ProtocolError
-from fedhlm.federation import Members, State, mean_of_clusters
-from fedhlm.keys import DIMS, unpack_key
-from fedhlm.rejection import Curve, affine, correlation, isotonic, shrunk
+from fedhlm.learning.budget import Budget
+from fedhlm.learning.curve import Curve, affine, correlation, isotonic, shrunk
+from fedhlm.learning.federation import Members, State, mean_of_clusters
+from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
+from fedhlm.peers.context_keys import DIMS, unpack_key
+from fedhlm.peers.neighbours import Memory
+from fedhlm.protocol import messages, topics
 from fedhlm.settings import Federation
-from fedhlm.thresholds import KEEP_NONE, tau_of_budget
-from fedhlm.tree import Branch, Tree, pack_branches, unpack_branches
-from lab import toy
+from fedhlm_lab.sim import toy
 from tests.fuzz import mutators
 from tests.fuzz.files import FILES, budget_config
 from tests.fuzz.mutators import Rng

@@ -10,11 +10,11 @@ import pytest
 
 from cloud_verifier import sessions
 from cloud_verifier.sessions import EXTEND_MAX
-from fedhlm import topics
-from fedhlm.messages import EscalationBatch, Presence, Routed, VerdictBatch, encode
-from fedhlm.party import Stamp, presence
-from fedhlm.virtual import run_virtual
-from lab import toy
+from fedhlm.bus.party import Stamp, presence
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import EscalationBatch, Presence, Routed, VerdictBatch, encode
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.virtual import run_virtual
 from tests.fuzz import mutators
 from tests.fuzz.heavy import HEAVY, SMALL, block
 from tests.fuzz.mutators import Hostile

@@ -8,11 +8,11 @@ from typing import Any
 import cloud_verifier.__main__ as cloud
 import edge_agent.__main__ as agent
 import edge_broker.__main__ as edge
-from fedhlm import topics
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm.bus.party import Party, Stamp
 from fedhlm.config import Loaded, load
-from fedhlm.messages import Output, Presence, Prompt
-from fedhlm.mqtt import MqttBus
-from fedhlm.party import Party, Stamp
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Output, Presence, Prompt
 from fedhlm.telemetry import Counters
 
 READY_S = 60.0

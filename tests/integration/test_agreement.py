@@ -12,20 +12,20 @@ import pytest
 
 import edge_agent.__main__ as agent_main
 from edge_broker.embedded import EmbeddedBroker
-from fedhlm import topics
-from fedhlm.bus import ProtocolVersion
+from fedhlm.bus.interface import ProtocolVersion
+from fedhlm.bus.party import Stamp
 from fedhlm.config import load, presets
-from fedhlm.decoder import Decoder
-from fedhlm.loopback import LoopbackBus
-from fedhlm.messages import Prompt
-from fedhlm.party import Stamp
-from fedhlm.serve import model_folder
-from fedhlm.virtual import run_virtual
-from lab.compare import Task, tasks_of, work
-from lab.fleet import Fleet, Pair
-from lab.shipped import shipped_pair
-from model_zoo.corpus import TOPIC_LINE
-from model_zoo.prompts import load_items
+from fedhlm.decoding.decoder import Decoder
+from fedhlm.process.run import model_folder
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Prompt
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.shipped import shipped_pair
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.sim.world import Fleet, Pair
+from fedhlm_lab.studies.compare import Task, tasks_of, work
+from fedhlm_zoo.corpus import TOPIC_LINE
+from fedhlm_zoo.prompts import load_items
 from tests.integration.live import Live, ids_of, live
 
 SEED: Final = 1

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from fedhlm import topics
-from fedhlm.messages import Output
-from fedhlm.mqtt import MqttBus
-from fedhlm.party import Party, Stamp
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm.bus.party import Party, Stamp
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Output
 from fedhlm.telemetry import Counters
-from fleet.chaos.observer import until
-from fleet.chaos.parts import MOSQUITTO
-from fleet.chaos.run import Chaos, Options
-from fleet.chaos.schedule import ROLES
+from fedhlm_fleet.chaos.observer import until
+from fedhlm_fleet.chaos.parts import MOSQUITTO
+from fedhlm_fleet.chaos.run import Chaos, Options
+from fedhlm_fleet.chaos.schedule import ROLES
 from tests.processes import obey_interrupts
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ async def test_a_part_that_ends_by_itself_is_found() -> None:
 async def test_an_interrupted_run_leaves_no_process_behind(number: signal.Signals) -> None:
     mark = uuid.uuid4().hex
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fleet.chaos", "--clusters", "1", "--minutes", "1"),
+        *(sys.executable, "-m", "fedhlm_fleet.chaos", "--clusters", "1", "--minutes", "1"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "CHAOS_TEST_MARK": mark},

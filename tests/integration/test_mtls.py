@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from fedhlm.bus import Retained
+from fedhlm.bus.interface import Retained
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import BusError
-from fedhlm.messages import Sampling
-from fedhlm.mqtt import MqttBus
-from fedhlm.party import Party, Stamp
-from fedhlm.serve import model_folder
-from fedhlm.telemetry import Counters
-from fedhlm.topics import (
+from fedhlm.process.run import model_folder
+from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.topics import (
     AGENT_STATUS,
     ASSIGN,
     CLOUD_STATUS,
@@ -28,13 +27,14 @@ from fedhlm.topics import (
     TABLE,
     VERDICT,
 )
-from fleet.pki import authority
-from fleet.pki.acl import Place
-from fleet.reference import Alone
-from model_zoo.prompts import load_items
+from fedhlm.telemetry import Counters
+from fedhlm_fleet.demo.reference import Alone
+from fedhlm_fleet.pki import authority
+from fedhlm_fleet.pki.acl import Place
+from fedhlm_zoo.prompts import load_items
 from tests.brokers import MOSQUITTO, take, until
-from tests.fleet.pki.evaluator import Who, expected
-from tests.fleet.pki.secured import LONG_AGO, Pki, Secured, now
+from tests.fedhlm_fleet.pki.evaluator import Who, expected
+from tests.fedhlm_fleet.pki.secured import LONG_AGO, Pki, Secured, now
 from tests.integration.live import Live, ids_of
 
 pytestmark = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")

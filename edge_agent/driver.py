@@ -1,0 +1,488 @@
+"""The agent as a running service: feeds the generation machine with its model, its bus and its timers.
+
+Prompts are served one after the other; each generation has its own session, and verdicts find it by that number.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
+
+from edge_agent.events import (
+    Answered,
+    Cancelled,
+    Commit,
+    Committed,
+    Draft,
+    Drafted,
+    Escalate,
+    Event,
+    Finish,
+    Grown,
+    Judged,
+    LinkUp,
+    Observe,
+    Plan,
+    Refused,
+    Tick,
+    Unprimed,
+)
+from edge_agent.gate import GATES, Settings
+from edge_agent.generation import Generation
+from edge_agent.growth import RANKS, Budget, Delay
+from edge_agent.journal import Ended, Life, Notes, Planned
+from edge_agent.learner import Learner, measures_of
+from edge_agent.membership import Membership
+from edge_agent.model import Drafter, Drawn
+from edge_agent.peers import Peers
+from edge_agent.pipeline import PIPELINES, Limits
+from edge_agent.profile import PromptSample, Sampler
+from edge_agent.result import Job, Result
+from fedhlm.bus.party import Party, Received
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
+from fedhlm.decoding.tree import pack_branches
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import (
+    Assignment,
+    Contribution,
+    Escalation,
+    Fingerprint,
+    FinishReason,
+    Hints,
+    Learned,
+    Presence,
+    Prime,
+    Profile,
+    UncertainTokens,
+    Verdict,
+    VerifiedTokens,
+    pack_ids,
+    unpack_bits,
+    unpack_ids,
+    unpack_probs,
+)
+from fedhlm.settings import Consensus, Federation
+from fedhlm.settings import Generation as GenerationConfig
+from fedhlm.telemetry import Counters, warn_once
+
+log = logging.getLogger(__name__)
+
+EVENTS_MAX: Final = 1_024
+
+NextEvent = Callable[[asyncio.Queue[Event], float], Awaitable[Event]]
+"""Waits for a generation's next event, or for the time when a Tick is due."""
+
+
+async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
+    """The queue's next event, or a Tick at `wake_s` on the loop's clock."""
+    if not queue.empty():
+        return queue.get_nowait()
+    try:
+        async with asyncio.timeout_at(None if wake_s == float("inf") else wake_s):
+            return await queue.get()
+    except TimeoutError:
+        return Tick()
+
+
+class Turn(NamedTuple):
+    """One generation on its way; `sample` collects what the cloud may see of its drafts."""
+
+    session: int
+    job: Job
+    plan: Plan
+    queue: asyncio.Queue[Event]
+    sample: PromptSample | None
+    result: Result
+    on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
+
+
+class Agent:
+    """Runs generations over one bus, in `cluster` until it is assigned to another one.
+
+    `new_session` gives numbers below 2**63 that do not repeat among recent ones. With a `sampler` the cloud is shown
+    samples of what this agent drafts; `make_peers` makes an empty view of a cluster. Time comes from `clock_s` (the
+    loop's by default), and events from `next_event`, so that a journal can take their place.
+    """
+
+    def __init__(
+        self,
+        *,
+        party: Party,
+        cluster: str,
+        drafter: Drafter,
+        fingerprint: Fingerprint,
+        counters: Counters,
+        new_session: Callable[[], int],
+        learner: Learner,
+        make_peers: Callable[[], Peers],
+        sampler: Sampler | None = None,
+        clock_s: Callable[[], float] | None = None,
+        next_event: NextEvent = next_event,
+    ) -> None:
+        self.party = party
+        self.name = party.stamp.sender
+        self.fingerprint = fingerprint
+        self.membership = Membership(party=party, cluster=cluster, fingerprint=fingerprint)
+        self.learner = learner
+        self.peers = make_peers()
+        self.link_up = True
+        self.upstream: Fingerprint | None = None
+        self._drafter = drafter
+        self._counters = counters
+        self._new_session = new_session
+        self._make_peers = make_peers
+        self._sampler = sampler
+        self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
+        self._next_event = next_event
+        self._notes = Notes(party)
+        self._routes: dict[int, asyncio.Queue[Event]] = {}
+        self._delay = Delay()
+
+    @property
+    def cluster(self) -> str:
+        """The cluster that the agent speaks to now."""
+        return self.membership.cluster
+
+    def plan(self, job: Job) -> Plan:
+        """The machine's plan for a job, with the thresholds learnt so far; names are checked by the settings' types."""
+        config, sampling = job.config, job.sampling
+        measures = measures_of(config, sampling, job.max_tokens)
+        pipeline = config.pipeline
+        limits = Limits(
+            window=pipeline.window,
+            block=pipeline.block,
+            flush_uncertainty=pipeline.flush_uncertainty,
+            flush_age_s=pipeline.flush_age_ms / 1000.0,
+            survival_floor=pipeline.survival_floor,
+            bonus=pipeline.bonus,
+        )
+        tau = self.learner.tau(measures, config)
+        similarity = self.learner.similarity(measures, config)
+        coupling = COUPLINGS[sampling.coupling]
+        return Plan(
+            sampling=sampling,
+            gate=GATES[config.gate](Settings(tau, config.send_probability, sampling.seed)),
+            pipeline=PIPELINES[pipeline.kind](limits),
+            max_tokens=job.max_tokens,
+            context_max=job.context_max,
+            eos_ids=job.eos_ids,
+            deadline_s=config.deadline_ms / 1000.0,
+            retry_s=config.retry_ms / 1000.0,
+            harm=coupling.harm,
+            consult=self.peers.consult(config, similarity),
+            similarity=None if config.gate == "always" else similarity,
+            votes=config.consensus.votes,
+            # One coin for the whole generation, tossed before anything is known of it.
+            audit=uniform(sampling.seed, 0, AUDIT_STREAM) < measures.audit,
+            tau=tau,
+        )
+
+    def note_life(self, federation: Federation, consensus: Consensus) -> None:
+        """Begin the journal, if one is kept: what this agent is made of, and what it has learnt in earlier lives."""
+        self._notes.life(
+            lambda: Life(
+                name=self.name,
+                cluster=self.cluster,
+                root=self.party.root,
+                fingerprint=self.fingerprint,
+                federation=federation,
+                consensus=consensus,
+                space=self.peers.space,
+                learner=self.learner.snapshot(),
+            )
+        )
+
+    async def subscribe(self) -> None:
+        """Ask for prompts and verdicts, the edge's presence, what the cluster knows, and assignments to another one."""
+        await self.membership.subscribe()
+
+    async def handle(self, received: Received) -> bool:
+        """Take in a message of one of these topics, prompts excepted; False when it is none."""
+        message, cluster = received.message, received.levels.get("cluster", self.cluster)
+        here = cluster == self.cluster
+        if not here and isinstance(message, Learned | VerifiedTokens | UncertainTokens):
+            return True  # of a cluster that it has left, or not yet come to
+        try:
+            match message:
+                case Verdict():
+                    self.on_verdict(message)
+                case Presence(role="edge") if here:
+                    self.on_edge(message)
+                case Presence(role="edge"):
+                    if await self.membership.seen(cluster, message):
+                        self._moved(message)
+                case Assignment():
+                    await self.membership.assigned(message.cluster)
+                case Learned():
+                    self.learner.learned(message)
+                case VerifiedTokens():
+                    self.peers.hear_verified(message)
+                case UncertainTokens():
+                    self.peers.hear_doubts(message)
+                case _:
+                    return False
+        except ProtocolError as exc:
+            self._counters.add("refused_messages")
+            warn_once(log, type(message).__name__, "refused a message of %s: %s", message.sender, exc)
+        return True
+
+    def _moved(self, edge: Presence) -> None:
+        """Begin in another cluster: what described the old one's agents is dropped, what the cloud verified stays true."""
+        self._counters.add("assignments")
+        self.peers.centroid = self._make_peers().centroid
+        self.learner.cluster = {}  # until the new one's retained state, which follows the subscription
+        self.on_edge(edge)
+
+    def on_verdict(self, verdict: Verdict) -> None:
+        """Hand a verdict to its generation; one whose text has ended says only that somebody answers again."""
+        queue = self._routes.get(verdict.session)
+        if queue is None:
+            self._counters.add("late_verdicts")
+            # A device that writes alone may end every text before the answer to its probe is there.
+            self._set_link_up()
+            return
+        event = self._event(verdict)
+        self._counters.add("verdicts")
+        self._delay.heard((verdict.session, verdict.epoch, verdict.base), self._clock_s())
+        self._post(queue, event)
+
+    def on_edge(self, state: Presence) -> None:
+        """The edge, or the cloud behind it, came or went."""
+        self.upstream = state.upstream if state.online else None
+        if self.upstream is not None:
+            self._set_link_up()
+
+    def _set_link_up(self) -> None:
+        self.link_up = True
+        for queue in self._routes.values():
+            self._post(queue, LinkUp())
+
+    def cancel(self, reason: FinishReason) -> None:
+        """End every running generation."""
+        for queue in self._routes.values():
+            self._post(queue, Cancelled(reason))
+
+    def _post(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        if queue.qsize() < EVENTS_MAX:
+            queue.put_nowait(event)
+        else:  # the machine asks again for what it misses
+            self._counters.add("dropped_messages")
+
+    def _event(self, verdict: Verdict) -> Event:
+        match verdict.status:
+            case "settled":
+                ids = unpack_ids(verdict.ids, self.fingerprint.vocab_size)
+                probs = [float(p) for p in unpack_probs(verdict.target_probs)]
+                missed = unpack_bits(verdict.missed, len(probs))
+                return Answered(verdict.epoch, verdict.base, verdict.accepted, ids, probs, verdict.source, missed)
+            case "unprimed":
+                return Unprimed(verdict.epoch)
+            case "refused":
+                return Refused(verdict.reason)
+
+    async def generate(
+        self,
+        job: Job,
+        prompt: list[int],
+        on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
+    ) -> Result:
+        """Generate from prompt ids; `on_commit` gets tokens as they are committed and may end the generation.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room in the model's context.
+        """
+        now = began = self._clock_s()
+        session = self._new_session()
+        self._notes.began(session, job, prompt, link_up=self.link_up, now_s=now)
+        plan = self.plan(job)
+        self._notes.write("plan", Planned(plan.tau, plan.similarity, plan.audit))
+        machine = Generation(plan, list(prompt), link_up=self.link_up)
+        result = Result(tau=plan.tau, similarity=plan.similarity, audited=plan.audit)
+        sample = None if self._sampler is None else self._sampler.begin()
+        turn = Turn(session, job, plan, asyncio.Queue(), sample, result, on_commit)
+        self._routes[session] = turn.queue
+        place = self.cluster
+        try:
+            async with asyncio.TaskGroup() as group:
+                actions = machine.start(now)
+                while True:
+                    for action in actions:
+                        if isinstance(action, Draft):
+                            group.create_task(self._draft(action, turn), name="draft")
+                        else:
+                            await self._act(action, turn)
+                    if machine.finished:
+                        break
+                    event = await self._next_event(turn.queue, machine.wake_s())
+                    now = self._clock_s()
+                    self._notes.write("fed", event, now)
+                    result.round_trips += isinstance(event, Answered)
+                    actions = []
+                    if place != self.cluster:
+                        # Sessions belong to clusters. Without this a cloud that held the session for an earlier stay
+                        # might go on from a context that was settled otherwise since.
+                        place = self.cluster
+                        actions += machine.handle(Unprimed(machine.epoch), now)
+                    actions += machine.handle(event, now)
+        finally:
+            del self._routes[session]
+            self.link_up = machine.link_up
+        result.rollbacks, result.discarded = machine.tally.rollbacks, machine.tally.discarded
+        result.escalated = machine.tally.escalated
+        result.wall_s = now - began
+        self._count(machine, result)
+        if self._sampler is not None and sample is not None:
+            self._sampler.end(sample)
+        await self._learn(job, result, now)
+        return result
+
+    async def _act(self, action: Escalate | Commit | Judged | Observe | Finish, turn: Turn) -> None:
+        result = turn.result
+        match action:
+            case Escalate():
+                await self._publish_doubts(turn, action)
+                await self._escalate(turn, action)
+            case Commit(tokens):
+                self._notes.write("committed", tokens)
+                result.commit(tokens)
+                reason = await turn.on_commit(tokens)
+                if reason is not None:
+                    self._post(turn.queue, Cancelled(reason))
+            case Judged():
+                self._notes.write("judged", action)
+            case Observe(observations):
+                result.observed += observations
+            case Finish(reason, error):
+                result.finish, result.error, result.ended = reason, error, action
+                self._notes.write("ended", Ended(reason, error))
+
+    async def _learn(self, job: Job, result: Result, now_s: float) -> None:
+        """Take the generation into account, and contribute when a round is due."""
+        config, measures = job.config, measures_of(job.config, job.sampling, job.max_tokens)
+        learner = self.learner
+        learner.observe(measures, config, result.observed)
+        learner.finished(
+            measures,
+            config,
+            result.observed,
+            result.ended,
+            tokens=len(result.ids),
+            tau=result.tau,
+            audited=result.audited,
+            uplink_bytes=result.uplink_bytes,
+            escalated=result.escalated,
+        )
+        known = self.peers.collaboration[config.peers]
+        for seen in result.observed:
+            self.peers.learn(config, seen, result.similarity)
+        if result.escalated:
+            known.escalated(result.uplink_bytes / result.escalated)
+        result.risk = learner.risk(measures, config)
+        gauges = {"tau": result.tau, "similarity": result.similarity}
+        if (risk := result.risk) is not None:
+            gauges |= {"risk": risk.estimate, "risk_limit": risk.limit(), "risk_generations": risk.sessions}
+        for name, value in gauges.items():
+            if value is not None:
+                self._counters.set(name, value)
+        if config.threshold in ("paper-fl", "calibrated-fl") and learner.due(config, now_s):
+            await self._contribute(config, result, now_s)
+
+    async def _contribute(self, config: GenerationConfig, result: Result, now_s: float) -> None:
+        number = self.learner.round
+        ended = self.learner.contribution(config, now_s)
+        if ended is None:
+            warn_once(log, "releases", "contributes no more: federation.releases are used up")
+            return
+        threshold, curves = ended
+        message = Contribution(**self.party.stamp(), round=number, members=1, threshold=threshold, curves=curves)
+        self._counters.add("contributions")
+        result.cluster_bytes += await self.party.send(topics.FL_UPDATE, message, cluster=self.cluster, agent=self.name)
+        if self._sampler is not None and self._sampler.due:
+            profile = Profile(**self.party.stamp(), agent=self.name, **self._sampler.take())
+            result.cluster_bytes += await self.party.send(
+                topics.PROFILE, profile, cluster=self.cluster, agent=self.name
+            )
+
+    def _count(self, machine: Generation, result: Result) -> None:
+        tally = machine.tally
+        for name, amount in (
+            ("escalations", tally.escalations),
+            ("retries", tally.retries),
+            ("rollbacks", tally.rollbacks),
+            ("reprimes", tally.reprimes),
+            ("stale_verdicts", tally.stale),
+            ("late_verdicts", tally.conflicts),
+            ("uplink_messages", result.uplink_messages),
+            ("uplink_bytes", result.uplink_bytes),
+        ):
+            self._counters.add(name, amount)
+        for source, amount in Counter(result.sources).items():
+            self._counters.add("tokens_by_source", amount, label=source)
+        self._counters.add("generations", label=result.finish)
+
+    async def _draft(self, action: Draft, turn: Turn) -> None:
+        ids, position = action.ids, len(action.ids)
+        sampling, uncertainty, queue = turn.plan.sampling, turn.job.config.uncertainty, turn.queue
+        # At most one draft is under way, and the machine would wait for a lost one for ever: no limit applies here.
+        if not action.levels:
+            drawn = await self._drafter.draft(ids, sampling, uncertainty)
+            chain = [_drafted(action.revision, position, drawn)]
+            queue.put_nowait(chain[0])
+        else:
+            budget = Budget(turn.job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
+            grown = await self._drafter.grow(ids, sampling, budget, uncertainty=uncertainty, settled=action.settled)
+            chain = [_drafted(action.revision, position + i, drawn) for i, drawn in enumerate(grown.chain)]
+            queue.put_nowait(Grown(action.revision, position, chain, grown.branches))
+        if turn.sample is not None:
+            for drafted in chain:
+                turn.sample.see(drafted.position, drafted.key, drafted.uncertainty)
+
+    async def _publish_doubts(self, turn: Turn, action: Escalate) -> None:
+        """Tell the cluster what is doubtful, before the block that escalates it, where that is worth its bytes."""
+        job = turn.job
+        coin = uniform(job.sampling.seed, 1, AUDIT_STREAM)
+        if not action.uncertain or job.config.peers == "none" or not self.peers.asks(job.config, coin):
+            return
+        message = UncertainTokens(
+            **self.party.stamp(), session=turn.session, space=self.peers.space, items=action.uncertain
+        )
+        sent = await self.party.send(topics.PEER, message, cluster=self.cluster, agent=self.name)
+        turn.result.cluster_bytes += sent
+        for _ in action.uncertain:
+            self.peers.collaboration[job.config.peers].published(round(sent / len(action.uncertain)))
+
+    async def _escalate(self, turn: Turn, action: Escalate) -> None:
+        vocab_size, plan, session = self.fingerprint.vocab_size, turn.plan, turn.session
+        stamp = self.party.stamp()
+        before: Prime | int | None = action.digest
+        if action.context is not None:
+            before = Prime(plan.sampling, self.fingerprint, pack_ids(action.context, vocab_size))
+        hints = None
+        if plan.similarity is not None or action.branches:
+            hints = Hints(plan.similarity, plan.votes, pack_branches(action.branches, vocab_size))
+        self._delay.sent((session, action.epoch, action.base), self._clock_s())
+        message = Escalation(
+            **stamp,
+            session=session,
+            epoch=action.epoch,
+            base=action.base,
+            ids=pack_ids(action.ids, vocab_size),
+            patience_ms=round(action.deadline_s * 1000.0),
+            fixed=action.fixed,
+            extend=action.extend,
+            before=before,
+            laws=action.laws,
+            hints=hints,
+        )
+        sent = await self.party.send(
+            topics.ESCALATE, message, expiry_s=action.deadline_s, cluster=self.cluster, agent=self.name
+        )
+        turn.result.uplink_bytes += sent
+        turn.result.uplink_messages += sent > 0
+
+
+def _drafted(revision: int, position: int, drawn: Drawn) -> Drafted:
+    return Drafted(revision, position, drawn.token, drawn.prob, drawn.uncertainty, drawn.law, drawn.key)

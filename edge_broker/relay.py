@@ -1,0 +1,82 @@
+"""The cluster's relay, without I/O: escalations go up in batches, verdicts go down to the agent that asked.
+
+Of one session only the newest epoch is worth the way: older blocks and older answers are dropped here. Losing all of
+this state costs retries and nothing else.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from fedhlm.protocol.messages import MAX_BATCH, MAX_PAYLOAD_BYTES, Answered, Escalation, Routed, VerdictBatch
+
+SESSIONS_MAX: Final = 4_096
+# The cloud refuses a larger payload as a whole, and with it the blocks of agents that asked for little.
+BATCH_BYTES: Final = MAX_PAYLOAD_BYTES // 2
+_FIXED_BYTES: Final = 512  # at most, of a block besides its packed fields
+
+
+@dataclass
+class Relay:
+    """Pending escalations in order of arrival, and the newest epoch of every recent session."""
+
+    batch_max: int = MAX_BATCH
+    stale: int = 0
+    pending: list[Routed] = field(default_factory=list)
+    _epochs: OrderedDict[tuple[str, int], int] = field(default_factory=OrderedDict)
+
+    def escalate(self, agent: str, escalation: Escalation) -> bool:
+        """Queue a block; False when a newer epoch of its session has passed. A repeated block replaces its double."""
+        session = (agent, escalation.session)
+        newest = self._epochs.get(session, 0)
+        if escalation.epoch < newest:
+            self.stale += 1
+            return False
+        if escalation.epoch > newest:
+            self._drop(agent, lambda e: e.session == escalation.session)
+        self._drop(
+            agent, lambda e: (e.session, e.epoch, e.base) == (escalation.session, escalation.epoch, escalation.base)
+        )
+        self._epochs[session] = escalation.epoch
+        self._epochs.move_to_end(session)
+        while len(self._epochs) > SESSIONS_MAX:
+            self._epochs.popitem(last=False)
+        self.pending.append(Routed(agent, escalation))
+        return True
+
+    def settle(self, agent: str, escalation: Escalation) -> None:
+        """Take a queued block out again: it was answered here."""
+        self.pending = [r for r in self.pending if r.agent != agent or r.escalation is not escalation]
+
+    def take_batch(self) -> tuple[Routed, ...]:
+        """The next at most `batch_max` pending blocks of BATCH_BYTES together, oldest first; empty when there are none.
+
+        One block that is larger goes alone.
+        """
+        count, size = 0, 0
+        for routed in self.pending[: self.batch_max]:
+            size += block_bytes(routed.escalation)
+            if count and size > BATCH_BYTES:
+                break
+            count += 1
+        batch, self.pending = tuple(self.pending[:count]), self.pending[count:]
+        return batch
+
+    def answers(self, batch: VerdictBatch) -> list[Answered]:
+        """The verdicts that their agents still wait for, in order."""
+        current = [a for a in batch.items if a.verdict.epoch >= self._epochs.get((a.agent, a.verdict.session), 0)]
+        self.stale += len(batch.items) - len(current)
+        return current
+
+    def _drop(self, agent: str, matches: Callable[[Escalation], bool]) -> None:
+        kept = [r for r in self.pending if r.agent != agent or not matches(r.escalation)]
+        self.stale += len(self.pending) - len(kept)
+        self.pending = kept
+
+
+def block_bytes(escalation: Escalation) -> int:
+    """About what a block takes on the wire; never less."""
+    context = len(escalation.prime.context) if escalation.prime else 0
+    branches = len(escalation.hints.branches) if escalation.hints else 0
+    return len(escalation.ids) + len(escalation.laws) + context + branches + _FIXED_BYTES

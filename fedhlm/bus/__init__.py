@@ -1,0 +1,1 @@
+"""How messages travel: the bus, MQTT, and what every party adds to both."""

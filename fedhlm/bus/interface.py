@@ -1,0 +1,226 @@
+"""The bus as every part sees it: publish, subscribe, deliveries, presence; no I/O in this module.
+
+`mqtt.MqttBus` is the real one, `loopback.LoopbackBus` the one in memory; both keep the contract tested in
+tests/fedhlm/bus/test_bus_contract.py. Publishing never waits for the network: what does not fit is dropped and counted.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Literal, NamedTuple, Protocol, Self
+
+from fedhlm.errors import BusError
+
+ProtocolVersion = Literal["5", "3.1.1"]
+
+MAX_TOPIC_BYTES: Final = 65_535
+DEFAULT_MAX_OUTGOING: Final = 1_024
+DEFAULT_MAX_INCOMING: Final = 4_096
+MAX_INCOMING_BYTES: Final = 64 * 1024 * 1024
+
+LinkHook = Callable[[bool], None]
+
+
+class Delivery(NamedTuple):
+    """One message that came in; `retain` is true for state kept by the broker from before the subscription."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+
+
+class Retained(NamedTuple):
+    """A presence message, published retained at QoS 1: the birth of a party or its last will."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(slots=True)
+class BusStatistics:
+    """Running counts of one bus. Bytes are those of MQTT PUBLISH packets; drops are messages that were given up."""
+
+    messages_in: int = 0
+    messages_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    dropped_in: int = 0
+    dropped_out: int = 0
+    reconnects: int = 0
+
+
+class Bus(Protocol):
+    """What a service may do with the network. Entering connects, leaving publishes the will and disconnects."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether messages can travel right now."""
+
+    @property
+    def statistics(self) -> BusStatistics:
+        """Counts since construction."""
+
+    @property
+    def protocol(self) -> ProtocolVersion | None:
+        """The MQTT version that is spoken; None before the first connection."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+    async def publish(
+        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
+    ) -> bool:
+        """Enqueue one message; False when it was dropped because the queue is full or the bus is closed."""
+
+    async def subscribe(self, *filters: str) -> None:
+        """Subscribe at QoS 1, now if connected and again after every reconnect.
+
+        Raises:
+            BusError: the broker refuses a filter.
+        """
+
+    def deliveries(self) -> AsyncIterator[Delivery]:
+        """Incoming messages for one consumer; ends when the bus is closed, raises BusError when it was refused."""
+
+    async def wait_connected(self) -> None:
+        """Return once connected.
+
+        Raises:
+            BusError: the broker refuses for good, or the bus is closed.
+        """
+
+
+def publish_wire_bytes(
+    topic: str,
+    payload_bytes: int,
+    *,
+    qos: int = 1,
+    protocol: ProtocolVersion = "5",
+    expiry_s: float | None = None,
+    content_type: str | None = None,
+) -> int:
+    """Size of one PUBLISH packet: fixed header, topic, packet id, properties (MQTT 5 only) and payload."""
+    body = 2 + len(topic.encode()) + (2 if qos else 0) + payload_bytes
+    if protocol == "5":
+        properties = 0 if expiry_s is None else 5
+        if content_type is not None:
+            properties += 3 + len(content_type.encode())
+        body += varint_bytes(properties) + properties
+    return 1 + varint_bytes(body) + body
+
+
+def varint_bytes(value: int) -> int:
+    """Bytes of MQTT's variable-length integer: seven bits each."""
+    return max(1, math.ceil(value.bit_length() / 7))
+
+
+def expiry_seconds(expiry_s: float) -> int:
+    """The whole seconds that travel in MQTT 5's message expiry: rounded up, because 0 would mean expired."""
+    return min(max(1, math.ceil(expiry_s)), 2**32 - 1)
+
+
+def check_topic(topic: str) -> None:
+    """Refuse a topic name that no broker takes; that is a bug of the caller, so a ValueError."""
+    if not topic or len(topic.encode()) > MAX_TOPIC_BYTES or any(c in topic for c in "+#\0"):
+        raise ValueError(f"topic {topic!r}: 1..{MAX_TOPIC_BYTES} bytes without '+', '#' and NUL expected")
+
+
+def check_filter(pattern: str) -> None:
+    """Refuse a malformed subscription filter: `+` and `#` fill a whole level, `#` only the last one."""
+    levels = share_of(pattern)[1].split("/")
+    malformed = any(("#" in level and level != "#") or ("+" in level and level != "+") for level in levels)
+    if not pattern or malformed or "#" in levels[:-1] or "\0" in pattern or len(pattern.encode()) > MAX_TOPIC_BYTES:
+        raise ValueError(f"filter {pattern!r}: '+' for one whole level, '#' for the last ones expected")
+
+
+def share_of(pattern: str) -> tuple[str | None, str]:
+    """Split `$share/group/filter` into group and filter; the group of an ordinary filter is None."""
+    if not pattern.startswith("$share/"):
+        return None, pattern
+    group, _, rest = pattern.removeprefix("$share/").partition("/")
+    if not group or not rest or "+" in group or "#" in group:
+        raise ValueError(f"filter {pattern!r}: $share/group/filter expected")
+    return group, rest
+
+
+def topic_matches(levels: list[str], topic: str) -> bool:
+    """Whether a filter, split at its slashes, covers a topic; names that begin with `$` hide from wildcards."""
+    names = topic.split("/")
+    if topic.startswith("$") and levels[0] in ("+", "#"):
+        return False
+    for i, level in enumerate(levels):
+        if level == "#":
+            return True
+        if i >= len(names) or level not in ("+", names[i]):
+            return False
+    return len(levels) == len(names)
+
+
+class Inbox:
+    """Bounded queue between a transport and the one consumer of `deliveries`; the newest is dropped when full.
+
+    It is full with `limit` messages, or with `limit_bytes` of payload; one message always has room.
+    """
+
+    def __init__(self, limit: int, statistics: BusStatistics, *, limit_bytes: int = MAX_INCOMING_BYTES) -> None:
+        self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
+        self._statistics = statistics
+        self._queue: deque[Delivery] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._closed = False
+        self._error: BusError | None = None
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def put(self, delivery: Delivery, wire_bytes: int) -> bool:
+        """Add a message and count it; False when it was dropped."""
+        size = len(delivery.payload) + len(delivery.topic)
+        full = len(self._queue) >= self._limit or (bool(self._queue) and self._bytes + size > self._limit_bytes)
+        if self._closed or full:
+            self._statistics.dropped_in += 1
+            return False
+        self._bytes += size
+        self._statistics.messages_in += 1
+        self._statistics.bytes_in += wire_bytes
+        self._queue.append(delivery)
+        self._wake()
+        return True
+
+    def close(self, error: BusError | None = None) -> None:
+        """End the iteration once the queue is empty, with `error` if given. The first call decides."""
+        if not self._closed:
+            self._closed, self._error = True, error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> AsyncIterator[Delivery]:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        while not self._queue:
+            if self._closed:
+                if self._error is not None:
+                    raise self._error
+                raise StopAsyncIteration
+            if self._waiter is not None:
+                raise RuntimeError("deliveries() has one consumer; a second one is waiting already")
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        delivery = self._queue.popleft()
+        self._bytes -= len(delivery.payload) + len(delivery.topic)
+        return delivery

@@ -1,0 +1,139 @@
+"""What every service does with the bus: stamp, send, receive and refuse.
+
+A payload that is not a message of its topic, or that claims another sender than its topic's, is counted and dropped;
+the service lives on.
+"""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from fedhlm import __version__
+from fedhlm.bus.interface import Bus, publish_wire_bytes
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Journal, Presence, encode
+from fedhlm.protocol.topics import DEFAULT_ROOT, Topic, decode_for, lookup
+from fedhlm.telemetry import Counters, warn_once
+
+if TYPE_CHECKING:
+    from fedhlm.bus.journal import Diary
+
+log = logging.getLogger(__name__)
+
+_SEQUENCE_END: Final = 2**31
+
+
+class Received(NamedTuple):
+    """A valid message, its row of the topic table and the levels of its topic's name."""
+
+    topic: Topic
+    levels: dict[str, str]
+    message: AnyMessage
+
+
+class Stamp:
+    """Makes the header fields of a party's messages; `wall_s` is Unix time in seconds."""
+
+    def __init__(self, sender: str, wall_s: Callable[[], float] = time.time) -> None:
+        self.sender = sender
+        self._wall_s = wall_s
+        self._sequence = 0
+
+    def __call__(self) -> dict[str, Any]:
+        """Fields for one message; the sequence number grows by one."""
+        self._sequence = (self._sequence + 1) % _SEQUENCE_END
+        return {
+            "version": SCHEMA_VERSION,
+            "sender": self.sender,
+            "sequence": self._sequence,
+            "sent_ms": self.wall_ms(),
+        }
+
+    def wall_ms(self) -> int:
+        """Unix time in milliseconds."""
+        return max(0, int(self._wall_s() * 1000.0))
+
+
+def presence(
+    stamp: Stamp,
+    role: Any,
+    *,
+    online: bool,
+    fingerprint: Fingerprint | None = None,
+    upstream: Fingerprint | None = None,
+) -> Presence:
+    """A party's state, to be published retained or left as a last will."""
+    return Presence(
+        **stamp(),
+        role=role,
+        online=online,
+        software=f"fedhlm {__version__}",
+        fingerprint=fingerprint,
+        upstream=upstream,
+    )
+
+
+class Party:
+    """One service's view of one bus. With a `diary` it notes what it sends and receives."""
+
+    def __init__(
+        self, *, bus: Bus, stamp: Stamp, counters: Counters, root: str = DEFAULT_ROOT, diary: "Diary | None" = None
+    ) -> None:
+        self.bus = bus
+        self.stamp = stamp
+        self.counters = counters
+        self.root = root
+        self.diary = diary
+
+    async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> int:
+        """Publish as the topic's row says; the PUBLISH packet's bytes, or 0 when the bus had no room (counted)."""
+        name = topic.name(self.root, **levels)
+        payload = encode(message)
+        sent = await self.bus.publish(name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s)
+        if self.diary is not None and not isinstance(message, Journal):
+            self.diary.note("sent" if sent else "dropped", name, payload)
+        if not sent:
+            self.counters.add("dropped_messages")
+            warn_once(log, "no room", "dropped a message for %s: the outgoing queue is full, or the bus closed", name)
+            return 0
+        return publish_wire_bytes(
+            name, len(payload), qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s
+        )
+
+    async def received(self) -> AsyncIterator[Received]:
+        """Valid messages in order of arrival; ends when the bus is closed."""
+        async for delivery in self.bus.deliveries():
+            try:
+                received = self.read(delivery.topic, delivery.payload)
+            except ProtocolError as exc:
+                self.counters.add("refused_messages")
+                found = lookup(delivery.topic, self.root)
+                warn_once(
+                    log,
+                    found[0].pattern if found else "no topic of ours",
+                    "refused a message on %s: %s",
+                    delivery.topic,
+                    exc,
+                )
+                continue
+            if self.diary is not None:
+                self.diary.note("heard", delivery.topic, delivery.payload)
+            yield received
+
+    def read(self, name: str, payload: bytes) -> Received:
+        """A message and where it belongs.
+
+        Raises:
+            ProtocolError: no topic of ours, no message of it, or one of another sender than the topic's.
+        """
+        found = lookup(name, self.root)
+        if found is None:
+            raise ProtocolError(f"{name} is not a topic of {self.root}")
+        topic, levels = found
+        message = decode_for(topic, payload)
+        if topic.publishers == ("agent",) and message.sender != levels["agent"]:
+            raise ProtocolError(f"message.sender is {message.sender!r}: {levels['agent']!r} expected on {name}")
+        if isinstance(message, Presence) and message.role not in topic.publishers:
+            raise ProtocolError(f"message.role is {message.role!r}: {topic.publishers[0]!r} expected on {name}")
+        return Received(topic, levels, message)

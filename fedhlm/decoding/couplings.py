@@ -1,0 +1,266 @@
+"""Couplings: how device and cloud agree on a token, so that the output follows the target law (ALGORITHMS 2).
+
+A coupling is a few functions in a dict literal. What it leaves on the wire is bytes that `split_laws` has checked
+before `settle` sees them.
+"""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from fedhlm.decoding.laws import (
+    check_lattice,
+    coded_bytes,
+    decode_full,
+    decode_lattice,
+    decode_top_k,
+    encode_full,
+    encode_lattice,
+    encode_top_k,
+    online_k,
+    quantise,
+    top_k_size,
+)
+from fedhlm.decoding.sampling import (
+    ACCEPT_STREAM,
+    DRAFT_STREAM,
+    RESAMPLE_STREAM,
+    Law,
+    Logits,
+    inverse_cdf,
+    law,
+    perturbed_argmax,
+    probability,
+    scores,
+    uniform,
+)
+from fedhlm.decoding.uncertainty import closed_form
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol.messages import Sampling
+
+LATTICE_K: Final = 30
+LATTICE_RESOLUTION: Final = 100
+PUBLISHED_K: Final = 30  # k* of CU-HLM's offline truncation
+
+
+class Draft(NamedTuple):
+    """A drafted token, its probability under the law it was drawn from, and that law's bytes if they must travel."""
+
+    token: int
+    prob: float
+    law: bytes
+
+
+class Coupling(NamedTuple):
+    """How device and cloud agree on a token.
+
+    `draft(logits, sampling, position)` runs on the device. `settle(logits, sampling, position, draft, law)` runs in the
+    cloud and returns the emitted token: the draft was accepted iff it is that token. With draft None (nothing was
+    drafted there) it returns the target's own token.
+
+    `law_size(laws, vocab_size)` is the bytes of the first law in a buffer of laws, and `check(law, vocab_size)` looks
+    at one of that size; both raise ProtocolError where `settle` could not use it.
+
+    `harm(draft_prob, target_prob, missed)` in [0, 1] is what committing the draft unverified costs, `missed` being that
+    the target would have emitted another token with this seed. Where a rejected draft is resampled from the residual,
+    one step's TV(out, p) equals E[(1 - g) beta] with g the probability of being verified. Where the noise is shared it
+    is bounded by the probability of a skipped mismatch, so there the harm is the mismatch itself (literature 6.3).
+
+    `shared`: the emitted token is a function of seed and target alone, so any proposal may stand in for the draft.
+    """
+
+    draft: Callable[[Logits, Sampling, int], Draft]
+    settle: Callable[[Logits, Sampling, int, int | None, bytes], int]
+    law_size: Callable[[bytes | memoryview, int], int]
+    check: Callable[[bytes, int], object]
+    harm: Callable[[float, float, bool], float]
+    shared: bool
+
+
+def split_laws(coupling: Coupling, laws: bytes, count: int, vocab_size: int) -> list[bytes]:
+    """The `count` laws that travelled one behind the other, each checked.
+
+    Raises:
+        ProtocolError: they do not fit exactly, or one of them is no law.
+    """
+    rest = memoryview(laws)  # slices without copies: a block may hold thousands of laws
+    parts: list[bytes] = []
+    for _ in range(count):
+        try:
+            size = coupling.law_size(rest, vocab_size)
+            if size > len(rest):
+                raise ProtocolError(f"draft law of {len(rest)} bytes: {size} expected")
+            coupling.check(part := bytes(rest[:size]), vocab_size)
+        except ProtocolError as exc:
+            raise ProtocolError(
+                f"escalation.laws has {len(laws)} bytes: one law for each of {count} drafts expected, "
+                f"but that of draft {len(parts)}: {exc}"
+            ) from exc
+        parts.append(part)
+        rest = rest[size:]
+    if rest:
+        raise ProtocolError(
+            f"escalation.laws has {len(laws)} bytes: {len(laws) - len(rest)} for {count} drafts expected"
+        )
+    return parts
+
+
+def rejection_probability(draft_prob: float, target_prob: float) -> float:
+    """beta = max(0, 1 - p(d)/q(d)), FedHLM eq. (3); 0 when q(d) is 0."""
+    return max(0.0, 1.0 - target_prob / draft_prob) if draft_prob > 0.0 else 0.0
+
+
+def acceptance(draft_prob: float, target_prob: float) -> float:
+    """min(1, p(d)/q(d)); where q(d) is 0 the draft stands iff the target can emit it."""
+    return min(1.0, target_prob / draft_prob) if draft_prob > 0.0 else float(target_prob > 0.0)
+
+
+def residual(p: Law, q: Law) -> Law:
+    """max(0, p - q), not normalised: what a rejected draft is replaced from; shape (V,), all 0 where p equals q."""
+    return np.maximum(0.0, p - q)
+
+
+def _accept_or_resample(p: Law, q: Law, sampling: Sampling, position: int, draft: int) -> int:
+    """The result follows p if the draft was drawn from q."""
+    if uniform(sampling.seed, position, ACCEPT_STREAM) < acceptance(float(q[draft]), float(p[draft])):
+        return draft
+    rest = residual(p, q)
+    if rest.sum() <= 0.0:
+        return draft  # p equals q up to rounding: nothing is left to resample
+    return inverse_cdf(rest, uniform(sampling.seed, position, RESAMPLE_STREAM))
+
+
+def _settle_by(decode: Callable[[bytes, int], Law]) -> Callable[[Logits, Sampling, int, int | None, bytes], int]:
+    """Test the draft against the law that `decode` reads."""
+
+    def settle(logits: Logits, sampling: Sampling, position: int, draft: int | None, encoded: bytes) -> int:
+        p = law(logits, sampling)
+        if draft is None:
+            return inverse_cdf(p, uniform(sampling.seed, position, RESAMPLE_STREAM))
+        return _accept_or_resample(p, decode(encoded, len(logits)), sampling, position, draft)
+
+    return settle
+
+
+def _draft_from(q: Law, encoded: bytes, sampling: Sampling, position: int) -> Draft:
+    token = inverse_cdf(q, uniform(sampling.seed, position, DRAFT_STREAM))
+    return Draft(token, float(q[token]), encoded)
+
+
+def _draft_gumbel(logits: Logits, sampling: Sampling, position: int) -> Draft:
+    log_law = scores(logits, sampling.temperature, sampling.top_p)
+    token = perturbed_argmax(log_law, sampling.seed, position)
+    return Draft(token, probability(log_law, token), b"")
+
+
+def _settle_gumbel(logits: Logits, sampling: Sampling, position: int, _draft: int | None, _law: bytes) -> int:
+    return perturbed_argmax(scores(logits, sampling.temperature, sampling.top_p), sampling.seed, position)
+
+
+def _draft_greedy(logits: Logits, sampling: Sampling, _position: int) -> Draft:
+    token = int(np.argmax(logits))
+    # The proposal is a point mass, but beta of [3] is defined with the softmax probability.
+    return Draft(token, probability(scores(logits, sampling.temperature, sampling.top_p), token), b"")
+
+
+def _settle_greedy(logits: Logits, _sampling: Sampling, _position: int, _draft: int | None, _law: bytes) -> int:
+    return int(np.argmax(logits))
+
+
+def _draft_full(logits: Logits, sampling: Sampling, position: int) -> Draft:
+    encoded = encode_full(law(logits, sampling))
+    # The draft comes from the law that travels, which keeps HLM exact.
+    return _draft_from(decode_full(encoded, len(logits)), encoded, sampling, position)
+
+
+def _draft_lattice(logits: Logits, sampling: Sampling, position: int) -> Draft:
+    point = quantise(law(logits, sampling), LATTICE_K, LATTICE_RESOLUTION)
+    return _draft_from(point.dense(len(logits)), encode_lattice(point, len(logits)), sampling, position)
+
+
+def _decode_lattice(data: bytes, vocab_size: int) -> Law:
+    return decode_lattice(data, vocab_size, LATTICE_K, LATTICE_RESOLUTION).dense(vocab_size)
+
+
+Truncation = Callable[[Law, Logits, int, float], int]
+"""k from the law sorted from the likeliest token down, the logits, the draft and its probability."""
+
+
+def _offline(ordered: Law, _logits: Logits, _token: int, _prob: float) -> int:
+    return min(PUBLISHED_K, ordered.size)
+
+
+def _online(ordered: Law, logits: Logits, token: int, prob: float) -> int:
+    return online_k(ordered, draft_prob=prob, uncertainty=closed_form(logits, token))
+
+
+def _draft_published(k_of: Truncation) -> Callable[[Logits, Sampling, int], Draft]:
+    """CU-HLM as published: the draft is drawn from q, but tested against x-hat, what the server makes of q's top k.
+
+    Therefore biased, by at most TV(out, p) <= TV(q, x-hat): the test maps x-hat to p, and no map widens the distance
+    of two laws. Drawing from x-hat instead would be exact; it is kept as published, for comparison.
+    """
+
+    def draft(logits: Logits, sampling: Sampling, position: int) -> Draft:
+        q = law(logits, sampling)
+        token, prob, _ = _draft_from(q, b"", sampling, position)
+        order = np.argsort(-q, kind="stable")  # (V,) int64
+        k = k_of(q[order], logits, token, prob)
+        return Draft(token, prob, encode_top_k(q, order[:k]))
+
+    return draft
+
+
+def _nothing(_laws: bytes | memoryview, _vocab_size: int) -> int:
+    return 0
+
+
+def _mismatch(_draft_prob: float, _target_prob: float, missed: bool) -> float:
+    return float(missed)
+
+
+def _beta(draft_prob: float, target_prob: float, _missed: bool) -> float:
+    return rejection_probability(draft_prob, target_prob)
+
+
+COUPLINGS: Final[dict[str, Coupling]] = {
+    "gumbel": Coupling(
+        draft=_draft_gumbel, settle=_settle_gumbel, law_size=_nothing, check=_nothing, harm=_mismatch, shared=True
+    ),
+    "greedy": Coupling(
+        draft=_draft_greedy, settle=_settle_greedy, law_size=_nothing, check=_nothing, harm=_mismatch, shared=True
+    ),
+    "full": Coupling(
+        draft=_draft_full,
+        settle=_settle_by(decode_full),
+        law_size=lambda _laws, vocab_size: 2 * vocab_size,
+        check=decode_full,
+        harm=_beta,
+        shared=False,
+    ),
+    "lattice": Coupling(
+        draft=_draft_lattice,
+        settle=_settle_by(_decode_lattice),
+        law_size=lambda _laws, vocab_size: coded_bytes(vocab_size, LATTICE_K, LATTICE_RESOLUTION),
+        check=lambda data, vocab_size: check_lattice(data, vocab_size, LATTICE_K, LATTICE_RESOLUTION),
+        harm=_beta,
+        shared=False,
+    ),
+    "published-cu": Coupling(
+        draft=_draft_published(_offline),
+        settle=_settle_by(decode_top_k),
+        law_size=top_k_size,
+        check=decode_top_k,
+        harm=_beta,
+        shared=False,
+    ),
+    "published-cu-online": Coupling(
+        draft=_draft_published(_online),
+        settle=_settle_by(decode_top_k),
+        law_size=top_k_size,
+        check=decode_top_k,
+        harm=_beta,
+        shared=False,
+    ),
+}

@@ -1,0 +1,110 @@
+"""Tree drafts: a main chain of tokens and branches beside it, as a value, as bytes, and as something to walk.
+
+Node 0 is the root, the position before the first draft; nodes 1..L are the main chain; branches follow in the order in
+which they travel. A parent comes before its child. Of equal children of one node the first counts.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol.messages import MAX_BLOCK, id_bytes, pack_ids, unpack_ids
+
+BRANCHES_MAX: Final = MAX_BLOCK
+PARENT_BYTES: Final = 2
+PARENT_MAX: Final = 2 ** (8 * PARENT_BYTES) - 1
+
+
+class Branch(NamedTuple):
+    """A side node: the number of the node it continues, and its token."""
+
+    parent: int
+    token: int
+
+
+class Tree:
+    """Where each node's alternatives lead. `chain` are the main chain's tokens, `branches` the side nodes' numbers L+1 on.
+
+    Raises:
+        ValueError: a parent that does not come before its child.
+    """
+
+    def __init__(self, chain: Sequence[int], branches: Sequence[Branch] = ()) -> None:
+        self.chain = tuple(chain)
+        self.branches = tuple(branches)
+        self.tokens = (*self.chain, *(b.token for b in branches))  # of node n at n - 1
+        self._children: list[dict[int, int]] = [{} for _ in range(len(self.tokens) + 1)]  # token -> node
+        depths = [0] * (len(self.tokens) + 1)
+        parents = (*range(len(self.chain)), *(b.parent for b in branches))
+        for node, (parent, token) in enumerate(zip(parents, self.tokens, strict=True), start=1):
+            if not 0 <= parent < node:
+                raise ValueError(f"parent of node {node} is {parent}: a node before it expected")
+            self._children[parent].setdefault(token, node)
+            depths[node] = depths[parent] + 1
+        self.depth = max(depths)
+
+    def child(self, node: int, token: int) -> int | None:
+        """The node that continues `node` with `token`; None where the tree has none."""
+        return self._children[node].get(token)
+
+    def chain_below(self, node: int) -> list[int]:
+        """The nodes of the main path below `node`: always the first child, which the sender thinks the likeliest."""
+        path: list[int] = []
+        while children := self._children[node]:
+            node = next(iter(children.values()))
+            path.append(node)
+        return path
+
+    def below(self, steps: int) -> "Tree":
+        """What is left of the tree once the first `steps` tokens of the main chain are settled.
+
+        Raises:
+            ValueError: `steps` is not within the main chain.
+        """
+        length = len(self.chain)
+        if not 0 <= steps <= length:
+            raise ValueError(f"steps is {steps}: 0..{length} expected")
+        renamed = {node: node - steps for node in range(steps, length + 1)}
+        kept: list[Branch] = []
+        for node, (parent, token) in enumerate(self.branches, start=length + 1):
+            if parent in renamed:
+                kept.append(Branch(renamed[parent], token))
+                renamed[node] = length - steps + len(kept)
+        return Tree(self.chain[steps:], kept)
+
+
+def pack_branches(branches: Sequence[Branch], vocab_size: int) -> bytes:
+    """All tokens (see `pack_ids`), then all parents as little-endian uint16.
+
+    Raises:
+        ValueError: more than BRANCHES_MAX branches, or a number that does not fit: the caller's bug.
+    """
+    parents = [b.parent for b in branches]
+    if len(branches) > BRANCHES_MAX or not all(0 <= p <= PARENT_MAX for p in parents):
+        raise ValueError(f"{len(branches)} branches: at most {BRANCHES_MAX} with parents up to {PARENT_MAX} expected")
+    return pack_ids([b.token for b in branches], vocab_size) + np.array(parents, "<u2").tobytes()
+
+
+def unpack_branches(data: bytes, vocab_size: int, chain_length: int) -> tuple[Branch, ...]:
+    """Inverse of `pack_branches` for a main chain of `chain_length` tokens.
+
+    Raises:
+        ProtocolError: another length than whole branches, too many, an id outside the vocabulary, or a parent that does
+            not come before its child.
+    """
+    width = id_bytes(vocab_size) + PARENT_BYTES
+    count, rest = divmod(len(data), width)
+    if rest or count > BRANCHES_MAX:
+        raise ProtocolError(
+            f"branches of {len(data)} bytes: a multiple of {width}, at most {BRANCHES_MAX * width} expected"
+        )
+    split = count * id_bytes(vocab_size)
+    tokens = unpack_ids(data[:split], vocab_size)
+    parents = np.frombuffer(data[split:], "<u2")  # (count,)
+    late = np.flatnonzero(parents > chain_length + np.arange(count))  # branch i is node chain_length + 1 + i
+    if late.size:
+        i = int(late[0])
+        raise ProtocolError(f"parent of branch {i} is {parents[i]}: at most {chain_length + i} expected")
+    return tuple(Branch(int(p), t) for p, t in zip(parents, tokens, strict=True))

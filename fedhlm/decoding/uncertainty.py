@@ -1,0 +1,75 @@
+"""Uncertainty of a drafted token: how often a softened copy of the law would have drawn another one.
+
+All forms look at the model's own logits, before temperature and top-p. One run uses one form: m(u) is fitted to it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhlm.decoding.sampling import DOUBT_STREAM, uniforms
+from fedhlm.protocol.messages import Sampling
+
+TEMPERATURE_MAX: Final = 2.0
+K_SAMPLES: Final = 20
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+_QUADRATURE: Final = TEMPERATURE_MAX * (_NODES + 1.0) / 2.0  # (16,) float64 inside (0, 2)
+_SHARES: Final = _WEIGHTS / 2.0  # (16,) sums to 1
+SAMPLE_TEMPERATURES: Final = TEMPERATURE_MAX * np.arange(1, K_SAMPLES + 1) / K_SAMPLES  # (20,) float64 on (0, 2]
+# Larger temporaries go back to the system after every call, and touching them anew costs more than the arithmetic.
+_TILE_ELEMENTS: Final = 32_768
+
+Uncertainty = Callable[[NDArray[Any], int, Sampling, int], float]
+"""From logits, shape (V,), a drafted token, the sampling and the position to u in [0, 1]."""
+
+
+def agreement(logits: NDArray[Any], token: int, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
+    """softmax(z/T)_token for each T, in float32 inside; shape (len(temperatures),), values in [0, 1]."""
+    lead = np.asarray(logits, np.float32) - np.float32(logits[token])  # (V,)
+    coldness = np.asarray(1.0 / temperatures, np.float32)[:, None]  # (n, 1)
+    rows = max(1, _TILE_ELEMENTS // lead.size)
+    shares = np.empty(temperatures.size)  # (n,)
+    with np.errstate(over="ignore"):  # a hopeless token at a low temperature: 1 / inf is the answer
+        for start in range(0, temperatures.size, rows):
+            odds = lead * coldness[start : start + rows]  # (rows, V) float32
+            np.exp(odds, out=odds)
+            shares[start : start + rows] = 1.0 / odds.sum(axis=1)  # the token's own 1 keeps the sum at least 1
+    return shares
+
+
+def closed_form(logits: NDArray[Any], token: int) -> float:
+    """u = 1 - E_T[softmax(z/T)_d] with T uniform on (0, 2], by 16-node Gauss-Legendre quadrature; in [0, 1].
+
+    The mean of U-HLM's K-sample disagreement, without its sampling noise.
+    """
+    return float(min(1.0, max(0.0, 1.0 - float(_SHARES @ agreement(logits, token, _QUADRATURE)))))
+
+
+def k_sample(logits: NDArray[Any], token: int, sampling: Sampling, position: int) -> float:
+    """U-HLM's form: the share of K = 20 draws, the k-th from softmax(z / T_k) with T_k = 2 k / K, that are not `token`.
+
+    A draw by inverse CDF with `token` first in line is `token` iff its uniform falls below the token's probability, so
+    no other probability is needed. The uniforms are keyed by (seed, position).
+    """
+    draws = uniforms(sampling.seed, position, DOUBT_STREAM, K_SAMPLES)  # (20,)
+    return float(np.mean(draws >= agreement(logits, token, SAMPLE_TEMPERATURES)))
+
+
+def entropy(logits: NDArray[Any]) -> float:
+    """H(softmax(z)) / ln V, FedHLM's step 2 scaled to [0, 1]; 0 for a vocabulary of one."""
+    if len(logits) == 1:
+        return 0.0
+    lead = np.asarray(logits, np.float64) - float(np.max(logits))  # (V,)
+    weights = np.exp(lead)
+    total = float(weights.sum())
+    nats = float(np.log(total)) - float(weights @ lead) / total
+    return min(1.0, max(0.0, nats / float(np.log(len(logits)))))
+
+
+UNCERTAINTIES: Final[dict[str, Uncertainty]] = {
+    "closed-form": lambda logits, token, _sampling, _position: closed_form(logits, token),
+    "k-sample": k_sample,
+    "entropy": lambda logits, _token, _sampling, _position: entropy(logits),
+}

@@ -1,0 +1,1 @@
+"""What is learnt from verdicts: curves, thresholds, the error budget, and the federation that pools them."""

@@ -1,0 +1,342 @@
+"""A round of learning among members, agents at an edge or clusters at the cloud, without I/O.
+
+Members send whole sums, so the pool is a sum over everyone's latest message: repetition, loss and silence change nothing
+that the next message does not mend. What breaks a limit is refused, counted and never kept.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+from fedhlm.errors import ProtocolError
+from fedhlm.learning.curve import Curve
+from fedhlm.learning.robust import pool
+from fedhlm.learning.thresholds import PaperUpdate, cluster_mean, global_mean, mean_control
+from fedhlm.protocol.messages import MAX_CURVES, SCHEMA_VERSION, Contribution, Count, Learned, Name, PaperThreshold
+from fedhlm.settings import Federation
+from fedhlm.telemetry import warn_once
+
+log = logging.getLogger(__name__)
+
+MEMBERS_MAX: Final = 4_096
+CONTROL_MAX: Final = 1e12  # of a control variate: a mean gradient on [0, 1], whose sums must stay finite
+_COUNT_END: Final = 2**31
+_VERSION: Final = 1
+
+Mean = Callable[[Sequence[PaperUpdate], Sequence[PaperUpdate]], float | None]
+Taken = Literal["taken", "duplicate", "refused"]
+
+
+def mean_of_agents(fresh: Sequence[PaperUpdate], _known: Sequence[PaperUpdate]) -> float | None:
+    """FedHLM eq. (7): the threshold of those who contributed to this round, weighted by their tokens."""
+    return cluster_mean(fresh)
+
+
+def mean_of_clusters(_fresh: Sequence[PaperUpdate], known: Sequence[PaperUpdate]) -> float | None:
+    """FedHLM eq. (8): the plain mean of all clusters' thresholds."""
+    return global_mean([update.threshold for update in known])
+
+
+class State(NamedTuple):
+    """What a federation knows: curves by measure and a threshold; `members` counts agents."""
+
+    round: int
+    members: int
+    refused: int
+    threshold: PaperThreshold | None
+    curves: Mapping[str, Curve]
+
+    @classmethod
+    def of(cls, message: Learned) -> "State":
+        """What a message says.
+
+        Raises:
+            ProtocolError: a curve or the control is impossible.
+        """
+        check_threshold(message.threshold)
+        return cls(message.round, message.members, message.refused, message.threshold, _curves(message))
+
+    def learned(self, header: Mapping[str, Any]) -> Learned:
+        """As the retained state that goes down; `header` is a stamp."""
+        return Learned(
+            **header,
+            round=self.round,
+            members=self.members,
+            refused=self.refused,
+            threshold=self.threshold,
+            curves=self._packed(),
+        )
+
+    def contribution(self, header: Mapping[str, Any]) -> Contribution:
+        """As the contribution of all members together, one floor up."""
+        return Contribution(
+            **header, round=self.round, members=self.members, threshold=self.threshold, curves=self._packed()
+        )
+
+    def below(self, above: "State | None", *, tokens: float) -> "State":
+        """This state for members that may also learn from what others know.
+
+        The curves above are added without what this state gave to them, scaled down to `tokens` scored tokens where they
+        have more; its threshold and control take the place of this one's.
+        """
+        if above is None:
+            return self
+        others = {name: _without(curve, self.curves.get(name)) for name, curve in above.curves.items()}
+        prior = {measure: curve.scaled(_factor(curve, tokens)) for measure, curve in others.items()}
+        names = sorted({*self.curves, *prior}, key=lambda name: (name not in self.curves, name))[:MAX_CURVES]
+        curves = {name: self.curves.get(name, Curve.empty()) + prior.get(name, Curve.empty()) for name in names}
+        return self._replace(curves=curves, threshold=above.threshold or self.threshold)
+
+    def _packed(self) -> dict[str, bytes]:
+        return {measure: curve.to_bytes() for measure, curve in self.curves.items()}
+
+
+class _Member(NamedTuple):
+    message: Contribution
+    curves: Mapping[str, Curve]
+
+    @property
+    def update(self) -> PaperUpdate | None:
+        t = self.message.threshold
+        return None if t is None else PaperUpdate(t.threshold, t.count, t.control, t.steps)
+
+    def precedes(self, other: Contribution) -> bool:
+        """Whether `other` was made later.
+
+        Rounds count, and a lower round that is younger by its sender's clock comes from one that restarted and lost
+        its count. Where a clock went back, a higher round needs a higher sequence number.
+        """
+        mine = self.message
+        younger = other.sent_ms > mine.sent_ms
+        if other.round > mine.round:
+            return younger or other.sequence > mine.sequence
+        return other.round < mine.round and younger
+
+
+class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    version: int
+    schema: int
+    round: Count
+    threshold: PaperThreshold | None
+    inherited: Learned | None
+    members: list[tuple[Name, Contribution]]
+
+
+_saved: Final = msgspec.msgpack.Decoder(_Saved)
+
+
+class Members:
+    """The latest contribution of every member, and the rounds made from them.
+
+    A round is due after `round_updates` new contributions, or `round_s` seconds after the first. Above MEMBERS_MAX the
+    member silent for longest is forgotten. `refused` counts by reason.
+    """
+
+    def __init__(self, federation: Federation, mean: Mean) -> None:
+        self.round = 0
+        self.refused: Counter[str] = Counter()
+        self.federation = federation
+        self._mean = mean
+        self._members: dict[str, _Member] = {}  # the one silent for longest first
+        self._fresh: set[str] = set()
+        self._first_s: float | None = None
+        self._told = False
+        self._grown = False
+        self._threshold: PaperThreshold | None = None
+        self._inherited: State | None = None
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def fresh(self) -> int:
+        """Members that contributed since the last round."""
+        return len(self._fresh)
+
+    @property
+    def grown(self) -> bool:
+        """Whether the pool has changed since the last round."""
+        return self._grown
+
+    @property
+    def told(self) -> bool:
+        """Whether a round was made here, or restored from disk: there is a state to tell those who ask again."""
+        return self._told
+
+    def take(self, name: str, message: Contribution, now_s: float) -> Taken:
+        """Keep a member's contribution if it is valid and later than the one that is known."""
+        known = self._members.get(name)
+        if known is not None and not known.precedes(message):
+            return "duplicate"
+        reason = "threshold"
+        try:
+            check_threshold(message.threshold)
+            reason = "curve"
+            curves = _curves(message)
+        except ProtocolError as exc:
+            self.refused[reason] += 1
+            warn_once(log, f"{name} {reason}", "refused a contribution of %s: %s", name, exc)
+            return "refused"
+        self._members.pop(name, None)
+        self._members[name] = _Member(message, curves)
+        if len(self._members) > MEMBERS_MAX:
+            self.forget(next(iter(self._members)))
+        self._fresh.add(name)
+        self._grown = True
+        self.touch(now_s)
+        return "taken"
+
+    def forget(self, name: str) -> bool:
+        """Drop a member, because it contributes elsewhere now; whether it was known."""
+        self._fresh.discard(name)
+        known = self._members.pop(name, None) is not None
+        self._grown |= known
+        return known
+
+    def touch(self, now_s: float) -> None:
+        """Make a round due within `round_s`, for a reason from outside."""
+        if self._first_s is None:
+            self._first_s = now_s
+
+    def inherit(self, message: Learned) -> bool:
+        """Start from the retained state that an earlier life of this party left behind; whether it was taken.
+
+        It stands for the members that have not contributed again yet, and fades as they do, so that a restart never
+        makes the pool poorer. Once a round was made or restored here it is only an echo.
+
+        Raises:
+            ProtocolError: a curve or the control is impossible.
+        """
+        if self._told or self._inherited is not None or not message.members:
+            return False
+        state = State.of(message)
+        self._inherited, self.round = state, max(self.round, state.round)
+        self._threshold = self._threshold or state.threshold
+        return True
+
+    def due_s(self) -> float | None:
+        """When the next round is due, on the clock of `take`; None while there is nothing new."""
+        if self._first_s is None:
+            return None
+        return -math.inf if self.fresh >= self.federation.round_updates else self._first_s + self.federation.round_s
+
+    def due(self, now_s: float) -> bool:
+        """Whether a round is due."""
+        at_s = self.due_s()
+        return at_s is not None and now_s >= at_s
+
+    def close(self) -> State:
+        """End the round: the state that follows from it."""
+        fresh, known = self._updates(self._fresh), self._updates(self._members)
+        mean = self._mean(fresh, known)
+        old = self._threshold
+        if mean is not None:
+            count = min(_COUNT_END - 1, sum(update.count for update in fresh))
+            steps = max((update.steps for update in fresh), default=0)
+            self._threshold = PaperThreshold(mean, count, mean_control(known), steps)
+        elif old is not None:
+            self._threshold = PaperThreshold(old.threshold, 0, mean_control(known) if known else old.control, 0)
+        self.round = (self.round + 1) % _COUNT_END
+        self._fresh.clear()
+        self._first_s = None
+        self._told, self._grown = True, False
+        return self.state()
+
+    def state(self) -> State:
+        """The pool over all known members, with the threshold of the last round."""
+        counted = sum(member.message.members for member in self._members.values())
+        share = self.inherited_share
+        by_measure: dict[str, dict[str, Curve]] = {}
+        for name, member in self._members.items():
+            for measure, curve in member.curves.items():
+                by_measure.setdefault(measure, {})[name] = curve
+        held = self._inherited.curves if self._inherited is not None and share else {}
+        curves: dict[str, Curve] = {}
+        refused = sum(self.refused.values())
+        # More measures than a message holds can only come from liars: those that most members speak of stay.
+        names = sorted({*by_measure, *held}, key=lambda m: (-len(by_measure.get(m, ())), m not in held, m))
+        for measure in names[:MAX_CURVES]:
+            pooled = pool(by_measure.get(measure, {}), weight_cap=self.federation.weight_cap, trim=self.federation.trim)
+            refused += len(pooled.refused)
+            rest = held[measure].scaled(share) if measure in held else Curve.empty()
+            curves[measure] = pooled.curve + rest
+        absent = round(share * self._inherited.members) if self._inherited is not None else 0
+        clipped = min(_COUNT_END - 1, counted + absent), min(_COUNT_END - 1, refused)
+        return State(self.round, *clipped, self._threshold, curves)
+
+    @property
+    def inherited_share(self) -> float:
+        """How much of the inherited state still stands for absent members, from 1 down to 0."""
+        if self._inherited is None:
+            return 0.0
+        counted = sum(member.message.members for member in self._members.values())
+        return max(0.0, 1.0 - counted / max(1, self._inherited.members))
+
+    def snapshot(self) -> bytes:
+        """Everything but the counts of what was refused, for `restore`."""
+        inherited = None
+        if self._inherited is not None and self.inherited_share:
+            header = {"version": SCHEMA_VERSION, "sender": "self", "sequence": 0, "sent_ms": 0}
+            inherited = self._inherited.learned(header)
+        members = [(name, member.message) for name, member in self._members.items()]
+        return msgspec.msgpack.encode(_Saved(_VERSION, SCHEMA_VERSION, self.round, self._threshold, inherited, members))
+
+    def restore(self, data: bytes) -> None:
+        """Take over what `snapshot` described.
+
+        Raises:
+            ProtocolError: the bytes are no snapshot of this version, or hold what `take` would refuse; nothing has
+                changed then.
+        """
+        try:
+            saved = _saved.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise ProtocolError(f"federation snapshot cannot be decoded: {exc}") from exc
+        if (saved.version, saved.schema) != (_VERSION, SCHEMA_VERSION):
+            raise ProtocolError(
+                f"federation snapshot has versions {saved.version}, {saved.schema}: {_VERSION}, {SCHEMA_VERSION} expected"
+            )
+        for threshold in (saved.threshold, *(message.threshold for _, message in saved.members)):
+            check_threshold(threshold)
+        members = {name: _Member(message, _curves(message)) for name, message in saved.members[-MEMBERS_MAX:]}
+        self._inherited = None if saved.inherited is None else State.of(saved.inherited)
+        self._members, self.round, self._threshold = members, saved.round, saved.threshold
+        # One who kept nothing has nothing to tell, and hears what was retained.
+        self._told = bool(members or saved.round or saved.inherited is not None)
+
+    def _updates(self, names: "set[str] | dict[str, _Member]") -> list[PaperUpdate]:
+        found = (self._members[name].update for name in sorted(names))
+        return [update for update in found if update is not None]
+
+
+def check_threshold(threshold: PaperThreshold | None) -> None:
+    """What the type alone does not say.
+
+    Raises:
+        ProtocolError: the control variate is not finite, or larger than any.
+    """
+    if threshold is not None and not abs(threshold.control) <= CONTROL_MAX:
+        raise ProtocolError(f"threshold.control is {threshold.control}: a number within +-{CONTROL_MAX:g} expected")
+
+
+def _curves(message: Contribution | Learned) -> dict[str, Curve]:
+    return {measure: Curve.from_bytes(data) for measure, data in message.curves.items()}
+
+
+def _without(whole: Curve, part: Curve | None) -> Curve:
+    """What others gave to a pool; never more than that, where the part has grown since or the pool was trimmed."""
+    if part is None:
+        return whole
+    seen, weight, harm, square = np.maximum(0.0, whole.rows() - part.rows()).T  # (BINS,) each
+    harm = np.minimum(harm, weight)
+    return Curve(seen, weight, harm, np.minimum(square, harm))
+
+
+def _factor(curve: Curve, tokens: float) -> float:
+    weight = curve.total_weight or curve.total_seen
+    return min(1.0, tokens / weight) if weight > 0.0 else 1.0

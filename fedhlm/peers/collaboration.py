@@ -1,0 +1,207 @@
+"""When asking peers is worth its bytes (FedHLM eqs. 12-14), from means that a device measures itself.
+
+Costs share one unit, for instance bytes or seconds of the link. The hit ratio as a function of memory size is fitted on, or
+simulated from, an access log.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedhlm.peers.neighbours import Memory
+
+# A hundredth of the weight is left after 4,600 observations: a few minutes of one agent.
+FORGETTING: Final = 0.999
+# Weight, in observations, of the belief that asking helps and never errs: who never asks can never learn that it does.
+PRIOR_WEIGHT: Final = 1.0
+
+
+def expected_cost(p_hit: float, c_p2p: float, c_llm: float) -> float:
+    """Mean cost of a token that asks its peers first and the LLM after a miss, eq. (12)."""
+    return (1.0 - p_hit) * (c_p2p + c_llm) + p_hit * c_p2p
+
+
+def worthwhile(p_hit: float, error: float, *, c_p2p: float, c_llm: float, c_error: float = 0.0) -> bool:
+    """Whether asking first costs at most what escalating at once costs.
+
+    A hit saves `c_llm` and is wrong with probability `error`, which costs `c_error`: ask iff
+    p_hit (c_llm - error c_error) >= c_p2p. Equation (13) is the case error = 0.
+    """
+    return p_hit * (c_llm - error * c_error) >= c_p2p
+
+
+class Prices(NamedTuple):
+    """What a byte to the peers, a byte to the cloud and a wrong hit cost, in one unit; the default counts bytes alone."""
+
+    p2p_byte: float = 1.0
+    llm_byte: float = 1.0
+    wrong_hit: float = 0.0
+
+
+class _Mean:
+    """A mean whose old values fade."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self.total = 0.0
+
+    def fade(self, factor: float) -> None:
+        self.weight *= factor
+        self.total *= factor
+
+    def add(self, value: float, factor: float) -> None:
+        self.fade(factor)
+        self.weight += 1.0
+        self.total += value
+
+    def towards(self, prior: float) -> float:
+        return (self.total + PRIOR_WEIGHT * prior) / (self.weight + PRIOR_WEIGHT)
+
+    def plain(self) -> float | None:
+        return self.total / self.weight if self.weight > 0.0 else None
+
+
+class Collaboration:
+    """Running means of one device and the decision that follows from them; every observation fades by `forgetting`.
+
+    Raises:
+        ValueError: `forgetting` is not within (0, 1].
+    """
+
+    def __init__(self, *, forgetting: float = FORGETTING) -> None:
+        if not 0.0 < forgetting <= 1.0:
+            raise ValueError(f"forgetting is {forgetting}: a factor within (0, 1] expected")
+        self._forgetting = forgetting
+        self._published = _Mean()
+        self._escalated = _Mean()
+        self._hits = _Mean()
+        self._wrong = _Mean()
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of lookups that were hits; 1 before the first."""
+        return self._hits.towards(1.0)
+
+    @property
+    def error(self) -> float:
+        """Share of audited hits that were wrong; 0 before the first."""
+        return self._wrong.towards(0.0)
+
+    @property
+    def p2p_bytes(self) -> float | None:
+        """Mean bytes of a publication to the peers; None before the first."""
+        return self._published.plain()
+
+    @property
+    def llm_bytes(self) -> float | None:
+        """Mean bytes of an escalated token; None before the first."""
+        return self._escalated.plain()
+
+    def published(self, payload_bytes: int) -> None:
+        """One uncertain token was published to the peers."""
+        self._published.add(payload_bytes, self._forgetting)
+
+    def escalated(self, payload_bytes: float) -> None:
+        """One token went to the cloud; a block's bytes are shared among its tokens."""
+        self._escalated.add(payload_bytes, self._forgetting)
+
+    def looked_up(self, *, hit: bool) -> None:
+        """The peers were asked."""
+        self._hits.add(float(hit), self._forgetting)
+
+    def audited(self, *, wrong: bool) -> None:
+        """The LLM gave its verdict on a hit."""
+        self._wrong.add(float(wrong), self._forgetting)
+
+    def passed_over(self) -> None:
+        """An uncertain token was escalated without asking. What was learned about peers fades, so they are tried again."""
+        self._hits.fade(self._forgetting)
+        self._wrong.fade(self._forgetting)
+
+    def asks(self, prices: Prices) -> bool:
+        """Whether the next uncertain token should ask the peers first; True while the bytes of either way are unknown."""
+        if self.p2p_bytes is None or self.llm_bytes is None:
+            return True
+        return worthwhile(
+            self.hit_ratio,
+            self.error,
+            c_p2p=prices.p2p_byte * self.p2p_bytes,
+            c_llm=prices.llm_byte * self.llm_bytes,
+            c_error=prices.wrong_hit,
+        )
+
+
+class HitRatioFit(NamedTuple):
+    """H(S) = 1 - exp(-alpha S), eq. (14), and how well it describes the points.
+
+    `r_squared` is 1 for a perfect fit, negative where the mean of the points describes them better than the curve, nan
+    where all points are equal. `worst` is the largest distance of a point from the curve.
+    """
+
+    alpha: float
+    r_squared: float
+    worst: float
+
+    def ratio(self, size: float) -> float:
+        """H(size)."""
+        return float(-np.expm1(-self.alpha * size))
+
+
+def fit_hit_ratio(sizes: Sequence[float], ratios: Sequence[float]) -> HitRatioFit:
+    """Least squares for the alpha of eq. (14).
+
+    alpha is sought between 1e-9 / max(sizes) and 40 / min(sizes), outside of which the curve is 0 or 1 at every size; ratios
+    that are all 0 or all 1 end at these limits.
+
+    Raises:
+        ValueError: no points, unequal numbers, a size that is not positive or a ratio outside [0, 1].
+    """
+    s, h = np.asarray(sizes, np.float64), np.asarray(ratios, np.float64)  # both (n,)
+    if s.ndim != 1 or s.shape != h.shape or not s.size:
+        raise ValueError(f"sizes {s.shape} and ratios {h.shape}: two equally long lists expected")
+    if not (np.isfinite(s).all() and (s > 0.0).all() and (h >= 0.0).all() and (h <= 1.0).all()):
+        raise ValueError("positive sizes and ratios within 0..1 expected")
+
+    def squares(log_alpha: NDArray[np.float64]) -> NDArray[np.float64]:
+        residuals = -np.expm1(-np.exp(log_alpha)[:, None] * s) - h  # (alphas, n)
+        return np.asarray((residuals**2).sum(axis=1))
+
+    # The sum of squares may have several valleys: each round looks at the whole of a narrower interval.
+    low, high = float(np.log(1e-9 / s.max())), float(np.log(40.0 / s.min()))
+    for _ in range(8):
+        grid = np.linspace(low, high, 257)
+        best = int(np.argmin(squares(grid)))
+        low, high = float(grid[max(0, best - 1)]), float(grid[min(256, best + 1)])
+    alpha = float(np.exp((low + high) / 2.0))
+    residuals = -np.expm1(-alpha * s) - h  # (n,)
+    spread = float(((h - h.mean()) ** 2).sum())
+    r_squared = 1.0 - float((residuals**2).sum()) / spread if spread > 0.0 else float("nan")
+    return HitRatioFit(alpha, r_squared, float(np.abs(residuals).max()))
+
+
+def simulate_hit_ratio(
+    keys: NDArray[np.int8], tokens: Sequence[int], sizes: Sequence[int], *, theta: float, votes: int
+) -> list[float]:
+    """Hit ratio of a memory of each of `sizes` entries on an access log, each token looked up and then remembered.
+
+    `keys` is (n, dims) and `tokens` (n,), in the order of the log. A hit needs `votes` agreeing neighbours at cosine `theta`
+    or more, whether or not they hold the right token. An empty log has ratio 0.
+
+    Raises:
+        ValueError: `keys` and `tokens` differ in length.
+    """
+    if len(keys) != len(tokens):
+        raise ValueError(f"{len(keys)} keys and {len(tokens)} tokens: as many of each expected")
+    if not len(keys):
+        return [0.0] * len(sizes)
+    ratios = []
+    for size in sizes:
+        memory, hits = Memory(size, keys.shape[1]), 0
+        for key, token in zip(keys, tokens, strict=True):
+            match = memory.nearest(key, votes, theta=theta)
+            hits += match is not None and match.similarity >= theta
+            memory.add(key, token, "peer")
+        ratios.append(hits / len(keys))
+    return ratios

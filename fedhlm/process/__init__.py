@@ -1,0 +1,1 @@
+"""What every service does with its process: start, stop, notify, keep state."""

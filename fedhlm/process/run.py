@@ -1,0 +1,128 @@
+"""Starting and stopping a service: logs, metrics, signals, the service manager, buses and shipped models, for every part."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from fedhlm import settings
+from fedhlm.bus.interface import LinkHook, Retained
+from fedhlm.bus.journal import Diary
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm.errors import FedhlmError, ModelError, root_of
+from fedhlm.process.notify import Notifier
+from fedhlm.telemetry import Counters, configure_logging, exported
+
+log = logging.getLogger(__name__)
+
+# A broker that refuses a whole fleet must not see it come back in step: the manager's own delays have no jitter.
+EXIT_JITTER_S: Final = 10.0
+DEFAULT_URL: Final = "mqtt://127.0.0.1:1883"
+_ARTEFACTS: Final = Path(__file__).parents[2] / "fedhlm_zoo" / "artefacts"
+
+
+def model_folder(configured: str, shipped: str) -> Path:
+    """The configured model folder, or the shipped one ("slm" or "llm") when none is.
+
+    Raises:
+        ModelError: nothing is configured and this installation carries no models.
+    """
+    if configured:
+        return Path(configured)
+    folder = _ARTEFACTS / shipped
+    if not folder.is_dir():
+        raise ModelError(f"this installation carries no {shipped}: give a model folder made by 'fedhlm models export'")
+    return folder
+
+
+def bus_of(
+    broker: settings.Broker,
+    *,
+    client_id: str,
+    key: str = "broker",
+    birth: Retained | None = None,
+    will: Retained | None = None,
+    on_link: LinkHook | None = None,
+    connect_timeout_s: float | None = None,
+) -> MqttBus:
+    """The bus that a broker section describes; an empty URL means DEFAULT_URL. `key` names the section in errors.
+
+    Raises:
+        ConfigError: the URL or a certificate file cannot be used.
+    """
+    section = broker if broker.url else msgspec.structs.replace(broker, url=DEFAULT_URL)
+    return MqttBus(
+        section.address(key=f"{key}.url"),
+        client_id=client_id,
+        birth=birth,
+        will=will,
+        protocol=broker.protocol,
+        connect_timeout_s=connect_timeout_s,
+        keepalive_s=broker.keepalive_s,
+        on_link=on_link,
+    )
+
+
+def diary_of(telemetry: settings.Telemetry) -> Diary | None:
+    """The journal of a part on real time, where one is asked for."""
+    return Diary(random.SystemRandom().getrandbits(63), time.monotonic) if telemetry.journal else None
+
+
+def serve(config: settings.Config, name: str, main: Callable[[Counters, Notifier], Awaitable[int]]) -> int:
+    """Run a service until it ends or SIGINT or SIGTERM asks it to; its exit status, 0 after a signal.
+
+    `main` hooks its links to the notifier, by which the service manager learns when it is ready.
+    """
+    secrets = (config.broker.password, config.edge.upstream.password)
+    configure_logging(config.telemetry.log_level, name, secrets=secrets)
+    counters = Counters()
+    notifier = Notifier.of()
+    with exported(counters, party=name, port=config.telemetry.metrics_port, host=config.telemetry.metrics_host):
+        return asyncio.run(_until_signal(main(counters, notifier), notifier))
+
+
+async def _until_signal(work: Awaitable[int], notifier: Notifier, rng: random.Random | None = None) -> int:
+    task = asyncio.ensure_future(_unhurried(work, notifier, rng or random.SystemRandom()))
+    loop = asyncio.get_running_loop()
+    alive = loop.create_task(notifier.keep_alive(), name="notify")
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        notifier.stopping()
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # event loops of other platforms have no signal handlers
+            loop.add_signal_handler(number, stop)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if stopped:
+            return 0
+        raise
+    except BaseExceptionGroup as group:
+        raise root_of(group) from group
+    finally:
+        alive.cancel()
+
+
+async def _unhurried(work: Awaitable[int], notifier: Notifier, rng: random.Random) -> int:
+    """The work; where a manager restarts us, its failure comes after a random delay."""
+    try:
+        return await work
+    except (FedhlmError, BaseExceptionGroup) as exc:
+        error = root_of(exc) if isinstance(exc, BaseExceptionGroup) else exc
+        if notifier.managed and isinstance(error, FedhlmError):
+            delay_s = rng.uniform(0.0, EXIT_JITTER_S)
+            log.error("ending in %.1f s: %s", delay_s, error)  # noqa: TRY400 - the caller prints it as well
+            await asyncio.sleep(delay_s)
+        raise

@@ -1,0 +1,323 @@
+"""The one table of topics: what travels where, how, and who may write and read it.
+
+Everything about topics is derived from TABLE: building and parsing names, subscription filters, access control files
+and the documentation's table.
+"""
+
+import re
+from typing import Final, Literal
+
+import msgspec
+
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol import messages
+
+DEFAULT_ROOT: Final = "fedhlm/1"
+
+Role = Literal["agent", "edge", "cloud", "client"]
+Reader = Role
+
+
+class Topic(msgspec.Struct, frozen=True, kw_only=True):
+    """One row: `{cluster}` and `{agent}` in `pattern` stand for one level each."""
+
+    pattern: str
+    payload: type[messages.AnyMessage]
+    qos: Literal[0, 1]
+    retain: bool
+    publishers: tuple[Role, ...]
+    subscribers: tuple[Role, ...]
+    purpose: str
+
+    def name(self, root: str = DEFAULT_ROOT, **levels: str) -> str:
+        """The full topic name, or a filter when a level is given as ``+``."""
+        return f"{root}/{self.pattern.format(**levels)}"
+
+    def parse(self, name: str, root: str = DEFAULT_ROOT) -> dict[str, str] | None:
+        """The levels of `name` when it belongs to this row, else None."""
+        if not name.startswith(f"{root}/"):
+            return None
+        matched = self._regex.fullmatch(name, len(root) + 1)
+        return matched.groupdict() if matched else None
+
+    @property
+    def _regex(self) -> re.Pattern[str]:
+        return _regex_of(self.pattern)
+
+
+_REGEXES: Final[dict[str, re.Pattern[str]]] = {}
+
+
+def _regex_of(pattern: str) -> re.Pattern[str]:
+    if pattern not in _REGEXES:
+        # A level is a party's name, so that no hostile one reaches a file name or a log.
+        _REGEXES[pattern] = re.compile(re.sub(r"\{(\w+)\}", rf"(?P<\1>{messages.NAME_PATTERN})", pattern))
+    return _REGEXES[pattern]
+
+
+AGENT_STATUS: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/status",
+    payload=messages.Presence,
+    qos=1,
+    retain=True,
+    publishers=("agent",),
+    subscribers=("edge", "client"),
+    purpose="presence of an agent (last will)",
+)
+PROMPT: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/prompt",
+    payload=messages.Prompt,
+    qos=1,
+    retain=False,
+    publishers=("client",),
+    subscribers=("agent",),
+    purpose="a generation asked for over the bus",
+)
+OUTPUT: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/output",
+    payload=messages.Output,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("client",),
+    purpose="committed tokens with who settled them",
+)
+EDGE_STATUS: Final = Topic(
+    pattern="c/{cluster}/status",
+    payload=messages.Presence,
+    qos=1,
+    retain=True,
+    publishers=("edge",),
+    subscribers=("agent", "client"),
+    purpose="presence of the cluster's edge, with the cloud's fingerprint",
+)
+ESCALATE: Final = Topic(
+    pattern="c/{cluster}/escalate/{agent}",
+    payload=messages.Escalation,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("edge",),
+    purpose="a block of drafted tokens to be settled",
+)
+VERDICT: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/verdict",
+    payload=messages.Verdict,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("agent",),
+    purpose="the answer to an escalation",
+)
+CLOUD_STATUS: Final = Topic(
+    pattern="cloud/status",
+    payload=messages.Presence,
+    qos=1,
+    retain=True,
+    publishers=("cloud",),
+    subscribers=("edge", "client"),
+    purpose="presence and fingerprint of the cloud",
+)
+CLOUD_VERIFY: Final = Topic(
+    pattern="cloud/verify/{cluster}",
+    payload=messages.EscalationBatch,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("cloud",),
+    purpose="escalations of a cluster, batched",
+)
+CLOUD_VERDICT: Final = Topic(
+    pattern="cloud/verdict/{cluster}",
+    payload=messages.VerdictBatch,
+    qos=1,
+    retain=False,
+    publishers=("cloud",),
+    subscribers=("edge",),
+    purpose="the cloud's answers to a cluster",
+)
+
+PEER: Final = Topic(
+    pattern="c/{cluster}/peer/{agent}",
+    payload=messages.UncertainTokens,
+    qos=0,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("agent", "edge"),
+    purpose="drafts that an agent doubts, with the keys of their contexts",
+)
+KNOWN: Final = Topic(
+    pattern="c/{cluster}/known",
+    payload=messages.VerifiedTokens,
+    qos=0,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("agent",),
+    purpose="what the cloud settled, by context key, for the agents' caches",
+)
+NEIGHBOUR: Final = Topic(
+    pattern="neighbour/{cluster}",
+    payload=messages.VerifiedTokens,
+    qos=0,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("edge",),
+    purpose="digest of a cluster's verified tokens for the other edges",
+)
+FL_UPDATE: Final = Topic(
+    pattern="c/{cluster}/fl/{agent}",
+    payload=messages.Contribution,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("edge",),
+    purpose="an agent's sums and threshold of a federated round",
+)
+FL_STATE: Final = Topic(
+    pattern="c/{cluster}/fl",
+    payload=messages.Learned,
+    qos=1,
+    retain=True,
+    publishers=("edge",),
+    subscribers=("agent", "edge", "client"),
+    purpose="the curves and threshold that the cluster's agents use",
+)
+CLOUD_FL_UPDATE: Final = Topic(
+    pattern="cloud/fl/{cluster}",
+    payload=messages.Contribution,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("cloud",),
+    purpose="a cluster's sums and mean threshold",
+)
+CLOUD_FL_STATE: Final = Topic(
+    pattern="cloud/fl",
+    payload=messages.Learned,
+    qos=1,
+    retain=True,
+    publishers=("cloud",),
+    subscribers=("edge", "cloud", "client"),
+    purpose="the global curves and threshold",
+)
+PROFILE: Final = Topic(
+    pattern="c/{cluster}/profile/{agent}",
+    payload=messages.Profile,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("edge",),
+    purpose="a sample of an agent's token keys, for clustering",
+)
+CLOUD_PROFILE: Final = Topic(
+    pattern="cloud/profile/{cluster}",
+    payload=messages.Profile,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("cloud",),
+    purpose="the same, relayed to the cloud",
+)
+ASSIGN: Final = Topic(
+    pattern="cloud/assign/{agent}",
+    payload=messages.Assignment,
+    qos=1,
+    retain=True,
+    publishers=("cloud", "edge"),
+    subscribers=("agent", "edge"),
+    purpose="the cluster that an agent belongs to",
+)
+
+AGENT_JOURNAL: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/journal",
+    payload=messages.Journal,
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("client",),
+    purpose="what an agent took in and decided, where `telemetry.journal` is on",
+)
+EDGE_JOURNAL: Final = Topic(
+    pattern="c/{cluster}/journal",
+    payload=messages.Journal,
+    qos=1,
+    retain=False,
+    publishers=("edge",),
+    subscribers=("client",),
+    purpose="the same of an edge",
+)
+CLOUD_JOURNAL: Final = Topic(
+    pattern="cloud/journal",
+    payload=messages.Journal,
+    qos=1,
+    retain=False,
+    publishers=("cloud",),
+    subscribers=("client",),
+    purpose="the same of the cloud",
+)
+
+TABLE: Final = (
+    AGENT_STATUS,
+    PROMPT,
+    OUTPUT,
+    EDGE_STATUS,
+    ESCALATE,
+    VERDICT,
+    CLOUD_STATUS,
+    CLOUD_VERIFY,
+    CLOUD_VERDICT,
+    PEER,
+    KNOWN,
+    NEIGHBOUR,
+    FL_UPDATE,
+    FL_STATE,
+    CLOUD_FL_UPDATE,
+    CLOUD_FL_STATE,
+    PROFILE,
+    CLOUD_PROFILE,
+    ASSIGN,
+    AGENT_JOURNAL,
+    EDGE_JOURNAL,
+    CLOUD_JOURNAL,
+)
+
+
+def lookup(name: str, root: str = DEFAULT_ROOT) -> tuple[Topic, dict[str, str]] | None:
+    """The row and levels of a full topic name; None for a name that is not ours."""
+    for topic in TABLE:
+        levels = topic.parse(name, root)
+        if levels is not None:
+            return topic, levels
+    return None
+
+
+def decode_for(topic: Topic, payload: bytes) -> messages.AnyMessage:
+    """Decode a payload and check that its type is the row's.
+
+    Raises:
+        ProtocolError: not a message, or a message of another type.
+    """
+    message = messages.decode(payload)
+    if type(message) is not topic.payload:
+        raise ProtocolError(f"{topic.pattern} carries {topic.payload.__name__}, not {type(message).__name__}")
+    return message
+
+
+def markdown() -> str:
+    """The table as Markdown, as it stands in docs/protocol.md."""
+    lines = [
+        "| topic under the root | payload | QoS | retained | who publishes | who subscribes | what for |",
+        "|" + "---|" * 7,
+    ]
+    for topic in TABLE:
+        cells = (
+            f"`{topic.pattern}`",
+            topic.payload.__name__,
+            str(topic.qos),
+            "yes" if topic.retain else "no",
+            ", ".join(topic.publishers),
+            ", ".join(topic.subscribers),
+            topic.purpose,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

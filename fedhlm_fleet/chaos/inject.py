@@ -1,0 +1,94 @@
+"""Does to the running fleet what a fault says, and undoes it; the observer is told what may be lost meanwhile."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Mapping
+
+from fedhlm_fleet.chaos.observer import Observer
+from fedhlm_fleet.chaos.parts import BROKER, Broker, Parts
+from fedhlm_fleet.chaos.proxy import Proxy
+from fedhlm_fleet.chaos.schedule import Fault
+
+
+class Injector:
+    """`proxies` are those between the parts and the broker, `role_of` the role of each part, both by the part's name."""
+
+    def __init__(
+        self,
+        *,
+        observer: Observer,
+        parts: Parts,
+        broker: Broker,
+        proxies: Mapping[str, Proxy],
+        role_of: Mapping[str, str],
+    ) -> None:
+        self._observer = observer
+        self._parts = parts
+        self._broker = broker
+        self._proxies = proxies
+        self._role_of = role_of
+
+    def concerned(self, fault: Fault) -> set[str]:
+        """The agents whose texts a fault may delay."""
+        clusters = {name.removeprefix("edge-") for name in fault.targets if self._role_of[name] == "edge"}
+        everyone = {"broker", "cloud"} & set(fault.roles)
+        return {p.agent for p in self._observer.places if everyone or p.agent in fault.targets or p.cluster in clusters}
+
+    async def inject(self, fault: Fault) -> None:
+        """Do it, wait as long as it lasts, undo it."""
+        # A fault of an edge or of the cloud excuses nobody: the device has to go on alone.
+        lossy = {p.agent for p in self._observer.places if "broker" in fault.roles or p.agent in fault.targets}
+        if fault.kind not in ("throttle", "delay"):
+            self._observer.disturbances.begin(lossy, time.monotonic())
+        match fault.kind:
+            case "kill":
+                await self._kill(fault)
+            case "freeze":
+                await self._freeze(fault)
+            case _:
+                await self._trouble(fault)
+        self._observer.disturbances.heal(lossy, time.monotonic())
+
+    async def _kill(self, fault: Fault) -> None:
+        for name in fault.targets:
+            await self._parts.kill(name)
+            match self._role_of[name]:
+                case "broker":
+                    self._observer.broker_died()
+                case "agent":
+                    self._observer.agent_died(name)
+        await asyncio.sleep(fault.hold_s)
+        for name in fault.targets:
+            if name == BROKER:
+                await self._broker.restart(keep=fault.keep)
+                self._observer.broker_is_back()
+            else:
+                await self._parts.start(name)
+
+    async def _freeze(self, fault: Fault) -> None:
+        for name in fault.targets:
+            self._parts.signal(name, signal.SIGSTOP)
+        await asyncio.sleep(fault.hold_s)
+        for name in fault.targets:
+            self._parts.signal(name, signal.SIGCONT)
+
+    async def _trouble(self, fault: Fault) -> None:
+        proxies = [self._proxies[name] for name in fault.targets]
+        for proxy in proxies:
+            match fault.kind:
+                case "cut":
+                    proxy.cut(refuse=True)
+                case "stall":
+                    proxy.stall()
+                case "throttle":
+                    proxy.throttle(int(fault.amount))
+                case "delay":
+                    proxy.delay(fault.amount)
+                case "half-open-near":
+                    proxy.half_open("near")
+                case "half-open-far":
+                    proxy.half_open("far")
+        await asyncio.sleep(fault.hold_s)
+        for proxy in proxies:
+            proxy.heal()

@@ -1,0 +1,250 @@
+"""The judge from the outside: what every answer must look like, whatever was broken meanwhile.
+
+A Story is one request as a client hears it. `take` checks each Output against what was heard before, `end` what the
+whole must be. Nothing here waits or does I/O; what the texts must be is in `oracle`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from fedhlm.protocol.messages import Output, Sampling
+
+# What a healthy part never logs; refused messages, lost links and full queues are its right to mention.
+LOG_PATTERN: Final = re.compile(
+    r"Traceback \(most recent call last\)| ERROR | CRITICAL |never retrieved|never awaited|Exception ignored"
+    r"|Task was destroyed|Segmentation fault|Fatal Python error"
+)
+LOG_CONTEXT_LINES: Final = 24
+
+
+class Violation(NamedTuple):
+    """A broken invariant: which, of whom, and how."""
+
+    rule: str
+    subject: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.subject}: {self.text}"
+
+
+class Heard(NamedTuple):
+    """One token as it was committed."""
+
+    token: int
+    source: str
+
+
+@dataclass
+class Story:
+    """One request. Times are seconds of one monotonic clock.
+
+    `tokens` are keyed by position; there are holes only where the broker died with outputs in its memory (`torn`).
+    `given_up` says why the client stopped waiting for the rest; what still comes is checked all the same, except
+    after its agent was killed, because a new one may begin the request again.
+    """
+
+    request: str
+    agent: str
+    prompt: str
+    sampling: Sampling
+    max_tokens: int
+    asked_s: float
+    tokens: dict[int, Heard] = field(default_factory=dict)
+    text: str = ""
+    torn: bool = False
+    finish: str | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
+    given_up: str = ""
+    agent_killed: bool = False
+    duplicates: int = 0
+    heard_s: float | None = None
+    length: int = 0  # the position after the last token that was heard
+    violations: list[Violation] = field(default_factory=list)
+    _messages: dict[int, Output] = field(default_factory=dict)  # by the sender's running number
+
+    @property
+    def open(self) -> bool:
+        """Neither finished nor given up."""
+        return self.finish is None and not self.given_up
+
+    @property
+    def last_s(self) -> float:
+        """When something of it was last heard or asked."""
+        return self.asked_s if self.heard_s is None else self.heard_s
+
+    def take(self, output: Output, now_s: float, *, may_miss: bool) -> list[Heard]:
+        """Hear an output; the tokens that are new. `may_miss`: the broker may have lost some since the request was asked."""
+        if self.agent_killed:
+            return []
+        self.heard_s = now_s
+        before = self._messages.get(output.sequence)
+        if before is not None:
+            self.duplicates += 1
+            if before != output:
+                self._blame("changed", f"message {output.sequence} came as {_short(before)}, then as {_short(output)}")
+            return []
+        self._messages[output.sequence] = output
+        if self.finish is not None:
+            self._blame("after the end", f"{_short(output)} after finish {self.finish!r}")
+            return []
+        if len(output.ids) != len(output.sources):
+            self._blame("malformed", f"{len(output.ids)} ids with {len(output.sources)} sources")
+            return []
+        if output.position < self.length:
+            self._repeated(output)
+            return []
+        if output.position > self.length:
+            if not may_miss:
+                self._blame("gap", f"{_short(output)} where position {self.length} was due")
+            self.torn = True
+        new = [Heard(*pair) for pair in zip(output.ids, output.sources, strict=True)]
+        self.tokens.update(enumerate(new, output.position))
+        self.length = output.position + len(new)
+        self.text += output.text
+        if output.finish is not None:
+            self.finish, self.statistics = output.finish, dict(output.statistics)
+            self._ended(output.error)
+        return new
+
+    def _repeated(self, output: Output) -> None:
+        pairs = enumerate(zip(output.ids, output.sources, strict=True), output.position)
+        other = [at for at, pair in pairs if self.tokens.get(at, pair) != pair]
+        if other:
+            self._blame("changed", f"position {other[0]} was {self.tokens[other[0]]}, {_short(output)} says otherwise")
+        else:
+            self._blame("repeated", f"{_short(output)}, though {self.length} tokens were heard")
+
+    def _ended(self, error: str) -> None:
+        if self.finish not in ("length", "stop", "context"):
+            self._blame("failed", f"finish {self.finish!r}: {error}")
+        if self.length > self.max_tokens:
+            self._blame("length", f"{self.length} tokens, at most {self.max_tokens} asked for")
+        if self.finish == "length" and self.length != self.max_tokens:
+            self._blame("length", f"finish 'length' after {self.length} of {self.max_tokens} tokens")
+        counted = {
+            f"tokens_{source}": count for source, count in Counter(t.source for t in self.tokens.values()).items()
+        }
+        told = {name: count for name, count in self.statistics.items() if name.startswith("tokens_")}
+        fits = all(told.get(name, 0.0) >= count for name, count in counted.items()) if self.torn else told == counted
+        if not fits:
+            self._blame("statistics", f"it counts {told}, heard were {counted}")
+
+    def _blame(self, rule: str, text: str) -> None:
+        self.violations.append(Violation(rule, f"{self.agent} {self.request}", text))
+
+    def only_from(self, sources: frozenset[str]) -> bool:
+        """Whether every token, heard or lost, is from these sources, as far as can be known."""
+        heard = {t.source for t in self.tokens.values()}
+        if not self.torn:
+            return heard <= sources
+        told = {name for name, count in self.statistics.items() if name.startswith("tokens_") and count}
+        return self.finish is not None and told <= {f"tokens_{source}" for source in sources}
+
+
+def _short(output: Output) -> str:
+    tokens = " ".join(f"{i}/{s}" for i, s in zip(output.ids, output.sources, strict=False))
+    end = f" finish {output.finish}" if output.finish else ""
+    return f"[{output.position}: {tokens}{end}]"
+
+
+@dataclass
+class Disturbances:
+    """Since when whose prompts and outputs may be lost, and by what; the excuse for asking again.
+
+    A disturbance of an agent lasts until the agent is heard after the healing.
+    """
+
+    _begun: dict[str, float] = field(default_factory=dict)
+    _ended: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    _healed: dict[str, float] = field(default_factory=dict)
+
+    def begin(self, agents: Iterable[str], now_s: float) -> None:
+        """A fault begins that may lose messages of these agents."""
+        for agent in agents:
+            self._begun.setdefault(agent, now_s)
+            self._healed.pop(agent, None)
+
+    def heal(self, agents: Iterable[str], now_s: float) -> None:
+        """The fault is over; each agent is excused until it is heard again."""
+        for agent in agents:
+            if agent in self._begun:
+                self._healed[agent] = now_s
+
+    def heard(self, agent: str, now_s: float) -> None:
+        """An output of the agent arrived."""
+        if agent in self._healed:
+            del self._healed[agent]
+            self._ended.setdefault(agent, []).append((self._begun.pop(agent), now_s))
+
+    def since(self, agent: str, asked_s: float) -> bool:
+        """Whether a message of the agent's may have been lost since `asked_s`."""
+        return agent in self._begun or any(end >= asked_s for _, end in self._ended.get(agent, []))
+
+
+def unanswered(stories: Iterable[Story]) -> list[Violation]:
+    """The stories that neither ended nor were given up for a reason."""
+    return [
+        Violation("unanswered", f"{s.agent} {s.request}", f"{s.length} of {s.max_tokens} tokens, and no end")
+        for s in stories
+        if s.open
+    ]
+
+
+def fresh(stories: Sequence[Story], healthy: frozenset[str]) -> list[Violation]:
+    """After the last fault: all answered, whole, and by those who settle tokens of a `healthy` fleet."""
+    found = unanswered(stories)
+    for story in stories:
+        sources = Counter(t.source for t in story.tokens.values())
+        if story.finish is not None and (story.torn or not story.only_from(healthy)):
+            found.append(
+                Violation("not recovered", f"{story.agent} {story.request}", f"tokens by source {dict(sources)}")
+            )
+    return found
+
+
+def log_violations(part: str, text: str) -> list[Violation]:
+    """What a part's log says that it should not; consecutive lines of one traceback count once."""
+    lines = text.splitlines()
+    found: list[Violation] = []
+    skip_to = 0
+    for number, line in enumerate(lines):
+        if number >= skip_to and LOG_PATTERN.search(line):
+            skip_to = number + LOG_CONTEXT_LINES
+            found.append(Violation("log", part, "\n    ".join(lines[max(0, number - 1) : skip_to])))
+    return found
+
+
+class Growth(NamedTuple):
+    """Limits on the memory of one life of a part, in bytes: ever, and from its settled size (after `settle_s`) to its last."""
+
+    ceiling: int
+    growth: int
+    settle_s: float
+
+
+def growth_bytes(samples: Sequence[tuple[float, int]], settle_s: float) -> int | None:
+    """How much larger the last of (seconds, resident bytes) samples are than that at `settle_s`; None: too short a life.
+
+    The lowest of the last tenth counts: a peak that is given back is no growth.
+    """
+    settled = [size for at, size in samples if at - samples[0][0] >= settle_s]
+    return min(settled[-max(1, len(settled) // 10) :]) - settled[0] if settled else None
+
+
+def memory_violations(part: str, samples: Sequence[tuple[float, int]], limits: Growth) -> list[Violation]:
+    """Check the (seconds, resident bytes) samples of one life, in order."""
+    peak = max((size for _, size in samples), default=0)
+    grown = growth_bytes(samples, limits.settle_s)
+    found = []
+    if peak > limits.ceiling:
+        found.append(
+            Violation("memory", part, f"{peak / 1e6:.0f} MB resident, at most {limits.ceiling / 1e6:.0f} expected")
+        )
+    if grown is not None and grown > limits.growth:
+        text = f"{grown / 1e6:.0f} MB more than {limits.settle_s:g} s after its start, at most {limits.growth / 1e6:.0f} expected"
+        found.append(Violation("memory", part, text))
+    return found

@@ -1,0 +1,341 @@
+"""A chaos run: a fleet under load, one fault after the other, and the verdict on everything that was heard.
+
+Every part has a proxy between itself and the broker; the client has none. A fault is injected while an agent that it
+concerns is writing, and the next one waits until all of those have had a token from the cloud again.
+"""
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from fedhlm import config as configuration
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm.bus.party import Party, Stamp
+from fedhlm.process.run import model_folder
+from fedhlm.telemetry import Counters
+from fedhlm_fleet.chaos.inject import Injector
+from fedhlm_fleet.chaos.invariants import Growth, Story, Violation, fresh, unanswered
+from fedhlm_fleet.chaos.observer import NotInTime, Observer, until
+from fedhlm_fleet.chaos.oracle import Judgement, OnnxModel, checks_of, judge
+from fedhlm_fleet.chaos.parts import BROKER, Broker, Memory, Parts, module
+from fedhlm_fleet.chaos.proxy import Proxy
+from fedhlm_fleet.chaos.report import Recovery, Report
+from fedhlm_fleet.chaos.schedule import Fault, Persistence, schedule
+from fedhlm_fleet.demo.client import Place, Task
+from fedhlm_zoo.prompts import load_items
+
+READY_S: Final = 90.0
+LOAD_S: Final = 60.0
+# A part that does not know of its broken link learns it from its keepalive: 30 s of silence, 30 s for the answer to a
+# ping, then a backoff. Everything else is noticed by a reset or by ten seconds without an acknowledgement, and a broker
+# that was away for three seconds is found again within one backoff of sixteen at most.
+RECOVERY_S: Final = {"half-open-near": 80.0, "half-open-far": 80.0}
+RECOVERY_DEFAULT_S: Final = 40.0
+STEADY_S: Final = 20.0  # for a whole request besides; what was under way may bring a token before the fault is noticed
+FRESH_S: Final = 60.0
+SAMPLE_S: Final = 0.5
+
+# What a life of a part may occupy: the ceiling is about twice what was measured after ten minutes, the growth is what the
+# allocators of onnxruntime and Python still took after the first half minute, with room (docs/chaos.md).
+_MB: Final = 1_000_000
+LIMITS: Final = {
+    "broker": Growth(100 * _MB, 20 * _MB, 30.0),
+    "edge": Growth(250 * _MB, 40 * _MB, 30.0),
+    "cloud": Growth(1_000 * _MB, 200 * _MB, 30.0),
+    "agent": Growth(500 * _MB, 80 * _MB, 30.0),
+}
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run. `faults` ends the run earlier than `seconds`; 0 sets no number. `short`: the plain faults only."""
+
+    seconds: float = 600.0
+    faults: int = 0
+    seed: int = 0
+    preset: str = "exact"
+    clusters: int = 2
+    agents: int = 1
+    tokens: int = 48
+    persistence: Persistence = "both"
+    short: bool = False
+    deadline_ms: int = 2_000
+    retry_ms: int = 300
+
+
+Sabotage = Callable[["Chaos"], Awaitable[None]]
+
+
+class Chaos:
+    """One run. `say` gets a line for each event; `sabotage` runs beside the load, to see that the judge notices it.
+
+    The parts' logs are kept in the folder `logs`.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        say: Callable[[str], object] = print,
+        sabotage: Sabotage | None = None,
+        logs: Path | None = None,
+    ) -> None:
+        self.options = options
+        flags = {
+            "generation.deadline_ms": str(options.deadline_ms),
+            "generation.retry_ms": str(options.retry_ms),
+        }
+        self.overrides = flags
+        self.config = configuration.load(environ={}, preset=options.preset, flags=flags).config
+        self.places = [
+            Place(f"cluster-{c + 1}", f"agent-{c + 1}{chr(ord('a') + a)}")
+            for c in range(options.clusters)
+            for a in range(options.agents)
+        ]
+        self.roles: dict[str, list[str]] = {
+            "broker": [BROKER],
+            "edge": [f"edge-{c}" for c in dict.fromkeys(p.cluster for p in self.places)],
+            "cloud": ["cloud"],
+            "agent": [p.agent for p in self.places],
+        }
+        self.role_of = {name: role for role, names in self.roles.items() for name in names}
+        self.checks = checks_of(self.config.generation)
+        self.healthy = frozenset(self.checks) - {"unverified"}
+        self.observer = Observer(self.places, time.monotonic)
+        self.parts = Parts(time.monotonic, lambda name: LIMITS[self.role_of[name]], logs=logs)
+        self.broker: Broker
+        self.proxies: dict[str, Proxy] = {}
+        self.violations: list[Violation] = []
+        self.recoveries: list[Recovery] = []
+        self._say = say
+        self._sabotage = sabotage
+        self._stopping = False
+
+    async def run(self) -> Report:
+        """Start everything, break it until the time is over, judge, and leave nothing behind.
+
+        Raises:
+            FedhlmError: the run could not begin: no mosquitto, an unknown preset, no models.
+            NotInTime: the fleet was not ready.
+        """
+        began_s = time.monotonic()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.parts)
+            self.broker = Broker(self.parts, persistent=self.options.persistence != "off")
+            await self.broker.start()
+            for name in self.role_of:
+                if name != BROKER:
+                    proxy = Proxy("127.0.0.1", self.broker.port)
+                    self.proxies[name] = await stack.enter_async_context(proxy)
+                    await self._start(name)
+            bus = MqttBus(
+                self.broker.url,
+                client_id="chaos",
+                backoff_cap_s=0.2,
+                connect_timeout_s=10.0,
+                on_link=self.observer.link_changed,
+                rng=random.Random(self.options.seed),
+            )
+            self.counters = Counters()
+            self.observer.party = Party(bus=bus, stamp=Stamp("chaos"), counters=self.counters)
+            await stack.enter_async_context(bus)
+            helpers = [
+                asyncio.create_task(self.observer.listen(), name="chaos-listen"),
+                asyncio.create_task(self._sample(), name="chaos-sample"),
+            ]
+            try:
+                await self._break(began_s)
+            finally:
+                for task in helpers:
+                    task.cancel()
+                await asyncio.wait(helpers)
+            for task in helpers:
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    raise error
+            await self.parts.stop()
+            self.violations += self.parts.judged()
+            memory = self.parts.memory()
+        wall_s = time.monotonic() - began_s
+        judgement = await asyncio.to_thread(self._judge)
+        return self._report(judgement, memory, wall_s)
+
+    async def _start(self, name: str) -> None:
+        role = self.role_of[name]
+        env = {
+            "FEDHLM_BROKER__URL": f"mqtt://127.0.0.1:{self.proxies[name].port}",
+            "FEDHLM_PRESET": self.options.preset,
+        }
+        env |= {configuration.environment_name(key): value for key, value in self.overrides.items()}
+        match role:
+            case "agent":
+                cluster = next(p.cluster for p in self.places if p.agent == name)
+                env |= {"FEDHLM_CLUSTER__NAME": cluster, "FEDHLM_AGENT__ID": name, "FEDHLM_AGENT__THREADS": "1"}
+            case "edge":
+                env |= {"FEDHLM_CLUSTER__NAME": name.removeprefix("edge-")}
+            case _:
+                env |= {"FEDHLM_CLOUD__THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
+        await self.parts.start(name, *module(role), env=env)
+
+    async def _sample(self) -> None:
+        while True:
+            self.parts.sample()
+            await asyncio.sleep(SAMPLE_S)
+
+    # Load
+
+    async def _break(self, began_s: float) -> None:
+        await self._until(self.observer.ready, READY_S, "all agents online, all edges linked")
+        self._say(
+            f"{time.monotonic() - began_s:.1f} s: {len(self.places)} agents, {self.options.clusters} edges, a cloud ready"
+        )
+        tasks = {place: self._tasks(number) for number, place in enumerate(self.places)}
+        working = [
+            asyncio.create_task(self._work(place, own), name=f"ask-{place.agent}") for place, own in tasks.items()
+        ]
+        if self._sabotage is not None:
+            working.append(asyncio.create_task(self._spoil(self._sabotage), name="sabotage"))
+        try:
+            await self._faults(began_s)
+            self._stopping = True
+            # Every worker's wait has a limit of its own.
+            await asyncio.gather(*working)
+        finally:
+            for task in working:
+                task.cancel()
+            await asyncio.wait(working)
+        self.violations += unanswered(self.observer.stories.values())
+        if not self._ended():
+            await self._ask_afresh(tasks)
+
+    async def _spoil(self, sabotage: Sabotage) -> None:
+        await sabotage(self)
+
+    def _ended(self) -> bool:
+        """Whether a part is gone that nobody killed; the run is lost then."""
+        return bool(self.parts.violations)
+
+    def _tasks(self, number: int) -> Iterator[Task]:
+        """Endless requests for one agent, half of them greedy."""
+        rng = random.Random(f"tasks {self.options.seed} {number}")
+        titles = [item.title for item in load_items()]
+        while True:
+            temperature = rng.choice((0.0, None))
+            yield Task("continue", rng.choice(titles) + "\n", "", self.options.tokens, temperature, rng.getrandbits(32))
+
+    async def _work(self, place: Place, tasks: Iterator[Task]) -> None:
+        for task in tasks:
+            while not self._stopping and not self._ended():
+                await self.observer.present(place.agent)
+                story = await self._ask(place, task)
+                await self.observer.settled(story)
+                if story.finish is not None:
+                    break
+            else:
+                return
+
+    async def _ask(self, place: Place, task: Task) -> Story:
+        generation = self.config.generation
+        return await self.observer.ask(
+            place, task, top_p=generation.top_p, coupling=generation.coupling, temperature=generation.temperature
+        )
+
+    # Faults
+
+    async def _faults(self, began_s: float) -> None:
+        until_s = began_s + self.options.seconds
+        faults = schedule(self.options.seed, self.roles, persistence=self.options.persistence, short=self.options.short)
+        injector = Injector(
+            observer=self.observer,
+            parts=self.parts,
+            broker=self.broker,
+            proxies=self.proxies,
+            role_of=self.role_of,
+        )
+        for fault in faults:
+            enough = self.options.faults and fault.number >= self.options.faults
+            if enough or time.monotonic() >= until_s or self._ended():
+                return
+            concerned = injector.concerned(fault)
+            try:
+                await self._until(partial(self.observer.writing, concerned), LOAD_S, f"{sorted(concerned)} writing")
+            except NotInTime as exc:
+                self.violations.append(Violation("recovery", "load", str(exc)))
+                return
+            await injector.inject(fault)
+            healed_s = time.monotonic()
+            recovery_s = await self._recover(fault, concerned, healed_s)
+            became = "not recovered" if recovery_s is None else f"recovered in {recovery_s:.2f} s"
+            self._say(
+                f"{time.monotonic() - began_s:.1f} s: fault {fault.number}, {fault.name} of {', '.join(fault.targets)}, "
+                f"{fault.hold_s:g} s; {became}"
+            )
+
+    async def _recover(self, fault: Fault, concerned: set[str], healed_s: float) -> float | None:
+        """Seconds to a token from the cloud for everybody concerned, once there is a steady state; None: not in time."""
+        who = ", ".join(sorted(concerned))
+        within_s = RECOVERY_S.get(fault.kind, RECOVERY_DEFAULT_S)
+        try:
+            took_s = await self._until(
+                partial(self._served, concerned, healed_s), within_s, f"tokens from the cloud for {who}"
+            )
+            now_s = time.monotonic()
+            await self._until(partial(self._steady, concerned, now_s), within_s + STEADY_S, f"a healthy text for {who}")
+        except NotInTime as exc:
+            self.violations.append(Violation("recovery", fault.name, str(exc)))
+            return None
+        self.recoveries.append(Recovery(fault.name, took_s, time.monotonic() - healed_s))
+        return took_s
+
+    async def _until(self, holds: Callable[[], bool], within_s: float, what: str) -> float:
+        """`until`, but without waiting for what a lost run can no longer bring."""
+        return await until(lambda: self._ended() or holds(), within_s, what)
+
+    def _steady(self, agents: set[str], since_s: float) -> bool:
+        return all(self.observer.steady(agent, since_s, self.healthy) for agent in agents)
+
+    def _served(self, agents: set[str], since_s: float) -> bool:
+        # Where few tokens are verified, a text that asked for nothing in vain is as good a sign.
+        return all(
+            self.observer.cloud_token_s.get(agent, 0.0) > since_s or self.observer.steady(agent, since_s, self.healthy)
+            for agent in agents
+        )
+
+    # The end
+
+    async def _ask_afresh(self, tasks: dict[Place, Iterator[Task]]) -> None:
+        try:
+            await until(self.observer.ready, READY_S, "all agents online, all edges linked after the last fault")
+            stories = [await self._ask(place, next(own)) for place, own in tasks.items()]
+            await until(lambda: not any(s.open for s in stories), FRESH_S, "fresh requests answered")
+        except NotInTime as exc:
+            self.violations.append(Violation("not recovered", "fleet", str(exc)))
+        else:
+            self.violations += fresh(stories, self.healthy)
+
+    def _judge(self) -> Judgement:
+        llm = OnnxModel(model_folder(self.config.cloud.model, "llm"), threads=0, steps=False)
+        slm = OnnxModel(model_folder(self.config.agent.model, "slm"), threads=0, steps=True)
+        return judge(self.observer.stories.values(), {"llm": llm, "slm": slm}, self.checks)
+
+    def _report(self, judgement: Judgement, memory: dict[str, Memory], wall_s: float) -> Report:
+        stories = list(self.observer.stories.values())
+        found = [*self.violations, *(v for story in stories for v in story.violations), *judgement.violations]
+        if refused := self.counters["refused_messages"]:
+            found.append(Violation("malformed", "client", f"{refused} messages that were none of their topic"))
+        return Report.of(
+            options=msgspec.to_builtins(self.options),
+            stories=stories,
+            recoveries=self.recoveries,
+            judgement=judgement,
+            memory=memory,
+            violations=found,
+            wall_s=wall_s,
+            strangers=self.observer.strangers,
+        )

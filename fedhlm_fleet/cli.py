@@ -1,0 +1,261 @@
+"""The `fedhlm` command: parses, dispatches, and turns what users can act on into one line and an exit code.
+
+Exit codes: 0 done, 1 not done as wished, 2 wrong usage or configuration, 130 interrupted. Whatever is heavy is imported by the
+command that needs it, so that help and errors come at once.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
+
+from fedhlm.errors import FedhlmError
+from fedhlm_fleet.commands import doctor, flash, models, pki, provision, simulate, trace, traces
+from fedhlm_fleet.commands.common import Positive, Seconds, Seed, Share, needing
+
+if TYPE_CHECKING:
+    from fedhlm.config import Loaded
+
+USAGE_ERROR: Final = 2
+INTERRUPTED: Final = 130
+BROKEN_PIPE: Final = 141
+
+Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+
+
+def _version() -> str:
+    return metadata.version("fedhlm")
+
+
+app = App(
+    name="fedhlm",
+    version=_version,
+    version_flags=["--version"],
+    help="Hybrid language models over MQTT: devices draft, the cloud's model settles what is doubtful.",
+    help_format="plaintext",
+)
+config_app = App(name="config", help="Look at the configuration.")
+app.command(config_app)
+app.command(models.app)
+app.command(pki.app)
+app.command(simulate.simulate)
+app.command(traces.record)
+app.command(traces.replay)
+app.command(trace.app)
+app.command(doctor.doctor)
+app.command(flash.flash)
+app.command(provision.app)
+
+
+@config_app.command(name="check")
+def config_check(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+    """Print the merged configuration and where each value comes from.
+
+    Every key is also a flag: --generation.seed 7.
+
+    Parameters
+    ----------
+    config
+        TOML file.
+    preset
+        Shipped preset or path of a preset file.
+    """
+    from fedhlm.config import check
+
+    print(check(_loaded(keys, config, preset)))
+    return 0
+
+
+@app.command
+def presets() -> int:
+    """List the shipped presets and what each promises."""
+    from fedhlm import config
+    from fedhlm.settings import DEFAULT_PRESET
+
+    promises = config.presets()
+    width = max(map(len, promises))
+    for name, promise in promises.items():
+        print(f"{name:<{width}}  {promise}{' (default)' if name == DEFAULT_PRESET else ''}")
+    return 0
+
+
+@app.command
+def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, prompt: str | None = None) -> int:
+    """Run a device: it drafts with the small model and asks its edge.
+
+    Every configuration key is also a flag: --agent.id porch --broker.url mqtt://edge:1883.
+
+    Parameters
+    ----------
+    config
+        TOML file.
+    preset
+        Shipped preset or path of a preset file.
+    prompt
+        Continue this text, print the result and end; without it the agent serves prompts from the bus.
+    """
+    loaded = _loaded(keys, config, preset)
+    with needing("agent"):
+        from edge_agent.__main__ import main as run
+    return run(loaded, prompt)
+
+
+@app.command
+def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+    """Run a cluster's edge, with its own MQTT broker when broker.url is empty.
+
+    Every configuration key is also a flag: --cluster.name home --edge.upstream.url mqtt://cloud:1883.
+
+    Parameters
+    ----------
+    config
+        TOML file.
+    preset
+        Shipped preset or path of a preset file.
+    """
+    loaded = _loaded(keys, config, preset)
+    with needing("edge"):
+        from edge_broker.__main__ import main as run
+    return run(loaded)
+
+
+@app.command
+def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+    """Run the verifier with the large model.
+
+    Every configuration key is also a flag: --broker.url mqtt://localhost:1883 --cloud.threads 4.
+
+    Parameters
+    ----------
+    config
+        TOML file.
+    preset
+        Shipped preset or path of a preset file.
+    """
+    loaded = _loaded(keys, config, preset)
+    with needing("cloud"):
+        from cloud_verifier.__main__ import main as run
+    return run(loaded)
+
+
+@app.command
+def demo(
+    *,
+    preset: str = "budget",
+    prompts: Path | None = None,
+    tokens: Positive = 64,
+    seed: Seed = 0,
+    broker: str = "",
+    duration: Seconds = 30.0,
+    budget: Share | None = None,
+    alpha: Annotated[float, Parameter(validator=Number(gt=0))] | None = None,
+    temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.0,
+    json: Path | None = None,
+    record: Path | None = None,
+) -> int:
+    """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled what at which price.
+
+    After the run the same few prompts are asked under this preset, exact, fedhlm and hlm, in one table.
+
+    Parameters
+    ----------
+    preset
+        Shipped preset or path of a preset file.
+    prompts
+        Text file with one title a line, or .jsonl with title, text and topic; the shipped news by default.
+    tokens
+        Tokens per prompt.
+    seed
+        Seed of all generations.
+    broker
+        URL of an MQTT broker to use; by default the demo starts its own.
+    duration
+        Seconds after which no new prompt of the run is begun; the comparison comes after it.
+    budget
+        Error allowed per token, for presets with a learnt threshold; by default the preset's own.
+    alpha
+        Dirichlet concentration that shares out the news over the agents: 0.1 gives each few topics, 10 nearly all alike;
+        by default all agents share one list.
+    temperature
+        Of the continued texts; topics are always asked for at 0.
+    json
+        File for the results.
+    record
+        File for a recording of all that passes over the broker, journals included; nothing is compared then.
+    """
+    with needing("agent,edge,cloud"):
+        from fedhlm_fleet.demo.run import run
+    return run(
+        preset=preset,
+        prompts=prompts,
+        tokens=tokens,
+        seed=seed,
+        broker=broker,
+        duration_s=duration,
+        budget=budget,
+        alpha=alpha,
+        temperature=temperature,
+        json_file=json,
+        recording=record,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (the process's own by default) and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(given, result_action="return_value", exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except FedhlmError as exc:
+        return _fail(str(exc))
+    except CycloptsError as exc:
+        return _fail(f"{exc} (fedhlm --help lists the commands)")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone; the interpreter's own flush at exit must not complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code if isinstance(code, int) else 0
+
+
+def parse_keys(tokens: Sequence[str]) -> dict[str, str]:
+    """`--generation.seed 7` or `--generation.seed=7` as dotted keys with their text; a hyphen in a name stands for `_`.
+
+    Raises:
+        FedhlmError: a word that is no flag, or a flag without value.
+    """
+    found: dict[str, str] = {}
+    rest = list(tokens)
+    while rest:
+        flag, separator, value = rest.pop(0).partition("=")
+        if not flag.startswith("--") or len(flag) == len("--"):
+            raise FedhlmError(f"argument {flag!r}: --key value expected, such as --generation.seed 7")
+        if not separator:
+            if not rest or rest[0].startswith("--"):
+                near = difflib.get_close_matches(flag, ("--config", "--preset", "--help"), n=1)
+                raise FedhlmError(f"{flag} has no value{f', did you mean {near[0]}?' if near else ''}")
+            value = rest.pop(0)
+        found[flag.removeprefix("--").replace("-", "_")] = value
+    return found
+
+
+def _loaded(keys: Sequence[str], file: Path | None, preset: str | None) -> "Loaded":
+    from fedhlm.config import load
+
+    return load(file=file, preset=preset, flags=parse_keys(keys))
+
+
+def _fail(reason: str) -> int:
+    print(f"fedhlm: {' '.join(reason.split())}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""`fedhlm doctor`: examine a part where it stands."""
+
+import difflib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from fedhlm.errors import ConfigError, FedhlmError
+
+if TYPE_CHECKING:
+    from fedhlm_fleet.doctor.finding import Role, Subject
+
+Words = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+
+
+def doctor(*words: Words, config: Path | None = None, preset: str | None = None, json: bool = False) -> int:
+    """Examine an agent, an edge or a cloud on this machine: fedhlm doctor edge --config edge.toml.
+
+    Every configuration key is also a flag. Exit code 0: nothing failed; 1: a check failed.
+
+    Parameters
+    ----------
+    config
+        TOML file of the part.
+    preset
+        Shipped preset or path of a preset file.
+    json
+        Print one JSON object instead of text.
+    """
+    from rich.console import Console
+
+    from fedhlm_fleet.cli import parse_keys
+    from fedhlm_fleet.doctor.checks import checks_of
+    from fedhlm_fleet.doctor.finding import ROLES
+    from fedhlm_fleet.doctor.report import as_json, failed, show, summary
+    from fedhlm_fleet.doctor.runner import examine
+
+    given, *rest = words if words and not words[0].startswith("--") else ("agent", *words)
+    role = next((role for role in ROLES if role == given), None)
+    if role is None:
+        near = difflib.get_close_matches(given, ROLES, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise FedhlmError(f"doctor of {given!r}: one of {', '.join(ROLES)} expected{hint}")
+    subject = _subject(role, config, preset, parse_keys(rest))
+    begun_s = time.monotonic()
+    console = Console(highlight=False, soft_wrap=False)
+    if not json:
+        console.print(f"fedhlm doctor: {role} {subject.name}\n", markup=False)
+    findings = []
+    try:
+        for finding in examine(checks_of(subject), subject):
+            findings.append(finding)
+            if not json:
+                show(finding, console)
+    finally:
+        subject.close()
+    seconds = time.monotonic() - begun_s
+    if json:
+        print(as_json(subject, findings, seconds))
+    else:
+        console.print(f"\n{summary(findings)} ({seconds:.1f} s)", markup=False)
+    return 1 if failed(findings) else 0
+
+
+def _subject(role: "Role", file: Path | None, preset: str | None, flags: dict[str, str]) -> "Subject":
+    """A configuration that cannot be used is a finding; what is wrong on the command line is the caller's error."""
+    from fedhlm.config import load
+    from fedhlm_fleet.doctor.finding import Subject
+
+    try:
+        return Subject(role, load(file=file, preset=preset, flags=flags))
+    except ConfigError as exc:
+        if "(flag --" in exc.expectation:
+            raise
+        return Subject(role, None, problem=exc)

@@ -1,0 +1,194 @@
+"""`fedhlm flash`: flags and words around fedhlm_fleet.flash; what is written where, and what to do with it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from cyclopts import Parameter
+
+from fedhlm.errors import ConfigError
+from fedhlm_fleet.commands.common import needing
+
+if TYPE_CHECKING:
+    from fedhlm_fleet.flash.batch import Done, Order, Party
+    from fedhlm_fleet.flash.plan import Payload, Tls
+
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+Python = Literal["3.11", "3.12", "3.13"]
+BUNDLE: Final = Path("bundle")
+
+
+def flash(
+    *,
+    image: Path | None = None,
+    boot: Path | None = None,
+    device: Path | None = None,
+    out: Path | None = None,
+    csv: Path | None = None,
+    agent: str = "",
+    cluster: str = "",
+    broker: str = "",
+    hostname: str = "",
+    user: str = "pi",
+    ssh_key: Path | None = None,
+    wifi_ssid: str = "",
+    wifi_password_file: Path | None = None,
+    wifi_country: str = "",
+    pki: Path | None = None,
+    cert: Path | None = None,
+    key: Path | None = None,
+    ca: Path | None = None,
+    config: Path | None = None,
+    bundle: Path = BUNDLE,
+    wheels: Path | None = None,
+    model: Path | None = None,
+    python: Python = "3.13",
+    manifest: Path | None = None,
+    dry_run: Flag = False,
+    yes: Flag = False,
+) -> int:
+    """Make cards with Raspberry Pi OS boot into a running agent, without internet.
+
+    Parameters
+    ----------
+    image
+        Image of Raspberry Pi OS (64 bit, Trixie), changed in place; with --out or --device it is copied there first (.img or
+        .img.xz).
+    boot
+        Folder where a card's boot partition is mounted.
+    device
+        Card with Raspberry Pi OS, such as /dev/sdX. A disk that is mounted, in use or not removable is refused.
+    out
+        File for the changed copy of --image, or a folder for AGENT.img.
+    csv
+        Many cards: a line of column names (agent, and any of these flags with _ for -), then a line each; empty cells take
+        the flags' values.
+    agent
+        The device's name, agent.id.
+    cluster
+        Its cluster, cluster.name.
+    broker
+        Its broker, mqtts://HOST[:PORT].
+    hostname
+        Host name; the agent's name by default.
+    user
+        Who may log in with --ssh-key.
+    ssh_key
+        File of a public key; without one nobody can log in.
+    wifi_ssid
+        Name of the Wi-Fi network.
+    wifi_password_file
+        File with its password; without one the network is open. Only the key derived from it goes onto the card.
+    wifi_country
+        Country code, such as DE.
+    pki
+        Folder of `fedhlm pki`: the agent's certificate is taken from it, or made where it has none.
+    cert
+        Certificate in PEM, instead of --pki.
+    key
+        Its key.
+    ca
+        Who signed the broker's and this certificate.
+    config
+        TOML file with further keys of the agent.
+    bundle
+        Folder in which wheels are kept for the device; filled by pip when it is empty.
+    wheels
+        Folder of wheels that is taken as it is, without any network.
+    model
+        Model folder to use instead of the shipped one.
+    python
+        Python of the image: 3.13 is Trixie's, 3.11 Bookworm's.
+    manifest
+        Also write the made images as a list for Raspberry Pi Imager (.rpi-imager-manifest).
+    dry_run
+        Say what would be written; nothing is, and no certificate is made.
+    yes
+        Write to --device without asking.
+    """
+    from fedhlm_fleet.flash import batch
+    from fedhlm_fleet.flash import bundle as bundles
+    from fedhlm_fleet.flash.plan import payload
+
+    now = datetime.now(UTC)
+    values = given(
+        agent=agent, cluster=cluster, broker=broker, hostname=hostname, user=user, ssh_key=ssh_key, wifi_ssid=wifi_ssid,
+        wifi_password_file=wifi_password_file, wifi_country=wifi_country, config=config, cert=cert, key=key, ca=ca,
+        boot=boot, image=image, device=device, out=out,
+    )  # fmt: skip
+    orders = batch.read(csv, values) if csv is not None else [batch.order_of(values)]
+    if manifest is not None and any(order.place != (order.out or order.image) for order in orders):
+        raise ConfigError("--manifest", str(manifest), "a list of images: --image expected, with --out for many")
+    found = bundles.wheels(wheels, python=python) if wheels else bundles.fill(bundle, python=python)
+    parts = bundles.parts(found, model=model)
+    units = bundles.shipped_units()
+
+    def payload_of(order: "Order") -> "Payload":
+        tls = tls_of(order.party, pki, now, issue=not dry_run)
+        made_s = int(now.timestamp())
+        return payload(order.device, tls=tls, settings=order.party.settings, bundle=parts, units=units, made_s=made_s)
+
+    if dry_run:
+        for order in orders:
+            print("\n".join(batch.described(order, payload_of(order))))
+        return 0
+    _confirm(orders, yes=yes)
+    done, failed = batch.make_all(orders, payload_of, print)
+    if manifest is not None:
+        _manifest(manifest, done, now)
+    if done:
+        print("next: put the card into the device; it installs itself at first boot, in a few minutes, and serves")
+    return 1 if failed else 0
+
+
+def given(**values: str | Path | None) -> dict[str, str]:
+    """What was given on the command line, as text by name."""
+    return {name: str(value) for name, value in values.items() if value}
+
+
+def tls_of(party: "Party", pki: Path | None, now: datetime, *, issue: bool) -> "Tls | None":
+    """The certificate of a device from its files or the PKI, or None where its broker asks for none.
+
+    Raises:
+        FedhlmError: there is none that can be used.
+    """
+    from fedhlm_fleet.flash.plan import Tls
+
+    if not party.device.uses_tls or (party.certificate is None and pki is None):
+        return None
+    with needing("operator"):
+        from fedhlm_fleet.flash import credentials
+    agent = party.device.agent
+    if party.certificate is not None:
+        cert, key, ca = party.certificate
+        return credentials.from_files(cert, key, ca, agent=agent, now=now)
+    assert pki is not None  # noqa: S101  one of the two is given, see above
+    found = credentials.from_pki(pki, agent, party.device.cluster, now=now, issue=issue)
+    # In a dry run nothing is issued: texts of about the size that a certificate will have.
+    return found or Tls(b"*" * 650, b"*" * 750, b"*" * 241)
+
+
+def _confirm(orders: "Sequence[Order]", *, yes: bool, ask: Callable[[str], str] = input) -> None:
+    from fedhlm_fleet.flash import disks
+
+    targets = [disks.require_card(order.disk) for order in orders if order.disk is not None]
+    if not targets or yes:
+        return
+    named = ", ".join(f"{disk.path} ({disk.model or 'unnamed'}, {disk.size / 1e9:.1f} GB)" for disk in targets)
+    if not sys.stdin.isatty():
+        raise ConfigError("--yes", None, f"expected where nobody can be asked about {named}")
+    if ask(f"write to {named}? [y/N] ").strip().lower() not in {"y", "yes"}:
+        raise ConfigError("--device", named, "nothing was written")
+
+
+def _manifest(path: Path, done: "Sequence[Done]", now: datetime) -> None:
+    from fedhlm_fleet.flash import manifest
+
+    entries = [
+        manifest.entry(made.order.place, agent=made.order.device.agent, cluster=made.order.device.cluster, made=now)
+        for made in done
+    ]
+    manifest.write(path, entries)
+    print(f"{path}: {len(entries)} images, for `rpi-imager --repo {path}`")

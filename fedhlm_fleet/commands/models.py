@@ -1,0 +1,168 @@
+"""`fedhlm models`: train, export, quantise, inspect and measure."""
+
+from pathlib import Path
+from typing import Literal
+
+from cyclopts import App
+from msgspec.structs import asdict
+
+from fedhlm_fleet.commands.common import Positive, needing, print_facts
+
+app = App(name="models", help="Train, export, quantise and inspect models.")
+
+
+@app.command(name="export")
+def models_export(source: str, out: Path, *, tokenizer: Path | None = None, name: str | None = None) -> int:
+    """Export a Hugging Face causal language model to ONNX, compared with torch.
+
+    Parameters
+    ----------
+    source
+        Model directory or hub id.
+    out
+        Folder to write.
+    tokenizer
+        Folder or file with tokenizer.json, for a source that has none.
+    name
+        Name of the model; by default that of the source.
+    """
+    with needing("models"):
+        from fedhlm_zoo.export import export
+    export(source, out, tokenizer=tokenizer, name=name)
+    return models_info(out)
+
+
+@app.command(name="quantise")
+def models_quantise(
+    folder: Path, out: Path, *, mode: Literal["int8-dynamic", "weights-int8", "weights-fp16"] = "int8-dynamic"
+) -> int:
+    """Quantise an exported model.
+
+    Parameters
+    ----------
+    folder
+        Exported fp32 model.
+    out
+        Folder to write.
+    mode
+        int8-dynamic is for drafting; a cloud model takes one of the weights-only modes.
+    """
+    with needing("models"):
+        from fedhlm_zoo.quantise import quantise
+    quantise(folder, out, mode)
+    return models_info(out)
+
+
+@app.command(name="info")
+def models_info(folder: Path) -> int:
+    """Describe a model folder.
+
+    Parameters
+    ----------
+    folder
+        Exported or quantised model.
+    """
+    with needing("models"):
+        from fedhlm_zoo.info import summary
+    print_facts(summary(folder))
+    return 0
+
+
+@app.command(name="train")
+def models_train(runs: Path, *, data: Path | None = None, until: str | None = None) -> int:
+    """Train the default pair stage by stage; what an earlier call finished is kept, what it began goes on.
+
+    Parameters
+    ----------
+    runs
+        Working folder.
+    data
+        Folder with ag_news/ and news_text/; by default FEDHLM_DATA, ../shared/data or the hub.
+    until
+        Last stage to run.
+    """
+    from fedhlm.telemetry import configure_logging
+
+    with needing("models"):
+        from fedhlm_zoo.recipe import run_recipe
+    configure_logging("INFO", "models")
+    print_facts(run_recipe(runs, data, until=until))
+    return 0
+
+
+@app.command(name="release")
+def models_release(
+    runs: Path,
+    out: Path,
+    *,
+    data: Path | None = None,
+    articles: Positive | None = None,
+    prompts: Positive = 100,
+    threads: Positive = 1,
+) -> int:
+    """Export, quantise and measure a trained pair, and write its model cards.
+
+    Parameters
+    ----------
+    runs
+        Working folder of `fedhlm models train`.
+    out
+        Folder for the two model folders.
+    data
+        Folder with ag_news/; by default FEDHLM_DATA, ../shared/data or the hub.
+    articles
+        Size of a random sample of the test split; all of it by default.
+    prompts
+        Number of titles that the LLM continues.
+    threads
+        Threads of the models while they are measured.
+    """
+    from fedhlm.telemetry import configure_logging
+
+    with needing("models"):
+        from fedhlm_zoo.release import release
+    configure_logging("INFO", "models")
+    print_facts(release(runs, out, data, articles=articles, prompts=prompts, threads=threads))
+    return 0
+
+
+@app.command(name="evaluate")
+def models_evaluate(
+    folder: Path,
+    *,
+    target: Path | None = None,
+    data: Path | None = None,
+    articles: Positive | None = None,
+    prompts: Positive = 100,
+    tokenizer: Path | None = None,
+    threads: Positive = 1,
+) -> int:
+    """Measure topic accuracy and perplexity on the AG News test split and, with a target, how often both agree.
+
+    Parameters
+    ----------
+    folder
+        Exported model or Hugging Face directory.
+    target
+        Large model whose continuations the first one is to predict.
+    data
+        Folder with ag_news/; by default FEDHLM_DATA, ../shared/data or the hub.
+    articles
+        Size of a random sample; all of the split by default.
+    prompts
+        Number of titles that the target continues.
+    tokenizer
+        Folder with tokenizer.json, for a Hugging Face directory without one.
+    threads
+        Threads of an exported model.
+    """
+    with needing("models"):
+        from fedhlm_zoo import evaluate
+        from fedhlm_zoo.corpus import load_ag_news
+    split = load_ag_news("test", data)
+    model = evaluate.open_model(folder, tokenizer=tokenizer, threads=threads)
+    print_facts(asdict(evaluate.evaluate(model, evaluate.sample(split, articles))))
+    if target is not None:
+        other = evaluate.open_model(target, tokenizer=tokenizer, threads=threads)
+        print_facts(asdict(evaluate.agreement(model, other, evaluate.sample(split, prompts))))
+    return 0

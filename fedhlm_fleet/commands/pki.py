@@ -1,0 +1,294 @@
+"""`fedhlm pki`: flags and words around fedhlm_fleet.pki; what was made, where it lies, and what to do next."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+
+from fedhlm.errors import ConfigError
+from fedhlm_fleet.commands.common import needing, print_facts
+from fedhlm_fleet.pki.roles import CertificateRole
+
+if TYPE_CHECKING:
+    from fedhlm_fleet.pki.acl import Place
+    from fedhlm_fleet.pki.authority import Made
+
+Many = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+Days = Annotated[int, Parameter(validator=Number(gte=1, lte=36_500))]
+Port = Annotated[int | None, Parameter(validator=Number(gte=1, lte=65_535))]
+PKI: Final = Path("pki")
+
+app = App(name="pki", help="Certificates of a fleet, and brokers that trust them.")
+
+
+@app.command
+def init(folder: Path = PKI, /, *, days: Days = 3_650, name: str = "fedhlm CA") -> int:
+    """Make a certificate authority; one that is there already is left as it is.
+
+    Parameters
+    ----------
+    folder
+        Where it is kept. Its ca.key makes certificates: keep the folder off the devices and brokers.
+    days
+        How long the CA is good.
+    name
+        Common name of the CA.
+    """
+    with needing("operator"):
+        from fedhlm_fleet.pki import authority
+    if not name.strip() or len(name) > 64:
+        raise ConfigError("--name", name, "1..64 characters expected")
+    made = authority.create(folder, days=days, name=name, now=_now())
+    until = authority.ca_certificate(folder).not_valid_after_utc
+    print(f"{'made a CA in' if made else 'nothing changed, there is a CA in'} {folder}, good until {until:%Y-%m-%d}")
+    if made:
+        print(f"next: fedhlm pki issue broker --role broker --dns HOST --pki {folder}")
+    return 0
+
+
+@app.command
+def issue(
+    name: str,
+    /,
+    *,
+    role: CertificateRole | None = None,
+    cluster: Many = (),
+    dns: Many = (),
+    days: Days = 365,
+    renew: Flag = False,
+    if_missing: Flag = False,
+    pki: Path = PKI,
+) -> int:
+    """Make a key and a certificate for a party and say where they are and which keys to set.
+
+    Parameters
+    ----------
+    name
+        The party: agent.id, edge-CLUSTER, cloud, or any name for a broker, client or observer.
+    role
+        What its certificate is for; an observer reads all topics and writes none.
+    cluster
+        Its cluster; agents and clients may have several, a client without one reaches all.
+    dns
+        Host names and addresses by which parties reach this broker.
+    days
+        How long the certificate is good, though no longer than the CA.
+    renew
+        Replace the certificate of a name; what is not given stays. The former one stays good until it expires or is
+        revoked.
+    if_missing
+        Where the name has a certificate that is good, leave it and succeed.
+    pki
+        Folder of the CA.
+    """
+    with needing("operator"):
+        from fedhlm_fleet.pki import authority
+        from fedhlm_fleet.pki.registry import Registry
+    now = _now()
+    if if_missing and not renew:
+        entry = Registry.load(pki).entries.get(name)
+        if entry is not None and entry.usable(now):
+            given = (role or entry.role, cluster or entry.clusters, dns or entry.hosts)
+            if given != (entry.role, entry.clusters, entry.hosts):
+                was = " ".join((entry.role, *entry.clusters, *entry.hosts))
+                raise ConfigError("NAME", name, f"issued already, otherwise ({was}): --renew or another name expected")
+            print(f"nothing changed, {name} is issued until {entry.newest.not_after:%Y-%m-%d}")
+            return 0
+    made = authority.issue(pki, name, role=role, clusters=cluster, hosts=dns, days=days, renew=renew, now=now)
+    print_facts(_told(made))
+    return 0
+
+
+@app.command
+def revoke(name: str, /, *, superseded: Flag = False, pki: Path = PKI) -> int:
+    """Take back all certificates of a name, for a device that is lost; brokers refuse it once they have the new list.
+
+    Parameters
+    ----------
+    name
+        The party.
+    superseded
+        All but its newest certificate, after a renewal.
+    pki
+        Folder of the CA.
+    """
+    with needing("operator"):
+        from fedhlm_fleet.pki import authority
+    taken = authority.revoke(pki, name, superseded=superseded, now=_now())
+    if not taken:
+        print(f"nothing changed, {name} has no {'superseded ' if superseded else ''}certificate left to revoke")
+    for certificate in taken:
+        print(f"revoked {name}, serial {certificate.serial}, good until {certificate.not_after:%Y-%m-%d}")
+    print(f"list: {pki / authority.CRL}; brokers take it after `fedhlm pki mosquitto ...` and SIGHUP")
+    return 0
+
+
+@app.command(name="list")
+def list_(*, pki: Path = PKI, json: Flag = False) -> int:
+    """Show who has which certificate until when, and until when the CA and its revocation list are good.
+
+    Parameters
+    ----------
+    pki
+        Folder of the CA.
+    json
+        For programs: one JSON array.
+    """
+    with needing("operator"):
+        from fedhlm_fleet.pki import authority
+        from fedhlm_fleet.pki.registry import Registry
+    now = _now()
+    until = authority.ca_certificate(pki).not_valid_after_utc
+    entries = [entry for _, entry in sorted(Registry.load(pki).entries.items())]
+    heads = ("name", "role", "cluster", "serial", "not after", "state")
+    rows = [
+        (e.name, e.role, ",".join(e.clusters) or "-", c.serial, f"{c.not_after:%Y-%m-%d}", c.state(now))
+        for e in entries
+        for c in e.certificates
+    ]
+    if json:
+        named = [dict(zip((head.replace(" ", "_") for head in heads), row, strict=True)) for row in rows]
+        print(msgspec.json.encode(named).decode())
+        return 0
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    for row in (heads, *rows):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    crl_until = authority.crl_until(pki)
+    print(f"\nCA good until {until:%Y-%m-%d}{_hurry(until, now, 'make a new one in another folder')}")
+    print(f"revocation list good until {crl_until:%Y-%m-%d}{_hurry(crl_until, now, 'fedhlm pki crl')}")
+    return 0
+
+
+@app.command
+def crl(*, pki: Path = PKI) -> int:
+    """Make the revocation list anew; brokers refuse everybody when theirs has passed its end.
+
+    Parameters
+    ----------
+    pki
+        Folder of the CA.
+    """
+    with needing("operator"):
+        from fedhlm_fleet.pki import authority
+    until = authority.renew_crl(pki, now=_now())
+    print(f"{pki / authority.CRL} is good until {until:%Y-%m-%d}; copy it to the brokers and send them SIGHUP")
+    return 0
+
+
+@app.command
+def mosquitto(
+    *,
+    out: Path,
+    cluster: str | None = None,
+    cloud: Flag = False,
+    all: Flag = False,  # noqa: A002  the flag's name
+    plain: Flag = False,
+    broker: str | None = None,
+    port: Port = None,
+    bind: str = "",
+    at: str = "",
+    data: str = "/var/lib/mosquitto/",
+    root: str | None = None,
+    pki: Path = PKI,
+) -> int:
+    """Write a mosquitto broker's configuration, access rights, certificates and revocation list to a folder.
+
+    To be run again after every issue and revoke; the broker takes the changes on SIGHUP.
+
+    Parameters
+    ----------
+    out
+        Folder to write.
+    cluster
+        The broker of this cluster.
+    cloud
+        The broker between edges and cloud.
+    all
+        One broker for everything.
+    plain
+        For development: no certificates, everybody may do everything, reachable from this machine only.
+    broker
+        Name of the broker's certificate, where several were issued.
+    port
+        Port to listen on: 8883, or 1883 with --plain.
+    bind
+        Address to listen on; every one by default, 127.0.0.1 with --plain.
+    at
+        The folder's path as the broker sees it, for a container: /mosquitto/config.
+    data
+        Folder of the broker's own state.
+    root
+        First levels of all topics, as broker.root; its default where it is not given.
+    pki
+        Folder of the CA.
+    """
+    with needing("operator"):
+        from fedhlm.protocol.topics import DEFAULT_ROOT
+        from fedhlm_fleet.pki import mosquitto as make
+    if [cluster is not None, cloud, all, plain].count(True) != 1:
+        raise ConfigError("--cluster, --cloud, --all, --plain", None, "exactly one of them expected")
+    listener = make.Listener(port or (1883 if plain else 8883), bind, at, data)
+    if plain:
+        make.configure_plain(out, listener=listener)
+        print(f"wrote {out / make.CONFIGURATION}: no TLS, for development")
+    else:
+        place = _place(cluster, cloud=cloud)
+        entry = make.configure(
+            pki, out, place=place, listener=listener, broker=broker, root=root or DEFAULT_ROOT, now=_now()
+        )
+        print_facts(
+            {
+                "folder": out,
+                "broker": f"{entry.name}, reached as {', '.join(entry.hosts)}, port {listener.port}",
+                "rights": out / make.ACL,
+                "key": f"{out / make.KEY}, to be readable by the user that mosquitto runs as",
+            }
+        )
+    print(f"next: mosquitto -c {at or out}/{make.CONFIGURATION}, or SIGHUP to the one that runs")
+    return 0
+
+
+def _place(cluster: str | None, *, cloud: bool) -> "Place":
+    from fedhlm_fleet.pki.acl import Place
+
+    if cluster is not None:
+        return Place("cluster", cluster)
+    return Place("cloud") if cloud else Place("shared")
+
+
+def _told(made: "Made") -> dict[str, object]:
+    entry = made.entry
+    end = f"{entry.newest.not_after:%Y-%m-%d}"
+    facts: dict[str, object] = {
+        "issued": f"{entry.name}, {entry.role}{' of ' + ', '.join(entry.clusters) if entry.clusters else ''}",
+        "serial": entry.newest.serial,
+        "good until": f"{end}, when the CA ends" if made.clipped else end,
+    }
+    if entry.role == "broker":
+        facts |= {"cert": made.cert, "key": made.key, "hosts": ", ".join(entry.hosts)}
+        facts["next"] = "fedhlm pki mosquitto, which copies them"
+    else:
+        facts |= {"broker.ca": made.ca, "broker.cert": made.cert, "broker.key": made.key}
+        if entry.role == "edge":
+            facts["edge.upstream"] = "the same three as edge.upstream.ca, .cert and .key"
+        if entry.role == "agent":
+            facts["also"] = f"agent.id {entry.name}, cluster.name {entry.clusters[0]}"
+        facts["next"] = "fedhlm pki mosquitto and SIGHUP, so that brokers know the name"
+    for former in made.former:
+        facts["former"] = f"serial {former.serial} stays good until {former.not_after:%Y-%m-%d}; "
+        facts["former"] = f"{facts['former']}fedhlm pki revoke {entry.name} --superseded ends it"
+    return facts
+
+
+def _hurry(until: datetime, now: datetime, remedy: str) -> str:
+    from fedhlm_fleet.pki.registry import EXPIRING
+
+    return f": {remedy}" if now >= until - EXPIRING else ""
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

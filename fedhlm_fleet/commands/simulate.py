@@ -1,0 +1,259 @@
+"""`fedhlm simulate`: whole fleets in virtual time under faults, each step held against the invariants."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from fedhlm.errors import ConfigError, FedhlmError
+from fedhlm_fleet.commands.common import Positive, Seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedhlm_lab.sim.invariants import Violation
+    from fedhlm_lab.sim.scenario import Scenario
+    from fedhlm_lab.sim.sweep import Ended, Failure, Plan, Totals
+
+ALL: Final = "all"
+LINES_EVERY_S: Final = 60.0
+SHRUNK_MAX: Final = 3  # failing seeds; the others are named only
+
+
+def simulate(
+    *,
+    agents: Positive = 4,
+    clusters: Positive = 2,
+    preset: str = "exact",
+    link: str = "lte",
+    upstream: str = "lan",
+    faults: str = "all",
+    seeds: str = "0..99",
+    prompts: Positive = 2,
+    tokens: Positive = 16,
+    temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.8,
+    deadline: Seconds = 600.0,
+    set: Annotated[tuple[str, ...], Parameter(negative="")] = (),  # noqa: A002 - the flag's name
+    shrink: Annotated[bool, Parameter(negative="")] = False,
+    out: Path = Path("simulated"),
+    again: Path | None = None,
+    jobs: Positive = 1,
+    json: Path | None = None,
+) -> int:
+    """Run whole fleets on toy models in virtual time, and check every message and token.
+
+    A seed decides everything: prompts, faults, and every message's fate. Exit status 1 when an invariant does not hold; the
+    failing run is saved as a trace.
+
+    Parameters
+    ----------
+    agents
+        Devices, dealt out to the clusters in turn.
+    clusters
+        Clusters, each with an edge.
+    preset
+        Presets, separated by commas, or "all"; they take turns with the seeds.
+    link
+        Profile of each agent's link: lan, lora-like, lte, nb-iot, satellite, wifi or a .toml file; several take turns, "all" too.
+    upstream
+        Profile of each edge's link to the cloud.
+    faults
+        Kinds separated by commas, each with =AMOUNT or without: drop, duplicate, reorder, spikes, partition, crash, crash-disk,
+        skew, slow, full; or "all" or "none".
+    seeds
+        One seed, or A..B with both ends.
+    prompts
+        Prompts of each agent.
+    tokens
+        Tokens of each prompt.
+    temperature
+        Of all texts.
+    deadline
+        Seconds of virtual time after which tokens are committed unverified.
+    set
+        KEY=VALUE of a setting over the preset's; may be given again and again.
+    shrink
+        Look for the smallest schedule that fails the same way.
+    out
+        Folder for the traces of failing seeds.
+    again
+        Run the scenario saved in this trace, and nothing else.
+    jobs
+        Processes.
+    json
+        File for the figures.
+    """
+    from rich.console import Console
+
+    from fedhlm.config import presets as shipped
+    from fedhlm_lab.sim.links import names
+    from fedhlm_lab.sim.sweep import Plan
+
+    console = Console(stderr=True)
+    if again is not None:
+        return _again(again, console)
+    if malformed := [word for word in set if "=" not in word]:
+        raise ConfigError("--set", malformed[0], "KEY=VALUE expected")
+    plan = Plan(
+        presets=tuple(shipped()) if preset == ALL else tuple(preset.split(",")),
+        links=names() if link == ALL else tuple(link.split(",")),
+        upstream=upstream,
+        faults=faults,
+        agents=agents,
+        clusters=min(clusters, agents),
+        prompts=prompts,
+        tokens=tokens,
+        temperature=temperature,
+        deadline_s=deadline,
+        settings=set,
+    )
+    return _sweep(plan, _seeds(seeds), jobs=jobs, console=console, out=out, shrinks=shrink, json_file=json)
+
+
+def _seeds(text: str) -> range:
+    first, dots, last = text.partition("..")
+    try:
+        found = range(int(first), int(last if dots else first) + 1)
+    except ValueError:
+        found = range(0)
+    if not found or found[0] < 0:
+        raise ConfigError("--seeds", text, "a seed from 0 on, or A..B with A not above B, expected")
+    return found
+
+
+def _sweep(
+    plan: "Plan", seeds: range, *, jobs: int, console: "Console", out: Path, shrinks: bool, json_file: Path | None
+) -> int:
+    from fedhlm_lab.sim.sweep import Totals, sweep
+
+    totals, began_s = Totals(), time.monotonic()
+    with _quiet(), _shown(sweep(plan, seeds, jobs=jobs), len(seeds), console) as ended:
+        for one in ended:
+            totals.add(one)
+            if one.failure is not None:
+                _tell(plan, one.failure, console, out, shrinks=shrinks and len(totals.failures) <= SHRUNK_MAX)
+    figures = totals.figures(time.monotonic() - began_s)
+    _print_summary(totals, figures)
+    if json_file is not None:
+        try:
+            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+        except OSError as exc:
+            raise ConfigError("--json", str(json_file), f"a writable file expected ({exc.strerror or exc})") from exc
+    return 1 if totals.failures else 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Parts warn of what faults do to them; here that is what they are there for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _shown(ended: "Iterator[Ended]", count: int, console: "Console") -> "Iterator[Iterator[Ended]]":
+    """A bar on a terminal, a line now and then elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(
+        "seeds", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("seeds", total=count)
+
+        def counted() -> "Iterator[Ended]":
+            told_s = time.monotonic()
+            for number, one in enumerate(ended, 1):
+                yield one
+                bar.advance(task)
+                if not console.is_terminal and time.monotonic() - told_s >= LINES_EVERY_S:
+                    told_s = time.monotonic()
+                    _say(console, f"{number:,} of {count:,} seeds")
+
+        yield counted()
+
+
+def _tell(plan: "Plan", failure: "Failure", console: "Console", out: Path, *, shrinks: bool) -> None:
+    """Say how a seed failed, make it small if wished, and save it."""
+    from fedhlm_lab.sim.shrink import shrink
+
+    scenario, violation = plan.scenario(failure.seed), failure.violation
+    _say(console, f"seed {failure.seed}: {violation}", f"  {plan.command(failure.seed)}")
+    if shrinks:
+        small = shrink(scenario, violation)
+        scenario, violation = small.scenario, small.violation
+        before = len(plan.scenario(failure.seed).schedule)
+        _say(
+            console,
+            f"  {before} events shrunk to {len(scenario.schedule)} in {small.runs} runs:",
+            *_story(scenario, violation),
+        )
+    path = _save(out, failure.seed, scenario)
+    _say(console, f"  fedhlm simulate --again {path}")
+
+
+def _save(out: Path, seed: int, scenario: "Scenario") -> Path:
+    from fedhlm_lab.sim.recording import save
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError("--out", str(out), f"a writable folder expected ({exc.strerror or exc})") from exc
+    names = (out / f"seed-{seed}{suffix}.trace" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
+    path = next((name for name in names if not name.exists()), None)
+    if path is None:
+        raise FedhlmError(f"--out is {str(out)!r}: too many traces of seed {seed} are there")
+    save(path, scenario)
+    return path
+
+
+def _again(path: Path, console: "Console") -> int:
+    from fedhlm_lab.sim.recording import scenario_of
+    from fedhlm_lab.sim.shrink import attempt
+
+    scenario = scenario_of(path)
+    with _quiet():
+        violation = attempt(scenario)
+    _say(console, *_story(scenario, violation))
+    return 0 if violation is None else 1
+
+
+def _story(scenario: "Scenario", violation: "Violation | None") -> Sequence[str]:
+    size = f"{scenario.agents} agents in {scenario.clusters} clusters, {scenario.prompts} prompts of {scenario.tokens} tokens"
+    return (
+        f"  seed {scenario.seed}, preset {scenario.preset}: {size}",
+        *(f"  {event}" for event in scenario.schedule),
+        f"  {violation}" if violation is not None else "  every invariant holds",
+    )
+
+
+def _say(console: "Console", *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_summary(totals: "Totals", figures: dict[str, object]) -> None:
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())) or "none"
+
+    print(f"seeds      {totals.seeds:,}, failed {len(totals.failures)}, {figures['seeds_per_s']} a second")
+    print(f"time       {totals.virtual_s / 3_600.0:,.1f} virtual hours, {totals.messages:,} messages")
+    print(f"faults     {sum(totals.faults.values()):,}: {listed(totals.faults)}")
+    print(f"tokens     {sum(totals.tokens.values()):,}: {listed(totals.tokens)}")
+    print(f"counts     {listed(totals.counters)}")
+    for name, count in sorted(_names(totals).items()):
+        print(f"VIOLATED   {name}: {count} seeds")
+
+
+def _names(totals: "Totals") -> dict[str, int]:
+    names = [failure.name for failure in totals.failures]
+    return {name: names.count(name) for name in names}

@@ -1,0 +1,309 @@
+"""`fedhlm trace`: look into recordings, count what they cost, cut, merge, export and import them."""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Final, Literal
+
+from cyclopts import App, Parameter
+
+from fedhlm.errors import TraceError
+from fedhlm_fleet.commands.common import Positive, Seconds
+from fedhlm_fleet.commands.traces import Flag, Many, Moment
+
+if TYPE_CHECKING:
+    from fedhlm_traces.edit import Selection
+    from fedhlm_traces.file import Header, Record, Trace
+
+app = App(name="trace", help="Look into recordings, count, cut, merge, export and import them.")
+
+From = Annotated[Moment, Parameter(name="--from", show_default=False)]
+Hyphen = Annotated[Path, Parameter(allow_leading_hyphen=True)]
+
+STDIN: Final = "-"
+
+
+@app.command
+def show(
+    file: Path,
+    *,
+    topics: Many = (),
+    from_: From = 0.0,
+    until: Seconds | None = None,
+    agent: str = "",
+    request: str = "",
+    story: Flag = False,
+    tokenizer: Path | None = None,
+    limit: Positive | None = None,
+    root: str | None = None,
+) -> int:
+    """Print a line for every message or, with --story, for every token that was generated.
+
+    Parameters
+    ----------
+    file
+        Recording; its further parts follow by themselves.
+    topics
+        Subscription filters, with or without the root; by default all topics.
+    from_
+        Second of the recording to begin at.
+    until
+        Second of the recording to end before.
+    agent
+        What this agent sent, got or was spoken of in.
+    request
+        What belongs to this request.
+    story
+        Tell of each token who drafted it, how doubtful it was, who settled it and after what time.
+    tokenizer
+        Folder with the tokenizer.json of the recorded models; by default the shipped one where it is theirs.
+    limit
+        Most messages, or with --story requests, to print.
+    root
+        First levels of the topics, where the recording names others.
+    """
+    from fedhlm_fleet.commands.trace_show import belonging, messages_told, stories_told
+
+    trace, header, records = _selected(file, topics, from_, until, agent, root)
+    told = (
+        stories_told(records, header, agent, request, tokenizer)
+        if story
+        else messages_told(records, header, belonging(trace, header, request))
+    )
+    for lines in itertools.islice(told, limit):
+        for line in lines:
+            _say(line)
+    _note_lost(trace)
+    return 0
+
+
+@app.command
+def stats(
+    file: Path,
+    *,
+    topics: Many = (),
+    from_: From = 0.0,
+    until: Seconds | None = None,
+    agent: str = "",
+    json: Flag = False,
+    root: str | None = None,
+) -> int:
+    """Count messages and bytes by topic, cluster and agent, and what a generated token cost.
+
+    Parameters
+    ----------
+    file
+        Recording; its further parts follow by themselves.
+    topics
+        Subscription filters, with or without the root; by default all topics.
+    from_
+        Second of the recording to begin at.
+    until
+        Second of the recording to end before.
+    agent
+        What this agent sent, got or was spoken of in.
+    json
+        Print JSON.
+    root
+        First levels of the topics, where the recording names others.
+    """
+    import msgspec
+
+    from fedhlm_traces.decoded import protocol_of
+    from fedhlm_traces.stats import statistics
+    from fedhlm_traces.stats_text import lines_of
+
+    trace, header, records = _selected(file, topics, from_, until, agent, root)
+    found = statistics(records, header, protocol=protocol_of(trace, header))
+    found.lost_bytes = trace.lost_bytes
+    if json:
+        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        for line in lines_of(found):
+            _say(line)
+    _note_lost(trace)
+    return 0
+
+
+@app.command
+def cut(
+    file: Path,
+    out: Path,
+    *,
+    topics: Many = (),
+    from_: From = 0.0,
+    until: Seconds | None = None,
+    agent: str = "",
+) -> int:
+    """Write a part of a recording to a new one; times stay as they are.
+
+    Parameters
+    ----------
+    file
+        Recording.
+    out
+        File to write; an existing one is refused.
+    topics
+        Subscription filters, with or without the root; by default all topics.
+    from_
+        Second of the recording to begin at.
+    until
+        Second of the recording to end before.
+    agent
+        What this agent sent, got or was spoken of in.
+    """
+    from fedhlm_traces import edit
+    from fedhlm_traces.file import read
+
+    trace = read(file)
+    count = edit.cut(trace, out, _selection(topics, from_, until, agent))
+    print(f"{out}: {count:,} messages")
+    _note_lost(trace)
+    return 0
+
+
+@app.command
+def merge(*files: Path) -> int:
+    """Write recordings of one root as one, in order of time: A B ... OUT.
+
+    Parameters
+    ----------
+    files
+        Recordings and, last, the file to write; an existing one is refused.
+    """
+    from fedhlm_traces import edit
+
+    if len(files) < 2:
+        raise TraceError(
+            f"trace merge: {len(files)} files given: one recording at least, and the file to write, expected"
+        )
+    count, recordings = edit.merge(files[:-1], files[-1])
+    print(f"{files[-1]}: {count:,} messages of {len(recordings)} recordings")
+    for trace in recordings:
+        _note_lost(trace)
+    return 0
+
+
+@app.command
+def export(
+    file: Path,
+    *,
+    format: Literal["jsonl", "csv"] = "jsonl",  # noqa: A002 - the flag's name
+    out: Path | None = None,
+    topics: Many = (),
+    from_: From = 0.0,
+    until: Seconds | None = None,
+    agent: str = "",
+    root: str | None = None,
+) -> int:
+    """Print a recording as JSON lines with all fields of all messages, or as CSV with a row a message.
+
+    Parameters
+    ----------
+    file
+        Recording.
+    format
+        jsonl keeps everything; csv has the fields that fit in a table.
+    out
+        File to write; an existing one is refused. By default the standard output.
+    topics
+        Subscription filters, with or without the root; by default all topics.
+    from_
+        Second of the recording to begin at.
+    until
+        Second of the recording to end before.
+    agent
+        What this agent sent, got or was spoken of in.
+    root
+        First levels of the topics, where the recording names others.
+    """
+    from fedhlm_traces.decoded import protocol_of
+    from fedhlm_traces.export import FORMATS
+
+    trace, header, records = _selected(file, topics, from_, until, agent, root)
+    lines = FORMATS[format](records, header, protocol_of(trace, header))
+    if out is None:
+        sys.stdout.writelines(lines)
+    else:
+        try:
+            with out.open("x", encoding="utf-8", newline="") as written:
+                written.writelines(lines)
+        except FileExistsError as exc:
+            raise TraceError(f"{out} exists already: a new file expected") from exc
+        except OSError as exc:
+            raise TraceError(f"{out}: not writable: {exc.strerror}") from exc
+    _note_lost(trace)
+    return 0
+
+
+@app.command(name="import")
+def import_(plain: Hyphen, out: Path, *, root: str | None = None, lossy: Flag = False) -> int:
+    """Make a recording of the output of mosquitto_sub -F '%j' or %J, or of the lossless format in docs/traces.md.
+
+    Parameters
+    ----------
+    plain
+        File with a line of JSON for every message; - is the standard input.
+    out
+        File to write; an existing one is refused.
+    root
+        First levels of the topics; by default found out from the messages.
+    lossy
+        Take what is left of payloads that mosquitto_sub cut or rewrote.
+    """
+    from fedhlm_traces.edit import save
+    from fedhlm_traces.mosquitto import Tally, lines_of, recording, records
+
+    tally = Tally()
+    with _opened(plain) as file:
+        header, found = recording(records(lines_of(file), tally, lossy=lossy), root)
+        count = save(out, header, found)
+    print(f"{out}: {count:,} messages, root {header.root}")
+    if tally.lost:
+        print(f"fedhlm: {tally}", file=sys.stderr)
+    return 0
+
+
+@contextlib.contextmanager
+def _opened(plain: Path) -> Iterator[BinaryIO]:
+    if str(plain) == STDIN:
+        yield sys.stdin.buffer
+        return
+    try:
+        file = plain.open("rb")
+    except OSError as exc:
+        raise TraceError(f"{plain}: a readable file expected ({exc.strerror})") from exc
+    with file:
+        yield file
+
+
+def _selection(topics: tuple[str, ...], from_s: float, until_s: float | None, agent: str) -> "Selection":
+    from fedhlm_traces.edit import Selection
+
+    return Selection(from_s, float("inf") if until_s is None else until_s, topics, agent).checked()
+
+
+def _selected(
+    file: Path, topics: tuple[str, ...], from_s: float, until_s: float | None, agent: str, root: str | None
+) -> "tuple[Trace, Header, Iterator[Record]]":
+    from msgspec.structs import replace
+
+    from fedhlm_traces.file import read
+
+    trace = read(file)
+    header = trace.header if root is None else replace(trace.header, root=root)
+    return trace, header, _selection(topics, from_s, until_s, agent).of(trace, header.root)
+
+
+def _note_lost(trace: "Trace") -> None:
+    """Say what an unclean end has cost."""
+    if trace.lost_bytes:
+        what = f"{trace.paths[0]}: {trace.lost_bytes:,} bytes hold no whole frame, their messages are lost"
+        print(f"fedhlm: {what}", file=sys.stderr)
+
+
+def _say(line: str) -> None:
+    """Print a line; what others have put into names and texts must not steer a terminal."""
+    print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))

@@ -1,0 +1,240 @@
+"""`fedhlm record` and `fedhlm replay`: flags, signals, what is shown meanwhile and the figures at the end."""
+
+import asyncio
+import contextlib
+import math
+import re
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from fedhlm.errors import TraceError
+from fedhlm_fleet.commands.common import Seconds, needing, print_facts
+
+if TYPE_CHECKING:
+    from fedhlm.config import Loaded
+    from fedhlm_traces.file import Record
+
+Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+Many = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+Moment = Annotated[float, Parameter(validator=Number(gte=0))]
+_T = TypeVar("_T")
+
+_UNITS: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
+
+
+def record(
+    *keys: Keys,
+    out: Path,
+    broker: str | None = None,
+    topics: Many = (),
+    duration: Seconds | None = None,
+    root: str | None = None,
+    rotate: str | None = None,
+    config: Path | None = None,
+) -> int:
+    """Record the bus: every message with its time, QoS and properties, until a signal or for a time.
+
+    The connection's other keys are flags too: --broker.ca ca.pem --broker.username me (the password comes from
+    FEDHLM_BROKER__PASSWORD or the file). Exit status 1 says that messages were dropped.
+
+    Parameters
+    ----------
+    out
+        File to write; an existing one is refused.
+    broker
+        URL of the broker, as broker.url.
+    topics
+        Subscription filters; by default everything under the root.
+    duration
+        Seconds to record; by default until SIGINT or SIGTERM.
+    root
+        First levels of all topics, as broker.root.
+    rotate
+        Size from which a new file is begun (100MB): NAME.0001.EXT and so on.
+    config
+        TOML file.
+    """
+    loaded = _loaded(keys, config, broker, root)
+    rotate_bytes = None if rotate is None else parse_size(rotate)
+    from fedhlm_fleet.commands.watching import told_record, watching_record
+    from fedhlm_traces.record import record as run
+
+    section = loaded.config.broker
+    # What the preset says of generations has nothing to do with a recording.
+    chosen = {key: value for key, value, source in loaded.rows() if not source.startswith(("default", "preset"))}
+    with watching_record() as show:
+        summary = asyncio.run(
+            _until_signal(
+                lambda stop: run(
+                    section,
+                    out,
+                    stop=stop,
+                    filters=topics,
+                    rotate_bytes=rotate_bytes,
+                    facts={"config": chosen},
+                    show=show,
+                ),
+                duration,
+            )
+        )
+    print_facts(told_record(summary, out))
+    return 1 if summary.dropped else 0
+
+
+def replay(
+    file: Path,
+    *keys: Keys,
+    broker: str | None = None,
+    speed: str = "1",
+    topics: Many = (),
+    rebase_time: Flag = False,
+    rename: Many = (),
+    loop: Flag = False,
+    from_: Annotated[Moment, Parameter(name="--from", show_default=False)] = 0.0,
+    until: Seconds | None = None,
+    check: Literal["agent", "edge", "cloud", "all"] | None = None,
+    update: Path | None = None,
+    config: Path | None = None,
+) -> int:
+    """Publish a recording again, at its own pace; or decide it again and compare.
+
+    Retained messages are published retained, as recorded, and stay on the broker.
+
+    Parameters
+    ----------
+    file
+        Recording; its further parts follow by themselves.
+    broker
+        URL of the broker, as broker.url.
+    speed
+        1 is the recorded pace, 10 ten times as fast, max as fast as the broker takes it.
+    topics
+        Subscription filters; by default all topics.
+    rebase_time
+        Stamp the messages as sent now; deadlines are spans and count from there.
+    rename
+        New names: cluster=home:barn agent=porch:attic, in topics and messages.
+    loop
+        Begin again at the end, until a signal.
+    from_
+        Second of the recording to begin at.
+    until
+        Second of the recording to end before.
+    check
+        Needs no broker: feed the recorded inputs to this part's decisions, and exit with 1 where they differ.
+    update
+        With --check, write the recording with today's decisions to this file.
+    config
+        TOML file.
+    """
+    if check is not None:
+        with needing("agent,edge,cloud"):
+            from fedhlm_traces.check.run import check_file
+        model = _loaded(keys, config, broker, None).config.cloud.model
+        return check_file(file, check, update=update, model=Path(model) if model else None)
+    if update is not None:
+        raise TraceError("--update: --check expected with it")
+    loaded = _loaded(keys, config, broker, None)
+    section = loaded.config.broker
+    if not section.url:
+        raise TraceError("replay: --broker URL expected (or --check, which needs no broker)")
+    pace = parse_speed(speed)
+    from fedhlm_fleet.commands.watching import told_replay, watching_replay
+    from fedhlm_traces.file import read
+    from fedhlm_traces.replay import Selection
+    from fedhlm_traces.replay import replay as run
+    from fedhlm_traces.rewrite import parse_renames
+
+    renames = parse_renames(rename)
+    selection = Selection(filters=topics, from_s=from_, until_s=math.inf if until is None else until)
+    trace = read(file)
+    end_s, count = _extent(selection.of(trace))
+    with watching_replay(count, loop=loop) as show:
+        played = asyncio.run(
+            _until_signal(
+                lambda stop: run(
+                    trace,
+                    section,
+                    stop=stop,
+                    selection=selection,
+                    speed=pace,
+                    rebase_time=rebase_time,
+                    renames=renames,
+                    loop=loop,
+                    show=show,
+                )
+            )
+        )
+    print_facts(told_replay(played, count, end_s, trace.lost_bytes, paced=math.isfinite(pace)))
+    return 1 if played.dropped else 0
+
+
+def parse_size(text: str) -> int:
+    """`100MB`, `1.5 GB`, `4096`: bytes, in powers of 1000.
+
+    Raises:
+        TraceError: no size, or none of at least one byte.
+    """
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
+    size = int(float(matched[1]) * _UNITS[matched[2]]) if matched else 0
+    if size < 1:
+        raise TraceError(f"--rotate is {text!r}: a size such as 500kB, 100MB or 1GB expected")
+    return size
+
+
+def parse_speed(text: str) -> float:
+    """A factor; infinite for `max`.
+
+    Raises:
+        TraceError: neither.
+    """
+    if text == "max":
+        return math.inf
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = math.nan
+    if not (0.0 < speed < math.inf):
+        raise TraceError(f"--speed is {text!r}: 1, another number above 0, or max expected")
+    return speed
+
+
+def _loaded(keys: tuple[str, ...], file: Path | None, broker: str | None, root: str | None) -> "Loaded":
+    from fedhlm.config import load
+    from fedhlm.telemetry import configure_logging
+    from fedhlm_fleet.cli import parse_keys
+
+    flags = parse_keys(keys)
+    flags |= {key: value for key, value in (("broker.url", broker), ("broker.root", root)) if value is not None}
+    loaded = load(file=file, flags=flags)
+    asked = loaded.sources["telemetry.log_level"] != "default"
+    level = loaded.config.telemetry.log_level if asked else "WARNING"
+    configure_logging(level, "traces", secrets=(loaded.config.broker.password,))
+    return loaded
+
+
+async def _until_signal(work: Callable[[asyncio.Event], Awaitable[_T]], duration_s: float | None = None) -> _T:
+    """Run `work` with an event that SIGINT, SIGTERM or the end of the duration sets."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # event loops of other platforms have no signal handlers
+            loop.add_signal_handler(number, stop.set)
+    if duration_s is not None:
+        loop.call_later(duration_s, stop.set)
+    return await work(stop)
+
+
+def _extent(records: "Iterable[Record]") -> tuple[float, int]:
+    """The last moment in seconds, and how many there are."""
+    end_s, count = 0.0, 0
+    for entry in records:
+        end_s = max(end_s, entry.at_s)
+        count += 1
+    return end_s, count

@@ -1,0 +1,194 @@
+"""`python -m fedhlm_fleet.container.init`: certificates and broker configurations for the containers of one machine.
+
+What is mounted is the plan: PARTS/agents/CLUSTER/NAME, PARTS/edges/CLUSTER, PARTS/clients/CLUSTER/NAME, PARTS/brokers/CLUSTER,
+PARTS/cloud and PARTS/cloud-broker are one volume each and receive that party's files, and no other's. Running it again issues
+what is new, renews what ends soon, and leaves the rest; who was revoked stays without.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from fedhlm.errors import FedhlmError
+from fedhlm.protocol.topics import DEFAULT_ROOT
+from fedhlm_fleet.pki import authority, mosquitto
+from fedhlm_fleet.pki.acl import Place
+from fedhlm_fleet.pki.files import PUBLIC, SECRET, PkiError
+from fedhlm_fleet.pki.registry import EXPIRING, Registry
+from fedhlm_fleet.pki.roles import CertificateRole
+
+CERT: Final = "party.crt"
+KEY: Final = "party.key"
+PROBE_CERT: Final = "probe.crt"
+PROBE_KEY: Final = "probe.key"
+# The check of a broker's health connects as a client of a cluster that does not exist: it may do nothing.
+NOWHERE: Final = "nowhere"
+# A folder that no image has: the engine would hand its owner and files over to the new volume.
+CONFIG_AT: Final = "/etc/fedhlm/broker"
+DATA_AT: Final = "/mosquitto/data"
+
+
+class Party(NamedTuple):
+    """Who gets a key, and the folder (one volume) that receives it; brokers also have a place."""
+
+    folder: Path
+    name: str
+    role: CertificateRole
+    clusters: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    place: Place | None = None
+
+
+class Owners(NamedTuple):
+    """Numbers of the users that the containers run as."""
+
+    part: int
+    broker: int
+
+
+def plan(parts: Path) -> Iterator[Party]:
+    """The parties that folders are there for, in a fixed order."""
+    for folder in _folders(parts / "brokers"):
+        name = f"broker-{folder.name}"
+        yield Party(folder, name, "broker", (folder.name,), (name, "localhost"), Place("cluster", folder.name))
+    if (parts / "cloud-broker").is_dir():
+        hosts = ("broker-cloud", "localhost")
+        yield Party(parts / "cloud-broker", "broker-cloud", "broker", (), hosts, Place("cloud"))
+    if (parts / "cloud").is_dir():
+        yield Party(parts / "cloud", "cloud", "cloud")
+    for folder in _folders(parts / "edges"):
+        yield Party(folder, f"edge-{folder.name}", "edge", (folder.name,))
+    of_role: tuple[tuple[str, CertificateRole], ...] = (("agents", "agent"), ("clients", "client"))
+    for kind, role in of_role:
+        for cluster in _folders(parts / kind):
+            for folder in _folders(cluster):
+                yield Party(folder, folder.name, role, (cluster.name,))
+
+
+def provide(
+    pki: Path, parts: Path, *, owners: Owners, port: int, root: str = DEFAULT_ROOT, now: datetime
+) -> Iterator[str]:
+    """Issue and deliver everything; one line for each party.
+
+    Raises:
+        FedhlmError: the PKI or a folder cannot be used.
+    """
+    made = authority.create(pki, now=now)
+    yield f"{'made' if made else 'using'} the CA in {pki}"
+    parties = list(plan(parts))
+    told = {party.name: _issued(pki, party, now) for party in parties}
+    brokers = [party for party in parties if party.place is not None]
+    for broker in brokers:
+        _issued(pki, _probe(broker), now)
+    # Brokers last: their rights name everybody who has been issued.
+    for party in (*(p for p in parties if p.place is None), *brokers):
+        if party.place is None:
+            _deliver(_pair(pki, party.name, CERT, KEY), party.folder, owners.part)
+        else:
+            _deliver_broker(pki, party, party.place, owners.broker, port=port, root=root, now=now)
+        yield f"{party.name}: {told[party.name]}"
+
+
+def provide_plain(parts: Path, *, owners: Owners, port: int) -> Iterator[str]:
+    """Configure brokers without certificates and rights, for development; one line for each."""
+    for party in plan(parts):
+        if party.place is not None:
+            # The container's network is closed, and its other containers are who shall reach it.
+            listener = mosquitto.Listener(port, "0.0.0.0", CONFIG_AT, DATA_AT)  # noqa: S104
+            with tempfile.TemporaryDirectory() as staging:
+                mosquitto.configure_plain(Path(staging), listener=listener)
+                _deliver({path.name: path for path in Path(staging).iterdir()}, party.folder, owners.broker)
+            yield f"{party.name}: no TLS, everybody may do everything"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, provide, print; 2 when something cannot be used."""
+    parser = argparse.ArgumentParser(prog="init", description="Certificates for the containers of one machine.")
+    parser.add_argument("--pki", type=Path, default=Path("/pki"), help="folder of the CA")
+    parser.add_argument("--parts", type=Path, default=Path("/parts"), help="where the volumes are mounted")
+    parser.add_argument("--part-user", type=int, default=10001, help="who reads the parts' files")
+    parser.add_argument("--broker-user", type=int, default=1883, help="who reads the brokers' files")
+    parser.add_argument("--root", default=DEFAULT_ROOT, help="first levels of all topics")
+    parser.add_argument("--plain", action="store_true", help="no TLS, for development")
+    given = parser.parse_args(arguments)
+    owners = Owners(given.part_user, given.broker_user)
+    try:
+        if given.plain:
+            lines = provide_plain(given.parts, owners=owners, port=1883)
+        else:
+            now = datetime.now(UTC)
+            lines = provide(given.pki, given.parts, owners=owners, port=8883, root=given.root, now=now)
+        for line in lines:
+            print(line)
+    except FedhlmError as exc:
+        print(f"init: {exc}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+
+
+def _probe(broker: Party) -> Party:
+    return Party(broker.folder, f"probe-{broker.name}", "client", (NOWHERE,))
+
+
+def _issued(pki: Path, party: Party, now: datetime) -> str:
+    """Make sure that a party has a certificate that is good for a while; what was done."""
+    entry = Registry.load(pki).entries.get(party.name)
+    if entry is not None and entry.role != party.role:
+        raise PkiError(
+            f"{party.name!r} was issued as {entry.role}, {party.role} expected: give one of them another name"
+        )
+    if entry is not None and entry.newest.revoked is not None:
+        return "was revoked and stays so; `fedhlm pki issue` gives it a new certificate"
+    if entry is not None and entry.newest.not_after - now > EXPIRING:
+        return f"good until {entry.newest.not_after:%Y-%m-%d}"
+    # A broker may have been given more names by hand; a renewal keeps what it has.
+    made = (
+        authority.issue(pki, party.name, renew=True, now=now)
+        if entry is not None
+        else authority.issue(pki, party.name, role=party.role, clusters=party.clusters, hosts=party.hosts, now=now)
+    )
+    return f"{'renewed' if entry else 'issued'} until {made.entry.newest.not_after:%Y-%m-%d}"
+
+
+def _pair(pki: Path, name: str, cert: str, key: str) -> dict[str, Path]:
+    home = pki / authority.ISSUED / name
+    return {authority.CA_CERT: pki / authority.CA_CERT, cert: home / f"{name}.crt", key: home / f"{name}.key"}
+
+
+def _deliver_broker(pki: Path, party: Party, place: Place, owner: int, *, port: int, root: str, now: datetime) -> None:
+    with tempfile.TemporaryDirectory() as staging:
+        listener = mosquitto.Listener(port, "", CONFIG_AT, DATA_AT)
+        mosquitto.configure(pki, Path(staging), place=place, listener=listener, broker=party.name, root=root, now=now)
+        made = {path.name: path for path in Path(staging).iterdir()}
+        _deliver(made | _pair(pki, _probe(party).name, PROBE_CERT, PROBE_KEY), party.folder, owner)
+
+
+def _deliver(sources: dict[str, Path], folder: Path, owner: int) -> None:
+    """Copy files, keys for their owner alone. Each is complete and owned before it has its name."""
+    for name, source in sources.items():
+        aside = folder / f".{name}.new"
+        mode = SECRET if name.endswith(".key") else PUBLIC
+        try:
+            aside.unlink(missing_ok=True)
+            with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(source.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchown(file.fileno(), owner, owner)
+            aside.replace(folder / name)
+        except OSError as exc:
+            raise PkiError(f"cannot copy {source} to {folder / name}: {exc.strerror or exc}") from exc
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The demo: a fleet on this machine, what it is asked, and what its figures are compared with."""

@@ -1,0 +1,131 @@
+"""What is seen of a fleet while it works, in words: who settled the tokens, what was learnt, what is left of the budget.
+
+Fed by the retained state of the federation and by finished requests; no I/O.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from fedhlm.learning.curve import BINS, Curve, isotonic
+from fedhlm.protocol.messages import Learned
+from fedhlm.settings import Generation
+from fedhlm_fleet.demo.report import SOURCES, Generated, budget_of, taus_of
+
+BARS: Final = "▁▂▃▄▅▆▇█"
+ASCII_BARS: Final = "_.:-=+*#"
+_POINTS: Final = 16
+_READ_AT: Final = (0.1, 0.5, 0.9)
+
+
+class Round(NamedTuple):
+    """A state of the federation: the curve of the measure shown, and the published rule's threshold."""
+
+    number: int
+    members: int
+    curve: Curve | None
+    threshold: float | None
+
+
+class Journey:
+    """`measure` names the curve to show (`edge_agent.learner.measures_of`); `bars` draw it from low to high."""
+
+    def __init__(self, generation: Generation, measure: str, *, bars: str = BARS) -> None:
+        self.tokens: Counter[str] = Counter()
+        self.rounds: dict[str, Round] = {}
+        self._generation = generation
+        self._measure = measure
+        self._bars = bars
+        self._finished: list[Generated] = []
+
+    def heard(self, sources: Sequence[str]) -> None:
+        """Committed tokens, by who settled them."""
+        self.tokens.update(sources)
+
+    def finished(self, generated: Generated) -> None:
+        """A request got its last output."""
+        if generated.task == "continue":
+            self._finished.append(generated)
+
+    def learned(self, cluster: str, state: Learned) -> None:
+        """A new state of a cluster, or with "" of all of them.
+
+        Raises:
+            ProtocolError: its curve is none.
+        """
+        packed = state.curves.get(self._measure)
+        curve = None if packed is None else Curve.from_bytes(packed)
+        threshold = None if state.threshold is None else state.threshold.threshold
+        self.rounds[cluster] = Round(state.round, state.members, curve, threshold)
+
+    @property
+    def learns(self) -> bool:
+        """Whether rounds of learning move what is kept."""
+        return self._generation.threshold in ("paper-fl", "calibrated-fl")
+
+    def legend(self) -> list[str]:
+        """What the words of `lines` mean."""
+        if not self.learns:
+            return []
+        read = ", ".join(f"{u:g}" for u in _READ_AT)
+        return [
+            "doubt u: how unsure the small model is of a token; tau: up to this doubt a token is kept",
+            f"m(u): learnt share of wrong tokens, drawn from u = 0 to 1, as numbers at u = {read}",
+        ]
+
+    def lines(self, *, brief: bool = False) -> list[str]:
+        """The state of things; each line says one thing. `brief` leaves out the single clusters."""
+        lines = [f"tokens     {self._settled()}"]
+        if self.learns:
+            names = sorted(self.rounds, key=lambda name: (not name, name))
+            lines += [self._round(name) for name in names if not (brief and name and "" in self.rounds)]
+        if self._generation.gate == "threshold" and (taus := taus_of(self._finished)):
+            lines.append(f"threshold  {self._threshold([last for _, last in taus])}")
+        if self._generation.peers != "none" and self._finished:
+            lines.append(f"peers      {self._peers()}")
+        if self._generation.audit > 0.0:
+            lines.append(f"error      {self._error()}")
+        return lines
+
+    def _settled(self) -> str:
+        total = self.tokens.total()
+        shares = [f"{words} {self.tokens[s] / total:.1%}" for s, words in SOURCES.items() if self.tokens[s]]
+        return f"{total}: {', '.join(shares)}" if total else "none yet"
+
+    def _round(self, cluster: str) -> str:
+        state = self.rounds[cluster]
+        words = f"federated  {cluster or 'all'}: round {state.number}, {state.members} agents"
+        if state.threshold is not None:
+            words += f", tau {state.threshold:.3f}"
+        if state.curve is not None and state.curve.total_weight:
+            m = isotonic(state.curve)
+            read = " ".join(f"{m[int(u * BINS)]:.2f}" for u in _READ_AT)
+            words += f", {state.curve.total_weight:.0f} tokens, m(u) {sparkline(m.tolist(), self._bars)} {read}"
+        return words
+
+    def _threshold(self, taus: list[float]) -> str:
+        if max(taus) == 0.0:
+            return "tau 0: every token goes up, nothing is known yet that could be kept"
+        low, high, mean = min(taus), max(taus), sum(taus) / len(taus)
+        return f"tau {mean:.2f}" + (f", {low:.2f} to {high:.2f} by agent" if low < high else "")
+
+    def _peers(self) -> str:
+        latest = {r.agent: r.statistics.get("similarity") for r in self._finished if r.finish != "error"}
+        known = [similarity for similarity in latest.values() if similarity is not None]
+        if not known:
+            return "may settle nothing yet: too few of their proposals were checked by the cloud"
+        return f"may settle where contexts are similar by {min(known):.2f} or more, for {len(known)} of {len(latest)} agents"
+
+    def _error(self) -> str:
+        risk, limit, generations = budget_of(self._finished)
+        budget = f"budget {self._generation.budget:g} per token"
+        if risk is None or limit is None:
+            return budget
+        return f"{budget}, estimated {risk:.4f}, limit {limit:.2f}, after {generations} texts"
+
+
+def sparkline(values: Sequence[float], bars: str = BARS) -> str:
+    """Values in [0, 1], thinned to at most 16, each as a bar from low to high."""
+    step = -(-len(values) // _POINTS)
+    means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
+    return "".join(bars[min(len(bars) - 1, int(v * len(bars)))] for v in means)

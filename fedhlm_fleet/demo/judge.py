@@ -1,0 +1,43 @@
+"""What both models write alone for the requests of a demo: the texts that its figures are compared with."""
+
+from pathlib import Path
+
+from fedhlm.protocol.messages import Sampling
+from fedhlm.settings import Generation
+from fedhlm_fleet.demo.reference import Alone
+from fedhlm_fleet.demo.report import Alternatives, Figures, Generated, Run, figures
+
+
+class Judge:
+    """Both models, loaded once; the same prompt under the same law is written once.
+
+    Raises:
+        ModelError: a model folder cannot be used.
+    """
+
+    def __init__(self, *, llm: Path, slm: Path) -> None:
+        self._large, self._small = Alone.load(llm, threads=0), Alone.load(slm, threads=0)
+        self._known: dict[tuple[str, Sampling, int, str], Alternatives] = {}
+
+    def figures(self, run: Run, texts_max: int | None = None) -> Figures:
+        """A run's figures with what both models write alone beside its requests.
+
+        Of continued texts only the first `texts_max`: one takes as long as fifty questions for a topic.
+        """
+        continued = [i for i, request in enumerate(run.requests) if request.task == "continue"]
+        left_out = set() if texts_max is None else set(continued[texts_max:])
+        chosen = [i for i in range(len(run.requests)) if i not in left_out]
+        return figures(run, {i: self._alone(run.requests[i], run.generation) for i in chosen})
+
+    def _alone(self, request: Generated, generation: Generation) -> Alternatives:
+        # Only gumbel and greedy texts are functions of the seed; beside others stands the gumbel text.
+        coupling = "greedy" if generation.coupling == "greedy" else "gumbel"
+        temperature = generation.temperature if request.temperature is None else request.temperature
+        sampling = Sampling(request.seed, temperature, generation.top_p, coupling)
+        wanted = request.prompt, sampling, request.max_tokens, request.task
+        if wanted not in self._known:
+            prompt = self._large.encode(request.prompt)
+            ids = self._large.write(prompt, sampling, request.max_tokens)
+            word = self._small.decode(self._small.write(prompt, sampling, 1)) if request.task == "topic" else ""
+            self._known[wanted] = Alternatives(ids, self._large.decode(ids), word)
+        return self._known[wanted]

@@ -1,0 +1,131 @@
+"""Live view of a running fleet: a table and the journey's lines on a terminal, plain lines now and then elsewhere."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fedhlm.protocol.messages import Learned
+from fedhlm_fleet.demo.journey import Journey
+from fedhlm_fleet.demo.report import SOURCES, Generated
+
+COLOURS: Final = {"cloud": "cyan", "local": "green", "peer": "yellow", "neighbour": "magenta", "unverified": "red"}
+_SHORT: Final = {"local": "device", "peer": "peers", "neighbour": "next door", "cloud": "cloud", "unverified": "nobody"}
+_LINES_EVERY_S: Final = 5.0
+_TEXT_WIDTH: Final = 36
+_COLUMNS_WIDTH: Final = 48
+
+
+class Progress:
+    """Counts and latest text of every agent beside the journey; `stage` begins a part of the demo."""
+
+    def __init__(
+        self,
+        agents: Sequence[str],
+        journey: Journey,
+        *,
+        plain: bool,
+        console: Console,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.journey = journey
+        self._plain = plain
+        self._console = console
+        self._clock_s = clock_s
+        self._stage = ""
+        self._watched = False
+        self._began_s = self._shown_s = clock_s()
+        self._latest: dict[str, Generated | None] = dict.fromkeys(agents)
+        self._tokens: dict[str, Counter[str]] = {a: Counter() for a in agents}
+        self._counted: dict[int, int] = {}
+
+    @contextmanager
+    def live(self) -> Iterator[Live | None]:
+        """Show the view while the block runs, and nothing of it after; nothing moves where the output is no terminal."""
+        if self._plain:
+            yield None
+            return
+        with Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self._view) as live:
+            yield live
+
+    def stage(self, words: str, *, watched: bool = False) -> None:
+        """A new part of the demo; only a `watched` one moves the journey on and is told about as it goes."""
+        self._stage, self._watched = words, watched
+        for tokens in self._tokens.values():
+            tokens.clear()
+        self._shown_s = self._clock_s()
+        self.say(f"{self._elapsed()} {words}")
+
+    def note(self, line: str) -> None:
+        """A line about the stage."""
+        self.say(f"    {line}")
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the moving view."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def learned(self, cluster: str, state: Learned) -> None:
+        """A new state of the federation, of a cluster or with "" of all.
+
+        Raises:
+            ProtocolError: its curve is none.
+        """
+        if self._watched:
+            self.journey.learned(cluster, state)
+
+    def heard(self, generated: Generated) -> None:
+        """New tokens of a request."""
+        new = generated.sources[self._counted.get(id(generated), 0) :]
+        self._tokens[generated.agent].update(new)
+        if self._watched:
+            self.journey.heard(new)
+        self._counted[id(generated)] = len(generated.sources)
+        self._latest[generated.agent] = generated
+
+    def finished(self, generated: Generated) -> None:
+        """A request got its last output."""
+        self._counted.pop(id(generated), None)
+        if generated.error:
+            self.say(f"{generated.agent} failed: {generated.error}")
+        if not self._watched:
+            return
+        self.journey.finished(generated)
+        if self._plain and self._clock_s() - self._shown_s >= _LINES_EVERY_S:
+            self._shown_s = self._clock_s()
+            self.say(f"{self._elapsed()} {generated.agent} wrote: {_told(generated)}")
+            self.tell(brief=True)
+
+    def tell(self, *, brief: bool = False) -> None:
+        """The journey's lines as they are now, to stay."""
+        for line in self.journey.lines(brief=brief):
+            self.note(line)
+
+    def _elapsed(self) -> str:
+        return f"{self._clock_s() - self._began_s:5.1f} s"
+
+    def _view(self) -> Group:
+        shown = Table(box=None, padding=(0, 1), pad_edge=False, expand=True)
+        shown.add_column("agent", no_wrap=True)
+        used = [s for s in SOURCES if any(tokens[s] for tokens in self._tokens.values())]
+        for source in used:
+            shown.add_column(_SHORT[source], justify="right", no_wrap=True, style=COLOURS[source])
+        shown.add_column("writes", no_wrap=True, overflow="crop", ratio=1)
+        # The end of the text is the news, so that it is cut here and not by the table.
+        room = max(1, self._console.width - _COLUMNS_WIDTH)
+        for agent, latest in self._latest.items():
+            text = " ".join(latest.text.split())[-room:] if latest else ""
+            shown.add_row(agent, *(str(self._tokens[agent][s]) for s in used), Text(text))
+        lines = [Text(line) for line in (self.journey.lines() if self._watched else [])]
+        return Group(Text(f"{self._elapsed()} {self._stage}", style="bold"), shown, *lines)
+
+
+def _told(generated: Generated) -> str:
+    title = " ".join(generated.prompt.split())[:_TEXT_WIDTH]
+    text = " ".join(generated.text.split())[:_TEXT_WIDTH]
+    return f"{title} | {text}"

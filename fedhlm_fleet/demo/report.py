@@ -1,0 +1,300 @@
+"""What a demo measured, as figures with documented names, as a table, and as JSON."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+from rich import box
+from rich.table import Table
+
+from fedhlm.learning.budget import Budget
+from fedhlm.protocol.messages import Source
+from fedhlm.settings import Generation
+
+SOURCES: Final[dict[Source, str]] = {
+    "local": "kept on the device",
+    "peer": "settled by peers",
+    "neighbour": "by a neighbour cluster",
+    "cloud": "by the cloud",
+    "unverified": "by nobody, link gone",
+}
+# Their texts are functions of the seed, so that they can equal the LLM's; under the others only the law is the same.
+SEEDED: Final = frozenset({"gumbel", "greedy"})
+
+
+_GAP: Final = 3  # between two columns of the table, at most
+
+
+class Generated(msgspec.Struct, kw_only=True):
+    """One finished request as the client saw it; `statistics` are the agent's own (see edge_agent.driver.Result)."""
+
+    agent: str
+    task: str  # "continue" or "topic"
+    prompt: str
+    topic: str
+    seed: int
+    max_tokens: int
+    temperature: float | None = None
+    ids: list[int] = msgspec.field(default_factory=list)
+    sources: list[str] = msgspec.field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+    error: str = ""
+    statistics: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+class Alternatives(NamedTuple):
+    """What stands beside a request: the LLM's own ids and text, and the SLM's own topic word."""
+
+    llm_ids: list[int]
+    llm_text: str
+    slm_word: str
+
+
+class Accuracy(msgspec.Struct, kw_only=True):
+    """Share of topic prompts whose first word is the right topic; None where nothing was asked."""
+
+    slm: float | None
+    system: float | None
+    llm: float | None
+
+
+class Figures(msgspec.Struct, kw_only=True):
+    """What one preset did; shares in 0..1, bytes with MQTT framing, seconds. None: not measured, or without meaning.
+
+    `transmissions_saved` is 1 - uplink messages per token: what is saved against sending every token by itself.
+    `compared` counts the requests that the models wrote alone as well. `risk` is the agents' R-hat for continued texts, weighted by their generations; `risk_limit` the largest of their
+    upper limits. `tau_start` and `tau_end` are means over the agents, 0 where everything was verified.
+    """
+
+    preset: str
+    seed: int
+    tokens: int
+    requests: int
+    failed: int
+    tokens_by_source: dict[str, int]
+    compared: int
+    identical_to_llm: float | None
+    exact_match: float | None
+    mismatches: int
+    topic_accuracy: Accuracy
+    uplink_bytes_per_token: float
+    uplink_messages_per_token: float
+    transmissions_saved: float | None
+    cluster_bytes_per_token: float
+    round_trips_per_token: float
+    rollbacks: int
+    discarded_drafts_per_token: float
+    mean_beta: float
+    risk: float | None
+    risk_limit: float | None
+    risk_generations: int
+    tau_start: float | None
+    tau_end: float | None
+    tokens_per_second: float
+    wall_s: float
+
+
+class Report(Figures, kw_only=True):
+    """The figures of the run, and those of the same few prompts under each of several presets, after it.
+
+    `budget` is None where the preset has none; `alpha` and `skew` where all agents share one list of news.
+    """
+
+    budget: float | None = None
+    alpha: float | None = None
+    skew: float | None = None
+    rounds: dict[str, int] = {}
+    comparisons: list[Figures] = []
+    stopped_early: bool = False
+
+
+class Run(NamedTuple):
+    """Requests under one preset: its settings, the seed of the demo, what came back, and the time it took."""
+
+    preset: str
+    generation: Generation
+    seed: int
+    requests: list[Generated]
+    wall_s: float
+
+
+def figures(run: Run, alone: Mapping[int, Alternatives]) -> Figures:
+    """Sum up finished requests; `alone` is by index into the requests, and one without entry is not compared."""
+    done = [r for r in run.requests if r.finish is not None]
+    tokens = sum(len(r.ids) for r in done)
+    compared = [(r, alone[i]) for i, r in enumerate(run.requests) if i in alone and r.finish is not None]
+    # At temperature 0 nothing is drawn, so every text can be compared.
+    alike = run.generation.coupling in SEEDED or run.generation.temperature == 0.0
+    seeded = compared if alike else []
+    equal = sum(a == b for r, other in seeded for a, b in zip(r.ids, other.llm_ids, strict=False))
+    compared_tokens = sum(len(r.ids) for r, _ in seeded)
+    continued = [r for r in done if r.task == "continue"]
+
+    def total(name: str) -> float:
+        return sum(r.statistics.get(name, 0.0) for r in done)
+
+    def per_token(name: str) -> float:
+        return total(name) / tokens if tokens else 0.0
+
+    betas = [r.statistics["mean_beta"] for r in done if "mean_beta" in r.statistics]
+    risk, limit, generations = budget_of(continued)
+    taus = taus_of(continued) if run.generation.gate == "threshold" else []
+    return Figures(
+        preset=run.preset,
+        seed=run.seed,
+        tokens=tokens,
+        requests=len(done),
+        failed=sum(r.finish == "error" for r in done),
+        tokens_by_source={s: Counter(x for r in done for x in r.sources)[s] for s in SOURCES},
+        compared=len(compared),
+        identical_to_llm=equal / compared_tokens if compared_tokens else None,
+        exact_match=_mean([r.ids == other.llm_ids for r, other in seeded if r.task == "continue"]),
+        mismatches=compared_tokens - equal,
+        topic_accuracy=_accuracy(done, compared),
+        uplink_bytes_per_token=per_token("uplink_bytes"),
+        uplink_messages_per_token=per_token("uplink_messages"),
+        transmissions_saved=1.0 - per_token("uplink_messages") if tokens else None,
+        cluster_bytes_per_token=per_token("cluster_bytes"),
+        round_trips_per_token=per_token("round_trips"),
+        rollbacks=round(total("rollbacks")),
+        discarded_drafts_per_token=per_token("discarded"),
+        mean_beta=sum(betas) / len(betas) if betas else 0.0,
+        risk=risk,
+        risk_limit=limit,
+        risk_generations=generations,
+        tau_start=_mean([first for first, _ in taus]),
+        tau_end=_mean([last for _, last in taus]),
+        tokens_per_second=tokens / run.wall_s if run.wall_s else 0.0,
+        wall_s=run.wall_s,
+    )
+
+
+def budget_of(requests: Sequence[Generated]) -> tuple[float | None, float | None, int]:
+    """R-hat and its limit over the sessions of all agents, and how many there were; of the kind that most were of."""
+    latest = {(r.agent, r.statistics["risk_epsilon"]): r.statistics for r in requests if "risk_epsilon" in r.statistics}
+    budgets: dict[float, Budget] = {}
+    for (_, epsilon), statistics in latest.items():
+        named = {name.removeprefix("risk_"): value for name, value in statistics.items()}
+        budget = Budget.restore(named)
+        budgets[epsilon] = budgets[epsilon] + budget if epsilon in budgets else budget
+    if not budgets:
+        return None, None, 0
+    budget = max(budgets.values(), key=lambda b: b.sessions)
+    return budget.estimate, budget.limit(), budget.sessions
+
+
+def taus_of(requests: Sequence[Generated]) -> list[tuple[float, float]]:
+    """For each agent that reported: the threshold of its first and of its last request; 0 where all is verified."""
+    by_agent: dict[str, list[float]] = {}
+    for request in requests:
+        if "tau" in request.statistics:
+            by_agent.setdefault(request.agent, []).append(max(0.0, request.statistics["tau"]))
+    return [(taus[0], taus[-1]) for taus in by_agent.values()]
+
+
+def _accuracy(done: list[Generated], compared: list[tuple[Generated, Alternatives]]) -> Accuracy:
+    asked = [r.text.strip() == r.topic for r in done if r.task == "topic"]
+    slm = [other.slm_word.strip() == r.topic for r, other in compared if r.task == "topic"]
+    llm = [other.llm_text.strip() == r.topic for r, other in compared if r.task == "topic"]
+    return Accuracy(slm=_mean(slm), system=_mean(asked), llm=_mean(llm))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def tables(report: Report, width: int) -> list[Table]:
+    """The closing table: the whole run, then the same few prompts under each preset.
+
+    Where `width` characters are too few the columns go on in further tables.
+    """
+    columns: list[Figures] = [report, *report.comparisons]
+    rows = {label: [cell(column) for column in columns] for label, cell in _ROWS.items()}
+    rows = {label: cells for label, cells in rows.items() if any(c not in ("-", "0") for c in cells)}
+    headings = [f"{c.preset}\n{f'same {c.requests}' if i else 'the run'}" for i, c in enumerate(columns)]
+    room = width - max(map(len, rows)) - _GAP
+    shown: list[list[int]] = []
+    left = 0
+    for i, heading in enumerate(headings):
+        wanted = _GAP + max(len(text) for text in (*heading.split("\n"), *(cells[i] for cells in rows.values())))
+        if not shown or left < wanted:
+            shown.append([])
+            left = room
+        shown[-1].append(i)
+        left -= wanted
+    return [_table(chosen, headings, rows) for chosen in shown]
+
+
+def _table(chosen: list[int], headings: list[str], rows: dict[str, list[str]]) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    made.add_column("", no_wrap=True)
+    for i in chosen:
+        made.add_column(headings[i], justify="right", no_wrap=True)
+    for label, cells in rows.items():
+        made.add_row(label, *(cells[i] for i in chosen))
+    return made
+
+
+def notes(report: Report) -> list[str]:
+    """What the table's words mean, for those that appear in it."""
+    lines = []
+    if report.comparisons:
+        lines.append(
+            f"same {report.comparisons[0].requests}: the same requests, with the same seeds, of the same agents under "
+            "every preset, asked after the run."
+        )
+    lines.append(
+        "transmissions: messages to the cloud; saved: against one for each token. Bytes are those of MQTT packets."
+    )
+    if report.compared and report.identical_to_llm is not None:
+        lines.append(
+            f"as the LLM alone: compared with what it writes by itself, in the run for {report.compared} requests."
+        )
+    if any(c.compared and c.identical_to_llm is None for c in (report, *report.comparisons)):
+        lines.append("-: this preset draws other random numbers than the LLM alone, so its texts are not to be equal.")
+    if report.risk_limit is not None:
+        lines.append(
+            "error: estimated harm of skipping, per token (R-hat); limit: what it is below, at the preset's confidence."
+            + (" 1.00: too few texts yet to promise anything." if report.risk_limit == 1.0 else "")
+        )
+    return lines
+
+
+def _share_of(source: str) -> Callable[[Figures], str]:
+    def cell(c: Figures) -> str:
+        part = c.tokens_by_source[source]
+        return f"{part / c.tokens:.1%}" if part else "0"
+
+    return cell
+
+
+_ROWS: Final[dict[str, Callable[[Figures], str]]] = {
+    "requests failed": lambda c: f"{c.failed}",
+    "tokens": lambda c: f"{c.tokens}",
+    **{f"  {words}": _share_of(source) for source, words in SOURCES.items()},
+    "tokens as the LLM alone": lambda c: _percent(c.identical_to_llm),
+    "texts as the LLM alone": lambda c: _percent(c.exact_match),
+    "topic right": lambda c: _percent(c.topic_accuracy.system),
+    "  by the SLM alone": lambda c: _percent(c.topic_accuracy.slm),
+    "  by the LLM alone": lambda c: _percent(c.topic_accuracy.llm),
+    "transmissions per token": lambda c: f"{c.uplink_messages_per_token:.3f}",
+    "  saved": lambda c: _percent(c.transmissions_saved),
+    "uplink bytes per token": lambda c: f"{c.uplink_bytes_per_token:,.1f}",
+    "cluster bytes per token": lambda c: f"{c.cluster_bytes_per_token:,.1f}",
+    "round trips per token": lambda c: f"{c.round_trips_per_token:.3f}",
+    "error per token": lambda c: _number(c.risk, 4),
+    "  limit": lambda c: _number(c.risk_limit, 2),
+    "threshold at the start": lambda c: _number(c.tau_start, 2),
+    "threshold at the end": lambda c: _number(c.tau_end, 2),
+    "tokens per second": lambda c: f"{c.tokens_per_second:.0f}",
+}
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:.{places}f}"

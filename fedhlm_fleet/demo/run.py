@@ -1,0 +1,354 @@
+"""`fedhlm demo`: a whole fleet on this machine, as real processes over MQTT, on news prompts.
+
+Two clusters with two agents each, two edges, one cloud. First the fleet works and learns under one preset; then the same
+few prompts, none of them seen before, are asked under that preset and under those of COMPARED.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from rich.console import Console
+
+from edge_agent.learner import measures_of
+from fedhlm import config as configuration
+from fedhlm import settings
+from fedhlm.bus.party import Party, Stamp
+from fedhlm.errors import BusError, ConfigError, root_of
+from fedhlm.process.run import bus_of, model_folder
+from fedhlm.protocol.messages import Sampling
+from fedhlm.telemetry import Counters, configure_logging
+from fedhlm_fleet.demo.client import Client, Place, Task, load_prompts, tasks_of
+from fedhlm_fleet.demo.journey import ASCII_BARS, BARS, Journey
+from fedhlm_fleet.demo.judge import Judge
+from fedhlm_fleet.demo.progress import Progress
+from fedhlm_fleet.demo.report import Figures, Generated, Report, Run, figures, notes, tables
+from fedhlm_fleet.processes import Processes
+from fedhlm_zoo.partition import dirichlet_partition, skew
+
+CLUSTERS: Final = 2
+AGENTS: Final = 2
+TEMPERATURE: Final = 0.0  # where the peers have something to say (docs/peers.md)
+CLOUD: Final = "cloud"
+RECORDER: Final = "recorder"
+READY_S: Final = 90.0
+COMPARED: Final = ("exact", "fedhlm", "hlm")
+COMPARED_ITEMS: Final = 8
+JUDGED_TEXTS: Final = 24  # of the run; to write them all alone would take longer than the run
+_SEEDS_APART: Final = 1_000_003
+_COMPARISON_SEEDS: Final = 500_000  # no run asks so many
+
+
+class Demo:
+    """One run with its options; `report` is what was measured up to now. `alpha` None: all agents share one list."""
+
+    def __init__(
+        self,
+        *,
+        preset: str,
+        prompts: Path | None,
+        tokens: int,
+        seed: int,
+        broker: str,
+        duration_s: float,
+        budget: float | None = None,
+        alpha: float | None = None,
+        temperature: float = TEMPERATURE,
+        recording: Path | None = None,
+    ) -> None:
+        # Within the demo's clusters a byte costs nothing: it never leaves the machine.
+        self.overrides = {"generation.temperature": f"{temperature:g}", "generation.consensus.lan_price": "0"}
+        if budget is not None:
+            self.overrides["generation.budget"] = str(budget)
+        flags = {"broker.url": broker} if broker else {}
+        self.config = configuration.load(preset=preset, flags={**flags, **self.overrides}).config
+        generation = self.config.generation
+        self.has_budget = generation.threshold == "calibrated-fl"
+        if budget is not None and not self.has_budget:
+            words = (
+                f"a preset with generation.threshold 'calibrated-fl' expected, not {preset} ({generation.threshold!r})"
+            )
+            raise ConfigError("generation.budget", f"{budget:g}", f"{words} (flag --budget)")
+        self.preset = preset
+        is_path = preset not in configuration.presets()
+        self.preset_source = str(Path(preset).resolve()) if is_path else preset
+        self.name = Path(preset).name  # of a file with its ending, so that it is none of the shipped
+        self.seed = seed
+        self.tokens = tokens
+        self.duration_s = duration_s
+        articles = load_prompts(prompts)
+        # What is compared must be new to the fleet, whose peers remember; a short list is used twice all the same.
+        held_out = COMPARED_ITEMS if len(articles) >= 2 * COMPARED_ITEMS else 0
+        self.compared = articles[-COMPARED_ITEMS:]
+        self.articles = articles[: len(articles) - held_out]
+        self.places = [
+            Place(f"cluster-{c + 1}", f"agent-{c + 1}{'ab'[a]}") for c in range(CLUSTERS) for a in range(AGENTS)
+        ]
+        self.alpha = alpha
+        self.parts = None if alpha is None else self._parts(alpha)
+        self.slm = model_folder(self.config.agent.model, "slm")
+        self.llm = model_folder(self.config.cloud.model, "llm")
+        self.recording = recording
+        self.report: Report | None = None
+        self.root = f"fedhlm-demo-{random.SystemRandom().getrandbits(32):08x}/1"
+
+    @property
+    def skew(self) -> float | None:
+        """How different the agents' news are (`fedhlm_zoo.partition.skew`); None where they share one list."""
+        return None if self.parts is None else skew([a.topic for a in self.articles], self.parts)
+
+    async def run(self, console: Console) -> None:
+        """Start the fleet, ask, compare, stop the fleet."""
+        generation = self.config.generation
+        sampling = Sampling(self.seed, generation.temperature, generation.top_p, generation.coupling)
+        bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
+        journey = Journey(generation, measures_of(generation, sampling, self.tokens).draft, bars=bars)
+        progress = Progress([p.agent for p in self.places], journey, plain=not console.is_terminal, console=console)
+        async with Processes() as processes:
+            broker = await self._start_broker(processes)
+            bus = bus_of(broker, client_id=f"demo-{os.getpid()}", connect_timeout_s=broker.connect_timeout_s)
+            async with bus:
+                await self._start_parts(processes, broker)
+                party = Party(bus=bus, stamp=Stamp("demo"), counters=Counters(), root=self.root)
+                client = Client(party, self.places, progress)
+                main = asyncio.create_task(self._tell(client, progress), name="demo-main")
+                helpers = [
+                    asyncio.create_task(client.listen(), name="demo-listen"),
+                    asyncio.create_task(processes.watch(), name="demo-watch"),
+                ]
+                try:
+                    await asyncio.wait([main, *helpers], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in (main, *helpers):
+                        task.cancel()
+                    await asyncio.wait([main, *helpers])
+                    await self._end_recording(processes)
+                for task in (*helpers, main):
+                    if not task.cancelled() and (error := task.exception()) is not None:
+                        raise error
+
+    async def _start_broker(self, processes: Processes) -> settings.Broker:
+        if self.config.broker.url:
+            return self.config.broker
+        await processes.start("broker", "edge_broker.embedded", "--port", "0")
+        async with asyncio.timeout(READY_S):
+            while not (printed := processes.log_of("broker").strip()):
+                processes.check()
+                await asyncio.sleep(0.05)
+        return msgspec.structs.replace(self.config.broker, url=printed.splitlines()[0])
+
+    async def _record(self, processes: Processes, broker: settings.Broker, file: Path) -> None:
+        """Have everything under the demo's root recorded; returns when it is."""
+        where = ("--broker", broker.url, "--root", self.root)
+        await processes.start(RECORDER, "fedhlm_fleet.cli", "record", *where, "--out", str(file))
+        async with asyncio.timeout(READY_S):
+            while not await asyncio.to_thread(file.exists):
+                processes.check()
+                await asyncio.sleep(0.05)
+
+    async def _end_recording(self, processes: Processes) -> None:
+        """The parts first, so that their last words are recorded."""
+        if self.recording is not None:
+            await processes.end(CLOUD, *(f"edge-{p.cluster}" for p in self.places), *(p.agent for p in self.places))
+            await processes.end(RECORDER)
+
+    async def _start_parts(self, processes: Processes, broker: settings.Broker) -> None:
+        cores = os.cpu_count() or 1
+        common = {
+            "FEDHLM_BROKER__URL": broker.url,
+            "FEDHLM_BROKER__ROOT": self.root,
+            "FEDHLM_PRESET": self.preset_source,
+            "FEDHLM_TELEMETRY__LOG_LEVEL": "WARNING",
+        }
+        if self.recording is not None:
+            await self._record(processes, broker, self.recording)
+            common["FEDHLM_TELEMETRY__JOURNAL"] = "true"
+        common |= {configuration.environment_name(key): value for key, value in self.overrides.items()}
+        await processes.start(
+            CLOUD, "fedhlm_fleet.cli", "cloud", env={**common, "FEDHLM_CLOUD__THREADS": str(max(1, cores // 2))}
+        )
+        for cluster in dict.fromkeys(p.cluster for p in self.places):
+            await processes.start(
+                f"edge-{cluster}", "fedhlm_fleet.cli", "edge", env={**common, "FEDHLM_CLUSTER__NAME": cluster}
+            )
+        for cluster, agent in self.places:
+            own = {"FEDHLM_CLUSTER__NAME": cluster, "FEDHLM_AGENT__ID": agent, "FEDHLM_AGENT__THREADS": "1"}
+            await processes.start(agent, "fedhlm_fleet.cli", "agent", env={**common, **own})
+
+    async def _tell(self, client: Client, progress: Progress) -> None:
+        with progress.live():
+            progress.stage(f"starting {CLUSTERS} clusters of {AGENTS} agents, {CLUSTERS} edges, a cloud and a broker")
+            for line in self._news():
+                progress.note(line)
+            try:
+                async with asyncio.timeout(READY_S):
+                    await client.wait_ready()
+            except TimeoutError:
+                raise BusError(f"the fleet was not ready within {READY_S:g} s") from None
+            progress.stage(f"preset {self.name}: all agents write for {self.duration_s:g} s", watched=True)
+            for line in progress.journey.legend():
+                progress.note(line)
+            began = time.monotonic()
+            try:
+                await self._work(client, self.shares(), self.duration_s, None)
+            finally:
+                run = self._run_of(self.name, list(client.requests), time.monotonic() - began)
+                self.report = self._reported(figures(run, {}), progress, stopped_early=True)
+            progress.stage("the run is over")
+            progress.tell()
+            # What is compared belongs to other presets than the one that was to be recorded.
+            presets = self._compared_presets() if self.recording is None else []
+            runs = [await self._compare(client, progress, name) for name in presets]
+            progress.stage("both models write the same alone, to compare")
+            judge = await asyncio.to_thread(Judge, llm=self.llm, slm=self.slm)
+            comparisons = [await asyncio.to_thread(judge.figures, other) for other in runs]
+            judged = await asyncio.to_thread(judge.figures, run, JUDGED_TEXTS)
+            self.report = self._reported(judged, progress, comparisons=comparisons)
+
+    def _news(self) -> list[str]:
+        """How the news are shared out."""
+        if self.parts is None:
+            return [f"{len(self.articles)} news items, one list for all agents"]
+        lines = [f"{len(self.articles)} news items, Dirichlet({self.alpha:g}) over the agents, skew {self.skew:.2f}"]
+        for place, part in zip(self.places, self.parts, strict=True):
+            held = Counter(self.articles[i].topic for i in part)
+            lines.append(f"{place.agent}: {', '.join(f'{topic} {count}' for topic, count in held.most_common())}")
+        return lines
+
+    def _parts(self, alpha: float) -> list[list[int]]:
+        labels = [article.topic for article in self.articles]
+        if not all(labels):
+            raise ConfigError("--alpha", alpha, "prompts with topics expected, as in a .jsonl file (see docs/demo.md)")
+        try:
+            return dirichlet_partition(labels, len(self.places), alpha, self.seed)
+        except ValueError as exc:
+            raise ConfigError("--alpha", alpha, f"a finite number above 0 expected ({exc})") from exc
+
+    def shares(self) -> dict[Place, Iterator[Task]]:
+        """Where each agent takes its next task from."""
+        first = self.seed * _SEEDS_APART
+        if self.parts is None:
+            shared = tasks_of(self.articles, self.tokens, first)
+            return dict.fromkeys(self.places, shared)
+        return {
+            place: tasks_of(tuple(self.articles[i] for i in part), self.tokens, first + 2 * len(self.articles) * number)
+            for number, (place, part) in enumerate(zip(self.places, self.parts, strict=True))
+        }
+
+    def _compared_presets(self) -> list[str]:
+        return [self.name, *(name for name in COMPARED if name != self.name)]
+
+    async def _compare(self, client: Client, progress: Progress, name: str) -> Run:
+        """Ask the prompts of the comparison, the same of the same agent whatever the preset."""
+        progress.stage(f"the same {len(self.compared)} news items under preset {name}")
+        tasks = list(tasks_of(self.compared, self.tokens, self.seed * _SEEDS_APART + _COMPARISON_SEEDS))
+        # Two in a row belong to one item: neighbours in the list go to one agent, so that each gets both kinds.
+        agents = len(self.places)
+        shares = {
+            p: iter([t for i, t in enumerate(tasks) if (i // 2) % agents == n]) for n, p in enumerate(self.places)
+        }
+        already, began = len(client.requests), time.monotonic()
+        await self._work(client, shares, None, None if name == self.name else name)
+        return self._run_of(name, client.requests[already:], time.monotonic() - began)
+
+    async def _work(
+        self, client: Client, shares: dict[Place, Iterator[Task]], duration_s: float | None, preset: str | None
+    ) -> None:
+        """Every agent takes its next task until none is left or the time is over."""
+        until = None if duration_s is None else time.monotonic() + duration_s
+
+        async def work(place: Place, tasks: Iterator[Task]) -> None:
+            while until is None or time.monotonic() < until:
+                task = next(tasks, None)
+                if task is None:
+                    return
+                await client.ask(place, task, preset)
+
+        async with asyncio.TaskGroup() as group:
+            for place, tasks in shares.items():
+                group.create_task(work(place, tasks), name=f"ask-{place.agent}")
+
+    def _run_of(self, name: str, requests: list[Generated], wall_s: float) -> Run:
+        if name == self.name:
+            return Run(name, self.config.generation, self.seed, requests, wall_s)
+        other = configuration.load(preset=name, flags=self.overrides).config.generation
+        return Run(name, other, self.seed, requests, wall_s)
+
+    def _reported(
+        self, own: Figures, progress: Progress, *, comparisons: Sequence[Figures] = (), stopped_early: bool = False
+    ) -> Report:
+        return Report(
+            **msgspec.structs.asdict(own),
+            budget=self.config.generation.budget if self.has_budget else None,
+            alpha=self.alpha,
+            skew=self.skew,
+            rounds={name or "all": state.number for name, state in progress.journey.rounds.items()},
+            comparisons=list(comparisons),
+            stopped_early=stopped_early,
+        )
+
+
+def run(
+    *,
+    preset: str = settings.DEFAULT_PRESET,
+    prompts: Path | None = None,
+    tokens: int = 64,
+    seed: int = 0,
+    broker: str = "",
+    duration_s: float = 30.0,
+    budget: float | None = None,
+    alpha: float | None = None,
+    temperature: float = TEMPERATURE,
+    json_file: Path | None = None,
+    recording: Path | None = None,
+) -> int:
+    """Run the demo and print its table; 130 when it was interrupted, with the table so far."""
+    console = Console()
+    configure_logging("ERROR", "demo")  # what is wrong with the broker comes as an error of ours
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError("--json", str(json_file), "a file in an existing folder expected")
+    if recording is not None and (recording.exists() or not recording.parent.is_dir()):
+        raise ConfigError("--record", str(recording), "a new file in an existing folder expected")
+    demo = Demo(
+        preset=preset,
+        prompts=prompts,
+        tokens=tokens,
+        seed=seed,
+        broker=broker,
+        duration_s=duration_s,
+        budget=budget,
+        alpha=alpha,
+        temperature=temperature,
+        recording=recording,
+    )
+    code = 0
+    try:
+        asyncio.run(_interruptible(demo.run(console)))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print("interrupted")
+        code = 130
+    except BaseExceptionGroup as group:
+        raise root_of(group) from group
+    if demo.report is not None:
+        console.print(*tables(demo.report, console.width))
+        for line in notes(demo.report):
+            console.print(line, markup=False, highlight=False)
+        if json_file is not None:
+            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(demo.report), indent=2) + b"\n")
+    return code
+
+
+async def _interruptible(work: Coroutine[None, None, None]) -> None:
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    with suppress(NotImplementedError):
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    await task

@@ -1,0 +1,254 @@
+"""Checks of one broker step by step: name, port, TLS, our certificate, login, rights. Each knows its broker by its key.
+
+Nothing here disturbs a running part: another client id, empty lists under our own name, topics that nobody hears.
+"""
+
+import secrets
+import socket
+from collections.abc import Callable
+from time import perf_counter
+from typing import Final, NamedTuple
+
+import msgspec
+
+from fedhlm.bus.broker_url import BrokerUrl
+from fedhlm.bus.party import Stamp
+from fedhlm.errors import BusError
+from fedhlm.process.run import DEFAULT_URL
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import AnyMessage, UncertainTokens, Verdict, VerdictBatch, VerifiedTokens, encode
+from fedhlm.settings import Broker
+from fedhlm_fleet.doctor import tls
+from fedhlm_fleet.doctor.finding import Said, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.probe import Heard, LostError, Probe, RefusedError
+
+STEP_S: Final = 2.5
+ECHO_S: Final = 1.5
+SESSION: Final = 0
+STRANGER: Final = "doctor-"  # begins the names that nobody has
+
+_LOGIN_ADVICE: Final = {
+    133: "shorten the part's name",
+    134: "correct {key}.username and the password",
+    135: "correct {key}.username and the password, or let the broker admit this name",
+    138: "the broker's operator has banned this name",
+}
+
+
+def section_of(subject: Subject, key: str) -> Broker:
+    """The section `broker` or `edge.upstream`."""
+    return subject.config.broker if key == "broker" else subject.config.edge.upstream
+
+
+def address_of(subject: Subject, key: str) -> BrokerUrl:
+    """Where that broker is; an edge without URL has its own, the others look on this machine.
+
+    Raises:
+        ConfigError: the URL or a file cannot be used.
+    """
+    section = section_of(subject, key)
+    if section.url:
+        return section.address(key=f"{key}.url")
+    url = DEFAULT_URL
+    if subject.role == "edge":
+        url = f"mqtt://{subject.config.edge.embedded_host}:{subject.config.edge.embedded_port}"
+    return msgspec.structs.replace(section, url=url).address(key=f"{key}.url")
+
+
+def host_name(subject: Subject, key: str) -> Said:
+    """The name service knows the broker's host."""
+    address = address_of(subject, key)
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    except OSError as exc:
+        return fail(
+            f"{address.host} is unknown: {exc.strerror or exc}",
+            f"correct {key}.url, or the name service (resolvectl query {address.host})",
+        )
+    numbers = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    shown = ", ".join(numbers[:3])
+    return ok(shown if address.host in numbers else f"{address.host} is {shown}")
+
+
+def port(subject: Subject, key: str) -> Said:
+    """Somebody listens there."""
+    address = address_of(subject, key)
+    own = subject.role == "edge" and not section_of(subject, key).url
+    begun_s = perf_counter()
+    try:
+        with socket.create_connection((address.host, address.port), STEP_S):
+            pass
+    except TimeoutError:
+        return fail(
+            f"{address} does not answer within {STEP_S:g} s",
+            "look for a firewall, a wrong address, or a network that is down",
+        )
+    except OSError as exc:
+        if own:
+            return skip(f"{address} is free for this edge's own broker, which starts with the edge")
+        if isinstance(exc, ConnectionRefusedError):
+            return fail(
+                f"nobody listens on {address}",
+                f"start the broker there (systemctl status mosquitto), or correct {key}.url",
+            )
+        return fail(f"{address}: {exc.strerror or exc}", "look at the network: ip addr, ip route")
+    return ok(f"{address} answers in {(perf_counter() - begun_s) * 1e3:.0f} ms")
+
+
+def certificate(subject: Subject, key: str) -> Said:
+    """The broker proves who it is."""
+    return tls.broker_certificate(address_of(subject, key), key, timeout_s=STEP_S, now_s=subject.wall_s())
+
+
+def own_certificate(subject: Subject, key: str) -> Said:
+    """We can prove who we are."""
+    return tls.own_certificate(address_of(subject, key), key, now_s=subject.wall_s())
+
+
+def login(subject: Subject, key: str) -> Said:
+    """The broker takes us; the session stays open for later checks."""
+    address, section = address_of(subject, key), section_of(subject, key)
+    name = f"{subject.name}-doctor-{secrets.token_hex(3)}"
+    probe = Probe(address, name, key=f"{key}.url", wait_s=STEP_S, wall_s=subject.wall_s)
+    begun_s = perf_counter()
+    try:
+        if section.protocol == "auto":
+            probe.open()
+        else:
+            probe.open((section.protocol,))
+    except RefusedError as exc:
+        probe.close()
+        advice = _LOGIN_ADVICE.get(exc.code, "look at the broker's log")
+        return fail(f"{address} refuses us: {exc}", advice.format(key=key))
+    except BusError as exc:
+        probe.close()
+        return fail(
+            f"{address}: {exc}",
+            "look at the broker's log; is it an MQTT broker, and are its certificates those of ours?",
+        )
+    subject.probes[key] = probe
+    took_ms = (perf_counter() - begun_s) * 1e3
+    who = (
+        address.username or "the name in our certificate"
+        if address.files.cert or address.username
+        else "nobody in particular"
+    )
+    return ok(f"MQTT {probe.version} as {who}, {took_ms:.0f} ms")
+
+
+class Trial(NamedTuple):
+    """A message that harms nobody, where we may publish and where we may not; `echo`: we hear it ourselves."""
+
+    ours: str
+    message: AnyMessage
+    foreign: str
+    foreign_message: AnyMessage
+    echo: bool
+
+
+def trial_of(subject: Subject, key: str, stranger: str) -> Trial:
+    """What this part can try out on that broker. `stranger` is a name that nobody has."""
+    cluster, root = subject.config.cluster.name, section_of(subject, key).root
+    ours, theirs = Stamp(subject.name), Stamp(stranger)
+    space = subject.model.space if subject.model else ""
+    if subject.role == "agent":
+        return Trial(
+            topics.PEER.name(root, cluster=cluster, agent=subject.name),
+            UncertainTokens(**ours(), session=SESSION, space=space, items=()),
+            topics.PEER.name(root, cluster=cluster, agent=stranger),
+            UncertainTokens(**theirs(), session=SESSION, space=space, items=()),
+            echo=True,
+        )
+    if subject.role == "cloud":
+        # A cloud may answer any cluster; speaking to an agent is the edges' business.
+        return Trial(
+            topics.CLOUD_VERDICT.name(root, cluster=stranger),
+            VerdictBatch(**ours(), items=()),
+            topics.VERDICT.name(root, cluster=stranger, agent=stranger),
+            _verdict(theirs),
+            echo=False,
+        )
+    if key == "edge.upstream":
+        return Trial(
+            topics.NEIGHBOUR.name(root, cluster=cluster),
+            VerifiedTokens(**ours(), space="", items=()),
+            topics.NEIGHBOUR.name(root, cluster=stranger),
+            VerifiedTokens(**theirs(), space="", items=()),
+            echo=True,
+        )
+    return Trial(
+        topics.VERDICT.name(root, cluster=cluster, agent=stranger),
+        _verdict(ours),
+        topics.VERDICT.name(root, cluster=stranger, agent=stranger),
+        _verdict(theirs),
+        echo=False,
+    )
+
+
+def _verdict(stamp: Stamp) -> Verdict:
+    return Verdict(**stamp(), session=SESSION, epoch=0, base=0, status="unprimed")
+
+
+def filters_of(subject: Subject, key: str) -> list[str]:
+    """What this part hears on that broker, from the topic table."""
+    cluster, root = subject.config.cluster.name, section_of(subject, key).root
+    both = subject.role == "edge" and not subject.config.edge.upstream.url
+    found = []
+    for topic in topics.TABLE:
+        to_cloud = not topic.pattern.startswith("c/")
+        side = subject.role != "edge" or both or to_cloud == (key == "edge.upstream")
+        if subject.role in topic.subscribers and side:
+            agent = subject.name if subject.role == "agent" and topic is not topics.PEER else "+"
+            many = subject.role == "cloud" or topic is topics.NEIGHBOUR
+            found.append(topic.name(root, cluster="+" if many else cluster, agent=agent))
+    return found
+
+
+def rights(subject: Subject, key: str) -> Said:
+    """What the broker's access rules let us do: hear our topics, publish under our name, and under no other."""
+    try:
+        return _rights(subject, key)
+    except LostError:
+        return skip(
+            "the broker ended our session. Where it gives each name one connection (mosquitto's use_username_as_clientid), "
+            "a running part takes its place back like this: stop the part and look again"
+        )
+
+
+def _rights(subject: Subject, key: str) -> Said:
+    probe = subject.probes[key]
+    filters = filters_of(subject, key)
+    refused = probe.subscribe(*filters)
+    if refused:
+        pattern, reason = next(iter(refused.items()))
+        return fail(
+            f"{len(refused)} of {len(filters)} subscriptions are refused, such as {pattern}: {reason}", _ACL_ADVICE
+        )
+    trial = trial_of(subject, key, f"{STRANGER}{secrets.token_hex(6)}")
+    payload = encode(trial.message)
+    begun_s = perf_counter()
+    denied = probe.publish(trial.ours, payload)
+    if denied is not None:
+        return fail(f"we may not publish on {trial.ours}: {denied}", _ACL_ADVICE)
+    found = f"{len(filters)} subscriptions"
+    if trial.echo:
+        if probe.wait_for(_is(trial.ours, payload), ECHO_S) is None:
+            return fail(f"what we publish on {trial.ours} does not come back", _ACL_ADVICE)
+        found += f", our own message comes back in {(perf_counter() - begun_s) * 1e3:.0f} ms"
+    if probe.version != "5":
+        return ok(f"{found}; MQTT {probe.version} does not say whether publishing is refused")
+    if probe.publish(trial.foreign, encode(trial.foreign_message)) is None:
+        return warn(
+            f"{found}; but we may publish under another's name, on {trial.foreign}",
+            "give the broker access rules (fedhlm pki mosquitto), unless everybody on this network is trusted",
+        )
+    return ok(f"{found}; publishing under another's name is refused")
+
+
+_ACL_ADVICE: Final = (
+    "write the broker's access rules anew (fedhlm pki mosquitto) and see that its user name for us is our name"
+)
+
+
+def _is(topic: str, payload: bytes) -> Callable[[Heard], bool]:
+    return lambda heard: (heard.topic, heard.payload) == (topic, payload)

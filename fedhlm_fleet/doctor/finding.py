@@ -1,0 +1,129 @@
+"""What a check says, what it is told, and how a check is described. A check returns ok(), warn(), fail() or skip()."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+import msgspec
+
+from fedhlm.config import Loaded
+from fedhlm.errors import ConfigError
+from fedhlm.protocol.messages import Fingerprint
+from fedhlm.settings import Config
+
+if TYPE_CHECKING:
+    from fedhlm.decoding.decoder import ModelInfo
+    from fedhlm_fleet.doctor.probe import Probe
+
+Role = Literal["agent", "edge", "cloud"]
+Level = Literal["ok", "warn", "fail", "skip"]
+ROLES: Final[tuple[Role, ...]] = ("agent", "edge", "cloud")
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One check's result. `advice` is what to do; it is empty where nothing is to be done. `seconds` is what it took."""
+
+    name: str
+    level: Level
+    found: str
+    advice: str = ""
+    seconds: float = 0.0
+
+
+class Said(NamedTuple):
+    """A finding before it has its check's name."""
+
+    level: Level
+    found: str
+    advice: str = ""
+
+
+def ok(found: str) -> Said:
+    """All is well."""
+    return Said("ok", found)
+
+
+def warn(found: str, advice: str) -> Said:
+    """It works, and could be better or will not work for ever."""
+    return Said("warn", found, advice)
+
+
+def fail(found: str, advice: str) -> Said:
+    """The part cannot work, or not as it should."""
+    return Said("fail", found, advice)
+
+
+def skip(found: str) -> Said:
+    """Not looked at, and why."""
+    return Said("skip", found)
+
+
+class Model(NamedTuple):
+    """The model folder of this part, after its check. `space` names the keys made with it; empty without a projection."""
+
+    folder: Path
+    info: "ModelInfo"
+    fingerprint: Fingerprint
+    space: str
+
+
+@dataclass
+class Subject:
+    """The part that is examined and where it stands; checks leave here what later ones need.
+
+    `requires` gives our own requirements, `version` the installed version of a distribution. `proc` and `cgroup` are the
+    kernel's folders.
+    """
+
+    role: Role
+    loaded: Loaded | None
+    problem: ConfigError | None = None
+    requires: Callable[[], list[str]] = lambda: metadata.requires("fedhlm") or []
+    version: Callable[[str], str] = metadata.version
+    machine: str = field(default_factory=platform.machine)
+    wall_s: Callable[[], float] = time.time
+    proc: Path = Path("/proc")
+    cgroup: Path = Path("/sys/fs/cgroup")
+    user_id: int = field(default_factory=os.getuid)
+    model: Model | None = None
+    probes: dict[str, "Probe"] = field(default_factory=dict)  # open sessions by the broker's key
+
+    @property
+    def config(self) -> Config:
+        """The configuration; checks that use it need the check `configuration`."""
+        if self.loaded is None:
+            raise self.problem or AssertionError("neither a configuration nor its error")
+        return self.loaded.config
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where each key of the configuration comes from."""
+        return {} if self.loaded is None else self.loaded.sources
+
+    @property
+    def name(self) -> str:
+        """The part's name on the bus."""
+        if self.loaded is None:
+            return self.role
+        names = {"agent": self.config.agent.id, "edge": f"edge-{self.config.cluster.name}", "cloud": "cloud"}
+        return names[self.role]
+
+    def close(self) -> None:
+        """End all sessions."""
+        for probe in self.probes.values():
+            probe.close()
+        self.probes.clear()
+
+
+class Check(NamedTuple):
+    """A check: it runs when all of `needs` were ok or worth a warning, and has `deadline_s` seconds."""
+
+    name: str
+    run: Callable[[Subject], Said]
+    needs: tuple[str, ...] = ()
+    deadline_s: float = 2.0

@@ -1,0 +1,205 @@
+"""Checks of what this part has on its machine: configuration, key files, state folder, model, runtime, decode speed."""
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from time import perf_counter
+from typing import Final, NamedTuple
+
+from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, Decoder, Request, load_info, tokenizer_digest
+from fedhlm.decoding.sampling import NOISE
+from fedhlm.errors import FedhlmError
+from fedhlm.peers.context_keys import load_projection
+from fedhlm.process.run import model_folder
+from fedhlm.protocol.fingerprint import fingerprint_of
+from fedhlm.settings import Broker
+from fedhlm_fleet.doctor.finding import Model, Role, Said, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.machine import MIB
+
+SHIPPED: Final[dict[Role, str]] = {"agent": "slm", "cloud": "llm"}
+CPU: Final = "CPUExecutionProvider"
+DISK_FAIL_MIB: Final = 8
+DISK_WARN_MIB: Final = 64
+WRITTEN_BYTES: Final = 256 * 1024
+# Below these nobody wants to wait: people read some seven tokens a second, and a cloud verifies for many agents.
+FLOORS: Final[dict[Role, float]] = {"agent": 10.0, "cloud": 30.0}
+MEASURED_S: Final = 1.5
+_DISK_ADVICE: Final = {
+    errno.ENOSPC: "free some space: df -h, journalctl --vacuum-size=50M",
+    errno.EDQUOT: "free some space, or raise this user's quota",
+    errno.EROFS: "mount it writable; a card that fails turns read-only by itself: look at dmesg",
+    errno.EIO: "the disk fails: look at dmesg, and replace it",
+}
+MEASURED_TOKENS: Final = 128
+
+
+class Part(NamedTuple):
+    """The keys that agent, edge and cloud have alike."""
+
+    model: str
+    state: str
+    threads: int
+
+
+def part_of(subject: Subject) -> Part:
+    """This part's own section; an edge has no model."""
+    config = subject.config
+    parts = {
+        "agent": Part(config.agent.model, config.agent.state, config.agent.threads),
+        "edge": Part("", config.edge.state, 1),
+        "cloud": Part(config.cloud.model, config.cloud.state, config.cloud.threads),
+    }
+    return parts[subject.role]
+
+
+def brokers_of(subject: Subject) -> dict[str, Broker]:
+    """The brokers that this part connects to, by the key of their section."""
+    config = subject.config
+    up = config.edge.upstream
+    return {"broker": config.broker, **({"edge.upstream": up} if subject.role == "edge" and up.url else {})}
+
+
+def configuration(subject: Subject) -> Said:
+    """Whether it can be read, and what is legal in it and still will not work."""
+    if subject.problem is not None:
+        return fail(str(subject.problem), "correct this key; `fedhlm config check` shows all keys and their sources")
+    config = subject.config
+    if subject.role == "edge" and config.broker.url and config.edge.upstream.url:
+        home, up = config.broker.address(), config.edge.upstream.address(key="edge.upstream.url")
+        if (home.host, home.port) == (up.host, up.port):
+            found = (
+                f"edge.upstream.url and broker.url are one broker, {home}: two connections of one name end each other"
+            )
+            return fail(found, "leave edge.upstream.url empty: one broker then serves both sides")
+    if subject.role == "edge" and not config.broker.url and not config.edge.upstream.url:
+        return warn(
+            "neither broker.url nor edge.upstream.url is set",
+            "set edge.upstream.url, unless the cloud connects to this edge's own broker",
+        )
+    changed = sum(source != "default" and not source.startswith("preset") for source in subject.sources.values())
+    return ok(f"preset {config.preset}, {changed} keys set")
+
+
+def key_files(subject: Subject) -> Said:
+    """Private keys, and files that hold a password, are for their owner alone."""
+    paths: dict[str, str] = {}
+    for section, broker in brokers_of(subject).items():
+        if broker.url and (key := broker.address(key=f"{section}.url").files.key):
+            paths[key] = f"{section}.key"
+        source = subject.sources[f"{section}.password"]
+        if broker.password and source.startswith("file "):
+            paths[source.removeprefix("file ")] = f"the file with {section}.password"
+    for path, key in paths.items():
+        try:
+            with Path(path).open("rb"):
+                facts = Path(path).stat()
+        except OSError as exc:
+            return fail(
+                f"{key} {path} cannot be read ({exc.strerror})",
+                f"run the doctor as root or as the service's user, or: sudo chown {subject.user_id} {path}",
+            )
+        if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return fail(
+                f"{key} {path} has mode {stat.S_IMODE(facts.st_mode):04o}: others can read it",
+                f"chmod 600 {path}, and issue the key anew if strangers were here",
+            )
+    return ok(f"{len(paths)} files, for their owner only") if paths else skip("neither keys nor passwords in files")
+
+
+def state_folder(subject: Subject) -> Said:
+    """Written for real: a full disk or one that the kernel has made read-only shows in no permission bit."""
+    key = f"{subject.role}.state"
+    configured = part_of(subject).state
+    if not configured:
+        return warn(
+            f"{key} is empty: nothing learnt outlives a restart",
+            f"set {key} to a folder (under systemd: StateDirectory=)",
+        )
+    folder = Path(configured)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        return fail(f"{nearest} is no folder", f"set {key} to a folder")
+    try:
+        with tempfile.TemporaryFile(dir=nearest, prefix=".doctor-") as file:
+            file.write(os.urandom(WRITTEN_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as exc:
+        advice = _DISK_ADVICE.get(exc.errno or 0, f"let this user write there: sudo chown {subject.user_id} {nearest}")
+        return fail(f"{nearest} cannot be written ({exc.strerror})", advice)
+    disk = os.statvfs(nearest)
+    free = disk.f_bavail * disk.f_frsize // MIB
+    found = f"{folder} is writable, {free} MiB free" + ("" if folder == nearest else f" (to be made in {nearest})")
+    if free < DISK_WARN_MIB:
+        say = fail if free < DISK_FAIL_MIB else warn
+        return say(found, f"free some space: {DISK_WARN_MIB} MiB keep state files and logs safe")
+    return ok(found)
+
+
+def model(subject: Subject) -> Said:
+    """The model folder: complete, unchanged, and able to take part."""
+    part = part_of(subject)
+    key = f"{subject.role}.model"
+    try:
+        folder = model_folder(part.model, SHIPPED[subject.role])
+        info = load_info(folder)
+        digest = tokenizer_digest(folder)
+        space = load_projection(folder, info.hidden_size).digest[:8]
+        fingerprint = fingerprint_of(digest, info.vocab_size, noise=NOISE, model=info.name)
+    except FedhlmError as exc:
+        return fail(str(exc), f"copy the folder again, or set {key} to one made by `fedhlm models export`")
+    subject.model = Model(folder, info, fingerprint, space)
+    whole = sum(file.bytes for file in info.files.values()) <= HASH_UP_TO_BYTES
+    checked = "digests right" if whole else "sizes right (too large to hash)"
+    return ok(f"{info.name}, {info.parameters / 1e6:.1f} M parameters, {info.quantisation}, {checked}")
+
+
+def providers(subject: Subject) -> Said:
+    """Where onnxruntime computes: the providers that are asked for against those that this build has."""
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        return fail(f"onnxruntime cannot be imported: {exc}", f"pip install 'fedhlm[{subject.role}]'")
+    available: list[str] = onnxruntime.get_available_providers()
+    section = getattr(subject.config, subject.role)
+    wanted = tuple(getattr(section, "providers", ()) or (CPU,))
+    missing = [name for name in wanted if name not in available]
+    found = f"{_short(wanted)} asked for, {_short(available)} available (onnxruntime {onnxruntime.__version__})"
+    if missing:
+        advice = f"install the onnxruntime that has {_short(missing)} (for NVIDIA: onnxruntime-gpu), or leave it out"
+        return warn(f"{found}: falls back to {_short(n for n in wanted if n in available) or 'CPU'}", advice)
+    return ok(found)
+
+
+def _short(names: Iterable[str]) -> str:
+    return ", ".join(name.removesuffix("ExecutionProvider") for name in names)
+
+
+def speed(subject: Subject) -> Said:
+    """Tokens a second, one by one, as a device drafts and as a cloud verifies in the worst case."""
+    if subject.model is None:
+        raise AssertionError("the check `model` comes before")
+    begun_s = perf_counter()
+    try:
+        decoder = Decoder.load(subject.model.folder, threads=part_of(subject).threads)
+    except FedhlmError as exc:
+        return fail(str(exc), "export the model again with `fedhlm models export`")
+    loaded_s = perf_counter() - begun_s
+    first = decoder.info.bos_id or 0
+    result = decoder.forward([Request(decoder.empty_cache(), [first])])[0]  # the first call allocates
+    count, begun_s = 0, perf_counter()
+    while count < min(MEASURED_TOKENS, decoder.info.context - 2) and perf_counter() - begun_s < MEASURED_S:
+        result = decoder.forward([Request(result.cache, [int(result.logits[-1].argmax())])])[0]
+        count += 1
+    rate = count / (perf_counter() - begun_s)
+    floor = FLOORS[subject.role]
+    found = f"{rate:.0f} tokens/s ({count} tokens), at least {floor:.0f} expected; loaded in {loaded_s:.1f} s"
+    if rate < floor:
+        key = f"{subject.role}.threads"
+        return fail(
+            found, f"use a smaller model, set {key} to the number of cores, or look for throttling and other load"
+        )
+    return ok(found)

@@ -1,0 +1,146 @@
+"""Checks of who else is on the bus: edge and cloud present, models that fit together, clocks that agree."""
+
+from typing import Final
+
+from fedhlm.errors import FingerprintMismatch, ProtocolError
+from fedhlm.protocol import topics
+from fedhlm.protocol.fingerprint import check_agreement
+from fedhlm.protocol.messages import Fingerprint, Presence, decode
+from fedhlm_fleet.doctor.broker import STRANGER, section_of
+from fedhlm_fleet.doctor.finding import Said, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.probe import Heard
+
+RETAINED_S: Final = 1.5
+SKEW_WARN_S: Final = 30.0
+_UNLIKE: Final = "give both sides models with one tokenizer: copy the pair's model folders from one release"
+
+
+def _presences(subject: Subject, key: str, topic: topics.Topic, *, wait_s: float = RETAINED_S) -> dict[str, Presence]:
+    """The last presence on each topic name of this row; waits only while there is none."""
+    probe, root = subject.probes[key], section_of(subject, key).root
+
+    def is_one(heard: Heard) -> bool:
+        return topic.parse(heard.topic, root) is not None
+
+    probe.wait_for(is_one, wait_s)
+    found = {}
+    for heard in list(probe.heard):
+        if is_one(heard):
+            try:
+                message = decode(heard.payload)
+            except ProtocolError:
+                continue
+            if isinstance(message, Presence):
+                found[heard.topic] = message
+    return found
+
+
+def edge(subject: Subject) -> Said:
+    """For an agent: its cluster's edge is there, and the cloud behind it."""
+    cluster = subject.config.cluster.name
+    found = list(_presences(subject, "broker", topics.EDGE_STATUS).values())
+    if not found:
+        advice = (
+            f"start the edge of cluster {cluster} (fedhlm edge), or correct cluster.name; nothing is verified meanwhile"
+        )
+        return fail(f"no edge of cluster {cluster} was ever seen on this broker", advice)
+    if not found[-1].online:
+        return fail(
+            f"the edge of cluster {cluster} is offline", "start it, or run `fedhlm doctor edge` where it stands"
+        )
+    if found[-1].upstream is None:
+        return fail(
+            f"the edge of cluster {cluster} is online ({found[-1].software}), but sees no cloud",
+            "run `fedhlm doctor edge` where it stands",
+        )
+    return ok(f"the edge of cluster {cluster} is online ({found[-1].software}) and sees the cloud")
+
+
+def cloud(subject: Subject) -> Said:
+    """For an edge: the cloud is there."""
+    found = list(_presences(subject, _up(subject), topics.CLOUD_STATUS).values())
+    if not found:
+        return fail(
+            "no cloud was ever seen on this broker", "start it (fedhlm cloud), or correct the address of its broker"
+        )
+    if not found[-1].online:
+        return fail("the cloud is offline", "start it, or run `fedhlm doctor cloud` where it stands")
+    return ok(f"the cloud is online ({found[-1].software})")
+
+
+def _up(subject: Subject) -> str:
+    return "edge.upstream" if subject.config.edge.upstream.url else "broker"
+
+
+def agreement_of_agent(subject: Subject) -> Said:
+    """This agent's tokenizer, vocabulary and noise are the cloud's, as its edge tells them."""
+    theirs = [p.upstream for p in _presences(subject, "broker", topics.EDGE_STATUS).values()]
+    if subject.model is None or not theirs or theirs[-1] is None:
+        return skip("the edge tells no fingerprint of the cloud")
+    return _compared(subject.model.fingerprint, theirs[-1], "the cloud")
+
+
+def agreement_of_edge(subject: Subject) -> Said:
+    """The cloud's fingerprint against those of the cluster's agents."""
+    clouds = [p.fingerprint for p in _presences(subject, _up(subject), topics.CLOUD_STATUS).values()]
+    if not clouds or clouds[-1] is None:
+        return skip("the cloud tells no fingerprint")
+    agents = {
+        name: presence.fingerprint
+        for name, presence in _presences(subject, "broker", topics.AGENT_STATUS).items()
+        if presence.online and presence.fingerprint is not None
+    }
+    if not agents:
+        return warn("no agent of this cluster is online", "start one: fedhlm agent")
+    for name, fingerprint in agents.items():
+        if (said := _compared(fingerprint, clouds[-1], "the cloud")).level == "fail":
+            return said._replace(found=f"{name.split('/')[-2]}: {said.found}")
+    return ok(f"{len(agents)} agents online, all with the cloud's tokenizer ({clouds[-1].model})")
+
+
+def agreement_of_cloud(subject: Subject) -> Said:
+    """Whether a running cloud has this model; a broker with access rules hides its presence from the cloud itself."""
+    subject.probes["broker"].subscribe(topics.CLOUD_STATUS.name(subject.config.broker.root))
+    found = [p.fingerprint for p in _presences(subject, "broker", topics.CLOUD_STATUS).values() if p.online]
+    if not found or found[-1] is None or subject.model is None:
+        return skip("no running cloud can be seen from here; `fedhlm doctor edge` compares agents with it")
+    return _compared(subject.model.fingerprint, found[-1], "the running cloud")
+
+
+def _compared(ours: Fingerprint, theirs: Fingerprint, whose: str) -> Said:
+    try:
+        check_agreement(ours, theirs)
+    except FingerprintMismatch as exc:
+        return fail(f"{exc.field} differs: {exc.ours!r} here, {exc.theirs!r} at {whose}", _UNLIKE)
+    return ok(f"tokenizer {ours.tokenizer}, {ours.vocab_size} tokens, as at {whose} ({theirs.model})")
+
+
+def clocks(subject: Subject) -> Said:
+    """Other parties' clocks, by what they sent while we listened; and nobody's message may come from our future.
+
+    A fresh message bounds their clock from both sides, by its way here; a retained one from one side only.
+    """
+    fresh: list[float] = []
+    ahead = 0.0
+    for probe in subject.probes.values():
+        for heard in list(probe.heard):
+            try:
+                message = decode(heard.payload)
+            except ProtocolError:
+                continue
+            if message.sender == subject.name or message.sender.startswith(STRANGER):
+                continue
+            offset_s = message.sent_ms / 1e3 - heard.wall_s
+            ahead = max(ahead, offset_s)
+            if not heard.retain:
+                fresh.append(offset_s)
+    worst = max([ahead, *(abs(offset_s) for offset_s in fresh)])
+    if worst > SKEW_WARN_S:
+        found = f"another party's clock and ours are {worst:.0f} s apart"
+        return warn(
+            found,
+            "synchronise both clocks (timedatectl set-ntp true); certificates and logs need them, verdicts do not",
+        )
+    if fresh:
+        return ok(f"{len(fresh)} fresh messages, {worst:.1f} s apart at most (with their way here)")
+    return ok("no fresh message while we looked; none that was kept comes from our future")

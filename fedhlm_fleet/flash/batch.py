@@ -1,0 +1,307 @@
+"""Cards from orders: one from the command line, many from a CSV file whose empty cells take the command line's values.
+
+All orders are read and checked before the first card is touched. One card that fails does not stop the others.
+"""
+
+import csv
+import lzma
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple
+
+from fedhlm.config import load, presets
+from fedhlm.errors import ConfigError, FedhlmError
+from fedhlm_fleet.flash import cloudinit, disks
+from fedhlm_fleet.flash.image import Disk, Folder, Target, boot_partition, needed_bytes, require_room
+from fedhlm_fleet.flash.plan import Device, FlashError, Part, Payload, Wifi
+
+COLUMNS: Final = (
+    *("agent", "cluster", "broker", "hostname", "user", "ssh_key", "wifi_ssid", "wifi_password_file", "wifi_country"),
+    *("config", "cert", "key", "ca", "boot", "image", "device", "out"),
+)
+_BLOCK_BYTES: Final = 4 * 1024 * 1024
+_MAX_TEXT_BYTES: Final = 1024 * 1024
+
+Say = Callable[[str], None]
+
+
+class Party(NamedTuple):
+    """A device, its configuration so far, and its own certificate files (certificate, key, CA) if it has them."""
+
+    device: Device
+    settings: Mapping[str, Any]
+    certificate: tuple[Path, Path, Path] | None
+
+
+class Order(NamedTuple):
+    """A device and where its card is."""
+
+    party: Party
+    boot: Path | None
+    image: Path | None
+    disk: Path | None
+    out: Path | None
+
+    @property
+    def device(self) -> Device:
+        """Who it is for."""
+        return self.party.device
+
+    @property
+    def place(self) -> Path:
+        """What is written."""
+        place = self.boot or self.disk or self.out or self.image
+        assert place is not None  # noqa: S101  order_of has seen to it
+        return place
+
+
+class Done(NamedTuple):
+    """A card that was made: its files, their bytes, and how long it took."""
+
+    order: Order
+    files: int
+    size: int
+    seconds: float
+
+
+def party_of(values: Mapping[str, str]) -> Party:
+    """One device from the values of COLUMNS; absent and empty mean the same.
+
+    Raises:
+        ConfigError: a value that is missing or cannot be used.
+        FlashError: a file that cannot be read.
+    """
+    given = {name: value for name, value in values.items() if value}
+    for name in ("agent", "cluster", "broker"):
+        if name not in given:
+            raise ConfigError(f"--{name}", None, "a value expected, here or in the CSV file")
+    ssid, password_file = given.get("wifi_ssid", ""), given.get("wifi_password_file")
+    if not ssid and (password_file or given.get("wifi_country")):
+        raise ConfigError("--wifi-ssid", None, "the network's name expected beside its password and country")
+    wifi = None
+    if ssid:
+        password = _text(Path(password_file), "--wifi-password-file").rstrip("\r\n") if password_file else None
+        wifi = Wifi.of(ssid, password, given.get("wifi_country", ""))
+    key_file = given.get("ssh_key")
+    device = Device.of(
+        agent=given["agent"],
+        cluster=given["cluster"],
+        broker=given["broker"],
+        hostname=given.get("hostname", ""),
+        user=given.get("user", "pi"),
+        ssh_key=_public_key(Path(key_file)) if key_file else "",
+        wifi=wifi,
+    )
+    files = tuple(Path(given[name]) for name in ("cert", "key", "ca") if name in given)
+    if len(files) not in (0, 3):
+        raise ConfigError("--cert, --key, --ca", None, "all three of them expected, or --pki")
+    return Party(
+        device,
+        _settings(Path(given["config"]), device) if "config" in given else {},
+        (files[0], files[1], files[2]) if files else None,
+    )
+
+
+def order_of(values: Mapping[str, str]) -> Order:
+    """One order from the values of COLUMNS; absent and empty mean the same.
+
+    Raises:
+        ConfigError: a value that is missing or cannot be used.
+        FlashError: a file that cannot be read.
+    """
+    given = {name: value for name, value in values.items() if value}
+    party = party_of(given)
+    boot, image, disk, out = (
+        Path(given[name]) if name in given else None for name in ("boot", "image", "device", "out")
+    )
+    if (boot, image, disk) == (None, None, None) or (boot and (image or disk)) or (out and (not image or disk)):
+        raise ConfigError(
+            "--image, --boot, --device",
+            None,
+            "one of them expected; --image with --out or --device copies the image first",
+        )
+    if out is not None and (out.is_dir() or not out.suffix):
+        out = out / f"{party.device.agent}.img"
+    return Order(party, boot, image, disk, out)
+
+
+def read(path: Path, defaults: Mapping[str, str]) -> list[Order]:
+    """The orders of a CSV file with a line of column names.
+
+    Raises:
+        FlashError: all that is wrong, each with its line.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = [str(name) for name in reader.fieldnames or ()]
+            if unknown := [name for name in columns if name not in COLUMNS]:
+                raise FlashError(f"{path} line 1: column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
+            if "agent" not in columns:
+                raise FlashError(f"{path} line 1: a column 'agent' expected")
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as exc:
+        raise FlashError(f"cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc
+    orders: list[Order] = []
+    wrong: list[str] = []
+    seen: dict[tuple[str, str], int] = {}
+    for line, row in rows:
+        if None in row or None in row.values():
+            wrong.append(f"line {line}: {len(columns)} cells expected")
+            continue
+        try:
+            cells = {name: cell.strip() for name, cell in row.items() if cell.strip()}
+            order = order_of({**_inherited(cells, defaults), **cells})
+        except FedhlmError as exc:
+            wrong.append(f"line {line}: {exc}")
+            continue
+        # Under one cluster's broker two devices of one name would end each other's connections.
+        for what, key in (("agent", order.device.agent), ("target", str(order.place))):
+            if (first := seen.setdefault((what, key), line)) != line:
+                wrong.append(f"line {line}: {what} {key!r} is that of line {first} already")
+        orders.append(order)
+    if wrong:
+        raise FlashError(f"{path}: {'; '.join(wrong)}")
+    if not orders:
+        raise FlashError(f"{path} has no line below the column names")
+    return orders
+
+
+def make(order: Order, installed: Payload, say: Say, *, clock_s: Callable[[], float] = time.monotonic) -> Done:
+    """Write one card.
+
+    Raises:
+        FlashError: it cannot be written, or must not be.
+    """
+    begun_s = clock_s()
+    parts = cloudinit.card(order.device, installed)
+    with _target(order, parts, say) as target:
+        size = require_room(target, parts)
+        target.write(parts)
+    return Done(order, len(parts), size, clock_s() - begun_s)
+
+
+def make_all(orders: Sequence[Order], payload_of: Callable[[Order], Payload], say: Say) -> tuple[list[Done], int]:
+    """Write all cards, a line about each; those that were made, and how many were not."""
+    done: list[Done] = []
+    for number, order in enumerate(orders, 1):
+        head = f"[{number}/{len(orders)}] {order.device.agent}"
+        try:
+            made = make(order, payload_of(order), lambda words, head=head: say(f"{head}: {words}"))  # type: ignore[misc]
+        except FedhlmError as exc:
+            if len(orders) == 1:
+                raise
+            say(f"{head}: FAILED, {exc}")
+            continue
+        done.append(made)
+        say(f"{head}: {made.files} files, {made.size / 1e6:.1f} MB to {order.place} in {made.seconds:.1f} s")
+    return done, len(orders) - len(done)
+
+
+def described(order: Order, installed: Payload) -> Iterator[str]:
+    """What would be written, for human eyes: secrets by name and size only."""
+    parts = cloudinit.card(order.device, installed)
+    yield f"{order.device.agent} of {order.device.cluster}: {len(parts)} files to {order.place}"
+    for part in parts:
+        yield f"  {part.size:>10}  {part.path}{'  (secret)' if part.secret else ''}"
+    if order.image is None or order.image.suffix != ".xz":
+        target: Target = Folder(order.boot) if order.boot else Disk(order.image or order.place)
+        room = target.room()
+        yield f"  {needed_bytes(parts, room.cluster) / 1e6:.1f} MB of {(room.free + room.reusable) / 1e6:.1f} MB"
+    yield ""
+    yield from (f"  {line}" for line in cloudinit.masked(order.device).splitlines())
+
+
+@contextmanager
+def _target(order: Order, parts: Sequence[Part], say: Say) -> Iterator[Target]:
+    if order.boot is not None:
+        yield Folder(order.boot)
+    elif order.disk is not None:
+        image_bytes = order.image.stat().st_size if order.image is not None and order.image.is_file() else 0
+        disks.require_card(order.disk, needed_bytes=image_bytes)
+        if order.image is not None:
+            with order.disk.open("r+b", buffering=0) as device:
+                _copy(order.image, device, say)
+        yield Disk(order.disk)
+    elif order.out is not None and order.image is not None:
+        # Renamed when complete: half an image never looks like one.
+        partial = order.out.with_name(f".{order.out.name}.part")
+        try:
+            if order.image.suffix != ".xz":
+                require_room(Disk(order.image), parts)
+            order.out.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                # The card's certificate and Wi-Fi key will be in it.
+                os.fchmod(file.fileno(), 0o600)
+                _copy(order.image, file, say)
+            yield Disk(partial)
+            partial.replace(order.out)
+        except OSError as exc:
+            raise FlashError(f"cannot write {order.out}: {exc.strerror or exc}") from exc
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+    else:
+        yield Disk(order.place)
+
+
+def _copy(image: Path, to: IO[bytes], say: Say) -> None:
+    if image.suffix != ".xz":
+        boot_partition(image)
+    total = image.stat().st_size if image.suffix != ".xz" else 0
+    copied, told = 0, 0
+    try:
+        with lzma.open(image) if image.suffix == ".xz" else image.open("rb") as source:
+            while block := source.read(_BLOCK_BYTES):
+                to.write(block)
+                copied += len(block)
+                if total > 0 and (tenth := copied * 10 // total) > told:
+                    told = tenth
+                    if total > 64 * _BLOCK_BYTES:
+                        say(f"{tenth * 10} % of {image.name}")
+        to.flush()
+        os.fsync(to.fileno())
+    except (OSError, lzma.LZMAError, EOFError) as exc:
+        raise FlashError(f"cannot copy {image}: {getattr(exc, 'strerror', None) or exc}") from exc
+
+
+def _inherited(cells: Iterable[str], defaults: Mapping[str, str]) -> dict[str, str]:
+    # A line with a place of its own does not take the command line's as well.
+    places = {"boot", "device", "out"}
+    own = places & set(cells)
+    return {name: value for name, value in defaults.items() if not (own and name in places)}
+
+
+def _settings(path: Path, device: Device) -> dict[str, Any]:
+    text = _text(path, "--config")
+    # Together with what is added to it, and as the agent will read it: an error shows here, not on the device.
+    own = {"agent.id": device.agent, "cluster.name": device.cluster, "broker.url": device.broker}
+    preset = load(file=path, flags=own, environ={}).config.preset
+    if preset not in presets():
+        raise ConfigError("preset", preset, f"a shipped preset expected for a device (file {path})")
+    return tomllib.loads(text)
+
+
+def _public_key(path: Path) -> str:
+    text = _text(path, "--ssh-key")
+    if "PRIVATE KEY" in text:
+        raise ConfigError(
+            "--ssh-key", str(path), "the public key expected (its name ends in .pub), this is the private one"
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if len(lines) != 1:
+        raise ConfigError("--ssh-key", str(path), f"one public key expected, {len(lines)} found")
+    return lines[0]
+
+
+def _text(path: Path, flag: str) -> str:
+    try:
+        if path.stat().st_size > _MAX_TEXT_BYTES:
+            raise ConfigError(flag, str(path), "a small text file expected")
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise FlashError(f"{flag}: cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc

@@ -1,0 +1,160 @@
+"""The offline bundle: wheels for the device's processor and Python, kept in a folder, and a model if it is not the shipped one.
+
+pip fetches wheels for another machine when every platform tag is named to it; a folder that is complete is taken as it is, so
+that a workshop without internet flashes cards from one that was filled before. Nothing is built on a device.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Final
+
+from fedhlm.decoding.decoder import load_info
+from fedhlm.errors import ConfigError
+from fedhlm_fleet.flash.plan import CUDA, INSTALLER, PLAIN, UNIT, FlashError, Part
+
+PROJECT: Final = "fedhlm"
+NEEDED: Final = (PROJECT, "pip", "numpy", "onnxruntime", "tokenizers", "aiomqtt", "msgspec")
+# The Pythons of Debian 12, Ubuntu 24.04 and Debian 13 (Raspberry Pi OS Trixie).
+PYTHONS: Final = ("3.11", "3.12", "3.13")
+DEFAULT_PYTHON: Final = "3.13"
+MACHINE: Final = "aarch64"
+# glibc 2.35 is Ubuntu 22.04's, the oldest that is served; a wheel for an older one runs there as well.
+_GLIBC_MINORS: Final = range(17, 36)
+_WHEEL: Final = re.compile(
+    r"(?P<name>[A-Za-z0-9_.]+)-(?P<version>[^-]+)(-\d[^-]*)?-(?P<python>[^-]+)-(?P<abi>[^-]+)-(?P<platform>[^-]+)\.whl"
+)
+_NO_SOURCE: Final = (".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks", "deploy", "docs")
+
+
+def tags(python: str, machine: str = MACHINE) -> list[str]:
+    """pip's options for a Python version ("3.13") and machine, with every platform tag that the device takes."""
+    digits = python.replace(".", "")
+    platforms = [f"manylinux_2_{minor}_{machine}" for minor in _GLIBC_MINORS]
+    options = ["--only-binary=:all:", "--implementation", "cp", "--python-version", digits]
+    for abi in (f"cp{digits}", "abi3", "none"):
+        options += ["--abi", abi]
+    for platform in (*platforms, f"manylinux2014_{machine}", "any"):
+        options += ["--platform", platform]
+    return options
+
+
+def wheels(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
+    """The wheels of a folder, checked: everything that an agent needs is there, and each runs on the device.
+
+    Raises:
+        FlashError: names the wheel that is missing, doubled or for another machine or Python.
+    """
+    if not folder.is_dir():
+        raise FlashError(f"wheels: {folder} is no folder")
+    found = sorted(folder.glob("*.whl"))
+    names: dict[str, Path] = {}
+    for wheel in found:
+        match = _WHEEL.fullmatch(wheel.name)
+        if match is None:
+            raise FlashError(f"{wheel}: a wheel's name expected (name-version-python-abi-platform.whl)")
+        name = _normal(match["name"])
+        if name in names:
+            raise FlashError(f"{wheel}: {names[name].name} is there as well, one version of each expected")
+        if not _runs(match, python, machine):
+            raise FlashError(f"{wheel}: a wheel for Python {python} on {machine} expected")
+        names[name] = wheel
+    if missing := [name for name in NEEDED if name not in names]:
+        raise FlashError(f"{folder} lacks wheels of {', '.join(missing)}: a folder filled by --bundle has them")
+    return found
+
+
+def fill(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
+    """Fetch what is missing into `folder` and return its wheels; no network is used where it is complete.
+
+    Raises:
+        FlashError: pip fails; its last words are in the message.
+    """
+    if folder.is_dir() and any(folder.glob(f"{PROJECT}-*.whl")):
+        return wheels(folder, python=python, machine=machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fedhlm-bundle-") as scratch:
+        staged = Path(scratch, "wheels")
+        staged.mkdir()
+        source = source_folder()
+        pins: list[str] = []
+        wanted = f"{PROJECT}[agent]=={metadata.version(PROJECT)}"
+        if source is not None:
+            _build(source, Path(scratch, "source"), staged)
+            if (constraints := source / "constraints.txt").is_file():
+                pins = ["--constraint", str(constraints)]
+        _pip(
+            "download", "--dest", str(staged), "--find-links", str(staged), *pins, *tags(python, machine), wanted, "pip"
+        )
+        found = wheels(staged, python=python, machine=machine)
+        # The project's own wheel goes last: it says that the folder is complete.
+        for wheel in sorted(found, key=lambda path: path.name.startswith(f"{PROJECT}-")):
+            shutil.copyfile(wheel, folder / wheel.name)
+    return wheels(folder, python=python, machine=machine)
+
+
+def parts(found: Sequence[Path], *, model: Path | None = None, interpreter: Path | None = None) -> list[Part]:
+    """The bundle's files as parts of a payload.
+
+    Raises:
+        ModelError: `model` is no usable model folder.
+        FlashError: `interpreter` is no .tar.gz.
+    """
+    listed = [Part(f"wheels/{wheel.name}", wheel) for wheel in found]
+    if model is not None:
+        names = {"model.json", *load_info(model).files}
+        listed += [Part(f"model/{name}", model / name) for name in sorted(names)]
+    if interpreter is not None:
+        if not interpreter.name.endswith((".tar.gz", ".tgz")) or not interpreter.is_file():
+            raise ConfigError("--interpreter", str(interpreter), "a .tar.gz with python/bin/python3 in it expected")
+        listed.append(Part("python.tar.gz", interpreter))
+    return listed
+
+
+def shipped_units() -> dict[str, bytes]:
+    """The installer and the systemd unit and drop-ins that come with this package."""
+    here = resources.files("fedhlm_fleet.flash")
+    return {name: here.joinpath(name).read_bytes() for name in (INSTALLER, UNIT, PLAIN, CUDA)}
+
+
+def source_folder() -> Path | None:
+    """Where this program's source lies, when it runs from there; None when it was installed from a wheel."""
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def _build(source: Path, copy: Path, wheels_to: Path) -> None:
+    # Built from a copy: setuptools leaves its own folders behind, and takes up what an earlier build left in them.
+    ignore_top, ignore = shutil.ignore_patterns(*_NO_SOURCE), shutil.ignore_patterns("__pycache__")
+    shutil.copytree(source, copy, ignore=lambda at, names: (ignore_top if Path(at) == source else ignore)(at, names))
+    _pip("wheel", "--no-deps", "--wheel-dir", str(wheels_to), str(copy))
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own interpreter
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise FlashError(f"pip {arguments[0]} failed: {'; '.join(lines[-3:]) or done.returncode}")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _runs(match: re.Match[str], python: str, machine: str) -> bool:
+    digits = python.replace(".", "")
+    minor = int(digits[1:])
+    pythons, abis, platforms = (match[group].split(".") for group in ("python", "abi", "platform"))
+    # NVIDIA's own wheels say linux_ only.
+    if not any(p == "any" or (p.startswith(("manylinux", "linux_")) and p.endswith(f"_{machine}")) for p in platforms):
+        return False
+    if f"cp{digits}" in pythons and {f"cp{digits}", "abi3", "none"} & set(abis):
+        return True
+    stable = "abi3" in abis and any(p.startswith("cp3") and int(p[3:] or 0) <= minor for p in pythons)
+    return stable or ("none" in abis and any(p in {"py3", f"py{digits}"} for p in pythons))

@@ -1,0 +1,71 @@
+"""The certificate that a device gets: from a PKI folder, made there when it has none, or from three files. Always checked."""
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.x509.oid import NameOID
+
+from fedhlm_fleet.flash.plan import FlashError, Tls
+from fedhlm_fleet.pki import authority
+from fedhlm_fleet.pki.registry import Registry
+
+
+def from_pki(folder: Path, agent: str, cluster: str, *, now: datetime, issue: bool = True) -> Tls | None:
+    """The agent's certificate; a new one where the registry has none, or None instead with `issue` off.
+
+    Raises:
+        PkiError: the folder is no PKI, or cannot make certificates.
+        FlashError: the agent's certificate is of another role or cluster, revoked or expired.
+    """
+    authority.ca_certificate(folder)
+    entry = Registry.load(folder).entries.get(agent)
+    if entry is None:
+        if not issue:
+            return None
+        authority.issue(folder, agent, role="agent", clusters=(cluster,), now=now)
+    elif entry.role != "agent" or cluster not in entry.clusters:
+        raise FlashError(
+            f"{agent!r} was issued as {entry.role} of {', '.join(entry.clusters) or 'no cluster'} in {folder}: "
+            f"an agent of {cluster} expected (fedhlm pki issue {agent} --renew, or another name)"
+        )
+    elif not entry.usable(now):
+        raise FlashError(f"the certificate of {agent!r} is expired or revoked: fedhlm pki issue {agent} --renew")
+    home = folder / authority.ISSUED / agent
+    return from_files(home / f"{agent}.crt", home / f"{agent}.key", home / authority.CA_CERT, agent=agent, now=now)
+
+
+def from_files(cert: Path, key: Path, ca: Path, *, agent: str, now: datetime) -> Tls:
+    """Three PEM files that belong together, to this agent, and are good at `now`.
+
+    Raises:
+        FlashError: names the file and what is wrong with it.
+    """
+    texts = []
+    for path in (ca, cert, key):
+        try:
+            texts.append(path.read_bytes())
+        except OSError as exc:
+            raise FlashError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    try:
+        certificate = x509.load_pem_x509_certificate(texts[1])
+        issuer = x509.load_pem_x509_certificate(texts[0])
+    except ValueError as exc:
+        raise FlashError(f"{cert} and {ca}: certificates in PEM expected") from exc
+    try:
+        private = serialization.load_pem_private_key(texts[2], password=None)
+    except (ValueError, TypeError) as exc:
+        raise FlashError(f"{key}: a private key in PEM, without a password, expected") from exc
+    names = [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if names != [agent]:
+        raise FlashError(f"{cert} is the certificate of {', '.join(names) or 'nobody'}: one of {agent} expected")
+    if private.public_key() != certificate.public_key():
+        raise FlashError(f"{key} is not the key of {cert}")
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except Exception as exc:  # the library raises ValueError, TypeError and InvalidSignature, which share no base
+        raise FlashError(f"{cert} was not made by {ca}") from exc
+    if not certificate.not_valid_before_utc <= now + timedelta(minutes=5) or certificate.not_valid_after_utc <= now:
+        raise FlashError(f"{cert} is good until {certificate.not_valid_after_utc:%Y-%m-%d}: fedhlm pki issue --renew")
+    return Tls(*texts)

@@ -1,0 +1,125 @@
+"""Which disk may be written: a removable one that nothing uses. In doubt, none.
+
+`refusal` decides on what lsblk tells and what the kernel has mounted; it opens nothing.
+"""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from fedhlm_fleet.flash.plan import FlashError
+
+_COLUMNS: Final = "NAME,PATH,TYPE,SIZE,RM,RO,TRAN,MODEL,MAJ:MIN,MOUNTPOINTS,FSTYPE"
+_REMOVABLE: Final = ("usb", "mmc")
+
+
+class Block(NamedTuple):
+    """A disk or a part of one, as lsblk tells it. `number` is MAJOR:MINOR."""
+
+    path: str
+    kind: str
+    size: int
+    removable: bool
+    read_only: bool
+    transport: str
+    model: str
+    number: str
+    mounts: tuple[str, ...]
+    children: tuple["Block", ...]
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Block":
+        """From one of lsblk's JSON objects."""
+        return cls(
+            path=str(row.get("path") or f"/dev/{row['name']}"),
+            kind=str(row.get("type") or ""),
+            size=int(row.get("size") or 0),
+            removable=_true(row.get("rm")),
+            read_only=_true(row.get("ro")),
+            transport=str(row.get("tran") or ""),
+            model=str(row.get("model") or "").strip(),
+            number=str(row.get("maj:min") or "").strip(),
+            mounts=tuple(str(mount) for mount in row.get("mountpoints") or [row.get("mountpoint")] if mount),
+            children=tuple(cls.of(child) for child in row.get("children") or ()),
+        )
+
+    def all(self) -> Iterator["Block"]:
+        """Itself and everything on it."""
+        yield self
+        for child in self.children:
+            yield from child.all()
+
+
+def refusal(disk: Block, *, mounted: frozenset[str], needed_bytes: int = 0) -> str | None:
+    """Why a disk must not be written, or None. `mounted` are the MAJOR:MINOR numbers that the kernel has mounted."""
+    if disk.kind != "disk":
+        return f"it is of type {disk.kind or 'unknown'}, a whole disk expected"
+    for block in disk.all():
+        if block.mounts:
+            return f"{block.path} is in use at {', '.join(block.mounts)}: unmount it, if it is the right card"
+        if block.number in mounted:
+            return f"{block.path} is mounted"
+        if block.kind not in ("disk", "part"):
+            return f"{block.path} on it is in use ({block.kind})"
+    if not (disk.removable or disk.transport in _REMOVABLE or disk.path.startswith("/dev/mmcblk")):
+        return "it is not removable: a card in a reader expected"
+    if disk.read_only:
+        return "it is write-protected"
+    if disk.size == 0:
+        return "there is no card in the reader"
+    if disk.size < needed_bytes:
+        return f"it holds {disk.size / 1e9:.1f} GB, and {needed_bytes / 1e9:.1f} GB are needed"
+    return None
+
+
+def require_card(path: Path, *, needed_bytes: int = 0) -> Block:
+    """The disk at `path`, when it may be written.
+
+    Raises:
+        FlashError: says why not.
+    """
+    try:
+        is_block = stat.S_ISBLK(path.stat().st_mode)
+    except OSError as exc:
+        raise FlashError(f"--device {path}: {exc.strerror or exc}") from exc
+    if not is_block:
+        raise FlashError(f"--device {path}: a disk such as /dev/sdX expected; --image takes files")
+    disk = _lsblk(path)
+    if reason := refusal(disk, mounted=mounted_numbers(), needed_bytes=needed_bytes):
+        raise FlashError(f"--device {path} is not touched: {reason}")
+    return disk
+
+
+def mounted_numbers(
+    mountinfo: Path = Path("/proc/self/mountinfo"), swaps: Path = Path("/proc/swaps")
+) -> frozenset[str]:
+    """MAJOR:MINOR of every mounted file system, of the root's device and of swap."""
+    numbers = {line.split()[2] for line in mountinfo.read_text("utf-8", "replace").splitlines() if line.strip()}
+    devices = [Path("/").stat().st_dev]
+    for line in swaps.read_text("utf-8", "replace").splitlines()[1:] if swaps.exists() else ():
+        swap = Path(line.split()[0])
+        if swap.exists() and stat.S_ISBLK(swap.stat().st_mode):
+            devices.append(swap.stat().st_rdev)
+    return frozenset(numbers | {f"{os.major(device)}:{os.minor(device)}" for device in devices})
+
+
+def _lsblk(path: Path) -> Block:
+    program = shutil.which("lsblk")
+    if program is None:
+        raise FlashError("lsblk is not installed: sudo apt install util-linux")
+    command = [program, "--json", "--bytes", "--output", _COLUMNS, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  no shell
+    try:
+        rows = json.loads(done.stdout)["blockdevices"]
+        return Block.of(rows[0])
+    except (ValueError, KeyError, IndexError) as exc:
+        raise FlashError(f"--device {path}: lsblk does not know it ({done.stderr.strip() or exc})") from exc
+
+
+def _true(value: object) -> bool:
+    return value in (True, "1", 1, "true")

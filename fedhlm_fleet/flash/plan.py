@@ -1,0 +1,218 @@
+"""What a device gets, as data: who it is, which files it is given, and which of them are secret. No I/O.
+
+A payload is what `install.sh` finds beside it, on a card's boot partition or in a folder sent over ssh. Its `digest` names its
+content, whatever the moment it was made: equal digests mean that there is nothing to install.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from fedhlm.bus.broker_url import BrokerUrl
+from fedhlm.errors import ConfigError, FedhlmError
+from fedhlm.protocol.messages import NAME_PATTERN
+from fedhlm_fleet.flash import toml
+
+FOLDER: Final = "fedhlm"
+INSTALLER: Final = "install.sh"
+UNIT: Final = "fedhlm-agent.service"
+PLAIN: Final = "plain.conf"
+CUDA: Final = "cuda.conf"
+CONFIGURATION: Final = "agent.toml"
+SUMS: Final = "SHA256SUMS"
+MADE: Final = "made"
+IDENTITY: Final = "bundle.id"
+MODEL_AT: Final = "/opt/fedhlm/model"
+
+_NAME: Final = re.compile(NAME_PATTERN)
+_HOSTNAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_COUNTRY: Final = re.compile(r"[A-Z]{2}")
+_KEY: Final = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\r\n]*)?")
+_PSK: Final = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class FlashError(FedhlmError):
+    """A card, image, bundle or machine cannot be made ready as asked."""
+
+
+class Wifi(msgspec.Struct, frozen=True, kw_only=True):
+    """A WPA network. `psk` is the key derived from the password (64 hex digits), or "" for an open one."""
+
+    ssid: str
+    psk: str = ""
+    country: str = ""
+
+    @classmethod
+    def of(cls, ssid: str, password: str | None, country: str) -> "Wifi":
+        """Derive the key; a password of 64 hex digits is the key itself (IEEE 802.11i, H.4).
+
+        Raises:
+            ConfigError: a name, password or country that no access point can have; the password is not shown.
+        """
+        if not 1 <= len(ssid.encode()) <= 32 or not ssid.isprintable():
+            raise ConfigError("--wifi-ssid", ssid, "1..32 bytes of text expected")
+        if not _COUNTRY.fullmatch(country):
+            raise ConfigError("--wifi-country", country, "two capital letters expected, such as DE: radio rules differ")
+        if password is None:
+            return cls(ssid=ssid, country=country)
+        if _PSK.fullmatch(password):
+            return cls(ssid=ssid, psk=password.lower(), country=country)
+        if not 8 <= len(password) <= 63 or not (password.isascii() and password.isprintable()):
+            raise ConfigError("--wifi-password-file", "***", "8..63 ASCII characters, or 64 hex digits, expected")
+        psk = hashlib.pbkdf2_hmac("sha1", password.encode(), ssid.encode(), 4_096, 32).hex()
+        return cls(ssid=ssid, psk=psk, country=country)
+
+    def __repr__(self) -> str:
+        return f"Wifi(ssid={self.ssid!r}, psk={'***' if self.psk else ''!r}, country={self.country!r})"
+
+
+class Tls(NamedTuple):
+    """PEM texts: the authority, the device's certificate and its key."""
+
+    ca: bytes
+    cert: bytes
+    key: bytes
+
+    def __repr__(self) -> str:
+        return "Tls(ca, cert, key=***)"
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """One device: its place in the fleet, its network, and who may log in (nobody without an ssh key)."""
+
+    agent: str
+    cluster: str
+    broker: str
+    hostname: str
+    user: str = "pi"
+    ssh_key: str = ""
+    wifi: Wifi | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        agent: str,
+        cluster: str,
+        broker: str,
+        hostname: str = "",
+        user: str = "pi",
+        ssh_key: str = "",
+        wifi: Wifi | None = None,
+    ) -> "Device":
+        """A checked device; its host name is that of the agent where none is given.
+
+        Raises:
+            ConfigError: a name, address or key that cannot be used.
+        """
+        for flag, name in (("--agent", agent), ("--cluster", cluster)):
+            if not _NAME.fullmatch(name):
+                raise ConfigError(flag, name, "1..64 letters, digits, '.', '_' or '-' expected, the first no sign")
+        hostname = hostname or re.sub(r"[^A-Za-z0-9-]+", "-", agent).strip("-")[:63].strip("-")
+        if not _HOSTNAME.fullmatch(hostname):
+            raise ConfigError(
+                "--hostname", hostname, "1..63 letters, digits or '-' expected, a sign neither first nor last"
+            )
+        if not _USER.fullmatch(user):
+            raise ConfigError("--user", user, "a user name of Debian expected: small letters, digits, '_' or '-'")
+        if ssh_key and not _KEY.fullmatch(ssh_key):
+            raise ConfigError("--ssh-key", "***", "one public key expected, a line of ssh-ed25519 or the like")
+        address = BrokerUrl.parse(broker, key="--broker")
+        if address.password or address.username:
+            raise ConfigError("--broker", str(address), "no user and password here expected: set them in --config FILE")
+        return cls(
+            agent=agent, cluster=cluster, broker=broker, hostname=hostname, user=user, ssh_key=ssh_key, wifi=wifi
+        )
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether its broker asks for certificates."""
+        return BrokerUrl.parse(self.broker, key="--broker").tls
+
+
+class Part(NamedTuple):
+    """A file of a payload or card: where it goes, its bytes or the file that has them, whether it is to be kept from sight."""
+
+    path: str
+    source: bytes | Path
+    secret: bool = False
+
+    def __repr__(self) -> str:
+        return f"Part({self.path!r}, {'***' if self.secret else self.size}, secret={self.secret})"
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the content, hex."""
+        if isinstance(self.source, bytes):
+            return hashlib.sha256(self.source).hexdigest()
+        with self.source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Payload(NamedTuple):
+    """The files of FOLDER, and the digest that names them."""
+
+    parts: tuple[Part, ...]
+    digest: str
+
+
+def payload(
+    device: Device,
+    *,
+    tls: Tls | None,
+    settings: Mapping[str, Any],
+    bundle: Iterable[Part],
+    units: Mapping[str, bytes],
+    made_s: int,
+) -> Payload:
+    """All that is installed on a device. `settings` is its configuration file so far; `made_s` is now, in Unix seconds.
+
+    Raises:
+        ConfigError: the broker asks for certificates and none are given.
+    """
+    if device.uses_tls and tls is None:
+        raise ConfigError("--pki", None, f"a PKI folder, or --cert, --key and --ca, expected for {device.broker}")
+    parts = [*bundle]
+    has_model = any(part.path.startswith("model/") for part in parts)
+    configuration = toml.encode(configured(device, settings, model=MODEL_AT if has_model else "")).encode()
+    parts.append(Part(CONFIGURATION, configuration, secret=True))
+    parts.append(Part(UNIT, units[UNIT]))
+    parts.append(Part(INSTALLER, units[INSTALLER]))
+    if tls is not None and device.uses_tls:
+        parts.append(Part("tls/ca.crt", tls.ca))
+        parts.append(Part("tls/client.crt", tls.cert))
+        parts.append(Part("tls/client.key", tls.key, secret=True))
+    else:
+        parts.append(Part(PLAIN, units[PLAIN]))
+    if {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(settings.get("agent", {}).get("providers", ())):
+        parts.append(Part(CUDA, units[CUDA]))
+    parts.sort(key=lambda part: part.path)
+    sums = "".join(f"{part.sha256}  {part.path}\n" for part in parts).encode()
+    digest = hashlib.sha256(sums).hexdigest()[:16]
+    parts += [Part(SUMS, sums), Part(IDENTITY, f"{digest}\n".encode()), Part(MADE, f"{made_s}\n".encode())]
+    return Payload(tuple(parts), digest)
+
+
+def configured(device: Device, settings: Mapping[str, Any], *, model: str = "") -> dict[str, Any]:
+    """The device's configuration file: `settings`, with its own names and addresses over them."""
+    merged: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()
+    }
+    own: dict[str, dict[str, str]] = {
+        "agent": {"id": device.agent, **({"model": model} if model else {})},
+        "broker": {"url": device.broker},
+        "cluster": {"name": device.cluster},
+    }
+    for section, keys in own.items():
+        merged[section] = {**merged.get(section, {}), **keys}
+    return merged

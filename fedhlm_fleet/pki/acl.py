@@ -1,0 +1,112 @@
+"""Who may read and write what on which broker: the topic table, applied to the parties of a registry.
+
+A party gets a `user` block of its own. mosquitto's `pattern` lines would hold for every certificate of the CA, so that an agent of
+one cluster could speak as itself in another; here a name that is in no block may nothing.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Final, Literal, NamedTuple
+
+from fedhlm.errors import ConfigError
+from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE, Role, Topic
+from fedhlm_fleet.pki.registry import Entry
+
+_ROOT: Final = re.compile(r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*")
+_CLUSTER_TOPICS: Final = "c/{cluster}/"
+
+
+class Place(NamedTuple):
+    """Which broker it is: of one cluster, of the cloud side, or one for all."""
+
+    kind: Literal["cluster", "cloud", "shared"]
+    cluster: str = ""
+
+
+class Right(NamedTuple):
+    """One line of an access control file."""
+
+    access: Literal["read", "write"]
+    filter: str
+
+
+def rights(entry: Entry, place: Place, root: str = DEFAULT_ROOT) -> list[Right]:
+    """What a party may do on a broker; nothing for one that has no business there."""
+    match entry.role:
+        case "broker":
+            return []
+        case "observer":
+            return [Right("read", f"{root}/#")]
+        case role:
+            found = [
+                right for topic in TABLE if _travels(topic, place) for right in _of_row(topic, entry, role, place, root)
+            ]
+            return sorted(set(found), key=found.index)
+
+
+def acl(entries: Iterable[Entry], place: Place, root: str = DEFAULT_ROOT) -> str:
+    """The access control file of a broker; parties whose newest certificate is revoked are left out.
+
+    Raises:
+        ConfigError: a root that is more than plain levels.
+    """
+    if not _ROOT.fullmatch(root):
+        raise ConfigError("--root", root, "levels of letters, digits, '.', '_', '~' or '-' expected")
+    blocks = [
+        f"# Made from the topic table by `fedhlm pki mosquitto`, for {described(place)}. What is not listed is refused."
+    ]
+    for entry in entries:
+        lines = rights(entry, place, root)
+        if lines and entry.newest.revoked is None:
+            head = f"# {entry.role}{' of ' + ', '.join(entry.clusters) if entry.clusters else ''}\nuser {entry.name}"
+            blocks.append("\n".join([head, *(f"topic {right.access} {right.filter}" for right in lines)]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def described(place: Place) -> str:
+    """A broker in words."""
+    return {
+        "cluster": f"the broker of cluster {place.cluster}",
+        "cloud": "the cloud's broker",
+        "shared": "one broker for all",
+    }[place.kind]
+
+
+def _relayed(topic: Topic) -> bool:
+    # What cloud and edge both publish, the edge carries from the cloud's broker to its cluster's.
+    return {"cloud", "edge"} <= set(topic.publishers)
+
+
+def _travels(topic: Topic, place: Place) -> bool:
+    if place.kind == "shared":
+        return True
+    of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
+    return (of_cluster or _relayed(topic)) if place.kind == "cluster" else not of_cluster
+
+
+def _of_row(topic: Topic, entry: Entry, role: Role, place: Place, root: str) -> list[Right]:
+    found: list[Right] = []
+    relay_only = role == "edge" and _relayed(topic) and place.kind != "cluster"
+    if role in topic.publishers and not relay_only:
+        found += [Right("write", name) for name in _names(topic, entry, place, root, everybody=False)]
+    if role in topic.subscribers:
+        # What parties of one role tell one another is heard from all of them.
+        among = role in topic.publishers
+        found += [Right("read", name) for name in _names(topic, entry, place, root, everybody=among)]
+    return found
+
+
+def _names(topic: Topic, entry: Entry, place: Place, root: str, *, everybody: bool) -> list[str]:
+    """The filters of a row that are this party's own; with `everybody` also those of others like it."""
+    of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
+    if place.kind == "cloud" and entry.role == "agent":
+        return []
+    clusters = entry.clusters or ("+",)
+    if place.kind == "cluster":
+        if entry.role == "cloud" or not {"+", place.cluster} & set(clusters):
+            return []
+        clusters = (place.cluster,)
+    elif entry.role == "edge" and everybody and not of_cluster:
+        clusters = ("+",)
+    agent = "+" if entry.role != "agent" or (everybody and of_cluster) else entry.name
+    return list(dict.fromkeys(topic.name(root, cluster=cluster, agent=agent) for cluster in clusters))

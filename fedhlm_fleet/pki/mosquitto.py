@@ -1,0 +1,160 @@
+"""A mosquitto broker that trusts one PKI: its configuration, access rights and certificates in one folder.
+
+What runs is exactly what stands in the folder; after a change it is written again and the broker told by SIGHUP. The plain variant
+is for development: no TLS, no rights, and reachable from this machine alone unless asked otherwise.
+"""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from fedhlm.bus.interface import DEFAULT_MAX_INCOMING, MAX_INCOMING_BYTES
+from fedhlm.bus.mqtt import MAX_IN_FLIGHT
+from fedhlm.errors import ConfigError
+from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES
+from fedhlm.protocol.topics import DEFAULT_ROOT
+from fedhlm_fleet.pki import files
+from fedhlm_fleet.pki.acl import Place, acl, described
+from fedhlm_fleet.pki.authority import CA_CERT, CRL, ISSUED, ca_certificate, renew_crl
+from fedhlm_fleet.pki.files import PkiError
+from fedhlm_fleet.pki.registry import Entry, Registry
+
+CONFIGURATION: Final = "mosquitto.conf"
+ACL: Final = "acl"
+CERT: Final = "broker.crt"
+KEY: Final = "broker.key"
+
+# Topic, properties and packet header of the largest payload.
+MAX_PACKET_BYTES: Final = MAX_PAYLOAD_BYTES + 128 * 1024
+DATA: Final = "/var/lib/mosquitto/"
+
+
+class Listener(NamedTuple):
+    """Where the broker listens and keeps its state; `at` is the folder of its files as the broker itself sees it."""
+
+    port: int
+    bind: str = ""
+    at: str = ""
+    data: str = DATA
+
+
+def configure(
+    folder: Path,
+    out: Path,
+    *,
+    place: Place,
+    listener: Listener,
+    broker: str | None = None,
+    root: str = DEFAULT_ROOT,
+    now: datetime,
+) -> Entry:
+    """Write mosquitto.conf, acl, ca.crt, crl.pem and the broker's pair to `out`; the broker's entry.
+
+    The revocation list is made anew first. `broker` is the certificate's name; without it the one issued for this place is taken.
+
+    Raises:
+        PkiError: no such broker was issued, or several, or its files or the CA cannot be used.
+        ConfigError: a root or path that a configuration cannot hold.
+    """
+    registry = Registry.load(folder)
+    entry = _broker_of(registry, place, broker, now)
+    rights = acl(registry.entries.values(), place, root)
+    text = _secured(place, listener, out)
+    home = folder / ISSUED / entry.name
+    cert = files.read(home / f"{entry.name}.crt", "the broker's certificate")
+    key = files.read(home / f"{entry.name}.key", "the broker's key")
+    ca_certificate(folder)
+    renew_crl(folder, now=now)
+    files.write(out / KEY, key, mode=files.SECRET)
+    files.write(out / CERT, cert)
+    for name in (CA_CERT, CRL):
+        files.write(out / name, files.read(folder / name, "the PKI's"))
+    files.write(out / ACL, rights.encode())
+    files.write(out / CONFIGURATION, text.encode())
+    return entry
+
+
+def configure_plain(out: Path, *, listener: Listener) -> None:
+    """Write a mosquitto.conf without TLS and rights.
+
+    Raises:
+        PkiError: it cannot be written.
+        ConfigError: a path that a configuration cannot hold.
+    """
+    head = ["# Made by `fedhlm pki mosquitto --plain`, for development: whoever reaches this port may do everything."]
+    lines = [*head, f"listener {listener.port} {listener.bind or '127.0.0.1'}", "allow_anonymous true"]
+    files.write(out / CONFIGURATION, "\n".join([*lines, *_limits(listener), ""]).encode())
+
+
+def _secured(place: Place, listener: Listener, out: Path) -> str:
+    at = _plain_path("--at", listener.at or str(out.resolve())).rstrip("/")
+    return "\n".join(
+        [
+            f"# Made by `fedhlm pki mosquitto`, for {described(place)}.",
+            f"listener {listener.port}{f' {listener.bind}' if listener.bind else ''}",
+            f"cafile {at}/{CA_CERT}",
+            f"certfile {at}/{CERT}",
+            f"keyfile {at}/{KEY}",
+            f"crlfile {at}/{CRL}",
+            "tls_version tlsv1.3",
+            "require_certificate true",
+            "allow_anonymous false",
+            "# The certificate's common name is the party; nobody can take over another one's connection.",
+            "use_identity_as_username true",
+            "use_username_as_clientid true",
+            f"acl_file {at}/{ACL}",
+            *_limits(listener),
+            "",
+        ]
+    )
+
+
+def _limits(listener: Listener) -> list[str]:
+    data = _plain_path("--data", listener.data).rstrip("/")
+    return [
+        f"max_packet_size {MAX_PACKET_BYTES}",
+        f"max_inflight_messages {MAX_IN_FLIGHT}",
+        f"max_queued_messages {DEFAULT_MAX_INCOMING}",
+        f"max_queued_bytes {MAX_INCOMING_BYTES}",
+        "set_tcp_nodelay true",
+        "# Retained states survive a restart of the broker.",
+        "persistence true",
+        f"persistence_location {data}/",
+        "autosave_interval 300",
+        "log_dest stderr",
+        "log_type error",
+        "log_type warning",
+        "log_type notice",
+        "log_type information",
+    ]
+
+
+def _plain_path(key: str, path: str) -> str:
+    if not path.startswith("/") or any(c.isspace() or not c.isprintable() for c in path):
+        raise ConfigError(key, path, "an absolute path without spaces expected, as mosquitto.conf has no quotes")
+    return path
+
+
+def _broker_of(registry: Registry, place: Place, name: str | None, now: datetime) -> Entry:
+    if name is not None:
+        entry = registry.entry(name)
+        if entry.role != "broker":
+            raise PkiError(f"{name!r} is {entry.role}: the certificate of a broker expected")
+        found = [entry]
+    else:
+        wanted = (place.cluster,) if place.kind == "cluster" else ()
+        found = [e for e in registry.entries.values() if e.role == "broker" and e.clusters == wanted and e.usable(now)]
+    if len(found) > 1:
+        raise PkiError(
+            f"several brokers were issued for {described(place)}: --broker {'|'.join(e.name for e in found)} expected"
+        )
+    if not found:
+        flags = (
+            f"broker-{place.cluster} --role broker --cluster {place.cluster}"
+            if place.cluster
+            else "broker --role broker"
+        )
+        raise PkiError(f"no broker was issued for {described(place)}: fedhlm pki issue {flags} --dns HOST")
+    if found[0].newest.state(now) in ("expired", "revoked"):
+        raise PkiError(f"the certificate of {found[0].name!r} is {found[0].newest.state(now)}: issue it with --renew")
+    return found[0]

@@ -1,0 +1,303 @@
+"""What must hold at every step of a simulated fleet: a monitor that sees every message and every commit, and judges.
+
+Each token is held against the model that it is said to come from; the exact preset's text against the LLM alone. Queues
+and memories are held against the bounds that their own modules state.
+"""
+
+# A monitor looks at what parts keep to themselves.
+# ruff: noqa: SLF001
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from cloud_verifier.batching import WAITING_MAX
+from cloud_verifier.service import CloudService
+from edge_agent.driver import EVENTS_MAX, Agent
+from edge_agent.events import Committed, Plan
+from edge_agent.pipeline import Pending
+from edge_agent.result import Job, Result
+from edge_agent.service import PROMPTS_MAX, REQUESTS_REMEMBERED, AgentService
+from edge_broker import memory
+from edge_broker import relay
+from edge_broker.service import ASSIGNED_MAX, EdgeService
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.errors import ProtocolError
+from fedhlm.learning.federation import MEMBERS_MAX
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import FinishReason, Output, Sampling, decode
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.loopback import Packet
+from fedhlm_lab.sim.parts import Part
+from fedhlm_lab.sim.scenario import Scenario
+
+SLACK_S: Final = 5.0  # beyond a deadline: drafting, and a timer that waits for its turn
+DEADLINES: Final = 3.0  # a context that is asked for again begins the wait anew
+
+
+class Violation(AssertionError):
+    """An invariant does not hold. `name` is the invariant's, `text` what happened, `at_s` the virtual time."""
+
+    def __init__(self, name: str, text: str, at_s: float) -> None:
+        super().__init__(f"{name}: {text} (at {at_s:.3f} s)")
+        self.name = name
+        self.text = text
+        self.at_s = at_s
+
+
+class Attempt:
+    """One generation of one life of an agent: what was committed so far, and by whom."""
+
+    def __init__(self, agent: str, prompt: Sequence[int], job: Job, now_s: float) -> None:
+        self.agent = agent
+        self.prompt = list(prompt)
+        self.sampling = job.sampling
+        self.max_tokens = job.max_tokens
+        self.ids: list[int] = []
+        self.sources: list[str] = []
+        self.began_s = self.news_s = now_s
+        self.over = False
+
+
+class Bound(NamedTuple):
+    """A size and its limit."""
+
+    what: str
+    size: int
+    limit: int
+
+
+class Monitor:
+    """Judges one run. `failed` is done, with a Violation, as soon as one invariant does not hold."""
+
+    def __init__(self, scenario: Scenario, drafter: toy.ToyDrafter) -> None:
+        self.scenario = scenario
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.attempts: defaultdict[int, list[Attempt]] = defaultdict(list)  # by the seed of their request
+        self.seeds: dict[str, int] = {}  # of requests, by name
+        self.tokens: Counter[str] = Counter()
+        self.messages = 0
+        self.rollbacks = 0
+        self._drafter = drafter
+        self._now_s = asyncio.get_running_loop().time
+
+    def fail(self, name: str, text: str) -> None:
+        """Say that an invariant does not hold; the first one counts."""
+        if not self.failed.done():
+            self.failed.set_exception(Violation(name, text, self._now_s()))
+
+    # Commits
+
+    def begin(self, agent: str, prompt: Sequence[int], job: Job) -> Attempt:
+        """A generation starts."""
+        attempt = Attempt(agent, prompt, job, self._now_s())
+        self.attempts[job.sampling.seed].append(attempt)
+        return attempt
+
+    def commit(self, attempt: Attempt, tokens: Sequence[Committed]) -> None:
+        """Tokens were committed: each must be what its source says, after all before it, in time."""
+        self._in_time(attempt, "the next token")
+        for token in tokens:
+            if attempt.over:
+                self.fail("exactly-once", f"{attempt.agent} committed {token} after its end")
+            if len(attempt.ids) >= attempt.max_tokens:
+                self.fail("exactly-once", f"{attempt.agent} committed more than {attempt.max_tokens} tokens")
+            self._check_source(attempt, token)
+            attempt.ids.append(token.token)
+            attempt.sources.append(token.source)
+
+    def end(self, attempt: Attempt, result: Result) -> None:
+        """A generation is over: its result is what was committed, and the exact one's is the oracle's."""
+        self._in_time(attempt, "the end")
+        attempt.over = True
+        self.tokens.update(result.sources)
+        self.rollbacks += result.rollbacks
+        where = f"{attempt.agent}, prompt {attempt.prompt}, seed {attempt.sampling.seed}"
+        if attempt.ids != result.ids or attempt.sources != result.sources:
+            self.fail("exactly-once", f"{where}: committed {attempt.ids}, reported {result.ids}")
+        stopped = bool(result.ids) and result.ids[-1] == toy.EOS_ID
+        if result.finish != ("stop" if stopped else "length"):
+            self.fail("ends", f"{where}: finished with {result.finish!r} {result.error}")
+        if len(result.ids) != attempt.max_tokens and not stopped:
+            self.fail("exactly-once", f"{where}: {len(result.ids)} tokens of {attempt.max_tokens}")
+        if set(result.sources) <= {"cloud"} and COUPLINGS[attempt.sampling.coupling].shared:
+            wanted = toy.large_alone(attempt.prompt, attempt.sampling, attempt.max_tokens)
+            if result.ids != wanted:
+                self.fail("oracle", f"{where}: wrote {result.ids}, the LLM alone {wanted}")
+
+    def _in_time(self, attempt: Attempt, what: str) -> None:
+        now_s, last_s = self._now_s(), attempt.news_s
+        attempt.news_s = now_s
+        if now_s - last_s > DEADLINES * self.scenario.deadline_s + SLACK_S:
+            self.fail("ends", f"{attempt.agent} waited {now_s - last_s:.1f} s for {what}")
+
+    def _check_source(self, attempt: Attempt, token: Committed) -> None:
+        sampling, ids = attempt.sampling, attempt.prompt + attempt.ids
+        expected = self._expected(ids, sampling, token)
+        if token.token not in expected:
+            self.fail(
+                "source",
+                f"token {len(attempt.ids)} of {attempt.prompt} is {token.token} from {token.source}, "
+                f"{sorted(expected)} expected after {ids}",
+            )
+        if self.scenario.preset == "exact" and token.source not in ("cloud", "unverified"):
+            self.fail("source", f"the exact preset committed a token from {token.source}")
+
+    def _expected(self, ids: list[int], sampling: Sampling, token: Committed) -> set[int]:
+        if token.source in ("peer", "neighbour"):  # whatever was settled in a context like this one
+            return {token.token}
+        draft = self._drafter.draft_now(ids, sampling)
+        if token.source in ("unverified", "local"):
+            return {draft.token}
+        logits, coupling = toy.large_logits(ids), COUPLINGS[sampling.coupling]
+        settled = {coupling.settle(logits, sampling, len(ids), draft.token, draft.law)}
+        if not token.drafted:  # also where nothing was drafted: a bonus token, or one that the cloud decoded
+            settled.add(coupling.settle(logits, sampling, len(ids), None, b""))
+        return settled
+
+    # Messages
+
+    def see(self, packet: Packet) -> None:
+        """A message that the broker took; an output must be what its agent committed."""
+        self.messages += 1
+        if packet.topic.endswith("/output"):
+            self._check_output(packet)
+
+    def _check_output(self, packet: Packet) -> None:
+        try:
+            output = decode(packet.payload)
+        except ProtocolError as exc:
+            return self.fail("output", f"{packet.topic}: {exc}")
+        if not isinstance(output, Output):
+            return self.fail("output", f"{packet.topic} carries {output!r}")
+        if output.finish == "error":
+            return self.fail("ends", f"{output.sender} refused {output.request}: {output.error}")
+        start, end = output.position, output.position + len(output.ids)
+        made = self.attempts[self.seeds.get(output.request, -1)]
+        told = (list(output.ids), list(output.sources))
+        if not any((a.ids[start:end], a.sources[start:end]) == told and a.agent == output.sender for a in made):
+            self.fail(
+                "output", f"{output.sender} says {output.ids} at {start} of {output.request}, and committed otherwise"
+            )
+        return None
+
+    # Bounds
+
+    def see_pending(self, agent: str, pending: Pending, limit: int) -> None:
+        """What the machine of a generation decides on."""
+        if pending.tail > limit:
+            self.fail("bounded", f"{agent} has a tail of {pending.tail} tokens: at most {limit} expected")
+
+    def check_parts(self, parts: Sequence[Part]) -> None:
+        """No part ended by itself, and no queue or memory is beyond its bound."""
+        for part in parts:
+            if part.failure is not None:
+                self.fail("alive", f"{part.name} ended by itself: {part.failure!r}")
+            for bound in bounds(part, self.scenario):
+                if bound.size > bound.limit:
+                    self.fail(
+                        "bounded", f"{part.name}: {bound.what} holds {bound.size}: at most {bound.limit} expected"
+                    )
+
+
+def bounds(part: Part, scenario: Scenario) -> Iterator[Bound]:
+    """All that can grow in a part. What was in a queue when it shrank may stay there."""
+    for bus in (bus for bus in part.buses if bus._open):
+        yield Bound(f"{bus.client_id} unread", bus.unread, bus.room_in)
+        yield Bound(f"{bus.client_id} unsent", bus.unsent, bus.room_out)
+    match part.service:
+        case AgentService() as service:
+            yield Bound("prompts", service._requests.qsize(), PROMPTS_MAX)
+            yield Bound("requests remembered", len(service._seen), REQUESTS_REMEMBERED)
+            yield Bound("generations", len(service.agent._routes), 1)
+            for queue in service.agent._routes.values():
+                yield Bound("events", queue.qsize(), EVENTS_MAX + 2)  # what it posts to itself besides
+            yield Bound("peers' tokens", service.agent.peers.memory.size, service.agent.peers.memory.capacity)
+        case EdgeService() as service:
+            held = service.memory
+            blocks = scenario.agents * scenario.loaded.config.generation.pipeline.window * scenario.prompts * 8
+            yield Bound("relay", len(service.relay.pending), blocks)
+            yield Bound("epochs", len(service.relay._epochs), relay.SESSIONS_MAX)
+            yield Bound("verified tokens", held.size, held._tokens.capacity)
+            yield Bound("sessions of doubts", len(held._doubts), memory.SESSIONS_MAX)
+            yield Bound("doubts", max(map(len, held._doubts.values()), default=0), memory.DOUBTS_MAX)
+            yield Bound("blocks", len(held._pending), memory.PENDING_MAX)
+            yield Bound("digest", held.waiting, memory.DIGEST_MAX * memory.DIGESTS_MAX)
+            yield Bound("members", len(service.members), min(MEMBERS_MAX, scenario.agents))
+            yield Bound("agents", len(service.agents), scenario.agents)
+            yield Bound("assignments", len(service._assigned), ASSIGNED_MAX)
+        case CloudService() as service:
+            batcher = service.batcher
+            yield Bound("jobs", batcher._count, WAITING_MAX)
+            yield Bound("sessions", len(batcher.sessions), batcher.sessions.sessions_max)
+            yield Bound("running", len(batcher._running), batcher.sessions.sessions_max + scenario.agents)
+            yield Bound("members", len(service.coordinator.members), min(MEMBERS_MAX, scenario.clusters))
+        case _:
+            pass
+
+
+def idle(part: Part) -> Iterator[Bound]:
+    """What must be empty in a fleet that has nothing to do."""
+    for bus in (bus for bus in part.buses if bus._open):
+        yield Bound(f"{bus.client_id} unread", bus.unread, 0)
+        yield Bound(f"{bus.client_id} unsent", bus.unsent, 0)
+    match part.service:
+        case AgentService() as service:
+            yield Bound("prompts", service._requests.qsize(), 0)
+            yield Bound("generations", len(service.agent._routes), 0)
+        case EdgeService() as service:
+            yield Bound("relay", len(service.relay.pending), 0)
+            yield Bound("digest", service.memory.waiting, 0)
+        case CloudService() as service:
+            yield Bound("jobs", service.batcher._count, 0)
+            yield Bound("running", len(service.batcher._running), 0)
+        case _:
+            pass
+
+
+class WatchedAgent(Agent):
+    """An agent that shows the monitor what it plans and commits."""
+
+    monitor: Monitor
+
+    def plan(self, job: Job) -> Plan:
+        """The agent's plan, its pipeline under watch."""
+        plan = super().plan(job)
+        config = job.config.pipeline
+        limit = {"async": config.window, "blocking": config.block, "tree": config.nodes, "remote": 1}[config.kind]
+        decide, watch = plan.pipeline.must_send, self.monitor.see_pending
+
+        def must_send(pending: Pending) -> bool:
+            watch(self.name, pending, limit)
+            return decide(pending)
+
+        return plan._replace(pipeline=plan.pipeline._replace(must_send=must_send))
+
+    async def generate(
+        self,
+        job: Job,
+        prompt: list[int],
+        on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
+        *given: Any,
+        **named: Any,
+    ) -> Result:
+        """The agent's generation, each commit seen before anyone else hears of it."""
+        attempt = self.monitor.begin(self.name, prompt, job)
+
+        async def watched(tokens: list[Committed]) -> FinishReason | None:
+            self.monitor.commit(attempt, tokens)
+            return await on_commit(tokens)
+
+        result = await super().generate(job, prompt, watched, *given, **named)
+        self.monitor.end(attempt, result)
+        return result
+
+
+def presence_topics(agents: Sequence[tuple[str, str]], clusters: int) -> list[str]:
+    """Where every part says that it is online; `agents` are (cluster, name)."""
+    return [
+        *(topics.AGENT_STATUS.name(cluster=cluster, agent=name) for cluster, name in agents),
+        *(topics.EDGE_STATUS.name(cluster=f"c{c}") for c in range(clusters)),
+        topics.CLOUD_STATUS.name(),
+    ]

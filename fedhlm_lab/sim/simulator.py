@@ -1,0 +1,326 @@
+"""A whole fleet in virtual time: real agents, edges and cloud on toy models and a faulty loopback network.
+
+`simulate` is a function of its scenario: the same one gives the same run. A client asks every agent over the bus and asks
+again where no answer comes; when the faults are over the fleet must come to rest and answer at once. Violation says what
+did not hold.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Final
+
+import msgspec
+
+from edge_agent.connection import Connection
+from edge_agent.membership import birth_and_will
+from edge_agent.service import LEARNER_FILE, AgentService, ModelFacts
+from fedhlm.bus.party import Stamp
+from fedhlm.protocol.messages import Presence, decode
+from fedhlm.protocol.topics import DEFAULT_ROOT
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.client import Client, Request
+from fedhlm_lab.sim.faults import Weather
+from fedhlm_lab.sim.invariants import Monitor, Violation, WatchedAgent, idle, presence_topics
+from fedhlm_lab.sim.link import Direction
+from fedhlm_lab.sim.loopback import LoopbackBus, Packet
+from fedhlm_lab.sim.parts import Part, PartBus
+from fedhlm_lab.sim.scenario import CLIENT, STEP_S, Scenario
+from fedhlm_lab.sim.virtual import VirtualTimeError, run_virtual
+from fedhlm_lab.sim.world import Fleet
+
+KEEPALIVE_S: Final = 1.5
+WATCH_S: Final = 1.0
+SESSIONS_MAX: Final = 3  # fewer than the agents, so that re-priming happens all the time
+COUNTERS: Final = ("rollbacks", "reprimes", "retries", "refused_messages", "dropped_messages", "assignments")
+Tap = Callable[[str, Packet], None]
+
+__all__ = ["Outcome", "Scenario", "Simulation", "Violation", "simulate"]
+
+
+class Outcome(msgspec.Struct):
+    """Totals of one run; `texts` are the answers that the client got."""
+
+    tokens: Counter[str]
+    faults: Counter[str]
+    counters: Counter[str]
+    texts: list[list[int]]
+    messages: int
+    virtual_s: float
+
+    @property
+    def rollbacks(self) -> int:
+        """Tails taken back."""
+        return self.counters["rollbacks"]
+
+    @property
+    def reprimes(self) -> int:
+        """Sessions that the cloud had to be given anew."""
+        return self.counters["reprimes"]
+
+
+class KeepingService(AgentService):
+    """An agent's service that writes its state at once: threads do not exist on virtual time."""
+
+    async def _save(self) -> None:
+        learner = self.agent.learner
+        if self._store is not None and learner.round != self._saved_round:
+            self._saved_round = learner.round
+            self._store.save(LEARNER_FILE, learner.snapshot())
+
+
+class Simulation:
+    """One run. `tap` sees every message besides."""
+
+    def __init__(self, scenario: Scenario, *, tap: Tap | None = None) -> None:
+        self.scenario = scenario
+        self.fleet = Fleet(
+            toy.pair(scenario.agreement),
+            seed=scenario.seed,
+            clusters=scenario.clusters,
+            delay_s=0.0,
+            sessions_max=SESSIONS_MAX,
+            keeps=True,
+        )
+        self.fleet.broker.keepalive_s = KEEPALIVE_S
+        # Streams of their own, so that a fault that is taken out changes as little as possible elsewhere.
+        self.fleet.broker.stream = lru_cache(maxsize=None)(partial(_stream, scenario.seed))
+        self.drafter = toy.ToyDrafter(agreement=scenario.agreement)
+        self.monitor = Monitor(scenario, self.drafter)
+        self.agents = [(scenario.cluster_of(i), name) for i, name in enumerate(scenario.agent_names())]
+        for cluster, name in self.agents:
+            self.fleet.nodes[name] = Part(name, partial(self._agent, cluster))
+        self.parts = list(self.fleet.nodes.values())
+        for client in (*scenario.targets().links, CLIENT):
+            scenario.profile_of(client).apply(self.fleet.link(client))
+        self.weather = Weather(
+            self.fleet.broker,
+            parts=self.fleet.nodes,
+            link=self.fleet.link,
+            links=scenario.targets().links,
+            profile_of=scenario.profile_of,
+        )
+        self.texts: list[list[int]] = []
+        self._unanswered: set[str] = set()
+        self._relayed: set[str] = set()  # edges that verdicts came through in calm weather
+        self._tap = tap
+
+    def _agent(self, cluster: str, part: Part) -> tuple[list[PartBus], AgentService]:
+        """One life of an agent, as its command would begin it."""
+        fleet, name, life = self.fleet, part.name, part.lives
+        stamp = Stamp(name, partial(fleet.wall_s, part))
+        numbers = random.Random(f"{self.scenario.seed}/{name}/{life}")
+        buses: list[PartBus] = []
+
+        def open_bus(home: str) -> PartBus:
+            birth, will = birth_and_will(stamp, toy.FINGERPRINT, home, DEFAULT_ROOT)
+            client_id = name if home == cluster else f"{name}-{home}"
+            bus = fleet.bus(name, will, birth, part=part, client_id=client_id)
+            bus.fit(part.room)
+            buses.append(bus)
+            return bus
+
+        kind = partial(_watched, self.monitor)
+        agent = fleet.agent(
+            open_bus(cluster), cluster, name, self.drafter, lambda: numbers.getrandbits(63), part=part, kind=kind
+        )
+        facts = ModelFacts(toy.ToyTokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
+        service = KeepingService(
+            agent=agent,
+            loaded=self.scenario.loaded,
+            model=facts,
+            counters=fleet.counters,
+            store=part.disk.store(),
+            connection=Connection(agent.party, open_bus, cluster),
+        )
+        return buses, service
+
+    async def run(self) -> Outcome:
+        """From the start of all parts to the fleet at rest.
+
+        Raises:
+            Violation: an invariant does not hold.
+        """
+        self.fleet.broker.tap = self._see
+        for part in self.parts:
+            part.start()
+        async with LoopbackBus(self.fleet.broker, client_id=CLIENT, link=self.fleet.link(CLIENT)) as bus:
+            client = Client(self.fleet.party(bus, CLIENT), patience_s=self.patience_s, seeds=self.monitor.seeds)
+            await client.subscribe()
+            tasks = [
+                asyncio.create_task(client.listen(), name="client"),
+                asyncio.create_task(self._watch(), name="watch"),
+                work := asyncio.create_task(self._work(client), name="work"),
+            ]
+            try:
+                await asyncio.wait([work, self.monitor.failed], return_when=asyncio.FIRST_COMPLETED)
+                if self.monitor.failed.done():
+                    await self.monitor.failed
+                await work
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+                self.monitor.failed.cancel()
+        virtual_s = asyncio.get_running_loop().time()
+        for part in self.parts:
+            await part.crash()
+        counted = self.fleet.counters
+        network = self.fleet.broker.faults
+        counters = Counter({name: round(counted[name]) for name in COUNTERS})
+        counters["asked_again"] = client.asked_again
+        counters["lost"] = network.lost + network.partition_lost + network.cut
+        counters["duplicated"], counters["reordered"] = network.duplicated, network.reordered
+        return Outcome(
+            tokens=self.monitor.tokens,
+            faults=self.weather.injected,
+            counters=counters,
+            texts=self.texts,
+            messages=self.monitor.messages,
+            virtual_s=virtual_s,
+        )
+
+    @property
+    def patience_s(self) -> float:
+        """How long the client waits for news before it asks again."""
+        return 3.0 * max(1.0, self.scenario.round_trip_s)
+
+    @property
+    def answer_s(self) -> float:
+        """The bound on a request that meets no fault: sending again at its slowest, and a round trip for each token."""
+        scenario = self.scenario
+        return 30.0 + 16.0 * scenario.retry_s + 4.0 * scenario.tokens * (scenario.round_trip_s + STEP_S)
+
+    @property
+    def rest_s(self) -> float:
+        """How long after the last fault, or the last token, all is quiet."""
+        return self.fleet.broker.keepalive_s + 5.0 + 10.0 * self.scenario.round_trip_s
+
+    def _see(self, sender: str, packet: Packet) -> None:
+        self.monitor.see(packet)
+        if self._tap is not None:
+            self._tap(sender, packet)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self.monitor.check_parts(self.parts)
+
+    async def _work(self, client: Client) -> None:
+        loop = asyncio.get_running_loop()
+        weather = asyncio.create_task(self.weather.run(self.scenario.schedule), name="weather")
+        lives = [self._ask_all(client, cluster, name) for cluster, name in self.agents]
+        # Each agent has its prompts, those asked for again among them, and one more at the end.
+        limit_s = self.scenario.calm_s + 4.0 * (self.scenario.prompts + 1) * self.answer_s
+        try:
+            async with asyncio.timeout_at(limit_s):
+                await asyncio.gather(weather, *lives)
+        except TimeoutError:
+            late = ", ".join(sorted(self._unanswered))
+            self.monitor.fail("ends", f"not answered within {limit_s:.0f} s: {late}")
+            return
+        if self.scenario.schedule:
+            await asyncio.sleep(max(0.0, self.scenario.calm_s - loop.time()))
+        await self._rest()
+        await asyncio.gather(*(self._ask_last(client, cluster, name) for cluster, name in self.agents))
+        await asyncio.sleep(self.rest_s)
+        self._check_presence()
+        self.monitor.check_parts(self.parts)
+        for part in self.parts:
+            for bound in idle(part):
+                if bound.size:
+                    self.monitor.fail("steady", f"{part.name} at rest: {bound.what} holds {bound.size}, 0 expected")
+
+    async def _ask_all(self, client: Client, cluster: str, name: str) -> None:
+        rng = random.Random(f"{self.scenario.seed}/{name}")
+        for number in range(self.scenario.prompts):
+            await asyncio.sleep(rng.uniform(0.0, 0.5 * self.scenario.calm_s / self.scenario.prompts))
+            prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(rng.randrange(1, 6))]
+            await self._ask(client, Request(cluster, name, f"{name}-{number}", prompt, rng.getrandbits(40)))
+
+    async def _ask(self, client: Client, request: Request, patience_s: float | None = None) -> int:
+        """Ask until it is answered; how often."""
+        scenario = self.scenario
+        self._unanswered.add(request.name)
+        answer = await client.ask(
+            request, max_tokens=scenario.tokens, temperature=scenario.temperature, patience_s=patience_s
+        )
+        self._unanswered.remove(request.name)
+        known = self.monitor.attempts[request.seed]
+        if not any(attempt.over and attempt.ids == answer.ids for attempt in known):
+            self.monitor.fail("output", f"{request.agent} answered {answer.ids}, and committed otherwise")
+        if answer.text != toy.ToyTokenizer().decode(answer.ids):
+            self.monitor.fail("output", f"{request.agent} wrote {answer.text!r} for {answer.ids}")
+        self.texts.append(answer.ids)
+        return answer.attempts
+
+    async def _rest(self) -> None:
+        """Let requests that nobody waits for any more end, and everyone find the others again."""
+        limit_s = asyncio.get_running_loop().time() + 16.0 * self.answer_s
+        while any(b.size for part in self.parts for b in idle(part) if b.what in ("prompts", "generations")):
+            if asyncio.get_running_loop().time() > limit_s:
+                self.monitor.fail("ends", "a request that was asked for again never ended")
+                return
+            await asyncio.sleep(WATCH_S)
+        await asyncio.sleep(self.rest_s)
+
+    def _check_presence(self) -> None:
+        retained = self.fleet.broker.retained
+        places = [(self._home(name, cluster), name) for cluster, name in self.agents]
+        for topic in presence_topics(places, self.scenario.clusters):
+            state = decode(retained[topic].payload) if topic in retained else None
+            if not isinstance(state, Presence) or not state.online:
+                self.monitor.fail("steady", f"after the faults {topic} says {state}")
+            elif state.role == "edge" and state.upstream is None and state.sender in self._relayed:
+                self.monitor.fail("steady", f"after the faults {state.sender} does not see the cloud")
+
+    def _home(self, name: str, born: str) -> str:
+        service = self.fleet.nodes[name].service
+        return service.agent.cluster if isinstance(service, AgentService) else born
+
+    async def _ask_last(self, client: Client, cluster: str, name: str) -> None:
+        """One more prompt of every agent, now that all is well: answered at once, by the cloud where it is to be."""
+        began_s = asyncio.get_running_loop().time()
+        rng = random.Random(f"{self.scenario.seed}/{name}/last")
+        request = Request(cluster, name, f"{name}-last", [rng.randrange(1, toy.VOCAB_SIZE)], rng.getrandbits(40))
+        attempts = await self._ask(client, request, self.answer_s)
+        took_s = asyncio.get_running_loop().time() - began_s
+        if attempts > 1 or took_s > self.answer_s:
+            self.monitor.fail(
+                "steady", f"{name} was asked {attempts} times, {took_s:.1f} s: once, {self.answer_s:.0f} s expected"
+            )
+        sources = self.monitor.attempts[request.seed][-1].sources
+        if "cloud" in sources:
+            self._relayed.add(f"edge-{self._home(name, cluster)}")
+        unverified = sources.count("unverified")
+        if unverified and self.scenario.deadline_s >= self.answer_s:
+            self.monitor.fail("steady", f"{name} left {unverified} tokens unverified in calm weather")
+
+
+def _watched(monitor: Monitor, **named: object) -> WatchedAgent:
+    agent = WatchedAgent(**named)  # type: ignore[arg-type]
+    agent.monitor = monitor
+    return agent
+
+
+def _stream(seed: int, client: str, direction: Direction) -> random.Random:
+    return random.Random(f"{seed}/{client}/{direction}")
+
+
+async def _run(scenario: Scenario, tap: Tap | None) -> Outcome:
+    return await Simulation(scenario, tap=tap).run()
+
+
+def simulate(scenario: Scenario, *, tap: Tap | None = None) -> Outcome:
+    """Run a scenario; `tap` sees every message.
+
+    Raises:
+        Violation: an invariant does not hold.
+        ConfigError: the scenario's preset or settings cannot be used.
+    """
+    try:
+        return run_virtual(_run(scenario, tap))
+    except VirtualTimeError as exc:
+        raise Violation("alive", f"the fleet came to a standstill: {exc}", float("nan")) from exc

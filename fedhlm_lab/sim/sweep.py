@@ -1,0 +1,165 @@
+"""Many seeds: over presets and links in turn, in one process or several, summed up."""
+
+import multiprocessing
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Final, NamedTuple
+
+import msgspec
+
+from fedhlm_lab.sim import links
+from fedhlm_lab.sim.invariants import Violation
+from fedhlm_lab.sim.scenario import Scenario, command
+from fedhlm_lab.sim.simulator import Outcome, simulate
+
+BLOCK: Final = "generation.pipeline.block"
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to run for each seed: the presets and links take turns with the seed, everything else is the same for all."""
+
+    presets: tuple[str, ...]
+    links: tuple[str, ...]
+    upstream: str = "lan"
+    faults: str = "all"
+    agents: int = 4
+    clusters: int = 2
+    prompts: int = 2
+    tokens: int = 16
+    temperature: float = 0.8
+    deadline_s: float = 600.0
+    settings: tuple[str, ...] = ()
+
+    def link_of(self, seed: int) -> str:
+        """The link of a seed: the next one after each round of presets."""
+        return self.links[seed // len(self.presets) % len(self.links)]
+
+    def scenario(self, seed: int) -> Scenario:
+        """The scenario of a seed.
+
+        Raises:
+            ConfigError: a preset, link, setting or fault that cannot be used.
+        """
+        scenario = Scenario(
+            seed=seed,
+            preset=self.presets[seed % len(self.presets)],
+            agents=self.agents,
+            clusters=self.clusters,
+            prompts=self.prompts,
+            tokens=self.tokens,
+            temperature=self.temperature,
+            link=links.load(self.link_of(seed)),
+            upstream=links.load(self.upstream, key="--upstream"),
+            deadline_s=self.deadline_s,
+            settings=self.settings,
+        )
+        scenario = msgspec.structs.replace(scenario, settings=(*self.settings, *_variety(scenario)))
+        return scenario.with_faults(self.faults)
+
+    def command(self, seed: int) -> str:
+        """The shell command that runs one seed again."""
+        return command(self.scenario(seed), link=self.link_of(seed), upstream=self.upstream, spec=self.faults)
+
+
+def _variety(scenario: Scenario) -> Iterator[str]:
+    """Settings that the seed draws where nobody chose them: with small blocks more of them overtake one another."""
+    pipeline = scenario.loaded.config.generation.pipeline
+    drawn = random.Random(f"{scenario.seed}/block").choice((1, 2, pipeline.block))
+    if pipeline.kind == "async" and drawn < pipeline.block and not any(BLOCK in s for s in scenario.settings):
+        yield f"{BLOCK}={drawn}"
+
+
+class Failure(NamedTuple):
+    """A seed that violated an invariant."""
+
+    seed: int
+    name: str
+    text: str
+    at_s: float
+
+    @property
+    def violation(self) -> Violation:
+        """The exception again."""
+        return Violation(self.name, self.text, self.at_s)
+
+
+class Ended(NamedTuple):
+    """One seed is done: what came of it, or how it failed."""
+
+    seed: int
+    outcome: Outcome | None
+    failure: Failure | None
+
+
+class Totals:
+    """Sums over seeds."""
+
+    def __init__(self) -> None:
+        self.seeds = 0
+        self.messages = 0
+        self.virtual_s = 0.0
+        self.tokens: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter()
+        self.failures: list[Failure] = []
+
+    def add(self, ended: Ended) -> None:
+        """Count a seed."""
+        self.seeds += 1
+        if ended.failure is not None:
+            self.failures.append(ended.failure)
+        if ended.outcome is not None:
+            self.messages += ended.outcome.messages
+            self.virtual_s += ended.outcome.virtual_s
+            self.tokens.update(ended.outcome.tokens)
+            self.faults.update(ended.outcome.faults)
+            self.counters.update(ended.outcome.counters)
+
+    def figures(self, took_s: float) -> dict[str, object]:
+        """Everything, as plain data; `took_s` is real time."""
+        return {
+            "seeds": self.seeds,
+            "failed": len(self.failures),
+            "virtual_hours": round(self.virtual_s / 3_600.0, 3),
+            "messages": self.messages,
+            "tokens": dict(sorted(self.tokens.items())),
+            "faults": dict(sorted(self.faults.items())),
+            **dict(sorted(self.counters.items())),
+            "seeds_per_s": round(self.seeds / took_s, 2) if took_s else 0.0,
+            "violations": [failure._asdict() for failure in self.failures],
+        }
+
+
+def sweep(plan: Plan, seeds: Sequence[int], *, jobs: int = 1) -> Iterator[Ended]:
+    """Run the seeds, in `jobs` processes; results come as they end.
+
+    Raises:
+        ConfigError: the plan cannot be used; before anything runs.
+    """
+    for seed in range(len(plan.presets) * len(plan.links)):  # one of each
+        _ = plan.scenario(seed).loaded
+    if jobs == 1:
+        yield from (_run(plan, seed) for seed in seeds)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from _spread(lambda seed: pool.submit(_run, plan, seed), seeds, jobs)
+
+
+def _spread(submit: Callable[[int], Future[Ended]], seeds: Sequence[int], jobs: int) -> Iterator[Ended]:
+    todo, running = iter(seeds), set[Future[Ended]]()
+    while True:
+        while len(running) < 2 * jobs and (seed := next(todo, None)) is not None:
+            running.add(submit(seed))
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in done)
+
+
+def _run(plan: Plan, seed: int) -> Ended:
+    try:
+        return Ended(seed, simulate(plan.scenario(seed)), None)
+    except Violation as violation:
+        return Ended(seed, None, Failure(seed, violation.name, violation.text, violation.at_s))

@@ -1,0 +1,202 @@
+"""A pair of toy language models whose laws depend on the last few tokens: exact, cheap, and in partial agreement.
+
+They stand where the ONNX pair stands, so that whole fleets run in virtual time; `agreement` sets how much the small
+model's logits share with the large one's.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloud_verifier.batching import Output
+from cloud_verifier.service import Engine
+from edge_agent.growth import Budget, Trees, grow
+from edge_agent.model import Drawn, Grown
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.sampling import NOISE
+from fedhlm.decoding.uncertainty import UNCERTAINTIES
+from fedhlm.peers.context_keys import DIMS
+from fedhlm.protocol.messages import Fingerprint, Sampling
+from fedhlm_lab.sim.world import Pair
+
+VOCAB_SIZE: Final = 48
+EOS_ID: Final = 0
+CONTEXT: Final = 512
+DRAWN_MAX: Final = 4_096
+_ORDER: Final = 3  # tokens that the next law depends on
+_FIRST: Final = ord("@")
+_SPREAD: Final = 2.0  # standard deviation of the logits
+FINGERPRINT: Final = Fingerprint("toy", VOCAB_SIZE, NOISE, "toy")
+
+
+@lru_cache(maxsize=65_536)
+def _normal(model: int, suffix: tuple[int, ...]) -> NDArray[np.float64]:
+    noise = np.random.default_rng((model, *suffix)).standard_normal(VOCAB_SIZE)
+    noise.setflags(write=False)
+    return noise
+
+
+def large_logits(ids: Sequence[int]) -> NDArray[np.float64]:
+    """The LLM's logits after `ids`; shape (VOCAB_SIZE,). The end of text is rare."""
+    logits = _SPREAD * _normal(1, tuple(ids[-_ORDER:]))
+    logits[EOS_ID] = -1.5 * _SPREAD
+    return logits
+
+
+def small_logits(ids: Sequence[int], agreement: float) -> NDArray[np.float64]:
+    """The SLM's logits after `ids`; with agreement 1 they are the LLM's."""
+    return agreement * large_logits(ids) + (1.0 - agreement) * _SPREAD * _normal(2, tuple(ids[-_ORDER:]))
+
+
+def large_alone(prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> list[int]:
+    """The oracle: what the LLM writes by itself with this seed, up to its end of text."""
+    ids = list(prompt)
+    settle = COUPLINGS[sampling.coupling].settle
+    for _ in range(max_tokens):
+        ids.append(settle(large_logits(ids), sampling, len(ids), None, b""))
+        if ids[-1] == EOS_ID:
+            break
+    return ids[len(prompt) :]
+
+
+class ToyCache(NamedTuple):
+    """The ids seen so far are all there is to remember."""
+
+    ids: tuple[int, ...] = ()
+
+    def truncated(self, length: int) -> "ToyCache":
+        """The cache of the first `length` tokens."""
+        if not 0 <= length <= len(self.ids):
+            raise ValueError(f"cache cannot be cut to {length} tokens: it holds {len(self.ids)}")
+        return ToyCache(self.ids[:length])
+
+
+async def large_forward(requests: Sequence[tuple[Any, list[int]]], *, step_s: float = 0.02) -> list[Output]:
+    """One batched call of the LLM, `step_s` seconds long."""
+    await asyncio.sleep(step_s)
+    outputs = []
+    for cache, new in requests:
+        ids = [*cache.ids, *new]
+        rows = [large_logits(ids[: len(cache.ids) + i + 1]) for i in range(len(new))]
+        outputs.append(Output(np.stack(rows), ToyCache(tuple(ids))))
+    return outputs
+
+
+@lru_cache(maxsize=65_536)
+def _key(suffix: tuple[int, ...]) -> bytes:
+    vector = np.random.default_rng((3, *suffix)).standard_normal(DIMS)  # (DIMS,)
+    return np.rint(vector / np.linalg.norm(vector) * 127.0).astype(np.int8).tobytes()
+
+
+def key_of(ids: Sequence[int]) -> bytes:
+    """The key of a context: equal where the toy models' laws are, almost orthogonal elsewhere."""
+    return _key(tuple(ids[-_ORDER:]))
+
+
+class Encoding(NamedTuple):
+    """What an encoded text is."""
+
+    ids: list[int]
+
+
+class ToyTokenizer:
+    """One character for each token; the end of text has none. It stands where a `tokenizers.Tokenizer` is needed."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        """The ids of a text made by `decode`."""
+        return Encoding([ord(character) - _FIRST for character in text])
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids."""
+        return "".join(chr(_FIRST + i) for i in ids if i != EOS_ID or not skip_special_tokens)
+
+
+def pair(agreement: float) -> Pair:
+    """The toy models as a fleet's pair."""
+    return Pair(
+        fingerprint=FINGERPRINT,
+        eos_ids=frozenset({EOS_ID}),
+        context=CONTEXT,
+        engine=lambda: Engine(ToyCache(), large_forward),
+        drafter=lambda: ToyDrafter(agreement=agreement),
+        space="",
+    )
+
+
+class ToyDrafter:
+    """The SLM as an agent's Drafter, `step_s` seconds a model call."""
+
+    def __init__(self, *, agreement: float, step_s: float = 0.01) -> None:
+        self._agreement = agreement
+        self._step_s = step_s
+        self._trees = Trees(frozenset({EOS_ID}))
+        self._drawn: dict[tuple[tuple[int, ...], Sampling, str], Drawn] = {}
+
+    async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
+        """See `edge_agent.model.Drafter`."""
+        await asyncio.sleep(self._step_s)
+        return self.draft_now(ids, sampling, uncertainty)
+
+    def draft_now(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
+        """The same without the time it takes. Recent ones are remembered: after a rollback much is drafted again."""
+        name = (tuple(ids), sampling, uncertainty)
+        drawn = self._drawn.get(name)
+        if drawn is None:
+            logits = small_logits(ids, self._agreement)
+            token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, len(ids))
+            doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, len(ids))
+            if len(self._drawn) >= DRAWN_MAX:
+                self._drawn.clear()
+            drawn = self._drawn[name] = Drawn(token, prob, doubt, law, key_of(ids))
+        return drawn
+
+    async def grow(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        budget: Budget,
+        *,
+        uncertainty: str = "closed-form",
+        settled: int | None = None,
+    ) -> Grown:
+        """See `edge_agent.model.Drafter`."""
+        grown, calls = self.grow_now(ids, sampling, budget, uncertainty=uncertainty, settled=settled)
+        await asyncio.sleep(calls * self._step_s)
+        return grown
+
+    def grow_now(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        budget: Budget,
+        *,
+        uncertainty: str = "closed-form",
+        settled: int | None = None,
+    ) -> tuple[Grown, int]:
+        """The same without the time it takes, and the number of model calls."""
+        wanted = list(ids)
+        growth = self._trees.begin(wanted, sampling, budget, settled)
+        calls = 0
+
+        def evaluate(nodes: list[int]) -> list[NDArray[np.float64]]:
+            nonlocal calls
+            calls += 1
+            return [small_logits([*wanted, *growth.paths[node]], self._agreement) for node in nodes]
+
+        grow(
+            growth,
+            evaluate,
+            sampling=sampling,
+            position=len(wanted),
+            node_s=self._step_s,
+            clock_s=lambda: calls * self._step_s,
+        )
+        chain, branches = growth.tree()
+        drawn = [
+            self.draft_now([*wanted, *growth.paths[growth.parents[node]]], sampling, uncertainty) for node in chain
+        ]
+        return Grown(drawn, tuple(branches), growth.expected), calls

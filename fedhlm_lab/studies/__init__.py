@@ -1,0 +1,1 @@
+"""Studies on the simulator and on the shipped pair."""

@@ -1,0 +1,281 @@
+"""Every preset on the same news prompts with real models, in virtual time: the table of docs/results.md.
+
+Run: python -m fedhlm_lab.studies.compare [--presets exact budget ...] [--prompts 500] [--ag-news] [--set KEY=VALUE] [--json FILE]
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from edge_agent.driver import Agent
+from edge_agent.events import Committed, Observation
+from edge_agent.result import Job, Result
+from fedhlm.config import load, presets
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.text import encode_prompt
+from fedhlm.learning.budget import Budget
+from fedhlm.process.run import model_folder
+from fedhlm.protocol.messages import FinishReason, Sampling
+from fedhlm.settings import Config
+from fedhlm_lab.sim.shipped import shipped_pair
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.sim.world import Fleet, Pair
+from fedhlm_zoo.corpus import TOPIC_LINE, Article, load_ag_news
+from fedhlm_zoo.partition import dirichlet_partition, skew
+from fedhlm_zoo.prompts import load_items
+
+CLUSTERS: Final = 2
+AGENTS: Final = 2
+
+
+class Task(NamedTuple):
+    """One request: prompt ids, its seed and limits, and the topic word that is right, if a topic is asked for."""
+
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    topic: str
+
+
+@dataclass
+class Done:
+    """What became of a task under a preset."""
+
+    agent: str
+    task: Task
+    result: Result
+
+
+@dataclass
+class Line:
+    """One preset's figures. Shares and rates are per token; bytes with MQTT framing."""
+
+    preset: str
+    kind: str
+    requests: int = 0
+    tokens: int = 0
+    topic_accuracy: float | None = None
+    agreement: float = 0.0
+    exact_match: float = 0.0
+    settled: dict[str, float] = field(default_factory=dict)
+    transmissions: float = 0.0
+    escalated: float = 0.0
+    uplink_bytes: float = 0.0
+    cluster_bytes: float = 0.0
+    round_trips: float = 0.0
+    risk: float | None = None
+    risk_limit: float | None = None
+    tau: tuple[float, float] = (0.0, 0.0)
+
+
+class Alone:
+    """The LLM (or SLM) by itself, remembered by task: what texts are compared with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.decoder = Decoder.load(folder, threads=1)
+        self._known: dict[tuple[tuple[int, ...], Sampling, int], list[int]] = {}
+
+    def write(self, task: Task, coupling: str) -> list[int]:
+        """Up to `max_tokens` ids by the target side of a coupling with shared noise."""
+        sampling = Sampling(task.sampling.seed, task.sampling.temperature, task.sampling.top_p, coupling)
+        key = (tuple(task.prompt), sampling, task.max_tokens)
+        if key not in self._known:
+            self._known[key] = self._write(task, sampling)
+        return self._known[key]
+
+    def _write(self, task: Task, sampling: Sampling) -> list[int]:
+        settle = COUPLINGS[sampling.coupling].settle
+        ids, new, cache = list(task.prompt), list(task.prompt), self.decoder.empty_cache()
+        while len(ids) < len(task.prompt) + task.max_tokens:
+            output = self.decoder.forward([Request(cache, new)])[0]
+            cache = output.cache
+            new = [settle(output.logits[-1], sampling, len(ids), None, b"")]
+            ids += new
+            if ids[-1] in self.decoder.info.eos_ids:
+                break
+        return ids[len(task.prompt) :]
+
+
+def tasks_of(
+    articles: Sequence[Article], kind: str, decoder: Decoder, *, tokens: int, temperature: float
+) -> list[Task]:
+    """A task for each article: its title continued ("continue"), or its topic asked for ("topic", one greedy token)."""
+
+    def ids(text: str) -> list[int]:
+        return encode_prompt(decoder.tokenizer, text, decoder.info.bos_id)
+
+    room = decoder.info.context - 1
+    if kind == "topic":
+        wanted = [(ids(a.body + TOPIC_LINE), a.topic) for a in articles]
+        return [Task(p, Sampling(i, 0.0), 1, t) for i, (p, t) in enumerate(wanted) if len(p) <= room]
+    return [Task(ids(a.title + "\n"), Sampling(i, temperature), tokens, "") for i, a in enumerate(articles)]
+
+
+def shuffled_test_split() -> list[Article]:
+    """AG News, test split, always in the same order.
+
+    Raises:
+        DataMissing: it is not there and cannot be downloaded.
+    """
+    articles = list(load_ag_news("test"))
+    random.Random(5).shuffle(articles)
+    return articles
+
+
+async def nobody(_tokens: list[Committed]) -> FinishReason | None:
+    """Listen to nothing."""
+    return None
+
+
+async def work(
+    agent: Agent, config: Config, tasks: Iterator[Task], eos_ids: frozenset[int], context: int
+) -> list[Done]:
+    """One agent's share of the tasks, taken one at a time."""
+    done = []
+    for task in tasks:
+        sampling = Sampling(task.sampling.seed, task.sampling.temperature, 1.0, config.generation.coupling)
+        job = Job(config.generation, sampling, task.max_tokens, context, eos_ids)
+        done.append(Done(agent.name, task, await agent.generate(job, task.prompt, nobody)))
+    return done
+
+
+async def run_fleet(pair: Pair, config: Config, parts: Sequence[Sequence[Task]], delay_s: float) -> list[Done]:
+    """All tasks through a calm fleet; the order of the answers is that of the agents."""
+    fleet = Fleet(pair, seed=1, clusters=CLUSTERS, delay_s=delay_s, sessions_max=64, federation=config.federation)
+    for node in fleet.nodes.values():
+        node.start()
+    await asyncio.sleep(1.0)
+
+    async def live(place: int) -> list[Done]:
+        name = f"agent-{place}"
+        async with fleet.online(f"c{place // AGENTS}", name, pair.drafter()) as agent:
+            await asyncio.sleep(1.0)
+            return await work(agent, config, iter(parts[place]), pair.eos_ids, pair.context)
+
+    groups = await asyncio.gather(*(live(place) for place in range(CLUSTERS * AGENTS)))
+    for node in fleet.nodes.values():
+        await node.crash()
+    return [done for group in groups for done in group]
+
+
+def line_of(preset: str, kind: str, done: Sequence[Done], large: Alone, config: Config) -> Line:
+    """The figures of one preset on one kind of task."""
+    line = Line(preset, kind, requests=len(done), tokens=sum(len(d.result.ids) for d in done))
+    if not line.tokens:
+        return line
+    coupling = "greedy" if config.generation.coupling == "greedy" else "gumbel"
+    oracle = [large.write(d.task, coupling) for d in done]
+    line.agreement = sum(
+        a == b for d, o in zip(done, oracle, strict=True) for a, b in zip(d.result.ids, o, strict=False)
+    ) / sum(max(len(d.result.ids), len(o)) for d, o in zip(done, oracle, strict=True))
+    line.exact_match = sum(d.result.ids == o for d, o in zip(done, oracle, strict=True)) / len(done)
+    if kind == "topic":
+        texts = [large.decoder.tokenizer.decode(d.result.ids) for d in done]
+        line.topic_accuracy = sum(t.strip() == d.task.topic for t, d in zip(texts, done, strict=True)) / len(done)
+    sources = Counter(s for d in done for s in d.result.sources)
+    line.settled = {s: n / line.tokens for s, n in sorted(sources.items())}
+    for name in ("uplink_bytes", "cluster_bytes", "round_trips", "escalated"):
+        setattr(line, name, sum(getattr(d.result, name) for d in done) / line.tokens)
+    line.transmissions = sum(d.result.uplink_messages for d in done) / line.tokens
+    budget = budget_of(done)
+    if budget is not None:
+        line.risk, line.risk_limit = budget.estimate, budget.limit()
+    line.tau = (done[0].result.tau, done[-1].result.tau)
+    return line
+
+
+def budget_of(done: Sequence[Done]) -> Budget | None:
+    """The agents' error budgets together, of the kind of audit that most generations had; None without audits."""
+    last = {(d.agent, d.result.risk.epsilon): d.result.risk for d in done if d.result.risk is not None}
+    pooled: dict[float, Budget] = {}
+    for (_, epsilon), budget in last.items():
+        pooled[epsilon] = pooled[epsilon] + budget if epsilon in pooled else budget
+    return max(pooled.values(), key=lambda b: b.sessions, default=None)
+
+
+def observations_of(done: Sequence[Done]) -> list[Observation]:
+    """What the target said of the drafts, in order."""
+    return [o for d in done for o in d.result.observed]
+
+
+def show(lines: Sequence[Line]) -> str:
+    """The table in Markdown."""
+    head = "| preset | task | tokens | topic right | tokens equal | texts equal | local | peer | neighbour | cloud | sent/token | B/token up | B/token cluster | round trips/token | R-hat (limit) | tau |"
+    rows = [head, "|" + "---|" * 16]
+    for x in lines:
+        settled = [f"{x.settled.get(s, 0.0):.1%}" for s in ("local", "peer", "neighbour", "cloud")]
+        risk = "-" if x.risk is None else f"{x.risk:.3f} ({x.risk_limit:.3f})"
+        accuracy = "-" if x.topic_accuracy is None else f"{x.topic_accuracy:.2%}"
+        cells = [
+            f"`{x.preset}`",
+            x.kind,
+            str(x.tokens),
+            accuracy,
+            f"{x.agreement:.2%}",
+            f"{x.exact_match:.1%}",
+            *settled,
+        ]
+        cells += [f"{x.transmissions:.4f}", f"{x.uplink_bytes:,.1f}", f"{x.cluster_bytes:,.1f}", f"{x.round_trips:.3f}"]
+        rows.append(f"| {' | '.join([*cells, risk, f'{x.tau[0]:.2f} → {x.tau[1]:.2f}'])} |")
+    return "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedhlm_lab.studies.compare", description="presets side by side on news prompts"
+    )
+    parser.add_argument("--presets", nargs="+", default=list(presets()))
+    parser.add_argument("--kinds", nargs="+", default=["topic", "continue"], choices=["topic", "continue"])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many items at the beginning")
+    parser.add_argument(
+        "--warm", type=int, default=0, help="so many further items go before, to learn from; not counted"
+    )
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--delay", type=float, default=0.02, help="seconds, one way, on every link")
+    parser.add_argument("--alpha", type=float, help="Dirichlet partition of the topics over the agents")
+    parser.add_argument("--items", type=Path, help="news items, one JSON object a line; default: the shipped ones")
+    parser.add_argument("--ag-news", action="store_true", help="the AG News test split, shuffled (see FEDHLM_DATA)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every preset")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    slm, llm = model_folder("", "slm"), model_folder("", "llm")
+    pair, large = shipped_pair(slm, llm), Alone(llm)
+    known = shuffled_test_split() if options.ag_news else load_items(options.items)
+    articles = known[options.skip : options.skip + options.prompts + options.warm]
+    places = CLUSTERS * AGENTS
+    lines: list[Line] = []
+    for kind in options.kinds:
+        tasks = tasks_of(articles, kind, large.decoder, tokens=options.tokens, temperature=options.temperature)
+        warm = {id(task) for task in tasks[: options.warm]}
+        if options.alpha is None:
+            parts = [tasks[place::places] for place in range(places)]
+        else:
+            topics = [a.topic for a in articles][: len(tasks)]
+            split = dirichlet_partition(topics, places, options.alpha, seed=1)
+            parts = [[tasks[i] for i in part] for part in split]
+            print(f"{kind}: skew {skew(topics, split):.2f}", file=sys.stderr)
+        for preset in options.presets:
+            config = load(preset=preset, environ={}, flags=dict(s.split("=", 1) for s in options.set)).config
+            done = run_virtual(partial(run_fleet, pair, config, parts, options.delay)())
+            lines.append(line_of(preset, kind, [d for d in done if id(d.task) not in warm], large, config))
+            print(show(lines[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    print(show(lines))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

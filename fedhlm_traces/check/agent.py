@@ -1,0 +1,345 @@
+"""An agent's decisions once more: its journal's inputs into the same code, what it decides now beside what it decided.
+
+No broker, model or clock takes part: drafts, verdicts and times come from the journal, the rest is `edge_agent.driver`.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from edge_agent import journal as diary
+from edge_agent.driver import Agent
+from edge_agent.events import Committed, Event, Judged
+from edge_agent.growth import Budget
+from edge_agent.learner import Learner
+from edge_agent.model import Drawn, Grown
+from edge_agent.peers import Peers
+from fedhlm.bus.journal import Diary
+from fedhlm.bus.party import Party, Stamp
+from fedhlm.errors import ProtocolError
+from fedhlm.learning.thresholds import KEEP_NONE
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Escalation, FinishReason, Kind, Note, Prompt, Sampling
+from fedhlm.telemetry import Counters
+from fedhlm_traces.check.captured import CapturingBus
+from fedhlm_traces.check.compare import facts_of, same
+from fedhlm_traces.check.divergence import Divergence, Outcome
+from fedhlm_traces.check.journals import Life
+from fedhlm_traces.spelling import Spell, by_number
+
+DECISIONS: Final = frozenset({"plan", "judged", "sent", "dropped", "committed", "ended"})
+# What the agent itself sends; outputs are its service's, profiles are samples drawn at random.
+SENDS: Final = (topics.ESCALATE, topics.PEER, topics.FL_UPDATE, topics.AGENT_STATUS)
+
+
+def check_agent(life: Life, spell: Spell = by_number) -> Outcome:
+    """Decide again what this agent decided; `spell` makes token ids readable."""
+    try:
+        return asyncio.run(_Replay(life, spell).run())
+    except ProtocolError as exc:
+        return Outcome(skipped=[life.complaint or f"cannot be decided again: {exc}"], notes=life.notes)
+
+
+class Book(Diary):
+    """A journal that keeps its notes instead of publishing them."""
+
+    def __init__(self, clock_s: Callable[[], float]) -> None:
+        super().__init__(0, clock_s)
+        self.notes: list[Note] = []
+
+    def note(self, kind: Kind, subject: str = "", data: bytes = b"", *, at_s: float | None = None) -> None:
+        """Keep it."""
+        self.notes.append(Note(self.clock_s() if at_s is None else at_s, kind, subject, data))
+
+
+class _Still:
+    """A drafter that has nothing to say: the drafts are in the journal."""
+
+    async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
+        return Drawn(0, 0.0, 0.0, b"", b"")
+
+    async def grow(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        budget: Budget,
+        *,
+        uncertainty: str = "closed-form",
+        settled: int | None = None,
+    ) -> Grown:
+        return Grown([], (), 0.0)
+
+
+class _OutOfNotes(Exception):
+    """The journal knows no further input for this generation."""
+
+
+class _Replay:
+    def __init__(self, life: Life, spell: Spell) -> None:
+        self._life = life
+        self._spell = spell
+        self._at = 0  # the next note
+        self._now_s = life.notes[0].at_s
+        self._book = Book(lambda: self._now_s)
+        self._recorded: list[Note] = []  # decisions of the generation that runs
+        self._from = 0  # where its decisions begin in the book
+        self._outcome = Outcome(notes=self._book.notes)
+        born = diary.unpack(life.notes[0].data, diary.Life) if life.notes[0].kind == "state" else None
+        if born is None:
+            raise ProtocolError(f"the journal of {life.name} begins with {life.notes[0].kind!r}: 'state' expected")
+        self._born: diary.Life = born
+        self._root = born.root
+        self._bus = CapturingBus(lambda _number: self._has_room())
+        self._sessions: list[int] = []
+        self._agent = self._made()
+
+    def _made(self) -> Agent:
+        born = self._born
+        learner = Learner(born.federation, np.random.default_rng(0))
+        learner.restore(born.learner)
+        party = Party(
+            bus=self._bus,
+            stamp=Stamp(born.name, lambda: self._now_s),
+            counters=Counters(),
+            root=born.root,
+            diary=self._book,
+        )
+        return Agent(
+            party=party,
+            cluster=born.cluster,
+            drafter=_Still(),
+            fingerprint=born.fingerprint,
+            counters=Counters(),
+            new_session=lambda: self._sessions[-1],
+            learner=learner,
+            make_peers=lambda: Peers(
+                born.name,
+                lambda: self._now_s,
+                size=born.consensus.size,
+                max_age_s=born.consensus.max_age_s,
+                space=born.space,
+            ),
+            clock_s=lambda: self._now_s,
+            next_event=self._next_event,
+        )
+
+    async def run(self) -> Outcome:
+        """Go through the journal once."""
+        if self._life.complaint:
+            self._outcome.skipped.append(self._life.complaint)
+        self._agent.note_life(self._born.federation, self._born.consensus)
+        self._at = 1
+        while self._at < len(self._life.notes):
+            note = self._life.notes[self._at]
+            if note.kind == "began":
+                await self._generate(note)
+            else:
+                self._at += 1
+                await self._take(note)
+        return self._outcome
+
+    async def _take(self, note: Note) -> None:
+        """Let the agent hear a message; decisions are passed over."""
+        if note.kind == "heard":
+            self._now_s = note.at_s
+            self._book.note("heard", note.subject, note.data)
+            received = self._agent.party.read(note.subject, note.data)
+            if not isinstance(received.message, Prompt):
+                await self._agent.handle(received)
+
+    async def _next_event(self, _queue: asyncio.Queue[Event], _wake_s: float) -> Event:
+        notes = self._life.notes
+        while self._at < len(notes) and notes[self._at].kind != "began":
+            note = notes[self._at]
+            self._at += 1
+            if note.kind == "fed":
+                self._now_s = note.at_s
+                return diary.unpack_event(note.subject, note.data)
+            await self._take(note)
+        raise _OutOfNotes
+
+    async def _generate(self, note: Note) -> None:
+        began: diary.Began = diary.unpack(note.data, diary.Began)
+        self._at += 1
+        end = next(
+            (i for i in range(self._at, len(self._life.notes)) if self._life.notes[i].kind == "began"),
+            len(self._life.notes),
+        )
+        self._recorded = [n for n in self._life.notes[self._at : end] if self._counts(n)]
+        self._from = len(self._book.notes)
+        self._now_s = note.at_s
+        self._sessions.append(began.session)
+        self._agent.link_up = began.link_up
+        self._bus.protocol = "3.1.1" if began.protocol == "3.1.1" else "5"
+        try:
+            await self._agent.generate(began.job, began.prompt, _agree)
+        except* _OutOfNotes:
+            pass
+        while self._at < end:  # what it decided after it had ended, and what it heard
+            await self._take(self._life.notes[self._at])
+            self._at += 1
+        self._bus.take()  # the book has it all
+        self._compare(began, note, cut=end == len(self._life.notes))
+
+    def _counts(self, note: Note) -> bool:
+        """Whether a note is a decision that is compared."""
+        if note.kind not in DECISIONS:
+            return False
+        if note.kind not in ("sent", "dropped"):
+            return True
+        found = topics.lookup(note.subject, self._root)
+        noisy = self._born.federation.epsilon > 0.0  # privacy's noise is drawn anew
+        return found is not None and found[0] in SENDS and not (noisy and found[0] is topics.FL_UPDATE)
+
+    def _has_room(self) -> bool:
+        """Whether the bus took the message that the agent sends now: as it did then."""
+        made = sum(self._counts(n) for n in self._book.notes[self._from :])
+        return not (made < len(self._recorded) and self._recorded[made].kind == "dropped")
+
+    def _compare(self, began: diary.Began, note: Note, *, cut: bool) -> None:
+        """`cut`: the journal ends with this generation, perhaps before its last decisions were published."""
+        made = [n for n in self._book.notes[self._from :] if self._counts(n)]
+        self._outcome.decisions += len(self._recorded) if cut else max(len(made), len(self._recorded))
+        then, now = self._recorded, made
+        first = next((i for i, (a, b) in enumerate(zip(then, now, strict=False)) if not _agrees(a, b)), None)
+        if first is None and (len(then) > len(now) or (len(then) < len(now) and not cut)):
+            first = min(len(then), len(now))
+        if first is not None:
+            told = _Telling(began, self._spell, then, now)
+            since_s = note.at_s - self._life.notes[0].at_s
+            self._outcome.diverge(told.divergence(self._life.name, since_s, first))
+
+
+async def _agree(_tokens: list[Committed]) -> FinishReason | None:
+    return None
+
+
+def _agrees(then: Note, now: Note) -> bool:
+    return then.kind == now.kind and then.subject == now.subject and same(facts_of(then), facts_of(now))
+
+
+class _Telling:
+    """Says of one generation where two lists of decisions part, in words."""
+
+    def __init__(self, began: diary.Began, spell: Spell, then: list[Note], now: list[Note]) -> None:
+        self._began = began
+        self._spell = spell
+        self._then, self._now = then, now
+
+    def divergence(self, name: str, at_s: float, first: int) -> Divergence:
+        """The first token that is decided otherwise; where there is none, the first decision of another kind."""
+        place = self._first_token()
+        if place is not None and (first == 0 or self._kind(first) == "judged"):
+            then, now = place
+            number = (then or now or Judged(0, 0, 0, 0.0, False, "local", None)).position - len(self._began.prompt)
+            where, recorded, decided = f"token {number}", self._judged(then, self._then), self._judged(now, self._now)
+        else:
+            where = self._place(first)
+            recorded, decided = self._words(self._then, first), self._words(self._now, first)
+        return Divergence(
+            part="agent",
+            name=name,
+            at_s=at_s,
+            where=f"session {self._began.session}, {where}",
+            recorded=recorded,
+            now=decided,
+            why=self._why(),
+        )
+
+    def _kind(self, index: int) -> str:
+        return next((notes[index].kind for notes in (self._then, self._now) if index < len(notes)), "")
+
+    def _first_token(self) -> tuple[Judged | None, Judged | None] | None:
+        then, now = (
+            [diary.unpack(n.data, Judged) for n in notes if n.kind == "judged"] for notes in (self._then, self._now)
+        )
+        for i in range(max(len(then), len(now))):
+            a, b = (x[i] if i < len(x) else None for x in (then, now))
+            if a is None or b is None or not same(a, b):
+                return a, b
+        return None
+
+    def _plan(self, notes: list[Note]) -> diary.Planned | None:
+        data = next((n.data for n in notes if n.kind == "plan"), None)
+        plan: diary.Planned | None = None if data is None else diary.unpack(data, diary.Planned)
+        return plan
+
+    def _judged(self, token: Judged | None, notes: list[Note]) -> str:
+        if token is None:
+            return "nothing: the generation went another way before"
+        plan, gate = self._plan(notes), self._began.config.gate
+        word = self._spell(token.own)
+        if gate == "threshold" and plan is not None:
+            sign = ">" if token.uncertainty > plan.tau else "<="
+            reason = f"u {token.uncertainty:.4g} {sign} tau {_tau(plan.tau)}"
+        else:
+            reason = f"gate {gate!r}, u {token.uncertainty:.4g}"
+        if token.score is not None:
+            reason += f", peers' similarity {1.0 - token.score:.4g}"
+        if token.escalate:
+            replaced = "" if token.token == token.own else f" as {self._spell(token.token)}"
+            return f"{word} escalated{replaced}: {reason}"
+        return f"{word} {'kept' if token.source == 'local' else f'settled by {token.source}'}: {reason}"
+
+    def _place(self, first: int) -> str:
+        """How far the text was where the lists part."""
+        done = sum(len(facts_of(n)) for n in self._then[:first] if n.kind == "committed")
+        return f"after {done} tokens"
+
+    def _words(self, notes: list[Note], index: int) -> str:
+        if index >= len(notes):
+            return "nothing more"
+        note = notes[index]
+        match note.kind:
+            case "plan":
+                plan = self._plan([note])
+                return (
+                    ""
+                    if plan is None
+                    else f"tau {_tau(plan.tau)}, similarity {_number(plan.similarity)}, audit {plan.audit}"
+                )
+            case "judged":
+                return self._judged(diary.unpack(note.data, Judged), notes)
+            case "committed":
+                tokens = diary.unpack(note.data, list[Committed])
+                return "committed " + ", ".join(f"{self._spell(t.token)} by {t.source}" for t in tokens)
+            case "ended":
+                ended = diary.unpack(note.data, diary.Ended)
+                return f"ended: {ended.reason} {ended.error}".rstrip()
+            case _:
+                return f"{note.kind} {_gist(note)}"
+
+    def _why(self) -> str:
+        """What differs in the thresholds, which decide everything else here."""
+        then, now = self._plan(self._then), self._plan(self._now)
+        config = self._began.config
+        if then is None or now is None:
+            return "the generation was never planned"
+        reasons = []
+        if not same(then.tau, now.tau):
+            reasons.append(
+                f"tau was {_tau(then.tau)} and is {_tau(now.tau)} (generation.threshold {config.threshold!r})"
+            )
+        if not same(then.similarity, now.similarity):
+            reasons.append(f"similarity was {_number(then.similarity)} and is {_number(now.similarity)}")
+        if then.audit != now.audit:
+            reasons.append(f"audit was {then.audit} and is {now.audit}")
+        same_as = f"tau {_tau(now.tau)} and similarity {_number(now.similarity)} are the same, the rule is another"
+        return "; ".join(reasons) or same_as
+
+
+def _tau(tau: float) -> str:
+    return "none (no token may be kept)" if tau == KEEP_NONE else f"{tau:.6g}"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"
+
+
+def _gist(note: Note) -> str:
+    facts: Any = facts_of(note)
+    if isinstance(facts, Escalation):
+        return f"a block from {facts.base}, {len(facts.ids)} bytes of ids, {facts.fixed} fixed, extend {facts.extend}"
+    return note.subject.rpartition("/")[0] or note.subject

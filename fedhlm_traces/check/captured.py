@@ -1,0 +1,70 @@
+"""A bus that only keeps what is published on it, and a way to run a service's methods where nothing is waited for."""
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from fedhlm.bus.interface import BusStatistics, Delivery, ProtocolVersion
+
+
+class Sent(NamedTuple):
+    """What was published: the topic's name, the message, and whether the bus had room for it."""
+
+    name: str
+    payload: bytes
+    room: bool
+
+
+class CapturingBus:
+    """Keeps what is published in `sent`; `has_room` is asked with the running number since the last `take`."""
+
+    def __init__(self, has_room: Callable[[int], bool]) -> None:
+        self.sent: list[Sent] = []
+        self.connected = True
+        self.statistics = BusStatistics()
+        self.protocol: ProtocolVersion | None = "5"
+        self._has_room = has_room
+
+    def take(self) -> list[Sent]:
+        """What was published since the last call."""
+        taken, self.sent = self.sent, []
+        return taken
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        return None
+
+    async def publish(
+        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
+    ) -> bool:
+        """See `fedhlm.bus.interface.Bus`."""
+        self.sent.append(Sent(topic, payload, self._has_room(len(self.sent))))
+        return self.sent[-1].room
+
+    async def subscribe(self, *filters: str) -> None:
+        """There is nothing to hear."""
+
+    def deliveries(self) -> AsyncIterator[Delivery]:
+        """See `fedhlm.bus.interface.Bus`; what a part heard is in its journal."""
+        raise RuntimeError("nothing is delivered on a bus that only captures")
+
+    async def wait_connected(self) -> None:
+        """It always is."""
+
+
+def at_once(work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that waits for nothing.
+
+    Raises:
+        RuntimeError: it waits for something after all.
+    """
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value
+    work.close()
+    raise RuntimeError(f"{work!r} waits for something: nothing happens while a journal is checked")

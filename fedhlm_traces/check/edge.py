@@ -1,0 +1,371 @@
+"""An edge's decisions made again from its journal: the same messages into today's service, what it sends compared.
+
+What an edge does by timers is taken from the journal: when a batch or a digest left, when a round was closed, when it
+announced itself. The content of all these is decided again.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from edge_broker import journal as diary
+from edge_broker.service import EdgeService
+from fedhlm.bus.party import Party, Received, Stamp
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import (
+    Contribution,
+    Escalation,
+    EscalationBatch,
+    Learned,
+    Note,
+    Presence,
+    UncertainTokens,
+    Verdict,
+    VerdictBatch,
+    VerifiedTokens,
+    decode,
+)
+from fedhlm.telemetry import Counters
+from fedhlm_traces.check.captured import CapturingBus, Sent, at_once
+from fedhlm_traces.check.compare import same
+from fedhlm_traces.check.divergence import Divergence, Outcome
+from fedhlm_traces.check.explain import Doubts, evidence, federation_words, place_of, plural, verdict_words
+from fedhlm_traces.check.journals import Life
+from fedhlm_traces.spelling import Spell, by_number
+
+_DUE_SLACK_S: Final = 1e-6
+_BY_TIMER: Final = (topics.CLOUD_VERIFY, topics.NEIGHBOUR, topics.EDGE_STATUS)
+_NOTHING: Final = "nothing of the kind"
+
+Name = tuple[Any, ...]
+"""What a decision is about; the same in both runs."""
+
+
+class Decision(NamedTuple):
+    """One thing decided: where, what in words, and as a fact to compare."""
+
+    where: str
+    words: str
+    fact: Any
+
+
+class Step(NamedTuple):
+    """What came in, or what a timer did, and what was sent because of it."""
+
+    trigger: Note
+    outputs: list[Note]
+
+
+def check_edge(life: Life, spell: Spell = by_number) -> Outcome:
+    """Decide again what this edge decided; `spell` makes token ids readable.
+
+    A journal that lacks its beginning, or is of other settings than today's, is skipped as a whole.
+    """
+    outcome = Outcome(skipped=[life.complaint] if life.complaint else [])
+    if life.number or not life.notes or life.notes[0].kind != "state":
+        outcome.skipped.append(f"{life.name}: without the beginning of a journal nothing can be decided again")
+        return Outcome(skipped=outcome.skipped, notes=life.notes)
+    try:
+        born = msgspec.msgpack.decode(life.notes[0].data, type=diary.Life)
+        replay = _Replay(life, born, outcome, spell)
+    except (msgspec.DecodeError, UnicodeDecodeError, ProtocolError) as exc:
+        outcome.skipped.append(f"{life.name}: its state is not one of this version ({exc})")
+        return Outcome(skipped=outcome.skipped, notes=life.notes)
+    replay.run()
+    return outcome
+
+
+class _Replay:
+    def __init__(self, life: Life, born: diary.Life, outcome: Outcome, spell: Spell) -> None:
+        self._life = life
+        self._outcome = outcome
+        self._spell = spell
+        self._now_s = life.notes[0].at_s
+        self._wall_ms = 0
+        self._expected: list[Note] = []  # what was sent then in the step that runs
+        self._doubts = Doubts()
+        self._epochs: dict[tuple[str, int], int] = {}
+        self._spoiled: set[Name] = set()  # decided otherwise already: what follows from it is no news
+        self._bus = CapturingBus(self._has_room)
+        self._parties = [
+            Party(bus=self._bus, stamp=Stamp(life.name, lambda: self._wall_ms / 1000.0), counters=Counters(), root=root)
+            for root in dict.fromkeys((born.down_root, born.up_root))
+        ]
+        self._service = EdgeService(
+            cluster=born.cluster,
+            down=self._parties[0],
+            up=self._parties[-1],
+            counters=Counters(),
+            batch_max=born.batch_max,
+            batch_wait_s=0.0,
+            to_announce=asyncio.Event(),
+            federation=born.federation,
+            memory_max=born.memory_max,
+            bridges=born.bridges,
+            clock_s=lambda: self._now_s,
+        )
+        self._service.members.restore(born.members)
+        self._service.memory.restore(born.memory)
+
+    def _has_room(self, number: int) -> bool:
+        """Whether the bus took it: as it did then."""
+        return number >= len(self._expected) or self._expected[number].kind == "sent"
+
+    def run(self) -> None:
+        """Go through the journal once."""
+        steps = self._steps()
+        self._outcome.notes.append(self._life.notes[0])
+        for number, step in enumerate(steps):
+            self._now_s = step.trigger.at_s
+            self._expected = step.outputs
+            self._compare(step, self._act(step), last=number == len(steps) - 1)
+
+    # Steps
+
+    def _steps(self) -> list[Step]:
+        steps: list[Step] = []
+        for note in self._life.notes[1:]:
+            if note.kind in ("sent", "dropped"):
+                row = self._row(note.subject)
+                if row is not None and row[0] in _BY_TIMER:
+                    steps.append(Step(note, [note]))
+                elif steps:
+                    steps[-1].outputs.append(note)
+            elif note.kind in ("heard", "round"):
+                steps.append(Step(note, []))
+        return steps
+
+    def _row(self, name: str) -> tuple[topics.Topic, dict[str, str]] | None:
+        rows = (topics.lookup(name, party.root) for party in self._parties)
+        return next((row for row in rows if row is not None), None)
+
+    def _read(self, note: Note) -> Received:
+        error = ProtocolError("")
+        for party in self._parties:
+            try:
+                return party.read(note.subject, note.data)
+            except ProtocolError as exc:
+                error = exc
+        raise error
+
+    def _act(self, step: Step) -> list[Sent]:
+        """Let the service of today do this step; what it sends."""
+        trigger = step.trigger
+        for note in step.outputs[:1] or [trigger]:
+            self._wall_ms = _sent_ms(note, self._wall_ms)
+        if trigger.kind == "round":
+            self._check_due()
+            at_once(self._service.end_round())
+        elif trigger.kind == "heard":
+            try:
+                received = self._read(trigger)
+            except ProtocolError as exc:
+                self._report(f"message on {trigger.subject}", "taken in", "refused", f"{exc}")
+            else:
+                at_once(self._service.handle(received))
+                self._remember(received)
+        else:
+            row = self._row(trigger.subject)
+            act = {
+                topics.CLOUD_VERIFY: self._service.send_batch,
+                topics.NEIGHBOUR: self._service.send_digest,
+                topics.EDGE_STATUS: self._service.announce,
+            }
+            if row is not None:
+                at_once(act[row[0]]())
+        return self._bus.take()
+
+    def _check_due(self) -> None:
+        self._outcome.decisions += 1
+        members = self._service.members
+        if not members.due(self._now_s + _DUE_SLACK_S):
+            due_s = members.due_s()
+            self._report(
+                f"round {members.round + 1}",
+                "closed",
+                "not due yet",
+                f"{plural(members.fresh, 'new contribution')} of {members.federation.round_updates}, "
+                + ("nothing has come in" if due_s is None else f"time is up in {due_s - self._now_s:.3f} s"),
+            )
+
+    def _remember(self, received: Received) -> None:
+        match received.message:
+            case UncertainTokens() as doubts:
+                self._doubts.take(received.levels["agent"], doubts)
+            case Escalation() as escalation:
+                session = (received.levels["agent"], escalation.session)
+                self._epochs[session] = max(escalation.epoch, self._epochs.get(session, 0))
+
+    # Comparison
+
+    def _compare(self, step: Step, made: Sequence[Sent], *, last: bool) -> None:
+        then = dict(self._decisions([(note.subject, note.data) for note in step.outputs]))
+        now = dict(self._decisions([(sent.name, sent.payload) for sent in made]))
+        self._write(step, made)
+        block = self._block_heard(step.trigger)
+        self._outcome.decisions += max(len(then.keys() | now.keys()), block is not None)
+        if last and not now.keys() <= then.keys():
+            self._outcome.skipped.append("the journal ends before what its last input led to")
+            now = {name: decision for name, decision in now.items() if name in then}
+        clean = True
+        for name in dict.fromkeys((*then, *now)):
+            a, b = then.get(name), now.get(name)
+            if a is not None and b is not None and same(a.fact, b.fact):
+                continue
+            clean = False
+            if name[1:] in self._spoiled:
+                continue
+            self._spoiled.add(name[1:])
+            self._tell(step, name, a, b)
+        if clean and list(then) != list(now):
+            where = next(iter(then.values())).where
+            order = [", ".join(str(name[0]) for name in names) for names in (then, now)]
+            self._report(f"{where} and what was sent with it", order[0], order[1], "the order is another")
+
+    def _block_heard(self, trigger: Note) -> Escalation | None:
+        message = self._read(trigger).message if trigger.kind == "heard" and self._readable(trigger) else None
+        return message if isinstance(message, Escalation) else None
+
+    def _readable(self, note: Note) -> bool:
+        try:
+            self._read(note)
+        except ProtocolError:
+            return False
+        return True
+
+    def _write(self, step: Step, made: Sequence[Sent]) -> None:
+        """The journal of now; what says the same as it did stays as it was, header and all."""
+        notes = self._outcome.notes
+        if step.trigger.kind in ("heard", "round"):
+            notes.append(step.trigger)
+        for i, sent in enumerate(made):
+            old = step.outputs[i] if i < len(step.outputs) else None
+            if old is None or old.subject != sent.name or not _same_message(old.data, sent.payload):
+                old = Note(step.trigger.at_s, "sent" if sent.room else "dropped", sent.name, sent.payload)
+            notes.append(old)
+
+    def _decisions(self, sent: Sequence[tuple[str, bytes]]) -> Iterator[tuple[Name, Decision]]:
+        """What messages of one step decide. The first word of a name is its kind, the rest says what it is about."""
+        copies: Counter[Name] = Counter()
+        for name, payload in sent:
+            try:
+                row = self._row(name)
+                if row is None:
+                    continue
+                found = list(self._decided(row[0], row[1], topics.decode_for(row[0], payload)))
+            except ProtocolError as exc:
+                found = [
+                    (("message", name), Decision(f"message on {name}", f"not one of this version: {exc}", payload))
+                ]
+            for key, decision in found:
+                yield (*key, copies[key]), decision
+                copies[key] += 1
+
+    def _decided(self, topic: topics.Topic, levels: Mapping[str, str], message: Any) -> Iterator[tuple[Name, Decision]]:
+        match message:
+            case Presence():
+                return
+            case Verdict() as v:
+                block = (levels["agent"], v.session, v.epoch, v.base)
+                yield ("verdict", *block), Decision(place_of(*block), verdict_words(v), v)
+            case EscalationBatch():
+                for agent, e in ((item.agent, item.escalation) for item in message.items):
+                    block = (agent, e.session, e.epoch, e.base)
+                    yield ("batch", *block), Decision(place_of(*block), "sent to the cloud", e)
+            case VerifiedTokens():
+                whom = "agents" if topic is topics.KNOWN else "neighbours"
+                for item in message.items:
+                    words = f"{self._spell(item.token)} is told to the {whom}"
+                    yield (whom, item.key, item.token), Decision(self._doubts.place(item.key), words, message.space)
+            case Learned() | Contribution():
+                what = "state for the agents" if isinstance(message, Learned) else "contribution to the cloud"
+                yield (what,), Decision(f"round {message.round}", what, message)
+            case _:
+                about = levels.get("agent", getattr(message, "agent", ""))
+                what = type(message).__name__.lower()
+                yield (what, about), Decision(f"{what} of agent {about}", f"sent on {topic.pattern}", message)
+
+    # Words
+
+    def _tell(self, step: Step, name: Name, then: Decision | None, now: Decision | None) -> None:
+        known = then or now or Decision("", "", None)
+        recorded, decided = (d.words if d is not None else _NOTHING for d in (then, now))
+        match name[0]:
+            case "verdict":
+                escalation = self._block_heard(step.trigger)
+                absent = "not answered here" if escalation is not None else "not relayed"
+                recorded, decided = (d.words if d is not None else absent for d in (then, now))
+                why = self._why_verdict(name[1], escalation, known.fact)
+            case "batch":
+                recorded, decided = (d.words if d is not None else "not sent" for d in (then, now))
+                why = self._why_batch(name[1], known.fact)
+                if then is not None and now is not None:
+                    why = "its content is another"
+            case "agents" | "neighbours":
+                recorded, decided = (d.words if d is not None else "not told" for d in (then, now))
+                why = "the keys' space is another" if then and now else self._why_known(step, name[1])
+            case "state for the agents" | "contribution to the cloud":
+                recorded, decided = federation_words(then and then.fact, now and now.fact)
+                members = self._service.members
+                why = (
+                    f"the same contributions of {plural(len(members), 'member')} are put together otherwise: "
+                    f"weight_cap {members.federation.weight_cap:g}, trim {members.federation.trim:g}"
+                )
+            case _:
+                why = f"after {step.trigger.kind} {step.trigger.subject}".rstrip()
+        self._report(known.where, recorded, decided, why)
+
+    def _why_verdict(self, agent: str, escalation: Escalation | None, verdict: Verdict) -> str:
+        if escalation is not None:
+            state = self._service.agents.get(agent)
+            fingerprint = (state.fingerprint if state is not None else None) or self._service.upstream
+            reason = evidence(
+                self._service.memory, self._doubts, agent, escalation, fingerprint=fingerprint, spell=self._spell
+            )
+            return f"{self._why_epoch(agent, escalation.session, escalation.epoch)}; {reason}"
+        return self._why_epoch(agent, verdict.session, verdict.epoch)
+
+    def _why_batch(self, agent: str, escalation: Escalation) -> str:
+        return self._why_epoch(agent, escalation.session, escalation.epoch)
+
+    def _why_epoch(self, agent: str, session: int, epoch: int) -> str:
+        newest = self._epochs.get((agent, session))
+        if newest is None:
+            return f"its epoch is {epoch}, and no block of its session was heard"
+        age = "the newest of its session" if epoch >= newest else f"older than the session's newest, {newest}"
+        return f"its epoch is {epoch}, {age}"
+
+    def _why_known(self, step: Step, key: bytes) -> str:
+        if step.trigger.kind != "heard":
+            return "what the edge has learnt is another, or it was told before"
+        message = self._read(step.trigger).message
+        doubt = self._doubts.of(key)
+        if not isinstance(message, VerdictBatch) or doubt is None:
+            return "no doubt with this key was heard"
+        for v in (item.verdict for item in message.items if item.agent == doubt.agent):
+            if v.session == doubt.session and v.base <= doubt.position:
+                return f"the cloud's verdict on base {v.base}: {verdict_words(v)}"
+        return "the cloud's verdicts are not about this place"
+
+    def _report(self, where: str, recorded: str, now: str, why: str) -> None:
+        self._outcome.diverge(Divergence("edge", self._life.name, self._now_s, where, recorded, now, why))
+
+
+def _sent_ms(note: Note, otherwise: int) -> int:
+    try:
+        return int(msgspec.msgpack.decode(note.data)[4])
+    except (msgspec.DecodeError, IndexError, TypeError, ValueError):
+        return otherwise
+
+
+def _same_message(a: bytes, b: bytes) -> bool:
+    if a == b:
+        return True
+    try:
+        return same(decode(a), decode(b))
+    except ProtocolError:
+        return False

@@ -1,0 +1,171 @@
+"""Why an edge or a cloud decides otherwise, in words: what was doubted, what is known of it, how two sums differ."""
+
+from typing import Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from edge_broker.memory import ClusterMemory
+from fedhlm.errors import ProtocolError
+from fedhlm.learning.curve import Curve
+from fedhlm.peers.context_keys import unpack_key
+from fedhlm.peers.neighbours import Memory
+from fedhlm.protocol.messages import (
+    Contribution,
+    Escalation,
+    Fingerprint,
+    Learned,
+    PaperThreshold,
+    UncertainTokens,
+    Verdict,
+    unpack_ids,
+)
+from fedhlm_traces.check.compare import same
+from fedhlm_traces.spelling import Spell
+
+_SUMS: Final = ("seen", "weight", "harm", "square")
+
+
+class Doubt(NamedTuple):
+    """A doubtful draft and where it stood."""
+
+    agent: str
+    session: int
+    position: int
+    token: int
+    key: bytes
+
+
+class _Kept(msgspec.Struct, array_like=True):
+    """The layout of `ClusterMemory.snapshot`."""
+
+    space: str
+    keys: str
+    tokens: bytes
+
+
+class Doubts:
+    """Every doubt that was heard, the latest at its place and of its key."""
+
+    def __init__(self) -> None:
+        self._at: dict[tuple[str, int, int], Doubt] = {}
+        self._by_key: dict[bytes, Doubt] = {}
+
+    def take(self, agent: str, message: UncertainTokens) -> None:
+        """Remember an agent's doubts."""
+        for item in message.items:
+            doubt = Doubt(agent, message.session, item.position, item.token, item.key)
+            self._at[agent, message.session, item.position] = self._by_key[item.key] = doubt
+
+    def of(self, key: bytes) -> Doubt | None:
+        """The latest doubt with this key."""
+        return self._by_key.get(key)
+
+    def place(self, key: bytes) -> str:
+        """Where the token with this key stands."""
+        doubt = self.of(key)
+        if doubt is None:
+            return "a token that nobody doubted"
+        return f"session {doubt.session} of {doubt.agent}, token at position {doubt.position}"
+
+    def within(self, agent: str, escalation: Escalation, ids: list[int]) -> list[Doubt]:
+        """Of a block's drafts those that were doubted."""
+        first = escalation.base
+        found = (self._at.get((agent, escalation.session, first + i)) for i in range(escalation.fixed, len(ids)))
+        return [doubt for doubt in found if doubt is not None and doubt.token == ids[doubt.position - first]]
+
+
+def evidence(
+    memory: ClusterMemory,
+    doubts: Doubts,
+    agent: str,
+    escalation: Escalation,
+    *,
+    fingerprint: Fingerprint | None,
+    spell: Spell,
+) -> str:
+    """What speaks for answering a block at the edge, or against it: the first draft that is not supported, or the weakest."""
+    hints = escalation.hints
+    if hints is None or hints.similarity is None:
+        return "the block asks for no answer of the edge"
+    if fingerprint is None:
+        return "neither the agent's nor the cloud's tokenizer is known"
+    try:
+        ids = unpack_ids(escalation.ids, fingerprint.vocab_size)
+    except ProtocolError as exc:
+        return str(exc)
+    doubtful = doubts.within(agent, escalation, ids)
+    if not doubtful:
+        return "none of its drafts was doubted"
+    kept = msgspec.msgpack.decode(memory.snapshot(), type=_Kept)
+    tokens = Memory.restore(kept.tokens, max(1, memory.size), memory.dims, space=kept.space)
+    asked = f"similarity {hints.similarity:.6g} asked"
+    weakest, words = 2.0, ""
+    for doubt in doubtful:
+        place = f"token at position {doubt.position} ({spell(doubt.token)})"
+        match = tokens.nearest(unpack_key(doubt.key, memory.dims), hints.votes)
+        voters = "the nearest verified token" if hints.votes == 1 else f"the {hints.votes} nearest verified tokens"
+        if match is None:
+            return f"{place}: {voters} are too few or do not agree; {asked}"
+        found = f"{place}: {voters} at cosine {match.similarity:.6g}, {asked}"
+        if match.token != doubt.token:
+            return f"{found}, but it is {spell(match.token)}"
+        if match.similarity < weakest:
+            weakest, words = match.similarity, found
+        if match.similarity < hints.similarity:
+            break
+    return f"{words}: {'too far' if weakest < hints.similarity else 'near enough'}"
+
+
+def federation_words(then: Learned | Contribution | None, now: Learned | Contribution | None) -> tuple[str, str]:
+    """Where two states differ, each side in words; "nothing" for one that was not sent."""
+    if then is None or now is None:
+        return ("nothing" if then is None else "sent"), ("nothing" if now is None else "sent")
+    a, b = (_facts(state) for state in (then, now))
+    differing = [name for name in {**a, **b} if not same(a.get(name), b.get(name))]
+    return tuple(", ".join(f"{name} {_number(side.get(name))}" for name in differing) for side in (a, b))  # type: ignore[return-value]
+
+
+def _facts(state: Learned | Contribution) -> dict[str, float | None]:
+    threshold: PaperThreshold | None = state.threshold
+    facts: dict[str, float | None] = {"round": float(state.round), "members": float(state.members)}
+    if isinstance(state, Learned):
+        facts["refused"] = float(state.refused)
+    for name in ("threshold", "count", "control", "steps"):
+        facts["threshold" if name == "threshold" else f"threshold's {name}"] = (
+            None if threshold is None else float(getattr(threshold, name))
+        )
+    for measure, data in state.curves.items():
+        try:
+            curve = Curve.from_bytes(data)
+        except ProtocolError:
+            facts[f"{measure}: bytes"] = float(len(data))
+            continue
+        for name, column in zip(_SUMS, curve.rows().T, strict=True):
+            facts[f"{measure}: sum of {name}"] = float(np.sum(column))
+            facts[f"{measure}: mean bin of {name}"] = float(np.sum(column * np.arange(len(column)))) / max(
+                1e-300, float(np.sum(column))
+            )
+    return facts
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.9g}"
+
+
+def plural(count: int, thing: str) -> str:
+    """`1 id`, `2 ids`."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def place_of(agent: str, session: int, epoch: int, base: int) -> str:
+    """A block, in words."""
+    return f"session {session} of {agent}, epoch {epoch}, block at position {base}"
+
+
+def verdict_words(v: Verdict) -> str:
+    """What a verdict says."""
+    if v.status != "settled":
+        return f"{v.status} {v.reason}".rstrip()
+    more = f" and {len(v.ids)} bytes of ids" if v.ids else ""
+    return f"{plural(v.accepted, 'id')} stand by {v.source}{more}"

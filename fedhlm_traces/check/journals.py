@@ -1,0 +1,106 @@
+"""From a recording's messages to the journals in it: every life of every part, its notes in the part's own order.
+
+Messages that came twice or out of order are put right by the notes' running numbers; what is missing is said, and ends the
+notes there, because what a part decides later rests on what it did before.
+"""
+
+from collections.abc import Iterable
+from typing import Final, Literal
+
+import msgspec
+
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Journal, Note
+from fedhlm_traces.file import Record
+
+Part = Literal["agent", "edge", "cloud"]
+
+_PARTS: Final[dict[str, Part]] = {
+    topics.AGENT_JOURNAL.pattern: "agent",
+    topics.EDGE_JOURNAL.pattern: "edge",
+    topics.CLOUD_JOURNAL.pattern: "cloud",
+}
+
+
+class Life(msgspec.Struct, frozen=True, kw_only=True):
+    """One life of a part: its notes from the first on, up to its end or to the first gap.
+
+    `name` is the sender, `levels` are those of the topic's name where the journal was seen first (an agent may move), `number`
+    is that of the first note: not 0 where the recording begins in the middle of the life. `complaint` says in words what is
+    missing, and is empty where nothing is.
+    """
+
+    part: Part
+    name: str
+    levels: dict[str, str]
+    life: int
+    notes: list[Note]
+    number: int = 0
+    complaint: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether no note is missing. What a killed part had not published yet cannot be known."""
+        return not self.complaint
+
+
+class _Pieces:
+    """The messages of one life, in any order."""
+
+    def __init__(self, part: Part, name: str, levels: dict[str, str]) -> None:
+        self.part, self.name, self.levels = part, name, levels
+        self.notes: dict[int, Note] = {}
+
+    def life(self, number: int) -> Life:
+        first = min(self.notes)
+        end = first
+        notes = []
+        while end in self.notes:
+            notes.append(self.notes[end])
+            end += 1
+        after = len(self.notes) - len(notes)
+        complaints = []
+        if first:
+            complaints.append(f"the recording begins in the middle of this life: notes 0 to {first - 1} are missing")
+        if after:
+            again = min(n for n in self.notes if n > end)
+            complaints.append(
+                f"notes {end} to {again - 1} are missing: what came after them, {after} notes, was passed over"
+            )
+        return Life(
+            part=self.part,
+            name=self.name,
+            levels=self.levels,
+            life=number,
+            notes=notes,
+            number=first,
+            complaint="; ".join(complaints),
+        )
+
+
+def lives(records: Iterable[Record], root: str = topics.DEFAULT_ROOT) -> list[Life]:
+    """Every life whose journal is in the records, in order of first appearance.
+
+    What is on a journal's topic and is no journal is passed over; so is a journal without notes.
+    """
+    found: dict[tuple[Part, str, int], _Pieces] = {}
+    for record in records:
+        if not record.topic.endswith("/journal"):
+            continue
+        row = topics.lookup(record.topic, root)
+        if row is None or row[0].pattern not in _PARTS:
+            continue
+        topic, levels = row
+        try:
+            message = topics.decode_for(topic, record.payload)
+        except ProtocolError:
+            continue
+        if not isinstance(message, Journal) or not message.notes:
+            continue
+        part = _PARTS[topic.pattern]
+        key = (part, message.sender, message.life)
+        pieces = found.setdefault(key, _Pieces(part, message.sender, levels))
+        for number, note in enumerate(message.notes, start=message.number):
+            pieces.notes.setdefault(number, note)
+    return [pieces.life(life) for (_, _, life), pieces in found.items()]

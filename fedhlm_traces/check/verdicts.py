@@ -1,0 +1,291 @@
+"""Blocks settled again as the cloud settled them, one session's after the other, and a verdict compared with the recorded one.
+
+What the journal cannot say is tried: the memory may have dropped a session before a block that primes it again, and a
+block without an answer may have been settled all the same. Where the recorded verdict follows so, it counts as decided alike.
+"""
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from cloud_verifier.batching import Batcher, Job
+from cloud_verifier.journal import Life
+from cloud_verifier.service import Engine
+from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
+from cloud_verifier.verifier import Settled
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.sampling import ACCEPT_STREAM, RESAMPLE_STREAM, gumbel, law, scores, uniform
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol.messages import (
+    SCHEMA_VERSION,
+    Escalation,
+    Sampling,
+    Verdict,
+    pack_bits,
+    pack_ids,
+    pack_probs,
+    unpack_ids,
+)
+from fedhlm_traces.spelling import Spell
+
+PROB_UNITS: Final = 2  # float16 steps by which probabilities may differ between machines and batches
+FAILED: Final = "the cloud's model failed"
+CACHES_MAX: Final = 64
+
+
+class Verifier:
+    """The cloud's sessions of one life, decided again with `engine`."""
+
+    def __init__(self, born: Life, engine: Engine) -> None:
+        self._born = born
+        self._engine = engine
+        self._sessions: OrderedDict[Key, Sessions] = OrderedDict()  # one each, so that a state can be kept and put back
+        self._unanswered: dict[Key, list[Escalation]] = {}
+
+    async def settle(self, key: Key, escalation: Escalation, recorded: Verdict) -> Verdict | None:
+        """What is answered now; None for a block that nobody waits for. `recorded` chooses among what may have been."""
+        if recorded.status == "unprimed" or (recorded.status == "refused" and recorded.reason.startswith(FAILED)):
+            self._sessions.pop(key, None)
+        if recorded.status == "refused" and recorded.reason.startswith(FAILED):
+            return recorded
+        before = self._taken(key)
+        likeliest = copied(before, key)
+        verdict = await self._run(likeliest, key, escalation)
+        chosen = likeliest
+        if not agree(recorded, verdict):
+            async for world, other in self._others(key, escalation, before):
+                if agree(recorded, other):
+                    chosen, verdict = world, other
+                    break
+        self._unanswered.pop(key, None)
+        self._keep(key, chosen, verdict)
+        return verdict
+
+    async def pass_over(self, key: Key, escalation: Escalation) -> bool:
+        """A block without an answer; whether it would get none now either, because a newer one has passed."""
+        world = copied(self._taken(key), key)
+        if isinstance(world.admit(key, escalation), Stale):
+            self._keep(key, world, None)
+            return True
+        self._unanswered.setdefault(key, []).append(escalation)
+        return False
+
+    async def _others(
+        self, key: Key, escalation: Escalation, before: Sessions
+    ) -> AsyncIterator[tuple[Sessions, Verdict | None]]:
+        """Other things that may have happened before this block."""
+        if escalation.prime is not None:
+            world = self._empty()
+            yield world, await self._run(world, key, escalation)
+        if key in self._unanswered:
+            world = copied(before, key)
+            for earlier in self._unanswered[key]:
+                await self._run(world, key, earlier)
+            yield world, await self._run(world, key, escalation)
+
+    def _empty(self) -> Sessions:
+        born = self._born
+        return Sessions(
+            fingerprint=born.fingerprint, eos_ids=born.eos_ids, context_max=born.context_max, sessions_max=1
+        )
+
+    def _taken(self, key: Key) -> Sessions:
+        return self._sessions.get(key) or self._empty()
+
+    def _keep(self, key: Key, world: Sessions, verdict: Verdict | None) -> None:
+        if verdict is not None and verdict.status == "unprimed":
+            self._sessions.pop(key, None)  # its agent primes it again, whatever was held
+            return
+        self._sessions[key] = world
+        self._sessions.move_to_end(key)
+        if len(self._sessions) > CACHES_MAX:
+            oldest = list(self._sessions)[-CACHES_MAX - 1]
+            entry = self._sessions[oldest].entry(oldest)
+            if entry is not None:
+                entry.cache = None
+                entry.state.fed.clear()
+
+    async def _run(self, world: Sessions, key: Key, escalation: Escalation) -> Verdict | None:
+        batcher = Batcher(world, self._engine.empty_cache, batch_max=1)
+        batcher.submit(Job(key, escalation, math.inf))
+        outcome: Any = Stale()
+        while not batcher.idle:
+            batch, done = batcher.take(0.0)
+            if batch:
+                done += batcher.advance(batch, await self._engine.forward([batcher.inputs(r) for r in batch]))
+            for item in done:
+                outcome = item.outcome
+        return self._verdict(escalation, outcome)
+
+    def _verdict(self, escalation: Escalation, outcome: Any) -> Verdict | None:
+        about: dict[str, Any] = {"version": SCHEMA_VERSION, "sender": "cloud", "sequence": 0, "sent_ms": 0}
+        about |= {"session": escalation.session, "epoch": escalation.epoch, "base": escalation.base}
+        match outcome:
+            case Settled(accepted, ids, probs, missed):
+                return Verdict(
+                    **about,
+                    status="settled",
+                    accepted=accepted,
+                    ids=pack_ids(ids, self._born.fingerprint.vocab_size),
+                    target_probs=pack_probs(np.clip(probs, 0.0, 1.0)),
+                    missed=pack_bits(missed),
+                )
+            case Unprimed():
+                return Verdict(**about, status="unprimed")
+            case Refused(reason):
+                return Verdict(**about, status="refused", reason=reason[:1024])
+            case _:
+                return None
+
+    async def told(self, key: Key, escalation: Escalation, then: Verdict, now: Verdict | None, spell: Spell) -> "Told":
+        """A divergence in words."""
+        session = self._sessions.get(key)
+        entry = session.entry(key) if session is not None else None
+        sampling = entry.state.sampling if entry else escalation.prime.sampling if escalation.prime else None
+        return await Told.of(
+            escalation,
+            then,
+            now,
+            engine=self._engine,
+            vocab_size=self._born.fingerprint.vocab_size,
+            sampling=sampling,
+            context=entry.state.context if entry else [],
+            spell=spell,
+        )
+
+
+def copied(sessions: Sessions, key: Key) -> Sessions:
+    """A copy to try something on; the cache is a value and stays shared."""
+    entry = sessions.entry(key)
+    return copy.deepcopy(sessions, {} if entry is None else {id(entry.cache): entry.cache})
+
+
+def agree(recorded: Verdict, now: Verdict | None) -> bool:
+    """Whether two verdicts on one block say the same; the reason of a refusal is not compared, probabilities nearly."""
+    if now is None:
+        return False
+    if recorded.status != now.status:
+        return False
+    if recorded.status != "settled":
+        return True
+    fields = ("accepted", "ids", "missed")
+    return all(getattr(recorded, f) == getattr(now, f) for f in fields) and _near(recorded, now)
+
+
+def _near(a: Verdict, b: Verdict) -> bool:
+    x, y = (np.frombuffer(v.target_probs, "<i2").astype(np.int64) for v in (a, b))  # (n,) steps of float16
+    return len(x) == len(y) and bool((np.abs(x - y) <= PROB_UNITS).all())
+
+
+class Told(NamedTuple):
+    """Both verdicts on a block in words, and why they differ."""
+
+    where: str
+    recorded: str
+    now: str
+    why: str
+
+    @classmethod
+    async def of(
+        cls,
+        escalation: Escalation,
+        then: Verdict,
+        now: Verdict | None,
+        *,
+        engine: Engine,
+        vocab_size: int,
+        sampling: Sampling | None,
+        context: list[int],
+        spell: Spell,
+    ) -> "Told":
+        """Look for the first token that differs, and ask the model for its law there."""
+        if now is None or then.status != "settled" or now.status != "settled" or sampling is None:
+            where = f"block at position {escalation.base}"
+            why = f"epoch {escalation.epoch}, {'with' if escalation.prime else 'without'} a prime"
+            return cls(where, _status(then), _status(now), why)
+        try:
+            ids, old, new = (unpack_ids(data, vocab_size) for data in (escalation.ids, then.ids, now.ids))
+        except ProtocolError as exc:
+            return cls(f"block at position {escalation.base}", _status(then), _status(now), str(exc))
+        a, b = ids[: then.accepted] + old, ids[: now.accepted] + new
+        place = next((i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]), None)
+        if place is None:
+            place = _place_of_numbers(then, now)
+        position = escalation.base + place
+        recorded = _token_words(then, ids, a, place, spell)
+        decided = _token_words(now, ids, b, place, spell)
+        why = _why_probs(then, now, place)
+        if a[place : place + 1] != b[place : place + 1] and len(context) >= position:
+            tokens = [t[place] for t in (a, b) if place < len(t)]
+            why += "; " + await _why_law(engine, context[:position], sampling, position, tokens, spell)
+        return cls(f"token at position {position}", recorded, decided, why)
+
+
+def _status(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "no answer: a newer block of the session has passed"
+    if verdict.status == "settled":
+        return f"settled, {verdict.accepted} ids stand"
+    return f"{verdict.status} {verdict.reason}".rstrip()
+
+
+def _probs(verdict: Verdict) -> list[float]:
+    return [float(p) for p in np.frombuffer(verdict.target_probs, "<f2")]
+
+
+def _place_of_numbers(then: Verdict, now: Verdict) -> int:
+    """The first probability or missed bit that differs, where the tokens are the same."""
+    x, y = (np.frombuffer(v.target_probs, "<i2").astype(np.int64) for v in (then, now))
+    count = min(len(x), len(y))
+    return int(np.flatnonzero(np.append(np.abs(x[:count] - y[:count]) > PROB_UNITS, True))[0])
+
+
+def _token_words(verdict: Verdict, ids: list[int], emitted: list[int], place: int, spell: Spell) -> str:
+    probs = _probs(verdict)
+    p = f", p(d) {probs[place]:.4g}" if place < len(probs) else ""
+    if place >= len(emitted):
+        return f"nothing so far: the answer ends before{p}"
+    token = spell(emitted[place])
+    if place < verdict.accepted:
+        return f"draft {token} stands{p}"
+    if place == verdict.accepted and place < len(ids):
+        return f"draft {spell(ids[place])} is replaced by {token}{p}"
+    return f"{token} by the model itself"
+
+
+def _why_probs(then: Verdict, now: Verdict, place: int) -> str:
+    x, y = _probs(then), _probs(now)
+    for i in range(min(len(x), len(y), place + 1)):
+        units = abs(int(np.float16(x[i]).view(np.int16)) - int(np.float16(y[i]).view(np.int16)))
+        if units > PROB_UNITS:
+            return f"the model's law is another: p of draft {i} of the block was {x[i]:.4g} and is {y[i]:.4g}"
+    if then.missed != now.missed and then.accepted == now.accepted:
+        return "the model's probabilities are the same, the rule for missed tokens is another"
+    return "the model's probabilities are the same, so the rule that settles is another"
+
+
+async def _why_law(
+    engine: Engine, context: list[int], sampling: Sampling, position: int, tokens: list[int], spell: Spell
+) -> str:
+    """What law, noise and coupling say of each of the tokens."""
+    if not context:
+        return "nothing stands before it"
+    (output,) = await engine.forward([(engine.empty_cache, context)])
+    row = output.logits[-1]
+    p = law(row, sampling)
+    facts = [f"p({spell(token)}) is {p[token]:.4g}" for token in tokens]
+    coupling = COUPLINGS.get(sampling.coupling)
+    if sampling.coupling == "gumbel":
+        noisy = scores(row, sampling.temperature, sampling.top_p) + gumbel(sampling.seed, position, len(row))
+        facts += [f"with the seed's noise {spell(token)} scores {noisy[token]:.5g}" for token in tokens]
+        facts.append(f"the best is {spell(int(np.argmax(noisy)))}")
+    elif coupling is not None and not coupling.shared:
+        facts.append(f"u to accept is {uniform(sampling.seed, position, ACCEPT_STREAM):.4g}")
+        facts.append(f"u to resample {uniform(sampling.seed, position, RESAMPLE_STREAM):.4g}")
+    else:
+        facts.append(f"the likeliest is {spell(int(np.argmax(row)))}")
+    return ", ".join(facts)

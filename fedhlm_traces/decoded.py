@@ -1,0 +1,256 @@
+"""One record as a person or a program wants to see it: its row of the topic table, its message, and what that says in a few words.
+
+Pure; a payload that is no message of its topic is no error here but a fact: `Seen.error` holds the reason.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, cast
+
+from fedhlm.bus.interface import ProtocolVersion, publish_wire_bytes
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol import messages, topics
+from fedhlm.protocol.messages import Answered as AnsweredItem
+from fedhlm.protocol.messages import AnyMessage, Escalation, Fingerprint, Routed, Verdict
+from fedhlm.protocol.topics import Topic
+from fedhlm_traces.file import Header, Record
+
+GIST_CHARS: Final = 160
+_PATIENCE_S: Final = 1.0  # an expiry of any length takes the same bytes
+
+
+class Seen(NamedTuple):
+    """A record with what it is. `topic` is None for a name that is not ours, `message` where `error` says why there is none."""
+
+    record: Record
+    topic: Topic | None
+    levels: dict[str, str]
+    message: AnyMessage | None
+    error: str
+
+    @property
+    def kind(self) -> str:
+        """The message's type, or what takes its place."""
+        if self.message is not None:
+            return type(self.message).__name__
+        return "foreign" if self.topic is None else "refused"
+
+    @property
+    def cluster(self) -> str:
+        """The topic's cluster, "" without one."""
+        return self.levels.get("cluster", "")
+
+    @property
+    def agent(self) -> str:
+        """The topic's agent, "" without one."""
+        return self.levels.get("agent", "")
+
+    @property
+    def agents(self) -> frozenset[str]:
+        """All agents that the message is from, for or about."""
+        found = {self.agent, self.message.sender if self.message is not None else ""}
+        if isinstance(self.message, messages.EscalationBatch | messages.VerdictBatch):
+            found |= {item.agent for item in self.message.items}
+        return frozenset(found - {""})
+
+
+@lru_cache(maxsize=4_096)
+def _lookup(name: str, root: str) -> tuple[Topic, dict[str, str]] | None:
+    return topics.lookup(name, root)
+
+
+def look(record: Record, root: str) -> Seen:
+    """Decode a record as the parts would: by its topic's row, and from no other sender than the topic's."""
+    found = _lookup(record.topic, root)
+    if found is None:
+        return Seen(record, None, {}, None, f"not a topic of {root}")
+    topic, levels = found
+    try:
+        message = topics.decode_for(topic, record.payload)
+    except ProtocolError as exc:
+        return Seen(record, topic, levels, None, str(exc))
+    if topic.publishers == ("agent",) and message.sender != levels["agent"]:
+        reason = f"message.sender is {message.sender!r}: {levels['agent']!r} expected on {record.topic}"
+        return Seen(record, topic, levels, None, reason)
+    return Seen(record, topic, levels, message, "")
+
+
+def wire_bytes(seen: Seen, protocol: ProtocolVersion = "5") -> int:
+    """Size of the PUBLISH packet as its sender sent it.
+
+    What is ours has the QoS of its row whatever the recorder subscribed with, and of ours escalations alone expire.
+    """
+    record, ours = seen.record, seen.topic is not None
+    qos = seen.topic.qos if seen.topic is not None else record.qos
+    expiry_s = record.properties.get("expiry_s")
+    if ours and expiry_s is None and seen.topic is topics.ESCALATE:
+        expiry_s = _PATIENCE_S
+    content_type = record.properties.get("content_type")
+    return publish_wire_bytes(
+        record.topic,
+        len(record.payload),
+        qos=qos,
+        protocol=protocol,
+        expiry_s=expiry_s,
+        content_type=content_type if isinstance(content_type, str) else None,
+    )
+
+
+def protocol_of(records: Iterable[Record], header: Header) -> ProtocolVersion:
+    """The MQTT version of a recording: the header's fact "protocol", else what its first escalation shows.
+
+    Under MQTT 5 escalations expire, and a recording of a broker (its source is a URL) has their properties.
+    """
+    known = header.facts.get("protocol")
+    if known in ("5", "3.1.1"):
+        return cast(ProtocolVersion, known)
+    if "://" in header.source:
+        for record in records:
+            found = _lookup(record.topic, header.root)
+            if found is not None and found[0] is topics.ESCALATE:
+                return "5" if "expiry_s" in record.properties else "3.1.1"
+    return "5"
+
+
+class Vocabularies:
+    """Vocabulary sizes by agent, from the header's fingerprints and from the messages that pass by."""
+
+    def __init__(self, header: Header) -> None:
+        self.fingerprints: dict[str, Fingerprint] = dict(header.fingerprints)
+
+    def learn(self, seen: Seen) -> None:
+        """Take note of fingerprints that a message carries."""
+        match seen.message:
+            case messages.Presence(sender=sender, fingerprint=Fingerprint() as fingerprint):
+                self.fingerprints[sender] = fingerprint
+            case Escalation(prime=messages.Prime() as prime) if seen.agent:
+                self.fingerprints[seen.agent] = prime.fingerprint
+            case messages.EscalationBatch(items=items):
+                for item in items:
+                    if item.escalation.prime is not None:
+                        self.fingerprints[item.agent] = item.escalation.prime.fingerprint
+
+    def of(self, agent: str) -> int | None:
+        """An agent's vocabulary size; None while nothing tells."""
+        fingerprint = self.fingerprints.get(agent)
+        if fingerprint is None and len({f.vocab_size for f in self.fingerprints.values()}) == 1:
+            fingerprint = next(iter(self.fingerprints.values()))  # a fleet shares its vocabulary
+        return None if fingerprint is None else fingerprint.vocab_size
+
+
+def unpacked_ids(data: bytes, vocab_size: int | None) -> list[int] | None:
+    """Token ids of a message; None where the vocabulary is not known or does not fit."""
+    if vocab_size is None:
+        return None
+    try:
+        return messages.unpack_ids(data, vocab_size)
+    except ProtocolError:
+        return None
+
+
+def gist(seen: Seen, vocab_size: int | None = None) -> str:
+    """What a message says, on one line of at most about GIST_CHARS characters, without raw bytes."""
+    if seen.message is None:
+        return _short(seen.error)
+    say: Callable[[Any, int | None], str] = _GISTS[type(seen.message)]
+    return _short(say(seen.message, vocab_size))
+
+
+def _short(text: str) -> str:
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= GIST_CHARS else line[: GIST_CHARS - 1] + "…"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _ids(data: bytes, vocab_size: int | None) -> str:
+    ids = unpacked_ids(data, vocab_size)
+    return _count(len(data), "byte") + " of ids" if ids is None else _count(len(ids), "id")
+
+
+def _presence(m: messages.Presence, _: int | None) -> str:
+    model = "" if m.fingerprint is None else f", model {m.fingerprint.model}"
+    above = "" if m.upstream is None else f", cloud has {m.upstream.model}"
+    return f"{m.role} {m.sender} {'online' if m.online else 'offline'}, {m.software}{model}{above}"
+
+
+def _prompt(m: messages.Prompt, _: int | None) -> str:
+    asked = "" if m.preset is None else f", preset {m.preset}"
+    return f"request {m.request}: at most {_count(m.max_tokens, 'token')}{asked}, text {m.text[:60]!r}"
+
+
+def _output(m: messages.Output, _: int | None) -> str:
+    sources = {s: m.sources.count(s) for s in dict.fromkeys(m.sources)}
+    by = ", ".join(f"{n} {s}" for s, n in sources.items())
+    ended = "" if m.finish is None else f", ended: {m.finish}{f' ({m.error})' if m.error else ''}"
+    settled = f" ({by})" if by else ""
+    return f"request {m.request} from {m.position}: {_count(len(m.ids), 'id')}{settled} {m.text[:60]!r}{ended}"
+
+
+def _escalation(m: Escalation, vocab_size: int | None) -> str:
+    extras = [
+        f"{m.fixed} fixed" if m.fixed else "",
+        f"extend {m.extend}" if m.extend else "",
+        "" if m.prime is None else f"prime of {_ids(m.prime.context, vocab_size)}",
+        f"laws {len(m.laws)} B" if m.laws else "",
+        "branches" if m.hints is not None and m.hints.branches else "",
+    ]
+    block = f"session {m.session} epoch {m.epoch} base {m.base}"
+    return ", ".join([f"{block}: {_ids(m.ids, vocab_size)}", *filter(None, extras)])
+
+
+def _verdict(m: Verdict, vocab_size: int | None) -> str:
+    block = f"session {m.session} epoch {m.epoch} base {m.base}"
+    if m.status != "settled":
+        return f"{block}: {m.status}{f', {m.reason}' if m.reason else ''}"
+    return f"{block}: {m.accepted} accepted, then {_ids(m.ids, vocab_size)}, by {m.source}"
+
+
+def _items(items: tuple[Routed, ...] | tuple[AnsweredItem, ...], noun: str) -> str:
+    agents = ", ".join(dict.fromkeys(item.agent for item in items))
+    return f"{_count(len(items), noun)} of {agents}" if items else f"no {noun}"
+
+
+def _doubts(m: messages.UncertainTokens, _: int | None) -> str:
+    doubts = ", ".join(f"{i.position}: u={number(i.uncertainty)}" for i in m.items)
+    return f"session {m.session}, {_count(len(m.items), 'doubt')}: {doubts}"
+
+
+def _contribution(m: messages.Contribution | messages.Learned, _: int | None) -> str:
+    threshold = "" if m.threshold is None else f", tau {number(m.threshold.threshold)} of {m.threshold.count} tokens"
+    curves = "" if not m.curves else f", curves of {', '.join(sorted(m.curves))}"
+    return f"round {m.round} of {_count(m.members, 'member')}{threshold}{curves}"
+
+
+def _journal(m: messages.Journal, _: int | None) -> str:
+    kinds: dict[str, int] = {}
+    for note in m.notes:
+        kinds[note.kind] = kinds.get(note.kind, 0) + 1
+    told = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    return f"life {m.life}, {_count(len(m.notes), 'note')} from number {m.number}: {told}"
+
+
+_GISTS: Final[dict[type[Any], Callable[[Any, int | None], str]]] = {
+    messages.Presence: _presence,
+    messages.Prompt: _prompt,
+    messages.Output: _output,
+    Escalation: _escalation,
+    Verdict: _verdict,
+    messages.EscalationBatch: lambda m, _: _items(m.items, "escalation"),
+    messages.VerdictBatch: lambda m, _: _items(m.items, "verdict"),
+    messages.UncertainTokens: _doubts,
+    messages.VerifiedTokens: lambda m, _: _count(len(m.items), "verified token"),
+    messages.Contribution: _contribution,
+    messages.Learned: _contribution,
+    messages.Profile: lambda m, _: f"of {m.agent}: {_count(len(m.uncertainties), 'key')} of {m.dims} bytes",
+    messages.Assignment: lambda m, _: f"to cluster {m.cluster}",
+    messages.Journal: _journal,
+}
+
+
+def number(value: float) -> str:
+    """A number in 0..1 as people write it in a sentence: .41, 1, 0."""
+    text = f"{value:.2f}".rstrip("0").rstrip(".") or "0"
+    return text[1:] if text.startswith("0.") else text

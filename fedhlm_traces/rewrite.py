@@ -1,0 +1,156 @@
+"""A record made anew before it is replayed: other names of clusters and agents, another time of sending.
+
+Pure functions from record to record. Only topics and messages of our table are touched; whatever cannot be decoded stays as it is.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from fedhlm.errors import ProtocolError, TraceError
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import (
+    AnyMessage,
+    Assignment,
+    EscalationBatch,
+    Message,
+    Name,
+    Profile,
+    VerdictBatch,
+    encode,
+)
+from fedhlm.protocol.topics import Topic
+from fedhlm_traces.file import Record
+
+_EXPECTED: Final = "cluster=OLD:NEW or agent=OLD:NEW expected"
+EDGE_PREFIX: Final = "edge-"  # an edge is called by its cluster
+MAX_NAME: Final = 64
+_M = TypeVar("_M", bound=Message)
+
+
+class Renames(NamedTuple):
+    """New names by old ones; all at once, so that two parties can change places."""
+
+    cluster: Mapping[str, str] = {}
+    agent: Mapping[str, str] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.cluster or self.agent)
+
+
+def parse_renames(words: tuple[str, ...]) -> Renames:
+    """`cluster=home:barn`, `agent=porch:attic` and so on.
+
+    Raises:
+        TraceError: another form, what is no name, an old name twice, or two parties that would become one.
+    """
+    renames = Renames({}, {})
+    for word in words:
+        level, _, pair = word.partition("=")
+        old, _, new = pair.partition(":")
+        if level not in Renames._fields:
+            raise TraceError(f"rename {word!r}: {_EXPECTED}")
+        for name in (old, new):
+            try:
+                msgspec.convert(name, Name)
+            except msgspec.ValidationError as exc:
+                wanted = "1..64 letters, digits, '.', '_' or '-', first a letter or digit,"
+                raise TraceError(f"rename {word!r}: {name!r} is no name: {wanted} and {_EXPECTED}") from exc
+        table: Any = getattr(renames, level)
+        if level == "cluster" and len(f"{EDGE_PREFIX}{new}") > MAX_NAME:
+            raise TraceError(
+                f"rename {word!r}: {new!r} is too long: its edge's name would have more than {MAX_NAME} characters"
+            )
+        if old in table:
+            raise TraceError(f"rename {word!r}: {level} {old!r} has a new name already, {table[old]!r}")
+        if new in table.values():
+            raise TraceError(f"rename {word!r}: {new!r} is another {level}'s new name already")
+        table[old] = new
+    return renames
+
+
+def renamed(record: Record, renames: Renames, *, root: str = topics.DEFAULT_ROOT) -> Record:
+    """The record as if its parties had always had their new names: in the topic, and in payloads that carry them.
+
+    A sender changes where the topic or the message says whose it is. Journals keep their notes as they were written.
+    """
+    found = topics.lookup(record.topic, root)
+    if found is None:
+        return record
+    row, levels = found
+    new = {level: getattr(renames, level).get(name, name) for level, name in levels.items()}
+    topic = row.name(root, **new)
+    try:
+        message = topics.decode_for(row, record.payload)
+    except ProtocolError:
+        return replace(record, topic=topic)
+    changed = _rename_inside(_rename_sender(message, row, levels, renames), renames)
+    # An unchanged message keeps its very bytes.
+    return replace(record, topic=topic, payload=record.payload if changed == message else encode(changed))
+
+
+def rebased(record: Record, now_ms: int, *, root: str = topics.DEFAULT_ROOT) -> Record:
+    """The record as if it were sent now: `sent_ms` is `now_ms`, and messages inside a batch keep their distance to it.
+
+    Deadlines are spans (`patience_ms`, MQTT's expiry), so that they count from the new sending by themselves.
+    """
+    found = topics.lookup(record.topic, root)
+    if found is None:
+        return record
+    try:
+        message = topics.decode_for(found[0], record.payload)
+    except ProtocolError:
+        return record
+    return replace(record, payload=encode(_shift(message, now_ms - message.sent_ms)))
+
+
+def _rename_sender(message: AnyMessage, row: Topic, levels: Mapping[str, str], renames: Renames) -> AnyMessage:
+    if "agent" in row.publishers and message.sender == levels.get("agent"):
+        return replace(message, sender=renames.agent.get(message.sender, message.sender))
+    cluster = levels.get("cluster", "")
+    new = renames.cluster.get(cluster)
+    if new is None or "edge" not in row.publishers or message.sender not in (cluster, f"{EDGE_PREFIX}{cluster}"):
+        return message
+    return replace(message, sender=message.sender.removesuffix(cluster) + new)
+
+
+def _rename_inside(message: AnyMessage, renames: Renames) -> AnyMessage:
+    match message:
+        case EscalationBatch(items=items):
+            return replace(message, items=tuple(_rename_item(item, "escalation", renames) for item in items))
+        case VerdictBatch(items=items):
+            return replace(message, items=tuple(_rename_item(item, "verdict", renames) for item in items))
+        case Profile(agent=agent):
+            new = renames.agent.get(agent, agent)
+            return replace(message, agent=new, sender=new if message.sender == agent else message.sender)
+        case Assignment(cluster=cluster):
+            return replace(message, cluster=renames.cluster.get(cluster, cluster))
+        case _:
+            return message
+
+
+def _rename_item(item: Any, field: str, renames: Renames) -> Any:
+    """A Routed or Answered; its message's sender goes along where it is the agent."""
+    new = renames.agent.get(item.agent, item.agent)
+    inner = getattr(item, field)
+    if inner.sender == item.agent:
+        inner = replace(inner, sender=new)
+    return replace(item, agent=new, **{field: inner})
+
+
+def _shift(message: _M, by_ms: int) -> _M:
+    changes: dict[str, Any] = {"sent_ms": _clamped(message.sent_ms + by_ms)}
+    match message:
+        case EscalationBatch(items=items):
+            changes["items"] = tuple(replace(item, escalation=_shift(item.escalation, by_ms)) for item in items)
+        case VerdictBatch(items=items):
+            changes["items"] = tuple(replace(item, verdict=_shift(item.verdict, by_ms)) for item in items)
+        case _:
+            pass
+    return replace(message, **changes)
+
+
+def _clamped(ms: int) -> int:
+    return min(max(0, ms), 2**53 - 1)

@@ -1,0 +1,235 @@
+"""Measure a model on AG News, and how well a small model predicts a large one's own continuations.
+
+A model is a torch directory or a model folder; both give the same numbers up to rounding. Noise comes from
+`fedhlm.decoding.sampling`, so acceptance is that of the running system.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from fedhlm.decoding.decoder import INFO_FILE, TOKENIZER_FILE, Decoder, Request
+from fedhlm.decoding.sampling import perturbed_argmax, scores
+from fedhlm.errors import ModelError
+from fedhlm_zoo.corpus import TOPIC_LINE, TOPICS, Article
+
+TEMPERATURE: Final = 0.8
+CONTINUATION: Final = 64
+# Tokens per torch call; the logits of a call take 4 bytes * vocabulary each.
+CALL_TOKENS: Final = 4096
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of one model on `articles` labelled articles; perplexity is per token of title and text."""
+
+    articles: int
+    topic_accuracy: float
+    tokens: int
+    perplexity: float
+
+
+class Agreement(msgspec.Struct, frozen=True, kw_only=True):
+    """How a draft model predicts a target's own continuations of `prompts` titles.
+
+    `greedy` is the share of positions where both argmax are equal, on greedy continuations; `gumbel` the share where
+    both draw the same token with shared noise, on continuations at `temperature`.
+    """
+
+    prompts: int
+    greedy: float
+    greedy_tokens: int
+    gumbel: float
+    gumbel_tokens: int
+    temperature: float
+
+
+class Model(Protocol):
+    """What the measurements need of a model."""
+
+    tokenizer: Tokenizer
+    context: int
+    end_id: int
+
+    def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Number and logits (length, vocab_size) of every sequence, in any order."""
+        ...
+
+    def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
+        """Up to `tokens` new ids per prompt, drawn with the noise of seed = prompt number; ends with the end id."""
+        ...
+
+
+class OnnxModel:
+    """A model folder, run as an agent runs it: one sequence at a time."""
+
+    def __init__(self, folder: Path, *, threads: int = 1) -> None:
+        self._decoder = Decoder.load(folder, threads=threads)
+        self.tokenizer = self._decoder.tokenizer
+        self.context = self._decoder.info.context
+        self.end_id = min(self._decoder.info.eos_ids, default=-1)
+
+    def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for number, ids in enumerate(sequences):
+            yield number, self._decoder.forward([Request(self._decoder.empty_cache(), ids)])[0].logits
+
+    def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
+        continued = []
+        for seed, prompt in enumerate(prompts):
+            result = self._decoder.forward([Request(self._decoder.empty_cache(), prompt)])[0]
+            ids = [_draw(result.logits[-1], temperature, seed, len(prompt))]
+            while len(ids) < tokens and ids[-1] != self.end_id:
+                result = self._decoder.forward([Request(result.cache, ids[-1:])])[0]
+                ids.append(_draw(result.logits[-1], temperature, seed, result.cache.length))
+            continued.append(ids)
+        return continued
+
+
+class TorchModel:
+    """A Hugging Face directory, run in batches of similar lengths."""
+
+    def __init__(self, folder: Path, *, tokenizer: Path | None = None) -> None:
+        from fedhlm_zoo.export import load_torch
+
+        self._model = load_torch(folder)
+        file = (tokenizer or folder) / TOKENIZER_FILE
+        if not file.is_file():
+            raise ModelError(f"{file} is missing: give the tokenizer's folder")
+        self.tokenizer = Tokenizer.from_file(str(file))
+        self.context = int(self._model.config.max_position_embeddings)
+        eos = self._model.config.eos_token_id
+        self.end_id = min(eos if isinstance(eos, list) else [-1 if eos is None else eos])
+
+    def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        import torch
+
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        while order:
+            # The longest come last; as many as fit one call at that width. Padding lies to the right, where the
+            # causal mask hides it.
+            width = len(sequences[order[-1]])
+            taken, order = order[-max(1, CALL_TOKENS // width) :], order[: -max(1, CALL_TOKENS // width)]
+            ids = np.zeros((len(taken), width), np.int64)
+            for row, number in enumerate(taken):
+                ids[row, : len(sequences[number])] = sequences[number]
+            with torch.inference_mode():
+                logits: NDArray[np.float32] = self._model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+            for row, number in enumerate(taken):
+                yield number, logits[row, : len(sequences[number])]
+
+    def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
+        import torch
+
+        from fedhlm_zoo.generate import continue_prompts
+
+        def choose(logits: Any, rows: NDArray[np.int64], step: int) -> Any:
+            values = zip(logits.numpy(), rows.tolist(), strict=True)
+            return torch.tensor([_draw(row, temperature, n, len(prompts[n]) + step) for row, n in values])
+
+        return continue_prompts(self._model, prompts, tokens=tokens, end_id=self.end_id, choose=choose)
+
+
+def open_model(folder: Path, *, tokenizer: Path | None = None, threads: int = 1) -> Model:
+    """A model folder (it has a model.json) or else a Hugging Face directory.
+
+    Raises:
+        ModelError: neither.
+    """
+    if (folder / INFO_FILE).is_file():
+        return OnnxModel(folder, threads=threads)
+    return TorchModel(folder, tokenizer=tokenizer)
+
+
+def sample(articles: Sequence[Article], count: int | None, *, seed: int = 0) -> list[Article]:
+    """`count` articles drawn without replacement, the same for the same seed; all of them for None."""
+    if count is None or count >= len(articles):
+        return list(articles)
+    order = np.random.default_rng(seed).permutation(len(articles))[:count]
+    return [articles[i] for i in sorted(order.tolist())]
+
+
+def evaluate(model: Model, articles: Sequence[Article]) -> Evaluation:
+    """Topic accuracy (the likeliest of the four topic names after ``Topic:``) and perplexity of the bodies.
+
+    Raises:
+        ModelError: the tokenizer does not tell the four topic names apart by their first token.
+    """
+    topics = _topic_ids(model.tokenizer)
+    bodies = model.tokenizer.encode_batch([a.body for a in articles], add_special_tokens=False)
+    asked = model.tokenizer.encode(TOPIC_LINE, add_special_tokens=False).ids
+    room = model.context - len(asked) - 1
+    sequences = [[model.end_id, *e.ids[:room], *asked] for e in bodies]
+    right, nll, tokens = 0, 0.0, 0
+    for number, logits in model.rows(sequences):
+        body = len(sequences[number]) - len(asked)  # the end-of-text id and the body
+        right += TOPICS[int(np.argmax(logits[-1, topics]))] == articles[number].topic
+        rows = logits[: body - 1]
+        peak = rows.max(axis=1)
+        picked = rows[np.arange(body - 1), sequences[number][1:body]]
+        nll += float((np.log(np.exp(rows - peak[:, None]).sum(axis=1)) + peak - picked).sum())
+        tokens += body - 1
+    return Evaluation(
+        articles=len(articles), topic_accuracy=right / len(articles), tokens=tokens, perplexity=math.exp(nll / tokens)
+    )
+
+
+def _topic_ids(tokenizer: Tokenizer) -> list[int]:
+    ids = [tokenizer.encode(f" {topic}", add_special_tokens=False).ids[0] for topic in TOPICS]
+    if len(set(ids)) != len(TOPICS):
+        raise ModelError(f"the tokenizer begins the topics {TOPICS} with tokens {ids}: four different ones expected")
+    return ids
+
+
+def agreement(
+    draft: Model,
+    target: Model,
+    articles: Sequence[Article],
+    *,
+    tokens: int = CONTINUATION,
+    temperature: float = TEMPERATURE,
+) -> Agreement:
+    """Let `target` continue the titles and count where `draft` would have written the same token.
+
+    Raises:
+        ModelError: the two have different tokenizers.
+    """
+    if draft.tokenizer.to_str() != target.tokenizer.to_str():
+        raise ModelError("draft and target have different tokenizers: agreement needs one vocabulary")
+    titles = [a.title or a.text.split("\n")[0] for a in articles]
+    encoded = target.tokenizer.encode_batch([f"{t}\n" for t in titles], add_special_tokens=False)
+    longest = min(draft.context, target.context) - tokens - 1
+    prompts = [[target.end_id, *e.ids[:longest]] for e in encoded]
+    greedy = _count_equal(draft, target, prompts, tokens=tokens, temperature=0.0)
+    gumbel = _count_equal(draft, target, prompts, tokens=tokens, temperature=temperature)
+    return Agreement(
+        prompts=len(prompts),
+        greedy=greedy[0] / greedy[1],
+        greedy_tokens=greedy[1],
+        gumbel=gumbel[0] / gumbel[1],
+        gumbel_tokens=gumbel[1],
+        temperature=temperature,
+    )
+
+
+def _count_equal(
+    draft: Model, target: Model, prompts: list[list[int]], *, tokens: int, temperature: float
+) -> tuple[int, int]:
+    continued = target.continuations(prompts, tokens=tokens, temperature=temperature)
+    sequences = [prompt + ids[:-1] for prompt, ids in zip(prompts, continued, strict=True)]
+    equal = 0
+    for number, logits in draft.rows(sequences):
+        begin = len(prompts[number])
+        for step, token in enumerate(continued[number]):
+            equal += _draw(logits[begin - 1 + step], temperature, number, begin + step) == token
+    return equal, sum(map(len, continued))
+
+
+def _draw(logits: NDArray[np.float32], temperature: float, seed: int, position: int) -> int:
+    if temperature == 0.0:
+        return int(np.argmax(logits))
+    return perturbed_argmax(scores(logits, temperature), seed, position)

@@ -1,0 +1,155 @@
+"""Turn any Hugging Face causal language model into a model folder that `fedhlm.decoding.decoder` runs.
+
+The graph comes from optimum with its key/value cache and gains the last hidden state as an output. An export that
+does not give torch's logits is an error, not a warning.
+"""
+
+import logging
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+
+from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, TOKENIZER_FILE, Cache, Decoder, ModelInfo, Request
+from fedhlm.errors import ModelError
+from fedhlm_zoo import graph
+from fedhlm_zoo.info import write_info
+
+log = logging.getLogger(__name__)
+
+TOLERANCE: Final = 1e-3
+TASK: Final = "text-generation-with-past"
+
+
+def export(source: str | Path, out: Path, *, tokenizer: Path | None = None, name: str | None = None) -> ModelInfo:
+    """Export a causal LM to ``out/`` as fp32 and check it against torch.
+
+    Args:
+        source: a Hugging Face model directory, or a hub id.
+        out: folder to write ``model.onnx``, ``tokenizer.json`` and ``model.json`` to; made when absent.
+        tokenizer: folder or file with ``tokenizer.json``, for a source that has none.
+        name: the model's name; None takes it from the source.
+
+    Raises:
+        ModelError: the source is missing, is no causal LM, has no fast tokenizer, cannot be exported by optimum, or
+            the exported graph differs from torch by more than TOLERANCE in a logit.
+    """
+    model = load_torch(source)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(source, tokenizer, out / TOKENIZER_FILE)
+    _write_graph(model, out / GRAPH_FILE)
+    info = write_info(out, _describe(model, out / GRAPH_FILE, name or Path(str(source)).name))
+    difference = compare_with_torch(model, Decoder.load(out))
+    log.info("exported %s: largest logit difference to torch %.2g", info.name, difference)
+    if not difference <= TOLERANCE:
+        (out / INFO_FILE).unlink()
+        raise ModelError(f"{out / GRAPH_FILE} differs from torch by {difference:.3g}: at most {TOLERANCE} expected")
+    return info
+
+
+def load_torch(source: str | Path) -> Any:
+    """Load a causal LM in fp32 for evaluation.
+
+    Raises:
+        ModelError: the source is missing or is no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    local = Path(source)
+    if isinstance(source, Path) or local.exists() or str(source).startswith((".", "/", "~")):
+        if not local.is_dir():
+            raise ModelError(f"model source {str(source)!r} does not exist: expected a model directory or a hub id")
+        if not (local / "config.json").is_file():
+            raise ModelError(f"{local / 'config.json'} is missing: expected a Hugging Face model directory")
+    try:
+        config = AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError) as exc:
+        raise ModelError(f"model source {str(source)!r} has no usable configuration: {exc}") from exc
+    kinds = config.architectures or []
+    if kinds and not any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
+        raise ModelError(f"model source {str(source)!r} is {kinds[0]}: expected a causal language model")
+    try:
+        return AutoModelForCausalLM.from_pretrained(str(source), dtype="float32").eval()
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise ModelError(f"model source {str(source)!r} cannot be loaded as a causal language model: {exc}") from exc
+
+
+def _write_tokenizer(source: str | Path, given: Path | None, target: Path) -> None:
+    candidates = [given, given / TOKENIZER_FILE] if given else [Path(source) / TOKENIZER_FILE]
+    for candidate in candidates:
+        if candidate.is_file():
+            shutil.copyfile(candidate, target)
+            return
+    if given:
+        raise ModelError(f"tokenizer {str(given)!r} is no {TOKENIZER_FILE} and holds none")
+    from transformers import AutoTokenizer
+
+    missing = f"model source {str(source)!r} has no {TOKENIZER_FILE}: give the tokenizer's folder"
+    if Path(source).is_dir() and not list(Path(source).glob("*token*")):
+        raise ModelError(missing)
+    try:
+        AutoTokenizer.from_pretrained(str(source), use_fast=True).backend_tokenizer.save(str(target))
+    except (OSError, ValueError, AttributeError, TypeError, ImportError) as exc:
+        raise ModelError(f"{missing} ({exc})") from exc
+
+
+def _write_graph(model: Any, path: Path) -> None:
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer warns about every Python branch in the model's code
+        try:
+            onnx_export_from_model(model, output=Path(folder), task=TASK, do_validation=False, preprocessors=[])
+        except (ValueError, KeyError, NotImplementedError, RuntimeError) as exc:
+            kind = type(model).__name__
+            raise ModelError(f"optimum cannot export {kind} with a key/value cache: {exc}") from exc
+        exported = onnx.load(str(Path(folder) / GRAPH_FILE))
+    graph.expose_hidden(exported)
+    graph.share_tied_head(exported)
+    graph.save_graph(exported, path)
+
+
+def _describe(model: Any, path: Path, name: str) -> ModelInfo:
+    config = model.config
+    inputs = {i.name: i for i in onnx.load(str(path), load_external_data=False).graph.input}
+    past = [n for n in inputs if n.startswith("past_key_values.") and n.endswith(".key")]
+    if not past:
+        raise ModelError(f"{path} has no past_key_values inputs: expected a graph with a key/value cache")
+    shape = [d.dim_value for d in inputs[past[0]].type.tensor_type.shape.dim]
+    eos = config.eos_token_id
+    return ModelInfo(
+        name=name,
+        architecture=type(model).__name__,
+        vocab_size=config.vocab_size,
+        context=config.max_position_embeddings,
+        layers=len(past),
+        kv_heads=shape[1],
+        head_dim=shape[-1],
+        hidden_size=config.hidden_size,
+        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos_id=config.bos_token_id,
+        parameters=model.num_parameters(),
+        quantisation="fp32",
+        files={},
+    )
+
+
+def compare_with_torch(model: Any, decoder: Decoder, *, seed: int = 0) -> float:
+    """Largest difference of a logit between torch and the graph: a prefill, a cached step and a cached block."""
+    import torch
+
+    length = min(24, decoder.info.context)
+    ids = np.random.default_rng(seed).integers(0, decoder.info.vocab_size, length).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()  # (length, vocab_size)
+    cache: Cache = decoder.empty_cache()
+    worst, begin = 0.0, 0
+    for end in (length // 2, length // 2 + 1, length):
+        result = decoder.forward([Request(cache, ids[begin:end])])[0]
+        worst = max(worst, float(np.abs(result.logits - expected[begin:end]).max()))
+        cache, begin = result.cache, end
+    return worst

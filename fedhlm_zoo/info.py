@@ -1,0 +1,48 @@
+"""Write and summarise ``model.json``, the description that every model folder carries."""
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, TOKENIZER_FILE, FileInfo, ModelInfo, file_digest, load_info
+
+GRAPH_DATA_FILE: Final = f"{GRAPH_FILE}_data"
+
+
+def list_files(folder: Path) -> dict[str, FileInfo]:
+    """Size and digest of the model's files in `folder` (graph, external data, tokenizer)."""
+    present = [folder / n for n in (GRAPH_FILE, GRAPH_DATA_FILE, TOKENIZER_FILE) if (folder / n).is_file()]
+    return {p.name: FileInfo(p.stat().st_size, file_digest(p)) for p in present}
+
+
+def write_info(folder: Path, info: ModelInfo) -> ModelInfo:
+    """Write ``model.json`` for the files that lie in `folder` now; return what was written."""
+    written = msgspec.structs.replace(info, files=list_files(folder))
+    (folder / INFO_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(written), indent=2) + b"\n")
+    return written
+
+
+def graph_bytes(info: ModelInfo) -> int:
+    """Bytes of the graph with its weights."""
+    return sum(f.bytes for name, f in info.files.items() if name != TOKENIZER_FILE)
+
+
+def summary(folder: Path) -> dict[str, str]:
+    """What a person wants to know of a model folder, label by label.
+
+    Raises:
+        ModelError: not a usable model folder.
+    """
+    info = load_info(folder)
+    return {
+        "name": info.name,
+        "architecture": info.architecture,
+        "parameters": f"{info.parameters / 1e6:.2f} M",
+        "quantisation": info.quantisation,
+        "vocabulary": str(info.vocab_size),
+        "context": f"{info.context} tokens",
+        "layers": f"{info.layers} ({info.kv_heads} key/value heads of {info.head_dim}, hidden size {info.hidden_size})",
+        "graph": f"{graph_bytes(info) / 1e6:.2f} MB",
+        "cache": f"{8 * info.layers * info.kv_heads * info.head_dim} bytes per token",
+    }

@@ -1,0 +1,176 @@
+"""The agent's service on the loopback bus: answers, refusals, mismatches and floods."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from edge_agent.driver import Agent
+from edge_agent.events import Committed
+from edge_agent.result import Job, Result
+from edge_agent.service import StoppedText
+from fedhlm.config import load
+from fedhlm.decoding.text import TextStream
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint, FinishReason, Sampling, Verdict, encode, pack_ids
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.sim.world import Fleet, listen
+
+
+async def nobody(_tokens: list[Committed]) -> FinishReason | None:
+    return None
+
+
+def with_fleet(
+    work: Callable[[Fleet, Agent], Awaitable[Result]], *, fingerprint: Fingerprint = toy.FINGERPRINT
+) -> tuple[Result, Agent]:
+    """Run `work` on one agent of a calm fleet in virtual time."""
+
+    async def main() -> tuple[Result, Agent]:
+        fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
+        for node in fleet.nodes.values():
+            node.start()
+        await asyncio.sleep(1.0)
+        async with fleet.bus("a") as bus:
+            sessions = iter(range(1, 99))
+            drafter = toy.ToyDrafter(agreement=0.8)
+            agent = fleet.agent(bus, "c0", "a", drafter, sessions.__next__, fingerprint)
+            await agent.subscribe()
+            listener = asyncio.create_task(listen(agent))
+            result = await work(fleet, agent)
+            listener.cancel()
+        for node in fleet.nodes.values():
+            await node.crash()
+        return result, agent
+
+    return run_virtual(main())
+
+
+def toy_plan(**options: Any) -> Any:
+    config = load(preset="exact", environ={}, flags={"generation.deadline_ms": "5000"}).config.generation
+    options = {"max_tokens": 16, "context_max": toy.CONTEXT, "eos_ids": frozenset({toy.EOS_ID}), **options}
+    return Job(config, Sampling(seed=3), **options)
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "field"),
+    [
+        (Fingerprint("other", toy.VOCAB_SIZE, toy.FINGERPRINT.noise, "m"), "fingerprint.tokenizer"),
+        (Fingerprint("toy", 50, toy.FINGERPRINT.noise, "m"), "fingerprint.vocab_size"),
+        (Fingerprint("toy", toy.VOCAB_SIZE, "dice", "m"), "fingerprint.noise"),
+    ],
+)
+def test_a_mismatch_with_the_cloud_ends_with_its_field(fingerprint: Fingerprint, field: str) -> None:
+    result, _ = with_fleet(lambda _f, agent: agent.generate(toy_plan(), [5], nobody), fingerprint=fingerprint)
+    assert result.finish == "error"
+    assert f"{field} differs" in result.error
+
+
+def test_hostile_verdicts_are_counted_and_change_nothing() -> None:
+    async def work(fleet: Fleet, agent: Agent) -> Result:
+        attacker: LoopbackBus = fleet.bus("attacker")
+        async with attacker:
+            running = asyncio.create_task(agent.generate(toy_plan(), [5], nobody))
+            await asyncio.sleep(0.05)
+            name = topics.VERDICT.name(cluster="c0", agent="a")
+            for session in (1, 77):
+                for ids, probs, base, accepted in (
+                    (b"\xff\xff", b"", 1, 0),
+                    (b"\1", b"", 1, 0),
+                    (b"", b"\xff\xff", 1, 0),
+                    (pack_ids([5], 48), b"", 1, 100),
+                    (pack_ids([5] * 50, 48), b"", 90, 3),
+                ):
+                    verdict = Verdict(
+                        version=SCHEMA_VERSION, sender="x", sequence=1, sent_ms=0, session=session, epoch=0, base=base,
+                        status="settled", accepted=accepted, ids=ids, target_probs=probs,
+                    )  # fmt: skip
+                    await attacker.publish(name, encode(verdict))
+            await attacker.publish(name, b"\xc1 no message")
+            return await running
+
+    result, agent = with_fleet(work)
+    assert result.ids == toy.large_alone([5], Sampling(seed=3), 16)
+    counters = agent._counters
+    assert counters["refused_messages"] >= 4
+    assert counters["late_verdicts"] >= 5
+    assert counters["stale_verdicts"] >= 2
+
+
+def test_texts_shorter_than_a_round_trip_are_verified_again_after_the_link_was_down() -> None:
+    async def work(_fleet: Fleet, agent: Agent) -> Result:
+        agent._drafter = toy.ToyDrafter(agreement=0.8, step_s=0.001)  # 16 tokens in 16 ms, an answer takes 40
+        await asyncio.sleep(1.0)
+        agent.link_up = False
+        alone = await agent.generate(toy_plan(), [5], nobody)
+        assert set(alone.sources) == {"unverified"}
+        await asyncio.sleep(1.0)
+        return await agent.generate(toy_plan(), [5], nobody)
+
+    result, agent = with_fleet(work)
+    assert agent._counters["late_verdicts"] == 1
+    assert set(result.sources) == {"cloud"}
+
+
+def test_a_draft_that_fails_ends_the_generation_with_its_error() -> None:
+    class Broken:
+        async def draft(self, ids: object, sampling: object, uncertainty: str = "") -> Any:
+            raise RuntimeError("no memory")
+
+        async def grow(self, *_arguments: object, **_options: object) -> Any:
+            raise RuntimeError("no memory")
+
+    async def work(_fleet: Fleet, agent: Agent) -> Result:
+        agent._drafter = Broken()
+        with pytest.raises(ExceptionGroup) as caught:
+            await agent.generate(toy_plan(), [5], nobody)
+        assert caught.group_contains(RuntimeError, match="no memory")
+        agent._drafter = toy.ToyDrafter(agreement=0.8)
+        return await agent.generate(toy_plan(), [5], nobody)
+
+    result, _ = with_fleet(work)
+    assert result.ids == toy.large_alone([5], Sampling(seed=3), 16)
+
+
+def test_statistics_add_up() -> None:
+    result, _ = with_fleet(lambda _f, agent: agent.generate(toy_plan(), [5], nobody))
+    statistics = result.statistics()
+    assert statistics["tokens_cloud"] == len(result.ids) == 16
+    assert 0 < statistics["round_trips"] <= statistics["uplink_messages"]
+    assert statistics["uplink_bytes"] > 16 * 2
+    assert 0.0 <= statistics["mean_beta"] <= 1.0
+
+
+class Letters:
+    """A tokenizer of single bytes."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def text_of(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+    text = StoppedText(TextStream(Letters()), stop)
+    shown = [text.push(list(piece)) for piece in pieces]
+    return [*shown, text.rest()], text.stopped
+
+
+def test_characters_are_never_split() -> None:
+    snow = "☃".encode()
+    assert text_of([b"a", snow[:1], snow[1:2], snow[2:], b"b"])[0] == ["a", "", "", "☃", "b", ""]
+
+
+@pytest.mark.parametrize(
+    "cuts", [[b"say STOP now"], [b"say S", b"TO", b"P now"], [bytes([c]) for c in b"say STOP now"]]
+)
+def test_no_part_of_a_stop_string_is_shown(cuts: list[bytes]) -> None:
+    shown, stopped = text_of(cuts, ("STOP",))
+    assert ("".join(shown), stopped) == ("say ", True)
+
+
+def test_what_only_looked_like_a_stop_string_is_shown_in_the_end() -> None:
+    shown, stopped = text_of([b"a ST", b"OO", b" ST"], ("STOP",))
+    assert ("".join(shown), stopped) == ("a STOO ST", False)

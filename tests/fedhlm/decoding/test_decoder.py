@@ -1,0 +1,245 @@
+"""The decoder against torch, and against itself: however tokens are cut into calls, the logits are the same."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fedhlm.decoding.decoder import Cache, Decoder, Request, load_info, tokenizer_digest
+from fedhlm.errors import ModelError
+
+torch = pytest.importorskip("torch", reason="makes its models with torch")
+pytest.importorskip("optimum.exporters.onnx", reason="exports its models with optimum")
+
+from fedhlm_zoo import tiny  # noqa: E402
+from fedhlm_zoo.export import export, load_torch  # noqa: E402
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+]
+
+CLOSE = 1e-4
+
+
+class Case:
+    """One architecture: its torch model, its exported folder and a decoder."""
+
+    def __init__(self, kind: str, root: Path) -> None:
+        source = tiny.make_tiny(kind, root / "source", seed=1)
+        self.folder = root / "onnx"
+        export(source, self.folder)
+        self._torch = load_torch(source)
+        self.decoder = Decoder.load(self.folder)
+
+    def torch_logits(self, ids: list[int]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            return np.asarray(self._torch(torch.tensor([ids])).logits[0])  # (len(ids), V)
+
+    def torch_hidden(self, ids: list[int]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            output = self._torch(torch.tensor([ids]), output_hidden_states=True)
+        return np.asarray(output.hidden_states[-1][0])  # (len(ids), hidden_size), after the final norm
+
+    def prefill(self, ids: list[int]) -> Cache:
+        return self.decoder.forward([Request(self.decoder.empty_cache(), ids)])[0].cache
+
+
+@pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case("llama", tmp_path_factory.mktemp("llama"))
+
+
+def random_ids(count: int, *, seed: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, tiny.VOCAB_SIZE, count)]
+
+
+def differs(a: NDArray[Any], b: NDArray[Any]) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a - b).max())
+
+
+def test_prefill_gives_torchs_logits_and_last_hidden_state(case: Case) -> None:
+    ids = random_ids(30, seed=1)
+    result = case.decoder.forward([Request(case.decoder.empty_cache(), ids)])[0]
+    assert differs(result.logits, case.torch_logits(ids)) < CLOSE
+    assert result.hidden is not None
+    assert differs(result.hidden, case.torch_hidden(ids)) < CLOSE
+    assert result.cache.length == 30
+    assert {a.shape for a in result.cache.arrays} == {(1, case.decoder.info.kv_heads, 30, case.decoder.info.head_dim)}
+
+
+def test_tokens_cut_into_steps_and_blocks_give_torchs_logits(case: Case) -> None:
+    ids = random_ids(40, seed=2)
+    expected = case.torch_logits(ids)
+    cache = case.decoder.empty_cache()
+    begin = 0
+    for size in (1, 7, 1, 1, 8, 3, 19):
+        result = case.decoder.forward([Request(cache, ids[begin : begin + size])])[0]
+        assert differs(result.logits, expected[begin : begin + size]) < CLOSE
+        cache, begin = result.cache, begin + size
+    assert begin == len(ids)
+
+
+def test_a_batch_with_unequal_pasts_and_blocks_gives_each_row_its_own_logits(case: Case) -> None:
+    texts = [random_ids(n, seed=n) for n in (9, 33, 1, 20)]
+    pasts = (4, 31, 0, 1)
+    requests = [
+        Request(case.prefill(ids[:past]) if past else case.decoder.empty_cache(), ids[past:])
+        for ids, past in zip(texts, pasts, strict=True)
+    ]
+    results = case.decoder.forward(requests)
+    for ids, past, result in zip(texts, pasts, results, strict=True):
+        assert differs(result.logits, case.torch_logits(ids)[past:]) < CLOSE
+        assert result.hidden is not None
+        assert differs(result.hidden, case.torch_hidden(ids)[past:]) < CLOSE
+    following = case.decoder.forward([Request(r.cache, [5]) for r in results])
+    for ids, result in zip(texts, following, strict=True):
+        assert result.cache.length == len(ids) + 1
+        assert differs(result.logits, case.torch_logits([*ids, 5])[-1:]) < CLOSE
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_truncate_then_continue_equals_from_scratch(case: Case, batched: bool) -> None:
+    ids = random_ids(24, seed=3)
+    other = random_ids(10, seed=4)
+    grown = case.decoder.forward([Request(case.prefill(ids), other)])[0].cache
+    for kept in (24, 23, 5, 1, 0):
+        requests = [Request(grown.truncated(kept), other[:6])]
+        if batched:
+            requests.append(Request(case.prefill(ids[:13]), [1, 2]))
+        result = case.decoder.forward(requests)[0]
+        scratch = case.decoder.forward([Request(case.decoder.empty_cache(), ids[:kept] + other[:6])])[0]
+        assert differs(result.logits, scratch.logits[kept:]) < CLOSE
+        for ours, theirs in zip(result.cache.arrays, scratch.cache.arrays, strict=True):
+            assert differs(ours, theirs) < CLOSE
+
+
+def test_a_cache_is_a_value_that_no_call_changes(llama: Case) -> None:
+    cache = llama.prefill(random_ids(12, seed=5))
+    before = [a.copy() for a in cache.arrays]
+    cut = cache.truncated(6)
+    llama.decoder.forward([Request(cache, [1, 2])])
+    llama.decoder.forward([Request(cache, [3]), Request(cut, [4, 5])])
+    cut.arrays[0][:] = 7.0
+    assert all(np.array_equal(a, b) for a, b in zip(cache.arrays, before, strict=True))
+
+
+@pytest.mark.parametrize("length", [-1, 13])
+def test_a_cache_cannot_be_cut_to_a_length_it_does_not_have(llama: Case, length: int) -> None:
+    with pytest.raises(ValueError, match=f"{length} tokens: it holds 12"):
+        llama.prefill(random_ids(12, seed=6)).truncated(length)
+
+
+@pytest.mark.parametrize(
+    ("ids", "complaint"),
+    [([], "no ids"), ([tiny.VOCAB_SIZE], "0..256 expected"), ([-1], "0..256"), ([1] * (tiny.CONTEXT + 1), "context")],
+)
+def test_a_request_that_cannot_run_is_refused(llama: Case, ids: list[int], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        llama.decoder.forward([Request(llama.decoder.empty_cache(), ids)])
+
+
+def test_the_full_context_can_be_used(case: Case) -> None:
+    ids = random_ids(tiny.CONTEXT, seed=7)
+    result = case.decoder.forward([Request(case.prefill(ids[:-1]), ids[-1:])])[0]
+    assert differs(result.logits, case.torch_logits(ids)[-1:]) < CLOSE
+
+
+def test_the_digest_is_that_of_the_tokenizer_alone(case: Case, llama: Case) -> None:
+    assert case.decoder.tokenizer_digest == llama.decoder.tokenizer_digest == tokenizer_digest(llama.folder)
+    assert len(llama.decoder.tokenizer_digest) == 16
+
+
+def broken_copy(case: Case, target: Path) -> Path:
+    target.mkdir()
+    for file in case.folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def rewrite_info(folder: Path, **changes: object) -> None:
+    path = folder / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "model.json"])
+def test_a_missing_file_is_named(llama: Case, tmp_path: Path, name: str) -> None:
+    folder = broken_copy(llama, tmp_path / "m")
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=f"{name}.*(is missing|cannot be read)"):
+        Decoder.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])
+def test_a_changed_or_cut_file_is_named(llama: Case, tmp_path: Path, name: str) -> None:
+    folder = broken_copy(llama, tmp_path / "m")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1])
+    with pytest.raises(ModelError, match=f"{name} has {len(content) - 1} bytes"):
+        load_info(folder)
+    (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ModelError, match=f"{name} has changed"):
+        load_info(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"", "not a model description"), (b"\xff\xfe", "not a model description"), (b'{"name": 3}', "name")],
+)
+def test_a_malformed_description_is_refused(llama: Case, tmp_path: Path, content: bytes, complaint: str) -> None:
+    folder = broken_copy(llama, tmp_path / "m")
+    (folder / "model.json").write_bytes(content)
+    with pytest.raises(ModelError, match=complaint):
+        Decoder.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"layers": 3}, r"lacks inputs \['past_key_values.2.key'"),
+        ({"layers": 1}, r"has inputs \['past_key_values.1.key'"),
+        ({"kv_heads": 2}, "key cache of shape"),
+        ({"vocab_size": 100}, "257 entries: the model has 100"),
+        ({"files": {}}, "lists no model.onnx"),
+    ],
+)
+def test_a_description_that_does_not_fit_the_graph_is_refused(
+    llama: Case, tmp_path: Path, changes: dict[str, object], complaint: str
+) -> None:
+    folder = broken_copy(llama, tmp_path / "m")
+    rewrite_info(folder, **changes)
+    with pytest.raises(ModelError, match=complaint):
+        Decoder.load(folder)
+
+
+def test_a_description_may_not_name_files_outside_its_folder(llama: Case, tmp_path: Path) -> None:
+    folder = broken_copy(llama, tmp_path / "m")
+    files = json.loads((folder / "model.json").read_text())["files"]
+    rewrite_info(folder, files=files | {"../secret": {"bytes": 1, "sha256": ""}})
+    with pytest.raises(ModelError, match="without folders"):
+        load_info(folder)
+
+
+def test_bytes_that_are_no_graph_are_refused(llama: Case, tmp_path: Path) -> None:
+    folder = broken_copy(llama, tmp_path / "m")
+    (folder / "model.onnx").write_bytes(b"no graph")
+    files = json.loads((folder / "model.json").read_text())["files"]
+    sha256 = hashlib.sha256(b"no graph").hexdigest()
+    rewrite_info(folder, files=files | {"model.onnx": {"bytes": 8, "sha256": sha256}})
+    with pytest.raises(ModelError, match="model.onnx cannot be loaded by onnxruntime"):
+        Decoder.load(folder)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere.*does not exist"):
+        Decoder.load(tmp_path / "nowhere")

@@ -1,0 +1,145 @@
+"""Checks of configuration, files, state and model, each made to fail for real."""
+
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedhlm.config import load
+from fedhlm.errors import ConfigError
+from fedhlm.process.run import model_folder
+from fedhlm_fleet.doctor import local
+from fedhlm_fleet.doctor.finding import Role, Said, Subject
+from fedhlm_fleet.doctor.machine import MIB
+
+
+def subject(role: Role = "agent", *, file: Path | None = None, **flags: str) -> Subject:
+    """With flags whose dots are written as `__`."""
+    given = {key.replace("__", "."): value for key, value in flags.items()}
+    return Subject(role, load(environ={}, file=file, flags=given))
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes: writing fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_configuration_error_is_named() -> None:
+    said = local.configuration(Subject("agent", None, problem=ConfigError("broker.prot", "5", "unknown key")))
+    assert said.level == "fail"
+    assert "broker.prot is '5'" in said.found
+
+
+def test_one_broker_for_both_sides_of_an_edge_is_found() -> None:
+    url = "mqtt://10.0.0.1"
+    said = local.configuration(subject("edge", broker__url=url, edge__upstream__url=f"{url}:1883"))
+    assert said.level == "fail"
+    assert "one broker" in said.found
+    assert local.configuration(subject("edge", edge__upstream__url=url)).level == "ok"
+    assert local.configuration(subject("edge")).level == "warn"
+
+
+def test_a_key_that_others_can_read_fails(tmp_path: Path) -> None:
+    key = tmp_path / "me.key"
+    key.write_text("secret")
+
+    def look() -> Said:
+        return local.key_files(subject(broker__url="mqtts://edge", broker__cert=str(key), broker__key=str(key)))
+
+    for mode, level in ((0o600, "ok"), (0o400, "ok"), (0o640, "fail"), (0o604, "fail")):
+        key.chmod(mode)
+        said = look()
+        assert said.level == level, oct(mode)
+        assert level == "ok" or f"chmod 600 {key}" in said.advice
+    key.unlink()
+    assert "cannot be read" in look().found
+
+
+def test_a_file_with_a_password_that_others_can_read_fails(tmp_path: Path) -> None:
+    file = tmp_path / "agent.toml"
+    file.write_text('[broker]\nurl = "mqtt://edge"\npassword = "secret"\n')
+    file.chmod(0o644)
+    said = local.key_files(subject(file=file))
+    assert said.level == "fail"
+    assert str(file) in said.found
+    file.chmod(0o600)
+    assert local.key_files(subject(file=file)).level == "ok"
+
+
+def test_the_state_folder_is_written_for_real(tmp_path: Path) -> None:
+    assert local.state_folder(subject()).level == "warn"
+    assert local.state_folder(subject(agent__state=str(tmp_path))).level == "ok"
+    said = local.state_folder(subject(agent__state=str(tmp_path / "new" / "deep")))
+    assert said.level == "ok"
+    assert "to be made in" in said.found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_folder_on_a_full_or_read_only_disk_fails(tmp_path: Path) -> None:
+    with files_up_to(local.WRITTEN_BYTES // 2):
+        full = local.state_folder(subject(agent__state=str(tmp_path)))
+    assert full.level == "fail"
+    assert "cannot be written" in full.found
+    assert local.state_folder(subject(agent__state="/proc/self")).level == "fail"
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "no folder" in local.state_folder(subject(agent__state=str(file / "state"))).found
+
+
+def test_little_space_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = os.statvfs(tmp_path)
+    free = disk.f_bavail * disk.f_frsize // MIB
+    monkeypatch.setattr(local, "DISK_WARN_MIB", free + 1_000)
+    assert local.state_folder(subject(agent__state=str(tmp_path))).level == "warn"
+    monkeypatch.setattr(local, "DISK_FAIL_MIB", free + 1_000)
+    assert local.state_folder(subject(agent__state=str(tmp_path))).level == "fail"
+
+
+def test_a_wrong_and_a_changed_model_folder_fail(tmp_path: Path) -> None:
+    shipped = subject()
+    assert local.model(shipped).level == "ok"
+    assert shipped.model is not None
+    assert "does not exist" in local.model(subject(agent__model=str(tmp_path / "none"))).found
+    copy = tmp_path / "slm"
+    shutil.copytree(model_folder("", "slm"), copy)
+    with (copy / "model.onnx").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"changed")
+    changed = subject(agent__model=str(copy))
+    said = local.model(changed)
+    assert said.level == "fail"
+    assert "has changed" in said.found
+    assert "agent.model" in said.advice
+    assert changed.model is None
+
+
+def test_providers_that_this_build_lacks_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    assert local.providers(subject()).level == "ok"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    said = local.providers(subject())
+    assert said.level == "warn"
+    assert "falls back" in said.found
+
+
+def test_decode_speed_is_measured_against_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    examined = subject()
+    local.model(examined)
+    said = local.speed(examined)
+    assert said.level == "ok", said
+    rate = float(said.found.split()[0])
+    monkeypatch.setitem(local.FLOORS, "agent", 1e3 * rate)
+    said = local.speed(examined)
+    assert said.level == "fail"
+    assert "agent.threads" in said.advice

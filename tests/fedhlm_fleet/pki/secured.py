@@ -1,0 +1,123 @@
+"""A PKI in a temporary folder and real mosquitto brokers that trust it, for tests."""
+
+import asyncio
+import os
+import signal
+import tempfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm_fleet.pki import authority
+from fedhlm_fleet.pki.acl import Place
+from fedhlm_fleet.pki.mosquitto import Listener, configure
+from fedhlm_fleet.pki.roles import CertificateRole
+from tests.brokers import MOSQUITTO, START_TIMEOUT_S, free_port, until, until_listening
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+LONG_AGO = now() - timedelta(days=30)
+
+
+class Pki:
+    """A CA in a folder of its own; parties are issued by `role` and cluster."""
+
+    def __init__(self) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="pki-")
+        self.folder = Path(self._temporary.name) / "pki"
+
+    def __enter__(self) -> Self:
+        authority.create(self.folder, now=LONG_AGO)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+    def issue(
+        self, name: str, role: CertificateRole, *clusters: str, at: datetime | None = None, days: int = 365
+    ) -> None:
+        hosts = ("localhost", "127.0.0.1") if role == "broker" else ()
+        authority.issue(self.folder, name, role=role, clusters=clusters, hosts=hosts, days=days, now=at or now())
+
+    def keys(self, name: str, prefix: str = "broker") -> dict[str, object]:
+        """Configuration keys of a party."""
+        home = self.folder / "issued" / name
+        files = {"ca": home / "ca.crt", "cert": home / f"{name}.crt", "key": home / f"{name}.key"}
+        return {f"{prefix}.{key}": str(path) for key, path in files.items()}
+
+
+class Secured:
+    """A mosquitto with the configuration that `configure` makes; entered, it runs."""
+
+    def __init__(self, pki: Pki, place: Place, *, extra: str = "") -> None:
+        self.pki, self.place, self.port, self.extra = pki, place, free_port(), extra
+        self._temporary = tempfile.TemporaryDirectory(prefix="secured-")
+        self.out = Path(self._temporary.name)
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def host(self) -> str:
+        return f"mqtts://localhost:{self.port}"
+
+    def write(self) -> None:
+        data = self.out / "data"
+        data.mkdir(exist_ok=True)
+        listener = Listener(self.port, "127.0.0.1", "", str(data))
+        configure(self.pki.folder, self.out, place=self.place, listener=listener, now=now())
+        # Root's mosquitto would become another user, who cannot read this folder.
+        user = "user root\n" if os.geteuid() == 0 else ""
+        with (self.out / "mosquitto.conf").open("a") as file:
+            file.write(f"{user}{self.extra}")
+
+    async def __aenter__(self) -> Self:
+        self.write()
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+        self._temporary.cleanup()
+
+    async def start(self) -> None:
+        assert MOSQUITTO is not None
+        with (self.out / "log").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                MOSQUITTO, "-c", str(self.out / "mosquitto.conf"), stdout=asyncio.subprocess.DEVNULL, stderr=log
+            )
+        async with asyncio.timeout(START_TIMEOUT_S):
+            await until_listening(self.port)
+
+    async def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            await self._process.wait()
+            self._process = None
+
+    @property
+    def log(self) -> str:
+        """What the broker has said."""
+        return (self.out / "log").read_text("utf-8", errors="replace")
+
+    async def reload(self) -> None:
+        """SIGHUP, and wait until the broker says that it has begun; it finishes before it serves anybody."""
+        assert self._process is not None
+        before = self.log.count("Reloading config")
+        self._process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            await until(lambda: self.log.count("Reloading config") > before)
+
+    def url(self, name: str, *, pki: Pki | None = None) -> str:
+        """The address as `name`, with its own certificate and this broker's CA."""
+        theirs = (pki or self.pki).keys(name)
+        return f"{self.host}?ca={self.pki.folder / 'ca.crt'}&cert={theirs['broker.cert']}&key={theirs['broker.key']}"
+
+    def bus(self, name: str, *, pki: Pki | None = None, **options: Any) -> MqttBus:
+        settings: dict[str, Any] = {"client_id": name, "connect_timeout_s": 10.0, "backoff_cap_s": 0.1}
+        return MqttBus(self.url(name, pki=pki), **(settings | options))

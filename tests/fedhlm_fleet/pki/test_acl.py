@@ -1,0 +1,97 @@
+"""Rights: the generated file allows exactly what the topic table says, for every row, role, cluster and agent."""
+
+from datetime import UTC, datetime
+from itertools import product
+from typing import cast
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedhlm.errors import ConfigError
+from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE
+from fedhlm_fleet.pki.acl import Place, acl
+from fedhlm_fleet.pki.registry import Entry, Issued
+from fedhlm_fleet.pki.roles import CertificateRole
+from tests.fedhlm_fleet.pki.evaluator import Access, Who, allows, expected, matches
+
+MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
+CLUSTERS = ("home", "barn", "c.3")
+AGENTS = ("porch", "attic", "home", "a-1")
+
+clusters_of = st.lists(st.sampled_from(CLUSTERS), min_size=1, max_size=2, unique=True).map(tuple)
+
+
+@st.composite
+def parties(draw: st.DrawFn) -> list[Who]:
+    agents = [Who("agent", name, draw(clusters_of)) for name in draw(st.sets(st.sampled_from(AGENTS)))]
+    edges = [Who("edge", f"edge-{c}", (c,)) for c in draw(st.sets(st.sampled_from(CLUSTERS)))]
+    others = [Who("cloud", "cloud"), Who("client", "desk"), Who("client", "guest", draw(clusters_of))]
+    return [*agents, *edges, *others, Who("observer", "eye"), Who("broker", "mqtt", draw(clusters_of)[:1])]
+
+
+places = st.one_of(
+    st.sampled_from(CLUSTERS).map(lambda cluster: Place("cluster", cluster)),
+    st.sampled_from([Place("cloud"), Place("shared")]),
+)
+
+
+def entry_of(who: Who) -> Entry:
+    issued = Issued(serial="1", not_before=MOMENT, not_after=MOMENT)
+    hosts = ("localhost",) if who.role == "broker" else ()
+    role = cast(CertificateRole, who.role)
+    return Entry(name=who.name, role=role, clusters=who.clusters, hosts=hosts, certificates=(issued,))
+
+
+@settings(max_examples=25)
+@given(parties(), places, st.sampled_from([DEFAULT_ROOT, "x", "my/own/root"]))
+def test_every_row_role_cluster_and_agent_is_as_the_table_says(them: list[Who], place: Place, root: str) -> None:
+    text = acl(map(entry_of, them), place, root)
+    stranger = Who("agent", "nobody", CLUSTERS)
+    accesses: tuple[Access, ...] = ("read", "write")
+    for who, topic, access in product([*them, stranger], TABLE, accesses):
+        for cluster, agent in product(CLUSTERS, (*AGENTS, "nobody")):
+            levels = {k: v for k, v in (("cluster", cluster), ("agent", agent)) if f"{{{k}}}" in topic.pattern}
+            name = topic.name(root, **levels)
+            wanted = who is not stranger and expected(who, access, topic, levels, place.kind, place.cluster)
+            assert allows(text, who.name, access, name) == wanted, (who, access, name, place)
+
+
+@given(parties(), places)
+def test_nobody_reaches_outside_the_root(them: list[Who], place: Place) -> None:
+    text = acl(map(entry_of, them), place)
+    for who in them:
+        for name in (
+            "fedhlm/2/c/home/fl",
+            "$SYS/broker/uptime",
+            "fedhlm/1/c/home",
+            "fedhlm/1/c/home/a/porch/x",
+            "#",
+            "+",
+        ):
+            assert not allows(text, who.name, "write", name)
+            assert not allows(text, who.name, "read", name) or who.role == "observer"
+
+
+def test_a_revoked_party_has_no_block() -> None:
+    good = entry_of(Who("agent", "porch", ("home",)))
+    lost = msgspec.structs.replace(good, certificates=(msgspec.structs.replace(good.newest, revoked=MOMENT),))
+    place = Place("cluster", "home")
+    assert "user porch" in acl([good], place)
+    assert "user porch" not in acl([lost], place)
+
+
+@pytest.mark.parametrize("root", ["", "a/#", "+", "a b", "a/", "/a", "$SYS", "a\nuser porch\ntopic write #"])
+def test_a_root_cannot_smuggle_rights_in(root: str) -> None:
+    with pytest.raises(ConfigError, match="--root"):
+        acl([], Place("shared"), root)
+
+
+def test_the_evaluator_itself_knows_filters() -> None:
+    assert matches("a/+/c", "a/b/c")
+    assert matches("a/#", "a")
+    assert matches("a/#", "a/b/c")
+    assert not matches("a/+", "a")
+    assert not matches("a/+", "a/b/c")
+    assert not matches("a/b", "a/bc")

@@ -1,0 +1,116 @@
+"""`fedhlm simulate`: sums up, names what fails, saves it and runs it again."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud_verifier.batching import Output
+from fedhlm_fleet.cli import main
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.sweep import Plan, Totals, sweep
+
+SMALL = ["--agents", "2", "--tokens", "6", "--prompts", "1"]
+
+
+def test_the_summary_counts_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    code = main(
+        ["simulate", *SMALL, "--seeds", "0..3", "--preset", "exact,llm-only", "--link", "lan,lte", "--json", str(file)]
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "seeds      4, failed 0" in printed
+    figures = json.loads(file.read_text())
+    assert figures["seeds"] == 4
+    assert figures["failed"] == 0
+    assert figures["violations"] == []
+    assert sum(figures["tokens"].values()) >= 4 * 2 * 2
+    assert set(figures["faults"]) == {
+        "drop", "duplicate", "reorder", "spikes", "partition", "crash", "crash-disk", "skew", "slow", "full",
+    }  # fmt: skip
+    assert figures["messages"] > 100
+    assert figures["virtual_hours"] > 0
+    assert "simulated" not in {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_failure_is_named_shrunk_saved_and_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = toy.large_forward
+
+    async def crooked(requests: Sequence[tuple[Any, list[int]]], *, step_s: float = 0.02) -> list[Output]:
+        return [o._replace(logits=-o.logits) for o in await honest(requests, step_s=step_s)]
+
+    with monkeypatch.context() as broken:
+        broken.setattr(toy, "large_forward", crooked)
+        words = ["simulate", *SMALL, "--seeds", "2", "--shrink", "--out", str(tmp_path)]
+        assert main(words) == 1
+        told = capsys.readouterr()
+        assert "VIOLATED   source: 1 seeds" in told.out
+        assert "fedhlm simulate --preset exact --agents 2" in told.err
+        assert "events shrunk to 0 in" in told.err
+        assert "exact: 1 agents in 1 clusters, 1 prompts of 1 tokens" in told.err
+        [path] = tmp_path.iterdir()
+        assert f"fedhlm simulate --again {path}" in told.err
+        assert main(["simulate", "--again", str(path)]) == 1
+        assert "source: token 0 of" in capsys.readouterr().err
+        assert main(words) == 1
+        assert {p.name for p in tmp_path.iterdir()} == {"seed-2.trace", "seed-2-2.trace"}
+        capsys.readouterr()
+    assert main(["simulate", "--again", str(path)]) == 0
+    assert "every invariant holds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--seeds", "5..3"], "--seeds is '5..3'"),
+        (["--seeds", "x"], "--seeds is 'x'"),
+        (["--seeds", "3.."], "--seeds is '3..'"),
+        (["--link", "lan,mars"], "--link is 'mars'"),
+        (["--upstream", "mars"], "--upstream is 'mars'"),
+        (["--faults", "rain"], "--faults is 'rain'"),
+        (["--preset", "exakt"], "did you mean 'exact'"),
+        (["--set", "tokens"], "--set is 'tokens': KEY=VALUE expected"),
+        (["--set", "generation.tau=2"], "generation.tau is '2'"),
+        (["--again", "none.trace"], "none.trace"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", *words]) == 2
+    told = capsys.readouterr().err
+    assert expected in told
+    assert len(told.splitlines()) == 1
+
+
+def test_two_processes_find_what_one_finds() -> None:
+    plan = Plan(presets=("exact", "llm-only"), links=("lte",), agents=2, tokens=6, prompts=1)
+
+    def figures(jobs: int) -> dict[str, object]:
+        totals = Totals()
+        for ended in sweep(plan, range(4), jobs=jobs):
+            totals.add(ended)
+        return totals.figures(0.0)
+
+    assert figures(2) == figures(1)
+
+
+def test_the_command_told_for_a_seed_makes_the_same_scenario() -> None:
+    plan = Plan(presets=("exact", "budget"), links=("lan", "lte"), faults="drop=0.2,crash", deadline_s=2.0)
+    for seed in range(8):
+        scenario = plan.scenario(seed)
+        alone = Plan(
+            presets=(scenario.preset,),
+            links=(plan.link_of(seed),),
+            faults=plan.faults,
+            deadline_s=2.0,
+            settings=scenario.settings,
+        )
+        assert alone.scenario(seed) == scenario
+        assert f"--preset {scenario.preset} " in plan.command(seed)
+        assert all(f"--set {setting}" in plan.command(seed) for setting in scenario.settings)

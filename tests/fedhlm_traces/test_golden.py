@@ -1,0 +1,182 @@
+"""The demo's recordings, decided again: nothing differs today, and what is changed on purpose is found and named."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edge_agent import gate, generation
+from edge_agent import journal as diary
+from edge_agent.events import Observation
+from fedhlm.config import presets
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.errors import TraceError
+from fedhlm.learning.curve import Bins, Curve
+from fedhlm.learning.thresholds import tau_of_budget
+from fedhlm.protocol.messages import Note
+from fedhlm_traces.check.agent import check_agent
+from fedhlm_traces.check.divergence import Divergence
+from fedhlm_traces.check.journals import Life, lives
+from fedhlm_traces.check.run import check_file
+from fedhlm_traces.file import read
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def agents_of(preset: str) -> list[Life]:
+    trace = read(GOLDEN / f"{preset}.trace")
+    return [life for life in lives(trace, trace.header.root) if life.part == "agent"]
+
+
+def differing(preset: str) -> list[Divergence]:
+    return [d for life in agents_of(preset) for d in check_agent(life).divergences]
+
+
+def test_every_preset_has_a_recording_and_nothing_else() -> None:
+    assert sorted(p.stem for p in GOLDEN.glob("*.trace")) == sorted(presets())
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_nothing_is_decided_otherwise_today(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = check_file(GOLDEN / f"{preset}.trace", "all")
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert "all the same" in printed
+    for life in agents_of(preset):
+        assert life.whole, life.complaint
+        assert {note.kind for note in life.notes} >= {"state", "began", "plan", "committed", "ended"}
+
+
+@pytest.mark.parametrize("preset", ["budget", "fedhlm"])
+def test_the_learning_recordings_have_learnt_a_threshold(preset: str) -> None:
+    """Else the tests below could not see a change of how it is learnt."""
+    plans = [n.data for life in agents_of(preset) for n in life.notes if n.kind == "plan"]
+    taus = {diary.unpack(data, diary.Planned).tau for data in plans}
+    assert len(taus) > 2
+    assert max(taus) > 0.2
+
+
+# Changes on purpose
+
+
+def a_looser_bound(patch: pytest.MonkeyPatch) -> None:
+    def looser(evidence: Curve, m: Bins, allowed: float, delta: float) -> float:
+        return tau_of_budget(evidence, m, 1.5 * allowed, delta)
+
+    patch.setattr("edge_agent.learner.tau_of_budget", looser)
+
+
+def at_least_instead_of_above(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(gate.GATES, "threshold", lambda s: lambda u, _position: u > 0.9 * s.threshold)
+
+
+def half_the_harm(patch: pytest.MonkeyPatch) -> None:
+    add = Curve.add
+
+    def halved(self: Curve, score: float, harm: float, weight: float = 1.0) -> None:
+        add(self, score, 0.5 * harm, weight)
+
+    patch.setattr(Curve, "add", halved)
+
+
+def a_doubt_too_high(patch: pytest.MonkeyPatch) -> None:
+    observe = generation.Generation._scored
+
+    def doubting(self: generation.Generation, *given: object) -> Observation:
+        seen = observe(self, *given)  # type: ignore[arg-type]
+        return seen._replace(uncertainty=min(1.0, seen.uncertainty + 0.1))
+
+    patch.setattr(generation.Generation, "_scored", doubting)
+
+
+@pytest.mark.parametrize(
+    ("change", "preset", "word"),
+    [
+        (a_looser_bound, "budget", "tau was"),
+        (half_the_harm, "budget", "tau was"),
+        (a_doubt_too_high, "budget", "tau was"),
+        (at_least_instead_of_above, "u-hlm", "the rule is another"),
+        (at_least_instead_of_above, "fedhlm", "the rule is another"),
+    ],
+)
+def test_a_changed_threshold_rule_is_found_and_named(
+    change: Callable[[pytest.MonkeyPatch], None], preset: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not differing(preset)
+    change(monkeypatch)
+    found = differing(preset)
+    assert found
+    assert any(word in d.why for d in found)
+    token = next(d for d in found if "token " in d.where)
+    assert "u " in token.recorded
+    assert "u " in token.now
+    assert token.recorded != token.now
+
+
+def test_a_changed_acceptance_is_found_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = COUPLINGS["gumbel"]
+
+    def credulous(logits: object, sampling: object, position: int, draft: int | None, law: bytes) -> int:
+        return honest.settle(logits, sampling, position, draft, law) if draft is None else draft  # type: ignore[arg-type]
+
+    monkeypatch.setitem(COUPLINGS, "gumbel", honest._replace(settle=credulous))
+    assert check_file(GOLDEN / "exact.trace", "cloud") == 1
+    printed = capsys.readouterr().out
+    assert "then" in printed
+    assert "stand" in printed
+
+
+def test_an_update_takes_the_decisions_of_now(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = GOLDEN / "budget.trace", tmp_path / "new.trace"
+    a_looser_bound(monkeypatch)
+    assert check_file(old, "agent", update=new) == 1
+    assert check_file(new, "agent") == 0
+    monkeypatch.undo()
+    assert check_file(new, "agent") == 1
+    assert "tau was" in capsys.readouterr().out
+    with pytest.raises(TraceError, match="exists"):
+        check_file(old, "agent", update=new)
+
+
+def test_a_recording_without_journals_is_refused(tmp_path: Path) -> None:
+    from fedhlm_traces.file import Writer
+
+    trace = read(GOLDEN / "hlm.trace")
+    plain = tmp_path / "plain.trace"
+    with Writer(plain, trace.header) as writer:
+        for record in trace:
+            if not record.topic.endswith("/journal"):
+                writer.write(record)
+    with pytest.raises(TraceError, match=r"telemetry\.journal"):
+        check_file(plain)
+
+
+@pytest.mark.parametrize("lost", [1, 100])
+def test_a_life_without_its_beginning_is_passed_over_in_words(lost: int) -> None:
+    life = agents_of("u-hlm")[0]
+    cut = Life(
+        part="agent",
+        name=life.name,
+        levels=life.levels,
+        life=life.life,
+        notes=life.notes[lost:],
+        number=lost,
+        complaint="the recording begins in the middle",
+    )
+    outcome = check_agent(cut)
+    assert outcome.decisions == 0
+    assert outcome.skipped == ["the recording begins in the middle"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_first_notes_of_a_life_are_compared_without_the_rest(share: float) -> None:
+    life = agents_of("exact")[0]
+    notes: list[Note] = life.notes[: int(share * len(life.notes))]
+    cut = Life(part="agent", name=life.name, levels=life.levels, life=life.life, notes=notes, complaint="cut")
+    outcome = check_agent(cut)
+    assert not outcome.divergences
+    assert outcome.decisions > 0

@@ -28,6 +28,8 @@ FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/fedhlm /opt/fedhlm
 COPY --from=build /opt/code /opt/fedhlm
 ENV PATH=/opt/fedhlm/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# Nothing in here speaks to anyone but the broker, whatever imports the libraries.
+ENV ORT_DISABLE_TELEMETRY=1 HF_HUB_DISABLE_TELEMETRY=1 HF_HUB_OFFLINE=1
 # The engine gives a new volume the owner of the folder that it covers.
 RUN install -d -o 10001 -g 10001 -m 0700 /var/lib/fedhlm /run/fedhlm
 USER 10001:10001

@@ -216,7 +216,6 @@ class Decoder:
         import onnxruntime
         from tokenizers import Tokenizer
 
-        onnxruntime.disable_telemetry_events()  # a device says nothing to anyone but its broker
         info = load_info(folder)
         digest = tokenizer_digest(folder)
         try:

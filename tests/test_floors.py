@@ -6,7 +6,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("fedhlm", "edge_agent", "edge_broker", "cloud_verifier", "fedhlm_fleet", "fedhlm_lab", "fedhlm_traces", "fedhlm_zoo")
+PACKAGES = (
+    "fedhlm",
+    "edge_agent",
+    "edge_broker",
+    "cloud_verifier",
+    "fedhlm_fleet",
+    "fedhlm_lab",
+    "fedhlm_traces",
+    "fedhlm_zoo",
+)
 VIOLATIONS = {
     "fedhlm": ("edge_agent", "rich"),
     "edge_agent": ("edge_broker", "torch", "cyclopts"),

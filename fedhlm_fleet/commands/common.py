@@ -22,7 +22,16 @@ def needing(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as exc:
         library = (exc.name or "").partition(".")[0]
-        if library in {"fedhlm", "edge_agent", "edge_broker", "cloud_verifier", "fedhlm_fleet", "fedhlm_lab", "fedhlm_traces", "fedhlm_zoo"}:
+        if library in {
+            "fedhlm",
+            "edge_agent",
+            "edge_broker",
+            "cloud_verifier",
+            "fedhlm_fleet",
+            "fedhlm_lab",
+            "fedhlm_traces",
+            "fedhlm_zoo",
+        }:
             raise
         raise FedhlmError(f"{library!r} is not installed: pip install 'fedhlm[{extra}]'") from exc
 

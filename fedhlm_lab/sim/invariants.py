@@ -19,8 +19,7 @@ from edge_agent.events import Committed, Plan
 from edge_agent.pipeline import Pending
 from edge_agent.result import Job, Result
 from edge_agent.service import PROMPTS_MAX, REQUESTS_REMEMBERED, AgentService
-from edge_broker import memory
-from edge_broker import relay
+from edge_broker import memory, relay
 from edge_broker.service import ASSIGNED_MAX, EdgeService
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.errors import ProtocolError

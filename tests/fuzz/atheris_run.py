@@ -20,7 +20,8 @@ SEEDS: Final = 200
 
 # What is imported in this block is instrumented; the libraries below it are not ours to fuzz.
 with atheris.instrument_imports(
-    include=["fedhlm", "edge_agent", "edge_broker", "cloud_verifier", "fedhlm_traces", "fedhlm_fleet"], enable_loader_override=False
+    include=["fedhlm", "edge_agent", "edge_broker", "cloud_verifier", "fedhlm_traces", "fedhlm_fleet"],
+    enable_loader_override=False,
 ):
     from fedhlm_lab.sim.virtual import VirtualLoop
     from tests.fuzz import mutators

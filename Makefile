@@ -20,7 +20,7 @@ FUZZ := $(VENV)/.fuzz
 # The recordings that tests/fedhlm_traces/test_golden.py decides again: every preset, a few seconds of the demo each.
 GOLDEN := tests/golden
 
-.PHONY: arm64-test golden help demo test lint format models chaos fuzz clean
+.PHONY: arm64-test golden help demo docs test lint format models chaos fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make compose-test [ARGS=compose.plain.yml]  docker-compose.yml on this machine'\''s Docker engine, then nothing left'
 	@echo 'make lint                          the same without pytest'
 	@echo 'make format                        let ruff rewrite'
+	@echo 'make docs                          build the documentation site into build/site'
 	@echo 'make models                        add torch, to train, export and test everything'
 	@echo 'make clean                         remove what make made'
 
@@ -63,6 +64,11 @@ format: $(TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Not --quiet: it hides warnings from --strict as well.
+docs: $(TEST)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo 'open build/site/index.html'
+
 golden: $(DEMO)
 	@mkdir -p $(GOLDEN) && rm -f $(GOLDEN)/*.trace
 	@for preset in $$($(BIN)/fedhlm presets | cut -d ' ' -f 1); do \
@@ -82,7 +88,7 @@ $(DEMO): pyproject.toml constraints.txt $(READY)
 	@touch $@
 
 $(TEST): pyproject.toml constraints.txt $(READY)
-	$(INSTALL) --editable '.[agent,edge,cloud,lab,dev]'
+	$(INSTALL) --editable '.[agent,edge,cloud,lab,docs,dev]'
 	@touch $@
 
 $(FUZZ): $(TEST)

@@ -16,7 +16,7 @@ import numpy as np
 from edge_agent.events import Finish, Observation
 from fedhlm.errors import ConfigError, ProtocolError
 from fedhlm.learning.budget import Budget
-from fedhlm.learning.curve import Curve, isotonic, shrunk
+from fedhlm.learning.curve import Curve, shrunk
 from fedhlm.learning.federation import check_threshold
 from fedhlm.learning.privacy import noised, sigma_for
 from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, tau_of_budget, tau_of_price
@@ -223,14 +223,6 @@ class Learner:
         own = self.curves[measure]
         cluster = self.cluster.get(measure)
         return own, own if cluster is None or cluster.total_weight < own.total_weight else cluster
-
-    def expected_harm(self, measures: Measures) -> Callable[[float], float] | None:
-        """m(u) as far as it is known; None before anything was observed."""
-        _, evidence = self._evidence(measures.draft)
-        if evidence.total_weight == 0.0:
-            return None
-        m = isotonic(evidence)
-        return lambda u: float(m[min(len(m) - 1, int(u * len(m)))])
 
     def due(self, config: Generation, now_s: float) -> bool:
         """Whether this round's contribution should go out."""

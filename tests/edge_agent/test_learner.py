@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.events import Finish, Observation
-from edge_agent.learner import Learner, Measures, measures_of
+from edge_agent.learner import SLACK_RISE, Learner, Measures, Slack, measures_of
 from fedhlm.config import load
 from fedhlm.errors import ProtocolError
-from fedhlm.learning.curve import Curve
-from fedhlm.learning.thresholds import KEEP_NONE
+from fedhlm.learning.curve import Curve, shrunk
+from fedhlm.learning.privacy import sigma_for
+from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
 from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sampling
 from fedhlm.settings import Federation, Generation
 
@@ -257,3 +258,122 @@ def test_a_snapshot_with_a_number_out_of_range_is_refused(place: int, value: flo
     kept[place] = value
     with pytest.raises(ProtocolError):
         learner().restore(msgspec.msgpack.encode(kept))
+
+
+def state_of(threshold: float, control: float = 0.0) -> Learned:
+    return Learned(
+        version=SCHEMA_VERSION, sender="edge", sequence=1, sent_ms=0, round=1, members=2,
+        threshold=PaperThreshold(threshold, 5, control),
+    )  # fmt: skip
+
+
+def paper_round(device: Learner, settings: Generation, observations: list[Observation]) -> PaperThreshold:
+    device.observe(measures_of(settings, SAMPLING, 10), settings, observations)
+    ended = device.contribution(settings, 1.0)
+    assert ended is not None
+    assert ended[0] is not None
+    return ended[0]
+
+
+def test_fedprox_is_anchored_at_the_clusters_threshold_over_several_rounds() -> None:
+    """A device that has moved on since the last state is drawn back to that state, not to where it stands."""
+    settings = config("fedhlm", learning__optimiser="fedprox", learning__gamma=1e-9, learning__proximal=5,
+                      learning__learning_rate=0.1, learning__decay=0)  # fmt: skip
+    device = learner()
+    device.learned(state_of(0.2))
+    device.threshold = 0.6
+    assert paper_round(device, settings, [seen(0.9, 0.5)]).threshold == pytest.approx(0.6 + 0.1 * 5.0 * (0.2 - 0.6))
+
+
+def test_scaffold_uses_the_control_that_the_cluster_sent() -> None:
+    settings = config("fedhlm", learning__optimiser="scaffold", learning__gamma=1e-9, learning__learning_rate=0.1,
+                      learning__decay=0)  # fmt: skip
+    device = learner()
+    device.learned(state_of(0.5, control=0.3))
+    assert paper_round(device, settings, [seen(0.9, 0.5)]).threshold == pytest.approx(0.5 - 0.1 * 0.3)
+
+
+def test_the_published_rate_diminishes_round_by_round() -> None:
+    """eta_t = eta / (1 + decay t) with t the device's round: equal observations move the threshold less and less."""
+    settings = config("fedhlm", learning__decay=1.0, learning__learning_rate=0.001)
+    moves = []
+    device = learner()
+    for _ in range(4):
+        device.threshold = 0.5
+        moves.append(paper_round(device, settings, [seen(0.5, 0.0)] * 5).threshold - 0.5)
+    assert moves[0] > 0.0
+    assert [move / moves[0] for move in moves] == pytest.approx([1.0, 1 / 2, 1 / 3, 1 / 4])
+
+
+def test_the_published_loss_is_over_transmitted_tokens() -> None:
+    settings = config("fedhlm")
+    sent, kept = [seen(0.9, 1.0)] * 3, [seen(0.1, 0.0, skipped=True)] * 50
+    alone, mixed = learner(), learner()
+    expected = paper_round(alone, settings, sent)
+    found = paper_round(mixed, settings, [*kept, *sent])
+    assert (found.count, found.threshold) == (3, expected.threshold)
+
+
+def test_privacys_noise_covers_a_token_that_is_in_both_curves() -> None:
+    """A token changes the drafts' curve and the peers' curve, so each gets the noise of a sensitivity sqrt(2) as large."""
+    settings, releases = config(), 3
+    device = learner(epsilon=50.0, releases=releases)
+    device._rng = np.random.default_rng(5)
+    measures = measures_of(settings, SAMPLING, 10)
+    many = 10_000.0
+    for name in (measures.draft, measures.peers):
+        device.curves[name] = Curve(*np.full((4, 64), many))
+    errors = []
+    for _ in range(releases):
+        ended = device.contribution(settings, 1.0)
+        assert ended is not None
+        errors += [Curve.from_bytes(data).seen - many for data in ended[1].values()]
+    deviation = float(np.concatenate(errors).std())
+    assert deviation == pytest.approx(2.0**0.5 * sigma_for(50.0, device._federation.delta, releases), rel=0.15)
+
+
+def tau_with_budget(settings: Generation, device: Learner, budget: float, confidence: float | None = None) -> float:
+    """What the device's own curve allows at a budget: the oracle of the rules that change the budget."""
+    curve = device.curves[measures_of(settings, SAMPLING, 10).draft]
+    m = shrunk(curve, curve, settings.learning.shrinkage)
+    return tau_of_budget(curve, m, budget, 1.0 - (confidence or settings.confidence))
+
+
+def test_peers_have_a_share_of_the_budget_to_themselves() -> None:
+    """What peers may cost is not spent by the threshold: their share is taken off before."""
+    settings = config(consensus__error_share=0.5)
+    device = learner()
+    measures = teach(device, settings, 3_000)
+    assert device.tau(measures, settings) == tau_with_budget(settings, device, settings.budget * 0.5)
+    alone = config(peers="none", consensus__error_share=0.5)
+    lonely = learner()
+    measures = teach(lonely, alone, 3_000)
+    assert lonely.tau(measures, alone) == tau_with_budget(alone, lonely, alone.budget)
+    assert lonely.tau(measures, alone) > tau_with_budget(alone, lonely, alone.budget * 0.5)
+
+
+def test_slack_follows_what_blocks_verify_for_nothing_slowly_upwards_and_at_once_downwards() -> None:
+    slack = Slack()
+    for _ in range(3):
+        slack.update(eligible=100, skipped=25)
+    assert 1.0 < slack.factor <= SLACK_RISE**3 + 1e-12
+    for _ in range(200):
+        slack.update(eligible=100, skipped=25)
+    assert slack.factor == pytest.approx(4.0)
+    before = slack.factor
+    for _ in range(200):
+        slack.update(eligible=100, skipped=100)
+        assert slack.factor <= before + 1e-12
+        before = slack.factor
+    assert slack.factor == pytest.approx(1.0, abs=1e-3)
+
+
+def test_slack_loosens_the_threshold() -> None:
+    """Half of the tokens below tau are verified for nothing, so twice the curve's cost keeps the budget."""
+    settings = config(peers="none")
+    device = learner()
+    measures = teach(device, settings, 3_000)
+    for _ in range(200):
+        kept = [seen(0.1, 0.0, skipped=True)] * 5 + [seen(0.1, 0.0)] * 5
+        finish(device, settings, kept, tau=0.5)
+    assert device.tau(measures, settings) == tau_with_budget(settings, device, settings.budget * 2.0)

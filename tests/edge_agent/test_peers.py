@@ -135,3 +135,20 @@ def test_wrong_hits_stop_it_too() -> None:
     for _ in range(500):
         view.learn(settings, wrong, None)
     assert not view.asks(settings, NEVER)
+
+
+def test_a_match_exactly_as_near_as_asked_for_is_a_hit() -> None:
+    """The border belongs to the hit, for what settles, for what is counted and for what replaces a draft."""
+    view = peers((1, 7))
+    match = view.memory.nearest(np.frombuffer(key(1), np.int8), 1)
+    assert match is not None
+    border, beyond = match.similarity, float(np.nextafter(match.similarity, 2.0))
+    for theta, hit in ((border, True), (beyond, False)):
+        settings = config(consensus__votes=1, consensus__replace=min(1.0, theta))
+        agreed = view.consult(settings, theta)(draft(7, 1))
+        assert agreed is not None
+        assert agreed.adopt is hit
+        differed = view.consult(settings, theta)(draft(8, 1))
+        assert differed is not None
+        assert (differed.token, differed.source) == (7, None)
+        assert differed.adopt is hit

@@ -309,3 +309,16 @@ def test_a_block_with_very_many_doubts_goes_to_the_cloud() -> None:
     memory.doubt("a", doubt(*((10 + i, 7, key(0)) for i in range(module.DOUBTFUL_MAX + 1))))
     assert memory.answer("a", block([7] * module.DOUBTFUL_MAX), VOCAB) == Answer(module.DOUBTFUL_MAX, "peer")
     assert memory.answer("a", block([7] * (module.DOUBTFUL_MAX + 1)), VOCAB) is None
+
+
+def test_a_neighbour_exactly_as_near_as_asked_for_settles() -> None:
+    memory = cluster((key(0), 7))
+    memory.doubt("a", doubt((10, 7, key(0))))
+    assert memory.answer("a", block([7], similarity=1.0), VOCAB) == Answer(1, "peer")
+    memory = cluster((np.array([100, 75, 0, 0], np.int8).tobytes(), 7))
+    memory.doubt("a", doubt((10, 7, key(0))))
+    cosine = float(np.float32(100.0) * np.float32(127.0) / (np.float32(125.0) * np.float32(127.0)))
+    assert cosine == pytest.approx(0.8)
+    found = memory.answer("a", block([7], similarity=cosine), VOCAB)
+    assert found == Answer(1, "peer")
+    assert memory.answer("a", block([7], similarity=float(np.nextafter(cosine, 2.0))), VOCAB) is None

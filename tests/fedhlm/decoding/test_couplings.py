@@ -305,3 +305,30 @@ def test_any_bytes_that_split_can_be_settled(name: str, laws: bytes, size: int) 
     sampling = Sampling(seed=1, coupling=name)
     for token in (0, size - 1):
         assert 0 <= coupling.settle(logits(1, size), sampling, 1, token, part) < size
+
+
+@given(st.integers(0, 2**31), st.floats(0.2, 3.0))
+def test_a_greedy_draft_reports_the_slms_own_probability(seed: int, temperature: float) -> None:
+    """beta of FedHLM [3] compares p(d) with the softmax of the SLM, although the proposal is a point mass."""
+    row = logits(seed)
+    weights = np.exp((row - row.max()) / temperature)
+    expected = float(weights.max() / weights.sum())
+    drawn = COUPLINGS["greedy"].draft(row, Sampling(seed=1, temperature=temperature), 0)
+    assert drawn.token == int(np.argmax(row))
+    assert drawn.prob == pytest.approx(expected, rel=1e-9)
+    assert drawn.prob < 1.0
+
+
+@pytest.mark.parametrize("name", ["published-cu", "published-cu-online"])
+def test_published_cu_draws_from_the_whole_law(name: str) -> None:
+    """The published bias: the draft comes from q, also where x-hat, which it is tested against, is flat."""
+    size, count = 64, DRAWS
+    row = logits(3, size, spread=0.3)
+    sampling = Sampling(seed=11, temperature=1.0)
+    q = law(row, sampling)
+    drawn = np.bincount([COUPLINGS[name].draft(row, sampling, t).token for t in range(count)], minlength=size)
+    top = np.argsort(-q)[:30]
+    share, expected = 1.0 - drawn[top].sum() / count, 1.0 - float(q[top].sum())
+    assert expected > 0.2
+    assert share == pytest.approx(expected, abs=0.05)
+    assert chi_square(drawn, q) < size + 4.0 * (2.0 * size) ** 0.5

@@ -1,5 +1,6 @@
 """Every form in which a draft law travels comes back as a law, keeps its bound, and refuses what is none."""
 
+import itertools
 import math
 
 import numpy as np
@@ -185,3 +186,19 @@ def test_online_k_of_even_certain_and_heavy_tailed_laws() -> None:
     heavy /= heavy.sum()
     unsure, sure = (online_k(heavy, draft_prob=float(heavy[0]), uncertainty=u) for u in (1.0, 0.0))
     assert 30 < sure <= unsure < 5_000
+
+
+def test_tokens_that_are_rounded_alike_give_way_from_the_first() -> None:
+    """Halves are rounded up and the sum is repaired from the lowest id on, so every device has the same lattice law."""
+    assert quantise(np.array([0.5, 0.5]), 2, 5).counts.tolist() == [2, 3]
+    assert quantise(np.full(4, 0.25), 4, 6).counts.tolist() == [1, 1, 2, 2]
+
+
+@given(st.integers(0, 2**31), st.integers(2, 5), st.integers(2, 9))
+def test_no_lattice_law_is_nearer(seed: int, size: int, resolution: int) -> None:
+    q = random_law(seed, size)
+    found = quantise(q, size, resolution).counts / resolution
+    bars = itertools.combinations(range(resolution + size - 1), size - 1)
+    points = (np.diff([-1, *bar, resolution + size - 1]) - 1 for bar in bars)
+    best = min(float(np.abs(point / resolution - q).sum()) for point in points)
+    assert float(np.abs(found - q).sum()) == pytest.approx(best, abs=1e-12)

@@ -141,3 +141,20 @@ def test_every_form_knows_a_certain_from_an_open_law(name: str) -> None:
     doubt = UNCERTAINTIES[name]
     assert doubt(np.array([300.0, *[0.0] * 99]), 0, SAMPLING, 1) < 0.01
     assert doubt(np.zeros(100), 0, SAMPLING, 1) > 0.8
+
+
+def test_the_softening_temperatures_reach_up_to_two() -> None:
+    """The published form draws T from (0, 2]; the expectation here is a Riemann sum written without the module's constants."""
+    logits = np.array([1.0, 0.5, -0.5, -2.0])
+    grid = (np.arange(20_000) + 0.5) / 20_000 * 2.0
+    mean = float(np.mean([softmax(logits / t)[0] for t in grid]))
+    assert closed_form(logits, 0) == pytest.approx(1.0 - mean, abs=1e-3)
+
+
+def test_k_sample_draws_twenty_times() -> None:
+    """Twenty draws of an even coin: the share has a variance of 1/80 and takes odd twentieths as often as even ones."""
+    even = np.zeros(2)
+    shares = np.array([k_sample(even, 0, Sampling(seed=seed), 0) for seed in range(2_000)])
+    assert float(shares.var()) == pytest.approx(1.0 / 80.0, rel=0.15)
+    odd = np.rint(shares * 20.0).astype(int) % 2
+    assert 0.4 < float(odd.mean()) < 0.6

@@ -334,3 +334,20 @@ def test_optimisers_agree_on_one_token_and_one_step() -> None:
         for name in ("fedavg", "fedprox", "fednova")
     ]
     assert all(a == pytest.approx(b, abs=1e-12) for a, b in itertools.pairwise(ends))
+
+
+def test_fedprox_pulls_towards_the_global_threshold_from_either_side() -> None:
+    """mu/2 (tau - global)^2 (Li et al. 2020): without other forces the step is rate mu (global - local)."""
+    settings = PaperSettings(mu=2.0, learning_rate=0.1, gamma=0.0, optimiser="fedprox")
+    pairs = np.array([[0.5, 0.5]])
+    for start, anchor in ((0.4, 0.8), (0.8, 0.4)):
+        moved = OPTIMISERS["fedprox"](pairs, start, anchor, 0.0, 0.0, 0, settings)
+        assert moved.threshold == pytest.approx(start + 0.1 * 2.0 * (anchor - start))
+
+
+def test_scaffold_corrects_by_the_difference_of_the_controls() -> None:
+    """Karimireddy et al. 2020: the step is against gradient - c_k + c."""
+    settings = PaperSettings(learning_rate=0.1, gamma=0.0, optimiser="scaffold")
+    pairs = np.array([[0.5, 0.5]])
+    moved = OPTIMISERS["scaffold"](pairs, 0.5, 0.9, 0.7, 0.2, 0, settings)
+    assert moved.threshold == pytest.approx(0.5 - 0.1 * (0.0 - 0.7 + 0.2))

@@ -1,0 +1,195 @@
+"""Changes of important rules, each of which must turn at least one test of its room red (`python -m tests.mutants.run`).
+
+A change is a text that occurs once in a file and what takes its place. What stands here was once let through by all tests.
+"""
+
+from typing import Final, NamedTuple
+
+
+class Change(NamedTuple):
+    """One rule changed: `before` stands once in `file`; `tests` are the files that notice."""
+
+    rule: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+_LEARNER = ("tests/edge_agent/test_learner.py",)
+_GATE = ("tests/edge_agent/test_gate.py",)
+_DOUBT = ("tests/fedhlm/decoding/test_uncertainty.py",)
+_COUPLINGS = ("tests/fedhlm/decoding/test_couplings.py",)
+_THRESHOLDS = ("tests/fedhlm/learning/test_thresholds.py",)
+
+CHANGES: Final = (
+    Change(
+        "peers' similarity, agent",
+        "edge_agent/peers.py",
+        "agrees and match.similarity >= theta",
+        "agrees and match.similarity > theta",
+        ("tests/edge_agent/test_peers.py",),
+    ),
+    Change(
+        "peers' similarity for another token, agent",
+        "edge_agent/peers.py",
+        "match.similarity >= consensus.replace",
+        "match.similarity > consensus.replace",
+        ("tests/edge_agent/test_peers.py",),
+    ),
+    Change(
+        "peers' similarity, edge",
+        "edge_broker/memory.py",
+        "match.similarity < hints.similarity",
+        "match.similarity <= hints.similarity",
+        ("tests/edge_broker/test_memory.py",),
+    ),
+    Change(
+        "k-sample draws",
+        "fedhlm/decoding/uncertainty.py",
+        "K_SAMPLES: Final = 20",
+        "K_SAMPLES: Final = 10",
+        _DOUBT,
+    ),
+    Change(
+        "closed form's temperatures",
+        "fedhlm/decoding/uncertainty.py",
+        "TEMPERATURE_MAX: Final = 2.0",
+        "TEMPERATURE_MAX: Final = 1.0",
+        _DOUBT,
+    ),
+    Change(
+        "greedy draft's probability",
+        "fedhlm/decoding/couplings.py",
+        'return Draft(token, probability(scores(logits, sampling.temperature, sampling.top_p), token), b"")',
+        'return Draft(token, 1.0, b"")',
+        _COUPLINGS,
+    ),
+    Change(
+        "lattice rounding",
+        "fedhlm/decoding/laws.py",
+        "np.floor(wanted + 0.5)",
+        "np.floor(wanted)",
+        ("tests/fedhlm/decoding/test_laws.py",),
+    ),
+    Change(
+        "published-cu's draft",
+        "fedhlm/decoding/couplings.py",
+        "return Draft(token, prob, encode_top_k(q, order[:k]))",
+        "cut = encode_top_k(q, order[:k])\n"
+        "        return _draft_from(decode_top_k(cut, len(logits)), cut, sampling, position)",
+        _COUPLINGS,
+    ),
+    Change(
+        "FedProx's anchor",
+        "fedhlm/learning/thresholds.py",
+        "settings.mu * (tau - global_threshold)",
+        "settings.mu * (tau - local)",
+        _THRESHOLDS,
+    ),
+    Change(
+        "FedProx's anchor, as it is passed",
+        "edge_agent/learner.py",
+        "local if self._global_threshold is None else self._global_threshold,",
+        "local,",
+        _LEARNER,
+    ),
+    Change(
+        "SCAFFOLD's server control",
+        "fedhlm/learning/thresholds.py",
+        "gradient - client_control + server_control",
+        "gradient - client_control",
+        _THRESHOLDS,
+    ),
+    Change(
+        "SCAFFOLD's server control, as it is passed",
+        "edge_agent/learner.py",
+        "            self._server_control,\n            self.round,",
+        "            0.0,\n            self.round,",
+        _LEARNER,
+    ),
+    Change(
+        "paper-fl's round",
+        "edge_agent/learner.py",
+        "            self._server_control,\n            self.round,",
+        "            self._server_control,\n            0,",
+        _LEARNER,
+    ),
+    Change(
+        "paper-fl's tokens",
+        "edge_agent/learner.py",
+        "if not seen.skipped and len(self._pairs)",
+        "if len(self._pairs)",
+        _LEARNER,
+    ),
+    Change(
+        "noise of tokens in two curves",
+        "edge_agent/learner.py",
+        "sigma = math.sqrt(2.0) * sigma_for",
+        "sigma = 1e-3 * sigma_for",
+        _LEARNER,
+    ),
+    Change(
+        "the audit's coin",
+        "edge_agent/driver.py",
+        "AUDIT_STREAM) < measures.audit",
+        "AUDIT_STREAM) < 0.0",
+        ("tests/edge_agent/test_driver.py",),
+    ),
+    Change(
+        "the audit's probability",
+        "edge_agent/driver.py",
+        "AUDIT_STREAM) < measures.audit",
+        "AUDIT_STREAM) < measures.audit / 2.0",
+        ("tests/edge_agent/test_driver.py",),
+    ),
+    Change(
+        "slack ignored",
+        "edge_agent/learner.py",
+        "config.budget * self._slack[_kind(measures)].factor",
+        "config.budget",
+        _LEARNER,
+    ),
+    Change(
+        "slack's rise",
+        "edge_agent/learner.py",
+        "SLACK_RISE * self.factor",
+        "1e9 * self.factor",
+        _LEARNER,
+    ),
+    Change(
+        "peers' share of the budget",
+        "edge_agent/learner.py",
+        "share = 1.0 - config.consensus.error_share",
+        "share = 1.0",
+        _LEARNER,
+    ),
+    Change(
+        "the threshold's border",
+        "edge_agent/gate.py",
+        "uncertainty > settings.threshold",
+        "uncertainty >= settings.threshold",
+        _GATE,
+    ),
+    Change(
+        "the random gate's probability",
+        "edge_agent/gate.py",
+        "GATE_STREAM) < settings.probability",
+        "GATE_STREAM) >= settings.probability",
+        _GATE,
+    ),
+    Change(
+        "streams shared",
+        "fedhlm/decoding/sampling.py",
+        "AUDIT_STREAM = range(7)",
+        "AUDIT_STREAM = (0, 1, 2, 3, 4, 5, 4)",
+        _GATE,
+    ),
+    Change(
+        "a stream with two users",
+        "edge_agent/gate.py",
+        "uniform(settings.seed, position, GATE_STREAM)",
+        "uniform(settings.seed, position, 2)",
+        _GATE,
+    ),
+)

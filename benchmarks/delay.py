@@ -22,6 +22,7 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Output, Presence, Prompt
 from fedhlm.telemetry import Counters
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import with_agent_model, with_cloud_model
 
 VARIANTS = {
     "hlm (blocking, 1 token)": {"preset": "hlm"},
@@ -78,8 +79,8 @@ async def measure(round_trip_s: float, flags: dict[str, str], prompts: int, toke
         far = load(environ={}, flags={**common, "broker.url": f"mqtt://127.0.0.1:{slow_port}"})
         tasks = [
             asyncio.create_task(edge.run(near.config, Counters())),
-            asyncio.create_task(cloud.run(near.config, Counters())),
-            asyncio.create_task(agent.run(far, Counters())),
+            asyncio.create_task(cloud.run(with_cloud_model(near).config, Counters())),
+            asyncio.create_task(agent.run(with_agent_model(far), Counters())),
         ]
         bus = await stack.enter_async_context(MqttBus(broker.url, client_id="bench", connect_timeout_s=10.0))
         await bus.subscribe(topics.OUTPUT.name(cluster="+", agent="+"), topics.EDGE_STATUS.name(cluster="+"),

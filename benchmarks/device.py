@@ -14,8 +14,8 @@ from edge_agent.model import Slm
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder, Request
 from fedhlm.decoding.uncertainty import closed_form
-from fedhlm.process.run import model_folder
 from fedhlm.protocol.messages import Sampling
+from fedhlm_zoo.shipped import model_folder
 
 TOKENS = 128
 ROUNDS = 5
@@ -29,7 +29,7 @@ from edge_agent.service import AgentService
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.bus.interface.mqtt import MqttBus
 from fedhlm.protocol.messages import Sampling
-from fedhlm.process.run import model_folder
+from fedhlm_zoo.shipped import model_folder
 slm = Slm(Decoder.load(model_folder("", "slm"), threads=1))
 slm.draft([0, 5, 6], Sampling(seed=1))
 seconds = time.perf_counter() - began

@@ -16,9 +16,9 @@ from edge_agent.model import Slm
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Cache, Decoder, Request
 from fedhlm.decoding.tree import Branch
-from fedhlm.process.run import model_folder
 from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import model_folder
 
 Draft = tuple[list[int], Sequence[Branch]]
 DELAY_WEIGHT = 0.1  # of the newest round in the running mean of the delay

@@ -13,7 +13,7 @@ from fedhlm.config import Loaded
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import bus_of, diary_of, model_folder, serve
+from fedhlm.process.run import bus_of, configured_folder, journal_of, serve
 from fedhlm.process.state import store_of
 from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import fingerprint_of
@@ -30,9 +30,8 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     """Serve until cancelled."""
     notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
-    decoder = Decoder.load(
-        model_folder(config.cloud.model, "llm"), threads=config.cloud.threads, providers=config.cloud.providers
-    )
+    folder = configured_folder(config.cloud.model, key="cloud.model")
+    decoder = Decoder.load(folder, threads=config.cloud.threads, providers=config.cloud.providers)
     info = decoder.info
     fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
     stamp = Stamp(NAME)
@@ -54,7 +53,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     async with engine_of(decoder) as engine:
         service = CloudService(
             party=Party(
-                bus=bus, stamp=stamp, counters=counters, root=config.broker.root, diary=diary_of(config.telemetry)
+                bus=bus, stamp=stamp, counters=counters, root=config.broker.root, journal=journal_of(config.telemetry)
             ),
             engine=engine,
             sessions=sessions,

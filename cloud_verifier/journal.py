@@ -6,7 +6,7 @@ from fedhlm.protocol.messages import Fingerprint
 from fedhlm.settings import Federation
 
 
-class Life(msgspec.Struct, frozen=True, kw_only=True):
+class CloudStart(msgspec.Struct, frozen=True, kw_only=True):
     """How a cloud began (note "state"): its model, its limits, its federation's settings and sums."""
 
     root: str

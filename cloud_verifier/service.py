@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from cloud_verifier.batching import Batcher, Done, Job, Output
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.journal import Life
+from cloud_verifier.journal import CloudStart
 from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verifier import Settled
 from fedhlm.bus.party import Party
@@ -91,8 +91,8 @@ class CloudService:
         self._assign_s = assign_s
         self._in_thread = in_thread
         self._saver = rounds.Saver(store, {FEDERATION_FILE: self.coordinator.members})
-        if party.diary is not None:
-            life = Life(
+        if party.journal is not None:
+            life = CloudStart(
                 root=party.root,
                 fingerprint=sessions.fingerprint,
                 eos_ids=sessions.eos_ids,
@@ -102,7 +102,7 @@ class CloudService:
                 federation=self.coordinator.members.federation,
                 members=self.coordinator.members.snapshot(),
             )
-            party.diary.note("state", "cloud", msgspec.msgpack.encode(life))
+            party.journal.note("state", "cloud", msgspec.msgpack.encode(life))
 
     async def subscribe(self) -> None:
         """To be called before the bus connects, so that the cloud is not online before it hears."""
@@ -129,9 +129,7 @@ class CloudService:
                 group.create_task(self._announce(), name="cloud-announce")
                 group.create_task(self._regroup(), name="cloud-regroup")
                 group.create_task(self._saver.keep(self._in_thread), name="cloud-save")
-                if (diary := self._party.diary) is not None:
-                    journal = diary.keep(self._party, topics.CLOUD_JOURNAL, dict)
-                    group.create_task(journal, name="cloud-journal")
+                group.create_task(self._party.keep_journal(topics.CLOUD_JOURNAL, dict), name="cloud-journal")
         finally:
             self._saver.write()
 
@@ -182,8 +180,8 @@ class CloudService:
 
     async def end_round(self) -> None:
         """Close the round of the federation and tell the edges."""
-        if self._party.diary is not None:
-            self._party.diary.note("round", at_s=self._clock_s())
+        if self._party.journal is not None:
+            self._party.journal.note("round", at_s=self._clock_s())
         self._counters.add("rounds")
         self.coordinator.members.close()
         await self._send_learned()

@@ -24,7 +24,7 @@ from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import bus_of, diary_of, model_folder, serve
+from fedhlm.process.run import bus_of, configured_folder, journal_of, serve
 from fedhlm.process.state import store_of
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Prompt
@@ -39,7 +39,7 @@ async def run(
     """Serve until cancelled, or until `prompt` is answered; exit status 1 when its answer is an error."""
     notifier = notifier or Notifier()
     config = loaded.config
-    folder = model_folder(config.agent.model, "slm")
+    folder = configured_folder(config.agent.model, key="agent.model")
     decoder = Decoder.load(folder, threads=config.agent.threads, providers=config.agent.providers)
     info = decoder.info
     fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
@@ -60,7 +60,7 @@ async def run(
 
     # A service waits for its broker as long as it takes; a command line, or a second connection, does not.
     bus = open_bus(cluster, None) if prompt is None else open_bus(cluster)
-    party = Party(bus=bus, stamp=stamp, counters=counters, root=root, diary=diary_of(config.telemetry))
+    party = Party(bus=bus, stamp=stamp, counters=counters, root=root, journal=journal_of(config.telemetry))
     projection = load_projection(folder, info.hidden_size)
     consensus = config.generation.consensus
     rng = np.random.default_rng()

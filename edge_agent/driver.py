@@ -31,7 +31,7 @@ from edge_agent.events import (
 from edge_agent.gate import GATES, Settings
 from edge_agent.generation import Generation
 from edge_agent.growth import RANKS, Budget, Delay
-from edge_agent.journal import Ended, Life, Notes, Planned
+from edge_agent.journal import AgentStart, Ended, Notes, Planned
 from edge_agent.learner import Learner, measures_of
 from edge_agent.membership import Membership
 from edge_agent.model import Drafter, Drawn
@@ -183,7 +183,7 @@ class Agent:
     def note_life(self, federation: Federation, consensus: Consensus) -> None:
         """Begin the journal, if one is kept: what this agent is made of, and what it has learnt in earlier lives."""
         self._notes.life(
-            lambda: Life(
+            lambda: AgentStart(
                 name=self.name,
                 cluster=self.cluster,
                 root=self.party.root,

@@ -30,7 +30,7 @@ _EVENTS: Final[dict[str, Any]] = {
 }
 
 
-class Life(msgspec.Struct, frozen=True, kw_only=True):
+class AgentStart(msgspec.Struct, frozen=True, kw_only=True):
     """How an agent began (note "state"): what it is made of, and its learner's snapshot (empty: it knew nothing)."""
 
     name: str
@@ -77,7 +77,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     error: str
 
 
-def pack(fact: Life | Began | Planned | Ended | Judged | list[Committed] | Event) -> bytes:
+def pack(fact: AgentStart | Began | Planned | Ended | Judged | list[Committed] | Event) -> bytes:
     """The data of a note."""
     return msgspec.msgpack.encode(fact)
 
@@ -115,21 +115,21 @@ class Notes:
     def __init__(self, party: Party) -> None:
         self._party = party
 
-    def life(self, fact: Callable[[], Life]) -> None:
+    def life(self, fact: Callable[[], AgentStart]) -> None:
         """The first note of all."""
-        if self._party.diary is not None:
-            self._party.diary.note("state", "agent", pack(fact()))
+        if self._party.journal is not None:
+            self._party.journal.note("state", "agent", pack(fact()))
 
     def began(self, session: int, job: Job, prompt: list[int], *, link_up: bool, now_s: float) -> None:
         """A generation begins."""
-        if self._party.diary is not None:
+        if self._party.journal is not None:
             protocol = self._party.bus.protocol or "5"
             fact = Began(session=session, protocol=protocol, link_up=link_up, prompt=list(prompt), **job._asdict())
-            self._party.diary.note("began", str(session), pack(fact), at_s=now_s)
+            self._party.journal.note("began", str(session), pack(fact), at_s=now_s)
 
     def write(
         self, kind: Kind, fact: Planned | Ended | Judged | list[Committed] | Event, at_s: float | None = None
     ) -> None:
         """Anything else."""
-        if self._party.diary is not None:
-            self._party.diary.note(kind, type(fact).__name__, pack(fact), at_s=at_s)
+        if self._party.journal is not None:
+            self._party.journal.note(kind, type(fact).__name__, pack(fact), at_s=at_s)

@@ -11,7 +11,6 @@ from edge_agent.connection import Connection
 from edge_agent.driver import Agent
 from edge_agent.events import Committed
 from edge_agent.result import Job, Result
-from fedhlm.bus.journal import Diary
 from fedhlm.config import Loaded
 from fedhlm.decoding.text import TextStream, encode_prompt
 from fedhlm.errors import BusError, FedhlmError, ProtocolError
@@ -102,14 +101,13 @@ class AgentService:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._receive(), name="agent-receive")
             group.create_task(self._serve(), name="agent-serve")
-            if self.agent.party.diary is not None:
-                group.create_task(self._keep_journal(self.agent.party.diary), name="agent-journal")
+            group.create_task(self._keep_journal(), name="agent-journal")
             if self._connection is not None:
                 group.create_task(self._renew(self._connection), name="agent-renew")
 
-    async def _keep_journal(self, diary: Diary) -> None:
+    async def _keep_journal(self) -> None:
         agent = self.agent
-        await diary.keep(agent.party, topics.AGENT_JOURNAL, lambda: {"cluster": agent.cluster, "agent": agent.name})
+        await agent.party.keep_journal(topics.AGENT_JOURNAL, lambda: {"cluster": agent.cluster, "agent": agent.name})
 
     async def _receive(self) -> None:
         party = self.agent.party

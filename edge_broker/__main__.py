@@ -12,7 +12,7 @@ from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.config import Loaded
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import bus_of, diary_of, serve
+from fedhlm.process.run import bus_of, journal_of, serve
 from fedhlm.process.state import store_of
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import encode
@@ -43,13 +43,13 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
         down_bus = bus_of(
             broker, client_id=name, will=will, on_link=notifier.link("the cluster's broker", then=to_announce.set)
         )
-        diary = diary_of(config.telemetry)
-        down = Party(bus=down_bus, stamp=stamp, counters=counters, root=broker.root, diary=diary)
+        journal = journal_of(config.telemetry)
+        down = Party(bus=down_bus, stamp=stamp, counters=counters, root=broker.root, journal=journal)
         up = down
         if config.edge.upstream.url:
             to_cloud = notifier.link("the cloud's broker", needed=False)
             up_bus = bus_of(config.edge.upstream, client_id=name, key="edge.upstream", on_link=to_cloud)
-            up = Party(bus=up_bus, stamp=stamp, counters=counters, root=config.edge.upstream.root, diary=diary)
+            up = Party(bus=up_bus, stamp=stamp, counters=counters, root=config.edge.upstream.root, journal=journal)
         service = EdgeService(
             cluster=cluster,
             down=down,

@@ -5,7 +5,7 @@ import msgspec
 from fedhlm.settings import Federation
 
 
-class Life(msgspec.Struct, frozen=True, kw_only=True):
+class EdgeStart(msgspec.Struct, frozen=True, kw_only=True):
     """How an edge began (note "state"): its settings, and the snapshots of its sums and of its verified tokens."""
 
     cluster: str

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from edge_broker.journal import Life
+from edge_broker.journal import EdgeStart
 from edge_broker.memory import DIGEST_MAX, Answer, ClusterMemory
 from edge_broker.relay import Relay
 from fedhlm.bus.party import Party, Received, presence
@@ -110,8 +110,8 @@ class EdgeService:
             f"edge-{cluster}.memory": self.memory,
         }
         self._saver = rounds.Saver(store, kept)
-        if down.diary is not None:
-            life = Life(
+        if down.journal is not None:
+            life = EdgeStart(
                 cluster=cluster,
                 down_root=down.root,
                 up_root=up.root,
@@ -122,7 +122,7 @@ class EdgeService:
                 members=self.members.snapshot(),
                 memory=self.memory.snapshot(),
             )
-            down.diary.note("state", "edge", msgspec.msgpack.encode(life))
+            down.journal.note("state", "edge", msgspec.msgpack.encode(life))
 
     async def subscribe(self) -> None:
         """To be called before the buses connect, so that nobody hears of the edge before it hears them."""
@@ -158,9 +158,8 @@ class EdgeService:
                 group.create_task(self._send_digests(), name="edge-digests")
                 group.create_task(rounds_made, name="edge-rounds")
                 group.create_task(self._saver.keep(self._in_thread), name="edge-save")
-                if (diary := self._down.diary) is not None:
-                    journal = diary.keep(self._down, topics.EDGE_JOURNAL, lambda: {"cluster": self.cluster})
-                    group.create_task(journal, name="edge-journal")
+                journal = self._down.keep_journal(topics.EDGE_JOURNAL, lambda: {"cluster": self.cluster})
+                group.create_task(journal, name="edge-journal")
         finally:
             self._saver.write()
 
@@ -319,8 +318,8 @@ class EdgeService:
 
     async def end_round(self) -> None:
         """Close the round of the federation, tell the cluster and, where it has grown, the cloud."""
-        if self._down.diary is not None:
-            self._down.diary.note("round", at_s=self._clock_s())
+        if self._down.journal is not None:
+            self._down.journal.note("round", at_s=self._clock_s())
         grown = self.members.grown
         state = self.members.close()
         self._counters.add("rounds")

@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 not done as wished, 2 wrong usage or configuration, 130 in
 command that needs it, so that help and errors come at once.
 """
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError
 from fedhlm_fleet.commands import doctor, flash, models, pki, provision, simulate, trace, traces
-from fedhlm_fleet.commands.common import Positive, Seconds, Seed, Share, needing
+from fedhlm_fleet.commands.common import Keys, Positive, Seconds, Seed, Share, needing, parse_keys
 
 if TYPE_CHECKING:
     from fedhlm.config import Loaded
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
-
-Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 
 def _version() -> str:
@@ -103,7 +100,8 @@ def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, pr
     loaded = _loaded(keys, config, preset)
     with needing("agent"):
         from edge_agent.__main__ import main as run
-    return run(loaded, prompt)
+        from fedhlm_zoo.shipped import with_agent_model
+    return run(with_agent_model(loaded), prompt)
 
 
 @app.command
@@ -141,7 +139,8 @@ def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) ->
     loaded = _loaded(keys, config, preset)
     with needing("cloud"):
         from cloud_verifier.__main__ import main as run
-    return run(loaded)
+        from fedhlm_zoo.shipped import with_cloud_model
+    return run(with_cloud_model(loaded))
 
 
 @app.command
@@ -223,27 +222,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return code if isinstance(code, int) else 0
-
-
-def parse_keys(tokens: Sequence[str]) -> dict[str, str]:
-    """`--generation.seed 7` or `--generation.seed=7` as dotted keys with their text; a hyphen in a name stands for `_`.
-
-    Raises:
-        FedhlmError: a word that is no flag, or a flag without value.
-    """
-    found: dict[str, str] = {}
-    rest = list(tokens)
-    while rest:
-        flag, separator, value = rest.pop(0).partition("=")
-        if not flag.startswith("--") or len(flag) == len("--"):
-            raise FedhlmError(f"argument {flag!r}: --key value expected, such as --generation.seed 7")
-        if not separator:
-            if not rest or rest[0].startswith("--"):
-                near = difflib.get_close_matches(flag, ("--config", "--preset", "--help"), n=1)
-                raise FedhlmError(f"{flag} has no value{f', did you mean {near[0]}?' if near else ''}")
-            value = rest.pop(0)
-        found[flag.removeprefix("--").replace("-", "_")] = value
-    return found
 
 
 def _loaded(keys: Sequence[str], file: Path | None, preset: str | None) -> "Loaded":

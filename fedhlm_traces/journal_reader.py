@@ -25,7 +25,7 @@ class Told:
     drafts: dict[int, Judged] = field(default_factory=dict)
 
 
-class Diary:
+class JournalReader:
     """Reads the pieces of one agent's journal in order of arrival."""
 
     def __init__(self) -> None:

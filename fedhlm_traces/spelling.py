@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fedhlm.decoding.decoder import TOKENIZER_FILE, tokenizer_digest
 from fedhlm.errors import ModelError, TraceError
-from fedhlm.process.run import model_folder
+from fedhlm_zoo.shipped import model_folder
 
 Spell = Callable[[int], str]
 

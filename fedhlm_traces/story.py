@@ -20,7 +20,7 @@ from fedhlm.protocol.messages import (
 )
 from fedhlm_traces.decoded import Seen, Vocabularies, look
 from fedhlm_traces.file import Header, Record
-from fedhlm_traces.journal_reader import Diary, Told
+from fedhlm_traces.journal_reader import JournalReader, Told
 from fedhlm_traces.request import Run, Story
 
 JOURNAL_WAIT_S: Final = 5.0  # journals come in pieces every half second; a busy machine may be late
@@ -34,7 +34,7 @@ class _Agent:
         self.name = name
         self.current: Run | None = None
         self.closed: list[Run] = []  # waiting for what the journal has to say
-        self.diary = Diary()
+        self.journal = JournalReader()
         self._told: OrderedDict[int, Told] = OrderedDict()
         self._prompts: OrderedDict[str, tuple[float, Prompt]] = OrderedDict()
         self._past: OrderedDict[str | int, Prompt | None] = OrderedDict()
@@ -107,7 +107,7 @@ class _Agent:
         _bound(self._past)
 
     def heard(self, journal: Journal) -> None:
-        for told in self.diary.read(journal):
+        for told in self.journal.read(journal):
             self._told[told.session] = told
             _bound(self._told)
 

@@ -18,7 +18,7 @@ COPY README.md LICENSE ./
 COPY fedhlm fedhlm
 COPY edge_agent edge_agent
 COPY fedhlm_fleet fedhlm_fleet
-COPY fedhlm_zoo/__init__.py fedhlm_zoo/__init__.py
+COPY fedhlm_zoo/__init__.py fedhlm_zoo/shipped.py fedhlm_zoo/
 COPY fedhlm_zoo/artefacts/slm fedhlm_zoo/artefacts/slm
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/fedhlm/bin/python install --no-deps --prefix /opt/code . \

@@ -6,19 +6,25 @@ the bus has no room for are lost, and the running number of the next ones says s
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
 
-from fedhlm.bus.party import Party
-from fedhlm.protocol.messages import MAX_NOTES, Journal, Kind, Note
-from fedhlm.protocol.topics import Topic
+from fedhlm.protocol.messages import MAX_NOTES, Kind, Note
 
 FLUSH_S: Final = 0.5
 FLUSH_BYTES: Final = 64 * 1024
 WAITING_BYTES: Final = 8 * 1024 * 1024
 
 
-class Diary:
+class Piece(NamedTuple):
+    """Consecutive notes of one journal, as fields of a `Journal` message; `number` is that of the first."""
+
+    life: int
+    number: int
+    notes: tuple[Note, ...]
+
+
+class JournalWriter:
     """Notes of one life of a part, waiting to be published. `life` tells this life from the part's others."""
 
     def __init__(self, life: int, clock_s: Callable[[], float]) -> None:
@@ -39,29 +45,23 @@ class Diary:
         if self._bytes >= FLUSH_BYTES or len(self._notes) >= MAX_NOTES:
             self._full.set()
 
-    async def flush(self, party: Party, topic: Topic, levels: dict[str, str]) -> None:
-        """Publish all that waits under the topic's `levels`."""
+    async def due(self) -> None:
+        """Return after FLUSH_S seconds, or sooner where much is waiting."""
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                await self._full.wait()
+        except TimeoutError:
+            pass
+
+    def pieces(self) -> Iterator[Piece]:
+        """Hand out all that waits, oldest first, in pieces that a message may carry."""
         self._full.clear()
         while self._notes:
             notes: list[Note] = []
-            taken = 0
-            while self._notes and len(notes) < MAX_NOTES and taken < FLUSH_BYTES:
+            size = 0
+            while self._notes and len(notes) < MAX_NOTES and size < FLUSH_BYTES:
                 notes.append(self._notes.popleft())
-                taken += len(notes[-1].data)
-            self._bytes -= taken
+                size += len(notes[-1].data)
+            self._bytes -= size
             number, self._first = self._first, self._first + len(notes)
-            message = Journal(**party.stamp(), life=self._life, number=number, notes=tuple(notes))
-            await party.send(topic, message, expiry_s=None, **levels)
-
-    async def keep(self, party: Party, topic: Topic, levels: Callable[[], dict[str, str]]) -> None:
-        """Publish every FLUSH_S seconds, and sooner where much is waiting; `levels` are the topic's at that moment."""
-        try:
-            while True:
-                try:
-                    async with asyncio.timeout(FLUSH_S):
-                        await self._full.wait()
-                except TimeoutError:
-                    pass
-                await self.flush(party, topic, levels())
-        finally:
-            await self.flush(party, topic, levels())  # the last words of a part that is stopped
+            yield Piece(self._life, number, tuple(notes))

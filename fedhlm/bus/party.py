@@ -6,18 +6,16 @@ the service lives on.
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Final, NamedTuple
 
 from fedhlm import __version__
 from fedhlm.bus.interface import Bus, publish_wire_bytes
+from fedhlm.bus.journal import JournalWriter
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Journal, Presence, encode
 from fedhlm.protocol.topics import DEFAULT_ROOT, Topic, decode_for, lookup
 from fedhlm.telemetry import Counters, warn_once
-
-if TYPE_CHECKING:
-    from fedhlm.bus.journal import Diary
 
 log = logging.getLogger(__name__)
 
@@ -75,24 +73,30 @@ def presence(
 
 
 class Party:
-    """One service's view of one bus. With a `diary` it notes what it sends and receives."""
+    """One service's view of one bus. With a `journal` it notes what it sends and receives."""
 
     def __init__(
-        self, *, bus: Bus, stamp: Stamp, counters: Counters, root: str = DEFAULT_ROOT, diary: "Diary | None" = None
+        self,
+        *,
+        bus: Bus,
+        stamp: Stamp,
+        counters: Counters,
+        root: str = DEFAULT_ROOT,
+        journal: JournalWriter | None = None,
     ) -> None:
         self.bus = bus
         self.stamp = stamp
         self.counters = counters
         self.root = root
-        self.diary = diary
+        self.journal = journal
 
     async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> int:
         """Publish as the topic's row says; the PUBLISH packet's bytes, or 0 when the bus had no room (counted)."""
         name = topic.name(self.root, **levels)
         payload = encode(message)
         sent = await self.bus.publish(name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s)
-        if self.diary is not None and not isinstance(message, Journal):
-            self.diary.note("sent" if sent else "dropped", name, payload)
+        if self.journal is not None and not isinstance(message, Journal):
+            self.journal.note("sent" if sent else "dropped", name, payload)
         if not sent:
             self.counters.add("dropped_messages")
             warn_once(log, "no room", "dropped a message for %s: the outgoing queue is full, or the bus closed", name)
@@ -100,6 +104,23 @@ class Party:
         return publish_wire_bytes(
             name, len(payload), qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s
         )
+
+    async def publish_journal(self, topic: Topic, levels: Mapping[str, str]) -> None:
+        """Send all notes that wait under the topic's `levels`; nothing where no journal is kept."""
+        for piece in self.journal.pieces() if self.journal is not None else ():
+            await self.send(topic, Journal(**self.stamp(), **piece._asdict()), expiry_s=None, **levels)
+
+    async def keep_journal(self, topic: Topic, levels: Callable[[], Mapping[str, str]]) -> None:
+        """Publish the journal until cancelled; return at once where none is kept.
+
+        `levels` are the topic's at the moment of publishing. What waits when the task is cancelled is published too.
+        """
+        try:
+            while self.journal is not None:
+                await self.journal.due()
+                await self.publish_journal(topic, levels())
+        finally:
+            await self.publish_journal(topic, levels())
 
     async def received(self) -> AsyncIterator[Received]:
         """Valid messages in order of arrival; ends when the bus is closed."""
@@ -117,8 +138,8 @@ class Party:
                     exc,
                 )
                 continue
-            if self.diary is not None:
-                self.diary.note("heard", delivery.topic, delivery.payload)
+            if self.journal is not None:
+                self.journal.note("heard", delivery.topic, delivery.payload)
             yield received
 
     def read(self, name: str, payload: bytes) -> Received:

@@ -1,4 +1,4 @@
-"""Starting and stopping a service: logs, metrics, signals, the service manager, buses and shipped models, for every part."""
+"""Starting and stopping a service: logs, metrics, signals, the service manager and buses, for every part."""
 
 import asyncio
 import contextlib
@@ -14,9 +14,9 @@ import msgspec
 
 from fedhlm import settings
 from fedhlm.bus.interface import LinkHook, Retained
-from fedhlm.bus.journal import Diary
+from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.mqtt import MqttBus
-from fedhlm.errors import FedhlmError, ModelError, root_of
+from fedhlm.errors import ConfigError, FedhlmError, root_of
 from fedhlm.process.notify import Notifier
 from fedhlm.telemetry import Counters, configure_logging, exported
 
@@ -25,21 +25,17 @@ log = logging.getLogger(__name__)
 # A broker that refuses a whole fleet must not see it come back in step: the manager's own delays have no jitter.
 EXIT_JITTER_S: Final = 10.0
 DEFAULT_URL: Final = "mqtt://127.0.0.1:1883"
-_ARTEFACTS: Final = Path(__file__).parents[2] / "fedhlm_zoo" / "artefacts"
 
 
-def model_folder(configured: str, shipped: str) -> Path:
-    """The configured model folder, or the shipped one ("slm" or "llm") when none is.
+def configured_folder(value: str, *, key: str) -> Path:
+    """The folder that a setting names; `key` is the setting.
 
     Raises:
-        ModelError: nothing is configured and this installation carries no models.
+        ConfigError: it is empty. A part looks for no folder by itself.
     """
-    if configured:
-        return Path(configured)
-    folder = _ARTEFACTS / shipped
-    if not folder.is_dir():
-        raise ModelError(f"this installation carries no {shipped}: give a model folder made by 'fedhlm models export'")
-    return folder
+    if not value:
+        raise ConfigError(key, value, "the path of a model folder")
+    return Path(value)
 
 
 def bus_of(
@@ -70,9 +66,9 @@ def bus_of(
     )
 
 
-def diary_of(telemetry: settings.Telemetry) -> Diary | None:
+def journal_of(telemetry: settings.Telemetry) -> JournalWriter | None:
     """The journal of a part on real time, where one is asked for."""
-    return Diary(random.SystemRandom().getrandbits(63), time.monotonic) if telemetry.journal else None
+    return JournalWriter(random.SystemRandom().getrandbits(63), time.monotonic) if telemetry.journal else None
 
 
 def serve(config: settings.Config, name: str, main: Callable[[Counters, Notifier], Awaitable[int]]) -> int:

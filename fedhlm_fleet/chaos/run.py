@@ -19,7 +19,6 @@ import msgspec
 from fedhlm import config as configuration
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp
-from fedhlm.process.run import model_folder
 from fedhlm.telemetry import Counters
 from fedhlm_fleet.chaos.inject import Injector
 from fedhlm_fleet.chaos.invariants import Growth, Story, Violation, fresh, unanswered
@@ -31,6 +30,7 @@ from fedhlm_fleet.chaos.report import Recovery, Report
 from fedhlm_fleet.chaos.schedule import Fault, Persistence, schedule
 from fedhlm_fleet.demo.client import Place, Task
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import model_folder
 
 READY_S: Final = 90.0
 LOAD_S: Final = 60.0

@@ -1,6 +1,7 @@
-"""What the groups of commands share: checked types of parameters, and a clear word where a library is absent."""
+"""What the groups of commands share: checked types of parameters, keys as flags, a clear word where a library is absent."""
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -13,6 +14,7 @@ Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
 Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
+Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 
 @contextmanager
@@ -34,6 +36,27 @@ def needing(extra: str) -> Iterator[None]:
         }:
             raise
         raise FedhlmError(f"{library!r} is not installed: pip install 'fedhlm[{extra}]'") from exc
+
+
+def parse_keys(tokens: Sequence[str]) -> dict[str, str]:
+    """`--generation.seed 7` or `--generation.seed=7` as dotted keys with their text; a hyphen in a name stands for `_`.
+
+    Raises:
+        FedhlmError: a word that is no flag, or a flag without value.
+    """
+    found: dict[str, str] = {}
+    rest = list(tokens)
+    while rest:
+        flag, separator, value = rest.pop(0).partition("=")
+        if not flag.startswith("--") or len(flag) == len("--"):
+            raise FedhlmError(f"argument {flag!r}: --key value expected, such as --generation.seed 7")
+        if not separator:
+            if not rest or rest[0].startswith("--"):
+                near = difflib.get_close_matches(flag, ("--config", "--preset", "--help"), n=1)
+                raise FedhlmError(f"{flag} has no value{f', did you mean {near[0]}?' if near else ''}")
+            value = rest.pop(0)
+        found[flag.removeprefix("--").replace("-", "_")] = value
+    return found
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

@@ -3,19 +3,16 @@
 import difflib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from fedhlm.errors import ConfigError, FedhlmError
+from fedhlm_fleet.commands.common import Keys, parse_keys
 
 if TYPE_CHECKING:
     from fedhlm_fleet.doctor.finding import Role, Subject
 
-Words = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
-
-def doctor(*words: Words, config: Path | None = None, preset: str | None = None, json: bool = False) -> int:
+def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, json: bool = False) -> int:
     """Examine an agent, an edge or a cloud on this machine: fedhlm doctor edge --config edge.toml.
 
     Every configuration key is also a flag. Exit code 0: nothing failed; 1: a check failed.
@@ -31,7 +28,6 @@ def doctor(*words: Words, config: Path | None = None, preset: str | None = None,
     """
     from rich.console import Console
 
-    from fedhlm_fleet.cli import parse_keys
     from fedhlm_fleet.doctor.checks import checks_of
     from fedhlm_fleet.doctor.finding import ROLES
     from fedhlm_fleet.doctor.report import as_json, failed, show, summary

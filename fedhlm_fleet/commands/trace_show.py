@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Final
 
 from fedhlm.errors import FedhlmError, TraceError
-from fedhlm.process.run import model_folder
 from fedhlm.protocol.messages import Fingerprint
 from fedhlm_fleet.commands.common import needing
 from fedhlm_traces.decoded import Seen, Vocabularies, gist, look
@@ -15,6 +14,7 @@ from fedhlm_traces.request import Story
 from fedhlm_traces.spelling import spelling_of
 from fedhlm_traces.story import Stories, belongs, stories
 from fedhlm_traces.story_text import Text, lines, no_text
+from fedhlm_zoo.shipped import model_folder
 
 _KIND_WIDTH: Final = 15
 _TOPIC_WIDTH: Final = 34

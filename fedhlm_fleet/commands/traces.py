@@ -13,13 +13,12 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import TraceError
-from fedhlm_fleet.commands.common import Seconds, needing, print_facts
+from fedhlm_fleet.commands.common import Keys, Seconds, needing, parse_keys, print_facts
 
 if TYPE_CHECKING:
     from fedhlm.config import Loaded
     from fedhlm_traces.file import Record
 
-Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Many = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 Moment = Annotated[float, Parameter(validator=Number(gte=0))]
@@ -208,7 +207,6 @@ def parse_speed(text: str) -> float:
 def _loaded(keys: tuple[str, ...], file: Path | None, broker: str | None, root: str | None) -> "Loaded":
     from fedhlm.config import load
     from fedhlm.telemetry import configure_logging
-    from fedhlm_fleet.cli import parse_keys
 
     flags = parse_keys(keys)
     flags |= {key: value for key, value in (("broker.url", broker), ("broker.root", root)) if value is not None}

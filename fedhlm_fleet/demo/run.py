@@ -23,7 +23,7 @@ from fedhlm import config as configuration
 from fedhlm import settings
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import BusError, ConfigError, root_of
-from fedhlm.process.run import bus_of, model_folder
+from fedhlm.process.run import bus_of
 from fedhlm.protocol.messages import Sampling
 from fedhlm.telemetry import Counters, configure_logging
 from fedhlm_fleet.demo.client import Client, Place, Task, load_prompts, tasks_of
@@ -33,6 +33,7 @@ from fedhlm_fleet.demo.progress import Progress
 from fedhlm_fleet.demo.report import Figures, Generated, Report, Run, figures, notes, tables
 from fedhlm_fleet.processes import Processes
 from fedhlm_zoo.partition import dirichlet_partition, skew
+from fedhlm_zoo.shipped import model_folder
 
 CLUSTERS: Final = 2
 AGENTS: Final = 2

@@ -7,19 +7,18 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, Decoder, Request, load_info, tokenizer_digest
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
-from fedhlm.process.run import model_folder
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.settings import Broker
 from fedhlm_fleet.doctor.finding import Model, Role, Said, Subject, fail, ok, skip, warn
 from fedhlm_fleet.doctor.machine import MIB
 
-SHIPPED: Final[dict[Role, str]] = {"agent": "slm", "cloud": "llm"}
+SHIPPED: Final[dict[Role, Literal["slm", "llm"]]] = {"agent": "slm", "cloud": "llm"}
 CPU: Final = "CPUExecutionProvider"
 DISK_FAIL_MIB: Final = 8
 DISK_WARN_MIB: Final = 64
@@ -141,6 +140,8 @@ def state_folder(subject: Subject) -> Said:
 
 def model(subject: Subject) -> Said:
     """The model folder: complete, unchanged, and able to take part."""
+    from fedhlm_zoo.shipped import model_folder  # an edge's image has no models, and no package of them
+
     part = part_of(subject)
     key = f"{subject.role}.model"
     try:

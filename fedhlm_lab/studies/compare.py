@@ -23,7 +23,6 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder, Request
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.learning.budget import Budget
-from fedhlm.process.run import model_folder
 from fedhlm.protocol.messages import FinishReason, Sampling
 from fedhlm.settings import Config
 from fedhlm_lab.sim.shipped import shipped_pair
@@ -32,6 +31,7 @@ from fedhlm_lab.sim.world import Fleet, Pair
 from fedhlm_zoo.corpus import TOPIC_LINE, Article, load_ag_news
 from fedhlm_zoo.partition import dirichlet_partition, skew
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import model_folder
 
 CLUSTERS: Final = 2
 AGENTS: Final = 2

@@ -18,11 +18,11 @@ from fedhlm.config import load
 from fedhlm.decoding.laws import BETA_INTERCEPT, BETA_SLOPE
 from fedhlm.learning.curve import Curve, affine, correlation, isotonic, midpoints
 from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, cluster_mean, global_mean, tau_of_budget
-from fedhlm.process.run import model_folder
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.studies.compare import AGENTS, CLUSTERS, Alone, observations_of, run_fleet, tasks_of
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import model_folder
 
 PLACES: Final = CLUSTERS * AGENTS
 Pairs = NDArray[np.float64]  # (n, 3): u, beta, harm

@@ -21,9 +21,9 @@ from fedhlm.errors import FedhlmError
 from fedhlm.peers.collaboration import fit_hit_ratio, simulate_hit_ratio
 from fedhlm.peers.context_keys import DIMS, Projection, load_projection
 from fedhlm.peers.neighbours import Centroid, Memory
-from fedhlm.process.run import model_folder
 from fedhlm_zoo.evaluate import OnnxModel
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import model_folder
 
 THETAS: Final = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99)
 TEMPERATURES: Final = (0.0, 0.8)

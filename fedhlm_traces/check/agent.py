@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from edge_agent import journal as diary
+from edge_agent import journal
 from edge_agent.driver import Agent
 from edge_agent.events import Committed, Event, Judged
 from edge_agent.growth import Budget
 from edge_agent.learner import Learner
 from edge_agent.model import Drawn, Grown
 from edge_agent.peers import Peers
-from fedhlm.bus.journal import Diary
+from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.thresholds import KEEP_NONE
@@ -42,7 +42,7 @@ def check_agent(life: Life, spell: Spell = by_number) -> Outcome:
         return Outcome(skipped=[life.complaint or f"cannot be decided again: {exc}"], notes=life.notes)
 
 
-class Book(Diary):
+class Book(JournalWriter):
     """A journal that keeps its notes instead of publishing them."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
@@ -86,10 +86,10 @@ class _Replay:
         self._recorded: list[Note] = []  # decisions of the generation that runs
         self._from = 0  # where its decisions begin in the book
         self._outcome = Outcome(notes=self._book.notes)
-        born = diary.unpack(life.notes[0].data, diary.Life) if life.notes[0].kind == "state" else None
+        born = journal.unpack(life.notes[0].data, journal.AgentStart) if life.notes[0].kind == "state" else None
         if born is None:
             raise ProtocolError(f"the journal of {life.name} begins with {life.notes[0].kind!r}: 'state' expected")
-        self._born: diary.Life = born
+        self._born: journal.AgentStart = born
         self._root = born.root
         self._bus = CapturingBus(lambda _number: self._has_room())
         self._sessions: list[int] = []
@@ -104,7 +104,7 @@ class _Replay:
             stamp=Stamp(born.name, lambda: self._now_s),
             counters=Counters(),
             root=born.root,
-            diary=self._book,
+            journal=self._book,
         )
         return Agent(
             party=party,
@@ -156,12 +156,12 @@ class _Replay:
             self._at += 1
             if note.kind == "fed":
                 self._now_s = note.at_s
-                return diary.unpack_event(note.subject, note.data)
+                return journal.unpack_event(note.subject, note.data)
             await self._take(note)
         raise _OutOfNotes
 
     async def _generate(self, note: Note) -> None:
-        began: diary.Began = diary.unpack(note.data, diary.Began)
+        began: journal.Began = journal.unpack(note.data, journal.Began)
         self._at += 1
         end = next(
             (i for i in range(self._at, len(self._life.notes)) if self._life.notes[i].kind == "began"),
@@ -198,7 +198,7 @@ class _Replay:
         made = sum(self._counts(n) for n in self._book.notes[self._from :])
         return not (made < len(self._recorded) and self._recorded[made].kind == "dropped")
 
-    def _compare(self, began: diary.Began, note: Note, *, cut: bool) -> None:
+    def _compare(self, began: journal.Began, note: Note, *, cut: bool) -> None:
         """`cut`: the journal ends with this generation, perhaps before its last decisions were published."""
         made = [n for n in self._book.notes[self._from :] if self._counts(n)]
         self._outcome.decisions += len(self._recorded) if cut else max(len(made), len(self._recorded))
@@ -223,7 +223,7 @@ def _agrees(then: Note, now: Note) -> bool:
 class _Telling:
     """Says of one generation where two lists of decisions part, in words."""
 
-    def __init__(self, began: diary.Began, spell: Spell, then: list[Note], now: list[Note]) -> None:
+    def __init__(self, began: journal.Began, spell: Spell, then: list[Note], now: list[Note]) -> None:
         self._began = began
         self._spell = spell
         self._then, self._now = then, now
@@ -253,7 +253,7 @@ class _Telling:
 
     def _first_token(self) -> tuple[Judged | None, Judged | None] | None:
         then, now = (
-            [diary.unpack(n.data, Judged) for n in notes if n.kind == "judged"] for notes in (self._then, self._now)
+            [journal.unpack(n.data, Judged) for n in notes if n.kind == "judged"] for notes in (self._then, self._now)
         )
         for i in range(max(len(then), len(now))):
             a, b = (x[i] if i < len(x) else None for x in (then, now))
@@ -261,9 +261,9 @@ class _Telling:
                 return a, b
         return None
 
-    def _plan(self, notes: list[Note]) -> diary.Planned | None:
+    def _plan(self, notes: list[Note]) -> journal.Planned | None:
         data = next((n.data for n in notes if n.kind == "plan"), None)
-        plan: diary.Planned | None = None if data is None else diary.unpack(data, diary.Planned)
+        plan: journal.Planned | None = None if data is None else journal.unpack(data, journal.Planned)
         return plan
 
     def _judged(self, token: Judged | None, notes: list[Note]) -> str:
@@ -301,12 +301,12 @@ class _Telling:
                     else f"tau {_tau(plan.tau)}, similarity {_number(plan.similarity)}, audit {plan.audit}"
                 )
             case "judged":
-                return self._judged(diary.unpack(note.data, Judged), notes)
+                return self._judged(journal.unpack(note.data, Judged), notes)
             case "committed":
-                tokens = diary.unpack(note.data, list[Committed])
+                tokens = journal.unpack(note.data, list[Committed])
                 return "committed " + ", ".join(f"{self._spell(t.token)} by {t.source}" for t in tokens)
             case "ended":
-                ended = diary.unpack(note.data, diary.Ended)
+                ended = journal.unpack(note.data, journal.Ended)
                 return f"ended: {ended.reason} {ended.error}".rstrip()
             case _:
                 return f"{note.kind} {_gist(note)}"

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from cloud_verifier import journal as diary
+from cloud_verifier import journal
 from cloud_verifier.service import Engine
 from cloud_verifier.sessions import Key
 from fedhlm.bus.party import Party, Received, Stamp
@@ -74,20 +74,22 @@ def check_cloud(life: Life, engine: Engine | None, spell: Spell = by_number) -> 
     return outcome
 
 
-def born_of(life: Life) -> diary.Life:
+def born_of(life: Life) -> journal.CloudStart:
     """How a cloud's life began.
 
     Raises:
         ProtocolError: the first note says something else, or is of another version.
     """
     try:
-        return msgspec.msgpack.decode(life.notes[0].data, type=diary.Life)
+        return msgspec.msgpack.decode(life.notes[0].data, type=journal.CloudStart)
     except (msgspec.DecodeError, UnicodeDecodeError, IndexError) as exc:
         raise ProtocolError(f"the first note does not say how a cloud began: {exc}") from exc
 
 
 class _Replay:
-    def __init__(self, life: Life, born: diary.Life, engine: Engine | None, outcome: Outcome, spell: Spell) -> None:
+    def __init__(
+        self, life: Life, born: journal.CloudStart, engine: Engine | None, outcome: Outcome, spell: Spell
+    ) -> None:
         self._life = life
         self._born = born
         self._outcome = outcome
@@ -339,7 +341,7 @@ def from_bus(
             notes.append(Note(record.at_s, kind, record.topic, record.payload))
     if fingerprint is None:
         raise TraceError(f"the recording lacks {topics.CLOUD_STATUS.name(root)}: which model answered is not known")
-    born = diary.Life(
+    born = journal.CloudStart(
         root=root,
         fingerprint=fingerprint,
         eos_ids=eos_ids,

@@ -6,7 +6,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from edge_agent import journal as diary
+from edge_agent import journal
 from edge_agent.events import Committed, Judged
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve
@@ -16,10 +16,10 @@ RELATIVE: Final = 1e-6  # the curves of a federation travel as float32
 HEADER: Final = frozenset({"version", "sender", "sequence", "sent_ms"})
 
 _KINDS: Final[dict[str, Any]] = {
-    "plan": diary.Planned,
+    "plan": journal.Planned,
     "judged": Judged,
     "committed": list[Committed],
-    "ended": diary.Ended,
+    "ended": journal.Ended,
 }
 
 
@@ -30,7 +30,7 @@ def facts_of(note: Note) -> Any:
         ProtocolError: the note does not hold what its kind says.
     """
     return (
-        decode(note.data) if note.kind in ("sent", "dropped", "heard") else diary.unpack(note.data, _KINDS[note.kind])
+        decode(note.data) if note.kind in ("sent", "dropped", "heard") else journal.unpack(note.data, _KINDS[note.kind])
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from edge_broker import journal as diary
+from edge_broker import journal
 from edge_broker.service import EdgeService
 from fedhlm.bus.party import Party, Received, Stamp
 from fedhlm.errors import ProtocolError
@@ -70,7 +70,7 @@ def check_edge(life: Life, spell: Spell = by_number) -> Outcome:
         outcome.skipped.append(f"{life.name}: without the beginning of a journal nothing can be decided again")
         return Outcome(skipped=outcome.skipped, notes=life.notes)
     try:
-        born = msgspec.msgpack.decode(life.notes[0].data, type=diary.Life)
+        born = msgspec.msgpack.decode(life.notes[0].data, type=journal.EdgeStart)
         replay = _Replay(life, born, outcome, spell)
     except (msgspec.DecodeError, UnicodeDecodeError, ProtocolError) as exc:
         outcome.skipped.append(f"{life.name}: its state is not one of this version ({exc})")
@@ -80,7 +80,7 @@ def check_edge(life: Life, spell: Spell = by_number) -> Outcome:
 
 
 class _Replay:
-    def __init__(self, life: Life, born: diary.Life, outcome: Outcome, spell: Spell) -> None:
+    def __init__(self, life: Life, born: journal.EdgeStart, outcome: Outcome, spell: Spell) -> None:
         self._life = life
         self._outcome = outcome
         self._spell = spell

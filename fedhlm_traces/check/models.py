@@ -10,9 +10,9 @@ from cloud_verifier.service import Engine
 from fedhlm.decoding.decoder import Decoder, Request
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import ModelError
-from fedhlm.process.run import model_folder
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Fingerprint
+from fedhlm_zoo.shipped import model_folder
 
 
 class Large(NamedTuple):

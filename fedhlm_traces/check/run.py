@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from edge_agent import journal as diary
+from edge_agent.journal import AgentStart, unpack
 from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.protocol.messages import MAX_CONTEXT, MAX_NOTES, Journal, Note, decode, encode
 from fedhlm_traces.check.agent import check_agent
@@ -28,7 +28,7 @@ Which = Literal["agent", "edge", "cloud", "all"]
 def _agent(life: Life, _large: Large | None) -> Outcome:
     if not life.notes or life.notes[0].kind != "state":
         return check_agent(life)
-    return check_agent(life, speller(diary.unpack(life.notes[0].data, diary.Life).fingerprint.tokenizer))
+    return check_agent(life, speller(unpack(life.notes[0].data, AgentStart).fingerprint.tokenizer))
 
 
 def _edge(life: Life, large: Large | None) -> Outcome:

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from cloud_verifier.batching import Batcher, Job
-from cloud_verifier.journal import Life
+from cloud_verifier.journal import CloudStart
 from cloud_verifier.service import Engine
 from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verifier import Settled
@@ -40,7 +40,7 @@ CACHES_MAX: Final = 64
 class Verifier:
     """The cloud's sessions of one life, decided again with `engine`."""
 
-    def __init__(self, born: Life, engine: Engine) -> None:
+    def __init__(self, born: CloudStart, engine: Engine) -> None:
         self._born = born
         self._engine = engine
         self._sessions: OrderedDict[Key, Sessions] = OrderedDict()  # one each, so that a state can be kept and put back

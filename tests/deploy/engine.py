@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from fedhlm.process.run import model_folder
 from fedhlm.protocol.messages import Sampling
 from fedhlm_fleet.demo.reference import Alone
+from fedhlm_zoo.shipped import model_folder
 
 ROOT: Final = Path(__file__).parents[2]
 TEXT: Final = "Oil prices rise\n"

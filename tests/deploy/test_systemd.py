@@ -13,7 +13,7 @@ import pytest
 import trustme
 
 from fedhlm.config import load
-from fedhlm_fleet.cli import parse_keys
+from fedhlm_fleet.commands.common import parse_keys
 from tests.brokers import MOSQUITTO, Mosquitto
 from tests.fedhlm.process.test_notify import Manager
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent import journal as diary
+from edge_agent import journal
 from edge_agent.events import (
     Answered,
     Cancelled,
@@ -55,19 +55,19 @@ events: st.SearchStrategy[Event] = st.one_of(
 
 @given(events)
 def test_events_read_back_the_same(event: Event) -> None:
-    assert diary.unpack_event(type(event).__name__, diary.pack(event)) == event
+    assert journal.unpack_event(type(event).__name__, journal.pack(event)) == event
 
 
 @given(st.builds(Judged, count, count, count, share, st.booleans(), st.just("local"), st.none() | share))
 def test_decisions_read_back_the_same(judged: Judged) -> None:
-    assert diary.unpack(diary.pack(judged), Judged) == judged
+    assert journal.unpack(journal.pack(judged), Judged) == judged
     tokens = [Committed(judged.token, "peer", drafted=True)]
-    assert diary.unpack(diary.pack(tokens), list[Committed]) == tokens
+    assert journal.unpack(journal.pack(tokens), list[Committed]) == tokens
 
 
 def test_a_beginning_gives_its_job_back() -> None:
     config = Generation(tau=0.125, peers="neighbour")
-    began = diary.Began(
+    began = journal.Began(
         session=5,
         protocol="5",
         link_up=False,
@@ -78,7 +78,7 @@ def test_a_beginning_gives_its_job_back() -> None:
         eos_ids=frozenset({0, 2}),
         prompt=[1, 2],
     )
-    again = diary.unpack(diary.pack(began), diary.Began)
+    again = journal.unpack(journal.pack(began), journal.Began)
     assert again == began
     assert again.job == (config, Sampling(3), 7, 99, frozenset({0, 2}))
 
@@ -86,18 +86,18 @@ def test_a_beginning_gives_its_job_back() -> None:
 @given(st.sampled_from(["Drafted", "Grown", "Answered", "Tick", "Nonsense", ""]), st.binary(max_size=64))
 def test_hostile_notes_are_refused(name: str, data: bytes) -> None:
     try:
-        event = diary.unpack_event(name, data)
+        event = journal.unpack_event(name, data)
     except ProtocolError:
         return
     assert type(event).__name__ == name
 
 
-@given(st.sampled_from([diary.Life, diary.Began, diary.Planned, diary.Ended]), st.binary(max_size=64))
+@given(st.sampled_from([journal.AgentStart, journal.Began, journal.Planned, journal.Ended]), st.binary(max_size=64))
 def test_hostile_facts_are_refused(kind: type, data: bytes) -> None:
     with pytest.raises(ProtocolError):
-        diary.unpack(data, kind)
+        journal.unpack(data, kind)
 
 
 def test_hostile_nesting_is_refused() -> None:
     with pytest.raises(ProtocolError):
-        diary.unpack(b"\x91" * 100_000, diary.Life)
+        journal.unpack(b"\x91" * 100_000, journal.AgentStart)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from cloud_verifier.service import Engine
 from edge_agent.result import Job
-from fedhlm.bus.journal import Diary
+from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.party import Party
 from fedhlm.config import load
 from fedhlm.protocol.messages import Sampling
@@ -34,7 +34,7 @@ class Recorded(Fleet):
     """A fleet whose edges and cloud keep journals."""
 
     def __init__(self, config: Config, *, seed: int, clusters: int, keeps: bool, agreement: float) -> None:
-        self.diaries: dict[tuple[str, int], Diary] = {}
+        self.journals: dict[tuple[str, int], JournalWriter] = {}
         super().__init__(
             toy.pair(agreement),
             seed=seed,
@@ -49,9 +49,9 @@ class Recorded(Fleet):
         party = super().party(bus, sender, part)
         if part is not None and part.lives:
             name = (sender, part.lives)
-            if name not in self.diaries:
-                self.diaries[name] = Diary(1 + len(self.diaries), asyncio.get_running_loop().time)
-            party.diary = self.diaries[name]
+            if name not in self.journals:
+                self.journals[name] = JournalWriter(1 + len(self.journals), asyncio.get_running_loop().time)
+            party.journal = self.journals[name]
         return party
 
     @asynccontextmanager

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_broker.journal import Life as EdgeLife
+from edge_broker.journal import EdgeStart
 from edge_broker.memory import Answer, ClusterMemory
 from edge_broker.relay import Relay
 from fedhlm.learning import federation, robust
@@ -182,7 +182,7 @@ def test_an_edge_between_two_brokers_is_read_by_both_roots(preset: str) -> None:
     for note in life.notes:
         name = next((n.replace(a, b) for a, b in names.items() if (n := note.subject).startswith(a)), note.subject)
         notes.append(msgspec.structs.replace(note, subject=name))
-    born = msgspec.msgpack.decode(notes[0].data, type=EdgeLife)
+    born = msgspec.msgpack.decode(notes[0].data, type=EdgeStart)
     born = msgspec.structs.replace(born, up_root="up/2")
     notes[0] = msgspec.structs.replace(notes[0], data=msgspec.msgpack.encode(born))
     outcome = check_edge(msgspec.structs.replace(life, notes=notes))

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import gate, generation
-from edge_agent import journal as diary
+from edge_agent import gate, generation, journal
 from edge_agent.events import Observation
 from fedhlm.config import presets
 from fedhlm.decoding.couplings import COUPLINGS
@@ -51,7 +50,7 @@ def test_nothing_is_decided_otherwise_today(preset: str, capsys: pytest.CaptureF
 def test_the_learning_recordings_have_learnt_a_threshold(preset: str) -> None:
     """Else the tests below could not see a change of how it is learnt."""
     plans = [n.data for life in agents_of(preset) for n in life.notes if n.kind == "plan"]
-    taus = {diary.unpack(data, diary.Planned).tau for data in plans}
+    taus = {journal.unpack(data, journal.Planned).tau for data in plans}
     assert len(taus) > 2
     assert max(taus) > 0.2
 

@@ -14,7 +14,7 @@ from edge_agent.events import Action, Answered, Commit, Committed, Escalate, Eve
 from edge_agent.generation import Generation
 from edge_agent.service import AgentService, ModelFacts
 from fedhlm.bus.interface import Delivery
-from fedhlm.bus.journal import Diary
+from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.party import Party
 from fedhlm.config import Loaded, load
 from fedhlm.protocol import topics
@@ -133,9 +133,7 @@ async def _serve(fleet: Fleet, loaded: Loaded, cluster: str, name: str, *, journ
         await service.subscribe()
         async with asyncio.TaskGroup() as group:
             if journal:
-                diary = agent.party.diary = Diary(7, asyncio.get_running_loop().time)
-                levels = {"cluster": cluster, "agent": name}
-                group.create_task(diary.keep(agent.party, topics.AGENT_JOURNAL, lambda: levels))
+                agent.party.journal = JournalWriter(7, asyncio.get_running_loop().time)
             group.create_task(service.run())
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from fedhlm.decoding.decoder import Decoder, Request, load_info
 from fedhlm.errors import ModelError
 from fedhlm.peers.context_keys import DIMS, PROJECTION_FILE, Projection, load_projection
-from fedhlm.process.run import model_folder
 from fedhlm_zoo import projection as module
 from fedhlm_zoo.projection import EIGENVALUE_FLOOR, fit, main, sequences_of, write_projection
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import model_folder
 
 
 class Fake:

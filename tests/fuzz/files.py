@@ -14,7 +14,7 @@ from fedhlm import config
 from fedhlm.bus.broker_url import BrokerUrl, TlsFiles
 from fedhlm.errors import ConfigError, FedhlmError, ProtocolError, TraceError
 from fedhlm.process import state
-from fedhlm_fleet.cli import parse_keys
+from fedhlm_fleet.commands.common import parse_keys
 from fedhlm_traces.file import Header, Record, Writer, read
 from fedhlm_traces.mosquitto import Tally, records
 from tests.fuzz import mutators

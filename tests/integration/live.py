@@ -14,6 +14,7 @@ from fedhlm.config import Loaded, load
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Output, Presence, Prompt
 from fedhlm.telemetry import Counters
+from fedhlm_zoo.shipped import with_agent_model, with_cloud_model
 
 READY_S = 60.0
 ANSWER_S = 120.0
@@ -39,11 +40,11 @@ class Live:
         """Start "cloud", "edge" or an agent of any other name."""
         counters = self.counters[name] = Counters()
         if name == "cloud":
-            work = cloud.run(self.loaded().config, counters)
+            work = cloud.run(with_cloud_model(self.loaded()).config, counters)
         elif name == "edge":
             work = edge.run(self.loaded().config, counters)
         else:
-            work = agent.run(self.loaded(**{"agent.id": name}), counters)
+            work = agent.run(with_agent_model(self.loaded(**{"agent.id": name})), counters)
         self.tasks[name] = asyncio.create_task(work, name=name)
 
     async def stop(self, name: str) -> None:

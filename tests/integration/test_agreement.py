@@ -16,7 +16,6 @@ from fedhlm.bus.interface import ProtocolVersion
 from fedhlm.bus.party import Stamp
 from fedhlm.config import load, presets
 from fedhlm.decoding.decoder import Decoder
-from fedhlm.process.run import model_folder
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Prompt
 from fedhlm_lab.sim.loopback import LoopbackBus
@@ -26,6 +25,7 @@ from fedhlm_lab.sim.world import Fleet, Pair
 from fedhlm_lab.studies.compare import Task, tasks_of, work
 from fedhlm_zoo.corpus import TOPIC_LINE
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import model_folder
 from tests.integration.live import Live, ids_of, live
 
 SEED: Final = 1

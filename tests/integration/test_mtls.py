@@ -14,7 +14,6 @@ from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import BusError
-from fedhlm.process.run import model_folder
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.topics import (
     AGENT_STATUS,
@@ -32,6 +31,7 @@ from fedhlm_fleet.demo.reference import Alone
 from fedhlm_fleet.pki import authority
 from fedhlm_fleet.pki.acl import Place
 from fedhlm_zoo.prompts import load_items
+from fedhlm_zoo.shipped import model_folder
 from tests.brokers import MOSQUITTO, take, until
 from tests.fedhlm_fleet.pki.evaluator import Who, expected
 from tests.fedhlm_fleet.pki.secured import LONG_AGO, Pki, Secured, now

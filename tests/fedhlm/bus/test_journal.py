@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.bus import journal
-from fedhlm.bus.journal import Diary
+from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import MAX_NOTES, Journal, Note, Prompt, decode, encode
@@ -24,14 +24,14 @@ def loop_s() -> float:
 
 
 class World:
-    """A part with a diary, and someone who reads its journal."""
+    """A part with a journal, and someone who reads its journal."""
 
     def __init__(self, *, max_outgoing: int = 1_024) -> None:
         broker = LoopbackBroker(random.Random(1))
         self.reader = LoopbackBus(broker, client_id="reader")
         self.bus = LoopbackBus(broker, client_id="a", max_outgoing=max_outgoing)
-        self.diary = Diary(7, loop_s)
-        self.party = Party(bus=self.bus, stamp=Stamp("a", lambda: 0.0), counters=Counters(), diary=self.diary)
+        self.journal = JournalWriter(7, loop_s)
+        self.party = Party(bus=self.bus, stamp=Stamp("a", lambda: 0.0), counters=Counters(), journal=self.journal)
 
     async def heard(self, settle_s: float = 5.0) -> list[Journal]:
         """All journals that come within so many seconds."""
@@ -67,9 +67,9 @@ def test_all_notes_arrive_once_and_in_order(lengths: list[int]) -> None:
         world = World()
         async with world.reader, world.bus:
             await world.reader.subscribe(topics.AGENT_JOURNAL.name(**LEVELS))
-            keeper = asyncio.create_task(world.diary.keep(world.party, topics.AGENT_JOURNAL, lambda: LEVELS))
+            keeper = asyncio.create_task(world.party.keep_journal(topics.AGENT_JOURNAL, lambda: LEVELS))
             for i, length in enumerate(lengths):
-                world.diary.note("fed", str(i), bytes(length))
+                world.journal.note("fed", str(i), bytes(length))
                 await asyncio.sleep(0.01)
             heard = await world.heard()
             keeper.cancel()
@@ -86,9 +86,9 @@ def test_the_last_words_of_a_stopped_part_are_published() -> None:
         world = World()
         async with world.reader, world.bus:
             await world.reader.subscribe(topics.AGENT_JOURNAL.name(**LEVELS))
-            keeper = asyncio.create_task(world.diary.keep(world.party, topics.AGENT_JOURNAL, lambda: LEVELS))
+            keeper = asyncio.create_task(world.party.keep_journal(topics.AGENT_JOURNAL, lambda: LEVELS))
             await asyncio.sleep(0.1)
-            world.diary.note("ended", "last")
+            world.journal.note("ended", "last")
             keeper.cancel()
             await asyncio.wait([keeper])
             return notes_of(await world.heard())
@@ -100,16 +100,16 @@ def test_what_finds_no_room_leaves_a_gap_in_the_numbers() -> None:
     async def scenario() -> list[Journal]:
         world = World(max_outgoing=2)
         for i in range(5):  # not connected yet: the bus takes two messages and refuses the others
-            world.diary.note("fed", str(i), bytes(journal.FLUSH_BYTES))
+            world.journal.note("fed", str(i), bytes(journal.FLUSH_BYTES))
         async with world.reader:
             await world.reader.subscribe(topics.AGENT_JOURNAL.name(**LEVELS))
             async with world.bus:
                 world.bus.link.partitioned = True
-                await world.diary.flush(world.party, topics.AGENT_JOURNAL, LEVELS)
+                await world.party.publish_journal(topics.AGENT_JOURNAL, LEVELS)
                 world.bus.link.partitioned = False
                 await asyncio.sleep(120.0)
-                world.diary.note("fed", "later")
-                await world.diary.flush(world.party, topics.AGENT_JOURNAL, LEVELS)
+                world.journal.note("fed", "later")
+                await world.party.publish_journal(topics.AGENT_JOURNAL, LEVELS)
                 return await world.heard()
 
     heard = run_virtual(scenario())
@@ -124,10 +124,10 @@ def test_too_much_waiting_drops_the_oldest_and_says_so() -> None:
         world = World()
         count = journal.WAITING_BYTES // journal.FLUSH_BYTES + 3
         for i in range(count):
-            world.diary.note("fed", str(i), bytes(journal.FLUSH_BYTES))
+            world.journal.note("fed", str(i), bytes(journal.FLUSH_BYTES))
         async with world.reader, world.bus:
             await world.reader.subscribe(topics.AGENT_JOURNAL.name(**LEVELS))
-            await world.diary.flush(world.party, topics.AGENT_JOURNAL, LEVELS)
+            await world.party.publish_journal(topics.AGENT_JOURNAL, LEVELS)
             return await world.heard()
 
     heard = run_virtual(scenario())
@@ -147,7 +147,7 @@ def test_a_party_notes_what_it_sends_and_hears_and_not_its_journal() -> None:
             async for received in world.party.received():
                 await world.party.send(topics.PROMPT, received.message, cluster="c1", agent="b")
                 break
-            await world.diary.flush(world.party, topics.AGENT_JOURNAL, LEVELS)
+            await world.party.publish_journal(topics.AGENT_JOURNAL, LEVELS)
             return notes_of(await world.heard())
 
     notes = run_virtual(scenario())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedhlm.decoding.decoder import load_info
 from fedhlm.errors import ModelError, ProtocolError
 from fedhlm.peers.context_keys import DIMS, PROJECTION_FILE, Projection, cosine, load_projection, unpack_key
-from fedhlm.process.run import model_folder
+from fedhlm_zoo.shipped import model_folder
 
 H = 96
 seeds = st.integers(0, 2**32 - 1)

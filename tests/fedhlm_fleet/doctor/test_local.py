@@ -11,10 +11,10 @@ import pytest
 
 from fedhlm.config import load
 from fedhlm.errors import ConfigError
-from fedhlm.process.run import model_folder
 from fedhlm_fleet.doctor import local
 from fedhlm_fleet.doctor.finding import Role, Said, Subject
 from fedhlm_fleet.doctor.machine import MIB
+from fedhlm_zoo.shipped import model_folder
 
 
 def subject(role: Role = "agent", *, file: Path | None = None, **flags: str) -> Subject:

@@ -19,11 +19,12 @@ from fedhlm_fleet.container.healthy import FOLDER, SPAN_S, note
 SILENT_SPANS: Final = 3
 HUNG: Final = 70  # EX_SOFTWARE
 _DATAGRAM_BYTES: Final = 4_096
+_END: Final = b""  # our own word that nothing follows; a part's notices are never empty
 _MICROSECONDS: Final = 1_000_000
 
 
 def listen(channel: socket.socket, folder: Path, *, span_s: float, hung: Callable[[], None]) -> None:
-    """Keep what arrives on the channel; `hung` is called once nothing has come for SILENT_SPANS spans after the first word."""
+    """Keep what arrives on the channel until `_END`; `hung` is called once nothing has come for SILENT_SPANS spans after the first word."""
     channel.settimeout(span_s)
     status, silent, heard = "starting", 0, False
     while silent < SILENT_SPANS:
@@ -33,6 +34,8 @@ def listen(channel: socket.socket, folder: Path, *, span_s: float, hung: Callabl
             # Loading a large model may take longer than any span.
             silent += heard
             continue
+        if datagram == _END:
+            return
         heard, silent = True, 0
         fields = dict(line.partition("=")[::2] for line in datagram.decode(errors="replace").splitlines())
         status = fields.get("STATUS", status)
@@ -46,15 +49,22 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
 
     path = folder / "notify"
     path.unlink(missing_ok=True)
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    channel.bind(str(path))
-    os.environ["NOTIFY_SOCKET"] = str(path)
-    os.environ["WATCHDOG_USEC"] = str(int(SPAN_S * _MICROSECONDS))
-    os.environ.pop("WATCHDOG_PID", None)
-    threading.Thread(
-        target=listen, args=(channel, folder), kwargs={"span_s": SPAN_S, "hung": _end}, name="health", daemon=True
-    ).start()
-    return cli.main(arguments)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.bind(str(path))
+        os.environ["NOTIFY_SOCKET"] = str(path)
+        os.environ["WATCHDOG_USEC"] = str(int(SPAN_S * _MICROSECONDS))
+        os.environ.pop("WATCHDOG_PID", None)
+        listener = threading.Thread(
+            target=listen, args=(channel, folder), kwargs={"span_s": SPAN_S, "hung": _end}, name="health", daemon=True
+        )
+        listener.start()
+        try:
+            return cli.main(arguments)
+        finally:
+            # Datagrams stay in order: once this one has been read, the part's last word has been kept.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as ours:
+                ours.sendto(_END, str(path))
+            listener.join()
 
 
 def _end() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.process.notify import Notifier
+from fedhlm_fleet import cli
 from fedhlm_fleet.container import healthy, part
 from tests.brokers import free_port
 
@@ -64,6 +66,29 @@ def test_links_become_health(tmp_path: Path) -> None:
         assert gone.wait(LIMIT_S), "and one that falls silent is ended"
         thread.join(LIMIT_S)
         assert not thread.is_alive()
+
+
+def test_the_last_word_of_a_part_is_kept_before_its_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = healthy.note
+
+    def slow_disk(folder: Path, status: str, now_s: float) -> None:
+        time.sleep(0.02)
+        kept(folder, status, now_s)
+
+    def work(arguments: Sequence[str] | None) -> int:
+        notifier = Notifier.of()
+        for number in range(8):
+            notifier.send(STATUS=number)
+        notifier.stopping()
+        return 7
+
+    monkeypatch.setattr(part, "note", slow_disk)
+    monkeypatch.setattr(cli, "main", work)
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.setenv(name, "")  # what `part.main` sets is forgotten after the test
+    with TemporaryDirectory(prefix="part-") as top:
+        assert part.main([], Path(top)) == 7
+        assert healthy.complaint(Path(top), time.monotonic()) == "stopping"
 
 
 def test_a_part_serves_is_well_and_ends_when_asked_to() -> None:

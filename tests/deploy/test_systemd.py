@@ -48,7 +48,7 @@ def arguments(name: str, instance: str = "porch") -> list[str]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file system as systemd would see it, with our units and a program of the right name."""
     if ANALYZE is None:
-        pytest.skip("systemd is not installed")
+        pytest.skip("systemd-analyze is not installed")
     root = tmp_path_factory.mktemp("root")
     (root / "etc/systemd/system").mkdir(parents=True)
     (root / "usr/lib/systemd").mkdir(parents=True)

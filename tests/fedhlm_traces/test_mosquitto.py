@@ -20,7 +20,7 @@ from tests.fedhlm_traces.told import told
 
 MOSQUITTO_SUB = shutil.which("mosquitto_sub")
 needs_mosquitto_sub = pytest.mark.skipif(
-    MOSQUITTO is None or MOSQUITTO_SUB is None, reason="needs mosquitto and mosquitto_sub (package mosquitto-clients)"
+    MOSQUITTO is None or MOSQUITTO_SUB is None, reason="mosquitto_sub is not installed"
 )
 STAMP = "2026-11-21T06:12:13.956164Z+0000"
 STAMP_S = 1_795_241_533.956164

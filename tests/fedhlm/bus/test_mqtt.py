@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -329,7 +330,6 @@ async def test_a_refused_subscription_is_an_error_and_is_not_tried_again() -> No
 
 @needs_mosquitto
 async def test_tls_with_a_client_certificate() -> None:
-    trustme = pytest.importorskip("trustme")
     authority, stranger = trustme.CA(), trustme.CA()
     server, client = authority.issue_cert("localhost"), authority.issue_cert("agent-1")
     files = {

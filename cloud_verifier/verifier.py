@@ -63,11 +63,11 @@ class Settled(NamedTuple):
 
 
 def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Settled]:
-    """Settle a block whose base is at most the session's context (ALGORITHMS 2 and 6).
+    """Settle a block whose base is at most the session's context (docs/algorithms.md, 2 and 6).
 
     Fixed ids are the device's authority and overwrite; a draft is tested by the session's coupling; after the first
     rejection nothing further of the main chain is looked at. Where the emitted token is a branch of the tree, it stands,
-    and settling continues on the main path below it (ALGORITHMS 6.1). One model call serves the main chain and one more
+    and settling continues on the main path below it (docs/algorithms.md, 6.1). One model call serves the main chain and one more
     each change of path: nodes off the emitted text are never evaluated, and the round trip stays one. A path that
     stands to its end is extended by `block.extend` tokens of the target, or up to its end of text.
     """

@@ -1,4 +1,4 @@
-"""One generation as a pure state machine: events in, actions out, no I/O (ALGORITHMS 6).
+"""One generation as a pure state machine: events in, actions out, no I/O (docs/algorithms.md, 6).
 
 The sequence is a committed context followed by a speculative tail. Within one epoch it only grows, so a verdict is
 read against it by position alone; a rollback begins a new epoch, and answers of older epochs are dropped unread.

@@ -1,4 +1,4 @@
-"""Growing a tree draft: which nodes the model looks at next, and when another one no longer pays (ALGORITHMS 6.1).
+"""Growing a tree draft: which nodes the model looks at next, and when another one no longer pays (docs/algorithms.md, 6.1).
 
 Pure: logits come in, the tree comes out. How probable a candidate is to stand is learnt from the texts that the target
 settled on earlier trees. `grow` drives any model; time is an argument.

@@ -193,7 +193,7 @@ class Learner:
         return None if share == KEEP_NONE else max(consensus.similarity, 1.0 - share)
 
     def calibrated(self, measures: Measures, config: Generation) -> float:
-        """The most that the budget, or the price of a transmission, allows to keep (ALGORITHMS 4.2)."""
+        """The most that the budget, or the price of a transmission, allows to keep (docs/algorithms.md, 4.2)."""
         own, evidence = self._evidence(measures.draft)
         m = shrunk(own, evidence, config.learning.shrinkage)
         if config.learning.objective == "price":

@@ -1,4 +1,4 @@
-"""What an agent knows from its peers, and whether asking them pays (ALGORITHMS 5).
+"""What an agent knows from its peers, and whether asking them pays (docs/algorithms.md, 5).
 
 Peers are asked without a message: their keys and the tokens that the cloud settled have come by subscription before.
 """

@@ -56,7 +56,7 @@ def blocking(limits: Limits) -> Pipeline:
 
 
 def asynchronous(limits: Limits) -> Pipeline:
-    """Draft on while verdicts are under way (ALGORITHMS 6)."""
+    """Draft on while verdicts are under way (docs/algorithms.md, 6)."""
     return Pipeline(
         may_draft=lambda p: p.tail < limits.window and p.survival >= limits.survival_floor,
         must_send=lambda p: (
@@ -85,7 +85,7 @@ def remote(limits: Limits) -> Pipeline:
 
 
 def tree(_limits: Limits) -> Pipeline:
-    """Grow a tree, send it, wait for its verdict (ALGORITHMS 6.1). The tree's own limits end its growth."""
+    """Grow a tree, send it, wait for its verdict (docs/algorithms.md, 6.1). The tree's own limits end its growth."""
     return Pipeline(
         may_draft=lambda p: not p.awaiting and p.unsent == 0,
         must_send=lambda p: not p.awaiting and p.unsent > 0,

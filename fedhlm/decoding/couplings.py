@@ -1,4 +1,4 @@
-"""Couplings: how device and cloud agree on a token, so that the output follows the target law (ALGORITHMS 2).
+"""Couplings: how device and cloud agree on a token, so that the output follows the target law (docs/algorithms.md, 2).
 
 A coupling is a few functions in a dict literal. What it leaves on the wire is bytes that `split_laws` has checked
 before `settle` sees them.
@@ -65,7 +65,7 @@ class Coupling(NamedTuple):
     `harm(draft_prob, target_prob, missed)` in [0, 1] is what committing the draft unverified costs, `missed` being that
     the target would have emitted another token with this seed. Where a rejected draft is resampled from the residual,
     one step's TV(out, p) equals E[(1 - g) beta] with g the probability of being verified. Where the noise is shared it
-    is bounded by the probability of a skipped mismatch, so there the harm is the mismatch itself (literature 6.3).
+    is bounded by the probability of a skipped mismatch, so there the harm is the mismatch itself (docs/algorithms.md, 3).
 
     `shared`: the emitted token is a function of seed and target alone, so any proposal may stand in for the draft.
     """

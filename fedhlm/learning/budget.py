@@ -2,7 +2,7 @@
 
 Per session s, Y_s = (sum over skipped tokens of omega_t h_t) / T_s in [0, 1/epsilon]; omega is 1 for tokens that a
 later upload had scored anyway and, for the tail after the last upload, 1/epsilon if the session's audit coin came up
-and 0 if not. Then the mean of Y is unbiased for the risk per token, R / T (ALGORITHMS 3).
+and 0 if not. Then the mean of Y is unbiased for the risk per token, R / T (docs/algorithms.md, 3).
 """
 
 import math

@@ -18,7 +18,7 @@ from fedhlm.protocol.messages import Sampling
 
 Law = NDArray[np.float64]
 
-# The equality of ALGORITHMS section 3, the bound on sequences, and the mismatch bound of the gumbel coupling.
+# The equality of docs/algorithms.md, section 3, the bound on sequences, and the mismatch bound of the gumbel coupling.
 
 
 def random_law(rng: np.random.Generator, size: int) -> Law:

@@ -57,6 +57,14 @@ def test_the_reference_holds_messages_with_their_fields_and_every_command(site: 
         assert f'id="fedhlm-{command}"' in commands, command
 
 
+def test_every_file_is_listed_with_what_it_is(site: Path) -> None:
+    page = (site / "reference/files.html").read_text("utf-8")
+    rows = dict(re.findall(r"<td><code>([^<]+)</code></td>\s*<td>(.*?)</td>", page))
+    assert len(rows) > 200
+    assert not [path for path, summary in rows.items() if not summary]
+    assert "fedhlm/protocol/messages.py" in rows
+
+
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     loads = re.compile(
         r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?:https?:)?//|<link[^>]*\shref=["']?(?:https?:)?//"""

@@ -38,8 +38,8 @@ class Article(NamedTuple):
 
 
 def find_data(path: str | Path | None) -> Path | None:
-    """Return the folder that holds ``ag_news/`` and ``news_text/``: the argument, FEDHLM_DATA or ``../shared/data``."""
-    candidates: list[str | Path | None] = [path] if path else [os.environ.get("FEDHLM_DATA"), "../shared/data"]
+    """Return the folder that holds ``ag_news/`` and ``news_text/``: the argument, FEDHLM_DATA or ``./data``."""
+    candidates: list[str | Path | None] = [path] if path else [os.environ.get("FEDHLM_DATA"), "data"]
     for candidate in (c for c in candidates if c):
         folder = Path(candidate)
         if (folder / "ag_news").is_dir():
@@ -57,7 +57,7 @@ def load_ag_news(split: str, path: str | Path | None = None) -> list[Article]:
     Args:
         split: ``train`` or ``test``.
         path: folder with ``ag_news/{split}.csv.gz`` (class, title, description; no header); None looks in
-            FEDHLM_DATA and ``../shared/data``, then asks the Hugging Face hub.
+            FEDHLM_DATA and ``./data``, then asks the Hugging Face hub.
 
     Raises:
         DataMissing: nothing found; the message names every place tried.
@@ -83,7 +83,7 @@ def _read_csv(path: Path) -> Iterator[Article]:
 
 
 def _load_from_hub(split: str) -> list[Article]:
-    where = f"tried FEDHLM_DATA, ../shared/data and the hub dataset {HUB_ID}"
+    where = f"tried FEDHLM_DATA, ./data and the hub dataset {HUB_ID}"
     try:
         from datasets import load_dataset
     except ImportError as exc:

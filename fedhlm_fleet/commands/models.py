@@ -77,7 +77,7 @@ def models_train(runs: Path, *, data: Path | None = None, until: str | None = No
     runs
         Working folder.
     data
-        Folder with ag_news/ and news_text/; by default FEDHLM_DATA, ../shared/data or the hub.
+        Folder with ag_news/ and news_text/; by default FEDHLM_DATA, ./data or the hub.
     until
         Last stage to run.
     """
@@ -109,7 +109,7 @@ def models_release(
     out
         Folder for the two model folders.
     data
-        Folder with ag_news/; by default FEDHLM_DATA, ../shared/data or the hub.
+        Folder with ag_news/; by default FEDHLM_DATA, ./data or the hub.
     articles
         Size of a random sample of the test split; all of it by default.
     prompts
@@ -146,7 +146,7 @@ def models_evaluate(
     target
         Large model whose continuations the first one is to predict.
     data
-        Folder with ag_news/; by default FEDHLM_DATA, ../shared/data or the hub.
+        Folder with ag_news/; by default FEDHLM_DATA, ./data or the hub.
     articles
         Size of a random sample; all of the split by default.
     prompts

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedhlm.process.leash import leashed
 from fedhlm.settings import Broker
 from fedhlm_traces.file import Header, Record, Writer, read
 from fedhlm_traces.record import Summary, record
@@ -48,7 +49,7 @@ def mosquitto(settings: str) -> Iterator[str]:
         probe.close()
         config = Path(folder, "mosquitto.conf")
         config.write_text(CONFIG.format(port=port) + settings)
-        process = subprocess.Popen([program, "-c", config], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(leashed(program, "-c", str(config)), stderr=subprocess.DEVNULL)
         try:
             while True:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):

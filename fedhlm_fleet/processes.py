@@ -1,7 +1,7 @@
 """Child processes of a fleet on one machine: started together, watched, and all gone at the end.
 
 Each part runs as `python -m fedhlm_fleet.cli agent|edge|cloud` in a session of its own, so that Ctrl-C reaches the parent
-alone and the parent stops them in order.
+alone and the parent stops them in order. A parent that is killed takes them with it (`fedhlm.process.leash`).
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from fedhlm.errors import FedhlmError
+from fedhlm.process.leash import leashed
 
 STOP_S: Final = 5.0  # between the request to stop and the kill
 _TAIL_LINES: Final = 8
@@ -44,9 +45,7 @@ class Processes:
         """Start one child; `arguments` follow `python -m`, `env` is added to ours."""
         with (self.logs / f"{name}.log").open("wb") as log:
             self._children[name] = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                *arguments,
+                *leashed(sys.executable, "-m", *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from fedhlm.errors import FedhlmError
+from fedhlm.process.leash import leashed
 from fedhlm_fleet.chaos.invariants import Growth, Violation, growth_bytes, log_violations, memory_violations
 
 MOSQUITTO: Final = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
@@ -88,7 +89,7 @@ class Parts:
         path = self._logs / f"{name}.{len(lives)}.log"
         with path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *words,
+                *leashed(*words),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

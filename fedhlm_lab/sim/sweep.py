@@ -1,7 +1,9 @@
 """Many seeds: over presets and links in turn, in one process or several, summed up."""
 
 import multiprocessing
+import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -9,6 +11,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from fedhlm.process.leash import leash
 from fedhlm_lab.sim import links
 from fedhlm_lab.sim.invariants import Violation
 from fedhlm_lab.sim.scenario import Scenario, command
@@ -143,8 +146,23 @@ def sweep(plan: Plan, seeds: Sequence[int], *, jobs: int = 1) -> Iterator[Ended]
     if jobs == 1:
         yield from (_run(plan, seed) for seed in seeds)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from _spread(lambda seed: pool.submit(_run, plan, seed), seeds, jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=leash, initargs=(os.getpid(),)) as pool:
+
+        def submit(seed: int) -> Future[Ended]:
+            # The first call starts the workers, which inherit what is blocked: Ctrl-C is for this process alone.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return pool.submit(_run, plan, seed)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        try:
+            yield from _spread(submit, seeds, jobs)
+        finally:
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # of an interrupted sweep nobody waits for what has not begun
 
 
 def _spread(submit: Callable[[int], Future[Ended]], seeds: Sequence[int], jobs: int) -> Iterator[Ended]:

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,13 @@ import pytest
 from fedhlm.errors import ConfigError, DataMissing
 from fedhlm.settings import DEFAULT_PRESET
 from fedhlm_fleet.demo.client import load_prompts, tasks_of
-from fedhlm_fleet.demo.run import COMPARED, COMPARED_ITEMS, Demo
+from fedhlm_fleet.demo.run import AGENTS, CLUSTERS, COMPARED, COMPARED_ITEMS, Demo
 from fedhlm_zoo.corpus import Article
-from tests.processes import obey_interrupts
+from tests.processes import marked, obey_interrupts, until_gone
 
 DOCUMENTED = set(re.findall(r"`(\w+)`", (Path(__file__).parents[3] / "docs" / "demo.md").read_text("utf-8")))
+PARTS = 1 + 1 + CLUSTERS * (1 + AGENTS)  # broker, cloud, edges, agents
 COMMAND = [sys.executable, "-m", "fedhlm_fleet.cli", "demo"]
-
-
-def children_of(marker: str) -> list[str]:
-    """Command lines of processes whose environment holds `marker`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if marker.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
 
 
 OWN_PRESET = """
@@ -143,10 +131,23 @@ def test_interrupting_prints_the_table_so_far_and_leaves_no_process(number: int,
     assert report["stopped_early"] is True
     assert report["tokens"] > 0
     assert report["comparisons"] == []
-    deadline = time.monotonic() + 10.0
-    while children_of(marker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert children_of(marker) == []
+    assert until_gone(marker) == []
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_killed_leaves_no_process() -> None:
+    marker = f"demo-test-{os.getpid()}-killed"
+    with subprocess.Popen(
+        [*COMMAND, "--duration", "60"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "DEMO_TEST_MARKER": marker, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdout is not None
+        assert any("tokens  " in line for line in process.stdout)
+        assert len(marked(marker)) == 1 + PARTS
+        process.kill()
+    assert until_gone(marker) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 """`fedhlm simulate`: sums up, names what fails, saves it and runs it again."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from cloud_verifier.batching import Output
 from fedhlm_fleet.cli import main
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.sweep import Plan, Totals, sweep
+from tests.processes import GONE_S, marked, obey_interrupts, until_gone
 
 SMALL = ["--agents", "2", "--tokens", "6", "--prompts", "1"]
 
@@ -114,3 +120,31 @@ def test_the_command_told_for_a_seed_makes_the_same_scenario() -> None:
         assert alone.scenario(seed) == scenario
         assert f"--preset {scenario.preset} " in plan.command(seed)
         assert all(f"--set {setting}" in plan.command(seed) for setting in scenario.settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_command(number: int) -> None:
+    marker = f"simulate-test-{os.getpid()}-{number}"
+    words = [*SMALL, "--seeds", "0..99999", "--jobs", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedhlm_fleet.cli", "simulate", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SIMULATE_TEST_MARKER": marker},
+        preexec_fn=obey_interrupts,  # noqa: PLW1509 - no threads here
+        start_new_session=True,
+    ) as process:
+        end_s = time.monotonic() + GONE_S
+        while len([line for line in marked(marker) if "spawn_main" in line]) < 2:
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+        if number == signal.SIGINT:  # a terminal interrupts all of them
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=GONE_S)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    if number == signal.SIGINT:
+        assert errors == ""
+    assert until_gone(marker) == []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cloud_verifier.verifier import Block, Session, settle
 from edge_agent.growth import RANKS, Budget
 from edge_agent.model import Slm
-from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import Cache, Decoder, Request
 from fedhlm.decoding.tree import Branch
 from fedhlm.protocol.messages import Sampling
@@ -67,20 +67,9 @@ class Cloud:
             self._cache = result.cache
             self._totals.llm_calls += 1
             try:
-                feed = steps.send(result.logits)
+                feed = steps.send(result.logits[-feed.rows :])
             except StopIteration:
                 return
-
-
-def alone(decoder: Decoder, prompt: list[int], sampling: Sampling, tokens: int) -> list[int]:
-    """The LLM's own text, up to its end."""
-    cache, ids, new = decoder.empty_cache(), list(prompt), list(prompt)
-    while len(ids) < len(prompt) + tokens and ids[-1] not in decoder.info.eos_ids:
-        result = decoder.forward([Request(cache, new)])[0]
-        cache = result.cache
-        new = [COUPLINGS[sampling.coupling].settle(result.logits[-1], sampling, len(ids), None, b"")]
-        ids += new
-    return ids
 
 
 def measure(
@@ -151,7 +140,7 @@ def main() -> None:
     for number, item in enumerate(load_items()[: options.prompts]):
         sampling = Sampling(seed=number, temperature=options.temperature)
         prompt = llm.tokenizer.encode(item.title + "\n").ids
-        texts.append((prompt, sampling, alone(llm, prompt, sampling, options.tokens)))
+        texts.append((prompt, sampling, prompt + Alone(llm).write(prompt, sampling, options.tokens)))
     results: dict[str, dict[str, dict[str, float]]] = {f"{ms:g}": {} for ms in options.round_trips}
     for block in options.blocks:
         slm = Slm(small)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from cloud_verifier.backends.onnx import engine_of
+from cloud_verifier.backends.onnx import threaded
 from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Sessions
@@ -50,7 +50,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
         context_max=info.context,
         sessions_max=config.cloud.sessions_max,
     )
-    async with engine_of(decoder) as engine:
+    async with threaded(decoder) as engine:
         service = CloudService(
             party=Party(
                 bus=bus, stamp=stamp, counters=counters, root=config.broker.root, journal=journal_of(config.telemetry)

@@ -8,11 +8,12 @@ have waiting and running is bounded, and a block whose deadline has passed is gi
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from numpy.typing import NDArray
 
-from cloud_verifier.sessions import Admission, Entry, Key, Refused, Sessions
+from cloud_verifier.engine import Cache, Output, Request
+from cloud_verifier.sessions import Declined, Entry, Key, Refused, Sessions
 from cloud_verifier.verifier import Block, Feed, Settled, settle
 from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES, Escalation
 
@@ -21,20 +22,6 @@ WAITING_BYTES: Final = 256 * 1024 * 1024
 WAITING_OF_ONE: Final = 256  # blocks of one agent
 BYTES_OF_ONE: Final = 2 * MAX_PAYLOAD_BYTES
 RUNNING_OF_ONE: Final = 4
-
-
-class Cache(Protocol):
-    """Keys and values of a prefix."""
-
-    def truncated(self, length: int, /) -> "Cache":
-        """The cache of the first `length` tokens."""
-
-
-class Output(NamedTuple):
-    """Logits of the ids that were fed, shape (n, V), and the cache that ends with them."""
-
-    logits: NDArray[Any]
-    cache: Any
 
 
 class Job(NamedTuple):
@@ -52,11 +39,15 @@ class Job(NamedTuple):
         return len(e.ids) + len(e.laws) + context + (len(e.hints.branches) if e.hints else 0)
 
 
+Outcome = Settled | Declined
+"""What became of a block: settled, or why not."""
+
+
 class Done(NamedTuple):
-    """What became of a job: settled, or why not."""
+    """A job and what became of it."""
 
     job: Job
-    outcome: Settled | Admission
+    outcome: Outcome
 
 
 @dataclass
@@ -77,7 +68,7 @@ class Batcher:
     """
 
     sessions: Sessions
-    empty_cache: Any
+    empty_cache: Cache
     batch_max: int
     expired: int = 0
     overflowed: int = 0
@@ -158,17 +149,19 @@ class Batcher:
             return
         admission = self.sessions.admit(job.key, job.escalation)
         entry = self.sessions.entry(job.key)
-        if not isinstance(admission, Block) or entry is None:
+        if not isinstance(admission, Block):
             done.append(Done(job, admission))
             return
+        if entry is None:
+            raise AssertionError(f"{job.key} was admitted without a session")
         steps = settle(entry.state, admission)
         self._running[job.key] = Running(job, entry, steps, next(steps))
         self._busy[job.key.owner] += 1
 
-    def inputs(self, running: Running) -> tuple[Any, list[int]]:
-        """The cache to start from and the ids to feed."""
-        cache = self.empty_cache if running.entry.cache is None else running.entry.cache
-        return cache.truncated(running.feed.keep), running.feed.ids
+    def request(self, running: Running) -> Request:
+        """What a block wants of the model."""
+        cache, feed = self.empty_cache if running.entry.cache is None else running.entry.cache, running.feed
+        return Request(cache.truncated(feed.keep), feed.ids, feed.rows)
 
     def advance(self, batch: Sequence[Running], outputs: Sequence[Output]) -> list[Done]:
         """Give every block of `take` its output; the blocks that are settled now."""
@@ -181,7 +174,7 @@ class Batcher:
                 self._end(running)
                 done.append(Done(running.job, stop.value))
             except Exception as exc:  # noqa: BLE001 - a block that breaks its settling ends its session, not the cloud
-                done += self.fail([running], f"the block cannot be settled: {type(exc).__name__}: {exc}"[:1024])
+                done += self.fail([running], f"the block cannot be settled: {type(exc).__name__}: {exc}")
             else:
                 self._running[running.job.key] = self._running.pop(running.job.key)  # to the end of the line
         return done

@@ -3,37 +3,31 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, assert_never
 
 import msgspec
-import numpy as np
-from msgspec.structs import replace
 
-from cloud_verifier.batching import Batcher, Done, Job, Output
+from cloud_verifier.batching import Batcher, Done, Job, Outcome
 from cloud_verifier.coordinator import Coordinator
+from cloud_verifier.engine import Engine
 from cloud_verifier.journal import CloudStart
 from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
+from cloud_verifier.verdicts import MODEL_FAILED, portions, verdict_of
 from cloud_verifier.verifier import Settled
-from fedhlm.bus.party import Party
+from fedhlm.bus.party import Party, Received
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.process.state import Store
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
-    MAX_BATCH,
-    MAX_PAYLOAD_BYTES,
     Answered,
     Assignment,
     Contribution,
     EscalationBatch,
     Learned,
     Profile,
-    Verdict,
     VerdictBatch,
-    pack_bits,
-    pack_ids,
-    pack_probs,
 )
 from fedhlm.settings import Federation
 from fedhlm.telemetry import Counters, warn_once
@@ -43,15 +37,7 @@ log = logging.getLogger(__name__)
 SHARE_GROUP: Final = "cloud"
 CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
 HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE)
-ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # of verdicts in one message
 FEDERATION_FILE: Final = "cloud.federation"
-
-
-class Engine(NamedTuple):
-    """A model as the service needs it: an empty cache, and a batched forward call of (cache, ids) pairs."""
-
-    empty_cache: Any
-    forward: Callable[[Sequence[tuple[Any, list[int]]]], Awaitable[list[Output]]]
 
 
 class CloudService:
@@ -135,21 +121,22 @@ class CloudService:
 
     async def _receive(self) -> None:
         async for received in self._party.received():
-            if received.topic not in HEARD:
+            await self.handle(received)
+
+    async def handle(self, received: Received) -> None:
+        """Take in one message; blocks wait for `verify_next`, and what is not of a row in HEARD is counted and dropped."""
+        cluster = received.levels.get("cluster", "")
+        match received.message if received.topic in HEARD else None:
+            case EscalationBatch() as batch:
+                self._submit(cluster, batch)
+            case Contribution() as contribution:
+                self._contribute(cluster, contribution)
+            case Profile() as profile:
+                self._take("profile", self.coordinator.note_profile, cluster, profile)
+            case Learned() as learned:
+                self._take("state", self.coordinator.members.inherit, learned)
+            case _:
                 self._counters.add("refused_messages")
-                continue
-            cluster = received.levels.get("cluster", "")
-            match received.message:
-                case EscalationBatch() as batch:
-                    self._submit(cluster, batch)
-                case Contribution() as contribution:
-                    self._contribute(cluster, contribution)
-                case Profile() as profile:
-                    self._take("profile", self.coordinator.note_profile, cluster, profile)
-                case Learned() as learned:
-                    self._take("state", self.coordinator.members.inherit, learned)
-                case _:
-                    self._counters.add("refused_messages")
 
     def _submit(self, cluster: str, batch: EscalationBatch) -> None:
         now = self._clock_s()
@@ -195,8 +182,12 @@ class CloudService:
         while True:
             await self._to_announce.wait()
             self._to_announce.clear()
-            if self.coordinator.members.told:
-                await self._send_learned()
+            await self.announce()
+
+    async def announce(self) -> None:
+        """Publish what the broker is to retain: the state of the federation, once a round has been closed."""
+        if self.coordinator.members.told:
+            await self._send_learned()
 
     async def _regroup(self) -> None:
         while self._assign_s:
@@ -224,74 +215,46 @@ class CloudService:
                 await self._work.wait()
                 if self._batch_wait_s:
                     await asyncio.sleep(self._batch_wait_s)
-            batch, done = self.batcher.take(self._clock_s())
-            if batch:
-                self._counters.add("batches")
-                try:
-                    outputs = await self._engine.forward([self.batcher.inputs(r) for r in batch])
-                except Exception as exc:  # whatever a model runtime raises, the service lives on
-                    log.exception("the model failed on a batch of %d blocks", len(batch))
-                    done += self.batcher.fail(batch, f"the cloud's model failed: {type(exc).__name__}: {exc}"[:1024])
-                else:
-                    done += self.batcher.advance(batch, outputs)
-            await self._answer(done)
+            await self.verify_next()
+
+    async def verify_next(self) -> bool:
+        """At most one model call for the blocks that wait, and the answers that follow; False when none is left."""
+        batch, done = self.batcher.take(self._clock_s())
+        if batch:
+            self._counters.add("batches")
+            try:
+                outputs = await self._engine.forward([self.batcher.request(r) for r in batch])
+            except Exception as exc:  # whatever a model runtime raises, the service lives on
+                log.exception("the model failed on a batch of %d blocks", len(batch))
+                done += self.batcher.fail(batch, f"{MODEL_FAILED}: {type(exc).__name__}: {exc}")
+            else:
+                done += self.batcher.advance(batch, outputs)
+        await self._answer(done)
+        return not self.batcher.idle
 
     async def _answer(self, done: list[Done]) -> None:
+        vocab_size = self.batcher.sessions.fingerprint.vocab_size
         by_cluster: defaultdict[str, list[Answered]] = defaultdict(list)
-        for item in done:
-            verdict = self._verdict(item)
+        for (key, escalation, _), outcome in done:
+            self._count(outcome)
+            verdict = verdict_of(escalation, outcome, self._party.stamp, vocab_size=vocab_size)
             if verdict is not None:
-                by_cluster[item.job.key.cluster].append(Answered(item.job.key.agent, verdict))
+                by_cluster[key.cluster].append(Answered(key.agent, verdict))
         for cluster, answers in by_cluster.items():
-            for items in _messages(answers):
+            for items in portions(answers):
                 message = VerdictBatch(**self._party.stamp(), items=items)
                 self._counters.add("verdicts", len(items))
                 await self._party.send(topics.CLOUD_VERDICT, message, cluster=cluster)
 
-    def _verdict(self, done: Done) -> Verdict | None:
-        match done.outcome:
-            case Settled(accepted, ids, probs, missed):
-                verdict = self._blank(done, "settled")
-                return replace(
-                    verdict,
-                    accepted=accepted,
-                    ids=pack_ids(ids, self.batcher.sessions.fingerprint.vocab_size),
-                    target_probs=pack_probs(np.clip(probs, 0.0, 1.0)),
-                    missed=pack_bits(missed),
-                )
+    def _count(self, outcome: Outcome) -> None:
+        match outcome:
+            case Settled():
+                return
             case Unprimed():
                 self._counters.add("reprimes")
-                return self._blank(done, "unprimed")
-            case Refused(reason):
+            case Refused():
                 self._counters.add("refused_messages")
-                return replace(self._blank(done, "refused"), reason=reason[:1024])
             case Stale():
                 self._counters.add("stale_escalations")
-                return None
             case _:
-                raise AssertionError(f"unexpected outcome {done.outcome!r}")
-
-    def _blank(self, done: Done, status: Literal["settled", "unprimed", "refused"]) -> Verdict:
-        escalation = done.job.escalation
-        return Verdict(
-            **self._party.stamp(),
-            session=escalation.session,
-            epoch=escalation.epoch,
-            base=escalation.base,
-            status=status,
-        )
-
-
-def _messages(answers: list[Answered]) -> Iterator[tuple[Answered, ...]]:
-    """Verdicts in portions that a message may carry."""
-    portion: list[Answered] = []
-    size = 0
-    for answer in answers:
-        new = len(answer.verdict.ids) + len(answer.verdict.target_probs)
-        if portion and (len(portion) == MAX_BATCH or size + new > ANSWER_BYTES):
-            yield tuple(portion)
-            portion, size = [], 0
-        portion.append(answer)
-        size += new
-    if portion:
-        yield tuple(portion)
+                assert_never(outcome)

@@ -54,7 +54,10 @@ class Stale(NamedTuple):
     """A newer epoch of the session was seen; nobody waits for an answer."""
 
 
-Admission = Block | Unprimed | Refused | Stale
+Declined = Unprimed | Refused | Stale
+"""Nothing is settled."""
+
+Admission = Block | Declined
 
 
 class Sessions:

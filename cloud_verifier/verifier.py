@@ -43,10 +43,11 @@ class Block(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """Keep the first `keep` cached positions, append `ids`, and give back their logits, shape (len(ids), V)."""
+    """Keep the first `keep` cached positions, append `ids`, and give back the logits of the last `rows`, shape (rows, V)."""
 
     keep: int
     ids: list[int]
+    rows: int
 
 
 class Settled(NamedTuple):
@@ -122,8 +123,7 @@ def _overwrite(context: list[int], base: int, fixed: list[int]) -> None:
 
 def _run(session: Session, start: int, ids: list[int]) -> Generator[Feed, NDArray[Any], NDArray[Any]]:
     """Logits after the context before `start` and after each of `ids`; shape (len(ids) + 1, V)."""
-    logits = yield _feed(session, start, ids)
-    return logits[-len(ids) - 1 :]
+    return (yield _feed(session, start, ids))
 
 
 def _stand(session: Session, block: Block, coupling: Coupling, rows: NDArray[Any]) -> int:
@@ -144,4 +144,4 @@ def _feed(session: Session, base: int, ids: list[int]) -> Feed:
     keep = min(common_prefix(session.fed, session.context), base - 1)
     new = session.context[keep:base] + ids
     session.fed = session.context[:keep] + new
-    return Feed(keep, new)
+    return Feed(keep, new, len(ids) + 1)

@@ -12,7 +12,7 @@ from edge_agent.connection import Connection
 from edge_agent.driver import Agent
 from edge_agent.learner import Learner
 from edge_agent.membership import birth_and_will
-from edge_agent.model import Slm, ThreadedDrafter
+from edge_agent.model import Slm, threaded
 from edge_agent.peers import Peers
 from edge_agent.profile import Sampler
 from edge_agent.service import AgentService, ModelFacts
@@ -64,7 +64,7 @@ async def run(
     projection = load_projection(folder, info.hidden_size)
     consensus = config.generation.consensus
     rng = np.random.default_rng()
-    async with ThreadedDrafter(Slm(decoder, projection)) as drafter:
+    async with threaded(Slm(decoder, projection)) as drafter:
         agent = Agent(
             party=party,
             cluster=cluster,

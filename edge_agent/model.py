@@ -1,12 +1,12 @@
 """The device's SLM: drafts the token after a list of ids, on one worker thread, reusing the cached common prefix."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from time import perf_counter
-from types import TracebackType
-from typing import Final, NamedTuple, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,24 +150,21 @@ class Slm:
         return self._projection.key(hidden[-1]).tobytes()
 
 
-class ThreadedDrafter:
-    """Runs an Slm on a worker thread, so that the event loop owns sockets only."""
+Wait = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""How a call that computes is waited for; gives what the call returns."""
 
-    def __init__(self, slm: Slm) -> None:
+
+class SlmDrafter:
+    """An Slm as a Drafter, by a way to wait for its calls."""
+
+    def __init__(self, slm: Slm, wait: Wait) -> None:
         self._slm = slm
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="slm")
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._wait = wait
 
     async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """See `Drafter.draft`."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._slm.draft, ids, sampling, uncertainty)
+        drawn: Drawn = await self._wait(partial(self._slm.draft, ids, sampling, uncertainty))
+        return drawn
 
     async def grow(
         self,
@@ -180,4 +177,16 @@ class ThreadedDrafter:
     ) -> Grown:
         """See `Drafter.grow`."""
         call = partial(self._slm.grow, ids, sampling, budget, uncertainty=uncertainty, settled=settled)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        grown: Grown = await self._wait(call)
+        return grown
+
+
+@asynccontextmanager
+async def threaded(slm: Slm) -> AsyncIterator[Drafter]:
+    """A Drafter that computes on a worker thread of its own, so that the event loop owns sockets only."""
+    loop = asyncio.get_running_loop()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="slm")
+    try:
+        yield SlmDrafter(slm, lambda call: loop.run_in_executor(pool, call))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -165,14 +165,11 @@ class EdgeService:
 
     async def _receive(self, party: Party) -> None:
         async for received in party.received():
-            if received.topic in HEARD:
-                await self.handle(received)
-            else:
-                self._counters.add("refused_messages")
+            await self.handle(received)
 
     async def handle(self, received: Received) -> None:
-        """Take in one message of the rows in HEARD."""
-        match received.message:
+        """Take in one message; what is not of a row in HEARD is counted and dropped."""
+        match received.message if received.topic in HEARD else None:
             case Escalation() as escalation:
                 await self._escalate(received.levels["agent"], escalation)
             case VerdictBatch() as batch:

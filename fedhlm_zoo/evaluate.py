@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import INFO_FILE, TOKENIZER_FILE, Decoder, Request
 from fedhlm.decoding.sampling import perturbed_argmax, scores
 from fedhlm.errors import ModelError
+from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.corpus import TOPIC_LINE, TOPICS, Article
 
 TEMPERATURE: Final = 0.8
@@ -79,15 +81,8 @@ class OnnxModel:
             yield number, self._decoder.forward([Request(self._decoder.empty_cache(), ids)])[0].logits
 
     def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
-        continued = []
-        for seed, prompt in enumerate(prompts):
-            result = self._decoder.forward([Request(self._decoder.empty_cache(), prompt)])[0]
-            ids = [_draw(result.logits[-1], temperature, seed, len(prompt))]
-            while len(ids) < tokens and ids[-1] != self.end_id:
-                result = self._decoder.forward([Request(result.cache, ids[-1:])])[0]
-                ids.append(_draw(result.logits[-1], temperature, seed, result.cache.length))
-            continued.append(ids)
-        return continued
+        alone = Alone(self._decoder)
+        return [alone.write(prompt, Sampling(seed, temperature), tokens) for seed, prompt in enumerate(prompts)]
 
 
 class TorchModel:

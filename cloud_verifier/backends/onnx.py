@@ -1,28 +1,43 @@
-"""The default backend: an ONNX model folder on onnxruntime, run on one worker thread."""
+"""The default backend: an ONNX model folder on onnxruntime."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
 
-from cloud_verifier.batching import Output
-from cloud_verifier.service import Engine
-from fedhlm.decoding.decoder import Decoder, Request
+from cloud_verifier.engine import Engine, Output, Request
+from fedhlm.decoding import decoder as runtime
+from fedhlm.decoding.decoder import Decoder
+
+Call = Callable[[], list[Output]]
+Wait = Callable[[Call], Awaitable[list[Output]]]
+"""How a call that computes is waited for."""
+
+
+async def at_once(call: Call) -> list[Output]:
+    """Compute here and now, while the event loop stands still."""
+    return call()
+
+
+def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
+    """An Engine over a decoder."""
+
+    async def forward(requests: Sequence[Request]) -> list[Output]:
+        def call() -> list[Output]:
+            results = decoder.forward([runtime.Request(r.cache, r.ids) for r in requests])
+            return [
+                Output(result.logits[len(result.logits) - r.rows :], result.cache)
+                for r, result in zip(requests, results, strict=True)
+            ]
+
+        return await wait(call)
+
+    return Engine(decoder.empty_cache(), forward)
 
 
 @asynccontextmanager
-async def engine_of(decoder: Decoder) -> AsyncIterator[Engine]:
-    """An Engine over a decoder; the worker thread ends with the context."""
+async def threaded(decoder: Decoder) -> AsyncIterator[Engine]:
+    """An Engine that computes on a worker thread of its own, which ends with the context."""
     loop = asyncio.get_running_loop()
-
-    def run(requests: Sequence[tuple[Any, list[int]]]) -> list[Output]:
-        results = decoder.forward([Request(cache, ids) for cache, ids in requests])
-        return [Output(result.logits, result.cache) for result in results]
-
     with ThreadPoolExecutor(1, thread_name_prefix="llm") as pool:
-
-        async def forward(requests: Sequence[tuple[Any, list[int]]]) -> list[Output]:
-            return await loop.run_in_executor(pool, run, requests)
-
-        yield Engine(decoder.empty_cache(), forward)
+        yield engine_of(decoder, lambda call: loop.run_in_executor(pool, call))

@@ -15,6 +15,7 @@ from fedhlm.telemetry import warn_once
 log = logging.getLogger(__name__)
 
 SAVE_S: Final = 30.0
+NOT_CLOSED_S: Final = 10.0  # between attempts to close a round
 
 InThread = Callable[..., Awaitable[object]]
 
@@ -38,7 +39,12 @@ async def keep_rounds(
                 await bus.wait_connected()
             except BusError:  # closed; whoever reads from it says why
                 return
+            number = members.round
             await publish()
+            if members.round == number:
+                # It would be due again at once, and for ever.
+                warn_once(log, "not closed", "round %d was published and not closed", number + 1)
+                await asyncio.sleep(NOT_CLOSED_S)
             continue
         changed.clear()
         try:

@@ -25,6 +25,7 @@ MAX_KEY: Final = 1_024
 MAX_CURVES: Final = 16
 MAX_NOTES: Final = 1_024
 MAX_STOPS: Final = 16
+MAX_REASON: Final = 1_024
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -39,7 +40,7 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
 Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
 Ids = Annotated[bytes, Meta(max_length=3 * MAX_CONTEXT)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-Reason = Annotated[str, Meta(max_length=1_024)]
+Reason = Annotated[str, Meta(max_length=MAX_REASON)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 Key = Annotated[bytes, Meta(max_length=MAX_KEY)]
 Space = Annotated[str, Meta(max_length=16)]

@@ -11,9 +11,9 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
+from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import Decoder, Request
 from fedhlm.decoding.sampling import Logits, gumbel, scores
-from fedhlm.decoding.text import encode_prompt
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Generation
 from fedhlm_fleet.chaos.invariants import Story, Violation
@@ -37,7 +37,7 @@ class Model(Protocol):
         """len(ids) + 1 rows of logits: after the prompt, and after each id."""
 
 
-class OnnxModel:
+class OnnxModel(Alone):
     """A model folder; `steps` feeds the ids after the prompt one by one, as a device does.
 
     Raises:
@@ -45,23 +45,15 @@ class OnnxModel:
     """
 
     def __init__(self, folder: Path, *, threads: int, steps: bool) -> None:
-        self._decoder = Decoder.load(folder, threads=threads)
+        super().__init__(Decoder.load(folder, threads=threads))
         self._steps = steps
-
-    def encode(self, text: str) -> list[int]:
-        """Prompt ids, with the begin-of-text id."""
-        return encode_prompt(self._decoder.tokenizer, text, self._decoder.info.bos_id)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids."""
-        return str(self._decoder.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def after(self, prompt: Sequence[int], ids: Sequence[int]) -> Sequence[Logits]:
         """See `Model.after`."""
         pieces = [[*prompt], *([i] for i in ids)] if self._steps else [[*prompt, *ids]]
-        cache, rows = self._decoder.empty_cache(), []
+        cache, rows = self.decoder.empty_cache(), []
         for piece in pieces:
-            result = self._decoder.forward([Request(cache, piece)])[0]
+            result = self.decoder.forward([Request(cache, piece)])[0]
             cache = result.cache
             rows += [result.logits[-1]] if self._steps else [*result.logits[len(prompt) - 1 :]]
         return rows

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from fedhlm.decoding.alone import Alone
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Generation
-from fedhlm_fleet.demo.reference import Alone
 from fedhlm_fleet.demo.report import Alternatives, Figures, Generated, Run, figures
 
 

@@ -6,16 +6,16 @@ model's logits share with the large one's.
 
 import asyncio
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from functools import lru_cache, partial
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud_verifier.batching import Output
-from cloud_verifier.service import Engine
+from cloud_verifier.engine import Engine, Output, Request
 from edge_agent.growth import Budget, Trees, grow
 from edge_agent.model import Drawn, Grown
+from fedhlm.decoding.alone import write
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
@@ -53,14 +53,8 @@ def small_logits(ids: Sequence[int], agreement: float) -> NDArray[np.float64]:
 
 
 def large_alone(prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> list[int]:
-    """The oracle: what the LLM writes by itself with this seed, up to its end of text."""
-    ids = list(prompt)
-    settle = COUPLINGS[sampling.coupling].settle
-    for _ in range(max_tokens):
-        ids.append(settle(large_logits(ids), sampling, len(ids), None, b""))
-        if ids[-1] == EOS_ID:
-            break
-    return ids[len(prompt) :]
+    """The oracle: what the LLM writes by itself with this seed."""
+    return write(large_logits, prompt, sampling, max_tokens, eos_ids={EOS_ID}, context_max=CONTEXT)
 
 
 class ToyCache(NamedTuple):
@@ -75,15 +69,25 @@ class ToyCache(NamedTuple):
         return ToyCache(self.ids[:length])
 
 
-async def large_forward(requests: Sequence[tuple[Any, list[int]]], *, step_s: float = 0.02) -> list[Output]:
-    """One batched call of the LLM, `step_s` seconds long."""
-    await asyncio.sleep(step_s)
+def large_outputs(requests: Sequence[Request]) -> list[Output]:
+    """One batched call of the LLM."""
     outputs = []
-    for cache, new in requests:
+    for cache, new, wanted in requests:
         ids = [*cache.ids, *new]
-        rows = [large_logits(ids[: len(cache.ids) + i + 1]) for i in range(len(new))]
-        outputs.append(Output(np.stack(rows), ToyCache(tuple(ids))))
+        rows = [large_logits(ids[:end]) for end in range(len(ids) - wanted + 1, len(ids) + 1)]
+        outputs.append(Output(np.reshape(rows, (wanted, VOCAB_SIZE)), ToyCache(tuple(ids))))
     return outputs
+
+
+async def large_forward(requests: Sequence[Request], *, step_s: float = 0.02) -> list[Output]:
+    """The same, `step_s` seconds long."""
+    await asyncio.sleep(step_s)
+    return large_outputs(requests)
+
+
+def engine(*, step_s: float = 0.02) -> Engine:
+    """The LLM as the cloud's engine; a call takes `step_s` seconds."""
+    return Engine(ToyCache(), partial(large_forward, step_s=step_s))
 
 
 @lru_cache(maxsize=65_536)
@@ -121,7 +125,7 @@ def pair(agreement: float) -> Pair:
         fingerprint=FINGERPRINT,
         eos_ids=frozenset({EOS_ID}),
         context=CONTEXT,
-        engine=lambda: Engine(ToyCache(), large_forward),
+        engine=engine,
         drafter=lambda: ToyDrafter(agreement=agreement),
         space="",
     )

@@ -10,7 +10,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.service import CloudService, Engine
+from cloud_verifier.engine import Engine
+from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Sessions
 from edge_agent.driver import Agent
 from edge_agent.learner import Learner

@@ -19,8 +19,8 @@ from edge_agent.driver import Agent
 from edge_agent.events import Committed, Observation
 from edge_agent.result import Job, Result
 from fedhlm.config import load, presets
-from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.alone import Alone
+from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.learning.budget import Budget
 from fedhlm.protocol.messages import FinishReason, Sampling
@@ -77,11 +77,12 @@ class Line:
     tau: tuple[float, float] = (0.0, 0.0)
 
 
-class Alone:
-    """The LLM (or SLM) by itself, remembered by task: what texts are compared with."""
+class Oracle:
+    """What the LLM (or SLM) writes alone, remembered by task: what texts are compared with."""
 
     def __init__(self, folder: Path) -> None:
-        self.decoder = Decoder.load(folder, threads=1)
+        self._alone = Alone.load(folder, threads=1)
+        self.decoder = self._alone.decoder
         self._known: dict[tuple[tuple[int, ...], Sampling, int], list[int]] = {}
 
     def write(self, task: Task, coupling: str) -> list[int]:
@@ -89,20 +90,8 @@ class Alone:
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, task.sampling.top_p, coupling)
         key = (tuple(task.prompt), sampling, task.max_tokens)
         if key not in self._known:
-            self._known[key] = self._write(task, sampling)
+            self._known[key] = self._alone.write(task.prompt, sampling, task.max_tokens)
         return self._known[key]
-
-    def _write(self, task: Task, sampling: Sampling) -> list[int]:
-        settle = COUPLINGS[sampling.coupling].settle
-        ids, new, cache = list(task.prompt), list(task.prompt), self.decoder.empty_cache()
-        while len(ids) < len(task.prompt) + task.max_tokens:
-            output = self.decoder.forward([Request(cache, new)])[0]
-            cache = output.cache
-            new = [settle(output.logits[-1], sampling, len(ids), None, b"")]
-            ids += new
-            if ids[-1] in self.decoder.info.eos_ids:
-                break
-        return ids[len(task.prompt) :]
 
 
 def tasks_of(
@@ -167,7 +156,7 @@ async def run_fleet(pair: Pair, config: Config, parts: Sequence[Sequence[Task]],
     return [done for group in groups for done in group]
 
 
-def line_of(preset: str, kind: str, done: Sequence[Done], large: Alone, config: Config) -> Line:
+def line_of(preset: str, kind: str, done: Sequence[Done], large: Oracle, config: Config) -> Line:
     """The figures of one preset on one kind of task."""
     line = Line(preset, kind, requests=len(done), tokens=sum(len(d.result.ids) for d in done))
     if not line.tokens:
@@ -251,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     slm, llm = model_folder("", "slm"), model_folder("", "llm")
-    pair, large = shipped_pair(slm, llm), Alone(llm)
+    pair, large = shipped_pair(slm, llm), Oracle(llm)
     known = shuffled_test_split() if options.ag_news else load_items(options.items)
     articles = known[options.skip : options.skip + options.prompts + options.warm]
     places = CLUSTERS * AGENTS

@@ -20,7 +20,7 @@ from fedhlm.learning.curve import Curve, affine, correlation, isotonic, midpoint
 from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, cluster_mean, global_mean, tau_of_budget
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
-from fedhlm_lab.studies.compare import AGENTS, CLUSTERS, Alone, observations_of, run_fleet, tasks_of
+from fedhlm_lab.studies.compare import AGENTS, CLUSTERS, Oracle, observations_of, run_fleet, tasks_of
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 
@@ -33,7 +33,7 @@ def observed(options: argparse.Namespace, coupling: str, uncertainty: str) -> li
     flags = {"generation.coupling": coupling, "generation.uncertainty": uncertainty}
     config = load(preset="exact", environ={}, flags=flags).config
     slm, llm = model_folder("", "slm"), model_folder("", "llm")
-    pair, large = shipped_pair(slm, llm), Alone(llm)
+    pair, large = shipped_pair(slm, llm), Oracle(llm)
     articles = load_items(options.items)[: options.prompts]
     tasks = tasks_of(articles, "continue", large.decoder, tokens=options.tokens, temperature=options.temperature)
     groups = []

@@ -6,22 +6,21 @@ found by timers and in threads, and is not compared.
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from cloud_verifier import journal
-from cloud_verifier.service import Engine
+from cloud_verifier.engine import Engine, Output, Request
 from cloud_verifier.sessions import Key
-from fedhlm.bus.party import Party, Received, Stamp
+from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.learning.federation import Members, mean_of_clusters
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     MAX_CONTEXT,
     Answered,
-    Contribution,
     Escalation,
     EscalationBatch,
     Fingerprint,
@@ -30,18 +29,19 @@ from fedhlm.protocol.messages import (
     Presence,
     Verdict,
     VerdictBatch,
+    decode,
     encode,
     id_bytes,
 )
 from fedhlm.settings import Federation
 from fedhlm.telemetry import Counters
-from fedhlm_traces.check.captured import CapturingBus
-from fedhlm_traces.check.compare import same
+from fedhlm_traces.check.captured import CapturingBus, Sent
+from fedhlm_traces.check.compare import HEADER, same
 from fedhlm_traces.check.divergence import Divergence, Outcome
 from fedhlm_traces.check.explain import federation_words, plural
 from fedhlm_traces.check.journals import Life, Part
 from fedhlm_traces.check.pairing import Said, paired
-from fedhlm_traces.check.verdicts import Verifier, agree
+from fedhlm_traces.check.verdicts import Verifier, agree, no_sessions, service_of
 from fedhlm_traces.file import Record
 from fedhlm_traces.spelling import Spell, by_number
 
@@ -86,6 +86,13 @@ def born_of(life: Life) -> journal.CloudStart:
         raise ProtocolError(f"the first note does not say how a cloud began: {exc}") from exc
 
 
+async def _no_model(_requests: Sequence[Request]) -> list[Output]:
+    raise RuntimeError("nothing is verified without the model")
+
+
+_NO_MODEL: Final = Engine(None, _no_model)
+
+
 class _Replay:
     def __init__(
         self, life: Life, born: journal.CloudStart, engine: Engine | None, outcome: Outcome, spell: Spell
@@ -95,10 +102,13 @@ class _Replay:
         self._outcome = outcome
         self._spell = spell
         self._verifier = None if engine is None else Verifier(born, engine)
-        bus = CapturingBus(lambda _number: True)
-        self._party = Party(bus=bus, stamp=Stamp(life.name, lambda: 0.0), counters=Counters(), root=born.root)
-        self._members = Members(born.federation, mean_of_clusters)
-        self._members.restore(born.members)
+        self._now_s = life.notes[0].at_s
+        self._bus = CapturingBus(lambda _number: True)
+        self._service = service_of(
+            born, engine or _NO_MODEL, self._bus, sessions=no_sessions(born), clock_s=lambda: self._now_s
+        )
+        self._party = Party(bus=self._bus, stamp=Stamp(life.name, lambda: 0.0), counters=Counters(), root=born.root)
+        self._closed: list[Sent] | None = None  # what closing a round sends now; None: it has been compared
         self._counts: Counter[str] = Counter()
         self._unsure: set[Key] = set()  # sessions of which messages are missing
         self._primed: set[Key] = set()
@@ -109,12 +119,15 @@ class _Replay:
     async def run(self) -> None:
         """Go through the journal once."""
         for number, note in enumerate(self._life.notes):
+            self._now_s = note.at_s
             if note.kind == "heard":
                 await self._hear(number, note)
             elif note.kind == "round":
-                self._close(note)
+                await self._close(note)
             elif note.kind in ("sent", "dropped"):
-                self._compare_state(number, note)
+                await self._compare_sent(number, note)
+        if self._closed:
+            self._outcome.skipped.append("the journal ends before what its last round led to")
         self._rewrite()
         for count, words in (
             (self._counts["blocks"], f"not settled again: that takes the model {self._born.fingerprint.model!r}"),
@@ -201,10 +214,8 @@ class _Replay:
                 for item, routed in enumerate(batch.items):
                     key = Key(cluster, routed.agent, routed.escalation.session)
                     await self._settle(_Place(number, item), note.at_s, key, routed.escalation)
-            case Contribution() as contribution:
-                self._members.take(cluster, contribution, note.at_s)
-            case Learned():
-                self._inherit(received)
+            case _:
+                await self._service.handle(received)  # nothing is sent because of it
 
     async def _settle(self, asked: _Place, at_s: float, key: Key, escalation: Escalation) -> None:
         if self._verifier is None:
@@ -235,42 +246,48 @@ class _Replay:
 
     # Federation
 
-    def _inherit(self, received: Received) -> None:
-        try:
-            if isinstance(received.message, Learned):
-                self._members.inherit(received.message)
-        except ProtocolError:
-            return  # refused then as now: nothing follows from it
-
-    def _close(self, note: Note) -> None:
-        members = self._members
+    async def _close(self, note: Note) -> None:
         self._outcome.decisions += 1
+        self._check_closed()
+        members = self._service.coordinator.members
         if not members.due(note.at_s + _DUE_SLACK_S):
             why = f"{plural(members.fresh, 'new contribution')} of {members.federation.round_updates}"
             self._report(note.at_s, f"round {members.round + 1}", "closed", "not due yet", why)
-        members.close()
+        self._bus.take()
+        await self._service.end_round()
+        self._closed = self._bus.take()
 
-    def _compare_state(self, number: int, note: Note) -> None:
+    def _check_closed(self) -> None:
+        """What the last round sends now and did not send then."""
+        for sent in self._closed or []:
+            self._report(self._now_s, "end of a round", "nothing", f"sent on {sent.name}", "it is told more often")
+        self._closed = None
+
+    async def _compare_sent(self, number: int, note: Note) -> None:
         if topics.ASSIGN.parse(note.subject, self._born.root) is not None:
             self._counts["assignments"] += 1
         if topics.CLOUD_FL_STATE.parse(note.subject, self._born.root) is None:
             return
         self._outcome.decisions += 1
-        now = self._members.state().learned(self._party.stamp())
-        try:
-            then = topics.decode_for(topics.CLOUD_FL_STATE, note.data)
-        except ProtocolError:
+        if self._closed is None:  # a new link to the broker: the state is told again
+            self._bus.take()
+            await self._service.announce()
+            made = self._bus.take()
+        else:
+            made, self._closed = self._closed[:1], self._closed[1:] or None
+        then, now = _learned(note.data), _learned(made[0].payload) if made else None
+        if then is None or (now is not None and same(then, now)):
             return
-        if isinstance(then, Learned) and not same(then, now):
-            header = {name: getattr(then, name) for name in ("version", "sender", "sequence", "sent_ms")}
-            kept = msgspec.structs.replace(now, **header)
-            self._outcome.notes[number] = Note(note.at_s, note.kind, note.subject, encode(kept))
-            federation = self._members.federation
-            why = (
-                f"the same contributions of {plural(len(self._members), 'cluster')} are put together otherwise: "
-                f"weight_cap {federation.weight_cap:g}, trim {federation.trim:g}"
-            )
-            self._report(note.at_s, f"state of round {then.round}", *federation_words(then, now), why)
+        if now is not None:
+            header = {name: getattr(then, name) for name in HEADER}
+            kept = encode(msgspec.structs.replace(now, **header))
+            self._outcome.notes[number] = Note(note.at_s, note.kind, note.subject, kept)
+        federation = self._born.federation
+        why = (
+            f"the same contributions of {plural(len(self._service.coordinator.members), 'cluster')} are put together "
+            f"otherwise: weight_cap {federation.weight_cap:g}, trim {federation.trim:g}"
+        )
+        self._report(note.at_s, f"state of round {then.round}", *federation_words(then, now), why)
 
     # Output
 
@@ -289,7 +306,7 @@ class _Replay:
             for i, answered in enumerate(batch[1].items):
                 verdict = changed.get(i, answered.verdict)
                 if verdict is not None:
-                    header = {n: getattr(answered.verdict, n) for n in ("version", "sender", "sequence", "sent_ms")}
+                    header = {name: getattr(answered.verdict, name) for name in HEADER}
                     items.append(Answered(answered.agent, msgspec.structs.replace(verdict, **header)))
             message = msgspec.structs.replace(batch[1], items=tuple(items))
             self._outcome.notes[number] = Note(note.at_s, note.kind, note.subject, encode(message))
@@ -300,6 +317,14 @@ class _Replay:
 
     def _report(self, at_s: float, where: str, recorded: str, now: str, why: str) -> None:
         self._outcome.diverge(Divergence("cloud", self._life.name, at_s, where, recorded, now, why))
+
+
+def _learned(payload: bytes) -> Learned | None:
+    try:
+        message = decode(payload)
+    except ProtocolError:
+        return None
+    return message if isinstance(message, Learned) else None
 
 
 def from_bus(

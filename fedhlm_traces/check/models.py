@@ -1,13 +1,12 @@
 """The large model beside a recording: found by its fingerprint, called without waiting."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cloud_verifier.batching import Output
-from cloud_verifier.service import Engine
-from fedhlm.decoding.decoder import Decoder, Request
+from cloud_verifier.backends.onnx import engine_of
+from cloud_verifier.engine import Engine
+from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import ModelError
 from fedhlm.protocol.fingerprint import fingerprint_of
@@ -42,10 +41,5 @@ def large_model(folder: Path | None = None) -> Large | None:
 def _loaded(folder: Path) -> Large:
     decoder = Decoder.load(folder, threads=0)
     info = decoder.info
-
-    async def forward(requests: Sequence[tuple[Any, list[int]]]) -> list[Output]:
-        results = decoder.forward([Request(cache, ids) for cache, ids in requests])
-        return [Output(result.logits, result.cache) for result in results]
-
     fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
-    return Large(Engine(decoder.empty_cache(), forward), fingerprint, frozenset(info.eos_ids), info.context)
+    return Large(engine_of(decoder), fingerprint, frozenset(info.eos_ids), info.context)

@@ -5,36 +5,43 @@ block without an answer may have been settled all the same. Where the recorded v
 """
 
 import copy
-import math
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from cloud_verifier.batching import Batcher, Job
+from cloud_verifier.coordinator import Coordinator
+from cloud_verifier.engine import Engine, Request
 from cloud_verifier.journal import CloudStart
-from cloud_verifier.service import Engine
-from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
-from cloud_verifier.verifier import Settled
+from cloud_verifier.service import CloudService
+from cloud_verifier.sessions import Key, Sessions, Stale
+from cloud_verifier.verdicts import MODEL_FAILED
+from fedhlm.bus.party import Party, Received, Stamp
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import ACCEPT_STREAM, RESAMPLE_STREAM, gumbel, law, scores, uniform
 from fedhlm.errors import ProtocolError
+from fedhlm.learning.federation import Members, mean_of_clusters
+from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
+    Answered,
     Escalation,
+    EscalationBatch,
+    Routed,
     Sampling,
     Verdict,
-    pack_bits,
-    pack_ids,
-    pack_probs,
+    VerdictBatch,
+    decode,
     unpack_ids,
 )
+from fedhlm.telemetry import Counters
+from fedhlm_traces.check.captured import CapturingBus
 from fedhlm_traces.spelling import Spell
 
 PROB_UNITS: Final = 2  # float16 steps by which probabilities may differ between machines and batches
-FAILED: Final = "the cloud's model failed"
 CACHES_MAX: Final = 64
+_HEADER: Final[dict[str, Any]] = {"version": SCHEMA_VERSION, "sender": "edge", "sequence": 0, "sent_ms": 0}
 
 
 class Verifier:
@@ -48,9 +55,9 @@ class Verifier:
 
     async def settle(self, key: Key, escalation: Escalation, recorded: Verdict) -> Verdict | None:
         """What is answered now; None for a block that nobody waits for. `recorded` chooses among what may have been."""
-        if recorded.status == "unprimed" or (recorded.status == "refused" and recorded.reason.startswith(FAILED)):
+        if recorded.status == "unprimed" or (recorded.status == "refused" and recorded.reason.startswith(MODEL_FAILED)):
             self._sessions.pop(key, None)
-        if recorded.status == "refused" and recorded.reason.startswith(FAILED):
+        if recorded.status == "refused" and recorded.reason.startswith(MODEL_FAILED):
             return recorded
         before = self._taken(key)
         likeliest = copied(before, key)
@@ -79,7 +86,7 @@ class Verifier:
     ) -> AsyncIterator[tuple[Sessions, Verdict | None]]:
         """Other things that may have happened before this block."""
         if escalation.prime is not None:
-            world = self._empty()
+            world = no_sessions(self._born)
             yield world, await self._run(world, key, escalation)
         if key in self._unanswered:
             world = copied(before, key)
@@ -87,14 +94,8 @@ class Verifier:
                 await self._run(world, key, earlier)
             yield world, await self._run(world, key, escalation)
 
-    def _empty(self) -> Sessions:
-        born = self._born
-        return Sessions(
-            fingerprint=born.fingerprint, eos_ids=born.eos_ids, context_max=born.context_max, sessions_max=1
-        )
-
     def _taken(self, key: Key) -> Sessions:
-        return self._sessions.get(key) or self._empty()
+        return self._sessions.get(key) or no_sessions(self._born)
 
     def _keep(self, key: Key, world: Sessions, verdict: Verdict | None) -> None:
         if verdict is not None and verdict.status == "unprimed":
@@ -110,36 +111,22 @@ class Verifier:
                 entry.state.fed.clear()
 
     async def _run(self, world: Sessions, key: Key, escalation: Escalation) -> Verdict | None:
-        batcher = Batcher(world, self._engine.empty_cache, batch_max=1)
-        batcher.submit(Job(key, escalation, math.inf))
-        outcome: Any = Stale()
-        while not batcher.idle:
-            batch, done = batcher.take(0.0)
-            if batch:
-                done += batcher.advance(batch, await self._engine.forward([batcher.inputs(r) for r in batch]))
-            for item in done:
-                outcome = item.outcome
-        return self._verdict(escalation, outcome)
-
-    def _verdict(self, escalation: Escalation, outcome: Any) -> Verdict | None:
-        about: dict[str, Any] = {"version": SCHEMA_VERSION, "sender": "cloud", "sequence": 0, "sent_ms": 0}
-        about |= {"session": escalation.session, "epoch": escalation.epoch, "base": escalation.base}
-        match outcome:
-            case Settled(accepted, ids, probs, missed):
-                return Verdict(
-                    **about,
-                    status="settled",
-                    accepted=accepted,
-                    ids=pack_ids(ids, self._born.fingerprint.vocab_size),
-                    target_probs=pack_probs(np.clip(probs, 0.0, 1.0)),
-                    missed=pack_bits(missed),
-                )
-            case Unprimed():
-                return Verdict(**about, status="unprimed")
-            case Refused(reason):
-                return Verdict(**about, status="refused", reason=reason[:1024])
-            case _:
-                return None
+        """What today's service answers to one block, beginning from `world`."""
+        bus = CapturingBus(lambda _number: True)
+        service = service_of(self._born, self._engine, bus, sessions=world)
+        levels = {"cluster": key.cluster}
+        message = EscalationBatch(**_HEADER, items=(Routed(key.agent, escalation),))
+        await service.handle(Received(topics.CLOUD_VERIFY, levels, message))
+        while await service.verify_next():
+            pass
+        verdicts = [
+            answered.verdict
+            for sent in bus.take()
+            if sent.name == topics.CLOUD_VERDICT.name(self._born.root, **levels)
+            for answered in _answers(sent.payload)
+            if answered.agent == key.agent
+        ]
+        return verdicts[-1] if verdicts else None
 
     async def told(self, key: Key, escalation: Escalation, then: Verdict, now: Verdict | None, spell: Spell) -> "Told":
         """A divergence in words."""
@@ -156,6 +143,38 @@ class Verifier:
             context=entry.state.context if entry else [],
             spell=spell,
         )
+
+
+def no_sessions(born: CloudStart) -> Sessions:
+    """Room for one session, as this cloud was made."""
+    return Sessions(fingerprint=born.fingerprint, eos_ids=born.eos_ids, context_max=born.context_max, sessions_max=1)
+
+
+def service_of(
+    born: CloudStart,
+    engine: Engine,
+    bus: CapturingBus,
+    *,
+    sessions: Sessions,
+    clock_s: Callable[[], float] = lambda: 0.0,
+) -> CloudService:
+    """Today's cloud with the settings and the federation that this life began with; it sends on `bus`."""
+    service = CloudService(
+        party=Party(bus=bus, stamp=Stamp("cloud", lambda: 0.0), counters=Counters(), root=born.root),
+        engine=engine,
+        sessions=sessions,
+        counters=Counters(),
+        batch_max=1,
+        coordinator=Coordinator(Members(born.federation, mean_of_clusters)),
+        clock_s=clock_s,
+    )
+    service.coordinator.members.restore(born.members)
+    return service
+
+
+def _answers(payload: bytes) -> tuple[Answered, ...]:
+    message = decode(payload)
+    return message.items if isinstance(message, VerdictBatch) else ()
 
 
 def copied(sessions: Sessions, key: Key) -> Sessions:
@@ -274,7 +293,7 @@ async def _why_law(
     """What law, noise and coupling say of each of the tokens."""
     if not context:
         return "nothing stands before it"
-    (output,) = await engine.forward([(engine.empty_cache, context)])
+    (output,) = await engine.forward([Request(engine.empty_cache, context, 1)])
     row = output.logits[-1]
     p = law(row, sampling)
     facts = [f"p({spell(token)}) is {p[token]:.4g}" for token in tokens]

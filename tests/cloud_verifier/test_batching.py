@@ -1,10 +1,9 @@
 """Work is shared: what one agent may have waiting and running is bounded, and what nobody waits for is given up."""
 
-import numpy as np
 from msgspec.structs import replace
 
 from cloud_verifier import batching
-from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_OF_ONE, Batcher, Done, Job, Output
+from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_OF_ONE, Batcher, Done, Job
 from cloud_verifier.sessions import Key, Sessions
 from cloud_verifier.verifier import Settled
 from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Prime, Sampling, pack_ids
@@ -32,12 +31,7 @@ def job(agent: str = "a", session: int = 1, *, extend: int = 1, expires_s: float
 def step(work: Batcher, now_s: float = 0.0) -> list[Done]:
     """One model call."""
     batch, done = work.take(now_s)
-    outputs = []
-    for cache, new in (work.inputs(running) for running in batch):
-        ids = [*cache.ids, *new]
-        rows = [toy.large_logits(ids[: len(cache.ids) + i + 1]) for i in range(len(new))]
-        outputs.append(Output(np.stack(rows), toy.ToyCache(tuple(ids))))
-    return done + work.advance(batch, outputs)
+    return done + work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))
 
 
 def settled(work: Batcher, limit: int = 2_000) -> list[Done]:

@@ -30,7 +30,7 @@ def drive(state: Session, block: Block) -> Settled:
         assert feed.keep <= len(held)
         assert feed.ids
         held = held[: feed.keep] + feed.ids
-        rows = [toy.large_logits(held[: feed.keep + i + 1]) for i in range(len(feed.ids))]
+        rows = [toy.large_logits(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
         try:
             feed = steps.send(np.stack(rows))
         except StopIteration as stop:

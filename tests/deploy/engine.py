@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from fedhlm.decoding.alone import Alone
 from fedhlm.protocol.messages import Sampling
-from fedhlm_fleet.demo.reference import Alone
 from fedhlm_zoo.shipped import model_folder
 
 ROOT: Final = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.growth import RANKS, Budget
-from edge_agent.model import Slm, ThreadedDrafter
+from edge_agent.model import Slm, threaded
 from fedhlm.decoding.decoder import Decoder, Request, Result
 from fedhlm.decoding.tree import Tree
 from fedhlm.peers.context_keys import Projection
@@ -125,7 +125,7 @@ def test_keys_travel_where_a_projection_is_given() -> None:
 
 
 async def test_the_threaded_drafter_grows_the_same_tree() -> None:
-    async with ThreadedDrafter(slm()) as drafter:
+    async with threaded(slm()) as drafter:
         grown = await drafter.grow([4, 5], SAMPLING, PATIENT, uncertainty="entropy", settled=2)
     assert grown == slm().grow([4, 5], SAMPLING, PATIENT, uncertainty="entropy", settled=2)
     assert grown.chain[0].uncertainty == pytest.approx(slm().draft([4, 5], SAMPLING, "entropy").uncertainty)

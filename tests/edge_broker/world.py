@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.service import CloudService, Engine
+from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Sessions
 from edge_broker.service import EdgeService
 from fedhlm.bus.interface import Retained
@@ -147,7 +147,7 @@ class World:
         )
         service = CloudService(
             party=self.party(bus, "cloud"),
-            engine=Engine(toy.ToyCache(), toy.large_forward),
+            engine=toy.engine(),
             sessions=Sessions(
                 fingerprint=toy.FINGERPRINT, eos_ids=frozenset({toy.EOS_ID}), context_max=toy.CONTEXT, sessions_max=8
             ),

@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from cloud_verifier.service import Engine
+from cloud_verifier.engine import Engine
 from edge_agent.result import Job
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.party import Party
@@ -23,11 +23,7 @@ from fedhlm_traces.file import Record
 
 def engine() -> Engine:
     """The toy LLM, which takes no time."""
-
-    async def forward(requests):  # type: ignore[no-untyped-def]
-        return await toy.large_forward(requests, step_s=0.0)
-
-    return Engine(toy.ToyCache(), forward)
+    return toy.engine(step_s=0.0)
 
 
 class Recorded(Fleet):

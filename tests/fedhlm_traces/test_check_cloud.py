@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_verifier.batching import Output
-from cloud_verifier.service import Engine
+from cloud_verifier.engine import Engine, Output, Request
 from cloud_verifier.sessions import Sessions
 from fedhlm.decoding import couplings
 from fedhlm.errors import TraceError
@@ -159,7 +158,7 @@ def test_a_changed_rule_is_caught_with_its_reason(name: str, monkeypatch: pytest
 def other_model(scale: float) -> Engine:
     """The toy LLM with its logits scaled."""
 
-    async def forward(requests: Sequence[tuple[Any, list[int]]]) -> list[Output]:
+    async def forward(requests: Sequence[Request]) -> list[Output]:
         outputs = await toy.large_forward(requests, step_s=0.0)
         return [Output(scale * output.logits, output.cache) for output in outputs]
 

@@ -2,21 +2,29 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from cloud_verifier import service as cloud_service
+from cloud_verifier import verdicts
+from cloud_verifier.service import CloudService
 from edge_agent import gate, generation, journal
 from edge_agent.events import Observation
+from edge_broker.relay import Relay
+from edge_broker.service import EdgeService
 from fedhlm.config import presets
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.errors import TraceError
 from fedhlm.learning.curve import Bins, Curve
+from fedhlm.learning.federation import Members
 from fedhlm.learning.thresholds import tau_of_budget
-from fedhlm.protocol.messages import Note
+from fedhlm.protocol.messages import Answered, Note, Verdict, VerdictBatch
 from fedhlm_traces.check.agent import check_agent
 from fedhlm_traces.check.divergence import Divergence
 from fedhlm_traces.check.journals import Life, lives
-from fedhlm_traces.check.run import check_file
+from fedhlm_traces.check.run import Which, check_file
 from fedhlm_traces.file import read
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -125,6 +133,91 @@ def test_a_changed_acceptance_is_found_and_named(
     printed = capsys.readouterr().out
     assert "then" in printed
     assert "stand" in printed
+
+
+# Changes of the parts that decide for all: each is made in the product, and must be found in what it says
+
+
+def one_less_accepted(patch: pytest.MonkeyPatch) -> None:
+    honest = verdicts.verdict_of
+
+    def stingy(*given: Any, **named: Any) -> Verdict | None:
+        verdict = honest(*given, **named)
+        return verdict and replace(verdict, accepted=max(0, verdict.accepted - 1))
+
+    patch.setattr(cloud_service, "verdict_of", stingy)
+
+
+def nothing_but_the_count(patch: pytest.MonkeyPatch) -> None:
+    honest = verdicts.verdict_of
+
+    def terse(*given: Any, **named: Any) -> Verdict | None:
+        verdict = honest(*given, **named)
+        return verdict and replace(verdict, target_probs=b"", missed=b"")
+
+    patch.setattr(cloud_service, "verdict_of", terse)
+
+
+def published_and_not_closed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Members, "close", Members.state)
+
+
+def closed_and_not_published(patch: pytest.MonkeyPatch) -> None:
+    async def silent(self: Any, *_given: Any) -> None:
+        return None
+
+    patch.setattr(CloudService, "_send_learned", silent)
+    patch.setattr(EdgeService, "_send_learned", silent)
+
+
+def one_less_accepted_by_the_edge(patch: pytest.MonkeyPatch) -> None:
+    honest = EdgeService._verdict
+
+    def stingy(self: EdgeService, *given: Any) -> Verdict:
+        verdict = honest(self, *given)
+        return replace(verdict, accepted=max(0, verdict.accepted - 1))
+
+    patch.setattr(EdgeService, "_verdict", stingy)
+
+
+def relayed(change: Callable[[Verdict], Verdict]) -> Callable[[pytest.MonkeyPatch], None]:
+    honest = Relay.answers
+
+    def changed(self: Relay, batch: VerdictBatch) -> list[Answered]:
+        return [Answered(a.agent, change(a.verdict)) for a in honest(self, batch)]
+
+    return lambda patch: patch.setattr(Relay, "answers", changed)
+
+
+PRODUCTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Which]] = {
+    "cloud: accepted - 1": (one_less_accepted, "exact", "cloud"),
+    "cloud: no probabilities, nothing missed": (nothing_but_the_count, "budget", "cloud"),
+    "cloud: a round published and not closed": (published_and_not_closed, "budget", "cloud"),
+    "cloud: a round closed and not published": (closed_and_not_published, "budget", "cloud"),
+    "edge: accepted - 1 of its own": (one_less_accepted_by_the_edge, "fedhlm", "edge"),
+    "edge: accepted - 1 of the cloud's": (
+        relayed(lambda v: replace(v, accepted=max(0, v.accepted - 1))),
+        "exact",
+        "edge",
+    ),
+    "edge: no probabilities, nothing missed": (
+        relayed(lambda v: replace(v, target_probs=b"", missed=b"")),
+        "budget",
+        "edge",
+    ),
+    "edge: a round published and not closed": (published_and_not_closed, "budget", "edge"),
+    "edge: a round closed and not published": (closed_and_not_published, "budget", "edge"),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_changed_product_is_found(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, preset, which = PRODUCTS[name]
+    change(monkeypatch)
+    assert check_file(GOLDEN / f"{preset}.trace", which) == 1
+    assert f"{which}" in capsys.readouterr().out
 
 
 def test_an_update_takes_the_decisions_of_now(

@@ -13,6 +13,7 @@ import pytest
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp
+from fedhlm.decoding.alone import Alone
 from fedhlm.errors import BusError
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.topics import (
@@ -27,7 +28,6 @@ from fedhlm.protocol.topics import (
     VERDICT,
 )
 from fedhlm.telemetry import Counters
-from fedhlm_fleet.demo.reference import Alone
 from fedhlm_fleet.pki import authority
 from fedhlm_fleet.pki.acl import Place
 from fedhlm_zoo.prompts import load_items

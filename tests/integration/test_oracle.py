@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from edge_broker.embedded import EmbeddedBroker
+from fedhlm.decoding.alone import Alone
 from fedhlm.protocol.messages import Prompt, Sampling, encode
 from fedhlm.protocol.topics import ESCALATE, OUTPUT, PROMPT
-from fedhlm_fleet.demo.reference import Alone
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 from tests.brokers import MOSQUITTO, Mosquitto

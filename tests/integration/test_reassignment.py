@@ -9,10 +9,10 @@ import edge_broker.__main__ as edge
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp
+from fedhlm.decoding.alone import Alone
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Assignment, Presence, Prompt, Sampling
 from fedhlm.telemetry import Counters
-from fedhlm_fleet.demo.reference import Alone
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 from tests.integration.live import READY_S, Live, ids_of, live

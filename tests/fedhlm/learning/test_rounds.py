@@ -104,6 +104,33 @@ def test_a_round_waits_for_the_bus_and_ends_with_it() -> None:
     assert ended
 
 
+def test_a_round_that_is_not_closed_does_not_stop_the_rest() -> None:
+    async def scenario() -> int:
+        members = Members(Federation(round_s=1.0), mean_of_agents)
+        made = 0
+
+        async def publish() -> None:
+            nonlocal made
+            made += 1
+            if made > 1_000:
+                raise AssertionError("published again and again")
+
+        async with LoopbackBus(LoopbackBroker(random.Random(1)), client_id="e") as bus:
+            changed, clock_s = asyncio.Event(), asyncio.get_running_loop().time
+            timer = asyncio.create_task(
+                rounds.keep_rounds(members, bus=bus, changed=changed, clock_s=clock_s, publish=publish)
+            )
+            members.touch(0.0)
+            changed.set()
+            await asyncio.sleep(100.0)
+            assert not timer.done()
+            timer.cancel()
+            await asyncio.wait([timer])
+        return made
+
+    assert 2 <= run_virtual(scenario()) <= 11
+
+
 class Part:
     def __init__(self) -> None:
         self.value = b"new"

@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cloud_verifier.batching import Output
+from cloud_verifier.engine import Output, Request
 from fedhlm_fleet.cli import main
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.sweep import Plan, Totals, sweep
@@ -47,7 +46,7 @@ def test_a_failure_is_named_shrunk_saved_and_run_again(
 ) -> None:
     honest = toy.large_forward
 
-    async def crooked(requests: Sequence[tuple[Any, list[int]]], *, step_s: float = 0.02) -> list[Output]:
+    async def crooked(requests: Sequence[Request], *, step_s: float = 0.02) -> list[Output]:
         return [o._replace(logits=-o.logits) for o in await honest(requests, step_s=step_s)]
 
     with monkeypatch.context() as broken:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cloud_verifier.batching import Output as Logits
+from cloud_verifier.engine import Output as Logits
+from cloud_verifier.engine import Request
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Admission, Key, Sessions
 from edge_agent.driver import Agent
@@ -118,7 +119,7 @@ def violations(seeds: int, **options: Any) -> Counter[str]:
 def test_a_wrong_cloud_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = toy.large_forward
 
-    async def crooked(requests: Sequence[tuple[Any, list[int]]], *, step_s: float = 0.02) -> list[Logits]:
+    async def crooked(requests: Sequence[Request], *, step_s: float = 0.02) -> list[Logits]:
         return [o._replace(logits=-o.logits) for o in await honest(requests, step_s=step_s)]
 
     monkeypatch.setattr(toy, "large_forward", crooked)

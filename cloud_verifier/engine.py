@@ -1,0 +1,39 @@
+"""What a runtime must give the cloud, and nothing else: caches as values, and one batched call of a model.
+
+A backend makes an `Engine` of its runtime (`cloud_verifier.backends`). Calls may be cut and batched in any way, so
+logits must not depend on how ids are cut into calls, up to rounding.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
+
+
+class Cache(Protocol):
+    """Keys and values of a prefix. A value: a call never changes the one it is given."""
+
+    def truncated(self, length: int, /) -> "Cache":
+        """The cache of the first `length` tokens."""
+
+
+class Request(NamedTuple):
+    """Ids (at least one) to run after what `cache` holds; the logits after the last `rows` of them are wanted."""
+
+    cache: Any
+    ids: list[int]
+    rows: int
+
+
+class Output(NamedTuple):
+    """Logits after the last `rows` ids of the request, shape (rows, V), and the cache that ends with all of its ids."""
+
+    logits: NDArray[Any]
+    cache: Any
+
+
+class Engine(NamedTuple):
+    """A model: the cache before the first token, and `forward`, which runs several requests as one batch, in order."""
+
+    empty_cache: Any
+    forward: Callable[[Sequence[Request]], Awaitable[list[Output]]]

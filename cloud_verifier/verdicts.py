@@ -1,0 +1,65 @@
+"""What the cloud says of a block, without I/O: an outcome as a verdict, and verdicts in messages of bounded size."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, assert_never
+
+import numpy as np
+
+from cloud_verifier.batching import Outcome
+from cloud_verifier.sessions import Refused, Stale, Unprimed
+from cloud_verifier.verifier import Settled
+from fedhlm.protocol.messages import (
+    MAX_BATCH,
+    MAX_PAYLOAD_BYTES,
+    MAX_REASON,
+    Answered,
+    Escalation,
+    Verdict,
+    pack_bits,
+    pack_ids,
+    pack_probs,
+)
+
+ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # of verdicts in one message
+MODEL_FAILED: Final = "the cloud's model failed"  # how the reason of such a refusal begins
+
+
+def verdict_of(
+    escalation: Escalation, outcome: Outcome, header: Callable[[], dict[str, Any]], *, vocab_size: int
+) -> Verdict | None:
+    """The answer to a block; None where nobody waits for one. `header` makes the header fields of a message."""
+    about: dict[str, Any] = {"session": escalation.session, "epoch": escalation.epoch, "base": escalation.base}
+    match outcome:
+        case Settled(accepted, ids, probs, missed):
+            return Verdict(
+                **header(),
+                **about,
+                status="settled",
+                accepted=accepted,
+                ids=pack_ids(ids, vocab_size),
+                target_probs=pack_probs(np.clip(probs, 0.0, 1.0)),
+                missed=pack_bits(missed),
+            )
+        case Unprimed():
+            return Verdict(**header(), **about, status="unprimed")
+        case Refused(reason):
+            return Verdict(**header(), **about, status="refused", reason=reason[:MAX_REASON])
+        case Stale():
+            return None
+        case _:
+            assert_never(outcome)
+
+
+def portions(answers: Sequence[Answered]) -> Iterator[tuple[Answered, ...]]:
+    """The answers in order, in portions that one message may carry; one that is larger goes alone."""
+    portion: list[Answered] = []
+    size = 0
+    for answer in answers:
+        new = len(answer.verdict.ids) + len(answer.verdict.target_probs)
+        if portion and (len(portion) == MAX_BATCH or size + new > ANSWER_BYTES):
+            yield tuple(portion)
+            portion, size = [], 0
+        portion.append(answer)
+        size += new
+    if portion:
+        yield tuple(portion)

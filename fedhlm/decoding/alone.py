@@ -1,0 +1,75 @@
+"""One model that writes by itself: the oracle that every comparison with "the LLM alone" uses."""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.text import encode_prompt
+from fedhlm.protocol.messages import Sampling
+
+LogitsAfter = Callable[[list[int]], NDArray[Any]]
+"""The logits of the token after these ids, shape (V,)."""
+
+
+def write(
+    logits_after: LogitsAfter,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    max_tokens: int,
+    *,
+    eos_ids: Collection[int],
+    context_max: int,
+) -> list[int]:
+    """At most `max_tokens` ids after the prompt, by the target side of the sampling's coupling.
+
+    The text ends with the first id of `eos_ids`, or where prompt and text fill the context of `context_max` tokens.
+    """
+    settle = COUPLINGS[sampling.coupling].settle
+    ids = list(prompt)
+    end = min(len(prompt) + max_tokens, context_max)
+    while len(ids) < end:
+        ids.append(settle(logits_after(ids), sampling, len(ids), None, b""))
+        if ids[-1] in eos_ids:
+            break
+    return ids[len(prompt) :]
+
+
+class Alone:
+    """A model folder that writes by itself: what the preset `exact` must equal when the model is the cloud's."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int) -> Self:
+        """Open a model folder.
+
+        Raises:
+            ModelError: the folder cannot be used.
+        """
+        return cls(Decoder.load(folder, threads=threads))
+
+    def encode(self, text: str) -> list[int]:
+        """Prompt ids, with the begin-of-text id."""
+        return encode_prompt(self.decoder.tokenizer, text, self.decoder.info.bos_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids."""
+        return str(self.decoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def write(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> list[int]:
+        """See `write`; the model's end-of-text ids and its context end the text."""
+        info, cache = self.decoder.info, self.decoder.empty_cache()
+
+        def logits_after(ids: list[int]) -> NDArray[Any]:
+            nonlocal cache
+            result = self.decoder.forward([Request(cache, ids[cache.length :])])[0]
+            cache = result.cache
+            row: NDArray[Any] = result.logits[-1]
+            return row
+
+        return write(logits_after, prompt, sampling, max_tokens, eos_ids=info.eos_ids, context_max=info.context)

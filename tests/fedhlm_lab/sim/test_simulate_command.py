@@ -121,13 +121,36 @@ def test_the_command_told_for_a_seed_makes_the_same_scenario() -> None:
         assert all(f"--set {setting}" in plan.command(seed) for setting in scenario.settings)
 
 
+ENDLESS = """
+from fedhlm_lab.sim.sweep import Plan, sweep
+if __name__ == "__main__":
+    for ended in sweep(Plan(presets=("exact",), links=("lan",), agents=2, prompts=1, tokens=6), range(10**9), jobs=2):
+        print(ended.seed, flush=True)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_workers_end_with_the_command(number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(number: int, tmp_path: Path) -> None:
     marker = f"simulate-test-{os.getpid()}-{number}"
-    words = [*SMALL, "--seeds", "0..99999", "--jobs", "2"]
+    script = tmp_path / "endless.py"  # workers import what started them
+    script.write_text(ENDLESS, "utf-8")
+    environ = {**os.environ, "SIMULATE_TEST_MARKER": marker, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environ) as process:
+        assert process.stdout is not None
+        for _ in range(20):  # by then both are at work
+            assert process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait(GONE_S) == -number
+    assert until_gone(marker) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback() -> None:
+    marker = f"simulate-test-{os.getpid()}-interrupted"
     with subprocess.Popen(
-        [sys.executable, "-m", "fedhlm_fleet.cli", "simulate", *words],
+        [sys.executable, "-m", "fedhlm_fleet.cli", "simulate", *SMALL, "--seeds", "0..99999", "--jobs", "2"],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "SIMULATE_TEST_MARKER": marker},
@@ -138,12 +161,8 @@ def test_workers_end_with_the_command(number: int) -> None:
         while len([line for line in marked(marker) if "spawn_main" in line]) < 2:
             assert time.monotonic() < end_s
             time.sleep(0.05)
-        if number == signal.SIGINT:  # a terminal interrupts all of them
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all of them
         _, errors = process.communicate(timeout=GONE_S)
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    if number == signal.SIGINT:
-        assert errors == ""
+    assert process.returncode == 130
+    assert errors == ""
     assert until_gone(marker) == []

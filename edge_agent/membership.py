@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 CLUSTERS_MAX: Final = 32
 
-_PERSONAL: Final = (topics.PROMPT, topics.VERDICT)
+_PERSONAL: Final = (topics.PROMPT, topics.CANCEL, topics.VERDICT)
 
 
 class Membership:

@@ -55,6 +55,11 @@ class Result:
         self.sources += [t.source for t in tokens]
         self.drafted += [t.drafted for t in tokens]
 
+    def keep(self, count: int) -> None:
+        """Drop what was committed after the first `count` tokens, where the text ended earlier."""
+        for kept in (self.ids, self.sources, self.drafted):
+            del kept[count:]
+
     def statistics(self) -> dict[str, float]:
         """Figures for the last message of a request."""
         by_source = {f"tokens_{source}": float(count) for source, count in Counter(self.sources).items()}

@@ -3,20 +3,22 @@
 import asyncio
 import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from edge_agent.connection import Connection
 from edge_agent.driver import Agent
 from edge_agent.events import Committed
+from edge_agent.requests import CANCELLED, LATE, LATE_TEXT, End, Request, Requests
 from edge_agent.result import Job, Result
+from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
-from fedhlm.decoding.text import TextStream, encode_prompt
+from fedhlm.decoding.text import StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, FedhlmError, ProtocolError
 from fedhlm.process.state import Store
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import FinishReason, Output, Prompt, Sampling
+from fedhlm.protocol.messages import Cancel, FinishReason, Output, Prompt, Refusal, Sampling
+from fedhlm.protocol.prompts import unusable
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import Counters, warn_once
 
@@ -25,9 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROMPTS_MAX: Final = 256
 LEARNER_FILE: Final = "learner"
-REQUESTS_REMEMBERED: Final = 1_024
 TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens than this
 RENEW_AGAIN_S: Final = 30.0
 
@@ -39,13 +39,6 @@ class ModelFacts(NamedTuple):
     bos_id: int | None
     eos_ids: frozenset[int]
     context: int
-
-
-class Request(NamedTuple):
-    """A prompt, and the cluster through which it came and its output goes."""
-
-    cluster: str
-    prompt: Prompt
 
 
 class AgentService:
@@ -72,8 +65,10 @@ class AgentService:
         self._saved_round = 0
         self._restore()
         agent.note_life(loaded.config.federation, loaded.config.generation.consensus)
-        self._requests: asyncio.Queue[Request] = asyncio.Queue(PROMPTS_MAX)
-        self._seen: OrderedDict[str, None] = OrderedDict()
+        self.requests = Requests(agent.name)
+        self._work = asyncio.Event()
+        self._current: Request | None = None
+        agent.party.on_refused = self._answer_unusable
 
     def _restore(self) -> None:
         kept = self._store.load(LEARNER_FILE) if self._store else None
@@ -116,7 +111,10 @@ class AgentService:
             bus = party.bus
             async for received in party.received():
                 if isinstance(received.message, Prompt):
-                    await self._accept(Request(received.levels["cluster"], received.message))
+                    await self._accept(received.message, received.levels["cluster"], retained=received.retained)
+                    continue
+                if isinstance(received.message, Cancel):
+                    await self._cancel(received.message)
                     continue
                 before = self.agent.cluster
                 if not await self.agent.handle(received):
@@ -154,33 +152,79 @@ class AgentService:
             if not adopted:  # it has moved on meanwhile, and is asked to come again
                 await bus.__aexit__(None, None, None)
 
-    async def _accept(self, request: Request) -> None:
-        prompt = request.prompt
-        if prompt.request in self._seen:
+    async def _accept(self, prompt: Prompt, cluster: str, *, retained: bool) -> None:
+        if retained:  # it was asked at some other time, and would be asked at every start again
+            self._counters.add("refused_messages")
+            warn_once(log, "retained", "passed over the retained prompt %s of %s", prompt.request, prompt.sender)
+            return
+        if self.requests.knows(prompt):
             self._counters.add("duplicate_messages")
             return
-        if self._requests.full():
-            self._counters.add("dropped_messages")
-            await self._refuse(request, f"agent {self.agent.name} has {PROMPTS_MAX} prompts waiting: ask later")
+        request = Request(cluster, prompt, asyncio.get_running_loop().time())
+        end = self.requests.admit(request)
+        if end is None:
+            self._work.set()
             return
-        self._seen[prompt.request] = None
-        while len(self._seen) > REQUESTS_REMEMBERED:
-            self._seen.popitem(last=False)
-        self._requests.put_nowait(request)
+        if end.refusal == "busy":
+            self._counters.add("dropped_messages")
+        await self._end(request, end)
+
+    async def _cancel(self, message: Cancel) -> None:
+        request = self.requests.cancel(message)
+        if request is None:
+            return
+        if request is self._current:
+            self.agent.cancel("cancelled")
+            request.over = True  # also before the first token, and between two of them
+        else:
+            await self._end(request, CANCELLED)
+
+    async def _answer_unusable(self, delivery: Delivery, _error: ProtocolError) -> None:
+        """Tell a client whose request has a readable name that nothing comes of it."""
+        levels = topics.PROMPT.parse(delivery.topic, self.agent.party.root)
+        found = None if levels is None or delivery.retain else unusable(delivery.payload)
+        if levels is None or found is None:
+            return
+        party = self.agent.party
+        message = Output(
+            **party.stamp(),
+            request=found.request,
+            position=0,
+            ids=(),
+            sources=(),
+            text="",
+            finish="error",
+            error=found.reason,
+            client=found.client,
+            refusal="invalid",
+        )
+        await party.send(topics.OUTPUT, message, cluster=levels["cluster"], agent=self.agent.name)
 
     async def _serve(self) -> None:
         while True:
-            request = await self._requests.get()
+            request = self.requests.first()
+            if request is None:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            self._current = request
             try:
-                await self.complete(request.prompt, cluster=request.cluster)
+                if asyncio.get_running_loop().time() >= request.limit_s:
+                    await self._end(request, LATE)
+                else:
+                    await self._complete_in_turn(request)
             except (FedhlmError, ValueError) as exc:
-                await self._refuse(request, str(exc))
+                await self._end(request, End("error", str(exc)))
             except Exception as exc:  # one request's failure must not end the service
                 log.exception("request %s failed", request.prompt.request)
-                await self._refuse(request, f"{type(exc).__name__}: {exc}")
+                await self._end(request, End("error", f"{type(exc).__name__}: {exc}"))
+            finally:
+                self._current = None
+                self.requests.close(request)
 
-    async def _refuse(self, request: Request, error: str) -> None:
-        await self._publish(request, 0, [], "", "error", error[:1_024], {})
+    async def _end(self, request: Request, end: End) -> None:
+        self.requests.close(request)
+        await self._publish(request, [], "", finish=end.finish, error=end.error[:1_024], refusal=end.refusal)
 
     async def complete(
         self, prompt: Prompt, show: Callable[[str], object] | None = None, *, cluster: str | None = None
@@ -193,11 +237,14 @@ class AgentService:
             ConfigError: an unknown preset.
             ValueError: a prompt without tokens, or longer than the model's context.
         """
+        return await self._complete_in_turn(Request(cluster or self.agent.cluster, prompt), show)
+
+    async def _complete_in_turn(self, request: Request, show: Callable[[str], object] | None = None) -> Result:
         async with self._turn:
-            return await self._complete(Request(cluster or self.agent.cluster, prompt), show)
+            return await self._complete(request, show)
 
     async def _complete(self, request: Request, show: Callable[[str], object] | None) -> Result:
-        prompt = request.prompt
+        prompt, now_s = request.prompt, asyncio.get_running_loop().time
         config = self._config(prompt)
         sampling = self._sampling(prompt, config)
         job = Job(
@@ -208,27 +255,31 @@ class AgentService:
             eos_ids=self._model.eos_ids,
         )
         text = StoppedText(TextStream(self._model.tokenizer), prompt.stop)
-        count = 0
 
         async def publish(tokens: list[Committed]) -> FinishReason | None:
-            nonlocal count
-            new = text.push([t.token for t in tokens])
-            if show is not None:
-                show(new)
-            await self._publish(request, count, tokens, new, None, "", {})
-            count += len(tokens)
-            return "stop" if text.stopped else None
+            count, new = text.push([t.token for t in tokens])
+            if count or new:
+                if show is not None:
+                    show(new)
+                await self._publish(request, tokens[:count], new)
+            if text.stopped:
+                return "stop"
+            return "cancelled" if request.over or now_s() >= request.limit_s else None
 
         longest = TOKEN_BYTES_MAX * self._model.context
         if len(prompt.text) > longest:  # to encode it would hold up everything else
             raise ValueError(f"prompt has {len(prompt.text)} characters: at most {longest} expected")
         ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
         result = await self.agent.generate(job, ids, publish)
-        finish = "stop" if text.stopped else result.finish
+        result.keep(request.count)
+        if text.stopped:
+            result.finish = "stop"
+        elif result.finish == "cancelled":
+            result.error = (CANCELLED if request.over else LATE_TEXT).error
         rest = text.rest()
         if show is not None:
             show(rest)
-        await self._publish(request, count, [], rest, finish, result.error, result.statistics())
+        await self._publish(request, [], rest, finish=result.finish, error=result.error, statistics=result.statistics())
         await self._save()
         return result
 
@@ -251,56 +302,27 @@ class AgentService:
     async def _publish(
         self,
         request: Request,
-        position: int,
         tokens: list[Committed],
         text: str,
-        finish: FinishReason | None,
-        error: str,
-        statistics: dict[str, float],
+        *,
+        finish: FinishReason | None = None,
+        error: str = "",
+        statistics: dict[str, float] | None = None,
+        refusal: Refusal | None = None,
     ) -> None:
-        party = self.agent.party
+        party, prompt = self.agent.party, request.prompt
         message = Output(
             **party.stamp(),
-            request=request.prompt.request,
-            position=position,
+            request=prompt.request,
+            position=request.count,
             ids=tuple(t.token for t in tokens),
             sources=tuple(t.source for t in tokens),
             text=text,
             finish=finish,
             error=error,
-            statistics=statistics,
+            statistics=statistics or {},
+            client=prompt.sender,
+            refusal=refusal,
         )
+        request.count += len(tokens)
         await party.send(topics.OUTPUT, message, cluster=request.cluster, agent=self.agent.name)
-
-
-class StoppedText:
-    """A text stream that ends before the first stop string, and never lets a part of one out."""
-
-    def __init__(self, stream: TextStream, stop: tuple[str, ...]) -> None:
-        self._stream = stream
-        self._stop = tuple(s for s in stop if s)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, ids: list[int]) -> str:
-        """Text that may be shown now."""
-        if self.stopped:
-            return ""
-        self._held += self._stream.push(ids)
-        places = [p for s in self._stop if (p := self._held.find(s)) >= 0]
-        if places:
-            self.stopped = True
-            shown, self._held = self._held[: min(places)], ""
-            return shown
-        keep = max((self._overlap(s) for s in self._stop), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-    def rest(self) -> str:
-        """What was held back, once the generation is over."""
-        return "" if self.stopped else self._held + self._stream.push([], last=True)
-
-    def _overlap(self, stop: str) -> int:
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

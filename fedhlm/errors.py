@@ -7,6 +7,13 @@ FedhlmError
 ├── FingerprintMismatch  agent and cloud do not run the same tokenizer, vocabulary or sampler
 ├── ProtocolError      bytes on a topic are not a message of that topic
 ├── BusError           the broker cannot be reached or refuses
+├── AskError           an answer did not come whole (`fedhlm.Client`)
+│   ├── AgentOffline       the agent is not connected to the broker, or has gone
+│   ├── DeadlinePassed     the answer, or the next piece of it, did not come in time
+│   ├── PiecesLost         a piece is missing and did not come any more
+│   ├── RequestCancelled   somebody has ended the request
+│   ├── RequestNameTaken   the agent knows the request's name from another prompt
+│   └── RequestRefused     the agent says why it does not answer
 └── TraceError         a recording cannot be read, written or used as asked
 """
 
@@ -49,6 +56,44 @@ class ProtocolError(FedhlmError):
 
 class BusError(FedhlmError):
     """The broker cannot be reached, refused the connection, or went away."""
+
+
+class AskError(FedhlmError):
+    """An answer of `agent` to `request` did not come whole; `reason` says why."""
+
+    def __init__(self, agent: str, request: str, reason: str) -> None:
+        super().__init__(reason)
+        self.agent = agent
+        self.request = request
+        self.reason = reason
+
+
+class AgentOffline(AskError):
+    """The agent is not connected to the broker: it was never there, said goodbye, or its last will was published."""
+
+
+class DeadlinePassed(AskError):
+    """The answer was not whole when its deadline passed, or nothing was heard of it for too long."""
+
+
+class PiecesLost(AskError):
+    """Later pieces came, and the one that begins at token `position` did not."""
+
+    def __init__(self, agent: str, request: str, position: int) -> None:
+        super().__init__(agent, request, f"pieces of {agent}'s answer were lost from token {position} on")
+        self.position = position
+
+
+class RequestCancelled(AskError):
+    """The request was ended before its text was, by its client or by the agent."""
+
+
+class RequestNameTaken(AskError):
+    """The agent knows the request's name from another prompt; ask again under another one."""
+
+
+class RequestRefused(AskError):
+    """The agent ended the request with an error; `reason` is what it says."""
 
 
 def root_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

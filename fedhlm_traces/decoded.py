@@ -247,6 +247,7 @@ _GISTS: Final[dict[type[Any], Callable[[Any, int | None], str]]] = {
     messages.Profile: lambda m, _: f"of {m.agent}: {_count(len(m.uncertainties), 'key')} of {m.dims} bytes",
     messages.Assignment: lambda m, _: f"to cluster {m.cluster}",
     messages.Journal: _journal,
+    messages.Cancel: lambda m, _: f"request {m.request} of {m.sender} is cancelled",
 }
 
 

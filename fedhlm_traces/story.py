@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from fedhlm.protocol.messages import (
+    Cancel,
     Escalation,
     EscalationBatch,
     Journal,
@@ -63,7 +64,7 @@ class _Agent:
         if output.request in self._past:
             return
         run = self.current
-        refusal = output.finish == "error" and not output.ids and output.position == 0
+        refusal = output.finish in ("error", "cancelled") and not output.ids and output.position == 0
         waiting = next(iter(self._prompts), output.request) != output.request
         if run is not None and refusal and run.story.request != output.request and (run.story.request or waiting):
             self.current = None  # refused while another one is served
@@ -232,7 +233,7 @@ def stories(records: Iterable[Record], header: Header) -> Iterator[Story]:
 def belongs(seen: Seen, story: Story) -> bool:
     """Whether a message is a part of a story: its prompt and outputs, and what passed in its session while it was told."""
     match seen.message:
-        case Prompt(request=request) | Output(request=request):
+        case Prompt(request=request) | Output(request=request) | Cancel(request=request):
             return seen.agent == story.agent and request == story.request
         case Escalation(session=session) | Verdict(session=session) | UncertainTokens(session=session):
             return seen.agent == story.agent and session == story.session

@@ -6,11 +6,11 @@ the service lives on.
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from fedhlm import __version__
-from fedhlm.bus.interface import Bus, publish_wire_bytes
+from fedhlm.bus.interface import Bus, Delivery, publish_wire_bytes
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Journal, Presence, encode
@@ -23,11 +23,18 @@ _SEQUENCE_END: Final = 2**31
 
 
 class Received(NamedTuple):
-    """A valid message, its row of the topic table and the levels of its topic's name."""
+    """A valid message, its row of the topic table and the levels of its topic's name.
+
+    `retained`: the broker has kept it from before the subscription.
+    """
 
     topic: Topic
     levels: dict[str, str]
     message: AnyMessage
+    retained: bool = False
+
+
+OnRefused = Callable[[Delivery, ProtocolError], Awaitable[None]]
 
 
 class Stamp:
@@ -73,7 +80,10 @@ def presence(
 
 
 class Party:
-    """One service's view of one bus. With a `journal` it notes what it sends and receives."""
+    """One service's view of one bus. With a `journal` it notes what it sends and receives.
+
+    `on_refused` is told of every delivery that was no valid message of its topic, and why.
+    """
 
     def __init__(
         self,
@@ -83,12 +93,14 @@ class Party:
         counters: Counters,
         root: str = DEFAULT_ROOT,
         journal: JournalWriter | None = None,
+        on_refused: OnRefused | None = None,
     ) -> None:
         self.bus = bus
         self.stamp = stamp
         self.counters = counters
         self.root = root
         self.journal = journal
+        self.on_refused = on_refused
 
     async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> int:
         """Publish as the topic's row says; the PUBLISH packet's bytes, or 0 when the bus had no room (counted)."""
@@ -137,10 +149,12 @@ class Party:
                     delivery.topic,
                     exc,
                 )
+                if self.on_refused is not None:
+                    await self.on_refused(delivery, exc)
                 continue
             if self.journal is not None:
                 self.journal.note("heard", delivery.topic, delivery.payload)
-            yield received
+            yield received._replace(retained=delivery.retain)
 
     def read(self, name: str, payload: bytes) -> Received:
         """A message and where it belongs.

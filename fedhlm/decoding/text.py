@@ -1,4 +1,4 @@
-"""Text at the program's edge: prompts to ids, committed ids to text that never splits a character."""
+"""Text at the program's edge: prompts to ids, committed ids to text that never splits a character, up to a stop string."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -36,3 +36,46 @@ class TextStream:
         new = text[self._done :]
         self._done = max(self._done, len(text))
         return new
+
+
+class StoppedText:
+    """A text that ends before its first stop string, and never lets a part of one out.
+
+    The first stop is the one that is complete first; of those that are complete with the same character it is the longest,
+    because its text begins first. So it does not matter how the ids were grouped.
+    """
+
+    def __init__(self, stream: TextStream, stop: tuple[str, ...]) -> None:
+        self._stream = stream
+        self._stop = tuple(s for s in stop if s)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, ids: list[int]) -> tuple[int, str]:
+        """How many of the ids belong to the text, and the text that may be shown now.
+
+        The last one that belongs is the one that completes a stop string.
+        """
+        if self.stopped:
+            return 0, ""
+        if not self._stop:
+            return len(ids), self._stream.push(ids)
+        for count, token in enumerate(ids, start=1):
+            self._held += self._stream.push([token])
+            ends = [(p + len(s), p) for s in self._stop if (p := self._held.find(s)) >= 0]
+            if ends:
+                self.stopped = True
+                shown, self._held = self._held[: min(ends)[1]], ""
+                return count, shown
+        keep = max(self._overlap(s) for s in self._stop)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return len(ids), shown
+
+    def rest(self) -> str:
+        """What was held back, once the generation is over."""
+        return "" if self.stopped else self._held + self._stream.push([], last=True)
+
+    def _overlap(self, stop: str) -> int:
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -50,6 +50,7 @@ Sums = Annotated[bytes, Meta(max_length=4_096)]
 Source = Literal["local", "peer", "neighbour", "cloud", "unverified"]
 Kind = Literal["state", "began", "heard", "fed", "round", "plan", "judged", "sent", "dropped", "committed", "ended"]
 FinishReason = Literal["length", "stop", "error", "cancelled", "context"]
+Refusal = Literal["invalid", "taken", "busy", "late"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -93,7 +94,10 @@ class Presence(Message, tag=1, frozen=True):
 
 
 class Prompt(Message, tag=2, frozen=True):
-    """Ask an agent for a generation. None leaves a choice to the agent's own configuration."""
+    """Ask an agent for a generation. None leaves a choice to the agent's own configuration.
+
+    The request is pointless `patience_ms` after its arrival: a span, because the clocks of client and device may differ.
+    """
 
     request: Name
     text: Text
@@ -103,13 +107,16 @@ class Prompt(Message, tag=2, frozen=True):
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     stop: Annotated[tuple[Text, ...], Meta(max_length=MAX_STOPS)] = ()
     preset: Name | None = None
+    patience_ms: Milliseconds | None = None
 
 
 class Output(Message, tag=3, frozen=True):
     """Committed tokens of one request, in order and never taken back.
 
     `position` counts generated tokens before this message; `sources` has one entry per id of `ids`. The last message
-    of a request has `finish` set; `error` explains the finish reason "error".
+    of a request has `finish` set; `error` explains the finish reasons "error" and "cancelled". `client` is the sender of
+    the prompt. A request that was not served carries a `refusal`: "invalid" values, a request name that is "taken" by
+    another prompt, an agent that is too "busy", or one that came to it too "late".
     """
 
     request: Name
@@ -120,6 +127,8 @@ class Output(Message, tag=3, frozen=True):
     finish: FinishReason | None = None
     error: Reason = ""
     statistics: dict[str, float] = {}
+    client: Name | None = None
+    refusal: Refusal | None = None
 
 
 class Prime(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -325,6 +334,12 @@ class Journal(Message, tag=14, frozen=True):
     notes: Annotated[tuple[Note, ...], Meta(max_length=MAX_NOTES)]
 
 
+class Cancel(Message, tag=15, frozen=True):
+    """End a request of the same sender: the agent stops writing, and its last output has the finish "cancelled"."""
+
+    request: Name
+
+
 AnyMessage = (
     Presence
     | Prompt
@@ -340,6 +355,7 @@ AnyMessage = (
     | Profile
     | Assignment
     | Journal
+    | Cancel
 )
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -82,6 +82,15 @@ OUTPUT: Final = Topic(
     subscribers=("client",),
     purpose="committed tokens with who settled them",
 )
+CANCEL: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/cancel",
+    payload=messages.Cancel,
+    qos=1,
+    retain=False,
+    publishers=("client",),
+    subscribers=("agent",),
+    purpose="a request that its client wants no longer",
+)
 EDGE_STATUS: Final = Topic(
     pattern="c/{cluster}/status",
     payload=messages.Presence,
@@ -260,6 +269,7 @@ TABLE: Final = (
     AGENT_STATUS,
     PROMPT,
     OUTPUT,
+    CANCEL,
     EDGE_STATUS,
     ESCALATE,
     VERDICT,

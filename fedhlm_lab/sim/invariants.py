@@ -17,15 +17,16 @@ from cloud_verifier.service import CloudService
 from edge_agent.driver import EVENTS_MAX, Agent
 from edge_agent.events import Committed, Plan
 from edge_agent.pipeline import Pending
+from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED
 from edge_agent.result import Job, Result
-from edge_agent.service import PROMPTS_MAX, REQUESTS_REMEMBERED, AgentService
+from edge_agent.service import AgentService
 from edge_broker import memory, relay
 from edge_broker.service import ASSIGNED_MAX, EdgeService
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.federation import MEMBERS_MAX
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import FinishReason, Output, Sampling, decode
+from fedhlm.protocol.messages import Cancel, FinishReason, Output, Sampling, decode
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import Packet
 from fedhlm_lab.sim.parts import Part
@@ -75,6 +76,7 @@ class Monitor:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.attempts: defaultdict[int, list[Attempt]] = defaultdict(list)  # by the seed of their request
         self.seeds: dict[str, int] = {}  # of requests, by name
+        self.cancelled: set[int] = set()  # seeds of requests that the client gave up
         self.tokens: Counter[str] = Counter()
         self.messages = 0
         self.rollbacks = 0
@@ -116,12 +118,14 @@ class Monitor:
         if attempt.ids != result.ids or attempt.sources != result.sources:
             self.fail("exactly-once", f"{where}: committed {attempt.ids}, reported {result.ids}")
         stopped = bool(result.ids) and result.ids[-1] == toy.EOS_ID
-        if result.finish != ("stop" if stopped else "length"):
+        cut = result.finish == "cancelled" and attempt.sampling.seed in self.cancelled
+        if not cut and result.finish != ("stop" if stopped else "length"):
             self.fail("ends", f"{where}: finished with {result.finish!r} {result.error}")
-        if len(result.ids) != attempt.max_tokens and not stopped:
+        if len(result.ids) != attempt.max_tokens and not stopped and not cut:
             self.fail("exactly-once", f"{where}: {len(result.ids)} tokens of {attempt.max_tokens}")
         if set(result.sources) <= {"cloud"} and COUPLINGS[attempt.sampling.coupling].shared:
-            wanted = toy.large_alone(attempt.prompt, attempt.sampling, attempt.max_tokens)
+            tokens = len(result.ids) if cut else attempt.max_tokens
+            wanted = toy.large_alone(attempt.prompt, attempt.sampling, tokens)
             if result.ids != wanted:
                 self.fail("oracle", f"{where}: wrote {result.ids}, the LLM alone {wanted}")
 
@@ -162,6 +166,10 @@ class Monitor:
         self.messages += 1
         if packet.topic.endswith("/output"):
             self._check_output(packet)
+        elif packet.topic.endswith("/cancel"):
+            cancel = decode(packet.payload)
+            if isinstance(cancel, Cancel):
+                self.cancelled.add(self.seeds[cancel.request])
 
     def _check_output(self, packet: Packet) -> None:
         try:
@@ -172,6 +180,8 @@ class Monitor:
             return self.fail("output", f"{packet.topic} carries {output!r}")
         if output.finish == "error":
             return self.fail("ends", f"{output.sender} refused {output.request}: {output.error}")
+        if output.finish == "cancelled" and not output.statistics:
+            return None  # its turn had not come
         start, end = output.position, output.position + len(output.ids)
         made = self.attempts[self.seeds.get(output.request, -1)]
         told = (list(output.ids), list(output.sources))
@@ -207,8 +217,8 @@ def bounds(part: Part, scenario: Scenario) -> Iterator[Bound]:
         yield Bound(f"{bus.client_id} unsent", bus.unsent, bus.room_out)
     match part.service:
         case AgentService() as service:
-            yield Bound("prompts", service._requests.qsize(), PROMPTS_MAX)
-            yield Bound("requests remembered", len(service._seen), REQUESTS_REMEMBERED)
+            yield Bound("prompts", len(service.requests.open), PROMPTS_MAX)
+            yield Bound("requests remembered", len(service.requests), 2 * REQUESTS_REMEMBERED)
             yield Bound("generations", len(service.agent._routes), 1)
             for queue in service.agent._routes.values():
                 yield Bound("events", queue.qsize(), EVENTS_MAX + 2)  # what it posts to itself besides
@@ -243,7 +253,7 @@ def idle(part: Part) -> Iterator[Bound]:
         yield Bound(f"{bus.client_id} unsent", bus.unsent, 0)
     match part.service:
         case AgentService() as service:
-            yield Bound("prompts", service._requests.qsize(), 0)
+            yield Bound("prompts", len(service.requests.open), 0)
             yield Bound("generations", len(service.agent._routes), 0)
         case EdgeService() as service:
             yield Bound("relay", len(service.relay.pending), 0)

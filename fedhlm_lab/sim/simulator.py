@@ -18,15 +18,16 @@ from edge_agent.connection import Connection
 from edge_agent.membership import birth_and_will
 from edge_agent.service import LEARNER_FILE, AgentService, ModelFacts
 from fedhlm.bus.party import Stamp
+from fedhlm.client import Client
 from fedhlm.protocol.messages import Presence, decode
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.client import Client, Request
 from fedhlm_lab.sim.faults import Weather
 from fedhlm_lab.sim.invariants import Monitor, Violation, WatchedAgent, idle, presence_topics
 from fedhlm_lab.sim.link import Direction
 from fedhlm_lab.sim.loopback import LoopbackBus, Packet
 from fedhlm_lab.sim.parts import Part, PartBus
+from fedhlm_lab.sim.patience import Patient, Request
 from fedhlm_lab.sim.scenario import CLIENT, STEP_S, Scenario
 from fedhlm_lab.sim.virtual import VirtualTimeError, run_virtual
 from fedhlm_lab.sim.world import Fleet
@@ -146,11 +147,13 @@ class Simulation:
         self.fleet.broker.tap = self._see
         for part in self.parts:
             part.start()
-        async with LoopbackBus(self.fleet.broker, client_id=CLIENT, link=self.fleet.link(CLIENT)) as bus:
-            client = Client(self.fleet.party(bus, CLIENT), patience_s=self.patience_s, seeds=self.monitor.seeds)
-            await client.subscribe()
+        bus = LoopbackBus(self.fleet.broker, client_id=CLIENT, link=self.fleet.link(CLIENT))
+        stamp = Stamp(CLIENT, self.fleet.wall_s)
+        patience_s, counted = self.patience_s, self.fleet.counters
+        asking = Client(bus, stamp=stamp, counters=counted, away_s=patience_s, hole_s=patience_s)
+        async with asking:
+            client = Patient(asking, patience_s=patience_s, seeds=self.monitor.seeds)
             tasks = [
-                asyncio.create_task(client.listen(), name="client"),
                 asyncio.create_task(self._watch(), name="watch"),
                 work := asyncio.create_task(self._work(client), name="work"),
             ]
@@ -167,7 +170,6 @@ class Simulation:
         virtual_s = asyncio.get_running_loop().time()
         for part in self.parts:
             await part.crash()
-        counted = self.fleet.counters
         network = self.fleet.broker.faults
         counters = Counter({name: round(counted[name]) for name in COUNTERS})
         counters["asked_again"] = client.asked_again
@@ -208,7 +210,7 @@ class Simulation:
             await asyncio.sleep(WATCH_S)
             self.monitor.check_parts(self.parts)
 
-    async def _work(self, client: Client) -> None:
+    async def _work(self, client: Patient) -> None:
         loop = asyncio.get_running_loop()
         weather = asyncio.create_task(self.weather.run(self.scenario.schedule), name="weather")
         lives = [self._ask_all(client, cluster, name) for cluster, name in self.agents]
@@ -233,28 +235,28 @@ class Simulation:
                 if bound.size:
                     self.monitor.fail("steady", f"{part.name} at rest: {bound.what} holds {bound.size}, 0 expected")
 
-    async def _ask_all(self, client: Client, cluster: str, name: str) -> None:
+    async def _ask_all(self, client: Patient, cluster: str, name: str) -> None:
         rng = random.Random(f"{self.scenario.seed}/{name}")
         for number in range(self.scenario.prompts):
             await asyncio.sleep(rng.uniform(0.0, 0.5 * self.scenario.calm_s / self.scenario.prompts))
             prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(rng.randrange(1, 6))]
             await self._ask(client, Request(cluster, name, f"{name}-{number}", prompt, rng.getrandbits(40)))
 
-    async def _ask(self, client: Client, request: Request, patience_s: float | None = None) -> int:
+    async def _ask(self, client: Patient, request: Request, patience_s: float | None = None) -> int:
         """Ask until it is answered; how often."""
         scenario = self.scenario
         self._unanswered.add(request.name)
-        answer = await client.ask(
+        answer, attempts = await client.ask(
             request, max_tokens=scenario.tokens, temperature=scenario.temperature, patience_s=patience_s
         )
         self._unanswered.remove(request.name)
         known = self.monitor.attempts[request.seed]
-        if not any(attempt.over and attempt.ids == answer.ids for attempt in known):
+        if not any(attempt.over and tuple(attempt.ids) == answer.ids for attempt in known):
             self.monitor.fail("output", f"{request.agent} answered {answer.ids}, and committed otherwise")
         if answer.text != toy.ToyTokenizer().decode(answer.ids):
             self.monitor.fail("output", f"{request.agent} wrote {answer.text!r} for {answer.ids}")
-        self.texts.append(answer.ids)
-        return answer.attempts
+        self.texts.append(list(answer.ids))
+        return attempts
 
     async def _rest(self) -> None:
         """Let requests that nobody waits for any more end, and everyone find the others again."""
@@ -280,7 +282,7 @@ class Simulation:
         service = self.fleet.nodes[name].service
         return service.agent.cluster if isinstance(service, AgentService) else born
 
-    async def _ask_last(self, client: Client, cluster: str, name: str) -> None:
+    async def _ask_last(self, client: Patient, cluster: str, name: str) -> None:
         """One more prompt of every agent, now that all is well: answered at once, by the cloud where it is to be."""
         began_s = asyncio.get_running_loop().time()
         rng = random.Random(f"{self.scenario.seed}/{name}/last")

@@ -9,9 +9,7 @@ import pytest
 from edge_agent.driver import Agent
 from edge_agent.events import Committed
 from edge_agent.result import Job, Result
-from edge_agent.service import StoppedText
 from fedhlm.config import load
-from fedhlm.decoding.text import TextStream
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint, FinishReason, Sampling, Verdict, encode, pack_ids
 from fedhlm_lab.sim import toy
@@ -142,38 +140,6 @@ def test_statistics_add_up() -> None:
     assert 0 < statistics["round_trips"] <= statistics["uplink_messages"]
     assert statistics["uplink_bytes"] > 16 * 2
     assert 0.0 <= statistics["mean_beta"] <= 1.0
-
-
-class Letters:
-    """A tokenizer of single bytes."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return bytes(ids).decode("utf-8", errors="replace")
-
-
-def text_of(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
-    text = StoppedText(TextStream(Letters()), stop)
-    shown = [text.push(list(piece)) for piece in pieces]
-    return [*shown, text.rest()], text.stopped
-
-
-def test_characters_are_never_split() -> None:
-    snow = "☃".encode()
-    assert text_of([b"a", snow[:1], snow[1:2], snow[2:], b"b"])[0] == ["a", "", "", "☃", "b", ""]
-
-
-@pytest.mark.parametrize(
-    "cuts", [[b"say STOP now"], [b"say S", b"TO", b"P now"], [bytes([c]) for c in b"say STOP now"]]
-)
-def test_no_part_of_a_stop_string_is_shown(cuts: list[bytes]) -> None:
-    shown, stopped = text_of(cuts, ("STOP",))
-    assert ("".join(shown), stopped) == ("say ", True)
-
-
-def test_what_only_looked_like_a_stop_string_is_shown_in_the_end() -> None:
-    shown, stopped = text_of([b"a ST", b"OO", b" ST"], ("STOP",))
-    assert ("".join(shown), stopped) == ("a STOO ST", False)
 
 
 @pytest.mark.parametrize(("max_tokens", "share"), [(1, 1 / 128), (10, 1 / 16), (64, 1 / 2), (100, 1.0)])

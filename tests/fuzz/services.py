@@ -21,7 +21,8 @@ from edge_agent.driver import Agent
 from edge_agent.learner import Learner
 from edge_agent.membership import CLUSTERS_MAX
 from edge_agent.peers import Peers
-from edge_agent.service import PROMPTS_MAX, REQUESTS_REMEMBERED, AgentService, ModelFacts
+from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED
+from edge_agent.service import AgentService, ModelFacts
 from edge_broker import memory as edge_memory
 from edge_broker import relay as edge_cluster
 from edge_broker import service as edge_service
@@ -219,8 +220,8 @@ class Parts:
             "cloud.clusters": Size(len(grouping._clusters), clustering.CLUSTERS_MAX),
             "agent.sessions": Size(len(agent._routes), 1),
             "agent.events": Size(max((q.qsize() for q in agent._routes.values()), default=0), agent_module.EVENTS_MAX),
-            "agent.prompts": Size(self.agent._requests.qsize(), PROMPTS_MAX),
-            "agent.requests": Size(len(self.agent._seen), REQUESTS_REMEMBERED),
+            "agent.prompts": Size(len(self.agent.requests.open), PROMPTS_MAX),
+            "agent.requests": Size(len(self.agent.requests), 2 * REQUESTS_REMEMBERED),
             "agent.considered": Size(len(agent.membership._considered), CLUSTERS_MAX),
             "agent.visited": Size(len(agent.membership._visited), CLUSTERS_MAX),
             "agent.peers": Size(len(agent.peers.centroid.peers), 64),

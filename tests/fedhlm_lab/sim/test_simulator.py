@@ -164,9 +164,9 @@ def test_a_cloud_that_answers_behind_a_rejection_is_caught_without_digests(
 def test_an_agent_that_says_what_it_did_not_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = AgentService._publish
 
-    async def lying(self: AgentService, request: Any, position: int, tokens: list[Committed], *rest: Any) -> None:
+    async def lying(self: AgentService, request: Any, tokens: list[Committed], *rest: Any, **named: Any) -> None:
         wrong = [t._replace(token=t.token % (toy.VOCAB_SIZE - 1) + 1) for t in tokens]
-        await honest(self, request, position, wrong, *rest)
+        await honest(self, request, wrong, *rest, **named)
 
     monkeypatch.setattr(AgentService, "_publish", lying)
     with pytest.raises(Violation, match="output: agent-"):

@@ -1,0 +1,100 @@
+"""Which prompts an agent serves, which it refuses and why: a pure memory of names, places in the queue and cancellations."""
+
+from collections import OrderedDict
+from typing import Final, NamedTuple, TypeVar
+
+from fedhlm.protocol.messages import Cancel, FinishReason, Prompt, Refusal
+
+PROMPTS_MAX: Final = 256
+REQUESTS_REMEMBERED: Final = 1_024
+
+
+class Request:
+    """A prompt, and the cluster through which it came and its output goes.
+
+    `limit_s` is when its client stops waiting, on the agent's clock; `count` are the tokens that were put out.
+    """
+
+    def __init__(self, cluster: str, prompt: Prompt, now_s: float = 0.0) -> None:
+        self.cluster = cluster
+        self.prompt = prompt
+        self.limit_s = float("inf") if prompt.patience_ms is None else now_s + prompt.patience_ms / 1000.0
+        self.count = 0
+        self.over = False
+
+
+class End(NamedTuple):
+    """How a request ends that is not served, or not to its end."""
+
+    finish: FinishReason
+    error: str
+    refusal: Refusal | None = None
+
+
+CANCELLED: Final = End("cancelled", "cancelled by its client")
+LATE: Final = End("error", "its deadline passed while it waited for its turn", "late")
+LATE_TEXT: Final = End("cancelled", "its deadline passed before the text was whole")
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+_Mark = tuple[str, int, int]  # a prompt's sender, its running number and its time: equal in an MQTT duplicate alone
+
+
+class Requests:
+    """The requests of an agent called `agent`: those that wait or are served, and the names of earlier ones."""
+
+    def __init__(self, agent: str) -> None:
+        self.open: dict[str, Request] = {}  # in the order of their turns
+        self._agent = agent
+        self._names: OrderedDict[str, _Mark] = OrderedDict()
+        self._withdrawn: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Names and cancellations that are remembered."""
+        return len(self._names) + len(self._withdrawn)
+
+    def knows(self, prompt: Prompt) -> bool:
+        """Whether this very prompt came before: MQTT may bring one twice."""
+        return self._names.get(prompt.request) == _mark(prompt)
+
+    def admit(self, request: Request) -> End | None:
+        """Take a new request in; or say how it ends at once."""
+        prompt = request.prompt
+        if prompt.request in self._names:
+            return End("error", f"request name {prompt.request} is in use: choose another one", "taken")
+        if len(self.open) >= PROMPTS_MAX:
+            return End("error", f"agent {self._agent} has {PROMPTS_MAX} prompts waiting: ask later", "busy")
+        _remember(self._names, prompt.request, _mark(prompt))
+        if self._withdrawn.pop((prompt.sender, prompt.request), 0) is None:  # it overtook its prompt
+            return CANCELLED
+        self.open[prompt.request] = request
+        return None
+
+    def first(self) -> Request | None:
+        """The one whose turn it is."""
+        return next(iter(self.open.values()), None)
+
+    def cancel(self, message: Cancel) -> Request | None:
+        """The open request that ends with this; None where there is none of this client's."""
+        request = self.open.get(message.request)
+        if request is not None and request.prompt.sender == message.sender:
+            return request
+        if message.request not in self._names:
+            _remember(self._withdrawn, (message.sender, message.request), None)
+        return None
+
+    def close(self, request: Request) -> None:
+        """It has had its last output."""
+        request.over = True
+        if self.open.get(request.prompt.request) is request:
+            del self.open[request.prompt.request]
+
+
+def _mark(prompt: Prompt) -> _Mark:
+    return prompt.sender, prompt.sequence, prompt.sent_ms
+
+
+def _remember(memory: "OrderedDict[_K, _V]", key: _K, value: _V) -> None:
+    memory[key] = value
+    while len(memory) > REQUESTS_REMEMBERED:
+        memory.popitem(last=False)

@@ -1,0 +1,125 @@
+"""An answer put together from its pieces: in order, each once, with holes noticed. Pure: no clock, no I/O.
+
+MQTT may bring a piece twice, and a broken link may lose one; pieces that come too early wait for those before them.
+"""
+
+from collections import deque
+from typing import Final, NamedTuple
+
+import msgspec
+
+from fedhlm.errors import AskError, RequestCancelled, RequestNameTaken, RequestRefused
+from fedhlm.protocol.messages import FinishReason, Output, Source
+
+EARLY_MAX: Final = 1_024  # pieces that wait for one before them
+
+
+class Piece(NamedTuple):
+    """Some tokens of an answer: the text that they add, their ids, and who settled each.
+
+    `position` counts the answer's tokens before this piece. Text may come later than its ids, where a character or a stop
+    string is not complete yet.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    sources: tuple[Source, ...]
+    position: int
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer as far as it came. `finish` is None before its end, `error` explains an end that is none of a text.
+
+    `sources` has one entry for each of `ids`; `statistics` are the agent's own figures (docs/protocol.md).
+    """
+
+    agent: str
+    cluster: str
+    request: str
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    sources: tuple[Source, ...] = ()
+    finish: FinishReason | None = None
+    error: str = ""
+    statistics: dict[str, float] = {}
+
+
+class Assembly:
+    """Takes the outputs of one request in any order, and gives its pieces in theirs."""
+
+    def __init__(self) -> None:
+        self.last: Output | None = None  # the output that ended the answer, once everything before it is there
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._sources: list[Source] = []
+        self._ready: deque[Piece] = deque()
+        self._early: dict[tuple[int, bool], Output] = {}
+
+    def take(self, output: Output) -> bool:
+        """Take one output in; False when it brings nothing new."""
+        ends = output.finish is not None
+        if self.last is not None:
+            return False
+        if output.refusal is not None or (output.finish == "error" and output.position < len(self._ids)):
+            self.last = output  # whatever else was said under this name
+            return True
+        key = (output.position, ends)
+        known = output.position < len(self._ids) or key in self._early
+        empty = not (output.ids or ends)
+        if known or empty or len(output.ids) != len(output.sources):
+            return False
+        if output.position > len(self._ids) and len(self._early) >= EARLY_MAX:
+            return False  # the hole will be told all the same
+        self._early[key] = output
+        while (piece := self._following()) is not None:
+            self._put(piece)
+        return True
+
+    def _following(self) -> Output | None:
+        at = len(self._ids)
+        if self.last is not None:
+            return None
+        return self._early.pop((at, False), None) or self._early.pop((at, True), None)
+
+    def _put(self, output: Output) -> None:
+        if output.finish is not None:
+            self.last = output
+        if output.ids or output.text:
+            self._ready.append(Piece(output.text, output.ids, output.sources, output.position))
+        self._text.append(output.text)
+        self._ids += output.ids
+        self._sources += output.sources
+
+    def next(self) -> Piece | None:
+        """The next piece that is in order; each is given once."""
+        return self._ready.popleft() if self._ready else None
+
+    @property
+    def hole(self) -> int | None:
+        """The position of the token that is missing before what is there already; None where nothing is."""
+        return len(self._ids) if self._early and self.last is None else None
+
+    def result(self, *, agent: str, cluster: str, request: str) -> Result:
+        """What is there, without gaps."""
+        last = self.last
+        return Result(
+            agent=agent,
+            cluster=cluster,
+            request=request,
+            text="".join(self._text),
+            ids=tuple(self._ids),
+            sources=tuple(self._sources),
+            finish=None if last is None else last.finish,
+            error="" if last is None else last.error,
+            statistics={} if last is None else dict(last.statistics),
+        )
+
+
+def failure_of(last: Output, *, agent: str) -> AskError | None:
+    """What the last output of a request means for who asked; None where the text is whole."""
+    if last.finish not in ("error", "cancelled"):
+        return None
+    kind: type[AskError] = RequestRefused if last.finish == "error" else RequestCancelled
+    if last.refusal == "taken":
+        kind = RequestNameTaken
+    return kind(agent, last.request, last.error or f"{agent} ended the request without giving a reason")

@@ -1,0 +1,81 @@
+"""What a prompt may hold, field by field, in words; and what can be read of one that cannot be served."""
+
+import re
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from fedhlm.errors import ConfigError
+from fedhlm.protocol.messages import MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Prompt
+
+EXPECTED: Final = {
+    "request": "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
+    "text": f"at most {MAX_TEXT} Unicode characters",
+    "max_tokens": f"an integer from 1 to {MAX_TOKENS}",
+    "seed": "an integer from 0 to 2**63 - 1",
+    "temperature": "a number from 0 to 10",
+    "top_p": "a number above 0 and up to 1",
+    "stop": f"at most {MAX_STOPS} texts",
+    "preset": "the name of a shipped preset",
+    "patience_ms": "a number of milliseconds from 0 on",
+}
+_FIELDS: Final = Prompt.__struct_fields__
+_TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Prompt)}
+_TAG: Final = Prompt.__struct_config__.tag
+_SHOWN: Final = 64  # characters of a value that an error shows
+
+
+def check(key: str, value: object) -> None:
+    """Check one field of a prompt to be sent; `key` is one of EXPECTED.
+
+    Raises:
+        ConfigError: the value is out of range, of another type, or no Unicode text.
+    """
+    try:
+        msgspec.convert(value, _TYPES[key])
+        str(value).encode()
+    except (msgspec.ValidationError, ValueError) as exc:
+        shown = repr(value).encode("ascii", "backslashreplace").decode()
+        raise ConfigError(
+            key, value if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}...", f"{EXPECTED[key]} expected"
+        ) from exc
+
+
+class Unusable(NamedTuple):
+    """A prompt that cannot be served: who asked under which name, and what is wrong with it."""
+
+    request: str
+    client: str | None
+    reason: str
+
+
+def unusable(payload: bytes) -> Unusable | None:
+    """What can be told to the client of a payload that is no valid Prompt; None where its request has no readable name."""
+    try:
+        raw = msgspec.msgpack.decode(payload, type=list[msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    tag, *values = raw or (msgspec.Raw(b"\xc0"),)
+    fields = dict(zip(_FIELDS, values, strict=False))
+    request, client = _name(fields.get("request")), _name(fields.get("sender"))
+    if _plain(tag) != _TAG or request is None:
+        return None
+    for key, value in fields.items():
+        if key in EXPECTED:
+            try:
+                msgspec.msgpack.decode(value, type=_TYPES[key])
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                return Unusable(request, client, f"{key} of the prompt: {EXPECTED[key]} expected")
+    return Unusable(request, client, "the prompt is not one of this version of the protocol (docs/protocol.md)")
+
+
+def _name(raw: msgspec.Raw | None) -> str | None:
+    value = None if raw is None else _plain(raw)
+    return value if isinstance(value, str) and re.fullmatch(NAME_PATTERN, value) else None
+
+
+def _plain(raw: msgspec.Raw) -> Any:
+    try:
+        return msgspec.msgpack.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

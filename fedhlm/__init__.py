@@ -7,6 +7,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from fedhlm.version import __version__
+
 if TYPE_CHECKING:
     from fedhlm.answers import Piece, Result
     from fedhlm.client import Answer, Client
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
         RequestRefused,
     )
 
-__version__: Final = "0.1.0"
 __all__ = [
     "AgentOffline",
     "Answer",

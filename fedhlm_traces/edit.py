@@ -11,9 +11,9 @@ from typing import Any, Final, NamedTuple
 
 from msgspec.structs import replace
 
-from fedhlm import __version__
 from fedhlm.bus.interface import check_filter, share_of, topic_matches
 from fedhlm.errors import TraceError
+from fedhlm.version import __version__
 from fedhlm_traces.decoded import look
 from fedhlm_traces.file import Header, Record, Trace, Writer, part_path, read
 

@@ -18,10 +18,10 @@ import msgpack
 import msgspec
 import zstandard
 
-from fedhlm import __version__
 from fedhlm.errors import TraceError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint
+from fedhlm.version import __version__
 from fedhlm_traces.zstd_frames import MAGIC, frame_end, unpacked
 
 FORMAT: Final = "fedhlm-trace/1"

@@ -9,13 +9,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from fedhlm import __version__
 from fedhlm.bus.interface import Bus, Delivery, publish_wire_bytes
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Journal, Presence, encode
 from fedhlm.protocol.topics import DEFAULT_ROOT, Topic, decode_for, lookup
 from fedhlm.telemetry import Counters, warn_once
+from fedhlm.version import __version__
 
 log = logging.getLogger(__name__)
 

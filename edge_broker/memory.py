@@ -4,14 +4,16 @@ A doubtful draft is known by agent, session and position in the context. Answers
 only what the cloud settled is learnt: an answer given here teaches nothing.
 """
 
+import math
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from fedhlm.errors import ProtocolError
 from fedhlm.peers.context_keys import DIMS, Key, unpack_key
-from fedhlm.peers.neighbours import Memory, Origin
+from fedhlm.peers.neighbours import Match, Memory, Origin
 from fedhlm.protocol.messages import (
     MAX_BLOCK,
     Escalation,
@@ -38,6 +40,18 @@ class Answer(NamedTuple):
 
     accepted: int
     source: Literal["peer", "neighbour"]
+
+
+class Evidence(NamedTuple):
+    """What is known of a block's doubtful draft at a position of the context.
+
+    `match` is None where the voters differ or are too few; `supports` says that they hold the draft and are near enough.
+    """
+
+    position: int
+    token: int
+    match: Match | None
+    supports: bool
 
 
 class _Doubt(NamedTuple):
@@ -137,22 +151,31 @@ class ClusterMemory:
         Drafts that nobody doubted count as certain. None: ask the cloud. So it is also where the neighbours know
         another token: measured, such a token is hardly ever better than the draft; and above DOUBTFUL_MAX doubts.
         """
+        source: Literal["peer", "neighbour"] | None = None
+        for found in self._evidence(agent, escalation, vocab_size, used=True):
+            if not found.supports or found.match is None:
+                return None
+            if source is None or found.match.origin == "neighbour":
+                source = found.match.origin
+        return None if source is None else Answer(len(_ids(escalation.ids, vocab_size)), source)
+
+    def evidence(self, agent: str, escalation: Escalation, vocab_size: int) -> list[Evidence]:
+        """What `answer` looks at, draft by draft; nothing is changed by looking. Empty where it asks the cloud unseen."""
+        return list(self._evidence(agent, escalation, vocab_size, used=False))
+
+    def _evidence(self, agent: str, escalation: Escalation, vocab_size: int, *, used: bool) -> Iterator[Evidence]:
         hints = escalation.hints
         if hints is None or hints.similarity is None:
-            return None
+            return
         ids = _ids(escalation.ids, vocab_size)
         doubts = self._doubts_of(agent, escalation, ids)
         doubtful = [i for i in sorted(doubts) if i >= escalation.fixed]
         if len(doubtful) > DOUBTFUL_MAX:
-            return None
-        source: Literal["peer", "neighbour"] = "peer"
+            return
         for i in doubtful:
-            match = self._tokens.nearest(doubts[i], hints.votes, theta=hints.similarity)
-            if match is None or match.similarity < hints.similarity or match.token != ids[i]:
-                return None
-            if match.origin == "neighbour":
-                source = "neighbour"
-        return Answer(len(ids), source) if doubtful else None
+            match = self._tokens.nearest(doubts[i], hints.votes, theta=hints.similarity if used else math.inf)
+            supports = match is not None and match.similarity >= hints.similarity and match.token == ids[i]
+            yield Evidence(escalation.base + i, ids[i], match, supports)
 
     def await_verdict(self, agent: str, escalation: Escalation) -> None:
         """Remember a block that goes to the cloud, so that its verdict can be learnt from."""

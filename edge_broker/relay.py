@@ -45,6 +45,10 @@ class Relay:
         self.pending.append(Routed(agent, escalation))
         return True
 
+    def newest_epoch(self, agent: str, session: int) -> int | None:
+        """The newest epoch of a session that has passed; None for a session that is not known."""
+        return self._epochs.get((agent, session))
+
     def settle(self, agent: str, escalation: Escalation) -> None:
         """Take a queued block out again: it was answered here."""
         self.pending = [r for r in self.pending if r.agent != agent or r.escalation is not escalation]

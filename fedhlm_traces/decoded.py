@@ -152,8 +152,8 @@ def gist(seen: Seen, vocab_size: int | None = None) -> str:
     """What a message says, on one line of at most about GIST_CHARS characters, without raw bytes."""
     if seen.message is None:
         return _short(seen.error)
-    say: Callable[[Any, int | None], str] = _GISTS[type(seen.message)]
-    return _short(say(seen.message, vocab_size))
+    say = GISTS.get(type(seen.message))
+    return seen.kind if say is None else _short(say(seen.message, vocab_size))
 
 
 def _short(text: str) -> str:
@@ -232,7 +232,7 @@ def _journal(m: messages.Journal, _: int | None) -> str:
     return f"life {m.life}, {_count(len(m.notes), 'note')} from number {m.number}: {told}"
 
 
-_GISTS: Final[dict[type[Any], Callable[[Any, int | None], str]]] = {
+GISTS: Final[dict[type[Any], Callable[[Any, int | None], str]]] = {
     messages.Presence: _presence,
     messages.Prompt: _prompt,
     messages.Output: _output,

@@ -88,7 +88,6 @@ class _Replay:
         self._wall_ms = 0
         self._expected: list[Note] = []  # what was sent then in the step that runs
         self._doubts = Doubts()
-        self._epochs: dict[tuple[str, int], int] = {}
         self._spoiled: set[Name] = set()  # decided otherwise already: what follows from it is no news
         self._bus = CapturingBus(self._has_room)
         self._parties = [
@@ -167,7 +166,8 @@ class _Replay:
                 self._report(f"message on {trigger.subject}", "taken in", "refused", f"{exc}")
             else:
                 at_once(self._service.handle(received))
-                self._remember(received)
+                if isinstance(received.message, UncertainTokens):
+                    self._doubts.take(received.levels["agent"], received.message)
         else:
             row = self._row(trigger.subject)
             act = {
@@ -191,14 +191,6 @@ class _Replay:
                 f"{plural(members.fresh, 'new contribution')} of {members.federation.round_updates}, "
                 + ("nothing has come in" if due_s is None else f"time is up in {due_s - self._now_s:.3f} s"),
             )
-
-    def _remember(self, received: Received) -> None:
-        match received.message:
-            case UncertainTokens() as doubts:
-                self._doubts.take(received.levels["agent"], doubts)
-            case Escalation() as escalation:
-                session = (received.levels["agent"], escalation.session)
-                self._epochs[session] = max(escalation.epoch, self._epochs.get(session, 0))
 
     # Comparison
 
@@ -323,9 +315,7 @@ class _Replay:
         if escalation is not None:
             state = self._service.agents.get(agent)
             fingerprint = (state.fingerprint if state is not None else None) or self._service.upstream
-            reason = evidence(
-                self._service.memory, self._doubts, agent, escalation, fingerprint=fingerprint, spell=self._spell
-            )
+            reason = evidence(self._service.memory, agent, escalation, fingerprint=fingerprint, spell=self._spell)
             return f"{self._why_epoch(agent, escalation.session, escalation.epoch)}; {reason}"
         return self._why_epoch(agent, verdict.session, verdict.epoch)
 
@@ -333,7 +323,7 @@ class _Replay:
         return self._why_epoch(agent, escalation.session, escalation.epoch)
 
     def _why_epoch(self, agent: str, session: int, epoch: int) -> str:
-        newest = self._epochs.get((agent, session))
+        newest = self._service.relay.newest_epoch(agent, session)
         if newest is None:
             return f"its epoch is {epoch}, and no block of its session was heard"
         age = "the newest of its session" if epoch >= newest else f"older than the session's newest, {newest}"
@@ -357,8 +347,8 @@ class _Replay:
 
 def _sent_ms(note: Note, otherwise: int) -> int:
     try:
-        return int(msgspec.msgpack.decode(note.data)[4])
-    except (msgspec.DecodeError, IndexError, TypeError, ValueError):
+        return decode(note.data).sent_ms
+    except ProtocolError:
         return otherwise
 
 

@@ -2,14 +2,11 @@
 
 from typing import Final, NamedTuple
 
-import msgspec
 import numpy as np
 
 from edge_broker.memory import ClusterMemory
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve
-from fedhlm.peers.context_keys import unpack_key
-from fedhlm.peers.neighbours import Memory
 from fedhlm.protocol.messages import (
     Contribution,
     Escalation,
@@ -18,7 +15,6 @@ from fedhlm.protocol.messages import (
     PaperThreshold,
     UncertainTokens,
     Verdict,
-    unpack_ids,
 )
 from fedhlm_traces.check.compare import same
 from fedhlm_traces.spelling import Spell
@@ -34,14 +30,6 @@ class Doubt(NamedTuple):
     position: int
     token: int
     key: bytes
-
-
-class _Kept(msgspec.Struct, array_like=True):
-    """The layout of `ClusterMemory.snapshot`."""
-
-    space: str
-    keys: str
-    tokens: bytes
 
 
 class Doubts:
@@ -68,53 +56,30 @@ class Doubts:
             return "a token that nobody doubted"
         return f"session {doubt.session} of {doubt.agent}, token at position {doubt.position}"
 
-    def within(self, agent: str, escalation: Escalation, ids: list[int]) -> list[Doubt]:
-        """Of a block's drafts those that were doubted."""
-        first = escalation.base
-        found = (self._at.get((agent, escalation.session, first + i)) for i in range(escalation.fixed, len(ids)))
-        return [doubt for doubt in found if doubt is not None and doubt.token == ids[doubt.position - first]]
-
 
 def evidence(
-    memory: ClusterMemory,
-    doubts: Doubts,
-    agent: str,
-    escalation: Escalation,
-    *,
-    fingerprint: Fingerprint | None,
-    spell: Spell,
+    memory: ClusterMemory, agent: str, escalation: Escalation, *, fingerprint: Fingerprint | None, spell: Spell
 ) -> str:
-    """What speaks for answering a block at the edge, or against it: the first draft that is not supported, or the weakest."""
+    """What speaks for answering a block at the edge, or against it: the first draft without support, or the weakest."""
     hints = escalation.hints
     if hints is None or hints.similarity is None:
         return "the block asks for no answer of the edge"
     if fingerprint is None:
         return "neither the agent's nor the cloud's tokenizer is known"
-    try:
-        ids = unpack_ids(escalation.ids, fingerprint.vocab_size)
-    except ProtocolError as exc:
-        return str(exc)
-    doubtful = doubts.within(agent, escalation, ids)
-    if not doubtful:
+    known = memory.evidence(agent, escalation, fingerprint.vocab_size)
+    if not known:
         return "none of its drafts was doubted"
-    kept = msgspec.msgpack.decode(memory.snapshot(), type=_Kept)
-    tokens = Memory.restore(kept.tokens, max(1, memory.size), memory.dims, space=kept.space)
+    against = [found for found in known if not found.supports]
+    told = against[0] if against else min(known, key=lambda found: found.match.similarity if found.match else 0.0)
+    place = f"token at position {told.position} ({spell(told.token)})"
+    voters = "the nearest verified token" if hints.votes == 1 else f"the {hints.votes} nearest verified tokens"
     asked = f"similarity {hints.similarity:.6g} asked"
-    weakest, words = 2.0, ""
-    for doubt in doubtful:
-        place = f"token at position {doubt.position} ({spell(doubt.token)})"
-        match = tokens.nearest(unpack_key(doubt.key, memory.dims), hints.votes)
-        voters = "the nearest verified token" if hints.votes == 1 else f"the {hints.votes} nearest verified tokens"
-        if match is None:
-            return f"{place}: {voters} are too few or do not agree; {asked}"
-        found = f"{place}: {voters} at cosine {match.similarity:.6g}, {asked}"
-        if match.token != doubt.token:
-            return f"{found}, but it is {spell(match.token)}"
-        if match.similarity < weakest:
-            weakest, words = match.similarity, found
-        if match.similarity < hints.similarity:
-            break
-    return f"{words}: {'too far' if weakest < hints.similarity else 'near enough'}"
+    if told.match is None:
+        return f"{place}: {voters} are too few or do not agree; {asked}"
+    words = f"{place}: {voters} at cosine {told.match.similarity:.6g}, {asked}"
+    if told.match.token != told.token:
+        return f"{words}, but it is {spell(told.match.token)}"
+    return f"{words}: {'near enough' if told.supports else 'too far'}"
 
 
 def federation_words(then: Learned | Contribution | None, now: Learned | Contribution | None) -> tuple[str, str]:
@@ -141,7 +106,8 @@ def _facts(state: Learned | Contribution) -> dict[str, float | None]:
         except ProtocolError:
             facts[f"{measure}: bytes"] = float(len(data))
             continue
-        for name, column in zip(_SUMS, curve.rows().T, strict=True):
+        for name in _SUMS:
+            column = getattr(curve, name)
             facts[f"{measure}: sum of {name}"] = float(np.sum(column))
             facts[f"{measure}: mean bin of {name}"] = float(np.sum(column * np.arange(len(column)))) / max(
                 1e-300, float(np.sum(column))

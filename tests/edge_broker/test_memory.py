@@ -156,7 +156,14 @@ def test_a_block_stands_where_every_doubtful_token_is_known_to_be_right(
     fixed = min(fixed, len(drafts))
     memory = cluster(*((key(i), truth[i]) for i in sorted(known)))
     memory.doubt("a", doubt(*((10 + i, t, key(i)) for i, t in enumerate(drafts) if i in doubted)))
+    before = memory.snapshot()
+    evidence = memory.evidence("a", block(drafts, fixed=fixed), VOCAB)
+    assert memory.snapshot() == before, "looking changes nothing"
     answer = memory.answer("a", block(drafts, fixed=fixed), VOCAB)
+    assert [(e.position, e.token) for e in evidence] == [
+        (10 + i, drafts[i]) for i in range(fixed, len(drafts)) if i in doubted
+    ]
+    assert (answer is not None) == (bool(evidence) and all(e.supports for e in evidence))
     asked = [i for i in range(fixed, len(drafts)) if i in doubted]
     wrong = [i for i in asked if i in known and truth[i] != drafts[i]]
     if not asked or wrong or not set(asked) <= known:

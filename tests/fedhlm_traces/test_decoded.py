@@ -4,15 +4,17 @@ import random
 
 import msgspec
 import pytest
+from hypothesis import given, settings
 
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Output, encode
-from fedhlm_traces.decoded import GIST_CHARS, gist, look, number, wire_bytes
+from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Output, encode
+from fedhlm_traces.decoded import GIST_CHARS, GISTS, Seen, gist, look, number, wire_bytes
 from fedhlm_traces.export import FORMATS
 from fedhlm_traces.file import Header, Record
 from fedhlm_traces.stats import statistics
 from fedhlm_traces.story import stories
 from fedhlm_traces.story_text import lines
+from tests.fedhlm.protocol.test_messages import KINDS, instances
 from tests.fedhlm_traces.told import Told, told
 
 HEADER = Header(created_ms=0, source="simulator")
@@ -54,6 +56,25 @@ def test_mutated_recordings_break_nothing(seed: int, run: Told) -> None:
         assert text.isprintable()
         assert len(text) <= GIST_CHARS
         assert wire_bytes(seen) >= len(record.payload) + len(record.topic)
+
+
+def test_every_message_type_has_a_line() -> None:
+    without = [kind.__name__ for kind in KINDS if kind not in GISTS]
+    assert not without, f"trace show has no line for {', '.join(without)}: add one to fedhlm_traces.decoded.GISTS"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_line_of_any_message_is_one_line_with_words(kind: type[AnyMessage]) -> None:
+    @settings(max_examples=20)
+    @given(message=instances(kind))
+    def check(message: AnyMessage) -> None:
+        seen = Seen(Record(0.0, 0, "t", b""), None, {}, message, "")
+        text = gist(seen, 48)
+        assert text.isprintable()
+        assert 0 < len(text) <= GIST_CHARS
+        assert seen.kind == kind.__name__
+
+    check()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e300])

@@ -60,7 +60,8 @@ def apply(step: Step, root: Path) -> None:
     assert text.count(step.marker) == 1, f"{step.file} has {step.marker!r} {text.count(step.marker)} times"
     head, tail = text.split(step.marker)
     if step.how == "before":
-        changed = f"{head}{step.text}{step.marker}{tail}"
+        gap = "" if step.text.startswith(" ") else "\n\n"  # two lines after what stands at the margin
+        changed = f"{head}{step.text}{gap}{step.marker}{tail}"
     elif step.how == "after":
         changed = f"{head}{step.marker}\n{step.text.rstrip()}{tail}"
     else:
@@ -85,7 +86,7 @@ def run(line: str, root: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_is_a_recipe_for_everything_that_is_meant_to_be_extended() -> None:
-    wanted = ["gate", "coupling", "message", "preset", "command"]
+    wanted = ["gate", "coupling", "message", "preset", "backend", "command"]
     assert [heading.removeprefix("Add a ") for heading in recipes()] == wanted
     for heading, steps in recipes().items():
         assert any(step.file for step in steps), heading
@@ -104,5 +105,5 @@ def test_a_recipe_works_as_it_is_written(heading: str, copy: Path) -> None:
     for line in commands:
         done = run(line, copy)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    done = run("python -m ruff check fedhlm edge_agent fedhlm_fleet fedhlm_traces", copy)
+    done = run("python -m ruff check fedhlm edge_agent cloud_verifier fedhlm_fleet fedhlm_traces", copy)
     assert done.returncode == 0, done.stdout

@@ -45,7 +45,9 @@ def distance(a: Sample, b: Sample, *, seed: int) -> float:
         ValueError: the two have different numbers of columns.
     """
     if a.features.shape[1] != b.features.shape[1]:
-        raise ValueError(f"features have {a.features.shape[1]} and {b.features.shape[1]} columns: expected as many")
+        raise ValueError(
+            f"columns of both features must be as many (got {a.features.shape[1]} and {b.features.shape[1]})"
+        )
     with _one_thread():
         return _separation(a, b, seed)
 
@@ -57,12 +59,12 @@ def distances(samples: Mapping[str, Sample], *, seed: int) -> tuple[tuple[str, .
         ValueError: more than AGENTS_MAX samples, or different numbers of columns.
     """
     if len(samples) > AGENTS_MAX:
-        raise ValueError(f"samples has {len(samples)} agents: expected at most {AGENTS_MAX}")
+        raise ValueError(f"samples must be of at most {AGENTS_MAX} agents (got {len(samples)})")
     names = tuple(sorted(samples))
     matrix = np.zeros((len(names), len(names)))  # (n, n) float64
     columns = {sample.features.shape[1] for sample in samples.values()}
     if len(columns) > 1:
-        raise ValueError(f"features have {sorted(columns)} columns: expected as many for every agent")
+        raise ValueError(f"columns of the features must be as many for every agent (got {sorted(columns)})")
     with _one_thread():
         for i, j in combinations(range(len(names)), 2):
             matrix[i, j] = matrix[j, i] = _separation(samples[names[i]], samples[names[j]], seed)
@@ -79,10 +81,10 @@ def agglomerate(names: Sequence[str], matrix: Matrix, *, clusters: int | None, c
     """
     if matrix.shape != (len(names), len(names)) or not np.isfinite(matrix).all() or not (matrix == matrix.T).all():
         raise ValueError(
-            f"matrix of shape {matrix.shape}: expected symmetric, finite, one row for each of {len(names)}"
+            f"matrix must be symmetric and finite, with one row for each of {len(names)} (got shape {matrix.shape})"
         )
     if clusters is not None and clusters < 1:
-        raise ValueError(f"clusters is {clusters}: expected at least 1, or None")
+        raise ValueError(f"clusters must be at least 1, or None (got {clusters})")
     order = sorted(range(len(names)), key=lambda i: names[i])
     groups = {i: [names[k]] for i, k in enumerate(order)}
     # In the table of merges the singletons are 0 .. n - 1 and each merge makes the next number.
@@ -104,7 +106,9 @@ def assign(previous: Mapping[str, str], groups: Mapping[str, int], cluster_names
 
     numbers = sorted(set(groups.values()))
     if len(numbers) > len(cluster_names):
-        raise ValueError(f"{len(numbers)} groups for {len(cluster_names)} cluster names: expected at most as many")
+        raise ValueError(
+            f"groups must be at most as many as the {len(cluster_names)} cluster names (got {len(numbers)})"
+        )
     homes = Counter((group, previous.get(agent)) for agent, group in groups.items())
     staying = np.array([[homes[group, name] for name in cluster_names] for group in numbers], dtype=np.int64)
     rows, columns = linear_sum_assignment(staying.reshape(len(numbers), len(cluster_names)), maximize=True)
@@ -181,7 +185,7 @@ class Clusterer:
         """
         shape = sample.features.shape
         if len(shape) != 2 or shape[1] != self._columns or not np.isfinite(sample.features).all():
-            raise ValueError(f"features of {agent} are {shape}: expected finite numbers, (n, {self._columns})")
+            raise ValueError(f"features of {agent} must be finite numbers of shape (n, {self._columns}) (got {shape})")
         self._profiles.pop(agent, None)
         self._profiles[agent] = Sample(sample.features[-TOKENS_MAX:].astype(np.float32))
         self._homes[agent] = cluster

@@ -81,8 +81,8 @@ def sample_of(profile: Profile) -> Sample:
     """
     if profile.dims != DIMS or len(profile.keys) != DIMS * len(profile.uncertainties):
         raise ProtocolError(
-            f"profile has {len(profile.keys)} bytes of keys of {profile.dims} dims and {len(profile.uncertainties)} "
-            f"uncertainties: {DIMS} bytes expected for each"
+            f"profile.keys must be {DIMS} bytes for each of {len(profile.uncertainties)} uncertainties "
+            f"(got {len(profile.keys)} bytes of {profile.dims} dims)"
         )
     # Only as many as will be used are kept: agents are many, and a message may hold sixteen times that.
     keys = np.frombuffer(profile.keys, np.int8).reshape(-1, DIMS)[-TOKENS_MAX:].astype(np.float32) / SCALE  # (n, DIMS)

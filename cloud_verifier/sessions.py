@@ -142,9 +142,9 @@ class Sessions:
             return Refused(f"escalation reaches position {end}: the model's context is {self.context_max}")
         ids = unpack_ids(escalation.ids, vocab_size)
         if escalation.fixed > len(ids):
-            return Refused(f"escalation.fixed is {escalation.fixed}: at most the {len(ids)} ids of the block expected")
+            return Refused(f"escalation.fixed must be at most the {len(ids)} ids of the block (got {escalation.fixed})")
         if escalation.base < 1:
-            return Refused("escalation.base is 0: at least one context token expected")
+            return Refused(f"escalation.base must be at least one context token (got {escalation.base})")
         if not ids and not escalation.extend:
             return Refused("escalation has no ids and extend 0: nothing is asked")
         chain = ids[escalation.fixed :]
@@ -160,7 +160,7 @@ class Sessions:
         if name is None:
             return Block(escalation.base, ids, escalation.fixed, 0, [])
         if name not in COUPLINGS:
-            return Refused(f"sampling.coupling is {name!r}: one of {', '.join(sorted(COUPLINGS))} expected")
+            return Refused(f"sampling.coupling must be one of {', '.join(sorted(COUPLINGS))} (got {name!r})")
         if branches and not COUPLINGS[name].shared:
             return Refused(
                 f"escalation has {len(branches)} branches: sampling.coupling {name!r} tests one draft a place"

@@ -87,10 +87,10 @@ class Generation:
 
     def __post_init__(self) -> None:
         if not self.context:
-            raise ValueError("prompt has 0 tokens: at least 1 expected")
+            raise ValueError("prompt must be at least 1 token (got none)")
         if len(self.context) >= self.plan.context_max:
             raise ValueError(
-                f"prompt has {len(self.context)} tokens: fewer than the model's context of {self.plan.context_max} expected"
+                f"prompt must be shorter than the model's context of {self.plan.context_max} tokens (got {len(self.context)})"
             )
         self.prompt_length = len(self.context)
         self.end = min(self.prompt_length + self.plan.max_tokens, self.plan.context_max)

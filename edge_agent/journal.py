@@ -101,7 +101,7 @@ def unpack_event(name: str, data: bytes) -> Event:
         ProtocolError: an unknown event, or data of another one.
     """
     if name not in _EVENTS:
-        raise ProtocolError(f"event {name!r}: one of {', '.join(sorted(_EVENTS))} expected")
+        raise ProtocolError(f"event must be one of {', '.join(sorted(_EVENTS))} (got {name!r})")
     try:
         event: Event = _EVENTS[name].decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:

@@ -328,7 +328,7 @@ class Learner:
         for control in (kept.control, kept.server_control):
             check_threshold(PaperThreshold(0.0, 0, control))
         if kept.space != SPACE:
-            raise ProtocolError(f"snapshot of {kept.space!r}: {SPACE!r} expected")
+            raise ProtocolError(f"space of the snapshot must be {SPACE!r} (got {kept.space!r})")
         self.round, self._releases, self.threshold = kept.round, kept.releases, kept.threshold
         self._control, self._server_control = kept.control, kept.server_control
         self.curves.update(curves)

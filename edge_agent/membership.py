@@ -63,7 +63,7 @@ class Membership:
             return
         if cluster not in self._considered and len(self._considered) >= CLUSTERS_MAX:
             raise ProtocolError(
-                f"assignment.cluster is {cluster!r}: at most {CLUSTERS_MAX} clusters in a life expected"
+                f"assignment.cluster must be one of at most {CLUSTERS_MAX} clusters in a life (got {cluster!r} beyond them)"
             )
         self._considered.add(cluster)
         self.wanted = cluster
@@ -71,7 +71,9 @@ class Membership:
             await self._party.bus.subscribe(topics.EDGE_STATUS.name(self._party.root, cluster=cluster))
         except BusError as exc:
             self.wanted = None
-            raise ProtocolError(f"assignment.cluster is {cluster!r}: {exc}") from exc
+            raise ProtocolError(
+                f"assignment.cluster must be a cluster whose topics can be joined (got {cluster!r}: {exc})"
+            ) from exc
 
     async def seen(self, cluster: str, edge: Presence) -> bool:
         """Move to the wanted cluster if this is its edge, and the cloud behind it; whether the agent moved.
@@ -85,7 +87,9 @@ class Membership:
         try:
             await self._party.bus.subscribe(*self._of(cluster))
         except BusError as exc:
-            raise ProtocolError(f"assignment.cluster is {cluster!r}: {exc}") from exc
+            raise ProtocolError(
+                f"assignment.cluster must be a cluster whose topics can be joined (got {cluster!r}: {exc})"
+            ) from exc
         left, self.cluster = self.cluster, cluster
         self._visited[cluster] = None
         self.moves += 1

@@ -32,7 +32,7 @@ class Peers:
 
     def _check(self, space: str) -> None:
         if space != self.space:
-            raise ProtocolError(f"message.space is {space!r}: {self.space!r} expected, keys cannot be compared")
+            raise ProtocolError(f"message.space must be {self.space!r}, or keys cannot be compared (got {space!r})")
 
     def hear_doubts(self, message: UncertainTokens) -> None:
         """Another agent's, or this one's, doubted drafts.

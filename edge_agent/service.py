@@ -268,7 +268,7 @@ class AgentService:
 
         longest = TOKEN_BYTES_MAX * self._model.context
         if len(prompt.text) > longest:  # to encode it would hold up everything else
-            raise ValueError(f"prompt has {len(prompt.text)} characters: at most {longest} expected")
+            raise ValueError(f"prompt must be at most {longest} characters (got {len(prompt.text)})")
         ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
         result = await self.agent.generate(job, ids, publish)
         result.keep(request.count)

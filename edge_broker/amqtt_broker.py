@@ -137,7 +137,7 @@ async def _read_connect(reader: asyncio.StreamReader) -> tuple[bytes, int]:
         if byte[0] < 0x80:
             break
     if packet[0] != CONNECT_HEADER or not 10 <= length <= MAX_CONNECT_BYTES:
-        raise ValueError(f"first packet has header {packet[0]:#x} and {length} bytes: CONNECT expected")
+        raise ValueError(f"first packet must be a CONNECT (got header {packet[0]:#x} and {length} bytes)")
     body = await reader.readexactly(length)
     if not body.startswith(b"\x00\x04MQTT"):
         raise ValueError("first packet is not an MQTT CONNECT")

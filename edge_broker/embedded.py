@@ -36,7 +36,7 @@ class EmbeddedBroker:
     def __init__(self, host: str = "127.0.0.1", port: int = 0, *, users: Mapping[str, str] | None = None) -> None:
         address = _ipv4(host)
         if not users and not address.is_loopback:
-            raise ConfigError("broker.host", host, "a loopback address expected, or users with passwords")
+            raise ConfigError("broker.host", host, "a loopback address unless there are users with passwords")
         self.host: Final = host
         self.port = port
         self._address = str(address)
@@ -100,7 +100,7 @@ def _ipv4(host: str) -> ipaddress.IPv4Address:
     try:
         return ipaddress.IPv4Address("127.0.0.1" if host == "localhost" else host)
     except ValueError as exc:
-        raise ConfigError("broker.host", host, "localhost or an IPv4 address expected") from exc
+        raise ConfigError("broker.host", host, "localhost or an IPv4 address") from exc
 
 
 def main() -> None:

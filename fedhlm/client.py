@@ -149,7 +149,7 @@ class Client:
             ConfigError: a value is out of range.
         """
         if deadline_s is not None and not 0.0 < deadline_s <= _DEADLINE_MAX_S:
-            raise ConfigError("deadline_s", deadline_s, f"seconds above 0 and up to {_DEADLINE_MAX_S:g} expected")
+            raise ConfigError("deadline_s", deadline_s, f"seconds above 0 and up to {_DEADLINE_MAX_S:g}")
         self._asked += 1
         fields = {
             "text": text,
@@ -208,7 +208,7 @@ class Client:
             self._changed.clear()
             if not await _within(self._changed, began_s + (_MOVE_S if places else self.away_s)):
                 if places:
-                    raise ConfigError("cluster", None, f"{agent} is in {', '.join(places)}: one of them expected")
+                    raise ConfigError("cluster", None, f"{agent} is in {', '.join(places)}: one of them")
                 where = "any cluster" if cluster is None else f"cluster {cluster}"
                 raise AgentOffline(agent, request, f"{agent} is not online in {where} at this broker")
 
@@ -260,7 +260,7 @@ class Client:
     async def _begin(self, state: "_Open") -> None:
         """Find the agent and send it the prompt."""
         if state.request in self._open:
-            raise ConfigError("request", state.request, "a name that is not in use expected")
+            raise ConfigError("request", state.request, "a name that is not in use")
         state.cluster = await self._find(state.agent, state.cluster, state.request)
         prompt = Prompt(**self.party.stamp(), **state.fields)
         self._open[state.request] = state

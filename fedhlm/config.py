@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from fedhlm.errors import ConfigError
+from fedhlm.errors import ConfigError, UnknownKey
 from fedhlm.settings import DEFAULT_PRESET, Broker, Config, Section, is_secret, masked
 
 ENV_PREFIX: Final = "FEDHLM_"
@@ -148,12 +148,12 @@ def _read_preset(wanted: str, source: str) -> Layer:
     promise = table.pop("promise", None)
     if not isinstance(promise, str) or not promise:
         raise ConfigError(
-            "promise", promise, f"one line of text expected, saying what the preset holds to (file {path})"
+            "promise", promise, "one line of text that says what the preset holds to", source=f"file {path}"
         )
     flat = _flat(table, f"preset {wanted}")
     for key, value in flat.items():
         if not key.startswith("generation."):
-            raise _error(key, value, "a preset sets generation keys only", f"preset {wanted}")
+            raise _error(key, value, "left out, since a preset sets generation keys only", f"preset {wanted}")
     return _layer(flat, lambda _: f"preset {wanted}")
 
 
@@ -180,9 +180,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as exc:
-        raise ConfigError("file", str(path), f"a readable TOML file expected ({exc.strerror})") from exc
+        raise ConfigError("file", str(path), "a readable TOML file", why=exc.strerror or str(exc)) from exc
     except (ValueError, RecursionError) as exc:
-        raise ConfigError("file", str(path), f"not TOML: {exc}") from exc
+        raise ConfigError("file", str(path), "TOML", why=str(exc)) from exc
 
 
 def _flat(table: Mapping[str, Any], source: str, prefix: str = "") -> dict[str, object]:
@@ -204,9 +204,9 @@ def _layer(values: Mapping[str, object], source_of: Callable[[str], str], *, tex
         try:
             value = msgspec.convert(_words(key, raw) if text else raw, _TYPES[key], strict=not text)
         except msgspec.ValidationError as exc:
-            raise _error(key, raw, f"{_expectation(_TYPES[key])} expected", source_of(key)) from exc
+            raise _error(key, raw, _expectation(_TYPES[key]), source_of(key)) from exc
         if isinstance(value, float) and not math.isfinite(value):
-            raise _error(key, raw, f"{_expectation(_TYPES[key])} expected", source_of(key))
+            raise _error(key, raw, _expectation(_TYPES[key]), source_of(key))
         layer[key] = Setting(value, source_of(key))
     return layer
 
@@ -223,24 +223,24 @@ def _check_together(config: Config, sources: dict[str, str]) -> None:
     for prefix, broker in (("broker", config.broker), ("edge.upstream", config.edge.upstream)):
         levels = broker.root.split("/")
         if any(not level or level.startswith("$") or level in {"+", "#"} for level in levels):
-            wanted = "topic levels joined by '/', without wildcards, expected"
+            wanted = "topic levels joined by '/', without wildcards"
             raise _error(f"{prefix}.root", broker.root, wanted, sources[f"{prefix}.root"])
         if broker.url:
             _check_address(f"{prefix}.url", broker, sources[f"{prefix}.url"])
     pipeline = config.generation.pipeline
     if pipeline.kind == "async" and pipeline.window < pipeline.block:
         key = "generation.pipeline.window"
-        wanted = f"at least generation.pipeline.block, {pipeline.block}, expected"
+        wanted = f"at least generation.pipeline.block, {pipeline.block}"
         raise _error(key, pipeline.window, wanted, sources[key])
     generation = config.generation
     shared = generation.coupling in ("gumbel", "greedy")
     if generation.peers != "none" and not shared:
         key = "generation.peers"
-        wanted = f"'none' expected with generation.coupling {generation.coupling!r}, whose drafts come from a law that travels"
+        wanted = f"'none' with generation.coupling {generation.coupling!r}, whose drafts come from a law that travels"
         raise _error(key, generation.peers, wanted, sources[key])
     if pipeline.kind == "tree" and not (shared and generation.gate == "always"):
         key = "generation.pipeline.kind"
-        wanted = "trees need generation.coupling 'gumbel' or 'greedy' and generation.gate 'always'"
+        wanted = "another than 'tree' unless generation.coupling is 'gumbel' or 'greedy' and generation.gate 'always'"
         raise _error(key, pipeline.kind, wanted, sources[key])
 
 
@@ -248,7 +248,7 @@ def _check_address(key: str, broker: Broker, source: str) -> None:
     try:
         address = broker.address(key=key)
     except ConfigError as exc:
-        raise _error(exc.key, exc.value, exc.expectation, source) from exc
+        raise _error(exc.key, exc.value, exc.expectation, source, exc.why) from exc
     if source.startswith("flag") and address.password is not None and not broker.password:
         raise _secret_on_command_line(key, broker.url)
 
@@ -257,25 +257,25 @@ def _require_known(key: str, value: object, source: str, spelling: Callable[[str
     if key in KEYS:
         return
     if key in SECTIONS:
-        raise _error(key, value, "a section of keys expected, not a value", source)
+        raise _error(key, value, "a section of keys, not a value", source)
     near = [known for known in KEYS if known.startswith(key)] or difflib.get_close_matches(key, KEYS, n=1)
-    hint = f"did you mean {spelling(near[0])}?" if near else "`fedhlm config check` lists all keys"
-    raise _error(key, value, f"unknown key, {hint}", source)
+    hint = f"did you mean {spelling(near[0])}?" if near else "`fedhlm config explain` lists all keys"
+    raise UnknownKey(key, masked(key, value), hint, source=source)
 
 
 def _unknown_preset(name: str, source: str) -> ConfigError:
     near = difflib.get_close_matches(name, presets(), n=1)
     hint = f", did you mean {near[0]!r}?" if near else ""
-    return _error("preset", name, f"one of {', '.join(presets())} or a path to a .toml file expected{hint}", source)
+    return _error("preset", name, f"one of {', '.join(presets())} or a path to a .toml file{hint}", source)
 
 
 def _secret_on_command_line(key: str, value: str) -> ConfigError:
-    hint = f"a command line is visible to others, use {environment_name(key)} or a file"
-    return _error(key, value, hint, f"flag --{key}")
+    wanted = f"set by {environment_name(key)} or a file, since a command line is visible to others"
+    return _error(key, value, wanted, f"flag --{key}")
 
 
-def _error(key: str, value: object, expectation: str, source: str) -> ConfigError:
-    return ConfigError(key, masked(key, value), f"{expectation} ({source})")
+def _error(key: str, value: object, expectation: str, source: str, why: str = "") -> ConfigError:
+    return ConfigError(key, masked(key, value), expectation, why=why, source=source)
 
 
 def _expectation(kind: Any) -> str:
@@ -291,9 +291,9 @@ def _expectation(kind: Any) -> str:
         case msgspec.inspect.FloatType():
             return f"a number {_limits(info)}"
         case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.LiteralType(values=values)):
-            return f"a list of {', '.join(str(value) for value in values)}, in order of preference,"
+            return f"a list of {', '.join(str(value) for value in values)}, in order of preference"
         case msgspec.inspect.StrType(pattern=str()):
-            return f"1..{info.max_length} letters, digits, '.', '_' or '-', first a letter or digit,"
+            return f"1..{info.max_length} letters, digits, '.', '_' or '-', first a letter or digit"
         case msgspec.inspect.StrType(min_length=int()):
             return "non-empty text"
         case _:

@@ -1,7 +1,8 @@
 """The exception tree. What a caller can act on is a FedhlmError; anything else that escapes is a bug.
 
 FedhlmError
-├── ConfigError        a key, its value and what was expected
+├── ConfigError        a key, its value and what it must be
+│   └── UnknownKey     a key that does not exist, with the nearest one
 ├── DataMissing        training or benchmark data is not there
 ├── ModelError         a model folder is missing, incomplete or of the wrong kind
 ├── FingerprintMismatch  agent and cloud do not run the same tokenizer, vocabulary or sampler
@@ -23,13 +24,32 @@ class FedhlmError(Exception):
 
 
 class ConfigError(FedhlmError):
-    """A configuration key has a value that cannot be used."""
+    """A setting or flag has a value that cannot be used: `KEY must be EXPECTED (got VALUE from SOURCE: WHY)`.
 
-    def __init__(self, key: str, value: object, expectation: str) -> None:
-        super().__init__(f"{key} is {value!r}: {expectation}")
+    `expectation` completes "must be"; None as the value means that there is none; a secret value is masked by the caller.
+    """
+
+    def __init__(self, key: str, value: object, expectation: str, *, why: str = "", source: str = "") -> None:
         self.key = key
         self.value = value
         self.expectation = expectation
+        self.why = why
+        self.source = source
+        super().__init__(self._sentence())
+
+    def _found(self) -> str:
+        found = "nothing" if self.value is None else repr(self.value)
+        return f"{found}{f' from {self.source}' if self.source else ''}"
+
+    def _sentence(self) -> str:
+        return f"{self.key} must be {self.expectation} (got {self._found()}{f': {self.why}' if self.why else ''})"
+
+
+class UnknownKey(ConfigError):
+    """A key does not exist; `expectation` is a hint at what does."""
+
+    def _sentence(self) -> str:
+        return f"{self.key} is not a known key: {self.expectation} (got {self._found()})"
 
 
 class DataMissing(FedhlmError):

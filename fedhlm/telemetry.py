@@ -83,9 +83,11 @@ class Counters:
         if name not in COUNTERS:
             raise KeyError(name)
         if amount < 0:
-            raise ValueError(f"counter {name} raised by {amount}: counters never fall")
+            raise ValueError(f"counter {name} must be raised by 0 or more, since counters never fall (got {amount})")
         if bool(label) != (name in LABELS):
-            raise ValueError(f"counter {name} with label {label!r}: {'one' if name in LABELS else 'none'} expected")
+            raise ValueError(
+                f"counter {name} must be raised {'with' if name in LABELS else 'without'} a label (got {label!r})"
+            )
         with self._lock:
             self._counts[name, label] += amount
 
@@ -99,7 +101,7 @@ class Counters:
         if name not in GAUGES:
             raise KeyError(name)
         if not math.isfinite(value):
-            raise ValueError(f"gauge {name} set to {value!r}: a finite number expected")
+            raise ValueError(f"gauge {name} must be a finite number (got {value!r})")
         with self._lock:
             self._values[name] = float(value)
 
@@ -149,7 +151,9 @@ def exported(counters: Counters, *, party: str, port: int, host: str = "127.0.0.
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as exc:
-        raise ConfigError("telemetry.metrics_port", port, f"cannot listen on {host} ({exc.strerror})") from exc
+        raise ConfigError(
+            "telemetry.metrics_port", port, f"a port that is free on {host}", why=exc.strerror or str(exc)
+        ) from exc
     try:
         yield port
     finally:

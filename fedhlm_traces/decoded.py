@@ -70,7 +70,7 @@ def look(record: Record, root: str) -> Seen:
     except ProtocolError as exc:
         return Seen(record, topic, levels, None, str(exc))
     if topic.publishers == ("agent",) and message.sender != levels["agent"]:
-        reason = f"message.sender is {message.sender!r}: {levels['agent']!r} expected on {record.topic}"
+        reason = f"message.sender on {record.topic} must be {levels['agent']!r} (got {message.sender!r})"
         return Seen(record, topic, levels, None, reason)
     return Seen(record, topic, levels, message, "")
 

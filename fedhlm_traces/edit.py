@@ -38,7 +38,7 @@ class Selection(NamedTuple):
             TraceError: a malformed filter, or no time between the ends.
         """
         if self.until_s <= self.from_s:
-            raise TraceError(f"--until is {self.until_s:g}: later than --from {self.from_s:g} expected")
+            raise TraceError(f"--until must be later than --from {self.from_s:g} (got {self.until_s:g})")
         for pattern in self.filters:
             try:
                 check_filter(pattern)
@@ -67,14 +67,12 @@ def merged_header(headers: Sequence[Header]) -> Header:
         TraceError: formats, schemas or roots differ, or there is no header.
     """
     if not headers:
-        raise TraceError("0 recordings to merge: at least 1 expected")
+        raise TraceError("recordings to merge must be at least 1 (got none)")
     first = headers[0]
     for name in ("format", "schema", "root"):
         values = list(dict.fromkeys(getattr(header, name) for header in headers))
         if len(values) > 1:
-            raise TraceError(
-                f"{name} is {values[0]!r} in one recording and {values[1]!r} in another: the same expected"
-            )
+            raise TraceError(f"{name} must be the same in all recordings (got {values[0]!r} and {values[1]!r})")
     facts: list[dict[str, Any]] = []
     for header in headers:
         if header.facts not in facts:

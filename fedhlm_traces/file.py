@@ -142,7 +142,7 @@ class Writer:
         """Buffer a record; flush when the buffer is full or old."""
         packed = self._encoder.encode(record)
         if len(packed) > MAX_RECORD_BYTES:
-            raise TraceError(f"{record.topic}: a record of {len(packed)} bytes: at most {MAX_RECORD_BYTES} expected")
+            raise TraceError(f"a record must be at most {MAX_RECORD_BYTES} bytes (got {len(packed)} on {record.topic})")
         if self._file is None:
             raise TraceError(f"{self.path}: nothing can be written after the end or an error")
         if len(self._buffer) + len(packed) > MAX_FRAME_BYTES:
@@ -187,9 +187,8 @@ class Writer:
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
         except OSError as exc:
-            why = (
-                "exists already: a new file expected" if exc.errno == errno.EEXIST else f"not writable: {exc.strerror}"
-            )
+            taken = exc.errno == errno.EEXIST
+            why = "must be a new file (it exists already)" if taken else f"must be a writable file ({exc.strerror})"
             raise TraceError(f"{path} {why}") from exc
         self.parts += 1
         self._part_bytes = 0
@@ -318,7 +317,7 @@ def read(path: str | Path) -> Trace:
             lost += following.stat().st_size  # killed at the very moment of rotation
             break
         if part.header != msgspec.structs.replace(first.header, part=len(parts)):
-            raise TraceError(f"{following} belongs to another recording: part {len(parts)} of {path} expected")
+            raise TraceError(f"{following} must be part {len(parts)} of {path} (it belongs to another recording)")
         parts.append(part)
     return Trace(tuple(parts), lost)
 
@@ -335,34 +334,36 @@ def _open_part(path: Path) -> _Part:
             found = file.read(len(MAGIC))
             end = frame_end(file, 0, limit=MAX_FRAME_BYTES)
             if found != MAGIC[: len(found)]:
-                raise TraceError(f"{path} begins with {found!r}: a recording of format {FORMAT} expected")
+                raise TraceError(f"{path} must be a recording of format {FORMAT} (it begins with {found!r})")
             if end is None:
-                raise _CutHeader(f"{path}: cut before the end of its header, {size} bytes found: a recording expected")
+                raise _CutHeader(
+                    f"{path} must be a whole recording (cut before the end of its header, at {size} bytes)"
+                )
             header = _header(unpacked(file, 0, end, limit=MAX_FRAME_BYTES), path)
             begin = whole = end
             while (end := frame_end(file, whole, limit=MAX_FRAME_BYTES)) is not None:
                 whole = end
     except OSError as exc:
-        raise TraceError(f"{path}: a readable recording expected ({exc.strerror})") from exc
+        raise TraceError(f"{path} must be a readable recording ({exc.strerror})") from exc
     return _Part(path, header, begin, size - whole)
 
 
 def _header(content: bytes | None, path: Path) -> Header:
-    expected = f"a recording of format {FORMAT} expected"
+    wanted = f"{path} must be a recording of format {FORMAT}"
     if content is None:
-        raise TraceError(f"{path}: its first zstd frame cannot be unpacked: {expected}")
+        raise TraceError(f"{wanted} (its first zstd frame cannot be unpacked)")
     try:
         objects = list(_unpacker(content))
     except (ValueError, RecursionError, msgpack.UnpackException) as exc:
-        raise TraceError(f"{path}: its first zstd frame is not msgpack: {expected}") from exc
+        raise TraceError(f"{wanted} (its first zstd frame is not msgpack)") from exc
     (fields,) = objects if len(objects) == 1 else (None,)
     if not isinstance(fields, dict) or "format" not in fields:
-        raise TraceError(f"{path}: zstd without a recording's header: {expected}")
+        raise TraceError(f"{wanted} (it is zstd without a recording's header)")
     if fields["format"] != FORMAT:
-        raise TraceError(f"{path}: format is {str(fields['format'])[:64]!r}: {FORMAT!r} expected")
+        raise TraceError(f"format of {path} must be {FORMAT!r} (got {str(fields['format'])[:64]!r})")
     if fields.get("schema") != SCHEMA_VERSION:
         raise TraceError(
-            f"{path}: schema of the messages is {str(fields.get('schema'))[:64]}: {SCHEMA_VERSION} expected"
+            f"schema of the messages in {path} must be {SCHEMA_VERSION} (got {str(fields.get('schema'))[:64]})"
         )
     try:
         return msgspec.convert(fields, Header)

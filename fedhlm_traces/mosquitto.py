@@ -75,7 +75,7 @@ def lines_of(file: BinaryIO) -> Iterator[bytes]:
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
-            raise TraceError(f"line {number} has more than {MAX_LINE_BYTES} bytes: output of mosquitto_sub expected")
+            raise TraceError(f"line {number} must be output of mosquitto_sub of at most {MAX_LINE_BYTES} bytes")
         yield line.rstrip(b"\r\n")
 
 
@@ -194,7 +194,7 @@ def recording(found: Iterator[Record], root: str | None) -> tuple[Header, Iterat
     """
     head = list(islice(found, HEAD_RECORDS))
     if not head:
-        raise TraceError("0 messages found: lines of mosquitto_sub -F '%j' expected")
+        raise TraceError("the file must be lines of mosquitto_sub -F '%j' (got no message)")
     root = root if root is not None else guess_root(head)
     seen = [look(record, root).message for record in head]
     fingerprints = {m.sender: m.fingerprint for m in seen if isinstance(m, Presence) and m.fingerprint is not None}

@@ -190,7 +190,7 @@ async def record(
     wanted = distinct(filters or (f"{broker.root}/#",))
     for path in (out, part_path(out, 1)):
         if path.exists():
-            raise TraceError(f"{path} exists already: a new file expected")
+            raise TraceError(f"{path} must be a new file (it exists already)")
     if not out.parent.is_dir():
         raise TraceError(f"{out}: folder {out.parent} does not exist")
     header = Header(

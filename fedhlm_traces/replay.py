@@ -42,7 +42,9 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.from_s < self.until_s:
-            raise TraceError(f"from {self.from_s:g} s until {self.until_s:g} s: 0 <= from < until expected")
+            raise TraceError(
+                f"--from and --until must be 0 <= from < until (got {self.from_s:g} s and {self.until_s:g} s)"
+            )
         for pattern in self.filters:
             try:
                 check_filter(pattern)

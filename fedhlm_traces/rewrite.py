@@ -24,7 +24,7 @@ from fedhlm.protocol.messages import (
 from fedhlm.protocol.topics import Topic
 from fedhlm_traces.file import Record
 
-_EXPECTED: Final = "cluster=OLD:NEW or agent=OLD:NEW expected"
+_EXPECTED: Final = "cluster=OLD:NEW or agent=OLD:NEW"
 EDGE_PREFIX: Final = "edge-"  # an edge is called by its cluster
 MAX_NAME: Final = 64
 _M = TypeVar("_M", bound=Message)
@@ -51,13 +51,13 @@ def parse_renames(words: tuple[str, ...]) -> Renames:
         level, _, pair = word.partition("=")
         old, _, new = pair.partition(":")
         if level not in Renames._fields:
-            raise TraceError(f"rename {word!r}: {_EXPECTED}")
+            raise TraceError(f"rename must be {_EXPECTED} (got {word!r})")
         for name in (old, new):
             try:
                 msgspec.convert(name, Name)
             except msgspec.ValidationError as exc:
-                wanted = "1..64 letters, digits, '.', '_' or '-', first a letter or digit,"
-                raise TraceError(f"rename {word!r}: {name!r} is no name: {wanted} and {_EXPECTED}") from exc
+                wanted = "1..64 letters, digits, '.', '_' or '-', first a letter or digit"
+                raise TraceError(f"name in rename {word!r} must be {wanted} (got {name!r})") from exc
         table: Any = getattr(renames, level)
         if level == "cluster" and len(f"{EDGE_PREFIX}{new}") > MAX_NAME:
             raise TraceError(

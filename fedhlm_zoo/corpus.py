@@ -63,7 +63,7 @@ def load_ag_news(split: str, path: str | Path | None = None) -> list[Article]:
         DataMissing: nothing found; the message names every place tried.
     """
     if split not in ("train", "test"):
-        raise DataMissing(f"split is {split!r}: expected 'train' or 'test'")
+        raise DataMissing(f"split must be 'train' or 'test' (got {split!r})")
     folder = find_data(path)
     if folder is None:
         return _load_from_hub(split)
@@ -78,7 +78,7 @@ def _read_csv(path: Path) -> Iterator[Article]:
     with opener(path, "rt", encoding="utf-8", newline="") as file:
         for line, row in enumerate(csv.reader(file), start=1):
             if len(row) != 3 or row[0] not in ("1", "2", "3", "4"):
-                raise DataMissing(f"{path.name} line {line} is {row!r}: expected class 1..4, title, description")
+                raise DataMissing(f"line {line} of {path.name} must be class 1..4, title, description (got {row!r})")
             yield Article(row[1].strip(), row[2].strip(), TOPICS[int(row[0]) - 1])
 
 

@@ -176,7 +176,7 @@ def evaluate(model: Model, articles: Sequence[Article]) -> Evaluation:
 def _topic_ids(tokenizer: Tokenizer) -> list[int]:
     ids = [tokenizer.encode(f" {topic}", add_special_tokens=False).ids[0] for topic in TOPICS]
     if len(set(ids)) != len(TOPICS):
-        raise ModelError(f"the tokenizer begins the topics {TOPICS} with tokens {ids}: four different ones expected")
+        raise ModelError(f"first tokens of the topics {TOPICS} must be four different ones (got {ids})")
     return ids
 
 

@@ -47,7 +47,9 @@ def export(source: str | Path, out: Path, *, tokenizer: Path | None = None, name
     log.info("exported %s: largest logit difference to torch %.2g", info.name, difference)
     if not difference <= TOLERANCE:
         (out / INFO_FILE).unlink()
-        raise ModelError(f"{out / GRAPH_FILE} differs from torch by {difference:.3g}: at most {TOLERANCE} expected")
+        raise ModelError(
+            f"difference of {out / GRAPH_FILE} from torch must be at most {TOLERANCE} (got {difference:.3g})"
+        )
     return info
 
 
@@ -62,16 +64,20 @@ def load_torch(source: str | Path) -> Any:
     local = Path(source)
     if isinstance(source, Path) or local.exists() or str(source).startswith((".", "/", "~")):
         if not local.is_dir():
-            raise ModelError(f"model source {str(source)!r} does not exist: expected a model directory or a hub id")
+            raise ModelError(
+                f"model source must be a model directory or a hub id (got {str(source)!r}, which does not exist)"
+            )
         if not (local / "config.json").is_file():
-            raise ModelError(f"{local / 'config.json'} is missing: expected a Hugging Face model directory")
+            raise ModelError(
+                f"model source must be a Hugging Face model directory (got one without {local / 'config.json'})"
+            )
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as exc:
         raise ModelError(f"model source {str(source)!r} has no usable configuration: {exc}") from exc
     kinds = config.architectures or []
     if kinds and not any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
-        raise ModelError(f"model source {str(source)!r} is {kinds[0]}: expected a causal language model")
+        raise ModelError(f"model source {str(source)!r} must be a causal language model (got {kinds[0]})")
     try:
         return AutoModelForCausalLM.from_pretrained(str(source), dtype="float32").eval()
     except (OSError, ValueError, RuntimeError) as exc:
@@ -118,7 +124,7 @@ def _describe(model: Any, path: Path, name: str) -> ModelInfo:
     inputs = {i.name: i for i in onnx.load(str(path), load_external_data=False).graph.input}
     past = [n for n in inputs if n.startswith("past_key_values.") and n.endswith(".key")]
     if not past:
-        raise ModelError(f"{path} has no past_key_values inputs: expected a graph with a key/value cache")
+        raise ModelError(f"{path} must be a graph with a key/value cache (got one without past_key_values inputs)")
     shape = [d.dim_value for d in inputs[past[0]].type.tensor_type.shape.dim]
     eos = config.eos_token_id
     return ModelInfo(

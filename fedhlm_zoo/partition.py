@@ -22,9 +22,9 @@ def dirichlet_partition(labels: Sequence[str], parties: int, alpha: float, seed:
         ValueError: `parties` below 1, or `alpha` not a finite number above 0.
     """
     if parties < 1:
-        raise ValueError(f"parties is {parties!r}: expected at least 1")
+        raise ValueError(f"parties must be at least 1 (got {parties!r})")
     if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha is {alpha!r}: expected a finite number above 0")
+        raise ValueError(f"alpha must be a finite number above 0 (got {alpha!r})")
     rng = np.random.default_rng(seed)
     held: list[list[int]] = [[] for _ in range(parties)]
     names, codes = np.unique(np.asarray(labels, dtype=np.str_), return_inverse=True)  # codes (n,) int64

@@ -39,7 +39,9 @@ def fit(decoder: Decoder, sequences: Iterable[Sequence[int]], *, dims: int = DIM
     """
     width = decoder.info.hidden_size
     if width < dims:
-        raise ModelError(f"{decoder.info.name} has hidden size {width}: at least {dims} expected for {dims} dimensions")
+        raise ModelError(
+            f"hidden size of {decoder.info.name} must be at least {dims} for {dims} dimensions (got {width})"
+        )
     count, total, squares = 0, np.zeros(width), np.zeros((width, width))
     for ids in sequences:
         if not ids:
@@ -52,7 +54,7 @@ def fit(decoder: Decoder, sequences: Iterable[Sequence[int]], *, dims: int = DIM
         total += rows.sum(axis=0)
         squares += rows.T @ rows
     if count <= dims:
-        raise ModelError(f"{count} positions to fit a projection on: more than {dims} expected")
+        raise ModelError(f"positions to fit a projection on must be more than {dims} (got {count})")
     mean = total / count  # (width,)
     return Projection(mean.astype(np.float32), _whitening(squares / count - np.outer(mean, mean), dims))
 

@@ -39,7 +39,7 @@ def load_items(path: str | Path | None = None) -> tuple[Article, ...]:
         raise DataMissing(f"prompt file {str(source)!r} cannot be read: {exc.strerror}") from exc
     items = tuple(_parse(line, source.name, number) for number, line in enumerate(lines, start=1) if line.strip())
     if not items:
-        raise DataMissing(f"prompt file {str(source)!r} is empty: one JSON object a line expected")
+        raise DataMissing(f"prompt file {str(source)!r} must be one JSON object a line (it is empty)")
     return items
 
 

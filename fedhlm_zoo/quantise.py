@@ -57,12 +57,12 @@ def quantise(folder: Path, out: Path, mode: str) -> Quantised:
         ModelError: unknown mode, `folder` is no fp32 model folder, or `out` is `folder`.
     """
     if mode not in MODES:
-        raise ModelError(f"quantisation mode is {mode!r}: expected one of {', '.join(MODES)}")
+        raise ModelError(f"quantisation mode must be one of {', '.join(MODES)} (got {mode!r})")
     info = load_info(folder)
     if info.quantisation != "fp32":
-        raise ModelError(f"{folder / INFO_FILE} says quantisation {info.quantisation!r}: expected an fp32 model")
+        raise ModelError(f"quantisation in {folder / INFO_FILE} must be fp32 (got {info.quantisation!r})")
     if out.resolve() == folder.resolve():
-        raise ModelError(f"{str(out)!r} is both source and target: expected another folder")
+        raise ModelError(f"target must be another folder than the source (got {str(out)!r} for both)")
     model = _MODES[mode](onnx.load(str(folder / GRAPH_FILE)))
     out.mkdir(parents=True, exist_ok=True)
     graph.save_graph(model, out / GRAPH_FILE)

@@ -91,7 +91,7 @@ def run_recipe(
         DataMissing: no training data.
     """
     if until is not None and until not in (names := [s.name for s in recipe]):
-        raise ConfigError("until", until, f"expected one of {', '.join(names)}")
+        raise ConfigError("until", until, f"one of {', '.join(names)}")
     runs.mkdir(parents=True, exist_ok=True)
     text = _Text(runs, data, vocab_size=vocab_size, draft_tokens=draft_tokens)
     done: dict[str, Path] = {}
@@ -137,7 +137,9 @@ class _Text:
                 stage.data, lambda: self._labelled(NEWS_OF_PRETRAINING if stage.data == "ag+news" else ())
             )
         if stage.teacher is None:
-            raise ConfigError(f"recipe.{stage.name}.teacher", None, "a stage that reads drafts names who writes them")
+            raise ConfigError(
+                f"recipe.{stage.name}.teacher", None, "the model that writes the drafts which this stage reads"
+            )
         teacher = done[stage.teacher]
         drafts = self._kept(
             f"drafts-{stage.teacher}",

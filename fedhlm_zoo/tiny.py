@@ -37,7 +37,7 @@ def make_tiny(kind: str, folder: Path, *, seed: int = 0) -> Path:
     from transformers import AutoModelForCausalLM
 
     if kind not in ARCHITECTURES:
-        raise ConfigError("kind", kind, f"expected one of {', '.join(ARCHITECTURES)}")
+        raise ConfigError("kind", kind, f"one of {', '.join(ARCHITECTURES)}")
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(ARCHITECTURES[kind]()).save_pretrained(folder)
     save_tokenizer(byte_tokenizer(), folder)

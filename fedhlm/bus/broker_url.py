@@ -28,7 +28,7 @@ _ALERT: Final = re.compile(rf"alert ({'|'.join(_ALERTS)})\b")
 _DISTRUST: Final = re.compile(r"certificate verify failed: (.+?)(?: \(_ssl|$)")
 # A device that has just started may not know the time yet.
 _PASSING: Final = "not yet valid"
-_EXPECTED: Final = "mqtt://[user:password@]host[:port] or mqtts://... expected"
+_EXPECTED: Final = "mqtt://[user:password@]host[:port] or mqtts://..."
 
 
 class TlsFiles(NamedTuple):
@@ -61,20 +61,22 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
             parts = urlsplit(text)
             port = parts.port
         except ValueError as exc:
-            raise ConfigError(key, shown, "port is not an integer in 1..65535, or the host is malformed") from exc
+            raise ConfigError(key, shown, f"{_EXPECTED}, the port an integer in 1..65535") from exc
         if parts.scheme not in _PORTS or not parts.hostname or port == 0:
             raise ConfigError(key, shown, _EXPECTED)
         if parts.path not in ("", "/") or parts.fragment:
-            raise ConfigError(key, shown, f"a path has no meaning here; {_EXPECTED}")
+            raise ConfigError(key, shown, f"{_EXPECTED}, without a path")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         unknown = sorted(set(query) - {"ca", "cert", "key"})
         if unknown:
-            raise ConfigError(key, shown, f"unknown query key {unknown[0]!r}; ca, cert and key are known")
+            raise ConfigError(
+                key, shown, f"an address with the query keys ca, cert and key only, without {unknown[0]!r}"
+            )
         files = files or TlsFiles(query.get("ca"), query.get("cert"), query.get("key"))
         if parts.scheme == "mqtt" and files != TlsFiles():
-            raise ConfigError(key, shown, "certificates need mqtts://")
+            raise ConfigError(key, shown, "an mqtts:// address, since certificates are given")
         if (files.cert is None) != (files.key is None):
-            raise ConfigError(key, shown, "cert and key go together")
+            raise ConfigError(key, shown, "given cert and key together")
         return cls(
             host=parts.hostname,
             port=port or _PORTS[parts.scheme],
@@ -102,14 +104,14 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
         try:
             context = ssl.create_default_context(cafile=self.files.ca)
         except (OSError, ValueError) as exc:  # a name with a zero byte is a ValueError
-            raise ConfigError(f"{key} (ca)", self.files.ca, f"a readable PEM file expected ({_reason(exc)})") from exc
+            raise ConfigError(f"{key} (ca)", self.files.ca, "a readable PEM file", why=_reason(exc)) from exc
         context.sslsocket_class = _ClosingSocket
         if self.files.cert is not None:
             try:
                 context.load_cert_chain(self.files.cert, self.files.key)
             except (OSError, ValueError) as exc:
                 found = f"{self.files.cert}, {self.files.key}"
-                raise ConfigError(f"{key} (cert, key)", found, f"a PEM pair expected ({_reason(exc)})") from exc
+                raise ConfigError(f"{key} (cert, key)", found, "a PEM pair", why=_reason(exc)) from exc
         return context
 
 

@@ -128,7 +128,7 @@ def expiry_seconds(expiry_s: float) -> int:
 def check_topic(topic: str) -> None:
     """Refuse a topic name that no broker takes; that is a bug of the caller, so a ValueError."""
     if not topic or len(topic.encode()) > MAX_TOPIC_BYTES or any(c in topic for c in "+#\0"):
-        raise ValueError(f"topic {topic!r}: 1..{MAX_TOPIC_BYTES} bytes without '+', '#' and NUL expected")
+        raise ValueError(f"topic must be 1..{MAX_TOPIC_BYTES} bytes without '+', '#' and NUL (got {topic!r})")
 
 
 def check_filter(pattern: str) -> None:
@@ -136,7 +136,7 @@ def check_filter(pattern: str) -> None:
     levels = share_of(pattern)[1].split("/")
     malformed = any(("#" in level and level != "#") or ("+" in level and level != "+") for level in levels)
     if not pattern or malformed or "#" in levels[:-1] or "\0" in pattern or len(pattern.encode()) > MAX_TOPIC_BYTES:
-        raise ValueError(f"filter {pattern!r}: '+' for one whole level, '#' for the last ones expected")
+        raise ValueError(f"filter must have '+' for one whole level and '#' for the last levels only (got {pattern!r})")
 
 
 def share_of(pattern: str) -> tuple[str | None, str]:
@@ -145,7 +145,7 @@ def share_of(pattern: str) -> tuple[str | None, str]:
         return None, pattern
     group, _, rest = pattern.removeprefix("$share/").partition("/")
     if not group or not rest or "+" in group or "#" in group:
-        raise ValueError(f"filter {pattern!r}: $share/group/filter expected")
+        raise ValueError(f"filter must be $share/group/filter (got {pattern!r})")
     return group, rest
 
 

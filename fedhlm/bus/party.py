@@ -168,7 +168,7 @@ class Party:
         topic, levels = found
         message = decode_for(topic, payload)
         if topic.publishers == ("agent",) and message.sender != levels["agent"]:
-            raise ProtocolError(f"message.sender is {message.sender!r}: {levels['agent']!r} expected on {name}")
+            raise ProtocolError(f"message.sender on {name} must be {levels['agent']!r} (got {message.sender!r})")
         if isinstance(message, Presence) and message.role not in topic.publishers:
-            raise ProtocolError(f"message.role is {message.role!r}: {topic.publishers[0]!r} expected on {name}")
+            raise ProtocolError(f"message.role on {name} must be {topic.publishers[0]!r} (got {message.role!r})")
         return Received(topic, levels, message)

@@ -90,18 +90,18 @@ def split_laws(coupling: Coupling, laws: bytes, count: int, vocab_size: int) -> 
         try:
             size = coupling.law_size(rest, vocab_size)
             if size > len(rest):
-                raise ProtocolError(f"draft law of {len(rest)} bytes: {size} expected")
+                raise ProtocolError(f"draft law must be {size} bytes (got {len(rest)})")
             coupling.check(part := bytes(rest[:size]), vocab_size)
         except ProtocolError as exc:
             raise ProtocolError(
-                f"escalation.laws has {len(laws)} bytes: one law for each of {count} drafts expected, "
-                f"but that of draft {len(parts)}: {exc}"
+                f"escalation.laws must be one law for each of {count} drafts "
+                f"(got {len(laws)} bytes; draft {len(parts)}: {exc})"
             ) from exc
         parts.append(part)
         rest = rest[size:]
     if rest:
         raise ProtocolError(
-            f"escalation.laws has {len(laws)} bytes: {len(laws) - len(rest)} for {count} drafts expected"
+            f"escalation.laws must be {len(laws) - len(rest)} bytes for {count} drafts (got {len(laws)})"
         )
     return parts
 

@@ -123,7 +123,7 @@ def load_info(folder: Path) -> ModelInfo:
     """
     if not folder.is_dir():
         raise ModelError(
-            f"model folder {str(folder)!r} does not exist: expected {GRAPH_FILE}, {TOKENIZER_FILE}, {INFO_FILE}"
+            f"model folder must be a folder with {GRAPH_FILE}, {TOKENIZER_FILE}, {INFO_FILE} (got {str(folder)!r}, which does not exist)"
         )
     path = folder / INFO_FILE
     try:
@@ -141,7 +141,7 @@ def load_info(folder: Path) -> ModelInfo:
     for name, listed in info.files.items():
         file = folder / name
         if Path(name).name != name:
-            raise ModelError(f"{path} lists file {name!r}: expected a name without folders")
+            raise ModelError(f"files of {path} must be names without folders (got {name!r})")
         if not file.is_file():
             raise ModelError(f"{file} is missing: {INFO_FILE} expects {listed.bytes} bytes")
         if (size := file.stat().st_size) != listed.bytes:
@@ -178,15 +178,15 @@ class Decoder:
         self._past_names = [f"past_key_values.{n}" for n in names]
         known = {"input_ids", "attention_mask", "position_ids", *self._past_names}
         if unknown := sorted(inputs.keys() ^ (known & inputs.keys())):
-            raise ModelError(f"{GRAPH_FILE} has inputs {unknown}: expected {sorted(known)}")
+            raise ModelError(f"inputs of {GRAPH_FILE} must be among {sorted(known)} (got {unknown})")
         wanted = ["logits", *(f"present.{n}" for n in names)]
         if missing := [n for n in ("input_ids", *self._past_names) if n not in inputs]:
             raise ModelError(
-                f"{GRAPH_FILE} lacks inputs {missing}: expected a decoder with {info.layers} cached layers"
+                f"{GRAPH_FILE} must be a decoder with {info.layers} cached layers (got one without the inputs {missing})"
             )
         if missing := [n for n in wanted if n not in outputs]:
             raise ModelError(
-                f"{GRAPH_FILE} lacks outputs {missing}: expected a decoder with {info.layers} cached layers"
+                f"{GRAPH_FILE} must be a decoder with {info.layers} cached layers (got one without the outputs {missing})"
             )
         shape = inputs[self._past_names[0]].shape
         if len(shape) != 4 or list(shape[1::2]) != [info.kv_heads, info.head_dim]:
@@ -251,9 +251,9 @@ class Decoder:
         """
         for cache, ids in requests:
             if not ids:
-                raise ValueError("a request has no ids: at least one expected")
+                raise ValueError("ids of a request must be at least one (got none)")
             if min(ids) < 0 or max(ids) >= self.info.vocab_size:
-                raise ValueError(f"ids between {min(ids)} and {max(ids)}: 0..{self.info.vocab_size - 1} expected")
+                raise ValueError(f"ids must be in 0..{self.info.vocab_size - 1} (got {min(ids)}..{max(ids)})")
             if cache.length + len(ids) > self.info.context:
                 raise ValueError(f"{cache.length} + {len(ids)} tokens: the context holds {self.info.context}")
         # Without a mask and positions a graph counts padding as text, so such graphs run one request at a time.

@@ -34,7 +34,7 @@ def decode_full(data: bytes, vocab_size: int) -> Law:
         ProtocolError: wrong length, a negative or non-finite value, or no mass.
     """
     if len(data) != 2 * vocab_size:
-        raise ProtocolError(f"draft law of {len(data)} bytes: {2 * vocab_size} expected")
+        raise ProtocolError(f"draft law must be {2 * vocab_size} bytes (got {len(data)})")
     halves = np.frombuffer(data, "<f2")  # (V,)
     # Looked at before any arithmetic: a signalling NaN would warn there.
     if not bool(np.isfinite(halves).all()) or float(halves.min()) < 0.0 or float(halves.max()) == 0.0:
@@ -103,7 +103,7 @@ def check_lattice(data: bytes, vocab_size: int, k: int, resolution: int) -> tupl
     """
     k = min(k, vocab_size)
     if len(data) != (expected := coded_bytes(vocab_size, k, resolution)):
-        raise ProtocolError(f"draft law of {len(data)} bytes: {expected} expected")
+        raise ProtocolError(f"draft law must be {expected} bytes (got {len(data)})")
     subset, composition = divmod(int.from_bytes(data, "little"), math.comb(resolution + k - 1, k - 1))
     if subset >= math.comb(vocab_size, k):
         raise ProtocolError("draft law is not the number of a law")
@@ -173,7 +173,7 @@ def top_k_size(laws: bytes | memoryview, vocab_size: int) -> int:
         ProtocolError: the buffer is too short to say.
     """
     if len(laws) < 2:
-        raise ProtocolError(f"draft law of {len(laws)} bytes: at least 2 expected")
+        raise ProtocolError(f"draft law must be at least 2 bytes (got {len(laws)})")
     return 2 + int.from_bytes(laws[:2], "little") * (id_bytes(vocab_size) + 1)
 
 
@@ -186,10 +186,10 @@ def decode_top_k(data: bytes, vocab_size: int) -> Law:
         ProtocolError: wrong length, k outside 1..V, an id outside the vocabulary or twice, no mass and no tail.
     """
     if len(data) != (expected := top_k_size(data, vocab_size)):
-        raise ProtocolError(f"draft law of {len(data)} bytes: {expected} expected")
+        raise ProtocolError(f"draft law must be {expected} bytes (got {len(data)})")
     k = int.from_bytes(data[:2], "little")
     if not 1 <= k <= vocab_size:
-        raise ProtocolError(f"draft law of {k} tokens: 1 to {vocab_size} expected")
+        raise ProtocolError(f"draft law must be of 1 to {vocab_size} tokens (got {k})")
     ids = unpack_ids(data[2:-k], vocab_size)
     if len(set(ids)) != k:
         raise ProtocolError("draft law names a token twice")

@@ -40,7 +40,7 @@ class Tree:
         parents = (*range(len(self.chain)), *(b.parent for b in branches))
         for node, (parent, token) in enumerate(zip(parents, self.tokens, strict=True), start=1):
             if not 0 <= parent < node:
-                raise ValueError(f"parent of node {node} is {parent}: a node before it expected")
+                raise ValueError(f"parent of node {node} must be a node before it (got {parent})")
             self._children[parent].setdefault(token, node)
             depths[node] = depths[parent] + 1
         self.depth = max(depths)
@@ -65,7 +65,7 @@ class Tree:
         """
         length = len(self.chain)
         if not 0 <= steps <= length:
-            raise ValueError(f"steps is {steps}: 0..{length} expected")
+            raise ValueError(f"steps must be 0..{length} (got {steps})")
         renamed = {node: node - steps for node in range(steps, length + 1)}
         kept: list[Branch] = []
         for node, (parent, token) in enumerate(self.branches, start=length + 1):
@@ -83,7 +83,9 @@ def pack_branches(branches: Sequence[Branch], vocab_size: int) -> bytes:
     """
     parents = [b.parent for b in branches]
     if len(branches) > BRANCHES_MAX or not all(0 <= p <= PARENT_MAX for p in parents):
-        raise ValueError(f"{len(branches)} branches: at most {BRANCHES_MAX} with parents up to {PARENT_MAX} expected")
+        raise ValueError(
+            f"branches must be at most {BRANCHES_MAX}, with parents up to {PARENT_MAX} (got {len(branches)})"
+        )
     return pack_ids([b.token for b in branches], vocab_size) + np.array(parents, "<u2").tobytes()
 
 
@@ -98,7 +100,7 @@ def unpack_branches(data: bytes, vocab_size: int, chain_length: int) -> tuple[Br
     count, rest = divmod(len(data), width)
     if rest or count > BRANCHES_MAX:
         raise ProtocolError(
-            f"branches of {len(data)} bytes: a multiple of {width}, at most {BRANCHES_MAX * width} expected"
+            f"branches must be a multiple of {width} bytes, at most {BRANCHES_MAX * width} (got {len(data)})"
         )
     split = count * id_bytes(vocab_size)
     tokens = unpack_ids(data[:split], vocab_size)
@@ -106,5 +108,5 @@ def unpack_branches(data: bytes, vocab_size: int, chain_length: int) -> tuple[Br
     late = np.flatnonzero(parents > chain_length + np.arange(count))  # branch i is node chain_length + 1 + i
     if late.size:
         i = int(late[0])
-        raise ProtocolError(f"parent of branch {i} is {parents[i]}: at most {chain_length + i} expected")
+        raise ProtocolError(f"parent of branch {i} must be at most {chain_length + i} (got {parents[i]})")
     return tuple(Branch(int(p), t) for p, t in zip(parents, tokens, strict=True))

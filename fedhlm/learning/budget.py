@@ -32,7 +32,7 @@ def empirical_bernstein(mean: float, variance: float, count: float, span: float,
 
 def _share(key: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{key} is {value!r}: a number in [0, 1] expected")
+        raise ValueError(f"{key} must be a number in [0, 1] (got {value!r})")
     return value
 
 
@@ -44,9 +44,9 @@ class Budget:
 
     def __init__(self, epsilon: float, delta: float = 0.05) -> None:
         if not 0.0 < epsilon <= 1.0:
-            raise ConfigError("budget.epsilon", epsilon, "a probability in (0, 1] expected")
+            raise ConfigError("budget.epsilon", epsilon, "a probability in (0, 1]")
         if not 0.0 < delta < 1.0:
-            raise ConfigError("budget.delta", delta, "a probability in (0, 1) expected")
+            raise ConfigError("budget.delta", delta, "a probability in (0, 1)")
         self.epsilon = epsilon
         self.delta = delta
         self.sessions = 0
@@ -68,9 +68,9 @@ class Budget:
             ValueError: a harm outside [0, 1], a tail that is not what tail_harms holds, or more skipped than tokens.
         """
         if tail < 0 or len(seen_harms) + tail > tokens:
-            raise ValueError(f"{len(seen_harms)} scored and {tail} tail tokens: 0..{tokens} expected")
+            raise ValueError(f"scored and tail tokens must be 0..{tokens} together (got {len(seen_harms)} and {tail})")
         if tail_harms is not None and len(tail_harms) != tail:
-            raise ValueError(f"tail_harms has {len(tail_harms)} values: {tail} expected")
+            raise ValueError(f"tail_harms must be {tail} values (got {len(tail_harms)})")
         scored = math.fsum(_share("harm", h) for h in seen_harms)
         audited = math.fsum(_share("harm", h) for h in tail_harms or ())
         if tokens == 0:
@@ -116,7 +116,7 @@ class Budget:
         """
         if (self.epsilon, self.delta) != (other.epsilon, other.delta):
             raise ValueError(
-                f"budgets of (epsilon, delta) {self.epsilon, self.delta} and {other.epsilon, other.delta}: equal ones expected"
+                f"(epsilon, delta) of two budgets must be equal (got {self.epsilon, self.delta} and {other.epsilon, other.delta})"
             )
         both = type(self)(self.epsilon, self.delta)
         both.sessions = self.sessions + other.sessions
@@ -139,18 +139,16 @@ class Budget:
         for key in _KEYS:
             value = state.get(key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0.0:
-                raise ConfigError(f"budget.{key}", value, "a finite number that is not negative expected")
+                raise ConfigError(f"budget.{key}", value, "a finite number that is not negative")
             values[key] = float(value)
         sessions = values["sessions"]
         if sessions != int(sessions):
-            raise ConfigError("budget.sessions", sessions, "a whole number expected")
+            raise ConfigError("budget.sessions", sessions, "a whole number")
         for key in ("total", "drift"):
             if values[key] > sessions:
-                raise ConfigError(
-                    f"budget.{key}", values[key], f"at most {sessions:g}, the number of sessions, expected"
-                )
+                raise ConfigError(f"budget.{key}", values[key], f"at most {sessions:g}, the number of sessions")
         if values["epsilon"] < _SMALLEST:
-            raise ConfigError("budget.epsilon", values["epsilon"], f"at least {_SMALLEST:g} expected")
+            raise ConfigError("budget.epsilon", values["epsilon"], f"at least {_SMALLEST:g}")
         budget = cls(values["epsilon"], values["delta"])
         budget.sessions = int(sessions)
         budget._total = values["total"]

@@ -31,7 +31,7 @@ def bin_of(score: float) -> int:
     Scores beside [0, 1] (a cosine's rounding, an obtuse angle) count as the nearer end; ValueError for NaN.
     """
     if math.isnan(score):
-        raise ValueError("score is nan: a number in [0, 1] expected")
+        raise ValueError("score must be a number in [0, 1] (got nan)")
     return math.ceil(min(1.0, max(2.0**-53, score)) * BINS) - 1
 
 
@@ -61,15 +61,15 @@ class Curve:
     def see(self, score: float, count: float = 1.0) -> None:
         """Counts gate decisions, whether or not their harm will ever be known."""
         if not (math.isfinite(count) and count >= 0.0):
-            raise ValueError(f"count is {count!r}: finite and not negative expected")
+            raise ValueError(f"count must be finite and not negative (got {count!r})")
         self.seen[bin_of(score)] += count
 
     def add(self, score: float, harm: float, weight: float = 1.0) -> None:
         """Adds one scored token; ValueError if harm is outside [0, 1] or weight negative or not finite."""
         if not 0.0 <= harm <= 1.0:
-            raise ValueError(f"harm is {harm!r}: a number in [0, 1] expected")
+            raise ValueError(f"harm must be a number in [0, 1] (got {harm!r})")
         if not (math.isfinite(weight) and weight >= 0.0):
-            raise ValueError(f"weight is {weight!r}: finite and not negative expected")
+            raise ValueError(f"weight must be finite and not negative (got {weight!r})")
         j = bin_of(score)
         self.weight[j] += weight
         self.harm[j] += weight * harm
@@ -78,13 +78,13 @@ class Curve:
     def scaled(self, factor: float) -> Self:
         """A copy with every sum times factor >= 0."""
         if not (math.isfinite(factor) and factor >= 0.0):
-            raise ValueError(f"factor is {factor!r}: finite and not negative expected")
+            raise ValueError(f"factor must be finite and not negative (got {factor!r})")
         return type(self)(self.seen * factor, self.weight * factor, self.harm * factor, self.square * factor)
 
     def decayed(self, factor: float) -> Self:
         """A copy that has forgotten: every sum times a factor in [0, 1]."""
         if not 0.0 <= factor <= 1.0:
-            raise ValueError(f"factor is {factor!r}: a number in [0, 1] expected")
+            raise ValueError(f"factor must be a number in [0, 1] (got {factor!r})")
         return self.scaled(factor)
 
     def copy(self) -> Self:
@@ -112,7 +112,7 @@ class Curve:
         sums = {"seen": self.seen, "weight": self.weight, "harm": self.harm, "square": self.square}
         for name, values in sums.items():
             if values.shape != (BINS,):
-                return f"{name} has shape {values.shape}: ({BINS},) expected"
+                return f"{name} must be of shape ({BINS},) (got {values.shape})"
             if not np.isfinite(values).all() or values.min() < 0.0 or values.max() > _LARGEST_SUM:
                 return f"{name} has a sum that is negative, not finite or above {_LARGEST_SUM:g}"
         if (self.harm > self.weight * _FLOAT32_SLACK).any():
@@ -138,11 +138,11 @@ class Curve:
             ProtocolError: wrong length, or sums no client can have (see `flaw`).
         """
         if len(data) < _BITMAP_BYTES:
-            raise ProtocolError(f"curve of {len(data)} bytes: at least {_BITMAP_BYTES} expected")
+            raise ProtocolError(f"curve must be at least {_BITMAP_BYTES} bytes (got {len(data)})")
         used = np.unpackbits(np.frombuffer(data, np.uint8, _BITMAP_BYTES), bitorder="little").astype(bool)  # (BINS,)
         expected = _BITMAP_BYTES + 16 * int(used.sum())
         if len(data) != expected:
-            raise ProtocolError(f"curve of {len(data)} bytes: its bitmap announces {expected}")
+            raise ProtocolError(f"curve must be {expected} bytes, as its bitmap says (got {len(data)})")
         rows = np.zeros((BINS, 4))  # (BINS, 4) float64
         with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, not warned about
             rows[used] = np.frombuffer(data, "<f4", offset=_BITMAP_BYTES).reshape(-1, 4)
@@ -171,7 +171,7 @@ def shrunk(own: Curve, cluster: Curve, kappa: float) -> Bins:
     Shape (BINS,). kappa is how many own tokens of a bin weigh as much as the cluster; 0 ignores the cluster.
     """
     if not (math.isfinite(kappa) and kappa >= 0.0):
-        raise ValueError(f"kappa is {kappa!r}: finite and not negative expected")
+        raise ValueError(f"kappa must be finite and not negative (got {kappa!r})")
     return _monotone(own.harm + kappa * isotonic(cluster), own.weight + kappa)
 
 

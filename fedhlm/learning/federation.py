@@ -299,7 +299,7 @@ class Members:
             raise ProtocolError(f"federation snapshot cannot be decoded: {exc}") from exc
         if (saved.version, saved.schema) != (_VERSION, SCHEMA_VERSION):
             raise ProtocolError(
-                f"federation snapshot has versions {saved.version}, {saved.schema}: {_VERSION}, {SCHEMA_VERSION} expected"
+                f"versions of the federation snapshot must be {_VERSION}, {SCHEMA_VERSION} (got {saved.version}, {saved.schema})"
             )
         for threshold in (saved.threshold, *(message.threshold for _, message in saved.members)):
             check_threshold(threshold)
@@ -321,7 +321,7 @@ def check_threshold(threshold: PaperThreshold | None) -> None:
         ProtocolError: the control variate is not finite, or larger than any.
     """
     if threshold is not None and not abs(threshold.control) <= CONTROL_MAX:
-        raise ProtocolError(f"threshold.control is {threshold.control}: a number within +-{CONTROL_MAX:g} expected")
+        raise ProtocolError(f"threshold.control must be a number within +-{CONTROL_MAX:g} (got {threshold.control})")
 
 
 def _curves(message: Contribution | Learned) -> dict[str, Curve]:

@@ -16,9 +16,9 @@ SENSITIVITY: Final = 2.0
 
 def _check(releases: int, delta: float) -> None:
     if releases < 1:
-        raise ValueError(f"releases is {releases!r}: at least 1 expected")
+        raise ValueError(f"releases must be at least 1 (got {releases!r})")
     if not 0.0 < delta < 1.0:
-        raise ValueError(f"delta is {delta!r}: a probability in (0, 1) expected")
+        raise ValueError(f"delta must be a probability in (0, 1) (got {delta!r})")
 
 
 def epsilon_of(sigma: float, releases: int, delta: float) -> float:
@@ -41,7 +41,7 @@ def sigma_for(epsilon: float, delta: float, releases: int) -> float:
     """
     _check(releases, delta)
     if not (math.isfinite(epsilon) and epsilon > 0.0):
-        raise ValueError(f"epsilon is {epsilon!r}: finite and positive expected")
+        raise ValueError(f"epsilon must be finite and positive (got {epsilon!r})")
     log = math.log(1.0 / delta)
     root = epsilon / (math.sqrt(log + epsilon) + math.sqrt(log))  # sqrt(rho), without cancellation
     return SENSITIVITY * math.sqrt(releases / 2.0) / root
@@ -54,7 +54,7 @@ def noised(curve: Curve, sigma: float, rng: np.random.Generator) -> Curve:
     privacy; it lifts sums near zero by up to 0.4 sigma on average, and harm, cut at weight, is not quite unbiased.
     """
     if not (math.isfinite(sigma) and sigma >= 0.0):
-        raise ValueError(f"sigma is {sigma!r}: finite and not negative expected")
+        raise ValueError(f"sigma must be finite and not negative (got {sigma!r})")
     seen, weight, harm, square = curve.rows().T + sigma * rng.standard_normal((4, BINS))  # (BINS,) float64 each
     weight = np.maximum(0.0, weight)
     harm = np.clip(harm, 0.0, weight)

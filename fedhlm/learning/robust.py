@@ -26,7 +26,7 @@ class Pooled(NamedTuple):
 def trimmed_count(count: int, trim: float) -> int:
     """How many of `count` sorted values are cut at each end: floor(trim count), but one or two always remain."""
     if not 0.0 <= trim <= 0.5:
-        raise ValueError(f"trim is {trim!r}: a share in [0, 0.5] expected")
+        raise ValueError(f"trim must be a share in [0, 0.5] (got {trim!r})")
     return max(0, min(int(trim * count), (count - 1) // 2))
 
 
@@ -71,7 +71,7 @@ def pool(contributions: Mapping[str, Curve], *, weight_cap: float, trim: float, 
     one expects.
     """
     if not (math.isfinite(weight_cap) and weight_cap > 0.0):
-        raise ValueError(f"weight_cap is {weight_cap!r}: finite and positive expected")
+        raise ValueError(f"weight_cap must be finite and positive (got {weight_cap!r})")
     trimmed_count(1, trim)
     refused = tuple(sorted(name for name, curve in contributions.items() if curve.flaw() is not None))
     # Sorted, because float sums depend on their order and edges must agree whoever spoke first.

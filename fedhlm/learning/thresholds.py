@@ -26,7 +26,9 @@ def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def _as_pairs(pairs: Pairs) -> Pairs:
     array = np.asarray(pairs, np.float64).reshape(-1, 2)  # (n, 2) float64
     if not ((array >= 0.0) & (array <= 1.0)).all():
-        raise ValueError("pairs has a value outside [0, 1]: rows of (u, beta) expected")
+        raise ValueError(
+            f"pairs must be rows of (u, beta) within [0, 1] (got values from {array.min():g} to {array.max():g})"
+        )
     return array
 
 
@@ -235,7 +237,7 @@ def tau_of_budget(curve: Curve, m: Bins, rho: float, delta: float) -> float:
     earns the right to skip.
     """
     if not 0.0 < delta < 1.0:
-        raise ValueError(f"delta is {delta!r}: a probability in (0, 1) expected")
+        raise ValueError(f"delta must be a probability in (0, 1) (got {delta!r})")
     count = curve.total_weight
     if not (math.isfinite(count) and count >= 1.0):
         return KEEP_NONE

@@ -72,7 +72,7 @@ class Collaboration:
 
     def __init__(self, *, forgetting: float = FORGETTING) -> None:
         if not 0.0 < forgetting <= 1.0:
-            raise ValueError(f"forgetting is {forgetting}: a factor within (0, 1] expected")
+            raise ValueError(f"forgetting must be a factor within (0, 1] (got {forgetting})")
         self._forgetting = forgetting
         self._published = _Mean()
         self._escalated = _Mean()
@@ -160,9 +160,9 @@ def fit_hit_ratio(sizes: Sequence[float], ratios: Sequence[float]) -> HitRatioFi
     """
     s, h = np.asarray(sizes, np.float64), np.asarray(ratios, np.float64)  # both (n,)
     if s.ndim != 1 or s.shape != h.shape or not s.size:
-        raise ValueError(f"sizes {s.shape} and ratios {h.shape}: two equally long lists expected")
+        raise ValueError(f"sizes and ratios must be two equally long lists (got {s.shape} and {h.shape})")
     if not (np.isfinite(s).all() and (s > 0.0).all() and (h >= 0.0).all() and (h <= 1.0).all()):
-        raise ValueError("positive sizes and ratios within 0..1 expected")
+        raise ValueError(f"sizes must be positive and ratios within 0..1 (got {s.tolist()} and {h.tolist()})")
 
     def squares(log_alpha: NDArray[np.float64]) -> NDArray[np.float64]:
         residuals = -np.expm1(-np.exp(log_alpha)[:, None] * s) - h  # (alphas, n)
@@ -193,7 +193,7 @@ def simulate_hit_ratio(
         ValueError: `keys` and `tokens` differ in length.
     """
     if len(keys) != len(tokens):
-        raise ValueError(f"{len(keys)} keys and {len(tokens)} tokens: as many of each expected")
+        raise ValueError(f"keys must be as many as tokens (got {len(keys)} and {len(tokens)})")
     if not len(keys):
         return [0.0] * len(sizes)
     ratios = []

@@ -32,7 +32,9 @@ class Projection:
 
     def __init__(self, mean: NDArray[np.float32], matrix: NDArray[np.float32]) -> None:
         if mean.ndim != 1 or matrix.ndim != 2 or matrix.shape[0] != mean.shape[0] or 0 in matrix.shape:
-            raise ValueError(f"mean {mean.shape} and matrix {matrix.shape}: (hidden,) and (hidden, dims) expected")
+            raise ValueError(
+                f"mean and matrix must be of shape (hidden,) and (hidden, dims) (got {mean.shape} and {matrix.shape})"
+            )
         self.mean = mean
         self.matrix = matrix
 
@@ -59,7 +61,7 @@ class Projection:
             ValueError: `hidden` is not (hidden_size,).
         """
         if hidden.shape != self.mean.shape:
-            raise ValueError(f"hidden state of shape {hidden.shape}: {self.mean.shape} expected")
+            raise ValueError(f"hidden state must be of shape {self.mean.shape} (got {hidden.shape})")
         with np.errstate(invalid="ignore", over="ignore"):  # a non-finite state is answered below
             projected = (hidden.astype(np.float64) - self.mean) @ self.matrix  # (dims,) float64
             length = float(np.sqrt(projected @ projected))
@@ -101,13 +103,16 @@ def load_projection(folder: Path, hidden_size: int) -> Projection:
         # numpy leaves a file that it opened itself open when it is no archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if missing := sorted({"mean", "matrix"} - set(arrays.files)):
-                raise ModelError(f"{path} lacks the arrays {missing}: 'mean' and 'matrix' expected")
+                raise ModelError(
+                    f"arrays of {path} must be 'mean' and 'matrix' (got none called {' or '.join(missing)})"
+                )
             mean, matrix = _float32(arrays["mean"]), _float32(arrays["matrix"])
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as exc:
         raise ModelError(f"{path} is not a projection: {exc}") from exc
     if mean.shape != (hidden_size,) or matrix.ndim != 2 or matrix.shape[0] != hidden_size or not matrix.shape[1]:
         raise ModelError(
-            f"{path} has mean {mean.shape} and matrix {matrix.shape}: ({hidden_size},) and ({hidden_size}, dims) expected"
+            f"mean and matrix of {path} must be of shape ({hidden_size},) and ({hidden_size}, dims) "
+            f"(got {mean.shape} and {matrix.shape})"
         )
     if not (np.isfinite(mean).all() and np.isfinite(matrix).all()):
         raise ModelError(f"{path} has values that are not finite")
@@ -116,7 +121,9 @@ def load_projection(folder: Path, hidden_size: int) -> Projection:
 
 def _float32(array: Any) -> NDArray[np.float32]:
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise TypeError("an array of floating-point numbers expected")
+        raise TypeError(
+            f"array must be of floating-point numbers (got {getattr(array, 'dtype', type(array).__name__)})"
+        )
     return array.astype(np.float32)
 
 
@@ -138,5 +145,5 @@ def unpack_key(data: bytes, dims: int = DIMS) -> Key:
         ProtocolError: another length than `dims`.
     """
     if len(data) != dims:
-        raise ProtocolError(f"key has {len(data)} bytes: {dims} expected")
+        raise ProtocolError(f"key must be {dims} bytes (got {len(data)})")
     return np.frombuffer(data, np.int8).copy()  # (dims,)

@@ -57,9 +57,9 @@ class Memory:
 
     def __init__(self, capacity: int, dims: int = DIMS, *, space: str = "") -> None:
         if capacity < 1:
-            raise ValueError(f"capacity is {capacity}: at least 1 expected")
+            raise ValueError(f"capacity must be at least 1 (got {capacity})")
         if not 1 <= dims <= DIMS_MAX:
-            raise ValueError(f"dims is {dims}: 1..{DIMS_MAX} expected")
+            raise ValueError(f"dims must be 1..{DIMS_MAX} (got {dims})")
         self.capacity = capacity
         self.dims = dims
         self.space = space
@@ -109,7 +109,7 @@ class Memory:
             ValueError: the key is not (dims,), or `votes` is below 1.
         """
         if votes < 1:
-            raise ValueError(f"votes is {votes}: at least 1 expected")
+            raise ValueError(f"votes must be at least 1 (got {votes})")
         values = self._checked(key)
         size = self.size
         if size < votes or not values.any():
@@ -158,7 +158,7 @@ class Memory:
             ("keys", len(held.keys), len(held.tokens) * dims),
         ):
             if value != expected:
-                raise ProtocolError(f"memory snapshot has {name} {value!r}: {expected!r} expected")
+                raise ProtocolError(f"{name} of the memory snapshot must be {expected!r} (got {value!r})")
         if not all(0 <= token < 2**31 for token in held.tokens):
             raise ProtocolError("memory snapshot has a token outside 0..2147483647")
         memory = cls(capacity, dims, space=space)
@@ -169,7 +169,7 @@ class Memory:
 
     def _checked(self, key: Key) -> NDArray[np.float32]:
         if key.shape != (self.dims,):
-            raise ValueError(f"key of shape {key.shape}: ({self.dims},) expected")
+            raise ValueError(f"key must be of shape ({self.dims},) (got {key.shape})")
         return key.astype(np.float32)
 
     def _vacate(self) -> int:
@@ -206,7 +206,7 @@ class Centroid:
         self, clock: Callable[[], float], *, recent: int = 8, max_peers: int = 64, max_age_s: float = 60.0
     ) -> None:
         if recent < 1 or max_peers < 1:
-            raise ValueError(f"recent is {recent} and max_peers {max_peers}: at least 1 expected of both")
+            raise ValueError(f"recent and max_peers must be at least 1 (got {recent} and {max_peers})")
         self._clock = clock
         self._recent = recent
         self._max_peers = max_peers

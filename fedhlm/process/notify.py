@@ -55,7 +55,7 @@ class Notifier:
         text = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in fields.items())
         try:
             if self.address[0] not in "@/":
-                raise OSError(f"a path or @name expected, not {self.address!r}")
+                raise OSError(f"NOTIFY_SOCKET must be a path or @name (got {self.address!r})")
             # An abstract socket's name begins with a zero byte, which an environment variable cannot hold.
             place = "\0" + self.address[1:] if self.address[0] == "@" else self.address
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:

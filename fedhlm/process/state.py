@@ -38,7 +38,7 @@ def save(folder: Path | str, name: str, payload: bytes, *, key: str = "state") -
         aside.replace(path)
         sync(folder)
     except OSError as exc:
-        _refuse(key, folder, f"a writable folder expected, cannot write {name} ({exc.strerror or exc})", exc)
+        _refuse(key, folder, "a writable folder", f"cannot write {name}", exc)
 
 
 def load(folder: Path | str, name: str, *, key: str = "state") -> bytes | None:
@@ -54,7 +54,7 @@ def load(folder: Path | str, name: str, *, key: str = "state") -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as exc:
-        _refuse(key, folder, f"a readable folder expected, cannot read {name} ({exc.strerror or exc})", exc)
+        _refuse(key, folder, "a readable folder", f"cannot read {name}", exc)
     head = len(MAGIC) + _DIGEST_BYTES
     payload = data[head:]
     if data[:head] == MAGIC + hashlib.sha256(payload).digest():
@@ -75,7 +75,7 @@ def put_aside(folder: Path | str, name: str, why: str, *, key: str = "state") ->
     try:
         path.rename(kept)
     except OSError as exc:
-        _refuse(key, folder, f"a writable folder expected, cannot rename {name} ({exc.strerror or exc})", exc)
+        _refuse(key, folder, "a writable folder", f"cannot rename {name}", exc)
     log.warning("%s %s: starting afresh, the old file is kept as %s", path, why, kept.name)
 
 
@@ -113,5 +113,5 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _refuse(key: str, folder: Path, expectation: str, error: OSError) -> NoReturn:
-    raise ConfigError(key, str(folder), expectation) from error
+def _refuse(key: str, folder: Path, expectation: str, failure: str, error: OSError) -> NoReturn:
+    raise ConfigError(key, str(folder), expectation, why=f"{failure}, {error.strerror or error}") from error

@@ -374,13 +374,13 @@ def decode(payload: bytes) -> AnyMessage:
         ProtocolError: too large, not msgpack, not a known message, a field out of range, or another schema version.
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
-        raise ProtocolError(f"payload of {len(payload)} bytes: at most {MAX_PAYLOAD_BYTES} expected")
+        raise ProtocolError(f"payload must be at most {MAX_PAYLOAD_BYTES} bytes (got {len(payload)})")
     try:
         message = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolError(f"payload of {len(payload)} bytes is not a message: {exc}") from exc
     if message.version != SCHEMA_VERSION:
-        raise ProtocolError(f"message.version is {message.version}: this side speaks {SCHEMA_VERSION}")
+        raise ProtocolError(f"message.version must be {SCHEMA_VERSION} (got {message.version})")
     return message
 
 
@@ -396,7 +396,7 @@ def pack_ids(ids: "list[int] | tuple[int, ...]", vocab_size: int) -> bytes:
     """
     wide = np.asarray(ids, dtype="<u4")  # (n,)
     if wide.size and int(wide.max()) >= vocab_size:
-        raise ValueError(f"token id {int(wide.max())}: below {vocab_size} expected")
+        raise ValueError(f"token id must be below {vocab_size} (got {int(wide.max())})")
     return wide.view(np.uint8).reshape(-1, 4)[:, : id_bytes(vocab_size)].tobytes()
 
 
@@ -408,12 +408,12 @@ def unpack_ids(data: bytes, vocab_size: int) -> list[int]:
     """
     width = id_bytes(vocab_size)
     if len(data) % width:
-        raise ProtocolError(f"ids of {len(data)} bytes: a multiple of {width} expected")
+        raise ProtocolError(f"ids must be a multiple of {width} bytes (got {len(data)})")
     wide = np.zeros((len(data) // width, 4), np.uint8)
     wide[:, :width] = np.frombuffer(data, np.uint8).reshape(-1, width)
     ids = wide.view("<u4").ravel()  # (n,)
     if ids.size and int(ids.max()) >= vocab_size:
-        raise ProtocolError(f"token id {int(ids.max())}: below {vocab_size} expected")
+        raise ProtocolError(f"token id must be below {vocab_size} (got {int(ids.max())})")
     found: list[int] = ids.tolist()
     return found
 
@@ -442,7 +442,7 @@ def unpack_probs(data: bytes) -> NDArray[np.float64]:
         ProtocolError: an odd number of bytes, or a value that is not a probability.
     """
     if len(data) % 2:
-        raise ProtocolError(f"target_probs of {len(data)} bytes: an even number expected")
+        raise ProtocolError(f"target_probs must be an even number of bytes (got {len(data)})")
     probs = np.frombuffer(data, "<f2").astype(np.float64)
     if not bool(np.all((probs >= 0.0) & (probs <= 1.0))):
         raise ProtocolError("target_probs holds a value outside 0..1")

@@ -36,9 +36,7 @@ def check(key: str, value: object) -> None:
         str(value).encode()
     except (msgspec.ValidationError, ValueError) as exc:
         shown = repr(value).encode("ascii", "backslashreplace").decode()
-        raise ConfigError(
-            key, value if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}...", f"{EXPECTED[key]} expected"
-        ) from exc
+        raise ConfigError(key, value if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}...", EXPECTED[key]) from exc
 
 
 class Unusable(NamedTuple):
@@ -65,7 +63,7 @@ def unusable(payload: bytes) -> Unusable | None:
             try:
                 msgspec.msgpack.decode(value, type=_TYPES[key])
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                return Unusable(request, client, f"{key} of the prompt: {EXPECTED[key]} expected")
+                return Unusable(request, client, f"{key} of the prompt must be {EXPECTED[key]}")
     return Unusable(request, client, "the prompt is not one of this version of the protocol (docs/protocol.md)")
 
 

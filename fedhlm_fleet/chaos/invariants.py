@@ -242,9 +242,16 @@ def memory_violations(part: str, samples: Sequence[tuple[float, int]], limits: G
     found = []
     if peak > limits.ceiling:
         found.append(
-            Violation("memory", part, f"{peak / 1e6:.0f} MB resident, at most {limits.ceiling / 1e6:.0f} expected")
+            Violation(
+                "memory",
+                part,
+                f"resident memory must be at most {limits.ceiling / 1e6:.0f} MB (got {peak / 1e6:.0f} MB)",
+            )
         )
     if grown is not None and grown > limits.growth:
-        text = f"{grown / 1e6:.0f} MB more than {limits.settle_s:g} s after its start, at most {limits.growth / 1e6:.0f} expected"
+        text = (
+            f"growth from {limits.settle_s:g} s after the start must be at most {limits.growth / 1e6:.0f} MB "
+            f"(got {grown / 1e6:.0f} MB)"
+        )
         found.append(Violation("memory", part, text))
     return found

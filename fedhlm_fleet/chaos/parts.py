@@ -131,7 +131,7 @@ class Parts:
                 self.violations.append(Violation("stop", name, f"still there {STOP_S:g} s after SIGTERM"))
             else:
                 if status != 0:
-                    self.violations.append(Violation("stop", name, f"status {status} after SIGTERM, 0 expected"))
+                    self.violations.append(Violation("stop", name, f"status after SIGTERM must be 0 (got {status})"))
 
     def check(self, name: str) -> None:
         """Note a part that ended by itself."""

@@ -49,7 +49,7 @@ def parse_keys(tokens: Sequence[str]) -> dict[str, str]:
     while rest:
         flag, separator, value = rest.pop(0).partition("=")
         if not flag.startswith("--") or len(flag) == len("--"):
-            raise FedhlmError(f"argument {flag!r}: --key value expected, such as --generation.seed 7")
+            raise FedhlmError(f"argument must be --key value, such as --generation.seed 7 (got {flag!r})")
         if not separator:
             if not rest or rest[0].startswith("--"):
                 near = difflib.get_close_matches(flag, ("--config", "--preset", "--help"), n=1)

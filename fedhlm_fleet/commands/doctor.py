@@ -38,7 +38,7 @@ def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, 
     if role is None:
         near = difflib.get_close_matches(given, ROLES, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise FedhlmError(f"doctor of {given!r}: one of {', '.join(ROLES)} expected{hint}")
+        raise FedhlmError(f"ROLE must be one of {', '.join(ROLES)}{hint} (got {given!r})")
     subject = _subject(role, config, preset, parse_keys(rest))
     begun_s = time.monotonic()
     console = Console(highlight=False, soft_wrap=False)
@@ -68,6 +68,6 @@ def _subject(role: "Role", file: Path | None, preset: str | None, flags: dict[st
     try:
         return Subject(role, load(file=file, preset=preset, flags=flags))
     except ConfigError as exc:
-        if "(flag --" in exc.expectation:
+        if exc.source.startswith("flag --"):
             raise
         return Subject(role, None, problem=exc)

@@ -120,7 +120,9 @@ def flash(
     )  # fmt: skip
     orders = batch.read(csv, values) if csv is not None else [batch.order_of(values)]
     if manifest is not None and any(order.place != (order.out or order.image) for order in orders):
-        raise ConfigError("--manifest", str(manifest), "a list of images: --image expected, with --out for many")
+        raise ConfigError(
+            "--manifest", str(manifest), "left out unless images are written (--image, with --out for many)"
+        )
     found = bundles.wheels(wheels, python=python) if wheels else bundles.fill(bundle, python=python)
     parts = bundles.parts(found, model=model)
     units = bundles.shipped_units()
@@ -178,9 +180,9 @@ def _confirm(orders: "Sequence[Order]", *, yes: bool, ask: Callable[[str], str] 
         return
     named = ", ".join(f"{disk.path} ({disk.model or 'unnamed'}, {disk.size / 1e9:.1f} GB)" for disk in targets)
     if not sys.stdin.isatty():
-        raise ConfigError("--yes", None, f"expected where nobody can be asked about {named}")
+        raise ConfigError("--yes", None, f"given where nobody can be asked about {named}")
     if ask(f"write to {named}? [y/N] ").strip().lower() not in {"y", "yes"}:
-        raise ConfigError("--device", named, "nothing was written")
+        raise ConfigError("--device", named, "confirmed (nothing was written)")
 
 
 def _manifest(path: Path, done: "Sequence[Done]", now: datetime) -> None:

@@ -41,7 +41,7 @@ def init(folder: Path = PKI, /, *, days: Days = 3_650, name: str = "fedhlm CA") 
     with needing("operator"):
         from fedhlm_fleet.pki import authority
     if not name.strip() or len(name) > 64:
-        raise ConfigError("--name", name, "1..64 characters expected")
+        raise ConfigError("--name", name, "1..64 characters")
     made = authority.create(folder, days=days, name=name, now=_now())
     until = authority.ca_certificate(folder).not_valid_after_utc
     print(f"{'made a CA in' if made else 'nothing changed, there is a CA in'} {folder}, good until {until:%Y-%m-%d}")
@@ -95,7 +95,7 @@ def issue(
             given = (role or entry.role, cluster or entry.clusters, dns or entry.hosts)
             if given != (entry.role, entry.clusters, entry.hosts):
                 was = " ".join((entry.role, *entry.clusters, *entry.hosts))
-                raise ConfigError("NAME", name, f"issued already, otherwise ({was}): --renew or another name expected")
+                raise ConfigError("NAME", name, "a name that is not issued yet, unless with --renew", why=was)
             print(f"nothing changed, {name} is issued until {entry.newest.not_after:%Y-%m-%d}")
             return 0
     made = authority.issue(pki, name, role=role, clusters=cluster, hosts=dns, days=days, renew=renew, now=now)
@@ -230,7 +230,7 @@ def mosquitto(
         from fedhlm.protocol.topics import DEFAULT_ROOT
         from fedhlm_fleet.pki import mosquitto as make
     if [cluster is not None, cloud, all, plain].count(True) != 1:
-        raise ConfigError("--cluster, --cloud, --all, --plain", None, "exactly one of them expected")
+        raise ConfigError("--cluster, --cloud, --all, --plain", None, "exactly one of them")
     listener = make.Listener(port or (1883 if plain else 8883), bind, at, data)
     if plain:
         make.configure_plain(out, listener=listener)

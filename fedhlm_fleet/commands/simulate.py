@@ -99,7 +99,7 @@ def simulate(
     if again is not None:
         return _again(again, console)
     if malformed := [word for word in set if "=" not in word]:
-        raise ConfigError("--set", malformed[0], "KEY=VALUE expected")
+        raise ConfigError("--set", malformed[0], "KEY=VALUE")
     plan = Plan(
         presets=tuple(shipped()) if preset == ALL else tuple(preset.split(",")),
         links=names() if link == ALL else tuple(link.split(",")),
@@ -123,7 +123,7 @@ def _seeds(text: str) -> range:
     except ValueError:
         found = range(0)
     if not found or found[0] < 0:
-        raise ConfigError("--seeds", text, "a seed from 0 on, or A..B with A not above B, expected")
+        raise ConfigError("--seeds", text, "a seed from 0 on, or A..B with A not above B")
     return found
 
 
@@ -144,7 +144,7 @@ def _sweep(
         try:
             json_file.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
         except OSError as exc:
-            raise ConfigError("--json", str(json_file), f"a writable file expected ({exc.strerror or exc})") from exc
+            raise ConfigError("--json", str(json_file), "a writable file", why=exc.strerror or str(exc)) from exc
     return 1 if totals.failures else 0
 
 
@@ -207,11 +207,11 @@ def _save(out: Path, seed: int, scenario: "Scenario") -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise ConfigError("--out", str(out), f"a writable folder expected ({exc.strerror or exc})") from exc
+        raise ConfigError("--out", str(out), "a writable folder", why=exc.strerror or str(exc)) from exc
     names = (out / f"seed-{seed}{suffix}.trace" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
     path = next((name for name in names if not name.exists()), None)
     if path is None:
-        raise FedhlmError(f"--out is {str(out)!r}: too many traces of seed {seed} are there")
+        raise FedhlmError(f"--out must be a folder with fewer traces of seed {seed} (got {str(out)!r})")
     save(path, scenario)
     return path
 

@@ -177,7 +177,7 @@ def merge(*files: Path) -> int:
 
     if len(files) < 2:
         raise TraceError(
-            f"trace merge: {len(files)} files given: one recording at least, and the file to write, expected"
+            f"files of trace merge must be at least one recording and the file to write (got {len(files)})"
         )
     count, recordings = edit.merge(files[:-1], files[-1])
     print(f"{files[-1]}: {count:,} messages of {len(recordings)} recordings")
@@ -231,7 +231,7 @@ def export(
             with out.open("x", encoding="utf-8", newline="") as written:
                 written.writelines(lines)
         except FileExistsError as exc:
-            raise TraceError(f"{out} exists already: a new file expected") from exc
+            raise TraceError(f"{out} must be a new file (it exists already)") from exc
         except OSError as exc:
             raise TraceError(f"{out}: not writable: {exc.strerror}") from exc
     _note_lost(trace)
@@ -274,7 +274,7 @@ def _opened(plain: Path) -> Iterator[BinaryIO]:
     try:
         file = plain.open("rb")
     except OSError as exc:
-        raise TraceError(f"{plain}: a readable file expected ({exc.strerror})") from exc
+        raise TraceError(f"{plain} must be a readable file ({exc.strerror})") from exc
     with file:
         yield file
 

@@ -53,7 +53,9 @@ def belonging(trace: Trace, header: Header, request: str) -> Callable[[Seen], bo
 
 
 def _no_request(request: str) -> TraceError:
-    return TraceError(f"--request is {request!r}: the name of a request of the recording expected (trace show --story)")
+    return TraceError(
+        f"--request must be the name of a request of the recording, as trace show --story lists them (got {request!r})"
+    )
 
 
 def stories_told(

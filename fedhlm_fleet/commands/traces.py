@@ -138,11 +138,13 @@ def replay(
         model = _loaded(keys, config, broker, None).config.cloud.model
         return check_file(file, check, update=update, model=Path(model) if model else None)
     if update is not None:
-        raise TraceError("--update: --check expected with it")
+        raise TraceError("--update must be given with --check")
     loaded = _loaded(keys, config, broker, None)
     section = loaded.config.broker
     if not section.url:
-        raise TraceError("replay: --broker URL expected (or --check, which needs no broker)")
+        raise TraceError(
+            "--broker must be the URL of a broker, unless --check is given, which needs none (got nothing)"
+        )
     pace = parse_speed(speed)
     from fedhlm_fleet.commands.watching import told_replay, watching_replay
     from fedhlm_traces.file import read
@@ -183,7 +185,7 @@ def parse_size(text: str) -> int:
     matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
     size = int(float(matched[1]) * _UNITS[matched[2]]) if matched else 0
     if size < 1:
-        raise TraceError(f"--rotate is {text!r}: a size such as 500kB, 100MB or 1GB expected")
+        raise TraceError(f"--rotate must be a size such as 500kB, 100MB or 1GB (got {text!r})")
     return size
 
 
@@ -200,7 +202,7 @@ def parse_speed(text: str) -> float:
     except ValueError:
         speed = math.nan
     if not (0.0 < speed < math.inf):
-        raise TraceError(f"--speed is {text!r}: 1, another number above 0, or max expected")
+        raise TraceError(f"--speed must be 1, another number above 0, or max (got {text!r})")
     return speed
 
 

@@ -144,7 +144,7 @@ def _issued(pki: Path, party: Party, now: datetime) -> str:
     entry = Registry.load(pki).entries.get(party.name)
     if entry is not None and entry.role != party.role:
         raise PkiError(
-            f"{party.name!r} was issued as {entry.role}, {party.role} expected: give one of them another name"
+            f"the role of {party.name!r} must be {party.role} (got {entry.role}): give one of them another name"
         )
     if entry is not None and entry.newest.revoked is not None:
         return "was revoked and stays so; `fedhlm pki issue` gives it a new certificate"

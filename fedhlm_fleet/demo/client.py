@@ -59,10 +59,10 @@ def load_prompts(path: Path | None) -> tuple[Article, ...]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError("--prompts", str(path), f"a readable UTF-8 text file expected ({exc})") from exc
+        raise ConfigError("--prompts", str(path), "a readable UTF-8 text file", why=str(exc)) from exc
     titles = [line.strip() for line in lines if line.strip()]
     if not titles:
-        raise ConfigError("--prompts", str(path), "at least one line of text expected")
+        raise ConfigError("--prompts", str(path), "at least one line of text")
     return tuple(Article(title, "", "") for title in titles)
 
 

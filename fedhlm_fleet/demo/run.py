@@ -74,10 +74,8 @@ class Demo:
         generation = self.config.generation
         self.has_budget = generation.threshold == "calibrated-fl"
         if budget is not None and not self.has_budget:
-            words = (
-                f"a preset with generation.threshold 'calibrated-fl' expected, not {preset} ({generation.threshold!r})"
-            )
-            raise ConfigError("generation.budget", f"{budget:g}", f"{words} (flag --budget)")
+            words = f"left to a preset with generation.threshold 'calibrated-fl', unlike {preset} ({generation.threshold!r})"
+            raise ConfigError("generation.budget", budget, words, source="flag --budget")
         self.preset = preset
         is_path = preset not in configuration.presets()
         self.preset_source = str(Path(preset).resolve()) if is_path else preset
@@ -227,11 +225,13 @@ class Demo:
     def _parts(self, alpha: float) -> list[list[int]]:
         labels = [article.topic for article in self.articles]
         if not all(labels):
-            raise ConfigError("--alpha", alpha, "prompts with topics expected, as in a .jsonl file (see docs/demo.md)")
+            raise ConfigError(
+                "--alpha", alpha, "used with prompts that have topics, as in a .jsonl file (see docs/demo.md)"
+            )
         try:
             return dirichlet_partition(labels, len(self.places), alpha, self.seed)
         except ValueError as exc:
-            raise ConfigError("--alpha", alpha, f"a finite number above 0 expected ({exc})") from exc
+            raise ConfigError("--alpha", alpha, "a finite number above 0", why=str(exc)) from exc
 
     def shares(self) -> dict[Place, Iterator[Task]]:
         """Where each agent takes its next task from."""
@@ -315,9 +315,9 @@ def run(
     console = Console()
     configure_logging("ERROR", "demo")  # what is wrong with the broker comes as an error of ours
     if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError("--json", str(json_file), "a file in an existing folder expected")
+        raise ConfigError("--json", str(json_file), "a file in an existing folder")
     if recording is not None and (recording.exists() or not recording.parent.is_dir()):
-        raise ConfigError("--record", str(recording), "a new file in an existing folder expected")
+        raise ConfigError("--record", str(recording), "a new file in an existing folder")
     demo = Demo(
         preset=preset,
         prompts=prompts,

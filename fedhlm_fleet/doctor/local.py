@@ -197,7 +197,7 @@ def speed(subject: Subject) -> Said:
         count += 1
     rate = count / (perf_counter() - begun_s)
     floor = FLOORS[subject.role]
-    found = f"{rate:.0f} tokens/s ({count} tokens), at least {floor:.0f} expected; loaded in {loaded_s:.1f} s"
+    found = f"{rate:.0f} tokens/s ({count} tokens), at least {floor:.0f} needed; loaded in {loaded_s:.1f} s"
     if rate < floor:
         key = f"{subject.role}.threads"
         return fail(

@@ -31,7 +31,7 @@ def system(subject: Subject) -> Said:
         "install the 64-bit system image (for a Raspberry Pi: Raspberry Pi OS (64-bit)); 32 bits have no onnxruntime"
     )
     if subject.machine not in ARCHITECTURES:
-        return fail(f"{subject.machine}, {release}: x86_64 or aarch64 expected", advice)
+        return fail(f"the machine must be x86_64 or aarch64 (got {subject.machine}, {release})", advice)
     if bits != 64:
         return fail(f"{bits}-bit Python on {subject.machine}, {release}", advice)
     return ok(f"64 bits, {subject.machine}, {release}")
@@ -78,12 +78,12 @@ def libraries(subject: Subject) -> Said:
         try:
             version = subject.version(name)
         except metadata.PackageNotFoundError:
-            wrong.append(f"{name} is absent ({limits} expected)")
+            wrong.append(f"{name} must be {limits} (got none)")
             continue
         if satisfies(version, limits):
             right += 1
         else:
-            wrong.append(f"{name} is {version} ({limits} expected)")
+            wrong.append(f"{name} must be {limits} (got {version})")
     if wrong:
         return fail("; ".join(wrong), f"{sys.executable} -m pip install --upgrade 'fedhlm[{subject.role}]'")
     return ok(f"{right} libraries as required")

@@ -78,10 +78,10 @@ def party_of(values: Mapping[str, str]) -> Party:
     given = {name: value for name, value in values.items() if value}
     for name in ("agent", "cluster", "broker"):
         if name not in given:
-            raise ConfigError(f"--{name}", None, "a value expected, here or in the CSV file")
+            raise ConfigError(f"--{name}", None, "given, here or in the CSV file")
     ssid, password_file = given.get("wifi_ssid", ""), given.get("wifi_password_file")
     if not ssid and (password_file or given.get("wifi_country")):
-        raise ConfigError("--wifi-ssid", None, "the network's name expected beside its password and country")
+        raise ConfigError("--wifi-ssid", None, "the network's name where its password or country is given")
     wifi = None
     if ssid:
         password = _text(Path(password_file), "--wifi-password-file").rstrip("\r\n") if password_file else None
@@ -98,7 +98,7 @@ def party_of(values: Mapping[str, str]) -> Party:
     )
     files = tuple(Path(given[name]) for name in ("cert", "key", "ca") if name in given)
     if len(files) not in (0, 3):
-        raise ConfigError("--cert, --key, --ca", None, "all three of them expected, or --pki")
+        raise ConfigError("--cert, --key, --ca", None, "given all three, or --pki")
     return Party(
         device,
         _settings(Path(given["config"]), device) if "config" in given else {},
@@ -122,7 +122,7 @@ def order_of(values: Mapping[str, str]) -> Order:
         raise ConfigError(
             "--image, --boot, --device",
             None,
-            "one of them expected; --image with --out or --device copies the image first",
+            "one of them (--image with --out or --device copies the image first)",
         )
     if out is not None and (out.is_dir() or not out.suffix):
         out = out / f"{party.device.agent}.img"
@@ -142,7 +142,9 @@ def read(path: Path, defaults: Mapping[str, str]) -> list[Order]:
             if unknown := [name for name in columns if name not in COLUMNS]:
                 raise FlashError(f"{path} line 1: column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
             if "agent" not in columns:
-                raise FlashError(f"{path} line 1: a column 'agent' expected")
+                raise FlashError(
+                    f"line 1 of {path} must be the names of columns, 'agent' among them (got {', '.join(columns)})"
+                )
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise FlashError(f"cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc
@@ -151,7 +153,7 @@ def read(path: Path, defaults: Mapping[str, str]) -> list[Order]:
     seen: dict[tuple[str, str], int] = {}
     for line, row in rows:
         if None in row or None in row.values():
-            wrong.append(f"line {line}: {len(columns)} cells expected")
+            wrong.append(f"line {line} must be {len(columns)} cells")
             continue
         try:
             cells = {name: cell.strip() for name, cell in row.items() if cell.strip()}
@@ -282,7 +284,7 @@ def _settings(path: Path, device: Device) -> dict[str, Any]:
     own = {"agent.id": device.agent, "cluster.name": device.cluster, "broker.url": device.broker}
     preset = load(file=path, flags=own, environ={}).config.preset
     if preset not in presets():
-        raise ConfigError("preset", preset, f"a shipped preset expected for a device (file {path})")
+        raise ConfigError("preset", preset, "a shipped preset for a device", source=f"file {path}")
     return tomllib.loads(text)
 
 
@@ -290,18 +292,18 @@ def _public_key(path: Path) -> str:
     text = _text(path, "--ssh-key")
     if "PRIVATE KEY" in text:
         raise ConfigError(
-            "--ssh-key", str(path), "the public key expected (its name ends in .pub), this is the private one"
+            "--ssh-key", str(path), "the public key (its name ends in .pub)", why="this is the private one"
         )
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if len(lines) != 1:
-        raise ConfigError("--ssh-key", str(path), f"one public key expected, {len(lines)} found")
+        raise ConfigError("--ssh-key", str(path), "one public key", why=f"{len(lines)} lines")
     return lines[0]
 
 
 def _text(path: Path, flag: str) -> str:
     try:
         if path.stat().st_size > _MAX_TEXT_BYTES:
-            raise ConfigError(flag, str(path), "a small text file expected")
+            raise ConfigError(flag, str(path), "a small text file")
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise FlashError(f"{flag}: cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from exc

@@ -57,12 +57,12 @@ def wheels(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
     for wheel in found:
         match = _WHEEL.fullmatch(wheel.name)
         if match is None:
-            raise FlashError(f"{wheel}: a wheel's name expected (name-version-python-abi-platform.whl)")
+            raise FlashError(f"name of a wheel must be name-version-python-abi-platform.whl (got {str(wheel)!r})")
         name = _normal(match["name"])
         if name in names:
-            raise FlashError(f"{wheel}: {names[name].name} is there as well, one version of each expected")
+            raise FlashError(f"each wheel must be there in one version (got {wheel} and {names[name].name})")
         if not _runs(match, python, machine):
-            raise FlashError(f"{wheel}: a wheel for Python {python} on {machine} expected")
+            raise FlashError(f"wheel must be for Python {python} on {machine} (got {str(wheel)!r})")
         names[name] = wheel
     if missing := [name for name in NEEDED if name not in names]:
         raise FlashError(f"{folder} lacks wheels of {', '.join(missing)}: a folder filled by --bundle has them")
@@ -111,7 +111,7 @@ def parts(found: Sequence[Path], *, model: Path | None = None, interpreter: Path
         listed += [Part(f"model/{name}", model / name) for name in sorted(names)]
     if interpreter is not None:
         if not interpreter.name.endswith((".tar.gz", ".tgz")) or not interpreter.is_file():
-            raise ConfigError("--interpreter", str(interpreter), "a .tar.gz with python/bin/python3 in it expected")
+            raise ConfigError("--interpreter", str(interpreter), "a .tar.gz with python/bin/python3 in it")
         listed.append(Part("python.tar.gz", interpreter))
     return listed
 

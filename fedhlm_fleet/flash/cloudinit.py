@@ -137,21 +137,23 @@ def check(document: Mapping[str, Any]) -> None:
         FlashError: names the key and what cloud-init expects there.
     """
     if unknown := sorted(document.keys() - _KEYS):
-        raise FlashError(f"user-data.{unknown[0]}: one of {sorted(_KEYS)} expected")
+        raise FlashError(f"keys of user-data must be among {sorted(_KEYS)} (got {unknown[0]!r})")
     if not isinstance(document.get("hostname"), str):
-        raise FlashError("user-data.hostname: text expected")
+        raise FlashError(f"user-data.hostname must be text (got {document.get('hostname')!r})")
     for index, command in enumerate(document.get("runcmd", ())):
         if not (isinstance(command, str) or (command and all(isinstance(word, str) for word in command))):
-            raise FlashError(f"user-data.runcmd[{index}]: text, or a list of words, expected")
+            raise FlashError(f"user-data.runcmd[{index}] must be text or a list of words (got {command!r})")
     for index, file in enumerate(document.get("write_files", ())):
         if not str(file.get("path", "")).startswith("/"):
-            raise FlashError(f"user-data.write_files[{index}].path: an absolute path expected")
+            raise FlashError(f"user-data.write_files[{index}].path must be an absolute path (got {file.get('path')!r})")
         # Unquoted, YAML would read a number with another base.
         if not re.fullmatch(r"0[0-7]{3}", str(file.get("permissions", ""))):
-            raise FlashError(f"user-data.write_files[{index}].permissions: text of four octal digits expected")
+            raise FlashError(
+                f"user-data.write_files[{index}].permissions must be text of four octal digits (got {file.get('permissions')!r})"
+            )
     for index, user in enumerate(document.get("users", ())):
         if not user.get("ssh_authorized_keys") or not user.get("lock_passwd"):
-            raise FlashError(f"user-data.users[{index}]: an ssh key and a locked password expected")
+            raise FlashError(f"user-data.users[{index}] must be given an ssh key and a locked password")
 
 
 def to_yaml(document: Mapping[str, Any]) -> str:

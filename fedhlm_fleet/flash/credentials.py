@@ -27,8 +27,8 @@ def from_pki(folder: Path, agent: str, cluster: str, *, now: datetime, issue: bo
         authority.issue(folder, agent, role="agent", clusters=(cluster,), now=now)
     elif entry.role != "agent" or cluster not in entry.clusters:
         raise FlashError(
-            f"{agent!r} was issued as {entry.role} of {', '.join(entry.clusters) or 'no cluster'} in {folder}: "
-            f"an agent of {cluster} expected (fedhlm pki issue {agent} --renew, or another name)"
+            f"{agent!r} in {folder} must be an agent of {cluster} "
+            f"(got {entry.role} of {', '.join(entry.clusters) or 'no cluster'}): fedhlm pki issue {agent} --renew, or another name"
         )
     elif not entry.usable(now):
         raise FlashError(f"the certificate of {agent!r} is expired or revoked: fedhlm pki issue {agent} --renew")
@@ -52,14 +52,14 @@ def from_files(cert: Path, key: Path, ca: Path, *, agent: str, now: datetime) ->
         certificate = x509.load_pem_x509_certificate(texts[1])
         issuer = x509.load_pem_x509_certificate(texts[0])
     except ValueError as exc:
-        raise FlashError(f"{cert} and {ca}: certificates in PEM expected") from exc
+        raise FlashError(f"{cert} and {ca} must be certificates in PEM") from exc
     try:
         private = serialization.load_pem_private_key(texts[2], password=None)
     except (ValueError, TypeError) as exc:
-        raise FlashError(f"{key}: a private key in PEM, without a password, expected") from exc
+        raise FlashError(f"{key} must be a private key in PEM without a password") from exc
     names = [str(attribute.value) for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if names != [agent]:
-        raise FlashError(f"{cert} is the certificate of {', '.join(names) or 'nobody'}: one of {agent} expected")
+        raise FlashError(f"{cert} must be the certificate of {agent} (got that of {', '.join(names) or 'nobody'})")
     if private.public_key() != certificate.public_key():
         raise FlashError(f"{key} is not the key of {cert}")
     try:

@@ -58,7 +58,7 @@ class Block(NamedTuple):
 def refusal(disk: Block, *, mounted: frozenset[str], needed_bytes: int = 0) -> str | None:
     """Why a disk must not be written, or None. `mounted` are the MAJOR:MINOR numbers that the kernel has mounted."""
     if disk.kind != "disk":
-        return f"it is of type {disk.kind or 'unknown'}, a whole disk expected"
+        return f"it must be a whole disk (got type {disk.kind or 'unknown'})"
     for block in disk.all():
         if block.mounts:
             return f"{block.path} is in use at {', '.join(block.mounts)}: unmount it, if it is the right card"
@@ -67,7 +67,7 @@ def refusal(disk: Block, *, mounted: frozenset[str], needed_bytes: int = 0) -> s
         if block.kind not in ("disk", "part"):
             return f"{block.path} on it is in use ({block.kind})"
     if not (disk.removable or disk.transport in _REMOVABLE or disk.path.startswith("/dev/mmcblk")):
-        return "it is not removable: a card in a reader expected"
+        return "it must be removable, such as a card in a reader"
     if disk.read_only:
         return "it is write-protected"
     if disk.size == 0:
@@ -88,7 +88,7 @@ def require_card(path: Path, *, needed_bytes: int = 0) -> Block:
     except OSError as exc:
         raise FlashError(f"--device {path}: {exc.strerror or exc}") from exc
     if not is_block:
-        raise FlashError(f"--device {path}: a disk such as /dev/sdX expected; --image takes files")
+        raise FlashError(f"--device must be a disk such as /dev/sdX (got {str(path)!r}); --image takes files")
     disk = _lsblk(path)
     if reason := refusal(disk, mounted=mounted_numbers(), needed_bytes=needed_bytes):
         raise FlashError(f"--device {path} is not touched: {reason}")

@@ -78,7 +78,7 @@ class Folder:
     def room(self) -> Room:
         """Free room of the file system. Raises FlashError where it is no boot partition of a Raspberry Pi."""
         if not self.path.is_dir():
-            raise FlashError(f"--boot {self.path}: the folder of a mounted boot partition expected")
+            raise FlashError(f"--boot must be the folder of a mounted boot partition (got {str(self.path)!r})")
         if not any((self.path / name).is_file() for name in ("cmdline.txt", "config.txt")):
             raise FlashError(f"--boot {self.path}: a Raspberry Pi's boot partition has cmdline.txt and config.txt")
         held = sum(file.stat().st_size for file in (self.path / FOLDER).rglob("*") if file.is_file())
@@ -163,7 +163,7 @@ def boot_partition(path: Path) -> Partition:
     if head.startswith((b"\xfd7zXZ", b"\x1f\x8b", b"PK", b"\x28\xb5\x2f\xfd")):
         raise FlashError(f"{path} is compressed: unpack it first (xz --decompress --keep)")
     if len(head) < SECTOR or head[510:] != b"\x55\xaa":
-        raise FlashError(f"{path} has no partition table (MBR): an image of Raspberry Pi OS expected")
+        raise FlashError(f"{path} must be an image of Raspberry Pi OS (got a file without a partition table)")
     for index in range(4):
         _, kind, first, sectors = _ENTRY.unpack_from(head, 446 + 16 * index)
         if kind == 0xEE:

@@ -55,15 +55,15 @@ class Wifi(msgspec.Struct, frozen=True, kw_only=True):
             ConfigError: a name, password or country that no access point can have; the password is not shown.
         """
         if not 1 <= len(ssid.encode()) <= 32 or not ssid.isprintable():
-            raise ConfigError("--wifi-ssid", ssid, "1..32 bytes of text expected")
+            raise ConfigError("--wifi-ssid", ssid, "1..32 bytes of text")
         if not _COUNTRY.fullmatch(country):
-            raise ConfigError("--wifi-country", country, "two capital letters expected, such as DE: radio rules differ")
+            raise ConfigError("--wifi-country", country, "two capital letters, such as DE, since radio rules differ")
         if password is None:
             return cls(ssid=ssid, country=country)
         if _PSK.fullmatch(password):
             return cls(ssid=ssid, psk=password.lower(), country=country)
         if not 8 <= len(password) <= 63 or not (password.isascii() and password.isprintable()):
-            raise ConfigError("--wifi-password-file", "***", "8..63 ASCII characters, or 64 hex digits, expected")
+            raise ConfigError("--wifi-password-file", "***", "8..63 ASCII characters, or 64 hex digits")
         psk = hashlib.pbkdf2_hmac("sha1", password.encode(), ssid.encode(), 4_096, 32).hex()
         return cls(ssid=ssid, psk=psk, country=country)
 
@@ -112,19 +112,19 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         """
         for flag, name in (("--agent", agent), ("--cluster", cluster)):
             if not _NAME.fullmatch(name):
-                raise ConfigError(flag, name, "1..64 letters, digits, '.', '_' or '-' expected, the first no sign")
+                raise ConfigError(flag, name, "1..64 letters, digits, '.', '_' or '-', the first no sign")
         hostname = hostname or re.sub(r"[^A-Za-z0-9-]+", "-", agent).strip("-")[:63].strip("-")
         if not _HOSTNAME.fullmatch(hostname):
-            raise ConfigError(
-                "--hostname", hostname, "1..63 letters, digits or '-' expected, a sign neither first nor last"
-            )
+            raise ConfigError("--hostname", hostname, "1..63 letters, digits or '-', a sign neither first nor last")
         if not _USER.fullmatch(user):
-            raise ConfigError("--user", user, "a user name of Debian expected: small letters, digits, '_' or '-'")
+            raise ConfigError("--user", user, "a user name of Debian: small letters, digits, '_' or '-'")
         if ssh_key and not _KEY.fullmatch(ssh_key):
-            raise ConfigError("--ssh-key", "***", "one public key expected, a line of ssh-ed25519 or the like")
+            raise ConfigError("--ssh-key", "***", "one public key, a line of ssh-ed25519 or the like")
         address = BrokerUrl.parse(broker, key="--broker")
         if address.password or address.username:
-            raise ConfigError("--broker", str(address), "no user and password here expected: set them in --config FILE")
+            raise ConfigError(
+                "--broker", str(address), "an address without user and password: set them in --config FILE"
+            )
         return cls(
             agent=agent, cluster=cluster, broker=broker, hostname=hostname, user=user, ssh_key=ssh_key, wifi=wifi
         )
@@ -181,7 +181,7 @@ def payload(
         ConfigError: the broker asks for certificates and none are given.
     """
     if device.uses_tls and tls is None:
-        raise ConfigError("--pki", None, f"a PKI folder, or --cert, --key and --ca, expected for {device.broker}")
+        raise ConfigError("--pki", None, f"a PKI folder for {device.broker}, or --cert, --key and --ca given")
     parts = [*bundle]
     has_model = any(part.path.startswith("model/") for part in parts)
     configuration = toml.encode(configured(device, settings, model=MODEL_AT if has_model else "")).encode()

@@ -67,7 +67,7 @@ class Host(NamedTuple):
         """
         found = dict(line.partition("=")[::2] for line in text.splitlines() if "=" in line)
         if missing := [name for name in cls._fields if name not in found]:
-            raise FlashError(f"the machine did not say its {missing[0]}: a Linux with a POSIX shell expected")
+            raise FlashError(f"the machine must be a Linux with a POSIX shell (it did not say its {missing[0]})")
         return cls(**{name: found[name].strip() for name in cls._fields})
 
 
@@ -79,7 +79,7 @@ def python_for(host: Host, *, wanted: str | None, interpreter: bool) -> str:
     """
     if interpreter:
         if wanted is None:
-            raise ConfigError("--python", None, "the version of --interpreter expected")
+            raise ConfigError("--python", None, "the version of --interpreter")
         return wanted
     if host.python in PYTHONS and wanted in (None, host.python):
         return host.python
@@ -92,15 +92,15 @@ def python_for(host: Host, *, wanted: str | None, interpreter: bool) -> str:
 def obstacle(host: Host) -> str | None:
     """Why nothing can be installed on this machine, or None."""
     if host.machine not in MACHINES:
-        return f"its system is {host.machine}: a 64-bit one ({' or '.join(MACHINES)}) expected"
+        return f"its system must be a 64-bit one, {' or '.join(MACHINES)} (got {host.machine})"
     try:
         glibc = tuple(int(number) for number in host.glibc.split("."))
     except ValueError:
         glibc = ()
     if glibc < LEAST_GLIBC:
-        return f"it has glibc {host.glibc or 'of another kind'}: 2.28 or newer expected; use a container there"
+        return f"its glibc must be 2.28 or newer (got {host.glibc or 'another C library'}); use a container there"
     if not host.systemd.isdecimal() or int(host.systemd) < LEAST_SYSTEMD:
-        return f"it has systemd {host.systemd or 'not at all'}: {LEAST_SYSTEMD} or newer expected"
+        return f"its systemd must be {LEAST_SYSTEMD} or newer (got {host.systemd or 'none'})"
     if host.sudo == _NO_SUDO:
         return "this user may not use sudo without a password: log in as root, or allow it"
     return None
@@ -116,7 +116,7 @@ def over_ssh(host: str, *, port: int | None = None, identity: str = "") -> Run:
     if program is None:
         raise FlashError("ssh is not installed: sudo apt install openssh-client")
     if not host or host.startswith("-") or any(c.isspace() for c in host):
-        raise ConfigError("HOST", host, "[USER@]HOST expected")
+        raise ConfigError("HOST", host, "[USER@]HOST")
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=15", *(["-p", str(port)] if port else [])]
     options += ["-i", identity] if identity else []
 

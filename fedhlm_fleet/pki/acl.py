@@ -51,7 +51,7 @@ def acl(entries: Iterable[Entry], place: Place, root: str = DEFAULT_ROOT) -> str
         ConfigError: a root that is more than plain levels.
     """
     if not _ROOT.fullmatch(root):
-        raise ConfigError("--root", root, "levels of letters, digits, '.', '_', '~' or '-' expected")
+        raise ConfigError("--root", root, "levels of letters, digits, '.', '_', '~' or '-'")
     blocks = [
         f"# Made from the topic table by `fedhlm pki mosquitto`, for {described(place)}. What is not listed is refused."
     ]

@@ -124,7 +124,7 @@ def issue(
         if former is not None and renew:
             role, clusters, hosts = role or former.role, clusters or former.clusters, hosts or former.hosts
         if role is None:
-            raise ConfigError("--role", None, f"the role of {name!r} expected")
+            raise ConfigError("--role", None, f"the role of {name!r}")
         if former is not None and role != former.role and former.usable(now):
             raise ConfigError(
                 "--role", role, f"{name!r} is {former.role} in a certificate that is still good: revoke it"
@@ -197,9 +197,9 @@ def crl_until(folder: Path) -> datetime:
     try:
         until = x509.load_pem_x509_crl(files.read(path, "the revocation list")).next_update_utc
     except ValueError as exc:
-        raise PkiError(f"{path}: a revocation list expected ({exc}); `fedhlm pki crl` writes it anew") from exc
+        raise PkiError(f"{path} must be a revocation list ({exc}); `fedhlm pki crl` writes it anew") from exc
     if until is None:
-        raise PkiError(f"{path}: a revocation list with an end expected; `fedhlm pki crl` writes it anew")
+        raise PkiError(f"{path} must be a revocation list with an end; `fedhlm pki crl` writes it anew")
     return until
 
 
@@ -215,7 +215,7 @@ def ca_certificate(folder: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(files.read(path, "the CA's certificate"))
     except ValueError as exc:
-        raise PkiError(f"{path}: a PEM certificate expected ({exc})") from exc
+        raise PkiError(f"{path} must be a PEM certificate ({exc})") from exc
 
 
 def _signer(folder: Path, now: datetime) -> _Signer:
@@ -233,7 +233,7 @@ def _signer(folder: Path, now: datetime) -> _Signer:
     try:
         key = serialization.load_pem_private_key(files.read(path, "the CA's key"), password=None)
     except (ValueError, TypeError) as exc:
-        raise PkiError(f"{path}: an unencrypted PEM key expected ({exc})") from exc
+        raise PkiError(f"{path} must be an unencrypted PEM key ({exc})") from exc
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
         raise PkiError(f"{path} is not the key of {folder / CA_CERT}")
     return _Signer(certificate, key)
@@ -243,29 +243,29 @@ def _checked(name: str, role: CertificateRole, clusters: tuple[str, ...], hosts:
     """The clusters of a party whose name, role and hosts can be."""
     for key, value in (("NAME", name), *(("--cluster", cluster) for cluster in clusters)):
         if not re.fullmatch(NAME_PATTERN, value):
-            raise ConfigError(
-                key, value, "1..64 letters, digits, '.', '_' or '-', beginning with a letter or digit, expected"
-            )
+            raise ConfigError(key, value, "1..64 letters, digits, '.', '_' or '-', beginning with a letter or digit")
     if role == "edge" and not clusters and name.startswith("edge-"):
         clusters = (name.removeprefix("edge-"),)
     if role in ("agent", "edge") and not clusters:
-        raise ConfigError("--cluster", "", f"the cluster of the {role} {name!r} expected")
+        raise ConfigError("--cluster", "", f"the cluster of the {role} {name!r}")
     if role in _ONE_CLUSTER and len(clusters) > 1:
-        raise ConfigError("--cluster", " ".join(clusters), f"one cluster expected for the {role} {name!r}")
+        raise ConfigError("--cluster", " ".join(clusters), f"one cluster for the {role} {name!r}")
     if role in ("cloud", "observer") and clusters:
-        raise ConfigError("--cluster", " ".join(clusters), f"no cluster expected: {role} {name!r} belongs to all")
+        raise ConfigError(
+            "--cluster", " ".join(clusters), f"left out, since the {role} {name!r} belongs to all clusters"
+        )
     # The parts call themselves so, and nobody else shall be taken for them.
     proper = {"cloud": "cloud", "edge": f"edge-{clusters[0] if clusters else ''}"}.get(role)
     if proper is not None and name != proper:
-        raise ConfigError("NAME", name, f"{proper!r} expected for this {role}")
+        raise ConfigError("NAME", name, f"{proper!r} for this {role}")
     if proper is None and (name == "cloud" or name.startswith("edge-")):
-        raise ConfigError("NAME", name, f"the name of a cloud or an edge: another one expected for role {role}")
+        raise ConfigError("NAME", name, f"another name for role {role}, since this one is that of a cloud or an edge")
     if role == "broker" and not hosts:
-        raise ConfigError(
-            "--dns", "", f"the host names or addresses by which parties reach the broker {name!r} expected"
-        )
+        raise ConfigError("--dns", "", f"the host names or addresses by which parties reach the broker {name!r}")
     if role != "broker" and hosts:
-        raise ConfigError("--dns", " ".join(hosts), f"only brokers have host names, {name!r} is {role}")
+        raise ConfigError(
+            "--dns", " ".join(hosts), f"left out for {name!r} of role {role}, since only brokers have host names"
+        )
     for host in hosts:
         _general_name(host)
     return clusters
@@ -278,7 +278,7 @@ def _general_name(host: str) -> x509.GeneralName:
         pass
     # A last label of digits would be read as an address by those who check the name.
     if _HOST.fullmatch(host) is None or host.rpartition(".")[2].isdigit():
-        raise ConfigError("--dns", host, "a host name or IP address expected")
+        raise ConfigError("--dns", host, "a host name or IP address")
     return x509.DNSName(host)
 
 

@@ -67,7 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(mode=_FOLDER, parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, SECRET)
     except OSError as exc:
-        raise PkiError(f"{folder}: a writable folder expected ({exc.strerror or exc})") from exc
+        raise PkiError(f"{folder} must be a writable folder ({exc.strerror or exc})") from exc
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -131,7 +131,7 @@ def _limits(listener: Listener) -> list[str]:
 
 def _plain_path(key: str, path: str) -> str:
     if not path.startswith("/") or any(c.isspace() or not c.isprintable() for c in path):
-        raise ConfigError(key, path, "an absolute path without spaces expected, as mosquitto.conf has no quotes")
+        raise ConfigError(key, path, "an absolute path without spaces, as mosquitto.conf has no quotes")
     return path
 
 
@@ -139,14 +139,14 @@ def _broker_of(registry: Registry, place: Place, name: str | None, now: datetime
     if name is not None:
         entry = registry.entry(name)
         if entry.role != "broker":
-            raise PkiError(f"{name!r} is {entry.role}: the certificate of a broker expected")
+            raise PkiError(f"the certificate must be of a broker (got {name!r} of role {entry.role})")
         found = [entry]
     else:
         wanted = (place.cluster,) if place.kind == "cluster" else ()
         found = [e for e in registry.entries.values() if e.role == "broker" and e.clusters == wanted and e.usable(now)]
     if len(found) > 1:
         raise PkiError(
-            f"several brokers were issued for {described(place)}: --broker {'|'.join(e.name for e in found)} expected"
+            f"--broker must be one of {', '.join(e.name for e in found)}, since several were issued for {described(place)} (got nothing)"
         )
     if not found:
         flags = (
@@ -156,5 +156,7 @@ def _broker_of(registry: Registry, place: Place, name: str | None, now: datetime
         )
         raise PkiError(f"no broker was issued for {described(place)}: fedhlm pki issue {flags} --dns HOST")
     if found[0].newest.state(now) in ("expired", "revoked"):
-        raise PkiError(f"the certificate of {found[0].name!r} is {found[0].newest.state(now)}: issue it with --renew")
+        raise PkiError(
+            f"the certificate of {found[0].name!r} must be valid (got one that is {found[0].newest.state(now)}): issue it with --renew"
+        )
     return found[0]

@@ -80,10 +80,10 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise PkiError(f"{path} is garbled ({exc}): restore it, as it says who has been revoked") from exc
         if registry.version != _VERSION:
-            raise PkiError(f"{path}: version is {registry.version}: {_VERSION} expected")
+            raise PkiError(f"version of {path} must be {_VERSION} (got {registry.version})")
         wrong = [name for name, entry in registry.entries.items() if name != entry.name or not entry.certificates]
         if wrong:
-            raise PkiError(f"{path}: entry {wrong[0]!r}: its own name and at least one certificate expected")
+            raise PkiError(f"entry {wrong[0]!r} of {path} must be given its own name and at least one certificate")
         return registry
 
     def save(self, folder: Path) -> None:

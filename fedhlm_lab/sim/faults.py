@@ -137,9 +137,7 @@ def parse(spec: str) -> dict[str, float]:
         elif name in KINDS:
             amounts[name] = _amount(name, value) if given else KINDS[name].amount
         elif word != "none" or amounts:
-            raise ConfigError(
-                "--faults", word, f"all, none, or of {', '.join(KINDS)} (each with =AMOUNT or not) expected"
-            )
+            raise ConfigError("--faults", word, f"all, none, or a list of {', '.join(KINDS)}, each with =AMOUNT or not")
     return amounts
 
 
@@ -150,7 +148,7 @@ def _amount(name: str, text: str) -> float:
     except ValueError:
         value = float("nan")
     if not kind.low <= value <= kind.high:
-        wanted = f"a number from {kind.low:g} to {kind.high:g} expected ({kind.meaning})"
+        wanted = f"a number from {kind.low:g} to {kind.high:g}, {kind.meaning}"
         raise ConfigError(f"--faults {name}", text, wanted)
     return value
 

@@ -141,8 +141,8 @@ class Monitor:
         if token.token not in expected:
             self.fail(
                 "source",
-                f"token {len(attempt.ids)} of {attempt.prompt} is {token.token} from {token.source}, "
-                f"{sorted(expected)} expected after {ids}",
+                f"token {len(attempt.ids)} of {attempt.prompt} must be one of {sorted(expected)} after {ids} "
+                f"(got {token.token} from {token.source})",
             )
         if self.scenario.preset == "exact" and token.source not in ("cloud", "unverified"):
             self.fail("source", f"the exact preset committed a token from {token.source}")
@@ -196,7 +196,7 @@ class Monitor:
     def see_pending(self, agent: str, pending: Pending, limit: int) -> None:
         """What the machine of a generation decides on."""
         if pending.tail > limit:
-            self.fail("bounded", f"{agent} has a tail of {pending.tail} tokens: at most {limit} expected")
+            self.fail("bounded", f"the tail of {agent} must be at most {limit} tokens (got {pending.tail})")
 
     def check_parts(self, parts: Sequence[Part]) -> None:
         """No part ended by itself, and no queue or memory is beyond its bound."""
@@ -206,7 +206,7 @@ class Monitor:
             for bound in bounds(part, self.scenario):
                 if bound.size > bound.limit:
                     self.fail(
-                        "bounded", f"{part.name}: {bound.what} holds {bound.size}: at most {bound.limit} expected"
+                        "bounded", f"{bound.what} of {part.name} must be at most {bound.limit} (got {bound.size})"
                     )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from fedhlm.errors import ConfigError
+from fedhlm.errors import ConfigError, UnknownKey
 from fedhlm_lab.sim.link import LinkModel
 
 MESSAGE_BYTES: Final = 250  # an ordinary escalation or verdict with its topic's name
@@ -70,12 +70,12 @@ def load(wanted: str, *, key: str = "--link") -> Profile:
         if wanted not in names():
             near = difflib.get_close_matches(wanted, names(), n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(key, wanted, f"one of {', '.join(names())} or a .toml file expected{hint}")
+            raise ConfigError(key, wanted, f"one of {', '.join(names())} or a .toml file{hint}")
         return _parse(_folder().joinpath(f"{wanted}.toml").read_text("utf-8"), wanted)
     try:
         text = Path(wanted).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(key, wanted, f"a readable UTF-8 TOML file expected ({exc})") from exc
+        raise ConfigError(key, wanted, "a readable UTF-8 TOML file", why=str(exc)) from exc
     return _parse(text, wanted)
 
 
@@ -87,16 +87,16 @@ def _parse(text: str, source: str) -> Profile:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
-        raise ConfigError("link", source, f"a TOML file expected ({exc})") from exc
+        raise ConfigError("link", source, "a TOML file", why=str(exc)) from exc
     for name, value in table.items():
         if name not in _EXPECTED:
             near = difflib.get_close_matches(name, _EXPECTED, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(_EXPECTED)} expected"
-            raise ConfigError(f"link.{name}", value, f"unknown key, {hint} (file {source})")
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(_EXPECTED)}"
+            raise UnknownKey(f"link.{name}", value, hint, source=f"file {source}")
         try:
             msgspec.convert({name: value}, Profile)
         except msgspec.ValidationError as exc:
-            raise ConfigError(f"link.{name}", value, f"{_EXPECTED[name]} expected (file {source})") from exc
+            raise ConfigError(f"link.{name}", value, _EXPECTED[name], source=f"file {source}") from exc
         if not math.isfinite(value):
-            raise ConfigError(f"link.{name}", value, f"{_EXPECTED[name]} expected (file {source})")
+            raise ConfigError(f"link.{name}", value, _EXPECTED[name], source=f"file {source}")
     return msgspec.convert(table, Profile)

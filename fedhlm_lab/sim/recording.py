@@ -73,7 +73,7 @@ def scenario_of(path: Path) -> Scenario:
     """
     facts = read(path).header.facts
     if _SCENARIO not in facts:
-        raise TraceError(f"{path} holds no scenario: a trace saved by fedhlm simulate expected")
+        raise TraceError(f"{path} must be a trace saved by fedhlm simulate (it holds no scenario)")
     try:
         return msgspec.convert(facts[_SCENARIO], Scenario)
     except msgspec.ValidationError as exc:

@@ -233,7 +233,7 @@ class Simulation:
         for part in self.parts:
             for bound in idle(part):
                 if bound.size:
-                    self.monitor.fail("steady", f"{part.name} at rest: {bound.what} holds {bound.size}, 0 expected")
+                    self.monitor.fail("steady", f"{bound.what} of {part.name} at rest must be empty (got {bound.size})")
 
     async def _ask_all(self, client: Patient, cluster: str, name: str) -> None:
         rng = random.Random(f"{self.scenario.seed}/{name}")
@@ -291,7 +291,8 @@ class Simulation:
         took_s = asyncio.get_running_loop().time() - began_s
         if attempts > 1 or took_s > self.answer_s:
             self.monitor.fail(
-                "steady", f"{name} was asked {attempts} times, {took_s:.1f} s: once, {self.answer_s:.0f} s expected"
+                "steady",
+                f"{name} must be answered at once, within {self.answer_s:.0f} s (got {attempts} attempts, {took_s:.1f} s)",
             )
         sources = self.monitor.attempts[request.seed][-1].sources
         if "cloud" in sources:

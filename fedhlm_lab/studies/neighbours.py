@@ -236,7 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--llm", default="", help="model folder; default: the shipped one")
     given = parser.parse_args(arguments)
     if min(given.prompts, given.tokens, given.agents) < 1:
-        parser.error("--prompts, --tokens and --agents: at least 1 expected of each")
+        parser.error(
+            f"--prompts, --tokens and --agents must be at least 1 (got {given.prompts}, {given.tokens} and {given.agents})"
+        )
     try:
         slm, llm = model_folder(given.slm, "slm"), model_folder(given.llm, "llm")
         titles = [item.title for item in load_items(given.items)[: given.prompts]]

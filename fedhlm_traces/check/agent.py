@@ -88,7 +88,9 @@ class _Replay:
         self._outcome = Outcome(notes=self._book.notes)
         born = journal.unpack(life.notes[0].data, journal.AgentStart) if life.notes[0].kind == "state" else None
         if born is None:
-            raise ProtocolError(f"the journal of {life.name} begins with {life.notes[0].kind!r}: 'state' expected")
+            raise ProtocolError(
+                f"the first note in the journal of {life.name} must be 'state' (got {life.notes[0].kind!r})"
+            )
         self._born: journal.AgentStart = born
         self._root = born.root
         self._bus = CapturingBus(lambda _number: self._has_room())

@@ -345,7 +345,7 @@ def from_bus(
     """
     if part != "cloud":
         raise TraceError(
-            f"without its journal what the {part} took in is not known: a recording with telemetry.journal on expected"
+            f"the recording must be made with telemetry.journal on: without its journal what the {part} took in is not known"
         )
     notes: list[Note] = []
     fingerprint: Fingerprint | None = None

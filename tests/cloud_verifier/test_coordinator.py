@@ -71,7 +71,7 @@ def test_features_are_keys_within_one_and_uncertainties() -> None:
 def test_a_profile_whose_lengths_disagree_is_refused(wrong: dict[str, Any]) -> None:
     given: dict[str, Any] = {"dims": DIMS, "keys": bytes(3 * DIMS), "uncertainties": b"123"}
     sample_of(Profile(**HEADER, agent="a", **given))
-    with pytest.raises(ProtocolError, match="bytes expected"):
+    with pytest.raises(ProtocolError, match="profile.keys must be .* bytes for each"):
         sample_of(Profile(**HEADER, agent="a", **(given | wrong)))
 
 

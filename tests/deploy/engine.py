@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.which("docker") is None
         or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
     ):
-        print("compose-test: Docker with Compose 2 expected", file=sys.stderr)
+        print("compose-test needs Docker with Compose 2", file=sys.stderr)
         return 2
     fleet = Fleet(["docker-compose.yml", *given.overlays])
     try:

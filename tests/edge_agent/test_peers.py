@@ -90,7 +90,7 @@ def test_the_published_rule_compares_with_the_others_only() -> None:
 
 def test_keys_of_another_model_are_refused() -> None:
     view = peers()
-    with pytest.raises(ProtocolError, match="message.space is 'x': 's' expected"):
+    with pytest.raises(ProtocolError, match="message.space must be 's'.* \\(got 'x'\\)"):
         view.hear_doubts(doubts("b", 1, space="x"))
     with pytest.raises(ProtocolError, match="key"):
         view.hear_doubts(

@@ -153,9 +153,9 @@ def test_a_count_never_falls_and_has_a_known_name_and_the_right_label() -> None:
         counters.add("retrys")
     with pytest.raises(KeyError):
         counters["retrys"]
-    with pytest.raises(ValueError, match="none expected"):
+    with pytest.raises(ValueError, match="without a label"):
         counters.add("retries", label="cloud")
-    with pytest.raises(ValueError, match="one expected"):
+    with pytest.raises(ValueError, match="with a label"):
         counters.add("tokens_by_source")
     assert counters.snapshot() == {}
 
@@ -197,7 +197,7 @@ def test_a_gauge_has_its_newest_value_and_none_before_it_is_set(values: list[tup
 def test_a_gauge_has_a_known_name_and_keeps_its_value_when_a_new_one_is_not_finite(wrong: float, value: float) -> None:
     counters = Counters()
     counters.set("tau", value)
-    with pytest.raises(ValueError, match="gauge tau set to .*: a finite number expected"):
+    with pytest.raises(ValueError, match="gauge tau must be a finite number"):
         counters.set("tau", wrong)
     for name in ("tua", "retries"):
         with pytest.raises(KeyError):
@@ -274,7 +274,10 @@ def test_a_taken_port_names_the_key() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with (
-            pytest.raises(ConfigError, match=rf"telemetry\.metrics_port is {port}: cannot listen on 127\.0\.0\.1"),
+            pytest.raises(
+                ConfigError,
+                match=rf"telemetry\.metrics_port must be a port that is free on 127\.0\.0\.1 \(got {port}: ",
+            ),
             exported(Counters(), party="porch", port=port),
         ):
             pass

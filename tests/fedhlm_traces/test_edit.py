@@ -92,7 +92,7 @@ def test_filters_may_leave_the_root_out() -> None:
 @pytest.mark.parametrize(
     ("selection", "words"),
     [
-        (Selection(5.0, 5.0), "--until is 5"),
+        (Selection(5.0, 5.0), "--until must be later than --from 5"),
         (Selection(filters=("a/#/b",)), "--topics"),
         (Selection(filters=("",)), "--topics"),
     ],
@@ -132,7 +132,7 @@ def test_what_two_headers_say_is_joined() -> None:
 @pytest.mark.parametrize("change", [{"root": "barn/1"}, {"schema": 99}])
 def test_recordings_that_do_not_go_together_are_refused(change: dict[str, object]) -> None:
     name = next(iter(change))
-    with pytest.raises(TraceError, match=f"{name} is .* in one recording and"):
+    with pytest.raises(TraceError, match=f"{name} must be the same in all recordings"):
         merged_header([HEADER, msgspec.structs.replace(HEADER, **change)])
 
 

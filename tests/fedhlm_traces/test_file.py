@@ -86,7 +86,7 @@ def test_a_file_cut_anywhere_gives_every_whole_frame_and_says_what_it_lost(tmp_p
     for length in range(len(data) + 1):
         cut.write_bytes(data[:length])
         if length < sizes[0][0]:
-            with pytest.raises(TraceError, match=rf"cut\.trace.* {length} bytes found"):
+            with pytest.raises(TraceError, match=rf"cut\.trace.* at {length} bytes"):
                 read(cut)
             continue
         whole, count = max(entry for entry in sizes if entry[0] <= length)
@@ -164,7 +164,7 @@ def test_a_part_of_another_recording_is_not_mixed_in(tmp_path: Path) -> None:
     write(path, some(3))
     with Writer(part_path(path, 1), msgspec.structs.replace(HEADER, created_ms=1, part=1)):
         pass
-    with pytest.raises(TraceError, match=r"run\.0001\.trace belongs to another recording"):
+    with pytest.raises(TraceError, match=r"run\.0001\.trace must be part 1 of .*belongs to another recording"):
         read(path)
 
 
@@ -187,10 +187,10 @@ def test_records_are_on_disk_after_half_a_second(tmp_path: Path) -> None:
 def test_an_existing_file_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "run.trace"
     path.write_text("mine")
-    with pytest.raises(TraceError, match=r"run\.trace exists already"):
+    with pytest.raises(TraceError, match=r"run\.trace must be a new file"):
         Writer(path, HEADER)
     assert path.read_text() == "mine"
-    with pytest.raises(TraceError, match=r"nowhere.*not writable: No such file"):
+    with pytest.raises(TraceError, match=r"nowhere.* must be a writable file .No such file"):
         Writer(tmp_path / "nowhere" / "run.trace", HEADER)
 
 
@@ -201,10 +201,16 @@ def packed(content: object) -> bytes:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "0 bytes found"),
-        (b"PNG\r\n and so on", r"begins with b'PNG\\r'.*fedhlm-trace/1 expected"),
-        (packed({"format": "fedhlm-trace/2", "schema": SCHEMA_VERSION}), "format is 'fedhlm-trace/2'.*fedhlm-trace/1"),
-        (packed({"format": FORMAT, "schema": SCHEMA_VERSION + 1}), f"is {SCHEMA_VERSION + 1}: {SCHEMA_VERSION} exp"),
+        (b"", "at 0 bytes"),
+        (b"PNG\r\n and so on", r"fedhlm-trace/1 .*begins with b'PNG\\r'"),
+        (
+            packed({"format": "fedhlm-trace/2", "schema": SCHEMA_VERSION}),
+            " must be 'fedhlm-trace/1' .got 'fedhlm-trace/2'",
+        ),
+        (
+            packed({"format": FORMAT, "schema": SCHEMA_VERSION + 1}),
+            f"must be {SCHEMA_VERSION} .got {SCHEMA_VERSION + 1}",
+        ),
         (packed({"format": FORMAT, "schema": SCHEMA_VERSION}), "header: .*created_ms"),
         (packed({"form": 1}), "without a recording's header"),
         (packed([1]), "without a recording's header"),
@@ -224,7 +230,7 @@ def test_what_is_no_recording_is_refused_with_file_finding_and_expectation(
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.trace", tmp_path):
-        with pytest.raises(TraceError, match="a readable recording expected"):
+        with pytest.raises(TraceError, match="must be a readable recording"):
             read(path)
 
 
@@ -275,7 +281,7 @@ def test_memory_is_bounded_whatever_a_frame_claims(tmp_path: Path) -> None:
 
 def test_a_record_too_large_is_refused_and_the_file_goes_on(tmp_path: Path) -> None:
     with Writer(tmp_path / "run.trace", HEADER) as writer:
-        with pytest.raises(TraceError, match=rf"big: .*at most {trace_file.MAX_RECORD_BYTES}"):
+        with pytest.raises(TraceError, match=rf"at most {trace_file.MAX_RECORD_BYTES} bytes .*on big"):
             writer.write(Record(0.0, 0, "big", bytes(trace_file.MAX_RECORD_BYTES)))
         writer.write(some(1)[0])
     assert list(read(tmp_path / "run.trace")) == some(1)

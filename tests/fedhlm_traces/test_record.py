@@ -238,7 +238,7 @@ def test_a_forbidden_filter_is_an_error_and_leaves_no_file(tmp_path: Path) -> No
 def test_an_existing_file_is_refused_before_anything_happens(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     broker = section(f"mqtt://127.0.0.1:{free_port()}")
-    with pytest.raises(TraceError, match=rf"{name} exists already"):
+    with pytest.raises(TraceError, match=rf"{name} must be a new file"):
         asyncio.run(record(broker, tmp_path / "run.trace", stop=asyncio.Event()))
     assert (tmp_path / name).read_text() == "mine"
 

@@ -37,7 +37,7 @@ def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("row", ['"5","a","b"', '"1","a"', '"1","a","b","c"', '"World","a","b"'])
 def test_a_bad_row_is_reported_by_file_and_line(tmp_path: Path, row: str) -> None:
-    with pytest.raises(DataMissing, match=r"train\.csv line 3 "):
+    with pytest.raises(DataMissing, match=r"line 3 of train\.csv "):
         load_ag_news("train", folder(tmp_path, ROWS + row + "\n"))
 
 
@@ -46,7 +46,7 @@ def test_missing_data_are_reported(tmp_path: Path) -> None:
         load_ag_news("train", tmp_path)
     with pytest.raises(DataMissing, match=r"no test\.csv\.gz"):
         load_ag_news("test", folder(tmp_path / "data"))
-    with pytest.raises(DataMissing, match="'dev': expected 'train' or 'test'"):
+    with pytest.raises(DataMissing, match="must be 'train' or 'test'"):
         load_ag_news("dev", tmp_path)
 
 

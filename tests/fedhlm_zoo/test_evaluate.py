@@ -75,7 +75,7 @@ def test_models_with_different_tokenizers_are_not_compared(
 
 
 def test_a_tokenizer_that_confuses_the_topics_is_refused(exported: Callable[[str], tuple[Path, Path]]) -> None:
-    with pytest.raises(ModelError, match="four different ones expected"):
+    with pytest.raises(ModelError, match="must be four different ones"):
         evaluate(open_model(exported("llama")[1]), ITEMS[:2])
 
 

@@ -56,20 +56,20 @@ def test_a_graph_of_other_weights_does_not_pass_for_the_model(exported: Exported
 
 def test_an_unfaithful_export_is_an_error(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "TOLERANCE", -1.0)
-    with pytest.raises(ModelError, match="differs from torch by"):
+    with pytest.raises(ModelError, match="from torch must be at most"):
         export(exported("llama")[0], tmp_path / "out")
     with pytest.raises(ModelError, match=r"model\.json"):
         load_info(tmp_path / "out")
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="nowhere' does not exist"):
+    with pytest.raises(ModelError, match="nowhere', which does not exist"):
         export(tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"config\.json is missing"):
+    with pytest.raises(ModelError, match=r"without .*config\.json"):
         export(tmp_path / "empty", tmp_path / "out")
 
 
@@ -78,7 +78,7 @@ def test_a_model_that_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
 
     config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match="BertForSequenceClassification: expected a causal language model"):
+    with pytest.raises(ModelError, match="must be a causal language model .*BertForSequenceClassification"):
         export(tmp_path / "bert", tmp_path / "out")
 
 

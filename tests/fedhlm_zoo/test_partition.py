@@ -83,11 +83,11 @@ def test_alphas_at_the_ends_of_the_float_range_still_split(alpha: float) -> None
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_alpha_is_named(alpha: float) -> None:
-    with pytest.raises(ValueError, match=f"alpha is {alpha!r}"):
+    with pytest.raises(ValueError, match=f"alpha must be .*got {alpha!r}"):
         dirichlet_partition(BALANCED, 4, alpha, 0)
 
 
 @pytest.mark.parametrize("parties", [0, -3])
 def test_an_impossible_number_of_parties_is_named(parties: int) -> None:
-    with pytest.raises(ValueError, match=f"parties is {parties}: expected at least 1"):
+    with pytest.raises(ValueError, match=f"parties must be at least 1 \\(got {parties}"):
         dirichlet_partition(BALANCED, parties, 1.0, 0)

@@ -92,9 +92,9 @@ def test_sequences_beyond_the_context_are_cut() -> None:
 def test_what_cannot_be_fitted_is_named() -> None:
     for hidden, sequences, dims, message in (
         (None, [[0]], 2, "gives no hidden state"),
-        (states(), [[0, 1]], 2, "2 positions to fit a projection on: more than 2 expected"),
-        (states(), [], 2, "0 positions"),
-        (states(), [[0, 1]], 7, "hidden size 6: at least 7 expected"),
+        (states(), [[0, 1]], 2, "must be more than 2"),
+        (states(), [], 2, "got 0"),
+        (states(), [[0, 1]], 7, "must be at least 7"),
         (np.ones((50, 6), np.float32), [[i] for i in range(50)], 2, "all hidden states are equal"),
     ):
         with pytest.raises(ModelError, match=message):

@@ -95,12 +95,12 @@ def test_rows_are_rounded_to_the_nearest_step() -> None:
 
 def test_unusable_requests_are_refused(exported: Exported, tmp_path: Path) -> None:
     folder = exported("llama")[1]
-    with pytest.raises(ModelError, match="'int3': expected one of int8-dynamic"):
+    with pytest.raises(ModelError, match="must be one of int8-dynamic.*'int3'"):
         quantise(folder, tmp_path / "out", "int3")
-    with pytest.raises(ModelError, match="both source and target"):
+    with pytest.raises(ModelError, match="must be another folder"):
         quantise(folder, folder, "weights-fp16")
     quantise(folder, tmp_path / "half", "weights-fp16")
-    with pytest.raises(ModelError, match="'weights-fp16': expected an fp32 model"):
+    with pytest.raises(ModelError, match="must be fp32 .*'weights-fp16'"):
         quantise(tmp_path / "half", tmp_path / "out", "weights-int8")
     with pytest.raises(ModelError, match="does not exist"):
         quantise(tmp_path / "nowhere", tmp_path / "out", "weights-int8")

@@ -71,7 +71,7 @@ def test_stages_run_in_order_and_finished_ones_are_kept(data: Path, tmp_path: Pa
 
 
 def test_an_unknown_last_stage_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected one of words, large, small"):
+    with pytest.raises(ConfigError, match="must be one of words, large, small"):
         run_recipe(tmp_path, data, recipe=STAGES, until="medium")
 
 

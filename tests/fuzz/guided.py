@@ -27,7 +27,7 @@ def main() -> int:
     given = parser.parse_args()
     unknown = sorted(set(given.targets) - set(names))
     if unknown:
-        parser.error(f"unknown targets {', '.join(unknown)}: {', '.join(names)} expected")
+        parser.error(f"targets must be among {', '.join(names)} (got {', '.join(unknown)})")
     failed = []
     print("| target | runs | code edges covered | inputs kept |\n|---|---|---|---|", flush=True)
     for name in given.targets:

@@ -60,7 +60,7 @@ def test_good_addresses(text: str, expected: BrokerUrl) -> None:
     ],
 )
 def test_bad_addresses_name_key_value_and_expectation(text: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=r"agent\.broker is .*") as caught:
+    with pytest.raises(ConfigError, match=r"agent\.broker must be .*") as caught:
         BrokerUrl.parse(text, key="agent.broker")
     assert words in str(caught.value)
 
@@ -172,7 +172,7 @@ async def test_the_embedded_broker_checks_passwords_too() -> None:
 
 def test_the_embedded_broker_stays_on_this_machine_without_users() -> None:
     for host in ("0.0.0.0", "192.168.1.2"):
-        with pytest.raises(ConfigError, match=r"broker\.host is .*loopback address expected, or users"):
+        with pytest.raises(ConfigError, match=r"broker\.host must be a loopback address unless there are users"):
             EmbeddedBroker(host)
     with pytest.raises(ConfigError, match="IPv4"):
         EmbeddedBroker("broker.example")

@@ -142,7 +142,7 @@ def test_a_cache_cannot_be_cut_to_a_length_it_does_not_have(llama: Case, length:
 
 @pytest.mark.parametrize(
     ("ids", "complaint"),
-    [([], "no ids"), ([tiny.VOCAB_SIZE], "0..256 expected"), ([-1], "0..256"), ([1] * (tiny.CONTEXT + 1), "context")],
+    [([], "at least one"), ([tiny.VOCAB_SIZE], "0..256"), ([-1], "0..256"), ([1] * (tiny.CONTEXT + 1), "context")],
 )
 def test_a_request_that_cannot_run_is_refused(llama: Case, ids: list[int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -206,8 +206,8 @@ def test_a_malformed_description_is_refused(llama: Case, tmp_path: Path, content
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"layers": 3}, r"lacks inputs \['past_key_values.2.key'"),
-        ({"layers": 1}, r"has inputs \['past_key_values.1.key'"),
+        ({"layers": 3}, r"without the inputs \['past_key_values.2.key'"),
+        ({"layers": 1}, r"got \['past_key_values.1.key'"),
         ({"kv_heads": 2}, "key cache of shape"),
         ({"vocab_size": 100}, "257 entries: the model has 100"),
         ({"files": {}}, "lists no model.onnx"),

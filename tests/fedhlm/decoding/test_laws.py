@@ -132,12 +132,12 @@ def test_ids_are_three_bytes_wide_beyond_two() -> None:
     [
         (b"", "at least 2"),
         (b"\1", "at least 2"),
-        (b"\0\0", "0 tokens"),
-        (b"\1\0\0\0", "5 expected"),
-        (b"\1\0\0\0\xff\xff", "5 expected"),
-        (b"\1\0\5\0\xff", "token id 5"),
+        (b"\0\0", r"tokens \(got 0\)"),
+        (b"\1\0\0\0", "must be 5 bytes"),
+        (b"\1\0\0\0\xff\xff", "must be 5 bytes"),
+        (b"\1\0\5\0\xff", r"token id must be below .*got 5"),
         (b"\2\0\3\0\3\0\x40\x40", "twice"),
-        (b"\6\0" + bytes(range(6)) * 3, "6 tokens"),
+        (b"\6\0" + bytes(range(6)) * 3, r"tokens \(got 6\)"),
         (b"\5\0\0\0\1\0\2\0\3\0\4\0" + bytes(5), "no mass"),
     ],
 )

@@ -59,7 +59,9 @@ def test_providers_come_from_a_file_a_variable_or_a_flag(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["CUDA", "cudaexecutionprovider", "NoExecutionProvider"])
 def test_an_unknown_provider_is_refused_and_the_known_ones_named(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"agent.providers is '{name}'.*{CUDA}.*flag --agent.providers"):
+    with pytest.raises(
+        ConfigError, match=f"agent.providers must be .*{CUDA}.*got '{name}' from flag --agent.providers"
+    ):
         load(environ={}, flags={"agent.providers": name})
-    with pytest.raises(ConfigError, match="cloud.providers is"):
+    with pytest.raises(ConfigError, match="cloud.providers must be"):
         load(environ={"FEDHLM_CLOUD__PROVIDERS": name})

@@ -37,15 +37,15 @@ def test_hostile_bytes_give_a_tree_or_a_protocol_error(payload: bytes, vocab_siz
 
 
 def test_errors_name_the_branch() -> None:
-    with pytest.raises(ProtocolError, match="parent of branch 1 is 4: at most 3"):
+    with pytest.raises(ProtocolError, match="parent of branch 1 must be at most 3"):
         unpack_branches(pack_branches([Branch(2, 1), Branch(4, 1)], 9), 9, 2)
     with pytest.raises(ProtocolError, match="multiple of 4"):
         unpack_branches(b"12345", 9, 2)
     with pytest.raises(ProtocolError, match="below 9"):
         unpack_branches(pack_branches([Branch(0, 9)], 10), 9, 2)
-    with pytest.raises(ProtocolError, match="multiple of 4, at most"):
+    with pytest.raises(ProtocolError, match="multiple of 4 bytes, at most"):
         unpack_branches(bytes(4 * (BRANCHES_MAX + 1)), 9, 2)
-    with pytest.raises(ValueError, match="branches: at most"):
+    with pytest.raises(ValueError, match="branches must be at most"):
         pack_branches([Branch(0, 0)] * (BRANCHES_MAX + 1), 9)
     with pytest.raises(ValueError, match="parent of node 2"):
         Tree([7], [Branch(2, 1)])

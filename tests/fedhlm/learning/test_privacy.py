@@ -90,11 +90,11 @@ def test_empty_bins_are_hidden_too() -> None:
 
 def test_no_noise_no_privacy_and_bad_settings() -> None:
     assert epsilon_of(0.0, 1, 1e-5) == math.inf
-    with pytest.raises(ValueError, match="releases is 0"):
+    with pytest.raises(ValueError, match="releases must be"):
         sigma_for(1.0, 1e-5, 0)
-    with pytest.raises(ValueError, match="delta is 1"):
+    with pytest.raises(ValueError, match="delta must be"):
         epsilon_of(1.0, 1, 1.0)
-    with pytest.raises(ValueError, match="epsilon is 0"):
+    with pytest.raises(ValueError, match="epsilon must be"):
         sigma_for(0.0, 1e-5, 1)
-    with pytest.raises(ValueError, match="sigma is nan"):
+    with pytest.raises(ValueError, match="sigma must be"):
         noised(Curve.empty(), math.nan, np.random.default_rng(0))

@@ -183,14 +183,14 @@ def test_a_key_of_zeros_is_neither_kept_nor_matched() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="capacity is 0"):
+    with pytest.raises(ValueError, match="capacity must be"):
         Memory(0)
     for dims in (0, 1025):
-        with pytest.raises(ValueError, match=f"dims is {dims}"):
+        with pytest.raises(ValueError, match=f"dims must be .*got {dims}"):
             Memory(1, dims)
-    with pytest.raises(ValueError, match="votes is 0"):
+    with pytest.raises(ValueError, match="votes must be"):
         Memory(1, 2).nearest(key_of([1, 1]), 0)
-    with pytest.raises(ValueError, match=r"\(3,\): \(2,\) expected"):
+    with pytest.raises(ValueError, match=r"must be of shape \(2,\) \(got \(3,\)\)"):
         Memory(1, 2).add(key_of([1, 1, 1]), 0, "peer")
 
 
@@ -220,15 +220,15 @@ def test_a_snapshot_of_another_kind_is_refused() -> None:
     memory.add(key_of([1, 2]), 3, "peer")
     good = memory.snapshot()
     assert held(Memory.restore(good, 4, 2, space="a")) == [((1, 2), 3, "peer")]
-    with pytest.raises(ProtocolError, match="space 'a': 'b' expected"):
+    with pytest.raises(ProtocolError, match="space of .* must be 'b' \\(got 'a'"):
         Memory.restore(good, 4, 2, space="b")
-    with pytest.raises(ProtocolError, match="dims 2: 3 expected"):
+    with pytest.raises(ProtocolError, match="dims of .* must be 3 \\(got 2"):
         Memory.restore(good, 4, 3, space="a")
     fields = msgspec.msgpack.decode(good)
     for place, value, message in (
-        (0, 2, "version 2: 1 expected"),
-        (3, b"\x01", "keys 1: 2 expected"),
-        (4, [3, 4], "peers 1: 2 expected"),
+        (0, 2, "version of .* must be 1 \\(got 2"),
+        (3, b"\x01", "keys of .* must be 2 \\(got 1"),
+        (4, [3, 4], "peers of .* must be 2 \\(got 1"),
         (4, [-1], "outside 0..2147483647"),
         (4, ["x"], "cannot be decoded"),
     ):
@@ -329,9 +329,9 @@ def test_the_longest_silent_agents_make_room(names: list[str], most: int) -> Non
 
 
 def test_wrong_limits_of_the_centroid_are_named() -> None:
-    with pytest.raises(ValueError, match="recent is 0"):
+    with pytest.raises(ValueError, match="recent and max_peers must be"):
         Centroid(Clock(), recent=0)
-    with pytest.raises(ValueError, match="max_peers 0"):
+    with pytest.raises(ValueError, match="got 8 and 0"):
         Centroid(Clock(), max_peers=0)
 
 

@@ -156,7 +156,7 @@ def test_one_name_for_two_roles_is_refused_in_one_line(parts: Path, capsys: pyte
     given = ["--parts", str(parts), "--pki", str(parts.parent / "pki"), "--part-user", user, "--broker-user", user]
     assert main(given) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("init: 'porch' was issued as agent, client expected")
+    assert line.startswith("init: the role of 'porch' must be client (got agent)")
 
 
 @given(st.sets(st.sampled_from(FOLDERS)))

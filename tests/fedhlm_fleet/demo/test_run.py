@@ -155,15 +155,18 @@ def test_a_demo_that_is_killed_leaves_no_process() -> None:
     [
         (["--preset", "exakt"], "did you mean 'exact'"),
         (["--prompts", "nowhere.txt"], "'nowhere.txt'"),
-        (["--json", "nowhere/x.json"], "a file in an existing folder expected"),
+        (["--json", "nowhere/x.json"], "must be a file in an existing folder"),
         (["--broker", "mqtt://127.0.0.1:1"], "mqtt://127.0.0.1:1 not reached"),
-        (["--broker", "http://x"], "broker.url is 'http://x'"),
+        (["--broker", "http://x"], "broker.url must be mqtt://"),
         (["--tokens", "0"], "tokens"),
-        (["--preset", "exact", "--budget", "0.1"], "generation.budget is '0.1': a preset with generation.threshold"),
+        (
+            ["--preset", "exact", "--budget", "0.1"],
+            "generation.budget must be left to a preset with generation.threshold",
+        ),
         (["--budget", "2"], '"2.0" for --budget. Must be <= 1'),
-        (["--alpha", "inf"], "--alpha is inf: a finite number above 0 expected"),
+        (["--alpha", "inf"], "--alpha must be a finite number above 0 (got inf"),
         (["--alpha", "0"], '"0.0" for --alpha. Must be > 0'),
-        (["--preset", "nowhere.toml"], "file is 'nowhere.toml': a readable TOML file expected"),
+        (["--preset", "nowhere.toml"], "file must be a readable TOML file (got 'nowhere.toml'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: list[str], words: str) -> None:
@@ -206,7 +209,7 @@ def demo(**options: Any) -> Demo:
 def test_without_topics_the_news_cannot_be_shared_out_by_topic(tmp_path: Path) -> None:
     titles = tmp_path / "titles.txt"
     titles.write_text("Oil rises\n")
-    with pytest.raises(ConfigError, match=r"--alpha is 0\.1: prompts with topics expected"):
+    with pytest.raises(ConfigError, match=r"--alpha must be used with prompts that have topics"):
         demo(prompts=titles, alpha=0.1)
 
 

@@ -118,9 +118,9 @@ async def test_a_fleet_that_works_is_in_order_and_goes_on_working(tmp_path: Path
     ("words", "reason"),
     [
         (("agnet",), "did you mean 'agent'?"),
-        (("agent", "--broker.prot", "5"), "unknown key"),
+        (("agent", "--broker.prot", "5"), "broker.prot is not a known key: did you mean broker.protocol?"),
         (("--broker.url",), "has no value"),
-        (("agent", "edge"), "--key value expected"),
+        (("agent", "edge"), "argument must be --key value"),
     ],
 )
 def test_what_was_typed_wrongly_is_one_line(words: tuple[str, ...], reason: str) -> None:

@@ -35,9 +35,9 @@ def files_up_to(size: int) -> Iterator[None]:
 
 
 def test_a_configuration_error_is_named() -> None:
-    said = local.configuration(Subject("agent", None, problem=ConfigError("broker.prot", "5", "unknown key")))
+    said = local.configuration(Subject("agent", None, problem=ConfigError("broker.protocol", "4", "auto, 5 or 3.1.1")))
     assert said.level == "fail"
-    assert "broker.prot is '5'" in said.found
+    assert "broker.protocol must be auto, 5 or 3.1.1 (got '4')" in said.found
 
 
 def test_one_broker_for_both_sides_of_an_edge_is_found() -> None:

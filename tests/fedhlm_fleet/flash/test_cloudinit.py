@@ -67,7 +67,7 @@ def test_user_data_passes_cloud_init_s_schema(one: Any, tmp_path: Path) -> None:
 def test_our_own_check_refuses(key: str, value: object) -> None:
     good = cloudinit.user_data(DEVICES[2])
     cloudinit.check(good)
-    with pytest.raises(FlashError, match=rf"user-data\.{key}"):
+    with pytest.raises(FlashError, match=rf"user-data.*{key}"):
         cloudinit.check({**good, key: value})
 
 

@@ -131,7 +131,7 @@ def test_many_cards_and_their_manifest(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--image", "{image}"), "--pki is None"),
+        (("--image", "{image}"), "--pki must be a PKI folder"),
         (("--image", "{image}", "--pki", "{wheels}"), "pki init"),
         (("--image", "{wheels}/none.img", "--pki", "{pki}"), "cannot read"),
         (("--device", "{image}", "--pki", "{pki}"), "a disk such as /dev/sdX"),
@@ -162,7 +162,7 @@ def test_certificates_that_do_not_fit_are_refused(workshop: Workshop) -> None:
     assert credentials.from_files(made.cert, made.key, made.ca, agent="porch", now=NOW).key == made.key.read_bytes()
     later = NOW + timedelta(days=366)
     for files, agent, now, said in (
-        ((made.cert, made.key, made.ca), "roof", NOW, "is the certificate of porch"),
+        ((made.cert, made.key, made.ca), "roof", NOW, "must be the certificate of roof .got that of porch"),
         ((made.cert, other.key, made.ca), "porch", NOW, "is not the key"),
         ((made.cert, made.key, stranger / "ca.crt"), "porch", NOW, "was not made by"),
         ((made.cert, made.key, made.ca), "porch", later, "good until"),
@@ -172,8 +172,8 @@ def test_certificates_that_do_not_fit_are_refused(workshop: Workshop) -> None:
         with pytest.raises(FlashError, match=said):
             credentials.from_files(*files, agent=agent, now=now)
     for agent, cluster, said in (
-        ("edge-home", "home", "issued as edge"),
-        ("porch", "barn", "an agent of barn expected"),
+        ("edge-home", "home", "got edge of home"),
+        ("porch", "barn", "must be an agent of barn"),
     ):
         with pytest.raises(FlashError, match=said):
             credentials.from_pki(pki, agent, cluster, now=NOW)

@@ -40,8 +40,8 @@ def test_a_card_in_a_reader_is_accepted() -> None:
     [
         (part(), "type part"),
         (row(type="loop"), "type loop"),
-        (row(rm=False, tran="sata"), "not removable"),
-        (row(rm=False, tran="nvme"), "not removable"),
+        (row(rm=False, tran="sata"), "must be removable"),
+        (row(rm=False, tran="nvme"), "must be removable"),
         (row(ro=True), "write-protected"),
         (row(size=0), "no card"),
         (row(mountpoints=["/mnt"]), "in use at /mnt"),
@@ -92,7 +92,7 @@ def test_what_is_no_disk_is_refused(tmp_path: Path) -> None:
         disks.require_card(tmp_path / "sdx")
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", Path("/dev/null"), tmp_path):
-        with pytest.raises(FlashError, match="a disk such as /dev/sdX expected"):
+        with pytest.raises(FlashError, match="must be a disk such as /dev/sdX"):
             disks.require_card(path)
 
 

@@ -52,9 +52,9 @@ def host(**given: str) -> Host:
     [
         ({"machine": "armv7l"}, "64-bit"),
         ({"glibc": "2.27"}, "2.28 or newer"),
-        ({"glibc": ""}, "of another kind"),
+        ({"glibc": ""}, "another C library"),
         ({"systemd": "245"}, "247 or newer"),
-        ({"systemd": ""}, "systemd not at all"),
+        ({"systemd": ""}, "got none"),
         ({"sudo": "no"}, "sudo without a password"),
     ],
 )
@@ -89,7 +89,7 @@ def test_what_is_no_linux_is_told() -> None:
 def test_a_host_is_never_an_option(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "ssh").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="HOST is"):
+    with pytest.raises(ConfigError, match="HOST must be"):
         provision.over_ssh(name)
 
 

@@ -176,21 +176,21 @@ def test_nothing_outlives_the_ca(pki: Path) -> None:
 
 
 BAD: list[tuple[str, CertificateRole | None, tuple[str, ...], tuple[str, ...], str]] = [
-    ("a+", "agent", ("home",), (), "NAME is 'a\\+'"),
+    ("a+", "agent", ("home",), (), "NAME must be .*got 'a\\+'"),
     ("../x", "agent", ("home",), (), "NAME"),
     ("", "client", (), (), "NAME"),
     ("a" * 65, "client", (), (), "NAME"),
     ("porch", "agent", (), (), "--cluster"),
-    ("porch", "agent", ("a/b",), (), "--cluster is 'a/b'"),
+    ("porch", "agent", ("a/b",), (), "--cluster must be .*got 'a/b'"),
     ("porch", None, ("home",), (), "--role"),
-    ("edge-barn", "edge", ("home",), (), "'edge-home' expected"),
-    ("edge-home", "edge", ("home", "barn"), (), "one cluster expected"),
-    ("porch", "cloud", (), (), "'cloud' expected"),
-    ("cloud", "cloud", ("home",), (), "no cluster expected"),
-    ("cloud", "agent", ("home",), (), "another one expected"),
-    ("edge-home", "client", (), (), "another one expected"),
+    ("edge-barn", "edge", ("home",), (), "must be 'edge-home'"),
+    ("edge-home", "edge", ("home", "barn"), (), "must be one cluster"),
+    ("porch", "cloud", (), (), "must be 'cloud'"),
+    ("cloud", "cloud", ("home",), (), "must be left out"),
+    ("cloud", "agent", ("home",), (), "must be another name"),
+    ("edge-home", "client", (), (), "must be another name"),
     ("mqtt", "broker", (), (), "--dns"),
-    ("mqtt", "broker", (), ("a b",), "--dns is 'a b'"),
+    ("mqtt", "broker", (), ("a b",), "--dns must be .*got 'a b'"),
     ("mqtt", "broker", (), ("1.2.3.999",), "--dns"),
     ("mqtt", "broker", (), ("*.example",), "--dns"),
     ("porch", "agent", ("home",), ("localhost",), "only brokers have host names"),
@@ -216,7 +216,7 @@ def test_an_unusable_ca_is_named(pki: Path, tmp_path: Path) -> None:
         attempt(tmp_path / "nowhere")
     good = (pki / "ca.key").read_bytes()
     (pki / "ca.key").write_bytes(good[:50])
-    with pytest.raises(PkiError, match=r"ca\.key: an unencrypted PEM key expected"):
+    with pytest.raises(PkiError, match=r"ca\.key must be an unencrypted PEM key"):
         attempt()
     create(tmp_path / "other", now=NOW)
     (pki / "ca.key").write_bytes((tmp_path / "other" / "ca.key").read_bytes())
@@ -285,7 +285,7 @@ def test_two_at_a_time_lose_nothing(pki: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PkiError, match="a writable folder expected"):
+    with pytest.raises(PkiError, match="must be a writable folder"):
         create(tmp_path / "file" / "pki", now=NOW)
 
 

@@ -71,7 +71,9 @@ def test_init_and_if_missing_may_be_repeated(here: Path, capsys: pytest.CaptureF
     assert "nothing changed, porch is issued until" in capsys.readouterr().out
     assert (here / "ca" / "registry.json").read_bytes() == before
     other = tuple("barn" if word == "home" else word for word in words)
-    assert "issued already, otherwise (agent home)" in refused(capsys, *other)
+    assert "NAME must be a name that is not issued yet, unless with --renew (got 'porch': agent home)" in refused(
+        capsys, *other
+    )
 
 
 @pytest.mark.usefixtures("here")
@@ -83,15 +85,15 @@ def test_typos_are_answered(capsys: pytest.CaptureFixture[str]) -> None:
     assert 'Did you mean "list"' in refused(capsys, "lsit")
     assert "--renew replaces" in refused(capsys, "issue", "porch", "--role", "agent", "--cluster", "home")
     assert "holds no ca.crt" in refused(capsys, "list", "--pki", "nowhere")
-    assert "exactly one of them expected" in refused(capsys, "mosquitto", "--out", "x")
-    assert "exactly one of them expected" in refused(capsys, "mosquitto", "--out", "x", "--cloud", "--all")
+    assert "must be exactly one of them" in refused(capsys, "mosquitto", "--out", "x")
+    assert "must be exactly one of them" in refused(capsys, "mosquitto", "--out", "x", "--cloud", "--all")
     told = refused(capsys, "mosquitto", "--cluster", "home", "--out", "x")
     assert "fedhlm pki issue broker-home --role broker --cluster home --dns HOST" in told
-    assert "'porch' is agent" in refused(capsys, "mosquitto", "--all", "--broker", "porch", "--out", "x")
+    assert "got 'porch' of role agent" in refused(capsys, "mosquitto", "--all", "--broker", "porch", "--out", "x")
     fedhlm("issue", "one", "--role", "broker", "--dns", "a")
     assert "an absolute path" in refused(capsys, "mosquitto", "--all", "--out", "x", "--at", "relative")
     fedhlm("issue", "two", "--role", "broker", "--dns", "b")
-    assert "--broker one|two expected" in refused(capsys, "mosquitto", "--all", "--out", "x")
+    assert "--broker must be one of one, two" in refused(capsys, "mosquitto", "--all", "--out", "x")
 
 
 @pytest.mark.usefixtures("here")

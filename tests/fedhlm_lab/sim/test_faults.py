@@ -34,13 +34,13 @@ def test_specs_are_read() -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("drip", "--faults is 'drip': all, none, or of drop, duplicate"),
-        ("", "--faults is ''"),
-        ("drop,none", "--faults is 'none'"),
-        ("drop=2", "--faults drop is '2': a number from 0 to 1 expected (share of the messages"),
-        ("crash=soon", "--faults crash is 'soon': a number from 0 to 3600 expected"),
-        ("full=0", "--faults full is '0': a number from 1 to 4096"),
-        ("skew=nan", "--faults skew is 'nan'"),
+        ("drip", "--faults must be all, none, or a list of drop, duplicate"),
+        ("", "--faults must be "),
+        ("drop,none", "--faults must be "),
+        ("drop=2", "--faults drop must be a number from 0 to 1, share of the messages"),
+        ("crash=soon", "--faults crash must be a number from 0 to 3600"),
+        ("full=0", "--faults full must be a number from 1 to 4096"),
+        ("skew=nan", "--faults skew must be "),
     ],
 )
 def test_a_wrong_spec_is_named(spec: str, expected: str) -> None:

@@ -16,7 +16,7 @@ from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError
 from fedhlm_fleet.commands import doctor, flash, models, pki, provision, simulate, trace, traces
-from fedhlm_fleet.commands.common import Keys, Positive, Seconds, Seed, Share, needing, parse_keys
+from fedhlm_fleet.commands.common import Keys, Positive, Seconds, Seed, Share, needing, parse_keys, present
 
 if TYPE_CHECKING:
     from fedhlm.config import Loaded
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
+# Libraries that are imported late, where their absence would come as somebody else's error.
+DEMO: Final = ("amqtt", "onnxruntime", "tokenizers")
+REGROUPING: Final = ("scipy", "sklearn", "threadpoolctl")
 
 
 def _version() -> str:
@@ -101,7 +104,8 @@ def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, pr
     with needing("agent"):
         from edge_agent.__main__ import main as run
         from fedhlm_zoo.shipped import with_agent_model
-    return run(with_agent_model(loaded), prompt)
+
+        return run(with_agent_model(loaded), prompt)
 
 
 @app.command
@@ -120,7 +124,8 @@ def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> 
     loaded = _loaded(keys, config, preset)
     with needing("edge"):
         from edge_broker.__main__ import main as run
-    return run(loaded)
+
+        return run(loaded)
 
 
 @app.command
@@ -138,9 +143,12 @@ def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) ->
     """
     loaded = _loaded(keys, config, preset)
     with needing("cloud"):
+        if loaded.config.federation.assign_s:
+            present(*REGROUPING)
         from cloud_verifier.__main__ import main as run
         from fedhlm_zoo.shipped import with_cloud_model
-    return run(with_cloud_model(loaded))
+
+        return run(with_cloud_model(loaded))
 
 
 @app.command
@@ -189,6 +197,7 @@ def demo(
         File for a recording of all that passes over the broker, journals included; nothing is compared then.
     """
     with needing("agent,edge,cloud"):
+        present(*DEMO)  # what its children need
         from fedhlm_fleet.demo.run import run
     return run(
         preset=preset,

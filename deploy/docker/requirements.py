@@ -1,10 +1,16 @@
 # ruff: noqa: INP001
-"""Print what pyproject.toml asks for: the base dependencies and those of the extras that are named on the command line."""
+"""Print what one part needs: the dependencies in pyproject.toml that no part has for itself, and those of the extras that are named
+on the command line. A plain installation serves every part, an image one.
+"""
 
 import sys
 import tomllib
 from pathlib import Path
 
+PARTS = ("agent", "edge", "cloud")
+
 project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
-wanted = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in sys.argv[1:])]
-print("\n".join(dict.fromkeys(requirement for group in wanted for requirement in group)))
+extras = project["optional-dependencies"]
+special = {requirement for part in PARTS for requirement in extras[part]}
+shared = [requirement for requirement in project["dependencies"] if requirement not in special]
+print("\n".join(dict.fromkeys([*shared, *(requirement for extra in sys.argv[1:] for requirement in extras[extra])])))

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -36,6 +37,17 @@ def needing(extra: str) -> Iterator[None]:
         }:
             raise
         raise FedhlmError(f"{library!r} is not installed: pip install 'fedhlm[{extra}]'") from exc
+
+
+def present(*libraries: str) -> None:
+    """See that libraries are installed, without the time that importing them takes.
+
+    Raises:
+        ModuleNotFoundError: names the first that is absent.
+    """
+    for library in libraries:
+        if find_spec(library) is None:
+            raise ModuleNotFoundError(f"No module named {library!r}", name=library)
 
 
 def parse_keys(tokens: Sequence[str]) -> dict[str, str]:

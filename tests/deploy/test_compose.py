@@ -254,11 +254,22 @@ def test_an_image_has_two_stages_one_model_and_no_tool_of_the_first(path: Path) 
         assert all((ROOT / name).exists() for name in source.split())
 
 
-def test_the_libraries_of_an_image_are_those_of_the_project() -> None:
+@pytest.mark.parametrize(
+    ("part", "others"),
+    [
+        ("agent", {"amqtt"}),
+        ("edge", {"onnxruntime", "tokenizers"}),
+        ("operator", {"amqtt", "onnxruntime", "tokenizers"}),
+    ],
+)
+def test_the_libraries_of_an_image_are_those_of_its_part(part: str, others: set[str]) -> None:
     script = ROOT / "deploy/docker/requirements.py"
-    done = subprocess.run([sys.executable, script, "agent"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, script, part], cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = set(done.stdout.split("\n")[:-1])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert set(done.stdout.split("\n")[:-1]) == {*project["dependencies"], *project["optional-dependencies"]["agent"]}
+    assert set(project["optional-dependencies"][part]) <= printed
+    left_out = {line.partition(">")[0] for line in set(project["dependencies"]) - printed}
+    assert left_out == others, "a plain installation serves every part, an image one"
 
 
 @pytest.mark.parametrize("whole", WHOLE)

@@ -180,6 +180,33 @@ def test_an_absent_library_names_the_extra() -> None:
         raise ModuleNotFoundError("No module named 'edge_agent.nothing'", name="edge_agent.nothing")
 
 
+@pytest.mark.parametrize(
+    ("words", "library", "extra"),
+    [
+        ("agent --broker.url mqtt://127.0.0.1:1 --prompt x", "onnxruntime", "agent"),
+        ("agent --broker.url mqtt://127.0.0.1:1 --prompt x", "tokenizers", "agent"),
+        ("cloud --broker.url mqtt://127.0.0.1:1", "onnxruntime", "cloud"),
+        ("cloud --broker.url mqtt://127.0.0.1:1 --federation.assign_s 60", "sklearn", "cloud"),
+        ("edge --edge.embedded_port 0", "amqtt", "edge"),
+        ("demo", "amqtt", "agent,edge,cloud"),
+        ("demo", "tokenizers", "agent,edge,cloud"),
+        ("pki init pki", "cryptography", "operator"),
+        ("models export model out", "onnx", "models"),
+    ],
+)
+def test_a_library_that_is_imported_late_is_named_all_the_same(
+    words: str, library: str, extra: str, tmp_path: Path
+) -> None:
+    code = f"import sys; sys.modules[{library!r}] = None; from fedhlm_fleet.cli import main; sys.exit(main({words.split()}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"fedhlm: '{library}' is not installed: pip install 'fedhlm[{extra}]'"
+    assert "Traceback" not in done.stderr
+
+
 # Dispatch, signals and pipes
 
 

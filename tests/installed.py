@@ -1,0 +1,52 @@
+"""The program as a user has it: a wheel built from this tree, installed in a virtual environment of its own.
+
+pip takes libraries from the package index that `make` takes them from, in the versions of constraints.txt.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[1]
+_NOT_BUILT: Final = (".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks", "docs", "examples")
+_KEPT: Final = tempfile.TemporaryDirectory(
+    prefix="fedhlm-installed-"
+)  # until the tests end: making one takes half a minute
+
+
+@functools.cache
+def wheel() -> Path:
+    """A wheel of this tree. It is built from a copy, for setuptools takes up what an earlier build has left."""
+    copy, folder = Path(_KEPT.name, "source"), Path(_KEPT.name, "wheel")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*_NOT_BUILT))
+    _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, copy)
+    (built,) = folder.glob("fedhlm-*.whl")
+    return built
+
+
+@functools.cache
+def programs(*extras: str) -> Path:
+    """The folder of the programs of an environment that holds the wheel with these extras, and nothing else."""
+    folder = Path(_KEPT.name, "-".join(["plain", *extras]))
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    wanted = f"{wheel()}[{','.join(extras)}]" if extras else wheel()
+    _pip(folder / "bin" / "python", "install", "--constraint", ROOT / "constraints.txt", wanted)
+    return folder / "bin"
+
+
+def environ(folder: Path, **more: str) -> dict[str, str]:
+    """An environment as after `source bin/activate` of that folder of programs, without anything of this project's."""
+    ours = ("FEDHLM_", "PYTHON", "COVERAGE", "PYTEST", "HYPOTHESIS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {**kept, "PATH": f"{folder}{os.pathsep}{kept['PATH']}", "VIRTUAL_ENV": str(folder.parent), **more}
+
+
+def _pip(python: Path | str, *arguments: Path | str) -> None:
+    command = [python, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, env=environ(ROOT), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ FUZZ := $(VENV)/.fuzz
 # The recordings that tests/fedhlm_traces/test_golden.py decides again: every preset, a few seconds of the demo each.
 GOLDEN := tests/golden
 
-.PHONY: arm64-test golden help demo docs test lint format models chaos fuzz clean
+.PHONY: arm64-test golden help demo docs picture test lint format models chaos fuzz clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo 'make lint                          the same without pytest'
 	@echo 'make format                        let ruff rewrite'
 	@echo 'make docs                          build the documentation site into build/site'
+	@echo 'make picture                       run the demo and draw docs/assets/demo.svg anew'
 	@echo 'make models                        add torch, to train, export and test everything'
 	@echo 'make clean                         remove what make made'
 
@@ -68,6 +69,9 @@ format: $(TEST)
 docs: $(TEST)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo 'open build/site/index.html'
+
+picture: $(DEMO)
+	$(BIN)/python -m fedhlm_fleet.demo.picture docs/assets/demo.svg
 
 golden: $(DEMO)
 	@mkdir -p $(GOLDEN) && rm -f $(GOLDEN)/*.trace

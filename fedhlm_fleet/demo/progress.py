@@ -51,7 +51,7 @@ class Progress:
         if self._plain:
             yield None
             return
-        with Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self._view) as live:
+        with Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self.view) as live:
             yield live
 
     def stage(self, words: str, *, watched: bool = False) -> None:
@@ -109,7 +109,13 @@ class Progress:
     def _elapsed(self) -> str:
         return f"{self._clock_s() - self._began_s:5.1f} s"
 
-    def _view(self) -> Group:
+    @property
+    def watched(self) -> bool:
+        """Whether the stage is one that moves the journey on."""
+        return self._watched
+
+    def view(self) -> Group:
+        """What a terminal shows now: the stage, a row for each agent, and the journey's lines."""
         shown = Table(box=None, padding=(0, 1), pad_edge=False, expand=True)
         shown.add_column("agent", no_wrap=True)
         used = [s for s in SOURCES if any(tokens[s] for tokens in self._tokens.values())]

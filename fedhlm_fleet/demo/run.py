@@ -49,7 +49,7 @@ _COMPARISON_SEEDS: Final = 500_000  # no run asks so many
 
 
 class Demo:
-    """One run with its options; `report` is what was measured up to now. `alpha` None: all agents share one list."""
+    """One run with its options; `report` is what was measured up to now, `progress` what is seen of it. `alpha` None: all agents share one list."""
 
     def __init__(
         self,
@@ -97,6 +97,7 @@ class Demo:
         self.llm = model_folder(self.config.cloud.model, "llm")
         self.recording = recording
         self.report: Report | None = None
+        self.progress: Progress | None = None
         self.root = f"fedhlm-demo-{random.SystemRandom().getrandbits(32):08x}/1"
 
     @property
@@ -111,6 +112,7 @@ class Demo:
         bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
         journey = Journey(generation, measures_of(generation, sampling, self.tokens).draft, bars=bars)
         progress = Progress([p.agent for p in self.places], journey, plain=not console.is_terminal, console=console)
+        self.progress = progress
         async with Processes() as processes:
             broker = await self._start_broker(processes)
             bus = bus_of(broker, client_id=f"demo-{os.getpid()}", connect_timeout_s=broker.connect_timeout_s)

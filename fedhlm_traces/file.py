@@ -29,6 +29,7 @@ FLUSH_BYTES: Final = 256 * 1024
 FLUSH_S: Final = 0.5
 SYNC_S: Final = 1.0
 # Twice the largest message of ours: a larger record is refused when it is written, a larger frame when it is read.
+_MODE: Final = 0o600  # a recording holds all that was asked and written
 MAX_RECORD_BYTES: Final = 32 * 1024 * 1024
 MAX_FRAME_BYTES: Final = MAX_RECORD_BYTES + FLUSH_BYTES
 
@@ -185,7 +186,7 @@ class Writer:
     def _begin_part(self) -> None:
         path = part_path(self.path, self.parts)
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, _MODE)
         except OSError as exc:
             taken = exc.errno == errno.EEXIST
             why = "must be a new file (it exists already)" if taken else f"must be a writable file ({exc.strerror})"

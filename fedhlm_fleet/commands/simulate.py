@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
-import msgspec
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError, FedhlmError
+from fedhlm_fleet import figures as figures_file
 from fedhlm_fleet.commands.common import Positive, Seconds
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def _sweep(
 ) -> int:
     from fedhlm_lab.sim.sweep import Totals, sweep
 
+    figures_file.try_out(json_file)
     totals, began_s = Totals(), time.monotonic()
     with _quiet(), _shown(sweep(plan, seeds, jobs=jobs), len(seeds), console) as ended:
         for one in ended:
@@ -140,11 +141,7 @@ def _sweep(
                 _tell(plan, one.failure, console, out, shrinks=shrinks and len(totals.failures) <= SHRUNK_MAX)
     figures = totals.figures(time.monotonic() - began_s)
     _print_summary(totals, figures)
-    if json_file is not None:
-        try:
-            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
-        except OSError as exc:
-            raise ConfigError("--json", str(json_file), "a writable file", why=exc.strerror or str(exc)) from exc
+    figures_file.write(json_file, figures)
     return 1 if totals.failures else 0
 
 

@@ -64,8 +64,8 @@ class Figures(msgspec.Struct, kw_only=True):
     """What one preset did; shares in 0..1, bytes with MQTT framing, seconds. None: not measured, or without meaning.
 
     `transmissions_saved` is 1 - uplink messages per token: what is saved against sending every token by itself.
-    `compared` counts the requests that the models wrote alone as well. `risk` is the agents' R-hat for continued texts, weighted by their generations; `risk_limit` the largest of their
-    upper limits. `tau_start` and `tau_end` are means over the agents, 0 where everything was verified.
+    `compared` counts the requests that the models wrote alone as well; one that failed has no text to compare. `risk` is
+    the agents' R-hat for continued texts, weighted by their generations; `risk_limit` the largest of their upper limits. `tau_start` and `tau_end` are means over the agents, 0 where everything was verified.
     """
 
     preset: str
@@ -73,6 +73,7 @@ class Figures(msgspec.Struct, kw_only=True):
     tokens: int
     requests: int
     failed: int
+    first_error: str
     tokens_by_source: dict[str, int]
     compared: int
     identical_to_llm: float | None
@@ -123,8 +124,9 @@ class Run(NamedTuple):
 def figures(run: Run, alone: Mapping[int, Alternatives]) -> Figures:
     """Sum up finished requests; `alone` is by index into the requests, and one without entry is not compared."""
     done = [r for r in run.requests if r.finish is not None]
+    failures = [r for r in done if r.finish == "error"]
     tokens = sum(len(r.ids) for r in done)
-    compared = [(r, alone[i]) for i, r in enumerate(run.requests) if i in alone and r.finish is not None]
+    compared = [(r, alone[i]) for i, r in enumerate(run.requests) if i in alone and r.finish not in (None, "error")]
     # At temperature 0 nothing is drawn, so every text can be compared.
     alike = run.generation.coupling in SEEDED or run.generation.temperature == 0.0
     seeded = compared if alike else []
@@ -146,7 +148,8 @@ def figures(run: Run, alone: Mapping[int, Alternatives]) -> Figures:
         seed=run.seed,
         tokens=tokens,
         requests=len(done),
-        failed=sum(r.finish == "error" for r in done),
+        failed=len(failures),
+        first_error=failures[0].error if failures else "",
         tokens_by_source={s: Counter(x for r in done for x in r.sources)[s] for s in SOURCES},
         compared=len(compared),
         identical_to_llm=equal / compared_tokens if compared_tokens else None,
@@ -240,6 +243,8 @@ def _table(chosen: list[int], headings: list[str], rows: dict[str, list[str]]) -
 def notes(report: Report) -> list[str]:
     """What the table's words mean, for those that appear in it."""
     lines = []
+    if report.failed:
+        lines.append(f"{report.failed} of {report.requests} requests failed, the first of them: {report.first_error}")
     if report.comparisons:
         lines.append(
             f"same {report.comparisons[0].requests}: the same requests, with the same seeds, of the same agents under "

@@ -26,6 +26,7 @@ from fedhlm.errors import BusError, ConfigError, root_of
 from fedhlm.process.run import bus_of
 from fedhlm.protocol.messages import Sampling
 from fedhlm.telemetry import Counters, configure_logging
+from fedhlm_fleet import figures as figures_file
 from fedhlm_fleet.demo.client import Client, Place, Task, load_prompts, tasks_of
 from fedhlm_fleet.demo.journey import ASCII_BARS, BARS, Journey
 from fedhlm_fleet.demo.judge import Judge
@@ -44,6 +45,7 @@ READY_S: Final = 90.0
 COMPARED: Final = ("exact", "fedhlm", "hlm")
 COMPARED_ITEMS: Final = 8
 JUDGED_TEXTS: Final = 24  # of the run; to write them all alone would take longer than the run
+NOTHING_ANSWERED: Final = 1  # the exit status
 _SEEDS_APART: Final = 1_000_003
 _COMPARISON_SEEDS: Final = 500_000  # no run asks so many
 
@@ -313,11 +315,10 @@ def run(
     json_file: Path | None = None,
     recording: Path | None = None,
 ) -> int:
-    """Run the demo and print its table; 130 when it was interrupted, with the table so far."""
+    """Run the demo and print its table; 130 when it was interrupted, with the table so far; 1 when every request failed."""
     console = Console()
     configure_logging("ERROR", "demo")  # what is wrong with the broker comes as an error of ours
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError("--json", str(json_file), "a file in an existing folder")
+    figures_file.try_out(json_file)
     if recording is not None and (recording.exists() or not recording.parent.is_dir()):
         raise ConfigError("--record", str(recording), "a new file in an existing folder")
     demo = Demo(
@@ -344,8 +345,9 @@ def run(
         console.print(*tables(demo.report, console.width))
         for line in notes(demo.report):
             console.print(line, markup=False, highlight=False)
-        if json_file is not None:
-            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(demo.report), indent=2) + b"\n")
+        figures_file.write(json_file, demo.report)
+        if 0 < demo.report.requests == demo.report.failed:
+            code = code or NOTHING_ANSWERED
     return code
 
 

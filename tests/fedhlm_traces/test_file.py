@@ -56,6 +56,16 @@ def write(path: Path, wanted: list[Record], **options: Any) -> Writer:
     return writer
 
 
+def test_a_recording_is_for_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        writer = write(tmp_path / "run.trace", some(20), rotate_bytes=1)
+    finally:
+        os.umask(before)
+    assert writer.parts > 1
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
 @given(wanted=st.lists(records, max_size=20), flush_bytes=st.integers(1, 1_000))
 def test_what_is_written_is_read(
     wanted: list[Record], flush_bytes: int, tmp_path_factory: pytest.TempPathFactory

@@ -4,6 +4,7 @@ import io
 import re
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,6 +100,26 @@ def test_the_error_is_that_of_all_agents_generations_of_the_commonest_kind() -> 
     both = first + second
     assert (result.risk, result.risk_limit, result.risk_generations) == (both.estimate, both.limit(), 3)
     assert result.risk == pytest.approx((0.05 + 0.2) / 3)
+
+
+def test_a_request_that_failed_is_like_nothing() -> None:
+    failed = [
+        Generated(
+            agent="a", task="continue", prompt="p", topic="", seed=n, max_tokens=4, finish="error", error=f"no {n}"
+        )
+        for n in range(3)
+    ]
+    alone = {n: Alternatives([], "", "") for n in range(3)}
+    result = figures(run_of(failed), alone)
+    assert (result.requests, result.failed, result.first_error, result.compared) == (3, 3, "no 0", 0)
+    assert (result.identical_to_llm, result.exact_match) == (None, None)
+    report = Report(**msgspec.structs.asdict(result))
+    told = notes(report)
+    assert told[0] == "3 of 3 requests failed, the first of them: no 0"
+    printed = io.StringIO()
+    Console(width=100, file=printed).print(*tables(report, 100))
+    assert "requests failed" in printed.getvalue()
+    assert "as the LLM alone" not in printed.getvalue()
 
 
 def test_nothing_finished_is_no_division_by_zero() -> None:

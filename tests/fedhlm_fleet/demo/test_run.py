@@ -155,7 +155,7 @@ def test_a_demo_that_is_killed_leaves_no_process() -> None:
     [
         (["--preset", "exakt"], "did you mean 'exact'"),
         (["--prompts", "nowhere.txt"], "'nowhere.txt'"),
-        (["--json", "nowhere/x.json"], "must be a file in an existing folder"),
+        (["--json", "nowhere/x.json"], "--json must be a writable file (got 'nowhere/x.json': No such file"),
         (["--broker", "mqtt://127.0.0.1:1"], "mqtt://127.0.0.1:1 not reached"),
         (["--broker", "http://x"], "broker.url must be mqtt://"),
         (["--tokens", "0"], "tokens"),
@@ -175,6 +175,22 @@ def test_mistakes_are_told_in_one_line(arguments: list[str], words: str) -> None
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_demo_without_one_answer_says_so_and_promises_nothing(tmp_path: Path) -> None:
+    prompts, out = tmp_path / "long.txt", tmp_path / "result.json"
+    prompts.write_text("Oil prices rise again " * 400 + "\n")  # more than the model's context
+    options = ["--prompts", str(prompts), "--duration", "1", "--json", str(out)]
+    done = subprocess.run([*COMMAND, *options], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1, done.stderr
+    report = json.loads(out.read_bytes())
+    assert report["failed"] == report["requests"] > 0
+    assert report["exact_match"] is None
+    assert "as the LLM alone" not in done.stdout
+    assert "requests failed, the first of them: prompt must be shorter than the model's context" in " ".join(
+        done.stdout.split()
+    )
 
 
 def test_a_missing_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

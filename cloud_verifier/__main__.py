@@ -13,7 +13,8 @@ from fedhlm.config import Loaded
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import bus_of, configured_folder, journal_of, serve
+from fedhlm.process.run import bus_of, configured_folder, serve
+from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
 from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import fingerprint_of
@@ -30,6 +31,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     """Serve until cancelled."""
     notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
+    runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
     folder = configured_folder(config.cloud.model, key="cloud.model")
     decoder = Decoder.load(folder, threads=config.cloud.threads, providers=config.cloud.providers)
     info = decoder.info
@@ -42,7 +44,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
         client_id=NAME,
         birth=Retained(status, encode(presence(stamp, "cloud", online=True, fingerprint=fingerprint))),
         will=Retained(status, encode(presence(stamp, "cloud", online=False))),
-        on_link=notifier.link("the broker", then=to_announce.set),
+        on_link=notifier.link("the broker", then=lambda _up: to_announce.set()),
     )
     sessions = Sessions(
         fingerprint=fingerprint,
@@ -52,9 +54,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     )
     async with threaded(decoder) as engine:
         service = CloudService(
-            party=Party(
-                bus=bus, stamp=stamp, counters=counters, root=config.broker.root, journal=journal_of(config.telemetry)
-            ),
+            party=Party(bus=bus, stamp=stamp, counters=counters, root=config.broker.root, journal=runtime.journal),
             engine=engine,
             sessions=sessions,
             counters=counters,

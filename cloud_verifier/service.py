@@ -18,6 +18,7 @@ from cloud_verifier.verifier import Settled
 from fedhlm.bus.party import Party, Received
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
+from fedhlm.process.saver import Saver
 from fedhlm.process.state import Store
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
@@ -76,7 +77,7 @@ class CloudService:
         self._to_announce = to_announce or asyncio.Event()
         self._assign_s = assign_s
         self._in_thread = in_thread
-        self._saver = rounds.Saver(store, {FEDERATION_FILE: self.coordinator.members})
+        self._saver = Saver(store, {FEDERATION_FILE: self.coordinator.members}, in_thread=in_thread)
         if party.journal is not None:
             life = CloudStart(
                 root=party.root,
@@ -114,10 +115,10 @@ class CloudService:
                 group.create_task(rounds_made, name="cloud-rounds")
                 group.create_task(self._announce(), name="cloud-announce")
                 group.create_task(self._regroup(), name="cloud-regroup")
-                group.create_task(self._saver.keep(self._in_thread), name="cloud-save")
+                group.create_task(self._saver.keep(), name="cloud-save")
                 group.create_task(self._party.keep_journal(topics.CLOUD_JOURNAL, dict), name="cloud-journal")
         finally:
-            self._saver.write()
+            self._saver.flush()
 
     async def _receive(self) -> None:
         async for received in self._party.received():

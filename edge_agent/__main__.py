@@ -4,27 +4,20 @@ import asyncio
 import logging
 import random
 import sys
-import time
 
 import numpy as np
 
-from edge_agent.connection import Connection
-from edge_agent.driver import Agent
-from edge_agent.learner import Learner
-from edge_agent.membership import birth_and_will
 from edge_agent.model import Slm, threaded
-from edge_agent.peers import Peers
-from edge_agent.profile import Sampler
 from edge_agent.service import AgentService, ModelFacts
-from fedhlm.bus.interface import Bus
-from fedhlm.bus.party import Party, Stamp
+from edge_agent.wiring import SmallModel, service_of
 from fedhlm.config import Loaded
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import bus_of, configured_folder, journal_of, serve
+from fedhlm.process.run import configured_folder, opener, serve
+from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Prompt
@@ -43,50 +36,27 @@ async def run(
     decoder = Decoder.load(folder, threads=config.agent.threads, providers=config.agent.providers)
     info = decoder.info
     fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
-    name, cluster, root = config.agent.id, config.cluster.name, config.broker.root
-    stamp = Stamp(name)
-
-    def open_bus(home: str, connect_timeout_s: float | None = config.broker.connect_timeout_s) -> Bus:
-        birth, will = birth_and_will(stamp, fingerprint, home, root)
-        client_id = f"{home}-{name}"
-        return bus_of(
-            config.broker,
-            client_id=client_id,
-            birth=birth,
-            will=will,
-            on_link=notifier.link("the broker"),
-            connect_timeout_s=connect_timeout_s,
-        )
-
-    # A service waits for its broker as long as it takes; a command line, or a second connection, does not.
-    bus = open_bus(cluster, None) if prompt is None else open_bus(cluster)
-    party = Party(bus=bus, stamp=stamp, counters=counters, root=root, journal=journal_of(config.telemetry))
     projection = load_projection(folder, info.hidden_size)
-    consensus = config.generation.consensus
-    rng = np.random.default_rng()
+    store = store_of(config.agent.state, key="agent.state")
+    runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
+    # A service waits for its broker as long as it takes; a command line, or a second connection, does not.
+    patient, impatient = (
+        opener(config.broker, notifier, "the broker", connect_timeout_s=limit_s)
+        for limit_s in (None, config.broker.connect_timeout_s)
+    )
     async with threaded(Slm(decoder, projection)) as drafter:
-        agent = Agent(
-            party=party,
-            cluster=cluster,
-            drafter=drafter,
-            fingerprint=fingerprint,
-            counters=counters,
+        service = service_of(
+            loaded,
+            runtime,
+            SmallModel(drafter, fingerprint, projection.digest[:8]),
+            ModelFacts(decoder.tokenizer, info.bos_id, frozenset(info.eos_ids), info.context),
+            open_bus=patient if prompt is None else impatient,
+            open_next=impatient,
             new_session=lambda: random.SystemRandom().getrandbits(32),
-            learner=Learner(config.federation, rng),
-            make_peers=lambda: Peers(
-                name, time.monotonic, size=consensus.size, max_age_s=consensus.max_age_s, space=projection.digest[:8]
-            ),
-            # Without a cloud that groups agents a profile would only cost its bytes.
-            sampler=Sampler(rng) if config.federation.assign_s else None,
-        )
-        model = ModelFacts(decoder.tokenizer, info.bos_id, frozenset(info.eos_ids), info.context)
-        store = store_of(config.agent.state, key="agent.state")
-        connection = Connection(party, open_bus, cluster)
-        service = AgentService(
-            agent=agent, loaded=loaded, model=model, counters=counters, store=store, connection=connection
+            rng=np.random.default_rng(),
         )
         await service.subscribe()
-        async with connection:
+        async with service.connection:
             log.info("drafting with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
             if prompt is None:
                 notifier.serving()

@@ -44,6 +44,7 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.decoding.tree import pack_branches
 from fedhlm.errors import ProtocolError
+from fedhlm.process.saver import Saver
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     Assignment,
@@ -66,11 +67,12 @@ from fedhlm.protocol.messages import (
 )
 from fedhlm.settings import Consensus, Federation
 from fedhlm.settings import Generation as GenerationConfig
-from fedhlm.telemetry import Counters, warn_once
+from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
 
 EVENTS_MAX: Final = 1_024
+LEARNER_FILE: Final = "learner"
 
 NextEvent = Callable[[asyncio.Queue[Event], float], Awaitable[Event]]
 """Waits for a generation's next event, or for the time when a Tick is due."""
@@ -103,7 +105,7 @@ class Agent:
     """Runs generations over one bus, in `cluster` until it is assigned to another one.
 
     `new_session` gives numbers below 2**63 that do not repeat among recent ones. With a `sampler` the cloud is shown
-    samples of what this agent drafts; `make_peers` makes an empty view of a cluster. Time comes from `clock_s` (the
+    samples of what this agent drafts; `make_peers` makes an empty view of a cluster; `saver` keeps the `learner`. Time comes from `clock_s` (the
     loop's by default), and events from `next_event`, so that a journal can take their place.
     """
 
@@ -114,9 +116,9 @@ class Agent:
         cluster: str,
         drafter: Drafter,
         fingerprint: Fingerprint,
-        counters: Counters,
         new_session: Callable[[], int],
         learner: Learner,
+        saver: Saver,
         make_peers: Callable[[], Peers],
         sampler: Sampler | None = None,
         clock_s: Callable[[], float] | None = None,
@@ -131,7 +133,9 @@ class Agent:
         self.link_up = True
         self.upstream: Fingerprint | None = None
         self._drafter = drafter
-        self._counters = counters
+        self._counters = party.counters
+        self._saver = saver
+        self._saved_round = learner.round
         self._new_session = new_session
         self._make_peers = make_peers
         self._sampler = sampler
@@ -180,9 +184,19 @@ class Agent:
             tau=tau,
         )
 
-    def note_life(self, federation: Federation, consensus: Consensus) -> None:
+    async def save(self) -> None:
+        """Keep what was learnt, once a round: the disk of a small device does not last for ever."""
+        if self.learner.round != self._saved_round:
+            self._saved_round = self.learner.round
+            await self._saver.save()
+
+    def flush(self) -> None:
+        """Keep what was learnt, and wait for the disk: the last thing that an agent does."""
+        self._saver.flush()
+
+    def note_start(self, federation: Federation, consensus: Consensus) -> None:
         """Begin the journal, if one is kept: what this agent is made of, and what it has learnt in earlier lives."""
-        self._notes.life(
+        self._notes.start(
             lambda: AgentStart(
                 name=self.name,
                 cluster=self.cluster,

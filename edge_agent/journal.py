@@ -115,7 +115,7 @@ class Notes:
     def __init__(self, party: Party) -> None:
         self._party = party
 
-    def life(self, fact: Callable[[], AgentStart]) -> None:
+    def start(self, fact: Callable[[], AgentStart]) -> None:
         """The first note of all."""
         if self._party.journal is not None:
             self._party.journal.note("state", "agent", pack(fact()))

@@ -14,20 +14,18 @@ from edge_agent.result import Job, Result
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
 from fedhlm.decoding.text import StoppedText, TextStream, encode_prompt
-from fedhlm.errors import BusError, FedhlmError, ProtocolError
-from fedhlm.process.state import Store
+from fedhlm.errors import BusError, FedhlmError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Cancel, FinishReason, Output, Prompt, Refusal, Sampling
 from fedhlm.protocol.prompts import unusable
 from fedhlm.settings import Generation as GenerationConfig
-from fedhlm.telemetry import Counters, warn_once
+from fedhlm.telemetry import warn_once
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-LEARNER_FILE: Final = "learner"
 TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens than this
 RENEW_AGAIN_S: Final = 30.0
 
@@ -42,7 +40,7 @@ class ModelFacts(NamedTuple):
 
 
 class AgentService:
-    """Serves prompts until cancelled. With a `connection`, the broker is told the truth of an agent that has moved."""
+    """Serves prompts until cancelled. By `connection` the broker is told the truth of an agent that has moved."""
 
     def __init__(
         self,
@@ -50,42 +48,19 @@ class AgentService:
         agent: Agent,
         loaded: Loaded,
         model: ModelFacts,
-        counters: Counters,
-        store: Store | None = None,
-        connection: Connection | None = None,
+        connection: Connection,
     ) -> None:
         self.agent = agent
-        self._connection = connection
+        self.connection = connection
         self._moved = asyncio.Event()
         self._turn = asyncio.Lock()
         self._loaded = loaded
         self._model = model
-        self._counters = counters
-        self._store = store
-        self._saved_round = 0
-        self._restore()
-        agent.note_life(loaded.config.federation, loaded.config.generation.consensus)
+        self._counters = agent.party.counters
         self.requests = Requests(agent.name)
         self._work = asyncio.Event()
         self._current: Request | None = None
         agent.party.on_refused = self._answer_unusable
-
-    def _restore(self) -> None:
-        kept = self._store.load(LEARNER_FILE) if self._store else None
-        if self._store is None or kept is None:
-            return
-        try:
-            self.agent.learner.restore(kept)
-        except ProtocolError as exc:
-            self._store.reject(LEARNER_FILE, str(exc))
-        self._saved_round = self.agent.learner.round
-
-    async def _save(self) -> None:
-        """Keep what was learnt, once a round: the disk of a small device does not last for ever."""
-        learner = self.agent.learner
-        if self._store is not None and learner.round != self._saved_round:
-            self._saved_round = learner.round
-            await asyncio.to_thread(self._store.save, LEARNER_FILE, learner.snapshot())
 
     async def subscribe(self) -> None:
         """To be called before the bus connects, so that the agent is not online before it hears prompts."""
@@ -93,12 +68,14 @@ class AgentService:
 
     async def run(self) -> None:
         """Serve until cancelled, or until the bus is refused for good (BusError)."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._receive(), name="agent-receive")
-            group.create_task(self._serve(), name="agent-serve")
-            group.create_task(self._keep_journal(), name="agent-journal")
-            if self._connection is not None:
-                group.create_task(self._renew(self._connection), name="agent-renew")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._receive(), name="agent-receive")
+                group.create_task(self._serve(), name="agent-serve")
+                group.create_task(self._keep_journal(), name="agent-journal")
+                group.create_task(self._renew(), name="agent-renew")
+        finally:
+            self.agent.flush()
 
     async def _keep_journal(self) -> None:
         agent = self.agent
@@ -122,19 +99,20 @@ class AgentService:
                 if self.agent.cluster != before:
                     self._moved.set()
 
-    async def _renew(self, connection: Connection) -> None:
+    async def _renew(self) -> None:
         """After a move, go on with a connection whose last will is in the new cluster."""
         while True:
             await self._moved.wait()
             self._moved.clear()
             try:
-                await self._reconnect(connection)
+                await self._reconnect()
             except BusError as exc:
                 warn_once(log, "renew", "no second connection, trying again every %g s: %s", RENEW_AGAIN_S, exc)
                 await asyncio.sleep(RENEW_AGAIN_S)
                 self._moved.set()
 
-    async def _reconnect(self, connection: Connection) -> None:
+    async def _reconnect(self) -> None:
+        connection = self.connection
         membership = self.agent.membership
         cluster, filters = membership.cluster, membership.filters()
         if cluster == connection.cluster:
@@ -280,7 +258,7 @@ class AgentService:
         if show is not None:
             show(rest)
         await self._publish(request, [], rest, finish=result.finish, error=result.error, statistics=result.statistics())
-        await self._save()
+        await self.agent.save()
         return result
 
     def _config(self, prompt: Prompt) -> GenerationConfig:

@@ -1,12 +1,11 @@
 """The edge as a running service: one bus to its cluster, one to the cloud (they may be the same).
 
-What it decides is in `cluster` (the relay), `memory` (answers from verified tokens) and `fedhlm.learning.federation` (rounds).
+What it decides is in `relay`, `memory` (answers from verified tokens) and `fedhlm.learning.federation` (rounds).
 """
 
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -15,11 +14,12 @@ from msgspec.structs import replace
 from edge_broker.journal import EdgeStart
 from edge_broker.memory import DIGEST_MAX, Answer, ClusterMemory
 from edge_broker.relay import Relay
+from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.learning.federation import Members, State, mean_of_agents
-from fedhlm.process.state import Store
+from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     MAX_BATCH,
@@ -37,8 +37,8 @@ from fedhlm.protocol.messages import (
     Verified,
     VerifiedTokens,
 )
-from fedhlm.settings import Edge, Federation
-from fedhlm.telemetry import Counters, warn_once
+from fedhlm.settings import Config
+from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -58,44 +58,46 @@ HEARD: Final = (
 )
 
 
+def federation_file(cluster: str) -> str:
+    """The file that keeps what the cluster's agents contributed."""
+    return f"edge-{cluster}.federation"
+
+
+def memory_file(cluster: str) -> str:
+    """The file that keeps the cluster's verified tokens."""
+    return f"edge-{cluster}.memory"
+
+
 class EdgeService:
     """Relays between a cluster and the cloud until cancelled, answers from its memory, sums what its agents learn.
 
-    `to_announce` is set whenever the edge's retained state is due; its cluster bus sets it on every connect. What it
-    knows is kept in `store`; `in_thread` waits for the disk. `bridges` says that cluster and cloud have brokers of their
-    own, so that assignments must be carried over.
+    `to_announce` is set whenever the edge's retained state is due; its cluster bus sets it on every connect. `bridges`
+    says that cluster and cloud have brokers of their own, so that assignments must be carried over. What an earlier life
+    kept is restored on construction, and the journal begins.
     """
 
     def __init__(
         self,
+        config: Config,
+        runtime: Runtime,
         *,
-        cluster: str,
         down: Party,
         up: Party,
-        counters: Counters,
-        batch_max: int,
-        batch_wait_s: float,
         to_announce: asyncio.Event,
-        federation: Federation | None = None,
-        memory_max: int = Edge().memory,
-        store: Store | None = None,
-        bridges: bool = False,
-        in_thread: rounds.InThread = asyncio.to_thread,
-        clock_s: Callable[[], float] | None = None,
+        bridges: bool,
     ) -> None:
-        self.cluster = cluster
-        self.relay = Relay(batch_max=batch_max)
-        self.memory = ClusterMemory(memory_max)
-        federation = federation or Federation()
-        self.members = Members(federation, mean_of_agents)
-        self._prior_tokens = federation.prior_tokens
+        self.cluster = config.cluster.name
+        self.down = down
+        self.up = up
+        self.relay = Relay(batch_max=config.edge.batch_max)
+        self.memory = ClusterMemory(config.edge.memory)
+        self.members = Members(config.federation, mean_of_agents)
+        self._prior_tokens = config.federation.prior_tokens
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None
         self.above: State | None = None
-        self._down = down
-        self._up = up
-        self._counters = counters
-        self._batch_wait_s = batch_wait_s
+        self._counters = runtime.counters
+        self._batch_wait_s = config.edge.batch_wait_ms / 1000.0
         self._waiting = asyncio.Event()
         self._to_announce = to_announce
         self._contributed = asyncio.Event()
@@ -103,48 +105,50 @@ class EdgeService:
         self._digest_full = asyncio.Event()
         self._assigned: OrderedDict[str, Assignment] = OrderedDict()
         self._bridges = bridges
-        self._in_thread = in_thread
-        self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
-        kept: dict[str, rounds.Kept] = {
-            f"edge-{cluster}.federation": self.members,
-            f"edge-{cluster}.memory": self.memory,
-        }
-        self._saver = rounds.Saver(store, kept)
-        if down.journal is not None:
-            life = EdgeStart(
-                cluster=cluster,
+        self._clock_s = runtime.clock_s
+        self._saver = runtime.saver(
+            {federation_file(self.cluster): self.members, memory_file(self.cluster): self.memory}
+        )
+        if runtime.journal is not None:
+            start = EdgeStart(
+                cluster=self.cluster,
                 down_root=down.root,
                 up_root=up.root,
-                batch_max=batch_max,
-                memory_max=memory_max,
+                batch_max=config.edge.batch_max,
+                memory_max=config.edge.memory,
                 bridges=bridges,
-                federation=federation,
+                federation=config.federation,
                 members=self.members.snapshot(),
                 memory=self.memory.snapshot(),
             )
-            down.journal.note("state", "edge", msgspec.msgpack.encode(life))
+            runtime.journal.note("state", "edge", msgspec.msgpack.encode(start))
+
+    @property
+    def buses(self) -> tuple[Bus, ...]:
+        """The one or two connections, to be entered after `subscribe`."""
+        return tuple(dict.fromkeys((self.down.bus, self.up.bus)))
 
     async def subscribe(self) -> None:
         """To be called before the buses connect, so that nobody hears of the edge before it hears them."""
-        await self._down.bus.subscribe(
-            *(topic.name(self._down.root, cluster=self.cluster, agent="+") for topic in BELOW),
+        await self.down.bus.subscribe(
+            *(topic.name(self.down.root, cluster=self.cluster, agent="+") for topic in BELOW),
             # Its own retained state of before a restart.
-            topics.FL_STATE.name(self._down.root, cluster=self.cluster),
+            topics.FL_STATE.name(self.down.root, cluster=self.cluster),
         )
-        await self._up.bus.subscribe(
-            topics.CLOUD_STATUS.name(self._up.root),
-            topics.CLOUD_VERDICT.name(self._up.root, cluster=self.cluster),
-            topics.CLOUD_FL_STATE.name(self._up.root),
-            topics.NEIGHBOUR.name(self._up.root, cluster="+"),
-            topics.ASSIGN.name(self._up.root, agent="+"),
+        await self.up.bus.subscribe(
+            topics.CLOUD_STATUS.name(self.up.root),
+            topics.CLOUD_VERDICT.name(self.up.root, cluster=self.cluster),
+            topics.CLOUD_FL_STATE.name(self.up.root),
+            topics.NEIGHBOUR.name(self.up.root, cluster="+"),
+            topics.ASSIGN.name(self.up.root, agent="+"),
         )
 
     async def run(self) -> None:
         """Serve until cancelled, or until a bus is refused for good (BusError)."""
-        parties = [self._down] if self._up.bus is self._down.bus else [self._down, self._up]
+        parties = [self.down] if self.up.bus is self.down.bus else [self.down, self.up]
         rounds_made = rounds.keep_rounds(
             self.members,
-            bus=self._down.bus,
+            bus=self.down.bus,
             changed=self._contributed,
             clock_s=self._clock_s,
             publish=self.end_round,
@@ -157,11 +161,11 @@ class EdgeService:
                 group.create_task(self._announce(), name="edge-announce")
                 group.create_task(self._send_digests(), name="edge-digests")
                 group.create_task(rounds_made, name="edge-rounds")
-                group.create_task(self._saver.keep(self._in_thread), name="edge-save")
-                journal = self._down.keep_journal(topics.EDGE_JOURNAL, lambda: {"cluster": self.cluster})
+                group.create_task(self._saver.keep(), name="edge-save")
+                journal = self.down.keep_journal(topics.EDGE_JOURNAL, lambda: {"cluster": self.cluster})
                 group.create_task(journal, name="edge-journal")
         finally:
-            self._saver.write()
+            self._saver.flush()
 
     async def _receive(self, party: Party) -> None:
         async for received in party.received():
@@ -186,7 +190,7 @@ class EdgeService:
             case Learned() as learned:
                 self._note_learned(received.topic, learned)
             case Profile() as profile if profile.agent == received.levels["agent"]:
-                await self._up.send(topics.CLOUD_PROFILE, profile, cluster=self.cluster)
+                await self.up.send(topics.CLOUD_PROFILE, profile, cluster=self.cluster)
             case Assignment() as assignment:
                 await self._assign(received.levels["agent"], assignment)
             case Presence(role="agent") as state:
@@ -213,11 +217,11 @@ class EdgeService:
         self._counters.add("neighbour_answers" if answer.source == "neighbour" else "peer_answers")
         verdict = self._verdict(escalation, answer)
         self._counters.add("verdicts")
-        await self._down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+        await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
 
     def _verdict(self, escalation: Escalation, answer: Answer) -> Verdict:
         return Verdict(
-            **self._down.stamp(),
+            **self.down.stamp(),
             session=escalation.session,
             epoch=escalation.epoch,
             base=escalation.base,
@@ -236,8 +240,8 @@ class EdgeService:
         # Before the verdicts and on the same connection, so that an agent that goes on after its verdict knows them.
         for start in range(0, len(verified), MAX_BATCH):
             items = tuple(verified[start : start + MAX_BATCH])
-            message = VerifiedTokens(**self._down.stamp(), space=self.memory.keys, items=items)
-            await self._down.send(topics.KNOWN, message, cluster=self.cluster)
+            message = VerifiedTokens(**self.down.stamp(), space=self.memory.keys, items=items)
+            await self.down.send(topics.KNOWN, message, cluster=self.cluster)
         if verified:
             self._counters.add("verified_tokens", len(verified))
             self._learnt.set()
@@ -245,11 +249,11 @@ class EdgeService:
                 self._digest_full.set()
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
             self._counters.add("verdicts")
-            await self._down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+            await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
         if self.upstream is None:
             # The cloud is there, and its presence was lost on the way, in a full queue perhaps. A subscription brings
             # retained state again.
-            await self._up.bus.subscribe(topics.CLOUD_STATUS.name(self._up.root))
+            await self.up.bus.subscribe(topics.CLOUD_STATUS.name(self.up.root))
 
     async def _send_batches(self) -> None:
         while True:
@@ -265,8 +269,8 @@ class EdgeService:
         items = self.relay.take_batch()
         if items:
             self._counters.add("batches")
-            batch = EscalationBatch(**self._up.stamp(), items=items)
-            await self._up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
+            batch = EscalationBatch(**self.up.stamp(), items=items)
+            await self.up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
         return bool(items)
 
     async def _send_digests(self) -> None:
@@ -286,8 +290,8 @@ class EdgeService:
         """Tell the neighbours the next verified tokens; False when there are none."""
         items = self.memory.take_digest()
         if items:
-            message = VerifiedTokens(**self._up.stamp(), space=self.memory.keys, items=items)
-            await self._up.send(topics.NEIGHBOUR, message, cluster=self.cluster)
+            message = VerifiedTokens(**self.up.stamp(), space=self.memory.keys, items=items)
+            await self.up.send(topics.NEIGHBOUR, message, cluster=self.cluster)
         return bool(items)
 
     def _vocab_size(self, agent: str) -> int | None:
@@ -315,8 +319,8 @@ class EdgeService:
 
     async def end_round(self) -> None:
         """Close the round of the federation, tell the cluster and, where it has grown, the cloud."""
-        if self._down.journal is not None:
-            self._down.journal.note("round", at_s=self._clock_s())
+        if self.down.journal is not None:
+            self.down.journal.note("round", at_s=self._clock_s())
         grown = self.members.grown
         state = self.members.close()
         self._counters.add("rounds")
@@ -325,14 +329,14 @@ class EdgeService:
             await self._send_contribution(state)
 
     async def _send_contribution(self, state: State) -> None:
-        contribution = state.contribution(self._up.stamp())
-        await self._up.send(topics.CLOUD_FL_UPDATE, contribution, cluster=self.cluster)
+        contribution = state.contribution(self.up.stamp())
+        await self.up.send(topics.CLOUD_FL_UPDATE, contribution, cluster=self.cluster)
 
     async def _send_learned(self, state: State) -> None:
         # What is inherited holds the cloud's share already.
         above = None if self.members.inherited_share else self.above
-        learned = state.below(above, tokens=self._prior_tokens).learned(self._down.stamp())
-        await self._down.send(topics.FL_STATE, learned, cluster=self.cluster)
+        learned = state.below(above, tokens=self._prior_tokens).learned(self.down.stamp())
+        await self.down.send(topics.FL_STATE, learned, cluster=self.cluster)
 
     def _note_learned(self, topic: topics.Topic, learned: Learned) -> None:
         try:
@@ -362,7 +366,7 @@ class EdgeService:
     async def _carry_over(self, agent: str) -> None:
         if self._bridges and agent in self._assigned:
             self._counters.add("assignments")
-            await self._down.send(topics.ASSIGN, self._assigned[agent], agent=agent)
+            await self.down.send(topics.ASSIGN, self._assigned[agent], agent=agent)
 
     def _forget_if_moved(self, agent: str) -> None:
         """Its sums are part of another cluster from now on; a merely silent agent stays with its last ones."""
@@ -410,8 +414,8 @@ class EdgeService:
 
     async def announce(self) -> bool:
         """Publish what the broker is to retain; whether there was room for the edge's presence."""
-        message = presence(self._down.stamp, "edge", online=True, upstream=self.upstream)
-        sent = await self._down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
+        message = presence(self.down.stamp, "edge", online=True, upstream=self.upstream)
+        sent = await self.down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
         if self.members.told:
             # The broker may have lost it with a restart of its own.
             await self._send_learned(self.members.state())

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from fedhlm.decoding.decoder import TOKENIZER_FILE
 from fedhlm.errors import ConfigError
+from fedhlm.process.files import replacing
 from fedhlm_zoo.corpus import load_ag_news, load_news
 from fedhlm_zoo.drafts import mix, write_drafts
 from fedhlm_zoo.tokenizer import save_tokenizer, train_tokenizer
@@ -157,8 +158,6 @@ class _Text:
     def _kept(self, name: str, make: Callable[[], Pack]) -> Pack:
         path = self._runs / f"pack-{name}.npz"
         if not path.is_file():
-            pack = make()
-            temporary = path.with_name(f"{path.stem}.part.npz")
-            pack.save(temporary)
-            temporary.replace(path)
+            with replacing(path) as file:
+                make().save(file)
         return Pack.load(path)

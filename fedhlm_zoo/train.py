@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 import msgspec
 import numpy as np
@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedhlm.errors import ConfigError, DataMissing
+from fedhlm.process.files import replacing
 from fedhlm_zoo.corpus import TOPIC_LINE, Article
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ class Pack(msgspec.Struct, frozen=True):
     weights: NDArray[np.float16]  # (tokens,)
     starts: NDArray[np.int64]  # (documents + 1,) offsets into ids
 
-    def save(self, path: Path) -> None:
-        np.savez(path, ids=self.ids, weights=self.weights, starts=self.starts)
+    def save(self, file: BinaryIO) -> None:
+        np.savez(file, ids=self.ids, weights=self.weights, starts=self.starts)
 
     @staticmethod
     def load(path: Path) -> "Pack":
@@ -259,8 +260,6 @@ def _resume(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer
 
 
 def _save(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(
-        {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}, temporary
-    )
-    temporary.replace(path)
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
+    with replacing(path) as file:
+        torch.save(state, file)

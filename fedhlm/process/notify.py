@@ -90,11 +90,12 @@ class Notifier:
             await asyncio.sleep(self._span_s / 2.0)
 
     def link(
-        self, name: str, *, needed: bool = True, then: Callable[[], object] | None = None
+        self, name: str, *, needed: bool = True, then: Callable[[bool], object] | None = None
     ) -> Callable[[bool], None]:
         """A hook for `bus.LinkHook`. Ready needs every `needed` link; the status names all that are down.
 
-        Each hook of one `name` is one connection, and the link is up while any of them is. `then` is called after it.
+        Each hook of one `name` is one connection, and the link is up while any of them is. `then` is called after it with the
+        same.
         """
         self._links.setdefault(name, 0)
         if needed:
@@ -104,7 +105,7 @@ class Notifier:
             self._links[name] += 1 if up else -1
             self._tell()
             if then is not None:
-                then()
+                then(up)
 
         return changed
 

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import random
 import signal
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
@@ -14,10 +13,10 @@ import msgspec
 
 from fedhlm import settings
 from fedhlm.bus.interface import LinkHook, Retained
-from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import ConfigError, FedhlmError, root_of
 from fedhlm.process.notify import Notifier
+from fedhlm.process.runtime import OpenBus
 from fedhlm.telemetry import Counters, configure_logging, exported
 
 log = logging.getLogger(__name__)
@@ -66,9 +65,35 @@ def bus_of(
     )
 
 
-def journal_of(telemetry: settings.Telemetry) -> JournalWriter | None:
-    """The journal of a part on real time, where one is asked for."""
-    return JournalWriter(random.SystemRandom().getrandbits(63), time.monotonic) if telemetry.journal else None
+def opener(
+    broker: settings.Broker,
+    notifier: Notifier,
+    link: str,
+    *,
+    needed: bool = True,
+    key: str = "broker",
+    connect_timeout_s: float | None = None,
+) -> OpenBus:
+    """Opens buses to the broker of a section; the service manager is told of each as of `link` (see `Notifier.link`)."""
+
+    def open_bus(
+        *,
+        client_id: str,
+        birth: Retained | None = None,
+        will: Retained | None = None,
+        on_link: LinkHook | None = None,
+    ) -> MqttBus:
+        return bus_of(
+            broker,
+            client_id=client_id,
+            key=key,
+            birth=birth,
+            will=will,
+            on_link=notifier.link(link, needed=needed, then=on_link),
+            connect_timeout_s=connect_timeout_s,
+        )
+
+    return open_bus
 
 
 def serve(config: settings.Config, name: str, main: Callable[[Counters, Notifier], Awaitable[int]]) -> int:

@@ -6,19 +6,18 @@ a thread by itself; `save` waits for the disk.
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
 from fedhlm.errors import ConfigError
+from fedhlm.process.files import PRIVATE, replace_file
 
 log = logging.getLogger(__name__)
 
 MAGIC: Final = b"fedhlm state 1\n"
 _DIGEST_BYTES: Final = 32
-_MODE: Final = 0o600  # what a device has learnt is nobody else's
 
 
 def save(folder: Path | str, name: str, payload: bytes, *, key: str = "state") -> None:
@@ -28,15 +27,10 @@ def save(folder: Path | str, name: str, payload: bytes, *, key: str = "state") -
         ConfigError: the folder cannot be made or written; `key` is the setting that names it.
     """
     folder = Path(folder)
-    path, aside = folder / name, folder / f"{name}.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, _MODE), "wb") as file:
-            file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync(folder)
+        # What a device has learnt is nobody else's.
+        replace_file(folder / name, MAGIC + hashlib.sha256(payload).digest() + payload, mode=PRIVATE)
     except OSError as exc:
         _refuse(key, folder, "a writable folder", f"cannot write {name}", exc)
 
@@ -102,15 +96,6 @@ def store_of(folder: str, *, key: str) -> Store | None:
         save=lambda name, payload: save(folder, name, payload, key=key),
         reject=lambda name, why: put_aside(folder, name, why, key=key),
     )
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written down for good: without it even a rename may be lost."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _refuse(key: str, folder: Path, expectation: str, failure: str, error: OSError) -> NoReturn:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from fedhlm.process.files import replace_file
+
 FOLDER: Final = Path("/run/fedhlm")
 STATUS: Final = "status"
 SERVING: Final = "serving"
@@ -18,9 +20,7 @@ SPAN_S: Final = 20.0
 
 def note(folder: Path, status: str, now_s: float) -> None:
     """Keep what a part says; `now_s` is on the machine's monotonic clock, which all processes share."""
-    aside = folder / f"{STATUS}.new"
-    aside.write_text(f"{now_s} {status}", "utf-8")
-    aside.replace(folder / STATUS)
+    replace_file(folder / STATUS, f"{now_s} {status}".encode())
 
 
 def complaint(folder: Path, now_s: float) -> str:

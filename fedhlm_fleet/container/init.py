@@ -6,7 +6,6 @@ what is new, renews what ends soon, and leaves the rest; who was revoked stays w
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from fedhlm.errors import FedhlmError
+from fedhlm.process.files import PRIVATE, PUBLIC, replace_file
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_fleet.pki import authority, mosquitto
 from fedhlm_fleet.pki.acl import Place
-from fedhlm_fleet.pki.files import PUBLIC, SECRET, PkiError
+from fedhlm_fleet.pki.files import PkiError
 from fedhlm_fleet.pki.registry import EXPIRING, Registry
 from fedhlm_fleet.pki.roles import CertificateRole
 
@@ -175,17 +175,9 @@ def _deliver_broker(pki: Path, party: Party, place: Place, owner: int, *, port: 
 def _deliver(sources: dict[str, Path], folder: Path, owner: int) -> None:
     """Copy files, keys for their owner alone. Each is complete and owned before it has its name."""
     for name, source in sources.items():
-        aside = folder / f".{name}.new"
-        mode = SECRET if name.endswith(".key") else PUBLIC
+        mode = PRIVATE if name.endswith(".key") else PUBLIC
         try:
-            aside.unlink(missing_ok=True)
-            with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-                os.fchmod(file.fileno(), mode)
-                file.write(source.read_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchown(file.fileno(), owner, owner)
-            aside.replace(folder / name)
+            replace_file(folder / name, source.read_bytes(), mode=mode, owner=owner)
         except OSError as exc:
             raise PkiError(f"cannot copy {source} to {folder / name}: {exc.strerror or exc}") from exc
 

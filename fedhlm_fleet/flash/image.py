@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from fedhlm.process.state import sync
+from fedhlm.process.files import sync
 from fedhlm_fleet.flash.plan import FOLDER, FlashError, Part
 
 SECTOR: Final = 512

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedhlm.errors import ConfigError
+from fedhlm.process.files import PRIVATE
 from fedhlm.protocol.messages import NAME_PATTERN
 from fedhlm_fleet.pki import files
 from fedhlm_fleet.pki.files import PkiError
@@ -85,7 +86,7 @@ def create(folder: Path, *, days: int = CA_DAYS, name: str = "fedhlm CA", now: d
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
             .sign(key, hashes.SHA256())
         )
-        files.write(folder / CA_KEY, _pem_of(key), mode=files.SECRET)
+        files.write(folder / CA_KEY, _pem_of(key), mode=PRIVATE)
         _publish_crl(folder, _Signer(certificate, key), Registry.empty(), now)
         # Last, because it says that the rest is there.
         files.write(folder / CA_CERT, certificate.public_bytes(serialization.Encoding.PEM))
@@ -150,7 +151,7 @@ def issue(
             issued.not_after < utc(now + timedelta(days=days)),
         )
         files.write(made.ca, signer.certificate.public_bytes(serialization.Encoding.PEM))
-        files.write(made.key, _pem_of(key), mode=files.SECRET)
+        files.write(made.key, _pem_of(key), mode=PRIVATE)
         files.write(made.cert, certificate.public_bytes(serialization.Encoding.PEM))
         return made
 

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from fedhlm.errors import FedhlmError
-from fedhlm.process.state import sync
+from fedhlm.process.files import PRIVATE, PUBLIC, replace_file
 
-PUBLIC: Final = 0o644
-SECRET: Final = 0o600
 _FOLDER: Final = 0o755
 
 
@@ -28,18 +26,9 @@ def write(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
     Raises:
         PkiError: it cannot be written.
     """
-    aside = path.with_name(f"{path.name}.new")
     try:
         path.parent.mkdir(mode=_FOLDER, parents=True, exist_ok=True)
-        # One that a crash left behind may have another mode.
-        aside.unlink(missing_ok=True)
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync(path.parent)
+        replace_file(path, data, mode=mode)
     except OSError as exc:
         raise PkiError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
@@ -65,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(mode=_FOLDER, parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, SECRET)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, PRIVATE)
     except OSError as exc:
         raise PkiError(f"{folder} must be a writable folder ({exc.strerror or exc})") from exc
     try:

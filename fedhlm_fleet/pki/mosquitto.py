@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from fedhlm.bus.interface import DEFAULT_MAX_INCOMING, MAX_INCOMING_BYTES
 from fedhlm.bus.mqtt import MAX_IN_FLIGHT
 from fedhlm.errors import ConfigError
+from fedhlm.process.files import PRIVATE
 from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_fleet.pki import files
@@ -65,7 +66,7 @@ def configure(
     key = files.read(home / f"{entry.name}.key", "the broker's key")
     ca_certificate(folder)
     renew_crl(folder, now=now)
-    files.write(out / KEY, key, mode=files.SECRET)
+    files.write(out / KEY, key, mode=PRIVATE)
     files.write(out / CERT, cert)
     for name in (CA_CERT, CRL):
         files.write(out / name, files.read(folder / name, "the PKI's"))

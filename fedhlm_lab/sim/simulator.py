@@ -14,13 +14,9 @@ from typing import Final
 
 import msgspec
 
-from edge_agent.connection import Connection
-from edge_agent.membership import birth_and_will
-from edge_agent.service import LEARNER_FILE, AgentService, ModelFacts
-from fedhlm.bus.party import Stamp
+from edge_agent.service import AgentService, ModelFacts
 from fedhlm.client import Client
 from fedhlm.protocol.messages import Presence, decode
-from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.faults import Weather
 from fedhlm_lab.sim.invariants import Monitor, Violation, WatchedAgent, idle, presence_topics
@@ -62,16 +58,6 @@ class Outcome(msgspec.Struct):
         return self.counters["reprimes"]
 
 
-class KeepingService(AgentService):
-    """An agent's service that writes its state at once: threads do not exist on virtual time."""
-
-    async def _save(self) -> None:
-        learner = self.agent.learner
-        if self._store is not None and learner.round != self._saved_round:
-            self._saved_round = learner.round
-            self._store.save(LEARNER_FILE, learner.snapshot())
-
-
 class Simulation:
     """One run. `tap` sees every message besides."""
 
@@ -110,33 +96,17 @@ class Simulation:
 
     def _agent(self, cluster: str, part: Part) -> tuple[list[PartBus], AgentService]:
         """One life of an agent, as its command would begin it."""
-        fleet, name, life = self.fleet, part.name, part.lives
-        stamp = Stamp(name, partial(fleet.wall_s, part))
-        numbers = random.Random(f"{self.scenario.seed}/{name}/{life}")
-        buses: list[PartBus] = []
-
-        def open_bus(home: str) -> PartBus:
-            birth, will = birth_and_will(stamp, toy.FINGERPRINT, home, DEFAULT_ROOT)
-            client_id = name if home == cluster else f"{name}-{home}"
-            bus = fleet.bus(name, will, birth, part=part, client_id=client_id)
-            bus.fit(part.room)
-            buses.append(bus)
-            return bus
-
-        kind = partial(_watched, self.monitor)
-        agent = fleet.agent(
-            open_bus(cluster), cluster, name, self.drafter, lambda: numbers.getrandbits(63), part=part, kind=kind
-        )
+        numbers = random.Random(f"{self.scenario.seed}/{part.name}/{part.lives}")
         facts = ModelFacts(toy.ToyTokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
-        service = KeepingService(
-            agent=agent,
-            loaded=self.scenario.loaded,
-            model=facts,
-            counters=fleet.counters,
-            store=part.disk.store(),
-            connection=Connection(agent.party, open_bus, cluster),
+        return self.fleet.agent_service(
+            part,
+            self.scenario.loaded,
+            cluster,
+            self.drafter,
+            facts,
+            new_session=lambda: numbers.getrandbits(63),
+            kind=partial(_watched, self.monitor),
         )
-        return buses, service
 
     async def run(self) -> Outcome:
         """From the start of all parts to the fleet at rest.

@@ -1,6 +1,7 @@
 """A fleet in virtual time: real agents, edges and a cloud on any pair of models, joined by a loopback broker."""
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -8,27 +9,33 @@ from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Sessions
 from edge_agent.driver import Agent
-from edge_agent.learner import Learner
 from edge_agent.model import Drafter
-from edge_agent.peers import Peers
-from edge_agent.profile import Sampler
+from edge_agent.service import AgentService, ModelFacts
+from edge_agent.wiring import SmallModel, agent_of, service_of
 from edge_broker.service import EdgeService
+from edge_broker.wiring import edge_of
+from fedhlm import settings
 from fedhlm.bus.interface import LinkHook, Retained
 from fedhlm.bus.party import Party, Stamp, presence
+from fedhlm.config import Loaded
+from fedhlm.process.runtime import OpenBus, Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Fingerprint, encode
-from fedhlm.settings import Consensus, Federation
+from fedhlm.settings import Config, Federation
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim.link import LinkModel
 from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
 from fedhlm_lab.sim.parts import Part, PartBus, inline
 
+EDGE_BATCH_MAX: Final = 16
+EDGE_BATCH_WAIT_MS: Final = 2.0
 WALL_S: Final = 1.0e9  # Unix time at the beginning of virtual time
 
 
@@ -105,6 +112,30 @@ class Fleet:
             on_link=on_link,
         )
 
+    def runtime(self, part: Part | None = None) -> Runtime:
+        """What a part has of the simulated machine that it runs on."""
+        store = part.disk.store() if part is not None and self._keeps else None
+        return Runtime(self.counters, wall_s=partial(self.wall_s, part), in_thread=inline, store=store)
+
+    def opener(self, name: str, part: Part, buses: list[PartBus]) -> OpenBus:
+        """Opens the part's connections over the link of that name; they are added to `buses`."""
+
+        def open_bus(
+            *,
+            client_id: str,
+            birth: Retained | None = None,
+            will: Retained | None = None,
+            on_link: LinkHook | None = None,
+        ) -> PartBus:
+            # The first goes by the link's name: a broker knows a client by its id, and here all parts share one.
+            given = client_id if any(bus.client_id == name for bus in buses) else name
+            bus = self.bus(name, will, birth, on_link=on_link, part=part, client_id=given)
+            bus.fit(part.room)
+            buses.append(bus)
+            return bus
+
+        return open_bus
+
     def party(self, bus: LoopbackBus, sender: str, part: Part | None = None) -> Party:
         """A party on that bus."""
         return Party(bus=bus, stamp=Stamp(sender, partial(self.wall_s, part)), counters=self.counters)
@@ -117,7 +148,7 @@ class Fleet:
         to_announce = asyncio.Event()
         bus = self.bus("cloud", will, birth, on_link=lambda _up: to_announce.set(), part=part)
         service = CloudService(
-            party=self.party(bus, "cloud", part),
+            party=self.runtime(part).party(bus, stamp),
             engine=self.pair.engine(),
             sessions=Sessions(
                 fingerprint=self.pair.fingerprint,
@@ -136,25 +167,15 @@ class Fleet:
         return [bus], service
 
     def _edge(self, cluster: str, part: Part) -> tuple[list[PartBus], EdgeService]:
-        stamp = Stamp(f"edge-{cluster}", partial(self.wall_s, part))
-        name = topics.EDGE_STATUS.name(cluster=cluster)
-        will = Retained(name, encode(presence(stamp, "edge", online=False)))
-        to_announce = asyncio.Event()
-        down = self.bus(f"edge-{cluster}-down", will, on_link=lambda _up: to_announce.set(), part=part)
-        up = self.bus(f"edge-{cluster}-up", part=part)
-        service = EdgeService(
-            cluster=cluster,
-            down=self.party(down, f"edge-{cluster}", part),
-            up=self.party(up, f"edge-{cluster}", part),
-            counters=self.counters,
-            batch_max=16,
-            batch_wait_s=0.002,
-            to_announce=to_announce,
-            federation=self.federation,
-            store=part.disk.store() if self._keeps else None,
-            in_thread=inline,
+        buses: list[PartBus] = []
+        edge = settings.Edge(batch_max=EDGE_BATCH_MAX, batch_wait_ms=EDGE_BATCH_WAIT_MS)
+        service = edge_of(
+            Config(cluster=settings.Cluster(name=cluster), edge=edge, federation=self.federation),
+            self.runtime(part),
+            open_down=self.opener(f"edge-{cluster}-down", part, buses),
+            open_up=self.opener(f"edge-{cluster}-up", part, buses),
         )
-        return [down, up], service
+        return buses, service
 
     def agent(
         self,
@@ -164,28 +185,44 @@ class Fleet:
         drafter: Drafter,
         new_session: Callable[[], int],
         fingerprint: Fingerprint | None = None,
-        part: Part | None = None,
-        kind: Callable[..., Agent] = Agent,
     ) -> Agent:
-        """A device on that bus."""
-        rng = np.random.default_rng(self.seed)
-        return kind(
-            party=self.party(bus, name, part),
-            cluster=cluster,
-            drafter=drafter,
-            fingerprint=fingerprint or self.pair.fingerprint,
-            counters=self.counters,
-            new_session=new_session,
-            learner=Learner(self.federation, rng),
-            make_peers=lambda: Peers(
-                name,
-                asyncio.get_running_loop().time,
-                size=Consensus().size,
-                max_age_s=Consensus().max_age_s,
-                space=self.pair.space,
-            ),
-            sampler=Sampler(rng) if self.federation.assign_s else None,
+        """A device on that bus, without a disk."""
+        config = Config(
+            agent=settings.Agent(id=name), cluster=settings.Cluster(name=cluster), federation=self.federation
         )
+        model = SmallModel(drafter, fingerprint or self.pair.fingerprint, self.pair.space)
+        rng = np.random.default_rng(self.seed)
+        return agent_of(config, self.runtime(), bus, model, new_session=new_session, rng=rng)
+
+    def agent_service(
+        self,
+        part: Part,
+        loaded: Loaded,
+        cluster: str,
+        drafter: Drafter,
+        facts: ModelFacts,
+        new_session: Callable[[], int],
+        kind: Callable[..., Agent] = Agent,
+    ) -> tuple[list[PartBus], AgentService]:
+        """One life of an agent, which goes by the part's name and keeps what it learns on the part's disk."""
+        config = replace(
+            loaded.config,
+            agent=replace(loaded.config.agent, id=part.name),
+            cluster=settings.Cluster(name=cluster),
+            federation=self.federation,
+        )
+        buses: list[PartBus] = []
+        service = service_of(
+            dataclasses.replace(loaded, config=config),
+            self.runtime(part),
+            SmallModel(drafter, self.pair.fingerprint, self.pair.space),
+            facts,
+            open_bus=self.opener(part.name, part, buses),
+            new_session=new_session,
+            rng=np.random.default_rng(self.seed),
+            kind=kind,
+        )
+        return buses, service
 
     @asynccontextmanager
     async def online(self, cluster: str, name: str, drafter: Drafter) -> AsyncIterator[Agent]:

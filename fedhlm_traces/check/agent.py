@@ -10,20 +10,21 @@ from typing import Any, Final
 import numpy as np
 
 from edge_agent import journal
-from edge_agent.driver import Agent
+from edge_agent.driver import LEARNER_FILE, Agent
 from edge_agent.events import Committed, Event, Judged
 from edge_agent.growth import Budget
-from edge_agent.learner import Learner
 from edge_agent.model import Drawn, Grown
-from edge_agent.peers import Peers
+from edge_agent.wiring import SmallModel, agent_of
+from fedhlm import settings
 from fedhlm.bus.journal import JournalWriter
-from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.thresholds import KEEP_NONE
+from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Escalation, FinishReason, Kind, Note, Prompt, Sampling
+from fedhlm.settings import Config
 from fedhlm.telemetry import Counters
-from fedhlm_traces.check.captured import CapturingBus
+from fedhlm_traces.check.captured import CapturingBus, recorded_store
 from fedhlm_traces.check.compare import facts_of, same
 from fedhlm_traces.check.divergence import Divergence, Outcome
 from fedhlm_traces.check.journals import Life
@@ -99,31 +100,28 @@ class _Replay:
 
     def _made(self) -> Agent:
         born = self._born
-        learner = Learner(born.federation, np.random.default_rng(0))
-        learner.restore(born.learner)
-        party = Party(
-            bus=self._bus,
-            stamp=Stamp(born.name, lambda: self._now_s),
-            counters=Counters(),
-            root=born.root,
+        files = {LEARNER_FILE: born.learner} if born.learner else {}
+        runtime = Runtime(
+            Counters(),
+            wall_s=lambda: self._now_s,
+            clock_s=lambda: self._now_s,
+            store=recorded_store(files),
             journal=self._book,
         )
-        return Agent(
-            party=party,
-            cluster=born.cluster,
-            drafter=_Still(),
-            fingerprint=born.fingerprint,
-            counters=Counters(),
+        config = Config(
+            broker=settings.Broker(root=born.root),
+            cluster=settings.Cluster(name=born.cluster),
+            agent=settings.Agent(id=born.name),
+            generation=settings.Generation(consensus=born.consensus),
+            federation=born.federation,
+        )
+        return agent_of(
+            config,
+            runtime,
+            self._bus,
+            SmallModel(_Still(), born.fingerprint, born.space),
             new_session=lambda: self._sessions[-1],
-            learner=learner,
-            make_peers=lambda: Peers(
-                born.name,
-                lambda: self._now_s,
-                size=born.consensus.size,
-                max_age_s=born.consensus.max_age_s,
-                space=born.space,
-            ),
-            clock_s=lambda: self._now_s,
+            rng=np.random.default_rng(0),
             next_event=self._next_event,
         )
 
@@ -131,7 +129,6 @@ class _Replay:
         """Go through the journal once."""
         if self._life.complaint:
             self._outcome.skipped.append(self._life.complaint)
-        self._agent.note_life(self._born.federation, self._born.consensus)
         self._at = 1
         while self._at < len(self._life.notes):
             note = self._life.notes[self._at]

@@ -1,10 +1,12 @@
 """A bus that only keeps what is published on it, and a way to run a service's methods where nothing is waited for."""
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from fedhlm.bus.interface import BusStatistics, Delivery, ProtocolVersion
+from fedhlm.bus.interface import BusStatistics, Delivery, LinkHook, ProtocolVersion, Retained
+from fedhlm.errors import ProtocolError
+from fedhlm.process.state import Store
 
 
 class Sent(NamedTuple):
@@ -24,6 +26,17 @@ class CapturingBus:
         self.statistics = BusStatistics()
         self.protocol: ProtocolVersion | None = "5"
         self._has_room = has_room
+
+    def opened(
+        self,
+        *,
+        client_id: str,
+        birth: Retained | None = None,
+        will: Retained | None = None,
+        on_link: LinkHook | None = None,
+    ) -> Self:
+        """This bus, whatever connection is asked for: see `fedhlm.process.runtime.OpenBus`."""
+        return self
 
     def take(self) -> list[Sent]:
         """What was published since the last call."""
@@ -54,6 +67,18 @@ class CapturingBus:
 
     async def wait_connected(self) -> None:
         """It always is."""
+
+
+def recorded_store(files: Mapping[str, bytes]) -> Store:
+    """A disk as a part found it when it began; nothing is written to it.
+
+    What is restored from it may raise ProtocolError: it cannot be used, and there is no other.
+    """
+
+    def reject(name: str, why: str) -> None:
+        raise ProtocolError(f"{name} of the journal {why}")
+
+    return Store(files.get, lambda _name, _data: None, reject)
 
 
 def at_once(work: Coroutine[Any, Any, Any]) -> Any:

@@ -4,7 +4,6 @@ What an edge does by timers is taken from the journal: when a batch or a digest 
 announced itself. The content of all these is decided again.
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -12,9 +11,12 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from edge_broker import journal
-from edge_broker.service import EdgeService
-from fedhlm.bus.party import Party, Received, Stamp
+from edge_broker.service import EdgeService, federation_file, memory_file
+from edge_broker.wiring import edge_of
+from fedhlm import settings
+from fedhlm.bus.party import Received
 from fedhlm.errors import ProtocolError
+from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     Contribution,
@@ -29,8 +31,9 @@ from fedhlm.protocol.messages import (
     VerifiedTokens,
     decode,
 )
+from fedhlm.settings import Config
 from fedhlm.telemetry import Counters
-from fedhlm_traces.check.captured import CapturingBus, Sent, at_once
+from fedhlm_traces.check.captured import CapturingBus, Sent, at_once, recorded_store
 from fedhlm_traces.check.compare import same
 from fedhlm_traces.check.divergence import Divergence, Outcome
 from fedhlm_traces.check.explain import Doubts, evidence, federation_words, place_of, plural, verdict_words
@@ -90,25 +93,26 @@ class _Replay:
         self._doubts = Doubts()
         self._spoiled: set[Name] = set()  # decided otherwise already: what follows from it is no news
         self._bus = CapturingBus(self._has_room)
-        self._parties = [
-            Party(bus=self._bus, stamp=Stamp(life.name, lambda: self._wall_ms / 1000.0), counters=Counters(), root=root)
-            for root in dict.fromkeys((born.down_root, born.up_root))
-        ]
-        self._service = EdgeService(
-            cluster=born.cluster,
-            down=self._parties[0],
-            up=self._parties[-1],
-            counters=Counters(),
-            batch_max=born.batch_max,
-            batch_wait_s=0.0,
-            to_announce=asyncio.Event(),
-            federation=born.federation,
-            memory_max=born.memory_max,
-            bridges=born.bridges,
-            clock_s=lambda: self._now_s,
+        self._service = self._made(born)
+        self._parties = list(dict.fromkeys((self._service.down, self._service.up)))
+
+    def _made(self, born: journal.EdgeStart) -> EdgeService:
+        files = {federation_file(born.cluster): born.members, memory_file(born.cluster): born.memory}
+        runtime = Runtime(
+            Counters(), wall_s=lambda: self._wall_ms / 1000.0, clock_s=lambda: self._now_s, store=recorded_store(files)
         )
-        self._service.members.restore(born.members)
-        self._service.memory.restore(born.memory)
+        config = Config(
+            broker=settings.Broker(root=born.down_root),
+            cluster=settings.Cluster(name=born.cluster),
+            edge=settings.Edge(
+                upstream=settings.Broker(root=born.up_root), memory=born.memory_max, batch_max=born.batch_max
+            ),
+            federation=born.federation,
+        )
+        # Every message of one run is on one bus; where the roots are the same, so is all that is said.
+        open_bus = self._bus.opened
+        open_up = None if born.down_root == born.up_root else open_bus
+        return edge_of(config, runtime, open_down=open_bus, open_up=open_up, bridges=born.bridges)
 
     def _has_room(self, number: int) -> bool:
         """Whether the bus took it: as it did then."""

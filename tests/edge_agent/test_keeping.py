@@ -5,14 +5,17 @@ from typing import Any
 
 import numpy as np
 
+from edge_agent.driver import LEARNER_FILE
 from edge_agent.events import Observation
 from edge_agent.learner import Learner, measures_of
-from edge_agent.service import LEARNER_FILE, AgentService
+from edge_agent.service import AgentService
 from fedhlm.config import load
+from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import Store
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Federation
 from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.parts import Part
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
 
@@ -29,11 +32,22 @@ class Disk:
         self.store = Store(self.files.get, self.files.__setitem__, lambda name, _why: self.rejected.append(name))
 
 
-def service(fleet: Fleet, disk: Disk) -> AgentService:
+class Keeping(Fleet):
+    """A fleet whose parts have this disk."""
+
+    def __init__(self, disk: Disk) -> None:
+        super().__init__(toy.pair(0.8), seed=1, clusters=1, delay_s=0.0, sessions_max=3)
+        self.disk = disk
+
+    def runtime(self, part: Part | None = None) -> Runtime:
+        return super().runtime(part)._replace(store=self.disk.store)
+
+
+def service(disk: Disk) -> AgentService:
     facts: Any = None  # no prompt is served here
-    bus = fleet.bus("a")
-    agent = fleet.agent(bus, "c0", "a", toy.ToyDrafter(agreement=0.8), lambda: 1)
-    return AgentService(agent=agent, loaded=LOADED, model=facts, counters=fleet.counters, store=disk.store)
+    drafter = toy.ToyDrafter(agreement=0.8)
+    _, made = Keeping(disk).agent_service(Part("a"), LOADED, "c0", drafter, facts, lambda: 1)
+    return made
 
 
 def teach(learner: Learner) -> None:
@@ -43,14 +57,14 @@ def teach(learner: Learner) -> None:
 
 def test_what_was_learnt_survives_a_restart() -> None:
     async def scenario() -> None:
-        fleet, disk = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.0, sessions_max=3), Disk()
-        first = service(fleet, disk)
+        disk = Disk()
+        first = service(disk)
         teach(first.agent.learner)
-        await first._save()
+        await first.agent.save()
         assert disk.files == {}, "nothing before a round is over"
         first.agent.learner.contribution(LOADED.config.generation, 1.0)
-        await first._save()
-        again = service(fleet, disk).agent.learner
+        await first.agent.save()
+        again = service(disk).agent.learner
         assert again.snapshot() == first.agent.learner.snapshot()
         assert again.tau(MEASURES, LOADED.config.generation) > 0.0
         assert disk.rejected == []
@@ -60,10 +74,10 @@ def test_what_was_learnt_survives_a_restart() -> None:
 
 def test_a_garbled_file_is_put_aside() -> None:
     async def scenario() -> None:
-        fleet, disk = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.0, sessions_max=3), Disk()
+        disk = Disk()
         disk.files[LEARNER_FILE] = b"garbled"
         fresh = Learner(Federation(), np.random.default_rng(1))
-        assert service(fleet, disk).agent.learner.snapshot() == fresh.snapshot()
+        assert service(disk).agent.learner.snapshot() == fresh.snapshot()
         assert disk.rejected == [LEARNER_FILE]
 
     run_virtual(scenario())

@@ -9,14 +9,16 @@ from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Sessions
 from edge_broker.service import EdgeService
+from edge_broker.wiring import edge_of
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.federation import Members, mean_of_clusters
+from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import Store
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import AnyMessage, Contribution, PaperThreshold, encode
-from fedhlm.settings import Federation
+from fedhlm.settings import Cluster, Config, Edge, Federation
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
@@ -115,24 +117,26 @@ class World:
         return Party(bus=bus, stamp=Stamp(sender, self.wall_s), counters=self.counters)
 
     def edge(self, cluster: str = "c1", *, store: Store | None = None, own: LoopbackBroker | None = None) -> Node:
-        announce = asyncio.Event()
-        down = LoopbackBus(own or self.broker, client_id=f"{cluster}-down", on_link=lambda _up: announce.set())
-        up = LoopbackBus(self.broker, client_id=f"{cluster}-up")
-        service = EdgeService(
-            cluster=cluster,
-            down=self.party(down, f"edge-{cluster}"),
-            up=self.party(up, f"edge-{cluster}"),
-            counters=self.counters,
-            batch_max=8,
-            batch_wait_s=0.0,
-            to_announce=announce,
-            federation=RULES,
-            memory_max=64,
-            store=store,
+        buses: list[LoopbackBus] = []
+
+        def opener(broker: LoopbackBroker, client_id: str) -> Any:
+            def opened(**given: Any) -> LoopbackBus:
+                given |= {"client_id": client_id, "will": None}
+                buses.append(LoopbackBus(broker, **given))
+                return buses[-1]
+
+            return opened
+
+        service = edge_of(
+            Config(
+                cluster=Cluster(name=cluster), edge=Edge(batch_max=8, batch_wait_ms=0.0, memory=64), federation=RULES
+            ),
+            Runtime(self.counters, wall_s=self.wall_s, in_thread=inline, store=store),
+            open_down=opener(own or self.broker, f"{cluster}-down"),
+            open_up=opener(self.broker, f"{cluster}-up"),
             bridges=own is not None,
-            in_thread=inline,
         )
-        return Node([down, up], service)
+        return Node(buses, service)
 
     def cloud(self, *, store: Store | None = None, grouping: Any = None, assign_s: float = 0.0) -> Node:
         announce = asyncio.Event()

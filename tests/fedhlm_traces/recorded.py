@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from cloud_verifier.engine import Engine
 from edge_agent.result import Job
 from fedhlm.bus.journal import JournalWriter
-from fedhlm.bus.party import Party
 from fedhlm.config import load
+from fedhlm.process.runtime import Runtime
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Config
 from fedhlm_lab.sim import toy
@@ -30,7 +30,7 @@ class Recorded(Fleet):
     """A fleet whose edges and cloud keep journals."""
 
     def __init__(self, config: Config, *, seed: int, clusters: int, keeps: bool, agreement: float) -> None:
-        self.journals: dict[tuple[str, int], JournalWriter] = {}
+        self.journals = 0
         super().__init__(
             toy.pair(agreement),
             seed=seed,
@@ -41,14 +41,12 @@ class Recorded(Fleet):
             keeps=keeps,
         )
 
-    def party(self, bus: LoopbackBus, sender: str, part: Part | None = None) -> Party:
-        party = super().party(bus, sender, part)
-        if part is not None and part.lives:
-            name = (sender, part.lives)
-            if name not in self.journals:
-                self.journals[name] = JournalWriter(1 + len(self.journals), asyncio.get_running_loop().time)
-            party.journal = self.journals[name]
-        return party
+    def runtime(self, part: Part | None = None) -> Runtime:
+        runtime = super().runtime(part)
+        if part is None or not part.lives:
+            return runtime
+        self.journals += 1
+        return runtime._replace(journal=JournalWriter(self.journals, runtime.clock_s))
 
     @asynccontextmanager
     async def recording(self, records: list[Record]) -> AsyncIterator[None]:

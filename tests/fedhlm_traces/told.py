@@ -12,14 +12,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from edge_agent import driver as agent_module
 from edge_agent.events import Action, Answered, Commit, Committed, Escalate, Event, Judged
 from edge_agent.generation import Generation
-from edge_agent.service import AgentService, ModelFacts
+from edge_agent.service import ModelFacts
 from fedhlm.bus.interface import Delivery
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.party import Party
 from fedhlm.config import Loaded, load
+from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Output, Prompt
 from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.parts import Part
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import WALL_S, Fleet
 from fedhlm_traces.file import Header, Record, direction_of
@@ -124,17 +126,25 @@ class Told:
         self.header = Header(created_ms=round(WALL_S * 1000), source="simulator", filters=("#",))
 
 
-async def _serve(fleet: Fleet, loaded: Loaded, cluster: str, name: str, *, journal: bool) -> None:
+class Journalled(Fleet):
+    """A fleet whose agents may keep journals."""
+
+    journal = False
+
+    def runtime(self, part: Part | None = None) -> Runtime:
+        runtime = super().runtime(part)
+        kept = self.journal and part is not None and part.name in {name for _, name in AGENTS}
+        return runtime._replace(journal=JournalWriter(7, runtime.clock_s)) if kept else runtime
+
+
+async def _serve(fleet: Fleet, loaded: Loaded, cluster: str, name: str) -> None:
     numbers = iter(range(1_000 * (1 + sum(map(ord, name))), 2**31))
-    async with fleet.bus(name) as bus:
-        agent = fleet.agent(bus, cluster, name, toy.ToyDrafter(agreement=0.7), lambda: next(numbers))
-        facts = ModelFacts(tokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
-        service = AgentService(agent=agent, loaded=loaded, model=facts, counters=fleet.counters)
-        await service.subscribe()
-        async with asyncio.TaskGroup() as group:
-            if journal:
-                agent.party.journal = JournalWriter(7, asyncio.get_running_loop().time)
-            group.create_task(service.run())
+    facts = ModelFacts(tokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
+    drafter = toy.ToyDrafter(agreement=0.7)
+    _, service = fleet.agent_service(Part(name), loaded, cluster, drafter, facts, lambda: next(numbers))
+    await service.subscribe()
+    async with service.connection:
+        await service.run()
 
 
 async def _tap(fleet: Fleet, records: list[Record], done: dict[str, asyncio.Event], party: Party) -> None:
@@ -154,7 +164,7 @@ def _record(delivery: Delivery) -> Record:
     return Record(now_s, wall_ms, delivery.topic, delivery.payload, 1, delivery.retain, direction)
 
 
-async def _run(fleet: Fleet, loaded: Loaded, prompts: int, *, journal: bool, faults: dict[str, Any]) -> list[Record]:
+async def _run(fleet: Fleet, loaded: Loaded, prompts: int, *, faults: dict[str, Any]) -> list[Record]:
     records: list[Record] = []
     done = {f"r-{name}-{n}": asyncio.Event() for _, name in AGENTS for n in range(prompts)}
     async with fleet.bus("tap") as tap, asyncio.TaskGroup() as group:
@@ -164,7 +174,7 @@ async def _run(fleet: Fleet, loaded: Loaded, prompts: int, *, journal: bool, fau
         tasks = [group.create_task(_tap(fleet, records, done, party))]
         for node in fleet.nodes.values():
             node.start()
-        tasks += [group.create_task(_serve(fleet, loaded, cluster, name, journal=journal)) for cluster, name in AGENTS]
+        tasks += [group.create_task(_serve(fleet, loaded, cluster, name)) for cluster, name in AGENTS]
         await asyncio.sleep(1.0)
         for _, name in AGENTS:
             for fault, value in faults.items():
@@ -204,6 +214,7 @@ def told(
     flags = {"generation.retry_ms": "500", "generation.deadline_ms": "20000", "generation.temperature": "0.8"}
     loaded = load(preset=preset, environ={}, flags=flags)
     with spying() as deeds:
-        fleet = Fleet(toy.pair(0.7), seed=seed, clusters=2, delay_s=DELAY_S, sessions_max=sessions_max)
-        records = run_virtual(_run(fleet, loaded, prompts, journal=journal, faults=faults or {}))
+        fleet = Journalled(toy.pair(0.7), seed=seed, clusters=2, delay_s=DELAY_S, sessions_max=sessions_max)
+        fleet.journal = journal
+        records = run_virtual(_run(fleet, loaded, prompts, faults=faults or {}))
     return Told(records, deeds)

@@ -17,22 +17,20 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from cloud_verifier import batching, clustering, coordinator
 from edge_agent import driver as agent_module
-from edge_agent.driver import Agent
-from edge_agent.learner import Learner
 from edge_agent.membership import CLUSTERS_MAX
-from edge_agent.peers import Peers
 from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED
-from edge_agent.service import AgentService, ModelFacts
+from edge_agent.service import ModelFacts
+from edge_agent.wiring import SmallModel, service_of
 from edge_broker import memory as edge_memory
 from edge_broker import relay as edge_cluster
 from edge_broker import service as edge_service
 from fedhlm import config, telemetry
 from fedhlm.bus.interface import DEFAULT_MAX_INCOMING, Delivery, topic_matches
-from fedhlm.bus.party import Party, Stamp, presence
+from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning import federation
+from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import MAX_CURVES, Assignment, Output, Prompt, Sampling, encode
-from fedhlm.settings import Federation
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBus
 from tests.edge_broker.world import Hand, World
@@ -65,7 +63,15 @@ class Parts:
         self.world = World()
         self.rng = random.Random(seed)
         self.loaded = config.load(
-            preset=preset, environ={}, flags={"generation.deadline_ms": "60000", "generation.max_tokens": "16"}
+            preset=preset,
+            environ={},
+            flags={
+                "agent.id": "a0",
+                "cluster.name": "c0",
+                "generation.consensus.size": "64",
+                "generation.deadline_ms": "60000",
+                "generation.max_tokens": "16",
+            },
         )
         self.sessions = 0
         self.attacked = True
@@ -79,20 +85,15 @@ class Parts:
         self.edge = await self.world.edge("c0").start()
         self.client = await Hand(self.world, "client").start(topics.OUTPUT.name(cluster="+", agent="a0"))
         self.agent_bus = LoopbackBus(self.world.broker, client_id="a0")
-        rng = np.random.default_rng(1)
-        party = Party(bus=self.agent_bus, stamp=Stamp("a0", self.world.wall_s), counters=self.world.counters)
-        agent = Agent(
-            party=party,
-            cluster="c0",
-            drafter=toy.ToyDrafter(agreement=0.7),
-            fingerprint=toy.FINGERPRINT,
-            counters=self.world.counters,
+        self.agent = service_of(
+            self.loaded,
+            Runtime(self.world.counters, wall_s=self.world.wall_s),
+            SmallModel(toy.ToyDrafter(agreement=0.7), toy.FINGERPRINT, ""),
+            ModelFacts(toy_tokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT),
+            open_bus=lambda **_connection: self.agent_bus,
             new_session=self._new_session,
-            learner=Learner(Federation(), rng),
-            make_peers=lambda: Peers("a0", asyncio.get_running_loop().time, size=64, max_age_s=600.0),
+            rng=np.random.default_rng(1),
         )
-        model = ModelFacts(toy_tokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
-        self.agent = AgentService(agent=agent, loaded=self.loaded, model=model, counters=self.world.counters)
         await self.agent.subscribe()
         await self.agent_bus.__aenter__()
         self.agent_task = asyncio.create_task(self.agent.run())

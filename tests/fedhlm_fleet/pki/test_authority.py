@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhlm.errors import ConfigError
+from fedhlm.process.files import PUBLIC
 from fedhlm_fleet.pki import authority, files
 from fedhlm_fleet.pki.authority import create, issue, renew_crl, revoke
 from fedhlm_fleet.pki.files import PkiError
@@ -252,7 +253,7 @@ def test_a_crash_while_issuing_leaves_nothing_that_cannot_be_revoked(
     writes = 0
     whole = files.write
 
-    def crash(path: Path, data: bytes, *, mode: int = files.PUBLIC) -> None:
+    def crash(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
         nonlocal writes
         writes += 1
         if writes == failing:

@@ -221,8 +221,8 @@ def test_a_queue_without_bound_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_edge_that_does_not_come_back_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     async def once(self: EdgeService) -> None:
-        message = presence(self._down.stamp, "edge", online=True, upstream=toy.FINGERPRINT)
-        await self._down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
+        message = presence(self.down.stamp, "edge", online=True, upstream=toy.FINGERPRINT)
+        await self.down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
         await asyncio.Event().wait()
 
     monkeypatch.setattr(EdgeService, "_announce", once)

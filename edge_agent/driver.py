@@ -39,6 +39,7 @@ from edge_agent.peers import Peers
 from edge_agent.pipeline import PIPELINES, Limits
 from edge_agent.profile import PromptSample, Sampler
 from edge_agent.result import Job, Result
+from fedhlm import choices
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
@@ -177,7 +178,7 @@ class Agent:
             retry_s=config.retry_ms / 1000.0,
             harm=coupling.harm,
             consult=self.peers.consult(config, similarity),
-            similarity=None if config.gate == "always" else similarity,
+            similarity=None if choices.GATES[config.gate].verifies_all else similarity,
             votes=config.consensus.votes,
             # One coin for the whole generation, tossed before anything is known of it.
             audit=uniform(sampling.seed, 0, AUDIT_STREAM) < measures.audit,
@@ -401,7 +402,7 @@ class Agent:
         for name, value in gauges.items():
             if value is not None:
                 self._counters.set(name, value)
-        if config.threshold in ("paper-fl", "calibrated-fl") and learner.due(config, now_s):
+        if choices.THRESHOLDS[config.threshold].learns and learner.due(config, now_s):
             await self._contribute(config, result, now_s)
 
     async def _contribute(self, config: GenerationConfig, result: Result, now_s: float) -> None:
@@ -458,7 +459,7 @@ class Agent:
         """Tell the cluster what is doubtful, before the block that escalates it, where that is worth its bytes."""
         job = turn.job
         coin = uniform(job.sampling.seed, 1, AUDIT_STREAM)
-        if not action.uncertain or job.config.peers == "none" or not self.peers.asks(job.config, coin):
+        if not action.uncertain or not self.peers.asks(job.config, coin):
             return
         message = UncertainTokens(
             **self.party.stamp(), session=turn.session, space=self.peers.space, items=action.uncertain

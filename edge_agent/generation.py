@@ -36,6 +36,7 @@ from fedhlm.decoding.couplings import rejection_probability
 from fedhlm.decoding.ids import digest_of
 from fedhlm.decoding.tree import Branch, Tree
 from fedhlm.protocol.messages import FinishReason, Source, Uncertain
+from fedhlm.protocol.sources import SOURCES
 
 RETRY_CAP: Final = 8  # the wait between two sends of an unanswered block doubles up to this many times `retry_s`
 
@@ -208,7 +209,7 @@ class Generation:
 
     def _on_answer(self, event: Answered, actions: list[Action], now: float) -> None:
         self._set_link(True, now)
-        if event.source != "cloud" and event.base > len(self.context) and event.epoch == self.epoch:
+        if not SOURCES[event.source].verified and event.base > len(self.context) and event.epoch == self.epoch:
             self._early[event.base] = event  # says nothing of the open drafts before its block
             return
         self._read_answer(event, actions, now)
@@ -216,7 +217,7 @@ class Generation:
             self._read_answer(self._early.pop(base), actions, now)
 
     def _read_answer(self, event: Answered, actions: list[Action], now: float) -> None:
-        verified = event.source == "cloud"
+        verified = SOURCES[event.source].verified
         if event.epoch != self.epoch or event.base + event.accepted > self.length:
             self.tally.stale += 1
             return
@@ -249,7 +250,7 @@ class Generation:
                 self._take_draft(event.source, committed)
             else:
                 self._roll_back()
-                if event.source != "cloud":
+                if not SOURCES[event.source].verified:
                     self._skipped.append(Token(token, 0.0, 1.0, b"", False, now, b"", own=token, source=event.source))
                 self._accept(token, event.source, False, committed)
             known += 1
@@ -257,7 +258,7 @@ class Generation:
 
     def _take_draft(self, source: Source, committed: list[Committed]) -> None:
         draft = self._tail.pop(0)
-        if source != "cloud":
+        if not SOURCES[source].verified:
             self._skipped.append(draft._replace(source=source, escalate=False))
         self._accept(draft.token, source, True, committed)
 
@@ -371,7 +372,7 @@ class Generation:
             token = self._tail.pop(0)
             self._skipped.append(token)
             source: Source = "unverified" if token.escalate else token.source
-            self._accept(token.token, source, token.source == "local", committed)
+            self._accept(token.token, source, SOURCES[token.source].kept, committed)
         if committed:
             actions.append(Commit(committed))
 

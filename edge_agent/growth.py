@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import gumbel, scores
 from fedhlm.decoding.tree import Branch
 from fedhlm.protocol.messages import Sampling
@@ -231,7 +232,7 @@ def ranking(sampling: Sampling) -> Callable[[Logits, int], Candidates]:
 
     By ln q + g under gumbel; by the logits under greedy, and at temperature 0, where g is 0 and the law has one token.
     """
-    plain = sampling.temperature == 0.0 or sampling.coupling == "greedy"
+    plain = sampling.temperature == 0.0 or COUPLINGS[sampling.coupling].greedy
 
     @cache  # every node of a level has the same noise
     def noise(position: int, vocab_size: int) -> NDArray[np.float64]:

@@ -12,8 +12,10 @@ from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_agent.events import Finish, Observation
+from fedhlm import choices
 from fedhlm.errors import ConfigError, ProtocolError
 from fedhlm.learning.budget import Budget
 from fedhlm.learning.curve import Curve, shrunk
@@ -21,6 +23,7 @@ from fedhlm.learning.federation import check_threshold
 from fedhlm.learning.privacy import noised, sigma_for
 from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, tau_of_budget, tau_of_price
 from fedhlm.protocol.messages import MAX_CURVES, Count, Learned, PaperThreshold, Sampling, Unit
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Federation, Generation
 
 PAIRS_MAX: Final = 65_536
@@ -116,7 +119,7 @@ class Learner:
             draft.see(seen.uncertainty)
             if seen.harm is not None:
                 draft.add(seen.uncertainty, seen.harm)
-            if config.peers != "none":
+            if choices.PEERS[config.peers].asked:
                 # A token that peers had no say in counts where no threshold reaches, so that shares are of all tokens.
                 score, harm = seen.match or (1.0, 1.0)
                 peers.see(score)
@@ -147,18 +150,18 @@ class Learner:
         self._escalated += escalated
         for uncertainty, _ in finish.unseen:
             self.curves[measures.draft].see(uncertainty)
-            if config.peers != "none":
+            if choices.PEERS[config.peers].asked:
                 self.curves[measures.peers].see(1.0)
         if measures.audit == 0.0:
             return
-        local = [o for o in observations if o.source == "local"]
+        local = [o for o in observations if SOURCES[o.source].kept]
         self._slack[_kind(measures)].update(
             eligible=sum(o.uncertainty <= tau for o in local) + len(finish.unseen),
             skipped=sum(o.skipped for o in local) + len(finish.unseen),
         )
         seen = [o.committed_harm for o in observations if o.skipped and not o.audit]
         tail = [o.committed_harm for o in observations if o.skipped and o.audit]
-        lost = sum(source == "unverified" for _, source in finish.unseen)
+        lost = sum(SOURCES[source].unreachable for _, source in finish.unseen)
         seen += [1.0] * lost
         unseen = len(finish.unseen) - lost
         harms = tail + [1.0] * unseen if audited else None
@@ -183,9 +186,9 @@ class Learner:
     def similarity(self, measures: Measures, config: Generation) -> float | None:
         """The cosine from which peers may settle a token; None: never, there is no evidence that it is safe."""
         consensus = config.consensus
-        if config.peers == "none":
+        if not choices.PEERS[config.peers].asked:
             return None
-        if not (consensus.adapt and config.threshold == "calibrated-fl"):
+        if not (consensus.adapt and choices.THRESHOLDS[config.threshold].keeps_budget):
             return consensus.similarity
         own, evidence = self._evidence(measures.peers)
         m = shrunk(own, evidence, config.learning.shrinkage)
@@ -196,9 +199,15 @@ class Learner:
         """The most that the budget, or the price of a transmission, allows to keep (docs/algorithms.md, 4.2)."""
         own, evidence = self._evidence(measures.draft)
         m = shrunk(own, evidence, config.learning.shrinkage)
-        if config.learning.objective == "price":
-            return tau_of_price(m, self.price(config))
-        share = 1.0 - config.consensus.error_share if config.peers != "none" else 1.0
+        return OBJECTIVES[config.learning.objective](self, measures, config, evidence, m)
+
+    def tau_by_price(self, _measures: Measures, config: Generation, _evidence: Curve, m: NDArray[np.float64]) -> float:
+        """The most that is worth its price: what a transmission costs against the harm that it prevents."""
+        return tau_of_price(m, self.price(config))
+
+    def tau_by_budget(self, measures: Measures, config: Generation, evidence: Curve, m: NDArray[np.float64]) -> float:
+        """The most that keeps the error below the budget, the share of peers' errors left out."""
+        share = 1.0 - config.consensus.error_share if choices.PEERS[config.peers].asked else 1.0
         return tau_of_budget(evidence, m, self._allowed(measures, config) * share, self._delta(config))
 
     def price(self, config: Generation) -> float:
@@ -239,7 +248,7 @@ class Learner:
         federation = self._federation
         if federation.epsilon > 0.0 and self._releases >= federation.releases:
             return None
-        paper = self._paper_update(config) if config.threshold == "paper-fl" else None
+        paper = self._paper_update(config) if choices.THRESHOLDS[config.threshold].descends else None
         self.round += 1
         self._releases += 1
         self._tokens = 0
@@ -347,6 +356,11 @@ def _fixed(_learner: Learner, _measures: Measures, config: Generation) -> float:
 def _published(learner: Learner, _measures: Measures, config: Generation) -> float:
     return config.tau if learner.threshold is None else learner.threshold
 
+
+OBJECTIVES: Final[dict[str, Callable[[Learner, Measures, Generation, Curve, NDArray[np.float64]], float]]] = {
+    "budget": Learner.tau_by_budget,
+    "price": Learner.tau_by_price,
+}
 
 THRESHOLDS: Final[dict[str, Callable[[Learner, Measures, Generation], float]]] = {
     "none": _fixed,

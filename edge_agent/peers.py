@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from edge_agent.events import Drafted, Observation, Proposal
+from fedhlm import choices
 from fedhlm.errors import ProtocolError
 from fedhlm.peers.collaboration import Collaboration, Prices
 from fedhlm.peers.context_keys import DIMS, unpack_key
@@ -60,6 +61,8 @@ class Peers:
 
         `coin` in [0, 1]: one generation in a few publishes anyway, else a cluster that gave up would never learn better.
         """
+        if not choices.PEERS[config.peers].asked:
+            return False
         learning, consensus = config.learning, config.consensus
         known = self.collaboration[config.peers]
         # A round trip is worth bytes; they are added to those of an escalated token.
@@ -77,7 +80,7 @@ class Peers:
         """
         look = RULES[config.peers]
         consensus = config.consensus
-        settles = config.gate != "always"
+        settles = not choices.GATES[config.gate].verifies_all
         adopts = similarity is not None
         theta = consensus.similarity if similarity is None else similarity
         known = self.collaboration[config.peers]
@@ -94,7 +97,7 @@ class Peers:
             score = min(1.0, max(0.0, 1.0 - match.similarity))
             return Proposal(match.token, score, hit and adopts, match.origin if settles else None)
 
-        return ask if config.peers != "none" else _nobody
+        return ask if choices.PEERS[config.peers].asked else _nobody
 
     def learn(self, config: Generation, seen: Observation, similarity: float | None) -> None:
         """What the target said of a hit, whether it was used or only counted."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from edge_agent.events import Committed, Finish, Observation
 from fedhlm.learning.budget import Budget
 from fedhlm.protocol.messages import FinishReason, Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
 
 
@@ -63,7 +64,7 @@ class Result:
     def statistics(self) -> dict[str, float]:
         """Figures for the last message of a request."""
         by_source = {f"tokens_{source}": float(count) for source, count in Counter(self.sources).items()}
-        betas = [o.beta for o in self.observed if o.source == "local"]
+        betas = [o.beta for o in self.observed if SOURCES[o.source].kept]
         figures = by_source | {
             "uplink_bytes": float(self.uplink_bytes),
             "uplink_messages": float(self.uplink_messages),

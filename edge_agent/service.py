@@ -14,7 +14,7 @@ from edge_agent.result import Job, Result
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
 from fedhlm.decoding.text import StoppedText, TextStream, encode_prompt
-from fedhlm.errors import BusError, FedhlmError
+from fedhlm.errors import BusError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Cancel, FinishReason, Output, Prompt, Refusal, Sampling
 from fedhlm.protocol.prompts import unusable

@@ -24,6 +24,7 @@ from fedhlm.protocol.messages import (
     unpack_bits,
     unpack_ids,
 )
+from fedhlm.protocol.sources import SOURCES
 
 SESSIONS_MAX: Final = 1_024
 DOUBTS_MAX: Final = MAX_BLOCK  # of one session
@@ -155,7 +156,7 @@ class ClusterMemory:
         for found in self._evidence(agent, escalation, vocab_size, used=True):
             if not found.supports or found.match is None:
                 return None
-            if source is None or found.match.origin == "neighbour":
+            if source is None or SOURCES[found.match.origin].from_afar:
                 source = found.match.origin
         return None if source is None else Answer(len(_ids(escalation.ids, vocab_size)), source)
 

@@ -37,6 +37,7 @@ from fedhlm.protocol.messages import (
     Verified,
     VerifiedTokens,
 )
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
 from fedhlm.telemetry import warn_once
 
@@ -214,7 +215,7 @@ class EdgeService:
             self._waiting.set()
             return
         self.relay.settle(agent, escalation)
-        self._counters.add("neighbour_answers" if answer.source == "neighbour" else "peer_answers")
+        self._counters.add("neighbour_answers" if SOURCES[answer.source].from_afar else "peer_answers")
         verdict = self._verdict(escalation, answer)
         self._counters.add("verdicts")
         await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)

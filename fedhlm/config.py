@@ -17,6 +17,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from fedhlm import choices
+from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.errors import ConfigError, UnknownKey
 from fedhlm.settings import DEFAULT_PRESET, Broker, Config, Section, is_secret, masked
 
@@ -228,17 +230,17 @@ def _check_together(config: Config, sources: dict[str, str]) -> None:
         if broker.url:
             _check_address(f"{prefix}.url", broker, sources[f"{prefix}.url"])
     pipeline = config.generation.pipeline
-    if pipeline.kind == "async" and pipeline.window < pipeline.block:
+    if choices.PIPELINES[pipeline.kind].runs_ahead and pipeline.window < pipeline.block:
         key = "generation.pipeline.window"
         wanted = f"at least generation.pipeline.block, {pipeline.block}"
         raise _error(key, pipeline.window, wanted, sources[key])
     generation = config.generation
-    shared = generation.coupling in ("gumbel", "greedy")
-    if generation.peers != "none" and not shared:
+    shared = COUPLINGS[generation.coupling].shared
+    if choices.PEERS[generation.peers].asked and not shared:
         key = "generation.peers"
         wanted = f"'none' with generation.coupling {generation.coupling!r}, whose drafts come from a law that travels"
         raise _error(key, generation.peers, wanted, sources[key])
-    if pipeline.kind == "tree" and not (shared and generation.gate == "always"):
+    if choices.PIPELINES[pipeline.kind].grows_trees and not (shared and choices.GATES[generation.gate].verifies_all):
         key = "generation.pipeline.kind"
         wanted = "another than 'tree' unless generation.coupling is 'gumbel' or 'greedy' and generation.gate 'always'"
         raise _error(key, pipeline.kind, wanted, sources[key])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from fedhlm.protocol.sources import SOURCES
 from fedhlm_traces.decoded import number
 from fedhlm_traces.request import Step, Story
 
@@ -71,17 +72,17 @@ def _gate(step: Step) -> str:
     """What the gate decided, as far as the recording tells."""
     if step.escalate:
         # Without a verdict it was doubted, but nobody answered in time.
-        return "escalated" if step.source != "unverified" else "doubted"
-    if not step.sent or step.source in ("local", "unverified"):
+        return "escalated" if not SOURCES[step.source].unreachable else "doubted"
+    if not step.sent or SOURCES[step.source].kept or SOURCES[step.source].unreachable:
         return ""
     return "sent up" if step.escalate is None else "sent along"
 
 
 def _outcome(step: Step, text: Text) -> str:
     stood = step.token if step.draft is None else step.draft
-    if step.source == "local":
+    if SOURCES[step.source].kept:
         return "kept"
-    if step.source == "unverified":
+    if SOURCES[step.source].unreachable:
         return "committed unverified: no answer in time"
     by = _BY[step.source]
     if step.draft is None:

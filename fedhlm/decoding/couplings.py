@@ -68,6 +68,8 @@ class Coupling(NamedTuple):
     is bounded by the probability of a skipped mismatch, so there the harm is the mismatch itself (docs/algorithms.md, 3).
 
     `shared`: the emitted token is a function of seed and target alone, so any proposal may stand in for the draft.
+    `greedy`: it is the target's likeliest token, whatever the seed. `alone` is the coupling under which the target by itself
+    writes what this one's texts are compared with.
     """
 
     draft: Callable[[Logits, Sampling, int], Draft]
@@ -76,6 +78,8 @@ class Coupling(NamedTuple):
     check: Callable[[bytes, int], object]
     harm: Callable[[float, float, bool], float]
     shared: bool
+    greedy: bool = False
+    alone: str = "gumbel"
 
 
 def split_laws(coupling: Coupling, laws: bytes, count: int, vocab_size: int) -> list[bytes]:
@@ -229,7 +233,14 @@ COUPLINGS: Final[dict[str, Coupling]] = {
         draft=_draft_gumbel, settle=_settle_gumbel, law_size=_nothing, check=_nothing, harm=_mismatch, shared=True
     ),
     "greedy": Coupling(
-        draft=_draft_greedy, settle=_settle_greedy, law_size=_nothing, check=_nothing, harm=_mismatch, shared=True
+        draft=_draft_greedy,
+        settle=_settle_greedy,
+        law_size=_nothing,
+        check=_nothing,
+        harm=_mismatch,
+        shared=True,
+        greedy=True,
+        alone="greedy",
     ),
     "full": Coupling(
         draft=_draft_full,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedhlm.errors import ProtocolError
 from fedhlm.peers.context_keys import DIMS, Key
+from fedhlm.protocol.sources import SOURCES
 
 Origin = Literal["peer", "neighbour"]
 
@@ -96,7 +97,7 @@ class Memory:
             self._lengths[slot] = np.sqrt(values @ values)
             self._tokens[slot] = token
             self._peers[slot] = False
-        self._peers[slot] |= origin == "peer"
+        self._peers[slot] |= not SOURCES[origin].from_afar
         self._touch(np.array([slot]))
 
     def nearest(self, key: Key, votes: int, *, theta: float = -1.0) -> Match | None:

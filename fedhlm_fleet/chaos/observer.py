@@ -13,6 +13,7 @@ from fedhlm.bus.party import Party
 from fedhlm.errors import FedhlmError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Output, Presence, Prompt, Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm_fleet.chaos.invariants import Disturbances, Story
 from fedhlm_fleet.demo.client import Place, Task
 
@@ -89,7 +90,7 @@ class Observer:
         now_s = self._clock_s()
         new = story.take(output, now_s, may_miss=self._broker_died_since(story.asked_s))
         self.disturbances.heard(agent, now_s)
-        if any(token.source == "cloud" for token in new):
+        if any(SOURCES[token.source].verified for token in new):
             self.cloud_token_s[agent] = now_s
 
     def broker_died(self) -> None:

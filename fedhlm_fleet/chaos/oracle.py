@@ -11,7 +11,9 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 
+from fedhlm import choices
 from fedhlm.decoding.alone import Alone
+from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder, Request
 from fedhlm.decoding.sampling import Logits, gumbel, scores
 from fedhlm.protocol.messages import Sampling
@@ -62,7 +64,7 @@ class OnnxModel(Alone):
 def perturbed(logits: Logits, sampling: Sampling, position: int) -> Logits:
     """Scores of which the largest is the emitted token; shape (V,), -inf where top-p excludes."""
     wide = np.asarray(logits, np.float64)
-    if sampling.temperature == 0.0 or sampling.coupling == "greedy":
+    if sampling.temperature == 0.0 or COUPLINGS[sampling.coupling].greedy:
         return wide
     return scores(wide, sampling.temperature, sampling.top_p) + gumbel(sampling.seed, position, wide.size)
 
@@ -90,11 +92,11 @@ Checks = Mapping[str, Check | None]
 
 def checks_of(generation: Generation) -> Checks:
     """What a preset promises of its tokens."""
-    shared = generation.coupling in ("gumbel", "greedy")
+    shared, asked = COUPLINGS[generation.coupling].shared, choices.PEERS[generation.peers].asked
     cloud = CLOUD if shared else None
     # With peers a device may hold another token than its own draft.
-    draft = DRAFT if shared and generation.peers == "none" else None
-    if generation.gate == "always" and generation.peers == "none":
+    draft = DRAFT if shared and not asked else None
+    if choices.GATES[generation.gate].verifies_all and not asked:
         return {"cloud": cloud, "unverified": draft}
     return {"cloud": cloud, "unverified": draft, "local": draft, "peer": None, "neighbour": None}
 

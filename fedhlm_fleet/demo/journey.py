@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from fedhlm import choices
 from fedhlm.learning.curve import BINS, Curve, isotonic
 from fedhlm.protocol.messages import Learned
 from fedhlm.settings import Generation
@@ -61,7 +62,7 @@ class Journey:
     @property
     def learns(self) -> bool:
         """Whether rounds of learning move what is kept."""
-        return self._generation.threshold in ("paper-fl", "calibrated-fl")
+        return choices.THRESHOLDS[self._generation.threshold].learns
 
     def legend(self) -> list[str]:
         """What the words of `lines` mean."""
@@ -79,9 +80,9 @@ class Journey:
         if self.learns:
             names = sorted(self.rounds, key=lambda name: (not name, name))
             lines += [self._round(name) for name in names if not (brief and name and "" in self.rounds)]
-        if self._generation.gate == "threshold" and (taus := taus_of(self._finished)):
+        if choices.GATES[self._generation.gate].by_doubt and (taus := taus_of(self._finished)):
             lines.append(f"threshold  {self._threshold([last for _, last in taus])}")
-        if self._generation.peers != "none" and self._finished:
+        if choices.PEERS[self._generation.peers].asked and self._finished:
             lines.append(f"peers      {self._peers()}")
         if self._generation.audit > 0.0:
             lines.append(f"error      {self._error()}")

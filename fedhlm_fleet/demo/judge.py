@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fedhlm.decoding.alone import Alone
+from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Generation
 from fedhlm_fleet.demo.report import Alternatives, Figures, Generated, Run, figures
@@ -31,7 +32,7 @@ class Judge:
 
     def _alone(self, request: Generated, generation: Generation) -> Alternatives:
         # Only gumbel and greedy texts are functions of the seed; beside others stands the gumbel text.
-        coupling = "greedy" if generation.coupling == "greedy" else "gumbel"
+        coupling = COUPLINGS[generation.coupling].alone
         temperature = generation.temperature if request.temperature is None else request.temperature
         sampling = Sampling(request.seed, temperature, generation.top_p, coupling)
         wanted = request.prompt, sampling, request.max_tokens, request.task

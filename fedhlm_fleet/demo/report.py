@@ -8,6 +8,7 @@ import msgspec
 from rich import box
 from rich.table import Table
 
+from fedhlm import choices
 from fedhlm.learning.budget import Budget
 from fedhlm.protocol.messages import Source
 from fedhlm.settings import Generation
@@ -142,7 +143,7 @@ def figures(run: Run, alone: Mapping[int, Alternatives]) -> Figures:
 
     betas = [r.statistics["mean_beta"] for r in done if "mean_beta" in r.statistics]
     risk, limit, generations = budget_of(continued)
-    taus = taus_of(continued) if run.generation.gate == "threshold" else []
+    taus = taus_of(continued) if choices.GATES[run.generation.gate].by_doubt else []
     return Figures(
         preset=run.preset,
         seed=run.seed,

@@ -19,8 +19,8 @@ import msgspec
 from rich.console import Console
 
 from edge_agent.learner import measures_of
+from fedhlm import choices, settings
 from fedhlm import config as configuration
-from fedhlm import settings
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import BusError, ConfigError, root_of
 from fedhlm.process.run import bus_of
@@ -74,7 +74,7 @@ class Demo:
         flags = {"broker.url": broker} if broker else {}
         self.config = configuration.load(preset=preset, flags={**flags, **self.overrides}).config
         generation = self.config.generation
-        self.has_budget = generation.threshold == "calibrated-fl"
+        self.has_budget = choices.THRESHOLDS[generation.threshold].keeps_budget
         if budget is not None and not self.has_budget:
             words = f"left to a preset with generation.threshold 'calibrated-fl', unlike {preset} ({generation.threshold!r})"
             raise ConfigError("generation.budget", budget, words, source="flag --budget")

@@ -27,6 +27,7 @@ from fedhlm.errors import ProtocolError
 from fedhlm.learning.federation import MEMBERS_MAX
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Cancel, FinishReason, Output, Sampling, decode
+from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import Packet
 from fedhlm_lab.sim.parts import Part
@@ -144,14 +145,16 @@ class Monitor:
                 f"token {len(attempt.ids)} of {attempt.prompt} must be one of {sorted(expected)} after {ids} "
                 f"(got {token.token} from {token.source})",
             )
-        if self.scenario.preset == "exact" and token.source not in ("cloud", "unverified"):
+        if self.scenario.preset == "exact" and not (
+            SOURCES[token.source].verified or SOURCES[token.source].unreachable
+        ):
             self.fail("source", f"the exact preset committed a token from {token.source}")
 
     def _expected(self, ids: list[int], sampling: Sampling, token: Committed) -> set[int]:
-        if token.source in ("peer", "neighbour"):  # whatever was settled in a context like this one
+        if SOURCES[token.source].by_peers:  # whatever was settled in a context like this one
             return {token.token}
         draft = self._drafter.draft_now(ids, sampling)
-        if token.source in ("unverified", "local"):
+        if SOURCES[token.source].kept or SOURCES[token.source].unreachable:
             return {draft.token}
         logits, coupling = toy.large_logits(ids), COUPLINGS[sampling.coupling]
         settled = {coupling.settle(logits, sampling, len(ids), draft.token, draft.law)}

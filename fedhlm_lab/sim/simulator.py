@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from edge_agent.service import AgentService, ModelFacts
+from fedhlm.bus.party import Stamp
 from fedhlm.client import Client
 from fedhlm.protocol.messages import Presence, decode
 from fedhlm_lab.sim import toy

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from fedhlm import choices
 from fedhlm.process.leash import leash
 from fedhlm_lab.sim import links
 from fedhlm_lab.sim.invariants import Violation
@@ -70,7 +71,11 @@ def _variety(scenario: Scenario) -> Iterator[str]:
     """Settings that the seed draws where nobody chose them: with small blocks more of them overtake one another."""
     pipeline = scenario.loaded.config.generation.pipeline
     drawn = random.Random(f"{scenario.seed}/block").choice((1, 2, pipeline.block))
-    if pipeline.kind == "async" and drawn < pipeline.block and not any(BLOCK in s for s in scenario.settings):
+    if (
+        choices.PIPELINES[pipeline.kind].runs_ahead
+        and drawn < pipeline.block
+        and not any(BLOCK in s for s in scenario.settings)
+    ):
         yield f"{BLOCK}={drawn}"
 
 

@@ -20,6 +20,7 @@ from edge_agent.events import Committed, Observation
 from edge_agent.result import Job, Result
 from fedhlm.config import load, presets
 from fedhlm.decoding.alone import Alone
+from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.learning.budget import Budget
@@ -161,7 +162,7 @@ def line_of(preset: str, kind: str, done: Sequence[Done], large: Oracle, config:
     line = Line(preset, kind, requests=len(done), tokens=sum(len(d.result.ids) for d in done))
     if not line.tokens:
         return line
-    coupling = "greedy" if config.generation.coupling == "greedy" else "gumbel"
+    coupling = COUPLINGS[config.generation.coupling].alone
     oracle = [large.write(d.task, coupling) for d in done]
     line.agreement = sum(
         a == b for d, o in zip(done, oracle, strict=True) for a, b in zip(d.result.ids, o, strict=False)

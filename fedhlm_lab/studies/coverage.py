@@ -14,6 +14,7 @@ from edge_agent.result import Job, Result
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
@@ -39,7 +40,7 @@ def true_harm(prompt: list[int], sampling: Sampling, result: Result) -> int:
     settle = COUPLINGS[sampling.coupling].settle
     ids, wrong = list(prompt), 0
     for token, source in zip(result.ids, result.sources, strict=True):
-        if source != "cloud":
+        if not SOURCES[source].verified:
             wrong += settle(toy.large_logits(ids), sampling, len(ids), None, b"") != token
         ids.append(token)
     return wrong
@@ -59,7 +60,7 @@ async def life(pair: Pair, config: Config, *, seed: int, generations: int, token
             job = Job(config.generation, sampling, tokens, pair.context, pair.eos_ids)
             result = await agent.generate(job, prompt, nobody)
             harms.append(true_harm(prompt, sampling, result) / len(result.ids))
-            skipped += sum(s != "cloud" for s in result.sources)
+            skipped += sum(not SOURCES[s].verified for s in result.sources)
             written += len(result.ids)
             different += result.ids != toy.large_alone(prompt, sampling, tokens)
     for node in fleet.nodes.values():

@@ -15,7 +15,7 @@ from edge_agent.events import Committed, Event, Judged
 from edge_agent.growth import Budget
 from edge_agent.model import Drawn, Grown
 from edge_agent.wiring import SmallModel, agent_of
-from fedhlm import settings
+from fedhlm import choices, settings
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.thresholds import KEEP_NONE
@@ -270,7 +270,7 @@ class _Telling:
             return "nothing: the generation went another way before"
         plan, gate = self._plan(notes), self._began.config.gate
         word = self._spell(token.own)
-        if gate == "threshold" and plan is not None:
+        if choices.GATES[gate].by_doubt and plan is not None:
             sign = ">" if token.uncertainty > plan.tau else "<="
             reason = f"u {token.uncertainty:.4g} {sign} tau {_tau(plan.tau)}"
         else:

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
-from typing import Any, Final, assert_never
+from collections.abc import Callable
+from typing import Final, assert_never
 
 import msgspec
 
@@ -15,11 +15,11 @@ from cloud_verifier.journal import CloudStart
 from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
 from cloud_verifier.verdicts import MODEL_FAILED, portions, verdict_of
 from cloud_verifier.verifier import Settled
+from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
-from fedhlm.process.saver import Saver
-from fedhlm.process.state import Store
+from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     Answered,
@@ -30,8 +30,8 @@ from fedhlm.protocol.messages import (
     Profile,
     VerdictBatch,
 )
-from fedhlm.settings import Federation
-from fedhlm.telemetry import Counters, warn_once
+from fedhlm.settings import Config
+from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -42,54 +42,53 @@ FEDERATION_FILE: Final = "cloud.federation"
 
 
 class CloudService:
-    """Verifies and coordinates until cancelled. `clock_s` is monotonic.
+    """Verifies and coordinates until cancelled.
 
-    Agents are regrouped every `assign_s` seconds (0: never). What the clusters contributed is kept in `store`;
-    `in_thread` waits for the disk and for the grouping. `to_announce` is set on every connect where the broker may have
-    lost its retained messages.
+    Agents are regrouped every `federation.assign_s` seconds (0: never). `to_announce` is set on every connect where the
+    broker may have lost its retained messages. What an earlier life kept is restored on construction, and the journal begins.
     """
 
     def __init__(
         self,
+        config: Config,
+        runtime: Runtime,
         *,
         party: Party,
         engine: Engine,
         sessions: Sessions,
-        counters: Counters,
-        batch_max: int,
-        batch_wait_s: float = 0.0,
-        clock_s: Callable[[], float] | None = None,
-        coordinator: Coordinator | None = None,
-        assign_s: float = 0.0,
-        store: Store | None = None,
-        in_thread: Callable[..., Awaitable[Any]] = asyncio.to_thread,
-        to_announce: asyncio.Event | None = None,
+        coordinator: Coordinator,
+        to_announce: asyncio.Event,
     ) -> None:
-        self.coordinator = coordinator or Coordinator.of(Federation())
-        self.batcher = Batcher(sessions, engine.empty_cache, batch_max)
+        self.coordinator = coordinator
+        self.batcher = Batcher(sessions, engine.empty_cache, config.cloud.batch_max)
         self._party = party
         self._engine = engine
-        self._counters = counters
-        self._batch_wait_s = batch_wait_s
-        self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
+        self._counters = runtime.counters
+        self._batch_wait_s = config.cloud.batch_wait_ms / 1000.0
+        self._clock_s = runtime.clock_s
         self._work = asyncio.Event()
         self._contributed = asyncio.Event()
-        self._to_announce = to_announce or asyncio.Event()
-        self._assign_s = assign_s
-        self._in_thread = in_thread
-        self._saver = Saver(store, {FEDERATION_FILE: self.coordinator.members}, in_thread=in_thread)
-        if party.journal is not None:
-            life = CloudStart(
+        self._to_announce = to_announce
+        self._assign_s = config.federation.assign_s
+        self._in_thread = runtime.in_thread
+        self._saver = runtime.saver({FEDERATION_FILE: coordinator.members})
+        if runtime.journal is not None:
+            start = CloudStart(
                 root=party.root,
                 fingerprint=sessions.fingerprint,
                 eos_ids=sessions.eos_ids,
                 context_max=sessions.context_max,
                 sessions_max=sessions.sessions_max,
-                batch_max=batch_max,
-                federation=self.coordinator.members.federation,
-                members=self.coordinator.members.snapshot(),
+                batch_max=config.cloud.batch_max,
+                federation=config.federation,
+                members=coordinator.members.snapshot(),
             )
-            party.journal.note("state", "cloud", msgspec.msgpack.encode(life))
+            runtime.journal.note("state", "cloud", msgspec.msgpack.encode(start))
+
+    @property
+    def bus(self) -> Bus:
+        """The connection, to be entered after `subscribe`."""
+        return self._party.bus
 
     async def subscribe(self) -> None:
         """To be called before the bus connects, so that the cloud is not online before it hears."""

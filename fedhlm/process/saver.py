@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from fedhlm.errors import ConfigError, ProtocolError
 from fedhlm.process.state import Store
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 SAVE_S: Final = 30.0
 
-InThread = Callable[..., Awaitable[object]]
+InThread = Callable[..., Awaitable[Any]]
 """Runs a function with its arguments while others go on, such as `asyncio.to_thread`."""
 
 

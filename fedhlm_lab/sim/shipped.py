@@ -10,11 +10,10 @@ from typing import Any, Final
 
 from cloud_verifier.backends.onnx import Call, engine_of
 from cloud_verifier.engine import Output
+from cloud_verifier.wiring import LargeModel
 from edge_agent.model import Drawn, Grown, Slm, SlmDrafter
 from fedhlm.decoding.decoder import Decoder
-from fedhlm.decoding.sampling import NOISE
 from fedhlm.peers.context_keys import load_projection
-from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm_lab.sim.world import Pair
 
 DRAFT_STEP_S: Final = 0.001
@@ -44,12 +43,12 @@ def shipped_pair(slm_folder: Path, llm_folder: Path, *, threads: int = 1) -> Pai
     small, large = Decoder.load(slm_folder, threads=threads), Decoder.load(llm_folder, threads=threads)
     projection = load_projection(slm_folder, small.info.hidden_size)
 
-    info = large.info
+    llm = LargeModel.of(large, engine_of(large, verifying))
     return Pair(
-        fingerprint=fingerprint_of(large.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name),
-        eos_ids=frozenset(info.eos_ids),
-        context=min(info.context, small.info.context),
-        engine=lambda: engine_of(large, verifying),
+        fingerprint=llm.fingerprint,
+        eos_ids=llm.eos_ids,
+        context=min(llm.context, small.info.context),
+        engine=lambda: llm.engine,
         drafter=lambda: SlmDrafter(Slm(small, projection), drafting),
         space=projection.digest[:8],
     )

@@ -11,10 +11,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 
-from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.service import CloudService
-from cloud_verifier.sessions import Sessions
+from cloud_verifier.wiring import LargeModel, cloud_of
 from edge_agent.driver import Agent
 from edge_agent.model import Drafter
 from edge_agent.service import AgentService, ModelFacts
@@ -23,17 +22,17 @@ from edge_broker.service import EdgeService
 from edge_broker.wiring import edge_of
 from fedhlm import settings
 from fedhlm.bus.interface import LinkHook, Retained
-from fedhlm.bus.party import Party, Stamp, presence
+from fedhlm.bus.party import Party, Stamp
 from fedhlm.config import Loaded
 from fedhlm.process.runtime import OpenBus, Runtime
-from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Fingerprint, encode
+from fedhlm.protocol.messages import Fingerprint
 from fedhlm.settings import Config, Federation
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim.link import LinkModel
 from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
 from fedhlm_lab.sim.parts import Part, PartBus, inline
 
+CLOUD_BATCH_MAX: Final = 8
 EDGE_BATCH_MAX: Final = 16
 EDGE_BATCH_WAIT_MS: Final = 2.0
 WALL_S: Final = 1.0e9  # Unix time at the beginning of virtual time
@@ -141,30 +140,18 @@ class Fleet:
         return Party(bus=bus, stamp=Stamp(sender, partial(self.wall_s, part)), counters=self.counters)
 
     def _cloud(self, part: Part) -> tuple[list[PartBus], CloudService]:
-        stamp = Stamp("cloud", partial(self.wall_s, part))
-        name = topics.CLOUD_STATUS.name()
-        birth = Retained(name, encode(presence(stamp, "cloud", online=True, fingerprint=self.pair.fingerprint)))
-        will = Retained(name, encode(presence(stamp, "cloud", online=False)))
-        to_announce = asyncio.Event()
-        bus = self.bus("cloud", will, birth, on_link=lambda _up: to_announce.set(), part=part)
-        service = CloudService(
-            party=self.runtime(part).party(bus, stamp),
-            engine=self.pair.engine(),
-            sessions=Sessions(
-                fingerprint=self.pair.fingerprint,
-                eos_ids=self.pair.eos_ids,
-                context_max=self.pair.context,
-                sessions_max=self._sessions_max,
-            ),
-            counters=self.counters,
-            batch_max=8,
-            coordinator=Coordinator.of(self.federation),
-            assign_s=self.federation.assign_s,
-            store=part.disk.store() if self._keeps else None,
-            in_thread=inline,
-            to_announce=to_announce,
+        buses: list[PartBus] = []
+        pair, cloud = (
+            self.pair,
+            settings.Cloud(batch_max=CLOUD_BATCH_MAX, batch_wait_ms=0.0, sessions_max=self._sessions_max),
         )
-        return [bus], service
+        service = cloud_of(
+            Config(cloud=cloud, federation=self.federation),
+            self.runtime(part),
+            LargeModel(pair.engine(), pair.fingerprint, pair.eos_ids, pair.context),
+            open_bus=self.opener("cloud", part, buses),
+        )
+        return buses, service
 
     def _edge(self, cluster: str, part: Part) -> tuple[list[PartBus], EdgeService]:
         buses: list[PartBus] = []

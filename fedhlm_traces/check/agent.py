@@ -22,6 +22,7 @@ from fedhlm.learning.thresholds import KEEP_NONE
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Escalation, FinishReason, Kind, Note, Prompt, Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
 from fedhlm.telemetry import Counters
 from fedhlm_traces.check.captured import CapturingBus, recorded_store
@@ -280,7 +281,7 @@ class _Telling:
         if token.escalate:
             replaced = "" if token.token == token.own else f" as {self._spell(token.token)}"
             return f"{word} escalated{replaced}: {reason}"
-        return f"{word} {'kept' if token.source == 'local' else f'settled by {token.source}'}: {reason}"
+        return f"{word} {'kept' if SOURCES[token.source].kept else f'settled by {token.source}'}: {reason}"
 
     def _place(self, first: int) -> str:
         """How far the text was where the lists part."""

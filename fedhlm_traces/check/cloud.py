@@ -6,13 +6,13 @@ found by timers and in threads, and is not compared.
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from cloud_verifier import journal
-from cloud_verifier.engine import Engine, Output, Request
+from cloud_verifier.engine import Engine
 from cloud_verifier.sessions import Key
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import ProtocolError, TraceError
@@ -86,13 +86,6 @@ def born_of(life: Life) -> journal.CloudStart:
         raise ProtocolError(f"the first note does not say how a cloud began: {exc}") from exc
 
 
-async def _no_model(_requests: Sequence[Request]) -> list[Output]:
-    raise RuntimeError("nothing is verified without the model")
-
-
-_NO_MODEL: Final = Engine(None, _no_model)
-
-
 class _Replay:
     def __init__(
         self, life: Life, born: journal.CloudStart, engine: Engine | None, outcome: Outcome, spell: Spell
@@ -104,9 +97,7 @@ class _Replay:
         self._verifier = None if engine is None else Verifier(born, engine)
         self._now_s = life.notes[0].at_s
         self._bus = CapturingBus(lambda _number: True)
-        self._service = service_of(
-            born, engine or _NO_MODEL, self._bus, sessions=no_sessions(born), clock_s=lambda: self._now_s
-        )
+        self._service = service_of(born, engine, self._bus, sessions=no_sessions(born), clock_s=lambda: self._now_s)
         self._party = Party(bus=self._bus, stamp=Stamp(life.name, lambda: 0.0), counters=Counters(), root=born.root)
         self._closed: list[Sent] | None = None  # what closing a round sends now; None: it has been compared
         self._counts: Counter[str] = Counter()

@@ -2,28 +2,15 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from cloud_verifier.backends.onnx import engine_of
-from cloud_verifier.engine import Engine
+from cloud_verifier.wiring import LargeModel
 from fedhlm.decoding.decoder import Decoder
-from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import ModelError
-from fedhlm.protocol.fingerprint import fingerprint_of
-from fedhlm.protocol.messages import Fingerprint
 from fedhlm_zoo.shipped import model_folder
 
 
-class Large(NamedTuple):
-    """A model that can verify: its engine, and what sessions need to know of it."""
-
-    engine: Engine
-    fingerprint: Fingerprint
-    eos_ids: frozenset[int]
-    context: int
-
-
-def large_model(folder: Path | None = None) -> Large | None:
+def large_model(folder: Path | None = None) -> LargeModel | None:
     """The model of `folder`, or the shipped one; None where nothing is shipped or its libraries are absent.
 
     Raises:
@@ -38,8 +25,6 @@ def large_model(folder: Path | None = None) -> Large | None:
 
 
 @lru_cache(maxsize=2)
-def _loaded(folder: Path) -> Large:
+def _loaded(folder: Path) -> LargeModel:
     decoder = Decoder.load(folder, threads=0)
-    info = decoder.info
-    fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
-    return Large(engine_of(decoder), fingerprint, frozenset(info.eos_ids), info.context)
+    return LargeModel.of(decoder, engine_of(decoder))

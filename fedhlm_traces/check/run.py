@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from cloud_verifier.wiring import LargeModel
 from edge_agent.journal import AgentStart, unpack
 from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.protocol.messages import MAX_CONTEXT, MAX_NOTES, Journal, Note, decode, encode
@@ -16,7 +17,7 @@ from fedhlm_traces.check.cloud import born_of, check_cloud, from_bus
 from fedhlm_traces.check.divergence import Outcome, plain
 from fedhlm_traces.check.edge import check_edge
 from fedhlm_traces.check.journals import Life, lives
-from fedhlm_traces.check.models import Large, large_model
+from fedhlm_traces.check.models import large_model
 from fedhlm_traces.file import Record, Writer, read
 from fedhlm_traces.spelling import speller
 
@@ -25,17 +26,17 @@ SHOWN: Final = 3
 Which = Literal["agent", "edge", "cloud", "all"]
 
 
-def _agent(life: Life, _large: Large | None) -> Outcome:
+def _agent(life: Life, _large: LargeModel | None) -> Outcome:
     if not life.notes or life.notes[0].kind != "state":
         return check_agent(life)
     return check_agent(life, speller(unpack(life.notes[0].data, AgentStart).fingerprint.tokenizer))
 
 
-def _edge(life: Life, large: Large | None) -> Outcome:
+def _edge(life: Life, large: LargeModel | None) -> Outcome:
     return check_edge(life) if large is None else check_edge(life, speller(large.fingerprint.tokenizer))
 
 
-def _cloud(life: Life, large: Large | None) -> Outcome:
+def _cloud(life: Life, large: LargeModel | None) -> Outcome:
     if large is None or life.number or not life.notes or life.notes[0].kind != "state":
         return check_cloud(life, None)
     born = born_of(life)
@@ -49,7 +50,11 @@ def _cloud(life: Life, large: Large | None) -> Outcome:
     return check_cloud(life, large.engine, speller(born.fingerprint.tokenizer))
 
 
-CHECKS: Final[dict[str, Callable[[Life, Large | None], Outcome]]] = {"agent": _agent, "edge": _edge, "cloud": _cloud}
+CHECKS: Final[dict[str, Callable[[Life, LargeModel | None], Outcome]]] = {
+    "agent": _agent,
+    "edge": _edge,
+    "cloud": _cloud,
+}
 
 
 def check_file(file: Path, which: Which = "all", update: Path | None = None, model: Path | None = None) -> int:

@@ -6,22 +6,25 @@ block without an answer may have been settled all the same. Where the recorded v
 
 import copy
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.engine import Engine, Request
+from cloud_verifier.engine import Engine, Output, Request
 from cloud_verifier.journal import CloudStart
-from cloud_verifier.service import CloudService
+from cloud_verifier.service import FEDERATION_FILE, CloudService
 from cloud_verifier.sessions import Key, Sessions, Stale
 from cloud_verifier.verdicts import MODEL_FAILED
-from fedhlm.bus.party import Party, Received, Stamp
+from cloud_verifier.wiring import LargeModel, cloud_of
+from fedhlm import settings
+from fedhlm.bus.party import Received
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import ACCEPT_STREAM, RESAMPLE_STREAM, gumbel, law, scores, uniform
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.federation import Members, mean_of_clusters
+from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
@@ -35,8 +38,9 @@ from fedhlm.protocol.messages import (
     decode,
     unpack_ids,
 )
+from fedhlm.settings import Config
 from fedhlm.telemetry import Counters
-from fedhlm_traces.check.captured import CapturingBus
+from fedhlm_traces.check.captured import CapturingBus, recorded_store
 from fedhlm_traces.spelling import Spell
 
 PROB_UNITS: Final = 2  # float16 steps by which probabilities may differ between machines and batches
@@ -145,31 +149,44 @@ class Verifier:
         )
 
 
+def large_of(born: CloudStart, engine: Engine) -> LargeModel:
+    """The model that this cloud had, run by `engine`."""
+    return LargeModel(engine, born.fingerprint, born.eos_ids, born.context_max)
+
+
 def no_sessions(born: CloudStart) -> Sessions:
     """Room for one session, as this cloud was made."""
-    return Sessions(fingerprint=born.fingerprint, eos_ids=born.eos_ids, context_max=born.context_max, sessions_max=1)
+    return large_of(born, _NO_MODEL).sessions(1)
 
 
 def service_of(
     born: CloudStart,
-    engine: Engine,
+    engine: Engine | None,
     bus: CapturingBus,
     *,
     sessions: Sessions,
     clock_s: Callable[[], float] = lambda: 0.0,
 ) -> CloudService:
-    """Today's cloud with the settings and the federation that this life began with; it sends on `bus`."""
-    service = CloudService(
-        party=Party(bus=bus, stamp=Stamp("cloud", lambda: 0.0), counters=Counters(), root=born.root),
-        engine=engine,
+    """Today's cloud with the settings and the federation that this life began with; it sends on `bus`.
+
+    Without an `engine` it cannot verify, and agents are never regrouped.
+    """
+    store = recorded_store({FEDERATION_FILE: born.members})
+    return cloud_of(
+        Config(broker=settings.Broker(root=born.root), cloud=settings.Cloud(batch_max=1), federation=born.federation),
+        Runtime(Counters(), wall_s=lambda: 0.0, clock_s=clock_s, store=store),
+        large_of(born, engine or _NO_MODEL),
+        open_bus=bus.opened,
         sessions=sessions,
-        counters=Counters(),
-        batch_max=1,
         coordinator=Coordinator(Members(born.federation, mean_of_clusters)),
-        clock_s=clock_s,
     )
-    service.coordinator.members.restore(born.members)
-    return service
+
+
+async def _no_model(_requests: Sequence[Request]) -> list[Output]:
+    raise RuntimeError("nothing is verified without the model")
+
+
+_NO_MODEL: Final = Engine(None, _no_model)
 
 
 def _answers(payload: bytes) -> tuple[Answered, ...]:

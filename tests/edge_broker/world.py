@@ -5,20 +5,22 @@ import random
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 from cloud_verifier.coordinator import Coordinator
+from cloud_verifier.engine import Engine
 from cloud_verifier.service import CloudService
-from cloud_verifier.sessions import Sessions
+from cloud_verifier.wiring import LargeModel, cloud_of
 from edge_broker.service import EdgeService
 from edge_broker.wiring import edge_of
-from fedhlm.bus.interface import Retained
-from fedhlm.bus.party import Party, Stamp, presence
+from fedhlm.bus.party import Party, Stamp
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.federation import Members, mean_of_clusters
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import Store
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import AnyMessage, Contribution, PaperThreshold, encode
-from fedhlm.settings import Cluster, Config, Edge, Federation
+from fedhlm.protocol.messages import AnyMessage, Contribution, PaperThreshold
+from fedhlm.settings import Cloud, Cluster, Config, Edge, Federation
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
@@ -139,31 +141,25 @@ class World:
         return Node(buses, service)
 
     def cloud(self, *, store: Store | None = None, grouping: Any = None, assign_s: float = 0.0) -> Node:
-        announce = asyncio.Event()
-        stamp = Stamp("cloud", self.wall_s)
-        status = topics.CLOUD_STATUS.name()
-        bus = LoopbackBus(
-            self.broker,
-            client_id="cloud",
-            birth=Retained(status, encode(presence(stamp, "cloud", online=True, fingerprint=toy.FINGERPRINT))),
-            will=Retained(status, encode(presence(stamp, "cloud", online=False))),
-            on_link=lambda _up: announce.set(),
-        )
-        service = CloudService(
-            party=self.party(bus, "cloud"),
-            engine=toy.engine(),
-            sessions=Sessions(
-                fingerprint=toy.FINGERPRINT, eos_ids=frozenset({toy.EOS_ID}), context_max=toy.CONTEXT, sessions_max=8
+        buses: list[LoopbackBus] = []
+
+        def opened(**given: Any) -> LoopbackBus:
+            buses.append(LoopbackBus(self.broker, **given))
+            return buses[-1]
+
+        service = cloud_of(
+            Config(
+                cloud=Cloud(batch_max=8, batch_wait_ms=0.0, sessions_max=8),
+                federation=replace(RULES, assign_s=assign_s),
             ),
-            counters=self.counters,
-            batch_max=8,
+            Runtime(self.counters, wall_s=self.wall_s, in_thread=inline, store=store),
+            LargeModel(
+                Engine(toy.ToyCache(), toy.large_forward), toy.FINGERPRINT, frozenset({toy.EOS_ID}), toy.CONTEXT
+            ),
+            open_bus=opened,
             coordinator=Coordinator(Members(RULES, mean_of_clusters), grouping),
-            assign_s=assign_s,
-            store=store,
-            in_thread=inline,
-            to_announce=announce,
         )
-        return Node([bus], service)
+        return Node(buses, service)
 
 
 async def contribute(

@@ -1,0 +1,73 @@
+"""How a cloud is put together: its connection, its sessions, its service. Processes, the simulator and checks all do it so."""
+
+import asyncio
+from typing import Final, NamedTuple
+
+from cloud_verifier.coordinator import Coordinator
+from cloud_verifier.engine import Engine
+from cloud_verifier.service import CloudService
+from cloud_verifier.sessions import Sessions
+from fedhlm.bus.interface import Retained
+from fedhlm.bus.party import presence
+from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.sampling import NOISE
+from fedhlm.process.runtime import OpenBus, Runtime
+from fedhlm.protocol import topics
+from fedhlm.protocol.fingerprint import fingerprint_of
+from fedhlm.protocol.messages import Fingerprint, encode
+from fedhlm.settings import Config
+
+NAME: Final = "cloud"
+"""What a cloud calls itself, in messages and to its broker."""
+
+
+class LargeModel(NamedTuple):
+    """The LLM as a cloud needs it: its engine, and what sessions must know of it; `context` in tokens."""
+
+    engine: Engine
+    fingerprint: Fingerprint
+    eos_ids: frozenset[int]
+    context: int
+
+    @classmethod
+    def of(cls, decoder: Decoder, engine: Engine) -> "LargeModel":
+        """A decoder's model, run by `engine`."""
+        info = decoder.info
+        fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
+        return cls(engine, fingerprint, frozenset(info.eos_ids), info.context)
+
+    def sessions(self, sessions_max: int) -> Sessions:
+        """Room for so many sessions."""
+        return Sessions(
+            fingerprint=self.fingerprint, eos_ids=self.eos_ids, context_max=self.context, sessions_max=sessions_max
+        )
+
+
+def cloud_of(
+    config: Config,
+    runtime: Runtime,
+    model: LargeModel,
+    *,
+    open_bus: OpenBus,
+    sessions: Sessions | None = None,
+    coordinator: Coordinator | None = None,
+) -> CloudService:
+    """A cloud; its `bus` is still to be entered, after `subscribe`. `sessions` and `coordinator` are made as configured."""
+    stamp = runtime.stamp(NAME)
+    status = topics.CLOUD_STATUS.name(config.broker.root)
+    to_announce = asyncio.Event()
+    bus = open_bus(
+        client_id=NAME,
+        birth=Retained(status, encode(presence(stamp, "cloud", online=True, fingerprint=model.fingerprint))),
+        will=Retained(status, encode(presence(stamp, "cloud", online=False))),
+        on_link=lambda _up: to_announce.set(),
+    )
+    return CloudService(
+        config,
+        runtime,
+        party=runtime.party(bus, stamp, config.broker.root),
+        engine=model.engine,
+        sessions=model.sessions(config.cloud.sessions_max) if sessions is None else sessions,
+        coordinator=coordinator or Coordinator.of(config.federation),
+        to_announce=to_announce,
+    )

@@ -208,7 +208,7 @@ class Client:
             self._changed.clear()
             if not await _within(self._changed, began_s + (_MOVE_S if places else self.away_s)):
                 if places:
-                    raise ConfigError("cluster", None, f"{agent} is in {', '.join(places)}: one of them")
+                    raise ConfigError("cluster", None, f"one of {', '.join(places)}, where {agent} is")
                 where = "any cluster" if cluster is None else f"cluster {cluster}"
                 raise AgentOffline(agent, request, f"{agent} is not online in {where} at this broker")
 

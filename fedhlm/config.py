@@ -10,7 +10,8 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -115,7 +116,15 @@ def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield key, entry.type
 
 
+def _description(kind: Any) -> str:
+    if isinstance(kind, type):
+        return " ".join((kind.__doc__ or "").split())
+    return next((meta.description for meta in reversed(kind.__metadata__) if meta.description), "")
+
+
 _TYPES: Final[dict[str, Any]] = dict(_walk(Config))
+# Every section and key with what it is, in the order of declaration.
+DESCRIPTIONS: Final[dict[str, str]] = {key: _description(kind) for key, kind in _TYPES.items()}
 SECTIONS: Final = tuple(key for key, kind in _TYPES.items() if isinstance(kind, type) and issubclass(kind, Section))
 KEYS: Final = tuple(key for key in _TYPES if key not in SECTIONS)
 
@@ -206,16 +215,16 @@ def _layer(values: Mapping[str, object], source_of: Callable[[str], str], *, tex
         try:
             value = msgspec.convert(_words(key, raw) if text else raw, _TYPES[key], strict=not text)
         except msgspec.ValidationError as exc:
-            raise _error(key, raw, _expectation(_TYPES[key]), source_of(key)) from exc
+            raise _error(key, raw, expectation(key), source_of(key)) from exc
         if isinstance(value, float) and not math.isfinite(value):
-            raise _error(key, raw, _expectation(_TYPES[key]), source_of(key))
+            raise _error(key, raw, expectation(key), source_of(key))
         layer[key] = Setting(value, source_of(key))
     return layer
 
 
 def _words(key: str, raw: object) -> object:
     """The text of a list: names between commas, in brackets and quotes or not."""
-    if not isinstance(msgspec.inspect.type_info(_TYPES[key]), msgspec.inspect.VarTupleType):
+    if typing.get_origin(_TYPES[key].__origin__) is not tuple:
         return raw
     return re.findall(r"[^\s,()\[\]'\"]+", str(raw))
 
@@ -260,9 +269,13 @@ def _require_known(key: str, value: object, source: str, spelling: Callable[[str
         return
     if key in SECTIONS:
         raise _error(key, value, "a section of keys, not a value", source)
-    near = [known for known in KEYS if known.startswith(key)] or difflib.get_close_matches(key, KEYS, n=1)
-    hint = f"did you mean {spelling(near[0])}?" if near else "`fedhlm config explain` lists all keys"
-    raise UnknownKey(key, masked(key, value), hint, source=source)
+    raise UnknownKey(key, masked(key, value), near(key, KEYS, spelling), source=source)
+
+
+def near(word: str, known: Sequence[str], spelling: Callable[[str], str] = str) -> str:
+    """A hint at the one that is meant by a word which is none of `known`."""
+    close = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {spelling(close[0])}?" if close else "`fedhlm config explain` lists all keys"
 
 
 def _unknown_preset(name: str, source: str) -> ConfigError:
@@ -280,9 +293,16 @@ def _error(key: str, value: object, expectation: str, source: str, why: str = ""
     return ConfigError(key, masked(key, value), expectation, why=why, source=source)
 
 
-def _expectation(kind: Any) -> str:
-    """A type and its limits in words."""
-    info = msgspec.inspect.type_info(kind)
+def default(key: str) -> str:
+    """A key's default as TOML."""
+    return _shown(key, _lookup(_DEFAULTS, key))
+
+
+def expectation(key: str) -> str:
+    """A key's type and limits in words."""
+    info = msgspec.inspect.type_info(_TYPES[key])
+    if isinstance(info, msgspec.inspect.Metadata):
+        info = info.type
     match info:
         case msgspec.inspect.LiteralType(values=values):
             return f"one of {', '.join(str(value) for value in values)}" if len(values) > 1 else repr(values[0])
@@ -296,6 +316,8 @@ def _expectation(kind: Any) -> str:
             return f"a list of {', '.join(str(value) for value in values)}, in order of preference"
         case msgspec.inspect.StrType(pattern=str()):
             return f"1..{info.max_length} letters, digits, '.', '_' or '-', first a letter or digit"
+        case msgspec.inspect.StrType(min_length=int(), max_length=int(most)):
+            return f"text of 1 to {most} characters"
         case msgspec.inspect.StrType(min_length=int()):
             return "non-empty text"
         case _:
@@ -304,8 +326,8 @@ def _expectation(kind: Any) -> str:
 
 def _limits(info: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
     low = f"above {info.gt:g}" if info.gt is not None else f"from {info.ge or 0:g}"
-    high = f"below {info.lt}" if info.lt is not None else f"up to {info.le}"
-    return f"{low} {high}"
+    high, word = (info.lt, "below") if info.lt is not None else (info.le, "up to")
+    return f"{low} {word} {high if isinstance(high, int) else f'{high:g}'}"
 
 
 def _shown(key: str, value: object) -> str:

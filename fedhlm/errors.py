@@ -49,7 +49,8 @@ class UnknownKey(ConfigError):
     """A key does not exist; `expectation` is a hint at what does."""
 
     def _sentence(self) -> str:
-        return f"{self.key} is not a known key: {self.expectation} (got {self._found()})"
+        found = "" if self.value is None else f" (got {self._found()})"
+        return f"{self.key} is not a known key: {self.expectation}{found}"
 
 
 class DataMissing(FedhlmError):

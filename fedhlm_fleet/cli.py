@@ -72,6 +72,26 @@ def config_check(*keys: Keys, config: Path | None = None, preset: str | None = N
     return 0
 
 
+@config_app.command(name="explain")
+def config_explain(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+    """Explain a key, a section or a preset: what it does, its limits, its default, and the value it has now.
+
+    fedhlm config explain generation.budget; without a name all keys are listed. Every key is also a flag.
+
+    Parameters
+    ----------
+    config
+        TOML file.
+    preset
+        Shipped preset or path of a preset file.
+    """
+    from fedhlm.explain import explain
+
+    named = 1 if keys and (len(keys) == 1 or not keys[0].startswith("--")) else 0
+    print(explain(_loaded(keys[named:], config, preset), keys[0] if named else ""))
+    return 0
+
+
 @app.command
 def presets() -> int:
     """List the shipped presets and what each promises."""

@@ -1,0 +1,313 @@
+"""Every setting: its type, limits, default and description. `fedhlm.config` reads and merges them, `fedhlm.explain` tells them."""
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from fedhlm.bus.broker_url import BrokerUrl, TlsFiles
+from fedhlm.protocol import messages, topics
+from fedhlm.settings.generation import Consensus, Generation, Learning, Pipeline
+from fedhlm.settings.section import MASK, Section, WaitMs, is_secret, masked
+
+__all__ = [
+    "DEFAULT_PRESET",
+    "MASK",
+    "Agent",
+    "Broker",
+    "Cloud",
+    "Cluster",
+    "Config",
+    "Consensus",
+    "Edge",
+    "Federation",
+    "Generation",
+    "Learning",
+    "Pipeline",
+    "Section",
+    "Telemetry",
+    "is_secret",
+    "masked",
+]
+
+DEFAULT_PRESET: Final = "budget"
+
+Port = Annotated[int, Meta(ge=0, le=65_535)]
+Threads = Annotated[int, Meta(ge=0, le=256)]
+BatchSize = Annotated[int, Meta(ge=1, le=messages.MAX_BATCH)]
+# Those of onnxruntime that exist for Linux; which of them a build has, is known where it runs.
+Provider = Literal[
+    "CPUExecutionProvider",
+    "CUDAExecutionProvider",
+    "TensorrtExecutionProvider",
+    "MIGraphXExecutionProvider",
+    "OpenVINOExecutionProvider",
+    "DnnlExecutionProvider",
+    "XnnpackExecutionProvider",
+    "ACLExecutionProvider",
+    "QNNExecutionProvider",
+]
+
+
+class Broker(Section, frozen=True):
+    """An MQTT broker and how to reach it."""
+
+    url: Annotated[
+        str,
+        Meta(
+            description="Address, mqtt://[user:password@]host[:port], or mqtts:// for TLS. Empty: an edge starts a broker of its own "
+            "on `edge.embedded_host`, an agent or a cloud uses mqtt://127.0.0.1:1883. An edge without `edge.upstream.url` reaches "
+            "the cloud over the broker of its cluster."
+        ),
+    ] = ""
+    protocol: Annotated[
+        Literal["auto", "5", "3.1.1"],
+        Meta(description="Version of MQTT. auto tries 5 and falls back to 3.1.1 where the broker refuses it."),
+    ] = "auto"
+    username: Annotated[str, Meta(description="User name at the broker; it wins over the one in `url`.")] = ""
+    password: Annotated[
+        str,
+        Meta(
+            description="Password of `username`; it wins over the one in `url`. Set it in a file or in the environment."
+        ),
+    ] = ""
+    ca: Annotated[
+        str,
+        Meta(description="PEM file of the authorities that may sign the broker's certificate. Empty: the system's."),
+    ] = ""
+    cert: Annotated[str, Meta(description="PEM file of this party's own certificate, for mutual TLS; needs `key`.")] = (
+        ""
+    )
+    key: Annotated[str, Meta(description="PEM file of the private key of `cert`, without a passphrase.")] = ""
+    connect_timeout_s: Annotated[
+        float, Meta(gt=0.0, le=3_600.0, description="Seconds to wait for a connection before it is tried again.")
+    ] = 10.0
+    keepalive_s: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_535,
+            description="Seconds of silence before the connection is probed. A link that died in silence is noticed after up to "
+            "twice this; lower costs a few bytes each time.",
+        ),
+    ] = 30
+    root: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=256,
+            description="First levels of every topic, without wildcards. Fleets that share a broker need different roots.",
+        ),
+    ] = topics.DEFAULT_ROOT
+
+    def address(self, *, key: str = "broker.url") -> BrokerUrl:
+        """The parsed `url` with user, password and TLS files of these keys before those of the URL itself.
+
+        Raises:
+            ConfigError: no URL, or one that cannot be used; `key` names it.
+        """
+        files = TlsFiles(self.ca or None, self.cert or None, self.key or None)
+        parsed = BrokerUrl.parse(self.url, files=files if any(files) else None, key=key)
+        return msgspec.structs.replace(
+            parsed, username=self.username or parsed.username, password=self.password or parsed.password
+        )
+
+
+class Cluster(Section, frozen=True):
+    """The group of agents that share one edge."""
+
+    name: Annotated[messages.Name, Meta(description="Name of the cluster, a level of its topics.")] = "home"
+
+
+class Agent(Section, frozen=True):
+    """A device: it drafts with the small model and asks its edge."""
+
+    id: Annotated[
+        messages.Name, Meta(description="Name of the agent, a level of its topics; unique in its cluster.")
+    ] = "agent"
+    model: Annotated[str, Meta(description="Folder of the small model (ONNX). Empty: the shipped one.")] = ""
+    state: Annotated[
+        str,
+        Meta(
+            description="Folder in which the agent keeps what it has learnt. Empty: nothing is kept over a restart. Files are "
+            "replaced as a whole; a damaged one is set aside with a warning."
+        ),
+    ] = ""
+    threads: Annotated[Threads, Meta(description="Threads of the model. 0: onnxruntime's choice.")] = 0
+    providers: Annotated[
+        tuple[Provider, ...],
+        Meta(
+            description="Where onnxruntime computes, in order of preference; names between commas in the environment and on the "
+            "command line. What is absent is told in one warning, and the processor computes instead. Empty: the processor."
+        ),
+    ] = ()
+
+
+class Edge(Section, frozen=True):
+    """The edge of a cluster: it relays, batches and remembers for its agents."""
+
+    upstream: Broker = Broker()
+    state: Annotated[
+        str,
+        Meta(
+            description="Folder for the federation's sums and the verified tokens. Empty: nothing is kept over a restart."
+        ),
+    ] = ""
+    memory: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Verified tokens that the edge remembers for its cluster (`generation.peers`).",
+        ),
+    ] = 16_384
+    batch_max: Annotated[
+        BatchSize, Meta(description="Most escalations in a batch to the cloud. More for many agents, fewer for few.")
+    ] = 64
+    batch_wait_ms: Annotated[
+        WaitMs, Meta(description="Milliseconds that an escalation waits for others to fill its batch (`batch_max`).")
+    ] = 2.0
+    embedded_host: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Address on which an edge without `broker.url` starts its own broker; without users and passwords a "
+            "loopback address.",
+        ),
+    ] = "127.0.0.1"
+    embedded_port: Annotated[Port, Meta(description="TCP port of that broker (`embedded_host`). 0: any free port.")] = (
+        1883
+    )
+
+
+class Cloud(Section, frozen=True):
+    """The verifier with the large model."""
+
+    model: Annotated[str, Meta(description="Folder of the large model. Empty: the shipped one.")] = ""
+    state: Annotated[
+        str, Meta(description="Folder for the federation's sums. Empty: nothing is kept over a restart.")
+    ] = ""
+    threads: Annotated[Threads, Meta(description="Threads of the model. 0: the runtime's choice.")] = 0
+    providers: Annotated[
+        tuple[Provider, ...],
+        Meta(description="Where onnxruntime computes, in order of preference, as for `agent.providers`."),
+    ] = ()
+    sessions_max: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Most key-value caches kept; a text whose cache was dropped costs a round trip.",
+        ),
+    ] = 64
+    batch_max: Annotated[BatchSize, Meta(description="Most blocks that one call of the model verifies.")] = 64
+    batch_wait_ms: Annotated[
+        WaitMs, Meta(description="Milliseconds that a block waits for others to be verified with it (`batch_max`).")
+    ] = 2.0
+
+
+class Federation(Section, frozen=True):
+    """Rounds and robustness, at edge and cloud."""
+
+    round_updates: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000, description="Contributions after which new state goes out, or `round_s` if sooner."),
+    ] = 16
+    prior_tokens: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1e12,
+            description="Tokens' worth of what other clusters know that a cluster begins with, at most. 0: none.",
+        ),
+    ] = 4_096.0
+    round_s: Annotated[
+        float,
+        Meta(
+            gt=0.0,
+            le=86_400.0,
+            description="Seconds after the first contribution of a round at which new state goes out.",
+        ),
+    ] = 2.0
+    weight_cap: Annotated[
+        float, Meta(gt=0.0, le=1e12, description="Most tokens that one member counts for, whatever it claims.")
+    ] = 1e6
+    trim: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=0.5,
+            description="Share of the members' ratios cut at either end of each bin, from five members on, rounded down: 0.1 cuts "
+            "from ten members on.",
+        ),
+    ] = 0.1
+    epsilon: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1_000.0,
+            description="Above 0: an agent adds Gaussian noise to its sums, for (epsilon, `delta`) over `releases` contributions. "
+            "Set it at the agents.",
+        ),
+    ] = 0.0
+    delta: Annotated[
+        float, Meta(gt=0.0, lt=1.0, description="Failure probability delta of the privacy of `epsilon`.")
+    ] = 1e-6
+    releases: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Contributions that share the privacy of `epsilon`; after them an agent sends none.",
+        ),
+    ] = 1_000
+    assign_s: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=86_400.0,
+            description="Seconds between two regroupings of the agents by the cloud; agents that have it set send profiles. 0: never.",
+        ),
+    ] = 0.0
+
+
+class Telemetry(Section, frozen=True):
+    """Logs, metrics and journals."""
+
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="Least level of the records that are logged.")
+    ] = "INFO"
+    metrics_host: Annotated[
+        str,
+        Meta(
+            min_length=1, description="Address on which metrics are served to Prometheus, where `metrics_port` is set."
+        ),
+    ] = "127.0.0.1"
+    metrics_port: Annotated[Port, Meta(description="TCP port of the metrics. 0: none are served.")] = 0
+    journal: Annotated[
+        bool,
+        Meta(
+            description="Whether a part publishes what it takes in and decides, so that a recording of the bus can be replayed "
+            "through the code (fedhlm replay --check). Its traffic more than doubles."
+        ),
+    ] = False
+
+
+class Config(Section, frozen=True):
+    """Every setting of agents, edges and clouds."""
+
+    preset: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="Name of a shipped preset, or path of a preset file, whose settings apply before all others but the defaults.",
+        ),
+    ] = DEFAULT_PRESET
+    broker: Broker = Broker()
+    cluster: Cluster = Cluster()
+    agent: Agent = Agent()
+    edge: Edge = Edge()
+    cloud: Cloud = Cloud()
+    generation: Generation = Generation()
+    federation: Federation = Federation()
+    telemetry: Telemetry = Telemetry()

@@ -1,0 +1,281 @@
+"""The settings of generation: how tokens are drafted, checked and drawn, and how thresholds are learnt."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from fedhlm.protocol import messages
+from fedhlm.settings.section import Section, Unit, WaitMs
+
+BlockSize = Annotated[int, Meta(ge=1, le=messages.MAX_BLOCK)]
+
+
+class Pipeline(Section, frozen=True):
+    """How far drafting runs ahead of the verdicts."""
+
+    kind: Annotated[
+        Literal["blocking", "async", "remote", "tree"],
+        Meta(
+            description="blocking waits for each verdict; async drafts on meanwhile; remote lets the cloud decode; tree sends "
+            "alternatives with the drafts, and needs `generation.gate` always and `generation.coupling` gumbel or greedy."
+        ),
+    ] = "async"
+    window: Annotated[
+        BlockSize,
+        Meta(
+            description="Tokens that async may be ahead of the verdicts, at least `block`: the round trip divided by the time of a "
+            "draft, or more."
+        ),
+    ] = 16
+    block: Annotated[
+        BlockSize,
+        Meta(
+            description="Drafts per message; with remote, tokens per answer. Larger is fewer bytes, smaller an earlier verdict."
+        ),
+    ] = 8
+    flush_uncertainty: Annotated[
+        Unit, Meta(description="A draft that is less certain than this sends its block at once. 1: none does.")
+    ] = 1.0
+    flush_age_ms: Annotated[
+        WaitMs, Meta(description="Milliseconds after which a draft that has waited sends its block at once.")
+    ] = 200.0
+    survival_floor: Annotated[
+        Unit,
+        Meta(
+            description="async pauses, and sends what is there, once the drafts under way are all accepted with less than this "
+            "probability. Higher: fewer bytes and drafts in vain; lower: more tokens in flight."
+        ),
+    ] = 0.03
+    bonus: Annotated[
+        bool,
+        Meta(
+            description="Whether the LLM adds a token of its own after an accepted block (always in async). The published systems "
+            "do not."
+        ),
+    ] = True
+    nodes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_024,
+            description="Most nodes of a tree. The device grows fewer where the measured delay does not repay them; trees lose on "
+            "short round trips.",
+        ),
+    ] = 64
+
+
+class Consensus(Section, frozen=True):
+    """When verified tokens of peers may settle a draft."""
+
+    similarity: Annotated[
+        Unit, Meta(description="Cosine from which contexts count as near. Higher: fewer hits, and more of them right.")
+    ] = 0.8
+    replace: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=2.0,
+            description="Cosine from which a different token of the neighbours takes the draft's place and is verified. 2: never, "
+            "which is better on the shipped pair.",
+        ),
+    ] = 2.0
+    votes: Annotated[int, Meta(ge=1, le=64, description="How many of the nearest verified tokens must agree.")] = 3
+    size: Annotated[int, Meta(ge=1, le=1_000_000, description="Verified tokens that a device remembers.")] = 4_096
+    adapt: Annotated[
+        bool,
+        Meta(
+            description="Under calibrated-fl (`generation.threshold`), raise `similarity` so that wrong hits stay within "
+            "`error_share` of the budget; no peer settles anything before there is evidence. Off: `similarity` holds from the start."
+        ),
+    ] = True
+    error_share: Annotated[
+        Unit, Meta(description="Share of `generation.budget` that wrong hits may use up, where `adapt` is on.")
+    ] = 0.2
+    lan_price: Annotated[
+        float, Meta(ge=0.0, le=1_000.0, description="What a byte within the cluster costs beside one to the cloud.")
+    ] = 0.1
+    max_age_s: Annotated[
+        float, Meta(gt=0.0, le=86_400.0, description="Seconds for which a silent agent counts in the centroid.")
+    ] = 600.0
+
+
+class Learning(Section, frozen=True):
+    """How the threshold is learnt, and when an agent contributes."""
+
+    round_tokens: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000_000,
+            description="Tokens after which an agent contributes. Lower: faster learning, more bytes.",
+        ),
+    ] = 32
+    round_s: Annotated[
+        float, Meta(gt=0.0, le=86_400.0, description="Seconds after which something new is contributed in any case.")
+    ] = 60.0
+    growth: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=100.0,
+            description="Share by which what an agent has seen must have grown before it contributes again, beside `round_tokens`: "
+            "often at first, seldom later.",
+        ),
+    ] = 0.1
+    gamma: Annotated[float, Meta(gt=0.0, le=1_000.0, description="paper-fl: steepness gamma (FedHLM eqs 4-8).")] = 10.0
+    learning_rate: Annotated[
+        float, Meta(gt=0.0, le=100.0, description="paper-fl: step size, divided by 1 + `decay` times the round.")
+    ] = 0.001
+    decay: Annotated[float, Meta(ge=0.0, le=100.0, description="paper-fl: decay of `learning_rate` per round.")] = 0.1
+    regularisation: Annotated[
+        float, Meta(ge=0.0, le=100.0, description="paper-fl: weight lambda of the regulariser.")
+    ] = 0.01
+    optimiser: Annotated[
+        Literal["fedavg", "fedprox", "scaffold", "fednova"], Meta(description="paper-fl: how thresholds are averaged.")
+    ] = "fedavg"
+    proximal: Annotated[
+        float,
+        Meta(ge=0.0, le=1_000.0, description="paper-fl: weight of the proximal term where `optimiser` is fedprox."),
+    ] = 0.1
+    local_steps: Annotated[int, Meta(ge=1, le=1_000, description="paper-fl: gradient steps of an agent per round.")] = 1
+    objective: Annotated[
+        Literal["budget", "price"],
+        Meta(
+            description="calibrated-fl: budget keeps as many tokens as `generation.budget` allows; price keeps what costs less to "
+            "get wrong (`harm_bytes`) than to send."
+        ),
+    ] = "budget"
+    shrinkage: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1_000_000.0,
+            description="calibrated-fl: own tokens of a bin that weigh as much as the cluster. Lower where devices differ.",
+        ),
+    ] = 50.0
+    forgetting: Annotated[
+        Unit,
+        Meta(
+            description="calibrated-fl: share of the own sums that fades with each round. Above 0 where texts or models change."
+        ),
+    ] = 0.0
+    harm_bytes: Annotated[
+        float,
+        Meta(
+            gt=0.0,
+            le=1_000_000_000.0,
+            description="What a wrong token is worth in bytes, for the price (`objective`) and for whether asking peers pays.",
+        ),
+    ] = 1_000.0
+    round_trip_bytes: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1_000_000_000.0,
+            description="What a round trip is worth in bytes, for the price (`objective`) and for whether asking peers pays.",
+        ),
+    ] = 100.0
+
+
+class Generation(Section, frozen=True):
+    """How tokens are drafted, checked and drawn."""
+
+    coupling: Annotated[
+        Literal["gumbel", "greedy", "full", "lattice", "published-cu", "published-cu-online"],
+        Meta(
+            description="How draft and target are coupled: gumbel unless a paper is to be repeated; greedy always writes the "
+            "likeliest token; the others send the device's law."
+        ),
+    ] = "gumbel"
+    uncertainty: Annotated[
+        Literal["closed-form", "k-sample", "entropy"],
+        Meta(
+            description="Form of the uncertainty u: k-sample is U-HLM's, with its sampling noise, entropy FedHLM's. A curve belongs "
+            "to one form; after a change learning begins anew."
+        ),
+    ] = "closed-form"
+    gate: Annotated[
+        Literal["always", "never", "random", "threshold"],
+        Meta(
+            description="Which drafts are verified: all, none, a share `send_probability` at random, or those whose uncertainty "
+            "is above the threshold (`threshold`)."
+        ),
+    ] = "always"
+    peers: Annotated[
+        Literal["none", "centroid", "neighbour"],
+        Meta(
+            description="Whose verified tokens may settle a draft: nobody's, by the agents' centroid, or the nearest of the "
+            "cluster. Others than none need `coupling` gumbel or greedy."
+        ),
+    ] = "none"
+    threshold: Annotated[
+        Literal["none", "fixed", "paper-fl", "calibrated-fl"],
+        Meta(
+            description="Where the threshold of `gate` threshold comes from: `tau` itself, FedHLM's federated step, or a calibrated "
+            "curve that keeps within `budget`."
+        ),
+    ] = "none"
+    tau: Annotated[Unit, Meta(description="Threshold on the uncertainty under fixed; where paper-fl starts from.")] = (
+        0.43
+    )
+    send_probability: Annotated[Unit, Meta(description="Probability of sending a draft where `gate` is random.")] = 0.7
+    budget: Annotated[
+        float,
+        Meta(
+            gt=0.0,
+            le=1.0,
+            description="Mean harm per token (total variation) that unverified tokens may cost. Higher keeps more tokens on the "
+            "device, lower fewer.",
+        ),
+    ] = 0.05
+    confidence: Annotated[
+        float,
+        Meta(
+            ge=0.5,
+            le=0.9999,
+            description="Confidence of the reported limit on the harm, and of the threshold under calibrated-fl. Higher needs more "
+            "evidence; another value begins a new estimate.",
+        ),
+    ] = 0.95
+    audit: Annotated[
+        Unit,
+        Meta(
+            description="Chance, per token asked for, that the unverified end of a text is audited, rounded down to a power of two "
+            "for the text. Higher brings the limit down sooner and costs messages; 0: no audit, no R-hat and no limit."
+        ),
+    ] = 0.0
+    consensus: Consensus = Consensus()
+    learning: Learning = Learning()
+    pipeline: Pipeline = Pipeline()
+    temperature: Annotated[
+        float,
+        Meta(ge=0.0, le=10.0, description="Temperature of the tokens' law, where a prompt does not bring its own."),
+    ] = 0.8
+    top_p: Annotated[
+        float,
+        Meta(gt=0.0, le=1.0, description="Nucleus of the tokens' law, where a prompt does not bring its own. 1: all."),
+    ] = 1.0
+    seed: Annotated[messages.Seed, Meta(description="Seed of the noise, where a prompt does not bring its own.")] = 0
+    max_tokens: Annotated[
+        int,
+        Meta(
+            ge=1, le=messages.MAX_TOKENS, description="Tokens per text, where a prompt does not bring its own number."
+        ),
+    ] = 64
+    deadline_ms: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=3_600_000,
+            description="Milliseconds that the device waits for a verdict before it commits its drafts, marked unverified.",
+        ),
+    ] = 10_000
+    retry_ms: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=3_600_000,
+            description="Milliseconds after which an unanswered block is sent again; doubles up to eight times this, until "
+            "`deadline_ms`.",
+        ),
+    ] = 1_000

@@ -1,0 +1,33 @@
+"""What a section of settings is, and which keys hold secrets."""
+
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from fedhlm.protocol import messages
+
+MASK: Final = "***"
+
+Unit = messages.Unit
+WaitMs = Annotated[float, Meta(ge=0.0, le=60_000.0)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of keys. Passwords never show in its repr."""
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={masked(name, getattr(self, name))!r}" for name in self.__struct_fields__)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key, perhaps a misspelt one, is meant to hold a password."""
+    name = key.rpartition(".")[2]
+    return name.startswith("pas") or "pwd" in name or "secret" in name
+
+
+def masked(key: str, value: object) -> object:
+    """`value` for human eyes: no password, and no address that carries one."""
+    text = str(value)
+    return MASK if value and (is_secret(key) or ("://" in text and "@" in text)) else value

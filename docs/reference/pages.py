@@ -22,6 +22,7 @@ PACKAGES = (
     "fedhlm.learning",
     "fedhlm.peers",
     "fedhlm.process",
+    "fedhlm.settings",
     "fedhlm_traces",
 )
 

@@ -23,6 +23,7 @@ PACKAGES = (
     "fedhlm.peers",
     "fedhlm.process",
     "fedhlm.settings",
+    "fedhlm.settings",
     "fedhlm_traces",
 )
 

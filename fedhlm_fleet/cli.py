@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError
-from fedhlm_fleet.commands import doctor, flash, models, pki, provision, simulate, trace, traces
+from fedhlm_fleet.commands import doctor, flash, models, pki, provision, simulate, status, trace, traces
 from fedhlm_fleet.commands.common import Keys, Positive, Seconds, Seed, Share, needing, parse_keys, present
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ app.command(traces.record)
 app.command(traces.replay)
 app.command(trace.app)
 app.command(doctor.doctor)
+app.command(status.status)
 app.command(flash.flash)
 app.command(provision.app)
 

@@ -1,0 +1,82 @@
+"""`fedhlm status`: who is on the bus."""
+
+import asyncio
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from fedhlm_fleet.commands.common import Keys, parse_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from fedhlm_fleet.status import Row
+
+_DAY_S = 86_400.0
+
+
+def status(
+    *keys: Keys,
+    broker: str | None = None,
+    json: Annotated[bool, Parameter(negative="", show_default=False)] = False,
+    config: Path | None = None,
+) -> int:
+    """Show which parts are on a broker, their software and models, and whether they reach one another.
+
+    The connection's other keys are flags too: --broker.ca ca.pem. Exit status 1 says that a part is offline or lacks a link.
+    A cluster's broker knows its edge and agents, the cloud's broker the cloud.
+
+    Parameters
+    ----------
+    broker
+        URL of the broker, as broker.url.
+    json
+        Print one JSON object instead of text.
+    config
+        TOML file.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from fedhlm.config import load
+    from fedhlm_fleet.status import listen, missing, rows
+
+    given = parse_keys(keys) | ({} if broker is None else {"broker.url": broker})
+    section = load(file=config, flags=given).config.broker
+    found = rows(asyncio.run(listen(section, client_id=f"status-{secrets.token_hex(4)}")))
+    lacking = missing(found)
+    if json:
+        print(msgspec.json.encode({"parts": found, "missing": lacking}).decode())
+    else:
+        console = Console(highlight=False)
+        if found:
+            console.print(_table(found))
+        wrong = [f"{row.cluster} {row.name}: {row.wrong}".lstrip() for row in found if row.wrong]
+        for line in [*wrong, *lacking]:
+            console.print(line, markup=False)
+    return 1 if lacking or any(row.wrong for row in found) else 0
+
+
+def _table(found: "Sequence[Row]") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("cluster", "part", "state", "software", "model", "reaches"):
+        table.add_column(heading)
+    for row in found:
+        state = "offline" if row.since_s is None else f"online {age(row.since_s)}"
+        table.add_row(row.cluster, row.name, state, row.software, row.model, row.link)
+    return table
+
+
+def age(seconds: float) -> str:
+    """A span in its largest whole unit: 5 s, 3 min, 2 h, 4 d."""
+    for unit, size_s in (("d", _DAY_S), ("h", 3_600.0), ("min", 60.0)):
+        if seconds >= size_s:
+            return f"{seconds / size_s:.0f} {unit}"
+    return f"{seconds:.0f} s"

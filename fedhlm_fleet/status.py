@@ -1,0 +1,133 @@
+"""Who is on a broker: the parts that have announced themselves, their software and models, and the links between them."""
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from fedhlm import settings
+from fedhlm.bus.party import Party, Stamp
+from fedhlm.errors import FingerprintMismatch
+from fedhlm.process.run import bus_of
+from fedhlm.protocol import topics
+from fedhlm.protocol.fingerprint import check_agreement
+from fedhlm.protocol.messages import Presence
+from fedhlm.telemetry import Counters
+
+# Retained messages come at once after a subscription; each of them makes the wait begin again.
+QUIET_S: Final = 1.0
+_ROWS: Final = (topics.CLOUD_STATUS, topics.EDGE_STATUS, topics.AGENT_STATUS)
+_ORDER: Final[Mapping[str, int]] = {"cloud": 0, "edge": 1, "agent": 2}
+
+
+class Heard(NamedTuple):
+    """A part's presence, under the cluster of its topic (empty for the cloud) and its own name."""
+
+    cluster: str
+    name: str
+    presence: Presence
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One part; `since_s` is for how long it has been online, by its own clock, None where it is not (a last will does not know
+    when it was left behind). `wrong` is empty where all is well."""
+
+    cluster: str
+    name: str
+    role: Literal["agent", "edge", "cloud"]
+    online: bool
+    software: str
+    model: str
+    since_s: float | None
+    link: str
+    wrong: str
+
+
+async def listen(broker: settings.Broker, *, client_id: str) -> list[Heard]:
+    """All presences that the broker keeps, each with what its topic says.
+
+    Raises:
+        BusError: the broker cannot be reached.
+    """
+    bus = bus_of(broker, client_id=client_id, connect_timeout_s=broker.connect_timeout_s)
+    party = Party(bus=bus, stamp=Stamp(client_id), counters=Counters(), root=broker.root)
+    found: dict[tuple[str, str], Heard] = {}
+    async with bus:
+        await bus.subscribe(*(row.name(broker.root, cluster="+", agent="+") for row in _ROWS))
+        messages = aiter(party.received())
+        while True:
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    received = await anext(messages)
+            except (TimeoutError, StopAsyncIteration):
+                return list(found.values())
+            if isinstance(received.message, Presence):
+                place = received.levels.get("cluster", ""), received.levels.get("agent", received.message.role)
+                found[place] = Heard(*place, received.message)
+
+
+def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[Row]:
+    """What each part is and lacks: the cloud first, then cluster by cluster the edge before its agents."""
+    now_s = time.time() if now_s is None else now_s
+    parts = sorted(heard, key=lambda h: (h.cluster, _ORDER[h.presence.role], h.name))
+    edges = {h.cluster: h.presence for h in parts if h.presence.role == "edge"}
+    return [
+        Row(
+            cluster=part.cluster,
+            name=part.name,
+            role=part.presence.role,
+            online=part.presence.online,
+            software=part.presence.software,
+            model="" if part.presence.fingerprint is None else part.presence.fingerprint.model,
+            since_s=max(0.0, now_s - part.presence.sent_ms / 1000.0) if part.presence.online else None,
+            link=_link(part, edges),
+            wrong=_wrong(part, edges),
+        )
+        for part in parts
+    ]
+
+
+def missing(found: Iterable[Row]) -> list[str]:
+    """What nobody has announced: a cloud behind no edge, agents without an edge; and software of several versions."""
+    found = list(found)
+    if not found:
+        return ["no part has announced itself on this broker"]
+    lines = []
+    online = [row for row in found if row.online]
+    clusters = sorted({row.cluster for row in found if row.role == "agent"})
+    edged = {row.cluster for row in found if row.role == "edge"}
+    lines += [f"no edge has announced itself in cluster {cluster}" for cluster in clusters if cluster not in edged]
+    if len(versions := sorted({row.software for row in online})) > 1:
+        lines.append(f"several versions are running: {', '.join(versions)}")
+    return lines
+
+
+def _link(part: Heard, edges: Mapping[str, Presence]) -> str:
+    if not part.presence.online:
+        return ""
+    if part.presence.role == "edge":
+        return "the cloud" if part.presence.upstream is not None else "no cloud"
+    if part.presence.role == "agent":
+        edge = edges.get(part.cluster)
+        return "its edge" if edge is not None and edge.online else "no edge"
+    return ""
+
+
+def _wrong(part: Heard, edges: Mapping[str, Presence]) -> str:
+    presence = part.presence
+    if not presence.online:
+        return "offline"
+    if presence.role == "edge" and presence.upstream is None:
+        return "sees no cloud: what its cluster does not know stays unverified"
+    if presence.role == "agent":
+        edge = edges.get(part.cluster)
+        if edge is None or not edge.online:
+            return "its edge is not there: what needs the cloud stays unverified"
+        if presence.fingerprint is not None and edge.upstream is not None:
+            try:
+                check_agreement(presence.fingerprint, edge.upstream)
+            except FingerprintMismatch as exc:
+                return f"does not fit its cloud: {exc}"
+    return ""

@@ -7,6 +7,7 @@ from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Sessions
+from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import presence
 from fedhlm.decoding.decoder import Decoder
@@ -18,7 +19,7 @@ from fedhlm.protocol.messages import Fingerprint, encode
 from fedhlm.settings import Config
 
 NAME: Final = "cloud"
-"""What a cloud calls itself, in messages and to its broker."""
+"""What a cloud calls itself in messages."""
 
 
 class LargeModel(NamedTuple):
@@ -57,7 +58,7 @@ def cloud_of(
     status = topics.CLOUD_STATUS.name(config.broker.root)
     to_announce = asyncio.Event()
     bus = open_bus(
-        client_id=NAME,
+        client_id=client_id("cloud", root=config.broker.root),
         birth=Retained(status, encode(presence(stamp, "cloud", online=True, fingerprint=model.fingerprint))),
         will=Retained(status, encode(presence(stamp, "cloud", online=False))),
         on_link=lambda _up: to_announce.set(),

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import secrets
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import configured_folder, opener, serve
+from fedhlm.process.run import configured_folder, has_certificate, opener, serve
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
 from fedhlm.protocol.fingerprint import fingerprint_of
@@ -44,6 +45,7 @@ async def run(
         opener(config.broker, notifier, "the broker", connect_timeout_s=limit_s)
         for limit_s in (None, config.broker.connect_timeout_s)
     )
+    alone = has_certificate(config.broker)
     async with threaded(Slm(decoder, projection)) as drafter:
         service = service_of(
             loaded,
@@ -51,9 +53,11 @@ async def run(
             SmallModel(drafter, fingerprint, projection.digest[:8]),
             ModelFacts(decoder.tokenizer, info.bos_id, frozenset(info.eos_ids), info.context),
             open_bus=patient if prompt is None else impatient,
-            open_next=impatient,
+            open_next=patient if alone else impatient,
             new_session=lambda: random.SystemRandom().getrandbits(32),
             rng=np.random.default_rng(),
+            guest="" if prompt is None else secrets.token_hex(8),
+            alone=alone,
         )
         await service.subscribe()
         async with service.connection:

@@ -106,8 +106,9 @@ class Agent:
     """Runs generations over one bus, in `cluster` until it is assigned to another one.
 
     `new_session` gives numbers below 2**63 that do not repeat among recent ones. With a `sampler` the cloud is shown
-    samples of what this agent drafts; `make_peers` makes an empty view of a cluster; `saver` keeps the `learner`. Time comes from `clock_s` (the
-    loop's by default), and events from `next_event`, so that a journal can take their place.
+    samples of what this agent drafts; `make_peers` makes an empty view of a cluster; `saver` keeps the `learner`. A `guest`
+    writes beside the service of its name: it takes no prompts, tells no presence and contributes nothing. Time comes from
+    `clock_s` (the loop's by default), and events from `next_event`, so that a journal can take their place.
     """
 
     def __init__(
@@ -122,13 +123,15 @@ class Agent:
         saver: Saver,
         make_peers: Callable[[], Peers],
         sampler: Sampler | None = None,
+        guest: bool = False,
         clock_s: Callable[[], float] | None = None,
         next_event: NextEvent = next_event,
     ) -> None:
         self.party = party
         self.name = party.stamp.sender
         self.fingerprint = fingerprint
-        self.membership = Membership(party=party, cluster=cluster, fingerprint=fingerprint)
+        self.membership = Membership(party=party, cluster=cluster, fingerprint=fingerprint, guest=guest)
+        self._guest = guest
         self.learner = learner
         self.peers = make_peers()
         self.link_up = True
@@ -402,7 +405,8 @@ class Agent:
         for name, value in gauges.items():
             if value is not None:
                 self._counters.set(name, value)
-        if choices.THRESHOLDS[config.threshold].learns and learner.due(config, now_s):
+        contributes = choices.THRESHOLDS[config.threshold].learns and not self._guest
+        if contributes and learner.due(config, now_s):
             await self._contribute(config, result, now_s)
 
     async def _contribute(self, config: GenerationConfig, result: Result, now_s: float) -> None:

@@ -21,10 +21,12 @@ _PERSONAL: Final = (topics.PROMPT, topics.CANCEL, topics.VERDICT)
 
 
 class Membership:
-    """The clusters in an agent's life; `cluster` is the one that it speaks to."""
+    """The clusters in an agent's life; `cluster` is the one that it speaks to. A `guest` leaves prompts and presence alone."""
 
-    def __init__(self, *, party: Party, cluster: str, fingerprint: Fingerprint) -> None:
+    def __init__(self, *, party: Party, cluster: str, fingerprint: Fingerprint, guest: bool = False) -> None:
         self.cluster = cluster
+        self._guest = guest
+        self._personal = (topics.VERDICT,) if guest else _PERSONAL
         self.wanted: str | None = None
         self.moves = 0
         self._party = party
@@ -37,13 +39,13 @@ class Membership:
         """All that the agent hears now."""
         root, name = self._party.root, self._name
         elsewhere = [] if self.wanted is None else [topics.EDGE_STATUS.name(root, cluster=self.wanted)]
-        left = [topic.name(root, cluster=c, agent=name) for c in self._visited for topic in _PERSONAL]
+        left = [topic.name(root, cluster=c, agent=name) for c in self._visited for topic in self._personal]
         return (*left, *self._of(self.cluster), *elsewhere, topics.ASSIGN.name(root, agent=name))
 
     def _of(self, cluster: str) -> tuple[str, ...]:
         root = self._party.root
         return (
-            *(topic.name(root, cluster=cluster, agent=self._name) for topic in _PERSONAL),
+            *(topic.name(root, cluster=cluster, agent=self._name) for topic in self._personal),
             *(topic.name(root, cluster=cluster) for topic in (topics.EDGE_STATUS, topics.FL_STATE, topics.KNOWN)),
             topics.PEER.name(root, cluster=cluster, agent="+"),
         )
@@ -94,9 +96,10 @@ class Membership:
         self._visited[cluster] = None
         self.moves += 1
         log.info("agent %s moves from cluster %s to %s", self._name, left, cluster)
-        # In this order, so that it is never nowhere.
-        await self._announce(cluster, online=True)
-        await self._announce(left, online=False)
+        if not self._guest:
+            # In this order, so that it is never nowhere.
+            await self._announce(cluster, online=True)
+            await self._announce(left, online=False)
         return True
 
     async def _announce(self, cluster: str, *, online: bool) -> None:

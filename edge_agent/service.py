@@ -117,6 +117,10 @@ class AgentService:
         cluster, filters = membership.cluster, membership.filters()
         if cluster == connection.cluster:
             return
+        if connection.alone:
+            async with self._turn:
+                await connection.replace(cluster, filters)
+            return
         bus = await connection.successor(cluster, filters)
         adopted = False
         try:

@@ -9,10 +9,10 @@ from edge_broker.embedded import EmbeddedBroker
 from edge_broker.wiring import edge_of, name_of
 from fedhlm.config import Loaded
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import opener, serve
+from fedhlm.process.run import address_of, opener, serve
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
-from fedhlm.settings import Config
+from fedhlm.settings import Broker, Config
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
             await stack.enter_async_context(embedded)
             broker = msgspec.structs.replace(broker, url=embedded.url)
             log.info("started a broker at %s", embedded.url)
-        bridges = bool(upstream.url)
+        bridges = bool(upstream.url) and not same_place(broker, upstream)
+        if upstream.url and not bridges:
+            log.info("edge.upstream is the cluster's own broker: one connection serves both sides")
         service = edge_of(
             config,
             runtime,
@@ -47,6 +49,14 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
         notifier.serving()
         await service.run()
     return 0
+
+
+def same_place(below: Broker, above: Broker) -> bool:
+    """Whether both sides are one broker and one tree of topics, as far as the addresses tell."""
+    here, there = address_of(below), address_of(above, key="edge.upstream")
+    hosts = {here.host.lower(), there.host.lower()}
+    near = hosts <= {"localhost", "127.0.0.1", "::1"}
+    return (len(hosts) == 1 or near) and here.port == there.port and below.root == above.root
 
 
 def main(loaded: Loaded) -> int:

@@ -1,39 +1,34 @@
-"""An MQTT 3.1.1 broker inside the process, for machines without one; amqtt does the work.
+"""An MQTT broker inside the process, for machines without one: versions 3.1.1 and 5.
 
-No shared subscriptions, no persistence, no TLS: it serves a demo, a test or one machine. Without users it listens on
+No persistence, no TLS: it serves a demo, a test or one machine. Without users it listens on
 loopback addresses only. `python -m edge_broker.embedded --port 1883` runs it alone and prints its URL.
 """
 
 import argparse
 import asyncio
 import ipaddress
-import logging
 import signal
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import Any, Final, Self
 
+from edge_broker.mqtt.server import Counts, Server
 from fedhlm.errors import BusError, ConfigError
-
-if TYPE_CHECKING:
-    from edge_broker.amqtt_broker import TrackedBroker
-
-# amqtt warns about every client that tries MQTT 5 first; what remains at ERROR is its own trouble.
-_LIBRARY_LEVEL: Final = logging.ERROR
-_AUTH_PLUGIN: Final = "edge_broker.amqtt_broker.UserAuth"
 
 
 class EmbeddedBroker:
     """A broker on `host:port`; port 0 picks a free one. `port` and `url` are final after entering.
 
-    `users` maps names to passwords; without it everybody may connect, from this machine only.
+    `users` maps names to passwords; without it everybody may connect, from this machine only. `limits` go to `Server`.
 
     Raises:
         ConfigError: not an IPv4 address or localhost, or one that others can reach while there are no users.
         BusError: on entering, the address cannot be bound.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, *, users: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, *, users: Mapping[str, str] | None = None, **limits: Any
+    ) -> None:
         address = _ipv4(host)
         if not users and not address.is_loopback:
             raise ConfigError("broker.host", host, "a loopback address unless there are users with passwords")
@@ -41,12 +36,18 @@ class EmbeddedBroker:
         self.port = port
         self._address = str(address)
         self._users = dict(users or {})
-        self._broker: TrackedBroker | None = None
+        self._limits = limits
+        self._server: Server | None = None
 
     @property
     def url(self) -> str:
         """Where clients connect; without credentials."""
         return f"mqtt://{self.host}:{self.port}"
+
+    @property
+    def counts(self) -> Counts:
+        """What has happened since the last start."""
+        return self._server.counts if self._server is not None else Counts()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -59,29 +60,19 @@ class EmbeddedBroker:
 
     async def start(self) -> None:
         """Listen. After `stop` the same port is taken again; retained messages are gone."""
-        from amqtt.contexts import BrokerConfig, ListenerConfig
-        from amqtt.errors import BrokerError
-
-        from edge_broker.amqtt_broker import TrackedBroker
-
-        for name in ("amqtt", "transitions"):
-            logging.getLogger(name).setLevel(_LIBRARY_LEVEL)
-        listener = ListenerConfig(bind=f"{self._address}:{self.port}")
-        broker = TrackedBroker(
-            BrokerConfig(listeners={"default": listener}, plugins={_AUTH_PLUGIN: {"users": self._users}})
-        )
+        server = Server(users=self._users, **self._limits)
         try:
-            await broker.start()
-        except BrokerError as exc:
+            await server.start(self._address, self.port)
+        except OSError as exc:
             raise BusError(f"embedded broker cannot listen on {self.host}:{self.port}: {exc}") from exc
-        self._broker = broker
-        self.port = broker.port
+        self._server = server
+        self.port = server.port
 
     async def stop(self) -> None:
         """Disconnect everybody and stop listening."""
-        broker, self._broker = self._broker, None
-        if broker is not None:
-            await broker.shutdown()
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop()
 
 
 async def serve_forever(host: str = "127.0.0.1", port: int = 0, *, ready: Callable[[str], None] | None = None) -> None:
@@ -106,7 +97,7 @@ def _ipv4(host: str) -> ipaddress.IPv4Address:
 def main() -> None:
     """Run a broker alone."""
     parser = argparse.ArgumentParser(
-        prog="python -m edge_broker.embedded", description="MQTT 3.1.1 broker, amqtt inside"
+        prog="python -m edge_broker.embedded", description="MQTT broker, versions 3.1.1 and 5"
     )
     parser.add_argument("--host", default="127.0.0.1", help="loopback address to listen on")
     parser.add_argument("--port", type=int, default=1883, help="port, 0 for a free one")

@@ -355,6 +355,8 @@ class EdgeService:
         self.above = above
 
     async def _assign(self, agent: str, assignment: Assignment) -> None:
+        if self._assigned.get(agent) == assignment:
+            return  # heard before; where both sides are one broker after all, it is our own
         self._assigned[agent] = assignment
         self._assigned.move_to_end(agent)
         while len(self._assigned) > ASSIGNED_MAX:

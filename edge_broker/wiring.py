@@ -3,6 +3,7 @@
 import asyncio
 
 from edge_broker.service import EdgeService
+from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import presence
 from fedhlm.process.runtime import OpenBus, Runtime
@@ -12,7 +13,7 @@ from fedhlm.settings import Config
 
 
 def name_of(cluster: str) -> str:
-    """What a cluster's edge calls itself, in messages and to its broker."""
+    """What a cluster's edge calls itself in messages."""
     return f"edge-{cluster}"
 
 
@@ -29,11 +30,12 @@ def edge_of(
     to_announce = asyncio.Event()
     offline = encode(presence(stamp, "edge", online=False))
     down_bus = open_down(
-        client_id=stamp.sender,
+        client_id=client_id("edge", cluster, root=root),
         will=Retained(topics.EDGE_STATUS.name(root, cluster=cluster), offline),
         on_link=lambda _up: to_announce.set(),
     )
     down = up = runtime.party(down_bus, stamp, root)
     if open_up is not None:
-        up = runtime.party(open_up(client_id=stamp.sender), stamp, config.edge.upstream.root)
+        above = config.edge.upstream.root
+        up = runtime.party(open_up(client_id=client_id("edge-up", cluster, root=above)), stamp, above)
     return EdgeService(config, runtime, down=down, up=up, to_announce=to_announce, bridges=bridges)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from fedhlm.answers import Assembly, Piece, Result, failure_of
+from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, Stamp
 from fedhlm.errors import (
@@ -79,7 +80,7 @@ class Client:
 
             root = root or bus.root
             # No two clients may have one id: the second would throw out the first.
-            identity = f"{name[:_NAME_BYTES]}-{_number()}"
+            identity = client_id("client", name, _number(), root=root)
             bus = bus_of(bus, client_id=identity, connect_timeout_s=bus.connect_timeout_s)
         self.cluster = cluster
         self.away_s = away_s

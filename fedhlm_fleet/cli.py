@@ -25,7 +25,7 @@ USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 # Libraries that are imported late, where their absence would come as somebody else's error.
-DEMO: Final = ("amqtt", "onnxruntime", "tokenizers")
+DEMO: Final = ("onnxruntime", "tokenizers")
 REGROUPING: Final = ("scipy", "sklearn", "threadpoolctl")
 
 

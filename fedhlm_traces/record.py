@@ -18,6 +18,7 @@ import aiomqtt
 import msgspec
 
 from fedhlm import settings
+from fedhlm.bus.identity import client_id
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.process.run import DEFAULT_URL
@@ -202,7 +203,7 @@ async def record(
 
     bus = MqttBus(
         address,
-        client_id=f"recorder-{secrets.token_hex(4)}",
+        client_id=client_id("recorder", secrets.token_hex(8), root=broker.root),
         protocol=broker.protocol,
         connect_timeout_s=broker.connect_timeout_s,
         tap=take,

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from fedhlm import settings
+from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import check_filter, check_topic, topic_matches
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import TraceError
@@ -167,7 +168,7 @@ async def replay(
     chosen, names, root = selection or Selection(), renames or Renames(), trace.header.root
     bus = MqttBus(
         broker.address(),
-        client_id=f"replay-{secrets.token_hex(4)}",
+        client_id=client_id("replay", secrets.token_hex(8), root=broker.root),
         protocol=broker.protocol,
         connect_timeout_s=broker.connect_timeout_s,
         max_outgoing=MAX_OUTGOING,

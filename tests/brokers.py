@@ -230,7 +230,7 @@ class MqttNetwork:
             await proxy.cut()
 
 
-Kind = Literal["loopback", "mosquitto-5", "mosquitto-3.1.1", "embedded"]
+Kind = Literal["loopback", "mosquitto-5", "mosquitto-3.1.1", "embedded-5", "embedded-3.1.1"]
 CLIENT_IDS = ("one", "two", "three")
 
 
@@ -240,10 +240,9 @@ async def network(kind: Kind) -> AsyncIterator[Network]:
     if kind == "loopback":
         yield LoopbackNetwork()
         return
-    broker = EmbeddedBroker() if kind == "embedded" else Mosquitto()
-    protocols: dict[Kind, Literal["auto", "5", "3.1.1"]] = {"mosquitto-5": "5", "mosquitto-3.1.1": "3.1.1"}
+    broker = EmbeddedBroker() if kind.startswith("embedded") else Mosquitto()
     async with broker:
-        net = MqttNetwork(broker, protocols.get(kind, "auto"))
+        net = MqttNetwork(broker, "5" if kind.endswith("-5") else "3.1.1")
         try:
             await net.prepare(*CLIENT_IDS)
             yield net

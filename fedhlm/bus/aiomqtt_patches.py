@@ -19,6 +19,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 _log: Final = logging.getLogger(__name__)
 
+# Besides a reason of the broker's, what paho says when a connection was closed without one.
+_UNSPECIFIED: Final = 0x80
+
 
 class ClosedEarlyError(aiomqtt.MqttError):
     """The broker closed the connection instead of answering CONNECT, as some do that do not know MQTT 5."""
@@ -37,6 +40,8 @@ class _Complaints(logging.Logger):
 class Client(aiomqtt.Client):
     """aiomqtt's client, except that a connection closed before its CONNACK fails at once, not after the timeout.
 
+    `connack` holds the properties of the broker's answer, `goodbye` the reason code of its DISCONNECT (both MQTT 5), and
+    `cut_by_broker` is true where it ended the connection, with a reason or without.
     `on_refused` is told the topic and the reason of a message that the broker does not take (MQTT 5, from QoS 1 on).
     `opened` is set when paho's thread, which opens the connection and cannot be stopped, has ended.
     """
@@ -48,6 +53,21 @@ class Client(aiomqtt.Client):
         self._complaints = _Complaints(__name__, logging.ERROR)
         super().__init__(hostname, port, logger=self._complaints, **options)
         self.opened = asyncio.Event()
+        self.connack: Properties | None = None
+        self.goodbye: int | None = None
+        self.cut_by_broker = False
+
+    def _on_connect(
+        self,
+        client: paho.Client,
+        userdata: object,
+        flags: paho.ConnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if not self._connected.done():
+            self.connack = properties
+        super()._on_connect(client, userdata, flags, reason_code, properties)
 
     def _client_connect(self) -> None:
         try:
@@ -63,6 +83,10 @@ class Client(aiomqtt.Client):
         reason_code: ReasonCode,
         properties: Properties | None = None,
     ) -> None:
+        if not self._disconnected.done():
+            if flags.is_disconnect_packet_from_server:
+                self.goodbye = reason_code.value
+            self.cut_by_broker = flags.is_disconnect_packet_from_server or reason_code.value == _UNSPECIFIED
         if not self._connected.done():
             reason = f" ({self._complaints.last})" if self._complaints.last else ""
             self._connected.set_exception(

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Final, Literal, NamedTuple, Protocol, Self
 
 from fedhlm.errors import BusError
+from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES
 
 ProtocolVersion = Literal["5", "3.1.1"]
 
@@ -20,6 +21,8 @@ MAX_TOPIC_BYTES: Final = 65_535
 DEFAULT_MAX_OUTGOING: Final = 1_024
 DEFAULT_MAX_INCOMING: Final = 4_096
 MAX_INCOMING_BYTES: Final = 64 * 1024 * 1024
+# Topic, properties and packet header of the largest payload.
+MAX_PACKET_BYTES: Final = MAX_PAYLOAD_BYTES + 128 * 1024
 
 LinkHook = Callable[[bool], None]
 
@@ -66,6 +69,10 @@ class Bus(Protocol):
     @property
     def protocol(self) -> ProtocolVersion | None:
         """The MQTT version that is spoken; None before the first connection."""
+
+    @property
+    def max_packet_bytes(self) -> int | None:
+        """The largest PUBLISH packet that travels; None while nothing is known. A larger one is dropped and counted."""
 
     async def __aenter__(self) -> Self: ...
 

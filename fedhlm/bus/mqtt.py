@@ -8,20 +8,20 @@ import asyncio
 import contextlib
 import logging
 import random
-import socket
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Final, Literal, NamedTuple, Self
+from typing import Final, Literal, Self
 
 import aiomqtt
-import paho.mqtt.client as paho
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from fedhlm.bus.aiomqtt_patches import Client, ClosedEarlyError, drop, enter_quietly, funnel, publish_properties, watch
-from fedhlm.bus.broker_url import BrokerUrl, tls_refusal
+from fedhlm.bus import reasons
+from fedhlm.bus.aiomqtt_patches import Client, drop, publish_properties, watch
+from fedhlm.bus.backoff import CAP_S, Backoff, Wait
+from fedhlm.bus.broker_url import BrokerUrl
+from fedhlm.bus.dial import MAX_IN_FLIGHT, Dialler
 from fedhlm.bus.interface import (
     DEFAULT_MAX_INCOMING,
     DEFAULT_MAX_OUTGOING,
@@ -36,34 +36,16 @@ from fedhlm.bus.interface import (
     expiry_seconds,
     publish_wire_bytes,
 )
+from fedhlm.bus.outgoing import TELLING_BYTES, Outbox, Outgoing
 from fedhlm.errors import BusError
 from fedhlm.telemetry import warn_once
 
 _log: Final = logging.getLogger(__name__)
 
-# Full jitter: the delay is uniform in 0..min(cap, base * 2^failures), so that a fleet does not come back in step.
-BACKOFF_BASE_S: Final = 0.25
-BACKOFF_CAP_S: Final = 30.0
-# A link that broke sooner than this counts as one more failure, else a broker that accepts and drops is hammered.
-STABLE_S: Final = 5.0
-REPLY_TIMEOUT_S: Final = 10.0
-TCP_TIMEOUT_S: Final = 5.0
 CLOSE_TIMEOUT_S: Final = 2.0
-MAX_IN_FLIGHT: Final = 64
+PACKET_HEAD_BYTES: Final = 64  # more than a PUBLISH of ours has besides topic and payload
 
 _FIRST_FAILURE_CODE: Final = 128
-_UNSUPPORTED_PROTOCOL: Final = 132
-_FINAL_REFUSALS: Final = {133: "client id not valid", 134: "bad user name or password", 135: "not authorised",
-                          138: "banned", 140: "bad authentication method"}  # fmt: skip
-
-
-class _Outgoing(NamedTuple):
-    topic: str
-    payload: bytes
-    qos: int
-    retain: bool
-    deadline_s: float | None  # loop time after which nobody wants it
-    properties: Properties | None = None
 
 
 class MqttBus:
@@ -92,29 +74,31 @@ class MqttBus:
         on_link: LinkHook | None = None,
         tap: Callable[[aiomqtt.Message], None] | None = None,
         rng: random.Random | None = None,
-        backoff_cap_s: float = BACKOFF_CAP_S,
+        backoff_cap_s: float = CAP_S,
     ) -> None:
         self.url: Final = BrokerUrl.parse(url) if isinstance(url, str) else url
         self.client_id: Final = client_id
-        self._ssl = self.url.ssl_context()
+        self._dial = Dialler(
+            self.url,
+            client_id,
+            will=will,
+            protocol=protocol,
+            keepalive_s=keepalive_s,
+            take=self._take,
+            on_refused=self._publish_refused,
+            greedy=tap is not None,
+        )
         self._birth, self._will = birth, will
-        self._wanted_protocol = protocol
-        self._protocol: ProtocolVersion | None = None if protocol == "auto" else protocol
         self._connect_timeout_s = connect_timeout_s
-        self._keepalive_s = keepalive_s
-        self._max_outgoing = max_outgoing
         self._content_type = content_type
         self._on_link = on_link
         self._tap = tap
-        self._rng = rng or random.Random()
-        self._backoff_cap_s = backoff_cap_s
+        self._backoff = Backoff(rng or random.Random(), backoff_cap_s)
         self._statistics = BusStatistics()
         self._inbox = Inbox(max_incoming, self._statistics)
-        self._max_incoming = max_incoming
-        self._outgoing: deque[_Outgoing] = deque()
-        self._in_flight: dict[int, _Outgoing] = {}
+        self._outbox = Outbox(max_outgoing)
         self._filters: dict[str, None] = {}
-        self._client: aiomqtt.Client | None = None
+        self._client: Client | None = None
         self._wakeup = asyncio.Event()
         self._settled = asyncio.Event()
         self._tried = asyncio.Event()
@@ -125,6 +109,7 @@ class MqttBus:
         self._failure: BusError | None = None
         self._trouble: Exception | None = None
         self._warned_full = False
+        self._broke_under = False
 
     def __repr__(self) -> str:
         return f"MqttBus({str(self.url)!r}, client_id={self.client_id!r})"
@@ -140,7 +125,12 @@ class MqttBus:
     @property
     def protocol(self) -> ProtocolVersion | None:
         """The protocol in use; None until a broker has answered."""
-        return self._protocol
+        return self._dial.protocol
+
+    @property
+    def max_packet_bytes(self) -> int | None:
+        """The largest packet that the broker takes, as it said or as was learnt; None while nothing is known."""
+        return self._dial.limits.max_packet_bytes
 
     async def __aenter__(self) -> Self:
         self._group = asyncio.TaskGroup()
@@ -179,8 +169,7 @@ class MqttBus:
         finally:
             self._supervisor.cancel()
             await self._group.__aexit__(None, None, None)
-            self._statistics.dropped_out += len(self._outgoing)
-            self._outgoing.clear()
+            self._statistics.dropped_out += self._outbox.clear()
             self._moved.set()
             self._inbox.close(self._failure)
             self._failure = self._failure or BusError(f"the bus to {self.url} is closed")
@@ -197,12 +186,14 @@ class MqttBus:
         properties: Properties | None = None,
     ) -> bool:
         check_topic(topic)
-        if not self._open or self._failure is not None or len(self._outgoing) >= self._max_outgoing:
+        deadline_s = None if expiry_s is None else asyncio.get_running_loop().time() + expiry_s
+        item = Outgoing(topic, payload, qos, retain, deadline_s, properties)
+        if self._too_large(item, expiry_s):
+            return False
+        if not self._open or self._failure is not None or not self._outbox.put(item):
             self._statistics.dropped_out += 1
             self._warn_full()
             return False
-        deadline_s = None if expiry_s is None else asyncio.get_running_loop().time() + expiry_s
-        self._outgoing.append(_Outgoing(topic, payload, qos, retain, deadline_s, properties))
         self._wakeup.set()
         return True
 
@@ -212,7 +203,7 @@ class MqttBus:
         Raises:
             BusError: the broker refused, or the bus is closed.
         """
-        while len(self._outgoing) + len(self._in_flight) > at_most:
+        while len(self._outbox) > at_most:
             if self._failure is not None:
                 raise self._failure
             self._moved.clear()
@@ -249,11 +240,11 @@ class MqttBus:
 
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
-        failures = 0
         while not self._closing:
-            up_since_s = None
+            client: Client | None = None
+            up_since_s = loop.time()
             try:
-                client = await self._connect()
+                client = await self._dial.connect(self._group)
                 up_since_s = loop.time()
                 await self._serve(client)
                 return
@@ -264,101 +255,45 @@ class MqttBus:
                 self._moved.set()
                 return
             except aiomqtt.MqttError as exc:
-                self._note_trouble(exc)
+                trouble = exc
             finally:
                 self._tried.set()
-            failures = 0 if up_since_s is not None and loop.time() - up_since_s >= STABLE_S else failures + 1
-            await asyncio.sleep(
-                self._rng.uniform(0.0, min(self._backoff_cap_s, BACKOFF_BASE_S * 2 ** min(failures, 16)))
+            if client is None:
+                wait = self._backoff.failed()
+            else:
+                taken_over = client.goodbye == reasons.TAKEN_OVER
+                abrupt = client.cut_by_broker and client.goodbye is None and not self._broke_under
+                wait = self._backoff.broken(loop.time() - up_since_s, taken_over=taken_over, abrupt=abrupt)
+            self._note_trouble(trouble, client, wait)
+            await asyncio.sleep(wait.seconds)
+
+    def _note_trouble(self, exc: aiomqtt.MqttError, client: Client | None, wait: Wait) -> None:
+        first, self._trouble = self._trouble is None, exc
+        if client is not None and client.goodbye is not None:
+            why = reasons.described(client.goodbye)
+            text = "%s: the broker ended the connection: %s; trying again in %.1f s"
+            _log.warning(text, self, why, wait.seconds)
+        elif wait.rival != "no":
+            text = (
+                "%s: the broker has ended the connection several times without a reason: perhaps another client uses the "
+                "same client id or certificate (%s); trying again in %.1f s"
             )
+            _log.warning(text, self, reasons.REASONS[reasons.TAKEN_OVER].advice, wait.seconds)
+        else:
+            _log.log(logging.WARNING if first else logging.DEBUG, "%s: no link, trying again: %s", self, exc)
 
-    def _note_trouble(self, exc: aiomqtt.MqttError) -> None:
-        level = logging.WARNING if self._trouble is None else logging.DEBUG
-        self._trouble = exc
-        _log.log(level, "%s: no link, trying again: %s", self, exc)
-
-    async def _connect(self) -> aiomqtt.Client:
-        """A connected client of the newest protocol that the broker takes."""
-        candidates: tuple[ProtocolVersion, ...] = ("5", "3.1.1") if self._protocol is None else (self._protocol,)
-        for version in candidates:
-            client = self._make_client(version)
-            error = await self._enter(client)
-            if error is None:
-                self._protocol = version
-                return client
-            if (refusal := tls_refusal(str(error))) is not None:
-                if not self._ever_connected:
-                    raise BusError(f"broker {self.url} {refusal}") from error
-                # The loss of the link was told before it, and this is the reason why it will not come back by itself.
-                warn_once(_log, f"{self.client_id} {refusal}", "%s: %s %s", self, self.url, refusal)
-                raise error
-            code = getattr(getattr(error, "rc", None), "value", None)
-            too_new = code == _UNSUPPORTED_PROTOCOL or isinstance(error, ClosedEarlyError)
-            if too_new and version != candidates[-1]:
-                continue
-            if code in _FINAL_REFUSALS and not self._ever_connected:
-                raise BusError(f"broker {self.url} refused: {_FINAL_REFUSALS[code]}") from error
-            raise error
-        raise AssertionError("unreachable: the last candidate returns or raises")
-
-    def _make_client(self, version: ProtocolVersion) -> Client:
-        five = version == "5"
-        will = self._will and aiomqtt.Will(self._will.topic, self._will.payload, qos=1, retain=True)
-        client = Client(
-            self.url.host,
-            self.url.port,
-            on_refused=self._publish_refused,
-            username=self.url.username,
-            password=self.url.password,
-            identifier=self.client_id,
-            protocol=aiomqtt.ProtocolVersion.V5 if five else aiomqtt.ProtocolVersion.V311,
-            will=will,
-            clean_session=None if five else True,
-            clean_start=True if five else paho.MQTT_CLEAN_START_FIRST_ONLY,
-            timeout=REPLY_TIMEOUT_S,
-            keepalive=self._keepalive_s,
-            queue_type=funnel(self._take),
-            max_queued_incoming_messages=self._max_incoming,
-            max_inflight_messages=MAX_IN_FLIGHT,
-            tls_context=self._ssl,
-            # Our packets are small and wanted now: with Nagle's algorithm each could wait for the peer's delayed ACK.
-            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-        )
-        client.pending_calls_threshold = 2 * MAX_IN_FLIGHT
-        client.set_tcp_timeout(TCP_TIMEOUT_S)
-        if self._tap is not None:
-            client.read_ahead()
-        return client
-
-    async def _enter(self, client: Client) -> aiomqtt.MqttError | None:
-        """Connect; the error, if any, is returned. Cancelling waits while paho's thread opens the connection."""
-        attempt = self._group.create_task(enter_quietly(client), name=f"bus {self.client_id} connect")
-        try:
-            error = await asyncio.shield(attempt)
-        except asyncio.CancelledError:
-            opened = self._group.create_task(client.opened.wait(), name=f"bus {self.client_id} opened")
-            await asyncio.wait({attempt, opened}, return_when=asyncio.FIRST_COMPLETED)
-            opened.cancel()
-            attempt.cancel()
-            await asyncio.wait({attempt, opened})
-            drop(client)
-            raise
-        if error is not None:
-            drop(client)
-        return error
-
-    async def _serve(self, client: aiomqtt.Client) -> None:
+    async def _serve(self, client: Client) -> None:
         """Use a fresh connection until it breaks (MqttError) or the bus is closed and everything is sent."""
         try:
             async with asyncio.TaskGroup() as link:
                 watcher = link.create_task(watch(client), name=f"bus {self.client_id} watch")
                 await self._resubscribe(client)
                 if self._birth is not None:
-                    await self._transmit(client, _Outgoing(*self._birth, 1, True, None))
+                    await self._transmit(client, Outgoing(*self._birth, 1, True))
                 self._set_link(client)
                 await self._send_all(client, link)
                 if self._will is not None:
-                    await self._transmit(client, _Outgoing(*self._will, 1, True, None))
+                    await self._transmit(client, Outgoing(*self._will, 1, True))
                 watcher.cancel()
             with contextlib.suppress(aiomqtt.MqttError):
                 await client.__aexit__(None, None, None)
@@ -374,7 +309,7 @@ class MqttBus:
             # Without a DISCONNECT the broker publishes the will, which is right whenever we did not do it ourselves.
             drop(client)
             self._set_link(None)
-            self._requeue()
+            self._requeue(client)
 
     async def _resubscribe(self, client: aiomqtt.Client) -> None:
         done: set[str] = set()
@@ -385,7 +320,7 @@ class MqttBus:
 
     async def _subscribe(self, client: aiomqtt.Client, filters: list[str]) -> dict[str, str]:
         """Subscribe at QoS 1, a tap under MQTT 5 at 2; the refused filters with their reasons."""
-        if self._protocol == "5":
+        if self._dial.protocol == "5":
             tapped = self._tap is not None
             options = SubscribeOptions(qos=2 if tapped else 1, retainAsPublished=tapped)
             reply = await client.subscribe([(pattern, options) for pattern in filters])
@@ -401,36 +336,57 @@ class MqttBus:
 
     async def _send_all(self, client: aiomqtt.Client, link: asyncio.TaskGroup) -> None:
         """Send what is queued, several at a time and in order, until the bus closes and the queue is empty."""
-        window = asyncio.Semaphore(MAX_IN_FLIGHT)
-        number = 0
+        places = min(MAX_IN_FLIGHT, self._dial.limits.receive_maximum)
+        window = asyncio.Semaphore(places)
         while True:
             await window.acquire()
-            while not self._outgoing and not self._closing:
+            while not self._outbox.waiting and not self._closing:
                 self._wakeup.clear()
                 await self._wakeup.wait()
-            if not self._outgoing:
+            item = self._outbox.next
+            if item is None:
                 break
-            number += 1
-            self._in_flight[number] = self._outgoing.popleft()
-            link.create_task(self._send(client, number, window), name=f"bus {self.client_id} publish")
-        for _ in range(MAX_IN_FLIGHT - 1):
+            if not item.suspect:
+                number, item = self._outbox.begin()
+                link.create_task(self._send(client, number, item, window), name=f"bus {self.client_id} publish")
+                continue
+            for _ in range(places - 1):
+                await window.acquire()
+            number, item = self._outbox.begin()
+            await self._send(client, number, item, window)
+            for _ in range(places - 1):
+                window.release()
+        for _ in range(places - 1):
             await window.acquire()
 
-    async def _send(self, client: aiomqtt.Client, number: int, window: asyncio.Semaphore) -> None:
-        await self._transmit(client, self._in_flight[number])
-        del self._in_flight[number]
+    async def _send(self, client: aiomqtt.Client, number: int, item: Outgoing, window: asyncio.Semaphore) -> None:
+        await self._transmit(client, item)
+        self._outbox.done(number)
         self._moved.set()
         window.release()
 
-    async def _transmit(self, client: aiomqtt.Client, item: _Outgoing) -> None:
+    async def _transmit(self, client: aiomqtt.Client, item: Outgoing) -> None:
         expiry_s = None
         if item.deadline_s is not None:
             expiry_s = item.deadline_s - asyncio.get_running_loop().time()
             if expiry_s <= 0.0:
                 self._statistics.dropped_out += 1
                 return
+        if self._too_large(item, expiry_s):
+            return
+        qos = min(item.qos, self._dial.limits.max_qos)
+        retain = item.retain and self._dial.limits.retains
+        if retain != item.retain or qos != item.qos:
+            warn_once(
+                _log,
+                f"{self.client_id} less",
+                "%s: the broker offers QoS %d at most, retained messages: %s; presence may not be seen",
+                self,
+                self._dial.limits.max_qos,
+                "yes" if self._dial.limits.retains else "no",
+            )
         properties = None
-        if self._protocol == "5":
+        if self._dial.protocol == "5":
             whole_s = None if expiry_s is None else expiry_seconds(expiry_s)
             properties = item.properties or publish_properties(self._content_type, whole_s)
             if item.properties is not None and whole_s is not None:
@@ -439,26 +395,54 @@ class MqttBus:
         self._statistics.bytes_out += publish_wire_bytes(
             item.topic,
             len(item.payload),
-            qos=item.qos,
-            protocol=self._protocol or "5",
+            qos=qos,
+            protocol=self._dial.protocol or "5",
             expiry_s=expiry_s,
             content_type=self._content_type,
         )
-        await client.publish(item.topic, item.payload, qos=item.qos, retain=item.retain, properties=properties)
+        await client.publish(item.topic, item.payload, qos=qos, retain=retain, properties=properties)
+
+    def _too_large(self, item: Outgoing, expiry_s: float | None) -> bool:
+        """Whether the broker would end the connection for this message; it is counted and said then."""
+        largest = self._dial.limits.max_packet_bytes
+        if largest is None or item.size + PACKET_HEAD_BYTES <= largest:
+            return False
+        size = publish_wire_bytes(
+            item.topic,
+            len(item.payload),
+            qos=item.qos,
+            protocol=self._dial.protocol or "5",
+            expiry_s=expiry_s,
+            content_type=self._content_type,
+        )
+        if size <= largest and item.properties is None:
+            return False
+        self._statistics.dropped_out += 1
+        self._tell_too_large(item, size, largest)
+        return True
+
+    def _tell_too_large(self, item: Outgoing, size: int, largest: int) -> None:
+        text = "%s: dropped a message of %d bytes for %s: too large, the broker takes at most %d bytes"
+        warn_once(_log, f"{self.client_id} {item.topic} size", text, self, size, item.topic, largest)
 
     def _publish_refused(self, topic: str, reason: str) -> None:
         self._statistics.dropped_out += 1
         warn_once(_log, f"{self.client_id} {topic}", "%s: the broker refused a message on %s: %s", self, topic, reason)
 
-    def _requeue(self) -> None:
-        """Put what was under way back in front; QoS 0 is not worth a second attempt."""
-        again = [item for item in self._in_flight.values() if item.qos]
-        self._statistics.dropped_out += len(self._in_flight) - len(again)
-        self._in_flight.clear()
-        self._outgoing.extendleft(reversed(again))
+    def _requeue(self, client: Client) -> None:
+        """Put what was under way back in front; what the broker ends connections for is given up."""
+        too_large = client.goodbye == reasons.TOO_LARGE
+        self._broke_under = self._outbox.under_way > 0
+        given_up, refused = self._outbox.broken(by_broker=client.cut_by_broker, too_large=too_large)
+        self._statistics.dropped_out += len(given_up)
+        if refused is not None:
+            if too_large or refused.size >= TELLING_BYTES:
+                self._dial.learn_largest(refused.size - 1)
+            text = "%s: dropped a message of %d bytes for %s: whenever it is sent, the broker ends the connection; it may be too large"
+            _log.warning(text, self, refused.size, refused.topic)
         self._moved.set()
 
-    def _set_link(self, client: aiomqtt.Client | None) -> None:
+    def _set_link(self, client: Client | None) -> None:
         was_up = self._client is not None
         self._client = client
         if client is not None:
@@ -467,7 +451,7 @@ class MqttBus:
             self._trouble = None
             self._settled.set()
             self._tried.set()
-            _log.info("%s: connected, MQTT %s", self, self._protocol)
+            _log.info("%s: connected, MQTT %s", self, self._dial.protocol)
         else:
             self._settled.clear()
         up = client is not None
@@ -484,7 +468,7 @@ class MqttBus:
             message.topic.value,
             len(payload),
             qos=message.qos,
-            protocol=self._protocol or "5",
+            protocol=self._dial.protocol or "5",
             expiry_s=getattr(properties, "MessageExpiryInterval", None),
             content_type=getattr(properties, "ContentType", None),
         )

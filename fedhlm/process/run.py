@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from fedhlm import settings
+from fedhlm.bus.broker_url import BrokerUrl
 from fedhlm.bus.interface import LinkHook, Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import ConfigError, FedhlmError, root_of
@@ -52,9 +53,8 @@ def bus_of(
     Raises:
         ConfigError: the URL or a certificate file cannot be used.
     """
-    section = broker if broker.url else msgspec.structs.replace(broker, url=DEFAULT_URL)
     return MqttBus(
-        section.address(key=f"{key}.url"),
+        address_of(broker, key=key),
         client_id=client_id,
         birth=birth,
         will=will,
@@ -63,6 +63,21 @@ def bus_of(
         keepalive_s=broker.keepalive_s,
         on_link=on_link,
     )
+
+
+def address_of(broker: settings.Broker, *, key: str = "broker") -> BrokerUrl:
+    """Where a broker section points; an empty URL means DEFAULT_URL.
+
+    Raises:
+        ConfigError: the URL cannot be used.
+    """
+    section = broker if broker.url else msgspec.structs.replace(broker, url=DEFAULT_URL)
+    return section.address(key=f"{key}.url")
+
+
+def has_certificate(broker: settings.Broker) -> bool:
+    """Whether we log in with a certificate. Brokers made by `fedhlm pki mosquitto` then allow one connection of its name."""
+    return address_of(broker).files.cert is not None
 
 
 def opener(

@@ -11,7 +11,9 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from fedhlm.bus.backoff import YIELD_BASE_S
 from fedhlm.bus.broker_url import BrokerUrl
+from fedhlm.bus.identity import client_id
 from fedhlm.bus.party import Stamp
 from fedhlm.errors import BusError
 from fedhlm.process.run import DEFAULT_URL
@@ -108,7 +110,7 @@ def own_certificate(subject: Subject, key: str) -> Said:
 def login(subject: Subject, key: str) -> Said:
     """The broker takes us; the session stays open for later checks."""
     address, section = address_of(subject, key), section_of(subject, key)
-    name = f"{subject.name}-doctor-{secrets.token_hex(3)}"
+    name = client_id("doctor", subject.name, secrets.token_hex(8), root=section.root)
     probe = Probe(address, name, key=f"{key}.url", wait_s=STEP_S, wall_s=subject.wall_s)
     begun_s = perf_counter()
     try:
@@ -210,8 +212,9 @@ def rights(subject: Subject, key: str) -> Said:
         return _rights(subject, key)
     except LostError:
         return skip(
-            "the broker ended our session. Where it gives each name one connection (mosquitto's use_username_as_clientid), "
-            "a running part takes its place back like this: stop the part and look again"
+            "the broker ended our session. Where it gives each certificate one connection (mosquitto's "
+            f"use_username_as_clientid), a running part takes its place back after {YIELD_BASE_S:g} s at most: look again, or "
+            "stop the part first"
         )
 
 

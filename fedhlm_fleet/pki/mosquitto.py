@@ -8,11 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from fedhlm.bus.interface import DEFAULT_MAX_INCOMING, MAX_INCOMING_BYTES
-from fedhlm.bus.mqtt import MAX_IN_FLIGHT
+from fedhlm.bus.dial import MAX_IN_FLIGHT
+from fedhlm.bus.interface import DEFAULT_MAX_INCOMING, MAX_INCOMING_BYTES, MAX_PACKET_BYTES
 from fedhlm.errors import ConfigError
 from fedhlm.process.files import PRIVATE
-from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_fleet.pki import files
 from fedhlm_fleet.pki.acl import Place, acl, described
@@ -25,8 +24,6 @@ ACL: Final = "acl"
 CERT: Final = "broker.crt"
 KEY: Final = "broker.key"
 
-# Topic, properties and packet header of the largest payload.
-MAX_PACKET_BYTES: Final = MAX_PAYLOAD_BYTES + 128 * 1024
 DATA: Final = "/var/lib/mosquitto/"
 
 

@@ -293,6 +293,10 @@ class LoopbackBus:
         return "5"
 
     @property
+    def max_packet_bytes(self) -> int | None:
+        return None
+
+    @property
     def statistics(self) -> BusStatistics:
         return self._statistics
 

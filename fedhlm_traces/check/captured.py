@@ -25,6 +25,7 @@ class CapturingBus:
         self.connected = True
         self.statistics = BusStatistics()
         self.protocol: ProtocolVersion | None = "5"
+        self.max_packet_bytes: int | None = None
         self._has_room = has_room
 
     def opened(

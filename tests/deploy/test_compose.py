@@ -257,9 +257,9 @@ def test_an_image_has_two_stages_one_model_and_no_tool_of_the_first(path: Path) 
 @pytest.mark.parametrize(
     ("part", "others"),
     [
-        ("agent", {"amqtt"}),
+        ("agent", set()),
         ("edge", {"onnxruntime", "tokenizers"}),
-        ("operator", {"amqtt", "onnxruntime", "tokenizers"}),
+        ("operator", {"onnxruntime", "tokenizers"}),
     ],
 )
 def test_the_libraries_of_an_image_are_those_of_its_part(part: str, others: set[str]) -> None:

@@ -187,8 +187,6 @@ def test_an_absent_library_names_the_extra() -> None:
         ("agent --broker.url mqtt://127.0.0.1:1 --prompt x", "tokenizers", "agent"),
         ("cloud --broker.url mqtt://127.0.0.1:1", "onnxruntime", "cloud"),
         ("cloud --broker.url mqtt://127.0.0.1:1 --federation.assign_s 60", "sklearn", "cloud"),
-        ("edge --edge.embedded_port 0", "amqtt", "edge"),
-        ("demo", "amqtt", "agent,edge,cloud"),
         ("demo", "tokenizers", "agent,edge,cloud"),
         ("pki init pki", "cryptography", "operator"),
         ("models export model out", "onnx", "models"),

@@ -110,7 +110,7 @@ def test_everything_is_recorded_state_first(kind: str, tmp_path: Path) -> None:
         ("other/x", b"", 1, False, ""),
     ]
     expiry_s = [record.properties.get("expiry_s") for record in found]
-    assert expiry_s == [None, None, None, 500 if kind == "5" else None, None, None]
+    assert expiry_s == [None, None, None, None if kind == "3.1.1" else 500, None, None]
     times_s = [record.at_s for record in found]
     assert times_s == sorted(times_s)
     assert 0.0 <= times_s[0] <= times_s[-1] <= summary.duration_s

@@ -19,7 +19,8 @@ needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not
         "loopback",
         pytest.param("mosquitto-5", marks=needs_mosquitto),
         pytest.param("mosquitto-3.1.1", marks=needs_mosquitto),
-        "embedded",
+        "embedded-5",
+        "embedded-3.1.1",
     ]
 )
 def kind(request: pytest.FixtureRequest) -> Kind:

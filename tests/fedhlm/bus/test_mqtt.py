@@ -45,18 +45,18 @@ def test_good_addresses(text: str, expected: BrokerUrl) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "expected"),
-        ("broker", "expected"),
-        ("http://broker", "expected"),
-        ("mqtt://", "expected"),
-        ("mqtt://h:0", "expected"),
+        ("", "mqtt://"),
+        ("broker", "mqtt://"),
+        ("http://broker", "mqtt://"),
+        ("mqtt://", "mqtt://"),
+        ("mqtt://h:0", "mqtt://"),
         ("mqtt://h:abc", "1..65535"),
         ("mqtt://h:70000", "1..65535"),
         ("mqtt://[::1", "1..65535"),
         ("mqtt://h/path", "path"),
-        ("mqtt://h?tls=1", "unknown query key 'tls'"),
-        ("mqtt://h?ca=x", "certificates need mqtts"),
-        ("mqtts://h?cert=x", "go together"),
+        ("mqtt://h?tls=1", "without 'tls'"),
+        ("mqtt://h?ca=x", "mqtts:// address"),
+        ("mqtts://h?cert=x", "together"),
     ],
 )
 def test_bad_addresses_name_key_value_and_expectation(text: str, words: str) -> None:
@@ -66,7 +66,7 @@ def test_bad_addresses_name_key_value_and_expectation(text: str, words: str) -> 
 
 
 def test_missing_tls_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ca.*nowhere\.pem.*PEM"):
+    with pytest.raises(ConfigError, match=r"ca.*PEM.*nowhere\.pem"):
         MqttBus("mqtts://h?ca=nowhere.pem", client_id="x")
     junk = tmp_path / "junk.pem"
     junk.write_text("junk")
@@ -216,7 +216,7 @@ async def test_the_embedded_broker_runs_as_a_process_of_its_own() -> None:
 
 
 async def test_auto_settles_on_what_the_broker_speaks() -> None:
-    async with asyncio.timeout(LIMIT_S), EmbeddedBroker() as broker:
+    async with asyncio.timeout(LIMIT_S), EmbeddedBroker(versions=(4,)) as broker:
         will = Retained("p", b"off")
         async with MqttBus(broker.url, client_id="x", will=will) as bus:
             assert bus.protocol == "3.1.1"

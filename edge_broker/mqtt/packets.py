@@ -1,0 +1,553 @@
+"""What MQTT 3.1.1 and 5 put on the wire, as a broker reads and writes it; no I/O.
+
+Readers take a packet's body (what follows its remaining length) and raise `MqttError` with the reason code that the
+standard gives the fault. Source: OASIS MQTT 3.1.1 and 5.0; sections are cited as in 5.0.
+"""
+
+import struct
+from collections.abc import Callable, Collection, Iterable
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+V3: Final = 4
+V5: Final = 5
+VERSIONS: Final = (V3, V5)
+MAX_LENGTH: Final = 268_435_455  # 1.5.5, four bytes of seven bits
+
+
+class Kind(IntEnum):
+    """Packet types, section 2.1.2."""
+
+    CONNECT = 1
+    CONNACK = 2
+    PUBLISH = 3
+    PUBACK = 4
+    PUBREC = 5
+    PUBREL = 6
+    PUBCOMP = 7
+    SUBSCRIBE = 8
+    SUBACK = 9
+    UNSUBSCRIBE = 10
+    UNSUBACK = 11
+    PINGREQ = 12
+    PINGRESP = 13
+    DISCONNECT = 14
+    AUTH = 15
+
+
+class Reason(IntEnum):
+    """Reason codes that this broker sends or acts on, section 2.4."""
+
+    SUCCESS = 0x00
+    WITH_WILL = 0x04
+    NO_SUBSCRIPTION = 0x11
+    MALFORMED = 0x81
+    PROTOCOL_ERROR = 0x82
+    UNSUPPORTED_VERSION = 0x84
+    BAD_CLIENT_ID = 0x85
+    BAD_LOGIN = 0x86
+    NOT_AUTHORISED = 0x87
+    SERVER_BUSY = 0x89
+    SHUTTING_DOWN = 0x8B
+    BAD_AUTHENTICATION = 0x8C
+    KEEP_ALIVE = 0x8D
+    TAKEN_OVER = 0x8E
+    BAD_FILTER = 0x8F
+    BAD_TOPIC = 0x90
+    UNKNOWN_ID = 0x92
+    RECEIVE_MAXIMUM = 0x93
+    TOPIC_ALIAS = 0x94
+    TOO_LARGE = 0x95
+    QUOTA = 0x97
+
+
+class MqttError(Exception):
+    """The connection must end with this reason."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class Property(IntEnum):
+    """Identifiers of properties, section 2.2.2.2."""
+
+    PAYLOAD_FORMAT = 1
+    MESSAGE_EXPIRY = 2
+    CONTENT_TYPE = 3
+    RESPONSE_TOPIC = 8
+    CORRELATION = 9
+    SUBSCRIPTION_ID = 11
+    SESSION_EXPIRY = 17
+    ASSIGNED_ID = 18
+    SERVER_KEEP_ALIVE = 19
+    AUTH_METHOD = 21
+    AUTH_DATA = 22
+    REQUEST_PROBLEM = 23
+    WILL_DELAY = 24
+    REQUEST_RESPONSE = 25
+    RESPONSE_INFORMATION = 26
+    SERVER_REFERENCE = 28
+    REASON_STRING = 31
+    RECEIVE_MAXIMUM = 33
+    TOPIC_ALIAS_MAXIMUM = 34
+    TOPIC_ALIAS = 35
+    MAXIMUM_QOS = 36
+    RETAIN_AVAILABLE = 37
+    USER = 38
+    MAXIMUM_PACKET = 39
+    WILDCARDS = 40
+    SUBSCRIPTION_IDS = 41
+    SHARED = 42
+
+
+# What goes on to subscribers unchanged; the expiry goes on as well, less the time that the message has waited (3.3.2.3).
+_FORWARDED: Final = frozenset(
+    {Property.PAYLOAD_FORMAT, Property.CONTENT_TYPE, Property.RESPONSE_TOPIC, Property.CORRELATION, Property.USER}
+)
+_REPEATED: Final = frozenset({Property.USER, Property.SUBSCRIPTION_ID})
+_OF_PUBLISH: Final = _FORWARDED | {Property.MESSAGE_EXPIRY, Property.SUBSCRIPTION_ID, Property.TOPIC_ALIAS}
+_OF_WILL: Final = _FORWARDED | {Property.MESSAGE_EXPIRY, Property.WILL_DELAY}
+_OF_CONNECT: Final = frozenset(
+    {
+        Property.SESSION_EXPIRY,
+        Property.RECEIVE_MAXIMUM,
+        Property.MAXIMUM_PACKET,
+        Property.TOPIC_ALIAS_MAXIMUM,
+        Property.REQUEST_RESPONSE,
+        Property.REQUEST_PROBLEM,
+        Property.USER,
+        Property.AUTH_METHOD,
+        Property.AUTH_DATA,
+    }
+)
+_OF_SUBSCRIBE: Final = frozenset({Property.SUBSCRIPTION_ID, Property.USER})
+_OF_UNSUBSCRIBE: Final = frozenset({Property.USER})
+_OF_ANSWER: Final = frozenset({Property.REASON_STRING, Property.USER})
+_OF_DISCONNECT: Final = _OF_ANSWER | {Property.SESSION_EXPIRY, Property.SERVER_REFERENCE}
+_NOT_ZERO: Final = frozenset({Property.RECEIVE_MAXIMUM, Property.MAXIMUM_PACKET, Property.SUBSCRIPTION_ID})
+
+
+class Message(NamedTuple):
+    """What is published. `extras` are the encoded properties that go on unchanged; `expires_s` is the broker's time."""
+
+    topic: str
+    payload: bytes
+    qos: int = 0
+    retain: bool = False
+    extras: bytes = b""
+    expires_s: float | None = None
+
+
+class Publish(NamedTuple):
+    """A PUBLISH as it came in; `number` is its packet identifier, 0 at QoS 0."""
+
+    message: Message
+    number: int
+    duplicate: bool
+
+
+class Connect(NamedTuple):
+    """A CONNECT. Sizes and counts are the client's limits for what it is sent; None: it names no largest packet."""
+
+    version: int
+    client_id: str
+    clean: bool
+    keep_alive_s: int
+    username: str | None
+    password: bytes | None
+    will: Message | None
+    receive_maximum: int
+    max_packet_bytes: int | None
+
+
+class Asked(NamedTuple):
+    """One filter of a SUBSCRIBE with its options (3.8.3.1) and subscription identifier."""
+
+    pattern: str
+    qos: int
+    no_local: bool = False
+    as_published: bool = False
+    handling: int = 0
+    number: int | None = None
+
+
+class _Body:
+    """A cursor over a packet's body."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, count: int) -> bytes:
+        end = self.at + count
+        if end > len(self.data):
+            raise MqttError(Reason.MALFORMED, "the packet ends too early")
+        taken, self.at = self.data[self.at : end], end
+        return taken
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def short(self) -> int:
+        return int.from_bytes(self.take(2))
+
+    def long(self) -> int:
+        return int.from_bytes(self.take(4))
+
+    def binary(self) -> bytes:
+        return self.take(self.short())
+
+    def text(self) -> str:
+        try:
+            found = self.binary().decode()
+        except UnicodeDecodeError as exc:
+            raise MqttError(Reason.MALFORMED, "a string is not UTF-8") from exc
+        if "\0" in found:
+            raise MqttError(Reason.MALFORMED, "a string holds U+0000")
+        return found
+
+    def varint(self) -> int:
+        value = 0
+        for shift in (0, 7, 14, 21):
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise MqttError(Reason.MALFORMED, "a length has more than four bytes")
+
+    def rest(self) -> bytes:
+        return self.take(len(self.data) - self.at)
+
+    def pair(self) -> tuple[str, str]:
+        return self.text(), self.text()
+
+    @property
+    def done(self) -> bool:
+        return self.at == len(self.data)
+
+
+_READERS: Final[dict[Property, Callable[[_Body], object]]] = {
+    **dict.fromkeys(
+        (
+            Property.PAYLOAD_FORMAT,
+            Property.REQUEST_PROBLEM,
+            Property.REQUEST_RESPONSE,
+            Property.MAXIMUM_QOS,
+            Property.RETAIN_AVAILABLE,
+            Property.WILDCARDS,
+            Property.SUBSCRIPTION_IDS,
+            Property.SHARED,
+        ),
+        _Body.byte,
+    ),
+    **dict.fromkeys(
+        (
+            Property.SERVER_KEEP_ALIVE,
+            Property.RECEIVE_MAXIMUM,
+            Property.TOPIC_ALIAS_MAXIMUM,
+            Property.TOPIC_ALIAS,
+        ),
+        _Body.short,
+    ),
+    **dict.fromkeys(
+        (Property.MESSAGE_EXPIRY, Property.SESSION_EXPIRY, Property.WILL_DELAY, Property.MAXIMUM_PACKET), _Body.long
+    ),
+    **dict.fromkeys(
+        (
+            Property.CONTENT_TYPE,
+            Property.RESPONSE_TOPIC,
+            Property.ASSIGNED_ID,
+            Property.AUTH_METHOD,
+            Property.RESPONSE_INFORMATION,
+            Property.SERVER_REFERENCE,
+            Property.REASON_STRING,
+        ),
+        _Body.text,
+    ),
+    **dict.fromkeys((Property.CORRELATION, Property.AUTH_DATA), _Body.binary),
+    Property.SUBSCRIPTION_ID: _Body.varint,
+    Property.USER: _Body.pair,
+}
+
+
+class _Found(NamedTuple):
+    values: dict[Property, object]
+    extras: bytes
+
+    def number(self, key: Property, default: int) -> int:
+        value = self.values.get(key)
+        return value if isinstance(value, int) else default
+
+
+_NONE: Final = _Found({}, b"")
+
+
+def _properties(body: _Body, allowed: frozenset[Property]) -> _Found:
+    length = body.varint()
+    if not length:
+        return _NONE
+    inner = _Body(body.take(length))
+    values: dict[Property, object] = {}
+    extras = bytearray()
+    while not inner.done:
+        start = inner.at
+        number = inner.varint()
+        try:
+            key = Property(number)
+        except ValueError as exc:
+            raise MqttError(Reason.MALFORMED, f"property {number} is unknown") from exc
+        if key not in allowed or (key in values and key not in _REPEATED):
+            raise MqttError(Reason.PROTOCOL_ERROR, f"property {key.name} is out of place")
+        values[key] = _READERS[key](inner)
+        if key in _NOT_ZERO and values[key] == 0:
+            raise MqttError(Reason.PROTOCOL_ERROR, f"property {key.name} is 0")
+        if key in _FORWARDED:
+            extras += inner.data[start : inner.at]
+    return _Found(values, bytes(extras))
+
+
+def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
+    """A CONNECT (3.1). An unknown version is the error UNSUPPORTED_VERSION before anything else is looked at."""
+    body = _Body(data)
+    if body.binary() not in (b"MQTT", b"MQIsdp"):
+        raise MqttError(Reason.MALFORMED, "not an MQTT CONNECT")
+    version = body.byte()
+    if version not in versions:
+        expected = " or ".join(map(str, versions))
+        raise MqttError(Reason.UNSUPPORTED_VERSION, f"protocol level {version}: {expected} expected")
+    flags = body.byte()
+    will_qos = flags >> 3 & 3
+    if flags & 1 or will_qos > 2 or (not flags & 4 and flags & 0x38) or (version == V3 and flags & 0xC0 == 0x40):
+        raise MqttError(Reason.MALFORMED, f"flags of CONNECT are {flags:#04x}")
+    keep_alive_s = body.short()
+    found = _properties(body, _OF_CONNECT) if version == V5 else _NONE
+    if Property.AUTH_METHOD in found.values:
+        raise MqttError(Reason.BAD_AUTHENTICATION, "authentication methods are not supported")
+    client_id = body.text()
+    will = None
+    if flags & 4:
+        of_will = _properties(body, _OF_WILL) if version == V5 else _NONE
+        topic, payload = body.text(), body.binary()
+        check_topic(topic)
+        expiry = of_will.values.get(Property.MESSAGE_EXPIRY)
+        # Its time begins when it is published: a span until then.
+        lasts_s = float(expiry) if isinstance(expiry, int) else None
+        will = Message(topic, payload, will_qos, bool(flags & 0x20), of_will.extras, lasts_s)
+    username = body.text() if flags & 0x80 else None
+    password = body.binary() if flags & 0x40 else None
+    if not body.done:
+        raise MqttError(Reason.MALFORMED, "CONNECT is longer than its fields")
+    largest = found.values.get(Property.MAXIMUM_PACKET)
+    return Connect(
+        version,
+        client_id,
+        bool(flags & 2),
+        keep_alive_s,
+        username,
+        password,
+        will,
+        found.number(Property.RECEIVE_MAXIMUM, 65_535),
+        largest if isinstance(largest, int) else None,
+    )
+
+
+def read_publish(flags: int, data: bytes, version: int, now_s: float) -> Publish:
+    """A PUBLISH (3.3); `flags` are the low four bits of its first byte, `now_s` is the broker's time."""
+    qos = flags >> 1 & 3
+    if qos == 3 or (not qos and flags & 8):
+        raise MqttError(Reason.MALFORMED, f"flags of PUBLISH are {flags:#03x}")
+    body = _Body(data)
+    topic = body.text()
+    number = body.short() if qos else 0
+    if qos and not number:
+        raise MqttError(Reason.MALFORMED, "packet identifier 0")
+    found = _properties(body, _OF_PUBLISH) if version == V5 else _NONE
+    if Property.TOPIC_ALIAS in found.values:
+        raise MqttError(Reason.TOPIC_ALIAS, "topic aliases were not offered")
+    if Property.SUBSCRIPTION_ID in found.values:
+        raise MqttError(Reason.PROTOCOL_ERROR, "a client's PUBLISH has no subscription identifier")
+    check_topic(topic)
+    expiry = found.values.get(Property.MESSAGE_EXPIRY)
+    expires_s = now_s + expiry if isinstance(expiry, int) else None
+    message = Message(topic, body.rest(), qos, bool(flags & 1), found.extras, expires_s)
+    return Publish(message, number, bool(flags & 8))
+
+
+def read_answer(data: bytes, version: int) -> tuple[int, int]:
+    """Packet identifier and reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP (3.4 to 3.7)."""
+    body = _Body(data)
+    number = body.short()
+    if version == V3 or body.done:
+        return number, 0
+    reason = body.byte()
+    if not body.done:
+        _properties(body, _OF_ANSWER)
+    return number, reason
+
+
+def read_subscribe(data: bytes, version: int) -> tuple[int, list[Asked]]:
+    """Packet identifier and filters of a SUBSCRIBE (3.8); a malformed filter is left for the caller to refuse."""
+    body = _Body(data)
+    number = body.short()
+    found = _properties(body, _OF_SUBSCRIBE) if version == V5 else _NONE
+    tag = found.values.get(Property.SUBSCRIPTION_ID)
+    asked: list[Asked] = []
+    while not body.done:
+        pattern, options = body.text(), body.byte()
+        qos, handling = options & 3, options >> 4 & 3
+        if qos == 3 or handling == 3 or options & (0xC0 if version == V5 else 0xFC):
+            raise MqttError(Reason.MALFORMED, f"options of a subscription are {options:#04x}")
+        shared = pattern.startswith("$share/")
+        if shared and options & 4:
+            raise MqttError(Reason.PROTOCOL_ERROR, "a shared subscription cannot be without local messages")
+        asked.append(
+            Asked(pattern, qos, bool(options & 4), bool(options & 8), handling, tag if isinstance(tag, int) else None)
+        )
+    if not number or not asked:
+        raise MqttError(Reason.PROTOCOL_ERROR, "SUBSCRIBE without identifier or filter")
+    return number, asked
+
+
+def read_unsubscribe(data: bytes, version: int) -> tuple[int, list[str]]:
+    """Packet identifier and filters of an UNSUBSCRIBE (3.10)."""
+    body = _Body(data)
+    number = body.short()
+    if version == V5:
+        _properties(body, _OF_UNSUBSCRIBE)
+    patterns: list[str] = []
+    while not body.done:
+        patterns.append(body.text())
+    if not number or not patterns:
+        raise MqttError(Reason.PROTOCOL_ERROR, "UNSUBSCRIBE without identifier or filter")
+    return number, patterns
+
+
+def read_disconnect(data: bytes, version: int) -> int:
+    """The reason code of a DISCONNECT (3.14)."""
+    body = _Body(data)
+    if version == V3 or body.done:
+        return 0
+    reason = body.byte()
+    if not body.done:
+        _properties(body, _OF_DISCONNECT)
+    return reason
+
+
+def check_topic(topic: str) -> None:
+    """A name to publish on (4.7.1): not empty and without wildcards."""
+    if not topic or "+" in topic or "#" in topic:
+        raise MqttError(Reason.BAD_TOPIC, "a topic's name is empty or has wildcards")
+
+
+# Writing
+
+
+def packet(kind: Kind, body: bytes, flags: int = 0) -> bytes:
+    """A whole packet."""
+    return bytes([kind << 4 | flags]) + varint(len(body)) + body
+
+
+def varint(value: int) -> bytes:
+    """Variable byte integer (1.5.5)."""
+    if value < 0x80:
+        return bytes([value])
+    found = bytearray()
+    while True:
+        value, byte = value >> 7, value & 0x7F
+        found.append(byte | 0x80 if value else byte)
+        if not value:
+            return bytes(found)
+
+
+def text(value: str) -> bytes:
+    """A string with its length."""
+    data = value.encode()
+    return struct.pack(">H", len(data)) + data
+
+
+_SHORTS: Final = frozenset({Property.RECEIVE_MAXIMUM, Property.TOPIC_ALIAS_MAXIMUM, Property.SERVER_KEEP_ALIVE})
+_LONGS: Final = frozenset({Property.MAXIMUM_PACKET, Property.SESSION_EXPIRY, Property.MESSAGE_EXPIRY})
+
+
+def properties(values: Iterable[tuple[Property, int | str]], extras: bytes = b"") -> bytes:
+    """A property section with its length."""
+    found = bytearray()
+    for key, value in values:
+        found += varint(key)
+        if isinstance(value, str):
+            found += text(value)
+        elif key is Property.SUBSCRIPTION_ID:
+            found += varint(value)
+        else:
+            found += value.to_bytes(2 if key in _SHORTS else 4 if key in _LONGS else 1)
+    return varint(len(found) + len(extras)) + bytes(found) + extras
+
+
+# CONNACK's return codes of 3.1.1 (its table 3.1) for the reasons of 5.
+_OLD_CODES: Final = {
+    Reason.SUCCESS: 0,
+    Reason.UNSUPPORTED_VERSION: 1,
+    Reason.BAD_CLIENT_ID: 2,
+    Reason.SERVER_BUSY: 3,
+    Reason.BAD_LOGIN: 4,
+    Reason.NOT_AUTHORISED: 5,
+}
+
+
+def connack(version: int, reason: Reason, values: Iterable[tuple[Property, int | str]] = ()) -> bytes:
+    """The answer to CONNECT (3.2); a session is never present."""
+    if version == V5:
+        return packet(Kind.CONNACK, bytes([0, reason]) + properties(values))
+    return packet(Kind.CONNACK, bytes([0, _OLD_CODES.get(reason, 3)]))
+
+
+def publish(
+    message: Message,
+    version: int,
+    *,
+    qos: int,
+    retain: bool,
+    number: int = 0,
+    tags: Iterable[int] = (),
+    now_s: float = 0.0,
+    duplicate: bool = False,
+) -> bytes:
+    """A PUBLISH for a subscriber; `tags` are its subscription identifiers."""
+    head = text(message.topic)
+    if qos:
+        head += struct.pack(">H", number)
+    if version == V5:
+        values: list[tuple[Property, int | str]] = [(Property.SUBSCRIPTION_ID, tag) for tag in tags]
+        if message.expires_s is not None:
+            values.append((Property.MESSAGE_EXPIRY, max(1, round(message.expires_s - now_s))))
+        head += properties(values, message.extras)
+    flags = duplicate << 3 | qos << 1 | retain
+    return bytes([Kind.PUBLISH << 4 | flags]) + varint(len(head) + len(message.payload)) + head + message.payload
+
+
+def answer(kind: Kind, number: int, version: int, reason: Reason = Reason.SUCCESS) -> bytes:
+    """PUBACK, PUBREC, PUBREL or PUBCOMP."""
+    body = struct.pack(">H", number)
+    if version == V5 and reason:
+        body += bytes([reason])
+    return packet(kind, body, 2 if kind is Kind.PUBREL else 0)
+
+
+def suback(number: int, version: int, codes: list[int]) -> bytes:
+    """The answer to SUBSCRIBE: the granted QoS, or a failure, for each filter."""
+    none = b"\0" if version == V5 else b""
+    known = codes if version == V5 else [min(code, 0x80) for code in codes]
+    return packet(Kind.SUBACK, struct.pack(">H", number) + none + bytes(known))
+
+
+def unsuback(number: int, version: int, codes: list[int]) -> bytes:
+    """The answer to UNSUBSCRIBE."""
+    return packet(Kind.UNSUBACK, struct.pack(">H", number) + (b"\0" + bytes(codes) if version == V5 else b""))
+
+
+def disconnect(reason: Reason, why: str = "") -> bytes:
+    """A DISCONNECT of the broker; it exists in 5 only."""
+    return packet(Kind.DISCONNECT, bytes([reason]) + properties([(Property.REASON_STRING, why)] if why else []))
+
+
+PINGRESP: Final = packet(Kind.PINGRESP, b"")

@@ -1,0 +1,463 @@
+"""The broker itself: connections, logins, takeovers, last wills and keep-alive over asyncio's TCP.
+
+A session ends with its connection. The client of a name that connects again takes the place of the former one, whose
+last will is published first, so that it never stands after the birth of its successor. What a slow client cannot be
+sent is dropped and counted.
+"""
+
+import asyncio
+import hmac
+import logging
+import secrets
+import socket
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, cast
+
+from edge_broker.mqtt import packets
+from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, Outbox
+from edge_broker.mqtt.packets import V5, Connect, Kind, Message, MqttError, Property, Reason
+from edge_broker.mqtt.routes import Retained, Routes
+from fedhlm.bus.interface import MAX_PACKET_BYTES, share_of
+from fedhlm.telemetry import warn_once
+
+_log: Final = logging.getLogger(__name__)
+
+MAX_CONNECT_BYTES: Final = 262_144
+CONNECT_TIMEOUT_S: Final = 10.0
+CLIENTS_MAX: Final = 4_096
+RECEIVE_MAXIMUM: Final = 1_024
+TICK_S: Final = 0.25
+# Section 3.1.2.10: one and a half times the keep-alive.
+PATIENCE: Final = 1.5
+CLOSE_S: Final = 1.0
+_WRITE_BYTES: Final = 262_144
+
+
+@dataclass(slots=True)
+class Counts:
+    """Running counts of a broker."""
+
+    connected: int = 0
+    taken_over: int = 0
+    silent: int = 0
+    refused: int = 0
+    received: int = 0
+    sent: int = 0
+    dropped: int = 0
+
+
+class Server:
+    """Listens on an IPv4 address; with `users` a name and its password are asked for. It speaks `versions` (protocol levels)."""
+
+    def __init__(
+        self,
+        *,
+        users: Mapping[str, str] | None = None,
+        max_packet_bytes: int = MAX_PACKET_BYTES,
+        queue_messages: int = MESSAGES_MAX,
+        queue_bytes: int = BYTES_MAX,
+        versions: Collection[int] = packets.VERSIONS,
+    ) -> None:
+        self.versions = versions
+        self.counts = Counts()
+        self.max_packet_bytes = max_packet_bytes
+        self._queue_messages, self._queue_bytes = queue_messages, queue_bytes
+        self._users = dict(users or {})
+        self._routes = Routes()
+        self._retained = Retained()
+        self._links: set[Link] = set()
+        self._clients: dict[str, Link] = {}
+        self._server: asyncio.Server
+        self._ticker: asyncio.Task[None]
+        self.now_s = 0.0
+
+    @property
+    def port(self) -> int:
+        """The TCP port in use."""
+        number: int = self._server.sockets[0].getsockname()[1]
+        return number
+
+    async def start(self, address: str, port: int) -> None:
+        """Listen; port 0 picks a free one.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        loop = asyncio.get_running_loop()
+        self.now_s = loop.time()
+        self._server = await loop.create_server(lambda: Link(self), address, port)
+        self._ticker = loop.create_task(self._tick(), name="broker")
+
+    async def stop(self) -> None:
+        """Take no new clients, tell the old ones, and close."""
+        self._server.close()
+        self._ticker.cancel()
+        links = list(self._links)
+        for link in links:
+            link.end(Reason.SHUTTING_DOWN, "the broker is stopped", will=False)
+        if links:
+            await asyncio.wait([link.closed for link in links], timeout=CLOSE_S)
+        for link in list(self._links):
+            link.abort()
+        await asyncio.sleep(0)
+        await self._server.wait_closed()
+        with suppress(asyncio.CancelledError):
+            await self._ticker
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TICK_S)
+            former_s, self.now_s = self.now_s, loop.time()
+            # Where this process stood still, what the clients said meanwhile has yet to be read.
+            late_s = self.now_s - former_s - TICK_S
+            for link in list(self._links):
+                link.look(self.now_s, late_s if late_s > TICK_S else 0.0)
+
+    # What links ask for
+
+    def add(self, link: "Link") -> None:
+        """A TCP connection has begun."""
+        self._links.add(link)
+
+    def remove(self, link: "Link") -> None:
+        """A TCP connection is gone."""
+        self._links.discard(link)
+
+    def admits(self, asked: Connect) -> bool:
+        """Whether name and password are those of a user, or no users are set."""
+        if not self._users:
+            return True
+        expected = self._users.get(asked.username or "")
+        return expected is not None and hmac.compare_digest(asked.password or b"", expected.encode())
+
+    def enter(self, link: "Link", asked: Connect) -> Outbox:
+        """A client has logged in: whoever has its name leaves first."""
+        former = self._clients.get(link.name)
+        if former is not None:
+            self.counts.taken_over += 1
+            _log.warning("client %s: another connection of the same id takes its place", link.name)
+            former.end(Reason.TAKEN_OVER, "another connection has the same client id", will=True)
+        elif len(self._clients) >= CLIENTS_MAX:
+            raise MqttError(Reason.SERVER_BUSY, f"{CLIENTS_MAX} clients are connected")
+        self._clients[link.name] = link
+        self.counts.connected += 1
+        return Outbox(asked.receive_maximum, messages_max=self._queue_messages, bytes_max=self._queue_bytes)
+
+    def leave(self, link: "Link") -> None:
+        """A client's session ends."""
+        if self._clients.get(link.name) is link:
+            del self._clients[link.name]
+            self._routes.forget(link.name)
+
+    def subscribe(self, link: "Link", asked: packets.Asked) -> int:
+        """The granted QoS or a reason for refusing; the retained messages follow."""
+        try:
+            new = self._routes.subscribe(link.name, asked)
+            group, pattern = share_of(asked.pattern)
+        except ValueError:
+            return Reason.BAD_FILTER
+        if group is None and (asked.handling == 0 or (asked.handling == 1 and new)):
+            tags = () if asked.number is None else (asked.number,)
+            for message in self._retained.of(pattern, self.now_s):
+                link.offer(Due(message, min(message.qos, asked.qos), True, tags))
+        return asked.qos
+
+    def unsubscribe(self, link: "Link", pattern: str) -> int:
+        """SUCCESS, or NO_SUBSCRIPTION."""
+        return Reason.SUCCESS if self._routes.unsubscribe(link.name, pattern) else Reason.NO_SUBSCRIPTION
+
+    def publish(self, message: Message, publisher: str) -> None:
+        """Hand a message to everybody who has asked for it, and keep it where it is to be retained."""
+        self.counts.received += 1
+        if message.retain and not self._retained.keep(message):
+            self.counts.dropped += 1
+            warn_once(_log, "retained", "no room to retain a message on %s: it is not kept", message.topic)
+        for receiver in self._routes.receivers(message.topic, publisher):
+            link = self._clients.get(receiver.client)
+            if link is not None:
+                retain = message.retain and receiver.as_published
+                link.offer(Due(message, min(message.qos, receiver.qos), retain, receiver.tags))
+
+
+class Link(asyncio.Protocol):
+    """One TCP connection and, after CONNECT, its client's session."""
+
+    def __init__(self, server: Server) -> None:
+        self.name = ""
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._server = server
+        self._asked: Connect | None = None
+        self._outbox = Outbox(0)
+        self._will: Message | None = None
+        self._buffer = bytearray()
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+        self._flushing = False
+        self._paused = False
+        self._ended = False
+        self._heard_s = server.now_s
+        self._received: set[int] = set()  # QoS 2 messages that came in and are not released
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A TCP connection has begun."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=_WRITE_BYTES)
+        sock: socket.socket = self._transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._server.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone: without a DISCONNECT the last will is due."""
+        self._leave(will=True)
+        self._server.remove(self)
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def pause_writing(self) -> None:
+        """The client reads too slowly."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        self._paused = False
+        self._pump()
+
+    def data_received(self, data: bytes) -> None:
+        """Take in every whole packet."""
+        self._buffer += data
+        self._heard_s = self._server.now_s
+        try:
+            while not self._ended and (found := self._next()) is not None:
+                self._handle(*found)
+        except MqttError as exc:
+            self._server.counts.refused += self._asked is None
+            _log.info("client %s: connection ended: %s", self.name or "?", exc)
+            self.end(exc.reason, str(exc), will=True)
+
+    def _next(self) -> tuple[int, bytes] | None:
+        """First byte and body of the next whole packet."""
+        buffer = self._buffer
+        length, at = 0, 1
+        while True:
+            if at >= len(buffer):
+                return None
+            byte = buffer[at]
+            length |= (byte & 0x7F) << 7 * (at - 1)
+            at += 1
+            if byte < 0x80:
+                break
+            if at > 4:
+                raise MqttError(Reason.MALFORMED, "a length has more than four bytes")
+        if self._asked is None and (buffer[0] != Kind.CONNECT << 4 or length > MAX_CONNECT_BYTES):
+            raise MqttError(Reason.PROTOCOL_ERROR, "the first packet is no CONNECT of sane size")
+        if at + length > self._server.max_packet_bytes:
+            largest = self._server.max_packet_bytes
+            raise MqttError(Reason.TOO_LARGE, f"a packet of {at + length} bytes: at most {largest} expected")
+        if len(buffer) < at + length:
+            return None
+        first = buffer[0]
+        with memoryview(buffer) as view:
+            body = bytes(view[at : at + length])
+        del buffer[: at + length]
+        return first, body
+
+    # The session
+
+    def look(self, now_s: float, late_s: float) -> None:
+        """End a client that has been silent for too long; for `late_s` nobody listened."""
+        self._heard_s += late_s
+        limit_s = CONNECT_TIMEOUT_S if self._asked is None else self._asked.keep_alive_s * PATIENCE
+        if self._ended:
+            if now_s - self._heard_s > CLOSE_S:
+                self.abort()
+        elif limit_s and now_s - self._heard_s > limit_s:
+            self._server.counts.silent += 1
+            self.end(Reason.KEEP_ALIVE, f"nothing was heard for {limit_s:g} s", will=True)
+
+    def offer(self, due: Due) -> None:
+        """A message for this client."""
+        counts = self._server.counts
+        if not self._outbox.offer(due):
+            counts.dropped += 1
+            if self._outbox.dropped == 1:
+                _log.warning("client %s reads too slowly: messages for it are dropped", self.name)
+            return
+        self._pump()
+
+    def end(self, reason: Reason, why: str, *, will: bool) -> None:
+        """Close from our side; a client of MQTT 5 is told why."""
+        if self._ended:
+            return
+        if self._asked is not None and self._asked.version == V5:
+            self._write(packets.disconnect(reason, why))
+        self._leave(will=will)
+        self._flush()
+        self._heard_s = self._server.now_s  # from now on the time to close in
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close without waiting for what is written."""
+        self._transport.abort()
+
+    def _leave(self, *, will: bool) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._server.leave(self)
+        left, self._will = self._will, None
+        if will and left is not None:
+            if left.expires_s is not None:
+                left = left._replace(expires_s=self._server.now_s + left.expires_s)
+            self._server.publish(left, self.name)
+
+    def _handle(self, first: int, body: bytes) -> None:
+        flags = first & 0x0F
+        try:
+            kind = Kind(first >> 4)
+        except ValueError as exc:
+            raise MqttError(Reason.MALFORMED, "packet type 0") from exc
+        asked = self._asked
+        if asked is None:
+            self._connect(body)
+            return
+        version = asked.version
+        if kind is not Kind.PUBLISH and flags != (2 if kind in _FLAGGED else 0):
+            raise MqttError(Reason.MALFORMED, f"flags of {kind.name} are {flags:#x}")
+        match kind:
+            case Kind.PUBLISH:
+                self._take(packets.read_publish(flags, body, version, self._server.now_s), version)
+            case Kind.PUBACK | Kind.PUBREC | Kind.PUBCOMP | Kind.PUBREL:
+                self._answered(kind, *packets.read_answer(body, version), version)
+            case Kind.SUBSCRIBE:
+                number, wanted = packets.read_subscribe(body, version)
+                # SUBACK first: who subscribes waits for it, and retained messages may be many.
+                place = len(self._out)
+                codes = [self._server.subscribe(self, one) for one in wanted]
+                self._write(packets.suback(number, version, codes), place)
+            case Kind.UNSUBSCRIBE:
+                number, patterns = packets.read_unsubscribe(body, version)
+                codes = [self._server.unsubscribe(self, pattern) for pattern in patterns]
+                self._write(packets.unsuback(number, version, codes))
+            case Kind.PINGREQ:
+                self._write(packets.PINGRESP)
+            case Kind.DISCONNECT:
+                self._leave(will=packets.read_disconnect(body, version) == Reason.WITH_WILL)
+                self._flush()
+                self._transport.close()
+            case _:
+                raise MqttError(Reason.PROTOCOL_ERROR, f"{kind.name} is out of place")
+
+    def _connect(self, body: bytes) -> None:
+        try:
+            asked = packets.read_connect(body, self._server.versions)
+        except MqttError as exc:
+            if exc.reason in (Reason.UNSUPPORTED_VERSION, Reason.BAD_AUTHENTICATION):
+                # A client of a version that is unknown here understands the answer of 3.1.1 best.
+                self._write(packets.connack(V5 if exc.reason is Reason.BAD_AUTHENTICATION else 4, exc.reason))
+            raise
+        refusal = Reason.SUCCESS
+        if not self._server.admits(asked):
+            refusal = Reason.BAD_LOGIN
+        elif not asked.client_id and asked.version != V5 and not asked.clean:
+            refusal = Reason.BAD_CLIENT_ID
+        if refusal:
+            self._write(packets.connack(asked.version, refusal))
+            raise MqttError(refusal, f"login refused: {refusal.name.lower()}")
+        self.name = asked.client_id or f"auto-{secrets.token_hex(8)}"
+        try:
+            self._outbox = self._server.enter(self, asked)
+        except MqttError as exc:
+            self._write(packets.connack(asked.version, exc.reason))
+            raise
+        self._asked, self._will = asked, asked.will
+        values: list[tuple[Property, int | str]] = [
+            (Property.SESSION_EXPIRY, 0),
+            (Property.RECEIVE_MAXIMUM, RECEIVE_MAXIMUM),
+            (Property.MAXIMUM_PACKET, self._server.max_packet_bytes),
+        ]
+        if not asked.client_id:
+            values.append((Property.ASSIGNED_ID, self.name))
+        self._write(packets.connack(asked.version, Reason.SUCCESS, values))
+
+    def _take(self, came: packets.Publish, version: int) -> None:
+        message, number, _ = came
+        if message.qos < 2:
+            self._server.publish(message, self.name)
+            if message.qos:
+                self._write(packets.answer(Kind.PUBACK, number, version))
+            return
+        if number not in self._received:
+            if len(self._received) >= RECEIVE_MAXIMUM:
+                raise MqttError(Reason.RECEIVE_MAXIMUM, f"more than {RECEIVE_MAXIMUM} messages are not released")
+            self._received.add(number)
+            self._server.publish(message, self.name)
+        self._write(packets.answer(Kind.PUBREC, number, version))
+
+    def _answered(self, kind: Kind, number: int, reason: int, version: int) -> None:
+        match kind:
+            case Kind.PUBREL:
+                known = number in self._received
+                self._received.discard(number)
+                self._write(packets.answer(Kind.PUBCOMP, number, version, _of(known)))
+            case Kind.PUBREC if reason < Reason.MALFORMED - 1:
+                known = self._outbox.received(number)
+                self._write(packets.answer(Kind.PUBREL, number, version, _of(known)))
+            case _:
+                self._outbox.acknowledged(number)
+                self._pump()
+
+    # Writing
+
+    def _pump(self) -> None:
+        """Move on what the client can take now."""
+        asked = self._asked
+        if asked is None or self._ended:
+            return
+        now_s = self._server.now_s
+        while not self._paused and self._out_bytes < _WRITE_BYTES and (due := self._outbox.take()) is not None:
+            expires_s = due.message.expires_s
+            data = packets.publish(
+                due.message,
+                asked.version,
+                qos=due.qos,
+                retain=due.retain,
+                number=due.number,
+                tags=due.tags,
+                now_s=now_s,
+            )
+            too_large = asked.max_packet_bytes is not None and len(data) > asked.max_packet_bytes
+            if too_large or (expires_s is not None and expires_s <= now_s):
+                # Section 3.1.2.11.4: to this client it counts as sent.
+                self._outbox.acknowledged(due.number)
+                self._server.counts.dropped += too_large
+                continue
+            self._server.counts.sent += 1
+            self._write(data)
+
+    def _write(self, data: bytes, place: int | None = None) -> None:
+        self._out.insert(len(self._out) if place is None else place, data)
+        self._out_bytes += len(data)
+        if not self._flushing:
+            # What one turn of the loop brings goes out with one system call.
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        out, self._out, self._out_bytes = self._out, [], 0
+        if out and not self._transport.is_closing():
+            self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+        if not self._paused:
+            self._pump()
+
+
+_FLAGGED: Final = (Kind.PUBREL, Kind.SUBSCRIBE, Kind.UNSUBSCRIBE)
+
+
+def _of(known: bool) -> Reason:
+    return Reason.SUCCESS if known else Reason.UNKNOWN_ID

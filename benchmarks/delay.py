@@ -15,11 +15,11 @@ import cloud_verifier.__main__ as cloud
 import edge_agent.__main__ as agent
 import edge_broker.__main__ as edge
 from edge_broker.embedded import EmbeddedBroker
-from fedhlm.bus.mqtt import MqttBus
-from fedhlm.bus.party import Party, Stamp
+from fedhlm.bus.party import Received
+from fedhlm.client import Client
 from fedhlm.config import load
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Output, Presence, Prompt
+from fedhlm.protocol.messages import Presence
 from fedhlm.telemetry import Counters
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import with_agent_model, with_cloud_model
@@ -82,36 +82,34 @@ async def measure(round_trip_s: float, flags: dict[str, str], prompts: int, toke
             asyncio.create_task(cloud.run(with_cloud_model(near).config, Counters())),
             asyncio.create_task(agent.run(with_agent_model(far), Counters())),
         ]
-        bus = await stack.enter_async_context(MqttBus(broker.url, client_id="bench", connect_timeout_s=10.0))
-        await bus.subscribe(topics.OUTPUT.name(cluster="+", agent="+"), topics.EDGE_STATUS.name(cluster="+"),
-                            topics.AGENT_STATUS.name(cluster="+", agent="+"))  # fmt: skip
-        party = Party(bus=bus, stamp=Stamp("bench"), counters=Counters())
-        received = party.received()
         waiting = {"agent", "edge"}
-        while waiting:
-            for task in tasks:
-                if task.done():
-                    task.result()
-            state = (await anext(received)).message
+        ready = asyncio.Event()
+
+        def hear(received: Received) -> None:
+            state = received.message
             if isinstance(state, Presence) and state.online and (state.role == "agent" or state.upstream):
                 waiting.discard(state.role)
+                if not waiting:
+                    ready.set()
+
+        client = await stack.enter_async_context(Client(broker.url, name="bench", cluster="home", hear=hear))
+        await client.subscribe(
+            topics.EDGE_STATUS.name(cluster="home"), topics.AGENT_STATUS.name(cluster="home", agent="porch")
+        )
+        all_up = asyncio.create_task(ready.wait())
+        await asyncio.wait([all_up, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
         totals = {"tokens": 0.0, "wall_s": 0.0, "round_trips": 0.0, "uplink_bytes": 0.0, "discarded": 0.0}
         for number, item in enumerate(load_items()[:prompts]):
-            prompt = Prompt(
-                **party.stamp(), request=f"r{number}", text=item.title + "\n", max_tokens=tokens, seed=number
-            )
             began = time.perf_counter()
-            await party.send(topics.PROMPT, prompt, cluster="home", agent="porch")
-            while True:
-                output = (await anext(received)).message
-                if isinstance(output, Output) and output.request == prompt.request:
-                    totals["tokens"] += len(output.ids)
-                    if output.finish is not None:
-                        break
-            for key in ("round_trips", "uplink_bytes", "discarded"):
-                totals[key] += output.statistics[key]
+            result = await client.write("porch", item.title + "\n", max_tokens=tokens, seed=number)
             # The request's own way to the agent and back is the same for all and not what is compared.
             totals["wall_s"] += time.perf_counter() - began - round_trip_s
+            totals["tokens"] += len(result.ids)
+            for key in ("round_trips", "uplink_bytes", "discarded"):
+                totals[key] += result.statistics[key]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

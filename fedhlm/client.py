@@ -82,6 +82,9 @@ class Client:
             # No two clients may have one id: the second would throw out the first.
             identity = client_id("client", name, _number(), root=root)
             bus = bus_of(bus, client_id=identity, connect_timeout_s=bus.connect_timeout_s)
+        if cluster is not None:
+            prompts.check("cluster", cluster)
+        prompts.check("agent", name)
         self.cluster = cluster
         self.away_s = away_s
         self.hole_s = hole_s
@@ -163,7 +166,8 @@ class Client:
             "patience_ms": None if deadline_s is None else round(deadline_s * 1000.0),
         }
         fields["request"] = request or f"{self._prefix}-{self._asked}"
-        for key, value in fields.items():
+        place = {"agent": agent} if cluster is None else {"agent": agent, "cluster": cluster}
+        for key, value in (place | fields).items():
             prompts.check(key, value)
         state = _Open(agent, cluster or self.cluster, fields)
         return Answer(self, state, deadline_s=deadline_s, patience_s=patience_s)
@@ -200,18 +204,22 @@ class Client:
         began_s = _now_s()
         while True:
             places = self._places(agent)
-            if cluster is not None and places:  # one that has moved still serves where it was
+            # One that has moved still serves where it was, which its presence there tells.
+            if cluster is not None and places and cluster in self._online[agent]:
                 return cluster
-            if len(places) == 1:
+            if cluster is None and len(places) == 1:
                 return places[0]
             if self._failure is not None:
                 raise self._failure
             self._changed.clear()
-            if not await _within(self._changed, began_s + (_MOVE_S if places else self.away_s)):
-                if places:
-                    raise ConfigError("cluster", None, f"one of {', '.join(places)}, where {agent} is")
+            several = cluster is None and bool(places)
+            if not await _within(self._changed, began_s + (_MOVE_S if several else self.away_s)):
+                named = ", ".join(places)
+                if several:
+                    raise ConfigError("cluster", None, f"one of {named}, where {agent} is online")
                 where = "any cluster" if cluster is None else f"cluster {cluster}"
-                raise AgentOffline(agent, request, f"{agent} is not online in {where} at this broker")
+                found = f" (it is in {named})" if named else ""
+                raise AgentOffline(agent, request, f"{agent} is not online in {where} at this broker{found}")
 
     async def _watch(self, agent: str, cluster: str | None) -> None:
         if agent in self._heard_of:

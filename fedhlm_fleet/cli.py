@@ -15,8 +15,8 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError
-from fedhlm_fleet.commands import doctor, flash, models, pki, provision, simulate, status, trace, traces
-from fedhlm_fleet.commands.common import Keys, Positive, Seconds, Seed, Share, needing, parse_keys, present
+from fedhlm_fleet.commands import ask, doctor, flash, models, pki, provision, simulate, status, trace, traces
+from fedhlm_fleet.commands.common import Keys, Seconds, Seed, Share, Tokens, needing, parse_keys, present
 
 if TYPE_CHECKING:
     from fedhlm.config import Loaded
@@ -42,6 +42,7 @@ app = App(
 )
 config_app = App(name="config", help="Look at the configuration.")
 app.command(config_app)
+app.command(ask.ask)
 app.command(models.app)
 app.command(pki.app)
 app.command(simulate.simulate)
@@ -177,7 +178,7 @@ def demo(
     *,
     preset: str = "budget",
     prompts: Path | None = None,
-    tokens: Positive = 64,
+    tokens: Tokens = 64,
     seed: Seed = 0,
     broker: str = "",
     duration: Seconds = 30.0,

@@ -222,6 +222,8 @@ class Decoder:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as exc:  # the tokenizers package raises bare Exception
             raise ModelError(f"{folder / TOKENIZER_FILE} is not a tokenizer: {exc}") from exc
+        # What stands in a prompt is text: nobody ends it, or begins another one, by writing a control token's name.
+        tokenizer.encode_special_tokens = True
         if (entries := tokenizer.get_vocab_size()) > info.vocab_size:
             raise ModelError(f"{folder / TOKENIZER_FILE} has {entries} entries: the model has {info.vocab_size}")
         options = onnxruntime.SessionOptions()

@@ -6,10 +6,13 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from fedhlm.errors import ConfigError
-from fedhlm.protocol.messages import MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Prompt
+from fedhlm.protocol.messages import MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Name, Prompt
 
+_NAME: Final = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
 EXPECTED: Final = {
-    "request": "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
+    "agent": _NAME,
+    "cluster": _NAME,
+    "request": _NAME,
     "text": f"at most {MAX_TEXT} Unicode characters",
     "max_tokens": f"an integer from 1 to {MAX_TOKENS}",
     "seed": "an integer from 0 to 2**63 - 1",
@@ -20,13 +23,13 @@ EXPECTED: Final = {
     "patience_ms": "a number of milliseconds from 0 on",
 }
 _FIELDS: Final = Prompt.__struct_fields__
-_TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Prompt)}
+_TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Prompt)} | {"agent": Name, "cluster": Name}
 _TAG: Final = Prompt.__struct_config__.tag
 _SHOWN: Final = 64  # characters of a value that an error shows
 
 
 def check(key: str, value: object) -> None:
-    """Check one field of a prompt to be sent; `key` is one of EXPECTED.
+    """Check a field of a prompt to be sent, or a level of its topic; `key` is one of EXPECTED.
 
     Raises:
         ConfigError: the value is out of range, of another type, or no Unicode text.

@@ -119,6 +119,8 @@ class Story:
             self._blame("repeated", f"{_short(output)}, though {self.length} tokens were heard")
 
     def _ended(self, error: str) -> None:
+        if self.finish == "cancelled" and self.given_up:
+            return
         if self.finish not in ("length", "stop", "context"):
             self._blame("failed", f"finish {self.finish!r}: {error}")
         if self.length > self.max_tokens:

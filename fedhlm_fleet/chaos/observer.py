@@ -1,4 +1,4 @@
-"""The client of a chaos run: asks, and hears every output over a connection of its own straight to the broker.
+"""The observer of a chaos run: asks through the client, and hears every output over its connection straight to the broker.
 
 It keeps a Story for each request, and asks again under a new name where a fault may have lost the prompt or the answer.
 """
@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from fedhlm.bus.party import Party
-from fedhlm.errors import FedhlmError
+from fedhlm.bus.party import Received
+from fedhlm.client import Answer, Client
+from fedhlm.errors import AskError, FedhlmError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Output, Presence, Prompt, Sampling
+from fedhlm.protocol.messages import Output, Presence, Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_fleet.chaos.invariants import Disturbances, Story
-from fedhlm_fleet.demo.client import Place, Task
+from fedhlm_fleet.demo.asking import Place, Task
 
 LOOK_S: Final = 0.02
 ANSWER_S: Final = 60.0  # an undisturbed request, on a slow machine, with a queue of repeated ones before it
@@ -42,7 +43,7 @@ async def until(holds: Callable[[], bool], within_s: float, what: str) -> float:
 
 
 class Observer:
-    """`clock_s` is monotonic. The caller sets `party`, whose bus has `link_changed` as its hook, and enters the bus."""
+    """`clock_s` is monotonic. The caller sets `client`, which has `hear`, and its bus `link_changed`, as its hook."""
 
     def __init__(self, places: list[Place], clock_s: Callable[[], float]) -> None:
         self.places = places
@@ -55,7 +56,8 @@ class Observer:
         self._torn_since: float | None = None
         self._clock_s = clock_s
         self._numbers = itertools.count()
-        self.party: Party  # set by who makes it, before `listen` and `ask`
+        self._answers: dict[str, Answer] = {}
+        self.client: Client  # set by who makes it, before anything is asked
 
     def link_changed(self, up: bool) -> None:
         """Without a link nothing is known of anybody."""
@@ -63,23 +65,25 @@ class Observer:
             self.online.clear()
             self.linked.clear()
 
-    async def listen(self) -> None:
-        """Read the bus until it closes."""
-        root = self.party.root
-        await self.party.bus.subscribe(
+    async def subscribe(self) -> None:
+        """Hear who is there, and every output."""
+        root = self.client.party.root
+        await self.client.subscribe(
             topics.AGENT_STATUS.name(root, cluster="+", agent="+"),
             topics.EDGE_STATUS.name(root, cluster="+"),
             topics.OUTPUT.name(root, cluster="+", agent="+"),
         )
-        async for received in self.party.received():
-            match received.message:
-                case Presence(role="agent") as state:
-                    (self.online.add if state.online else self.online.discard)(received.levels["agent"])
-                case Presence(role="edge") as state:
-                    linked = state.online and state.upstream is not None
-                    (self.linked.add if linked else self.linked.discard)(received.levels["cluster"])
-                case Output() as output:
-                    self.take(output, received.levels["agent"])
+
+    def hear(self, received: Received) -> None:
+        """Take in what the client hears."""
+        match received.message:
+            case Presence(role="agent") as state:
+                (self.online.add if state.online else self.online.discard)(received.levels["agent"])
+            case Presence(role="edge") as state:
+                linked = state.online and state.upstream is not None
+                (self.linked.add if linked else self.linked.discard)(received.levels["cluster"])
+            case Output() as output:
+                self.take(output, received.levels["agent"])
 
     def take(self, output: Output, agent: str) -> None:
         """Hear one output."""
@@ -141,15 +145,19 @@ class Observer:
             asked_s=self._clock_s(),
         )
         self.stories[request] = story
-        prompt = Prompt(
-            **self.party.stamp(),
-            request=request,
-            text=task.text,
+        answer = self._answers[request] = self.client.ask(
+            place.agent,
+            task.text,
+            cluster=place.cluster,
             max_tokens=task.tokens,
             seed=task.seed,
             temperature=own,
+            request=request,
         )
-        await self.party.send(topics.PROMPT, prompt, cluster=place.cluster, agent=place.agent)
+        try:
+            await answer.begin()
+        except AskError as exc:
+            story.given_up = str(exc)
         return story
 
     async def settled(self, story: Story) -> None:
@@ -162,6 +170,8 @@ class Observer:
             return not story.open or now_s - story.asked_s > ANSWER_S
 
         await until(over, ANSWER_S + PATIENCE_S, f"{story.request} settled")
+        # One that was given up is cancelled by this.
+        await self._answers.pop(story.request).aclose()
 
     async def present(self, agent: str) -> None:
         """Wait a moment for an agent to be online; after that it is worth asking all the same."""

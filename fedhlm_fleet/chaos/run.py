@@ -18,7 +18,7 @@ import msgspec
 
 from fedhlm import config as configuration
 from fedhlm.bus.mqtt import MqttBus
-from fedhlm.bus.party import Party, Stamp
+from fedhlm.client import Client
 from fedhlm.telemetry import Counters
 from fedhlm_fleet.chaos.inject import Injector
 from fedhlm_fleet.chaos.invariants import Growth, Story, Violation, fresh, unanswered
@@ -28,7 +28,7 @@ from fedhlm_fleet.chaos.parts import BROKER, Broker, Memory, Parts, module
 from fedhlm_fleet.chaos.proxy import Proxy
 from fedhlm_fleet.chaos.report import Recovery, Report
 from fedhlm_fleet.chaos.schedule import Fault, Persistence, schedule
-from fedhlm_fleet.demo.client import Place, Task
+from fedhlm_fleet.demo.asking import Place, Task
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 
@@ -144,21 +144,17 @@ class Chaos:
                 rng=random.Random(self.options.seed),
             )
             self.counters = Counters()
-            self.observer.party = Party(bus=bus, stamp=Stamp("chaos"), counters=self.counters)
-            await stack.enter_async_context(bus)
-            helpers = [
-                asyncio.create_task(self.observer.listen(), name="chaos-listen"),
-                asyncio.create_task(self._sample(), name="chaos-sample"),
-            ]
+            client = Client(bus, name="chaos", hear=self.observer.hear, counters=self.counters)
+            self.observer.client = await stack.enter_async_context(client)
+            await self.observer.subscribe()
+            sampler = asyncio.create_task(self._sample(), name="chaos-sample")
             try:
                 await self._break(began_s)
             finally:
-                for task in helpers:
-                    task.cancel()
-                await asyncio.wait(helpers)
-            for task in helpers:
-                if not task.cancelled() and (error := task.exception()) is not None:
-                    raise error
+                sampler.cancel()
+                await asyncio.wait([sampler])
+            if not sampler.cancelled() and (error := sampler.exception()) is not None:
+                raise error
             await self.parts.stop()
             self.violations += self.parts.judged()
             memory = self.parts.memory()

@@ -21,13 +21,12 @@ from rich.console import Console
 from edge_agent.learner import measures_of
 from fedhlm import choices, settings
 from fedhlm import config as configuration
-from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import BusError, ConfigError, root_of
 from fedhlm.process.run import bus_of
 from fedhlm.protocol.messages import Sampling
-from fedhlm.telemetry import Counters, configure_logging
+from fedhlm.telemetry import configure_logging
 from fedhlm_fleet import figures as figures_file
-from fedhlm_fleet.demo.client import Client, Place, Task, load_prompts, tasks_of
+from fedhlm_fleet.demo.asking import Asker, Place, Task, load_prompts, tasks_of
 from fedhlm_fleet.demo.journey import ASCII_BARS, BARS, Journey
 from fedhlm_fleet.demo.judge import Judge
 from fedhlm_fleet.demo.progress import Progress
@@ -118,23 +117,19 @@ class Demo:
         async with Processes() as processes:
             broker = await self._start_broker(processes)
             bus = bus_of(broker, client_id=f"demo-{os.getpid()}", connect_timeout_s=broker.connect_timeout_s)
-            async with bus:
+            asker = Asker(bus, self.places, progress, root=self.root)
+            async with asker.client:
                 await self._start_parts(processes, broker)
-                party = Party(bus=bus, stamp=Stamp("demo"), counters=Counters(), root=self.root)
-                client = Client(party, self.places, progress)
-                main = asyncio.create_task(self._tell(client, progress), name="demo-main")
-                helpers = [
-                    asyncio.create_task(client.listen(), name="demo-listen"),
-                    asyncio.create_task(processes.watch(), name="demo-watch"),
-                ]
+                main = asyncio.create_task(self._tell(asker, progress), name="demo-main")
+                watch = asyncio.create_task(processes.watch(), name="demo-watch")
                 try:
-                    await asyncio.wait([main, *helpers], return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait([main, watch], return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    for task in (main, *helpers):
+                    for task in (main, watch):
                         task.cancel()
-                    await asyncio.wait([main, *helpers])
+                    await asyncio.wait([main, watch])
                     await self._end_recording(processes)
-                for task in (*helpers, main):
+                for task in (watch, main):
                     if not task.cancelled() and (error := task.exception()) is not None:
                         raise error
 
@@ -186,14 +181,14 @@ class Demo:
             own = {"FEDHLM_CLUSTER__NAME": cluster, "FEDHLM_AGENT__ID": agent, "FEDHLM_AGENT__THREADS": "1"}
             await processes.start(agent, "fedhlm_fleet.cli", "agent", env={**common, **own})
 
-    async def _tell(self, client: Client, progress: Progress) -> None:
+    async def _tell(self, asker: Asker, progress: Progress) -> None:
         with progress.live():
             progress.stage(f"starting {CLUSTERS} clusters of {AGENTS} agents, {CLUSTERS} edges, a cloud and a broker")
             for line in self._news():
                 progress.note(line)
             try:
                 async with asyncio.timeout(READY_S):
-                    await client.wait_ready()
+                    await asker.wait_ready()
             except TimeoutError:
                 raise BusError(f"the fleet was not ready within {READY_S:g} s") from None
             progress.stage(f"preset {self.name}: all agents write for {self.duration_s:g} s", watched=True)
@@ -201,15 +196,15 @@ class Demo:
                 progress.note(line)
             began = time.monotonic()
             try:
-                await self._work(client, self.shares(), self.duration_s, None)
+                await self._work(asker, self.shares(), self.duration_s, None)
             finally:
-                run = self._run_of(self.name, list(client.requests), time.monotonic() - began)
+                run = self._run_of(self.name, list(asker.requests), time.monotonic() - began)
                 self.report = self._reported(figures(run, {}), progress, stopped_early=True)
             progress.stage("the run is over")
             progress.tell()
             # What is compared belongs to other presets than the one that was to be recorded.
             presets = self._compared_presets() if self.recording is None else []
-            runs = [await self._compare(client, progress, name) for name in presets]
+            runs = [await self._compare(asker, progress, name) for name in presets]
             progress.stage("both models write the same alone, to compare")
             judge = await asyncio.to_thread(Judge, llm=self.llm, slm=self.slm)
             comparisons = [await asyncio.to_thread(judge.figures, other) for other in runs]
@@ -251,7 +246,7 @@ class Demo:
     def _compared_presets(self) -> list[str]:
         return [self.name, *(name for name in COMPARED if name != self.name)]
 
-    async def _compare(self, client: Client, progress: Progress, name: str) -> Run:
+    async def _compare(self, asker: Asker, progress: Progress, name: str) -> Run:
         """Ask the prompts of the comparison, the same of the same agent whatever the preset."""
         progress.stage(f"the same {len(self.compared)} news items under preset {name}")
         tasks = list(tasks_of(self.compared, self.tokens, self.seed * _SEEDS_APART + _COMPARISON_SEEDS))
@@ -260,12 +255,12 @@ class Demo:
         shares = {
             p: iter([t for i, t in enumerate(tasks) if (i // 2) % agents == n]) for n, p in enumerate(self.places)
         }
-        already, began = len(client.requests), time.monotonic()
-        await self._work(client, shares, None, None if name == self.name else name)
-        return self._run_of(name, client.requests[already:], time.monotonic() - began)
+        already, began = len(asker.requests), time.monotonic()
+        await self._work(asker, shares, None, None if name == self.name else name)
+        return self._run_of(name, asker.requests[already:], time.monotonic() - began)
 
     async def _work(
-        self, client: Client, shares: dict[Place, Iterator[Task]], duration_s: float | None, preset: str | None
+        self, asker: Asker, shares: dict[Place, Iterator[Task]], duration_s: float | None, preset: str | None
     ) -> None:
         """Every agent takes its next task until none is left or the time is over."""
         until = None if duration_s is None else time.monotonic() + duration_s
@@ -275,7 +270,7 @@ class Demo:
                 task = next(tasks, None)
                 if task is None:
                     return
-                await client.ask(place, task, preset)
+                await asker.ask(place, task, preset)
 
         async with asyncio.TaskGroup() as group:
             for place, tasks in shares.items():

@@ -82,7 +82,7 @@ def mounts(body: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def settings_of(body: dict[str, Any]) -> dict[str, str]:
     """The environment without what is not for `fedhlm.config`."""
     found = body.get("environment", {})
-    return {key: str(value) for key, value in found.items() if key not in ("CLIENT_NAME", "LD_LIBRARY_PATH")}
+    return {key: str(value) for key, value in found.items() if key != "LD_LIBRARY_PATH"}
 
 
 @pytest.mark.parametrize("whole", WHOLE)
@@ -194,7 +194,7 @@ def test_the_plan_names_everybody_as_they_call_themselves(whole: dict[str, Any],
                 assert upstream.files == settings.broker.address().files
             case "client":
                 assert party.clusters == (settings.cluster.name,)
-                assert party.name == services(whole)[service]["environment"]["CLIENT_NAME"]
+                assert party.name == service
             case "broker":
                 assert service in party.hosts, "parties reach it by its service's name"
         for url in urls:

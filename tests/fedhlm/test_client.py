@@ -306,11 +306,15 @@ def test_two_agents_of_one_name_need_a_cluster() -> None:
         await world.agent(cluster="barn")
         porch = await world.agent()
         async with world.client() as client:
-            with pytest.raises(fedhlm.ConfigError, match="porch is in barn, home"):
+            with pytest.raises(fedhlm.ConfigError, match="one of barn, home"):
                 await client.write("porch", "Oil")
             asked = asyncio.create_task(client.write("porch", "Oil", cluster="home"))
             await porch.say(*porch.outputs(await porch.prompts.get()))
             assert (await asked).cluster == "home"
+            with pytest.raises(
+                fedhlm.AgentOffline, match=r"porch is not online in cluster shed .* \(it is in barn, home\)"
+            ):
+                await client.write("porch", "Oil", cluster="shed")
 
     played(scene)
 

@@ -12,6 +12,7 @@ import pytest
 
 from fedhlm.config import KEYS, Loaded, presets
 from fedhlm.errors import FedhlmError
+from fedhlm.protocol.messages import MAX_TOKENS
 from fedhlm.settings import DEFAULT_PRESET
 from fedhlm_fleet import cli
 from fedhlm_fleet.commands.common import needing
@@ -44,13 +45,13 @@ def test_the_version_is_the_distribution_s() -> None:
 def test_help_lists_every_command() -> None:
     done = fedhlm("--help")
     assert done.returncode == 0
-    for command in ("agent", "cloud", "config", "demo", "edge", "models", "presets"):
+    for command in ("agent", "ask", "cloud", "config", "demo", "edge", "models", "presets"):
         assert command in done.stdout
 
 
 @pytest.mark.parametrize(
     "command",
-    ["agent", "edge", "cloud", "demo", "config check", "presets"]
+    ["agent", "ask", "edge", "cloud", "demo", "config check", "presets"]
     + [f"models {name}" for name in ("export", "quantise", "info", "train", "evaluate")],
 )
 def test_every_command_explains_itself(command: str) -> None:
@@ -141,6 +142,7 @@ def test_the_demo_s_default_is_the_default_preset() -> None:
         (["presets", "extra"], "extra"),
         (["demo", "--tokns", "3"], "Did you mean --tokens?"),
         (["demo", "--tokens", "0"], "Must be >= 1"),
+        (["demo", "--tokens", str(MAX_TOKENS + 1)], f"Must be <= {MAX_TOKENS}"),
         (["demo", "--duration", "-1"], "--duration"),
         (["config", "check", "--config"], "requires an argument"),
         (["config", "check", "home.toml"], "argument must be --key value"),

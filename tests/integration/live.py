@@ -1,18 +1,20 @@
-"""Agent, edge and cloud with the shipped models in one process over a real broker, and a client that asks."""
+"""Agent, edge and cloud with the shipped models in one process over a real broker, and the client that asks."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import cloud_verifier.__main__ as cloud
 import edge_agent.__main__ as agent
 import edge_broker.__main__ as edge
+from fedhlm.answers import Result
 from fedhlm.bus.mqtt import MqttBus
-from fedhlm.bus.party import Party, Stamp
+from fedhlm.bus.party import Received
+from fedhlm.client import Client
 from fedhlm.config import Loaded, load
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Output, Presence, Prompt
+from fedhlm.protocol.messages import Output, Presence
 from fedhlm.telemetry import Counters
 from fedhlm_zoo.shipped import with_agent_model, with_cloud_model
 
@@ -23,15 +25,15 @@ ANSWER_S = 120.0
 class Live:
     """Running parts by name, their counters, and the client's view of the bus."""
 
-    def __init__(self, party: Party, url: str, flags: dict[str, object]) -> None:
-        self.party = party
+    def __init__(self, client: Client, url: str, flags: dict[str, object]) -> None:
+        self.client = client
+        self.party = client.party
         self.flags = {"broker.url": url, "agent.threads": "1", "cloud.threads": "1", **flags}
         self.counters: dict[str, Counters] = {}
         self.tasks: dict[str, asyncio.Task[int]] = {}
-        self.outputs: dict[str, list[Output]] = {}
+        self.heard: list[Output] = []  # whoever asked
         self.presence: dict[str, Presence] = {}
-        self.changed = asyncio.Condition()
-        self._count = 0
+        self._changed = asyncio.Event()
 
     def loaded(self, **flags: object) -> Loaded:
         return load(environ={}, flags={k: str(v) for k, v in {**self.flags, **flags}.items()})
@@ -54,19 +56,20 @@ class Live:
         if not task.cancelled() and (error := task.exception()):
             raise error
 
-    async def listen(self, party: Party) -> None:
-        async for received in party.received():
-            async with self.changed:
-                match received.message:
-                    case Output() as output:
-                        self.outputs.setdefault(output.request, []).append(output)
-                    case Presence() as state:
-                        self.presence[received.levels.get("agent", state.role)] = state
-                self.changed.notify_all()
+    def hear(self, received: Received) -> None:
+        """What the client hears besides the answers to its questions."""
+        match received.message:
+            case Output() as output:
+                self.heard.append(output)
+            case Presence() as state:
+                self.presence[received.levels.get("agent", state.role)] = state
+        self._changed.set()
 
     async def until(self, holds: Callable[[], bool], within_s: float) -> None:
-        async with asyncio.timeout(within_s), self.changed:
-            await self.changed.wait_for(holds)
+        async with asyncio.timeout(within_s):
+            while not holds():
+                self._changed.clear()
+                await self._changed.wait()
 
     async def ready(self, *agents: str) -> None:
         def holds() -> bool:
@@ -76,14 +79,9 @@ class Live:
 
         await self.until(holds, READY_S)
 
-    async def ask(self, text: str, *, name: str = "porch", **options: Any) -> list[Output]:
-        """One prompt and all its outputs."""
-        self._count += 1
-        request = f"q{self._count}"
-        prompt = Prompt(**self.party.stamp(), request=request, text=text, **options)
-        await self.party.send(topics.PROMPT, prompt, cluster="home", agent=name)
-        await self.until(lambda: any(o.finish is not None for o in self.outputs.get(request, [])), ANSWER_S)
-        return self.outputs[request]
+    async def ask(self, text: str, *, name: str = "porch", **options: Any) -> Result:
+        """One question and its whole answer."""
+        return await self.client.write(name, text, **({"patience_s": ANSWER_S} | options))
 
 
 @asynccontextmanager
@@ -92,33 +90,32 @@ async def live(
 ) -> AsyncIterator[Live]:
     """The parts, started and ready; `flags` are configuration keys."""
     bus = MqttBus(url, client_id="client", connect_timeout_s=10.0)
-    async with bus:
-        system = Live(
-            Party(bus=bus, stamp=Stamp("client"), counters=Counters()), url, {"preset": "exact", **(flags or {})}
-        )
-        await bus.subscribe(
+    async with asking(bus, lambda client: Live(client, url, {"preset": "exact", **(flags or {})})) as system:
+        for part in parts:
+            system.start(part)
+        if {"edge", "cloud"} <= set(parts):
+            await system.ready(*(p for p in parts if p not in ("edge", "cloud")))
+        yield system
+
+
+L = TypeVar("L", bound=Live)
+
+
+@asynccontextmanager
+async def asking(bus: MqttBus, make: Callable[[Client], L]) -> AsyncIterator[L]:
+    """What `make` makes, with a client that shows it who is there; all parts that it started are stopped at the end."""
+    systems: list[L] = []
+    hear = lambda received: systems[0].hear(received)  # noqa: E731, PLW0108 - it is made later
+    async with Client(bus, hear=hear) as client:
+        system = make(client)
+        systems.append(system)
+        await client.subscribe(
             topics.OUTPUT.name(cluster="+", agent="+"),
             topics.AGENT_STATUS.name(cluster="+", agent="+"),
             topics.EDGE_STATUS.name(cluster="+"),
         )
-        listener = asyncio.create_task(system.listen(system.party), name="client")
-        for part in parts:
-            system.start(part)
         try:
-            if {"edge", "cloud"} <= set(parts):
-                await system.ready(*(p for p in parts if p not in ("edge", "cloud")))
             yield system
         finally:
             for name in list(system.tasks):
                 await system.stop(name)
-            listener.cancel()
-            await asyncio.wait([listener])
-
-
-def ids_of(outputs: list[Output]) -> list[int]:
-    """All ids of one request, checked to come without gap or repetition."""
-    ids: list[int] = []
-    for output in outputs:
-        assert output.position == len(ids), "a gap or a repetition"
-        ids += output.ids
-    return ids

@@ -16,8 +16,6 @@ from fedhlm.bus.interface import ProtocolVersion
 from fedhlm.bus.party import Stamp
 from fedhlm.config import load, presets
 from fedhlm.decoding.decoder import Decoder
-from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Prompt
 from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
@@ -26,7 +24,7 @@ from fedhlm_lab.studies.compare import Task, tasks_of, work
 from fedhlm_zoo.corpus import TOPIC_LINE
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
-from tests.integration.live import Live, ids_of, live
+from tests.integration.live import Live, live
 
 SEED: Final = 1
 AGENT: Final = "porch"
@@ -99,21 +97,17 @@ def tasks(decoder: Decoder) -> list[tuple[str, Task]]:
 
 
 async def ask(system: Live, preset: str, number: int, text: str, task: Task) -> Answer:
-    request = f"{preset}-{number}"
-    prompt = Prompt(
-        **system.party.stamp(),
-        request=request,
-        text=text,
+    answer = await system.ask(
+        text,
+        name=AGENT,
+        cluster=CLUSTER,
         preset=preset,
         max_tokens=task.max_tokens,
         seed=task.sampling.seed,
         temperature=task.sampling.temperature,
+        request=f"{preset}-{number}",
     )
-    await system.party.send(topics.PROMPT, prompt, cluster=CLUSTER, agent=AGENT)
-    outputs = system.outputs.setdefault(request, [])
-    await system.until(lambda: any(o.finish is not None for o in outputs), ANSWER_S)
-    assert outputs[-1].finish != "error", outputs[-1].error
-    return Answer(ids_of(outputs), [s for o in outputs for s in o.sources], untimed(outputs[-1].statistics))
+    return Answer(list(answer.ids), [str(s) for s in answer.sources], untimed(answer.statistics))
 
 
 async def over_mqtt(names: tuple[str, ...], flags: dict[str, str], asked: list[tuple[str, Task]]) -> Answers:

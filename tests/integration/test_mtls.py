@@ -12,22 +12,18 @@ import pytest
 
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
-from fedhlm.bus.party import Party, Stamp
+from fedhlm.client import Client
 from fedhlm.decoding.alone import Alone
 from fedhlm.errors import BusError
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.topics import (
-    AGENT_STATUS,
     ASSIGN,
     CLOUD_STATUS,
-    EDGE_STATUS,
     FL_STATE,
     FL_UPDATE,
-    OUTPUT,
     TABLE,
     VERDICT,
 )
-from fedhlm.telemetry import Counters
 from fedhlm_fleet.pki import authority
 from fedhlm_fleet.pki.acl import Place
 from fedhlm_zoo.prompts import load_items
@@ -35,7 +31,7 @@ from fedhlm_zoo.shipped import model_folder
 from tests.brokers import MOSQUITTO, take, until
 from tests.fedhlm_fleet.pki.evaluator import Who, expected
 from tests.fedhlm_fleet.pki.secured import LONG_AGO, Pki, Secured, now
-from tests.integration.live import Live, ids_of
+from tests.integration.live import Live, asking
 
 pytestmark = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 LIMIT_S = 60.0
@@ -277,8 +273,8 @@ async def test_nobody_takes_over_another_ones_connection(shared: Secured) -> Non
 class SecureFleet(Live):
     """`Live`, where each part has its own certificate and the edge two brokers."""
 
-    def __init__(self, party: Party, pki: Pki, cluster: Secured, cloud: Secured, flags: dict[str, object]) -> None:
-        super().__init__(party, cluster.host, flags)
+    def __init__(self, client: Client, pki: Pki, cluster: Secured, cloud: Secured, flags: dict[str, object]) -> None:
+        super().__init__(client, cluster.host, flags)
         self._pki, self._cluster, self._cloud = pki, cluster, cloud
         self._shared = self.flags
 
@@ -304,25 +300,12 @@ async def secure_fleet(*, brokers: int, flags: dict[str, object]) -> AsyncIterat
         pki.issue("broker", "broker")
         places = [Place("cluster", "home"), Place("cloud")] if brokers == 2 else [Place("shared")]
         running = [await stack.enter_async_context(Secured(pki, place, extra=TELL_DENIALS)) for place in places]
-        bus = await stack.enter_async_context(running[0].bus("desk"))
-        party = Party(bus=bus, stamp=Stamp("client"), counters=Counters())
-        fleet = SecureFleet(party, pki, running[0], running[-1], flags)
-        await bus.subscribe(
-            OUTPUT.name(cluster="+", agent="+"),
-            AGENT_STATUS.name(cluster="+", agent="+"),
-            EDGE_STATUS.name(cluster="+"),
-        )
-        listener = asyncio.create_task(fleet.listen(party), name="client")
-        for part in ("edge", "cloud", "porch", "garden"):
-            fleet.start(part)
-        try:
+        making = lambda client: SecureFleet(client, pki, running[0], running[-1], flags)  # noqa: E731
+        async with asking(running[0].bus("desk"), making) as fleet:
+            for part in ("edge", "cloud", "porch", "garden"):
+                fleet.start(part)
             await fleet.ready("porch", "garden")
             yield fleet
-        finally:
-            for name in list(fleet.tasks):
-                await fleet.stop(name)
-            listener.cancel()
-            await asyncio.wait([listener])
         for broker in running:
             assert "Received PUBLISH" in broker.log
             assert [line for line in broker.log.splitlines() if "Denied" in line] == []
@@ -339,8 +322,8 @@ async def test_under_certificates_and_rights_exact_is_the_llm_alone(brokers: int
                 for name, item in zip(("porch", "garden"), items, strict=True)
             )
         )
-    for item, outputs in zip(items, answers, strict=True):
-        assert ids_of(outputs) == llm.write(llm.encode(item.title), Sampling(9), 32)
+    for item, answer in zip(items, answers, strict=True):
+        assert list(answer.ids) == llm.write(llm.encode(item.title), Sampling(9), 32)
 
 
 # A threshold is learnt, in rounds as short as can be, and the cloud looks for better clusters all the time.
@@ -364,8 +347,8 @@ async def write_twice(fleet: SecureFleet) -> set[str]:
     """Both agents continue the same titles; who settled their tokens."""
     sources: set[str] = set()
     for item, name in product(load_items()[:2], ("porch", "garden")):
-        outputs = await fleet.ask(item.title, name=name, max_tokens=32, seed=1, temperature=0.0)
-        sources |= {source for output in outputs for source in output.sources}
+        answer = await fleet.ask(item.title, name=name, max_tokens=32, seed=1, temperature=0.0)
+        sources |= set(answer.sources)
     return sources
 
 

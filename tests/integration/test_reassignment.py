@@ -11,11 +11,11 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.decoding.alone import Alone
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Assignment, Presence, Prompt, Sampling
+from fedhlm.protocol.messages import Assignment, Presence, Sampling
 from fedhlm.telemetry import Counters
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
-from tests.integration.live import READY_S, Live, ids_of, live
+from tests.integration.live import READY_S, Live, live
 
 
 class Observer:
@@ -75,22 +75,21 @@ async def test_an_agent_moves_in_the_middle_of_its_text() -> None:
         start_edge(system, "barn")
         await operator.until(lambda: operator.where.get(("barn", "edge"), False))
         asked = asyncio.create_task(system.ask(title, max_tokens=64, seed=6))
-        await system.until(lambda: bool(system.outputs), READY_S)
+        await system.until(lambda: bool(system.heard), READY_S)
         await operator.assign("porch", "barn")
-        outputs = await asked
-        assert ids_of(outputs) == llm.write(llm.encode(title), Sampling(6), 64)
+        answer = await asked
+        assert list(answer.ids) == llm.write(llm.encode(title), Sampling(6), 64)
         assert set(operator.escalated) == {"home", "barn"}, "it moved before or after its text"
         await operator.until(
             lambda: operator.where.get(("barn", "porch"), False) and not operator.where["home", "porch"]
         )
 
         operator.escalated.clear()
-        prompt = Prompt(**system.party.stamp(), request="there", text=title, max_tokens=16, seed=7)
-        await system.party.send(topics.PROMPT, prompt, cluster="barn", agent="porch")
-        through_the_old = await system.ask(title, max_tokens=16, seed=7)
-        await system.until(lambda: any(o.finish for o in system.outputs.get("there", [])), READY_S)
+        there, through_the_old = await asyncio.gather(
+            *(system.ask(title, cluster=cluster, max_tokens=16, seed=7) for cluster in ("barn", "home"))
+        )
         oracle = llm.write(llm.encode(title), Sampling(7), 16)
-        assert ids_of(through_the_old) == ids_of(system.outputs["there"]) == oracle
+        assert list(through_the_old.ids) == list(there.ids) == oracle
         assert set(operator.escalated) == {"barn"}
 
         await system.stop("porch")

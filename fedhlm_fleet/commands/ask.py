@@ -1,0 +1,203 @@
+"""`fedhlm ask`: put a question to one agent, and print its answer as it comes."""
+
+import asyncio
+import json as jsons
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from cyclopts import Parameter
+
+from fedhlm.errors import AskError, BusError, ConfigError, FedhlmError
+from fedhlm_fleet.commands.common import Keys, Seconds, Seed, Tokens, parse_keys
+
+if TYPE_CHECKING:
+    from fedhlm.answers import Piece, Result
+    from fedhlm.client import Answer
+    from fedhlm.config import Loaded
+
+NAME: Final = "ask"
+STDIN: Final = "-"
+AWAY_S: Final = 5.0
+FAILED: Final = 1
+_OPEN, _CLOSE = "[unverified: ", "]"
+_OPTION: Final = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
+
+Many = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
+
+
+def ask(
+    *words: Keys,
+    cluster: str | None = None,
+    tokens: Tokens = 64,
+    seed: Seed | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    stop: Many = (),
+    preset: str | None = None,
+    deadline: Seconds | None = None,
+    wait: Seconds = AWAY_S,
+    config: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Ask an agent to continue a text, and print what it writes: fedhlm ask AGENT TEXT.
+
+    A TEXT of - is read from standard input. Text that nobody has verified stands in [unverified: ...].
+    Every configuration key is also a flag: --broker.url mqtt://edge:1883.
+    Exit code 0: the whole text came; 1: it did not; 130: interrupted, and the request is cancelled.
+
+    Parameters
+    ----------
+    cluster
+        The agent's cluster; by default that of the configuration, or else the one in which the agent is online.
+    tokens
+        Most tokens to write.
+    seed
+        Seed of the text; by default each request has its own.
+    temperature
+        0 to 10; by default the agent's own.
+    top_p
+        Above 0 and up to 1; by default the agent's own.
+    stop
+        End the text before this string; may be given several times.
+    preset
+        Shipped preset; by default the agent's own.
+    deadline
+        Seconds within which the whole answer must come.
+    wait
+        Seconds to wait for an agent that is offline.
+    config
+        TOML file with the broker's keys.
+    json
+        Print one JSON object instead: text, ids, sources, finish, statistics.
+    """
+    from fedhlm.config import load
+    from fedhlm.telemetry import configure_logging
+
+    agent, text, keys = read_words(words)
+    loaded = load(file=config, flags=parse_keys(keys))
+    configure_logging("ERROR", NAME, secrets=(loaded.config.broker.password,))
+    asked = {
+        "max_tokens": tokens,
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": top_p,
+        "stop": stop,
+        "preset": preset,
+        "deadline_s": deadline,
+    }
+    given = loaded.sources["cluster.name"] != "default"
+    place = cluster or (loaded.config.cluster.name if given else None)
+    if text == STDIN:
+        text = read_text()
+    return asyncio.run(_ask(loaded, agent, text, cluster=place, away_s=wait, json=json, asked=asked))
+
+
+def read_words(words: Sequence[str]) -> tuple[str, str, list[str]]:
+    """The agent, the text, and the flags of configuration keys among the words of a command line.
+
+    Raises:
+        FedhlmError: there are more or fewer words than an agent and a text, or an unknown option.
+    """
+    plain: list[str] = []
+    keys: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not _OPTION.fullmatch(word):
+            plain.append(word)
+            continue
+        name, separator, _ = word.partition("=")
+        if "." not in name:
+            raise FedhlmError(f"{name} is no option of ask; a text that looks like one is read from standard input (-)")
+        keys += [word] if separator else [word, *rest[:1]]
+        del rest[: 0 if separator else 1]
+    if len(plain) != 2:
+        raise ConfigError("fedhlm ask", " ".join(plain), "followed by AGENT TEXT; quote a text of several words")
+    return plain[0], plain[1], keys
+
+
+def read_text() -> str:
+    """All of standard input.
+
+    Raises:
+        ConfigError: it is no UTF-8.
+    """
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise ConfigError("text", "standard input", "UTF-8", why=f"{exc.reason} at byte {exc.start}") from exc
+
+
+async def _ask(
+    loaded: "Loaded", agent: str, text: str, *, cluster: str | None, away_s: float, json: bool, asked: dict[str, Any]
+) -> int:
+    from fedhlm.client import Client
+
+    client = Client(loaded.config.broker, cluster=cluster, name=NAME, away_s=away_s)
+    answer = client.ask(agent, text, **asked)  # what is wrong with it shows without a broker
+    try:
+        async with client, answer:
+            return await _told(answer, json=json)
+    except BusError as exc:
+        print(f"fedhlm: {exc}", file=sys.stderr)
+        return FAILED
+
+
+async def _told(answer: "Answer", *, json: bool) -> int:
+    failure: AskError | BusError | None = None
+    marks = Marks()
+    try:
+        async for piece in answer:
+            if not json:
+                print(marks.put(piece), end="", flush=True)
+    except (AskError, BusError) as exc:
+        failure = exc
+    result = answer.result
+    if json:
+        print(as_json(result, failure))
+    elif failure is None or result.ids:
+        print(marks.end())
+    if failure is not None:
+        print(f"fedhlm: {' '.join(str(failure).split())}", file=sys.stderr)
+    elif not json and marks.unverified:
+        print(f"fedhlm: nobody has verified {marks.unverified} of {len(result.ids)} tokens", file=sys.stderr)
+    return 0 if failure is None else FAILED
+
+
+def as_json(result: "Result", failure: FedhlmError | None) -> str:
+    """An answer as one line of JSON; `error` is there when it did not come whole."""
+    shown: dict[str, Any] = {
+        "text": result.text,
+        "ids": result.ids,
+        "sources": result.sources,
+        "finish": result.finish,
+        "statistics": result.statistics,
+    }
+    if failure is not None:
+        shown["error"] = str(failure)
+    return jsons.dumps(shown)
+
+
+class Marks:
+    """Puts marks around text that nobody has verified, as it streams; `unverified` counts its tokens."""
+
+    def __init__(self) -> None:
+        self.unverified = 0
+        self._open = False
+
+    def put(self, piece: "Piece") -> str:
+        """What to print for a piece; text that comes after its ids is marked as they were."""
+        count = piece.sources.count("unverified")
+        self.unverified += count
+        mark = ""
+        if piece.ids and bool(count) != self._open:
+            mark = _CLOSE if self._open else _OPEN
+            self._open = not self._open
+        return mark + piece.text
+
+    def end(self) -> str:
+        """What to print after the last piece."""
+        return _CLOSE if self._open else ""

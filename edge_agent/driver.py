@@ -390,14 +390,14 @@ class Agent:
             tokens=len(result.ids),
             tau=result.tau,
             audited=result.audited,
-            uplink_bytes=result.uplink_bytes,
+            escalation_bytes=result.escalation_bytes,
             escalated=result.escalated,
         )
         known = self.peers.collaboration[config.peers]
         for seen in result.observed:
             self.peers.learn(config, seen, result.similarity)
         if result.escalated:
-            known.escalated(result.uplink_bytes / result.escalated)
+            known.escalated(result.escalation_bytes / result.escalated)
         result.risk = learner.risk(measures, config)
         gauges = {"tau": result.tau, "similarity": result.similarity}
         if (risk := result.risk) is not None:
@@ -418,12 +418,12 @@ class Agent:
         threshold, curves = ended
         message = Contribution(**self.party.stamp(), round=number, members=1, threshold=threshold, curves=curves)
         self._counters.add("contributions")
-        result.cluster_bytes += await self.party.send(topics.FL_UPDATE, message, cluster=self.cluster, agent=self.name)
+        sent = await self.party.send(topics.FL_UPDATE, message, cluster=self.cluster, agent=self.name)
+        result.cluster_bytes += sent.packet_bytes
         if self._sampler is not None and self._sampler.due:
             profile = Profile(**self.party.stamp(), agent=self.name, **self._sampler.take())
-            result.cluster_bytes += await self.party.send(
-                topics.PROFILE, profile, cluster=self.cluster, agent=self.name
-            )
+            sent = await self.party.send(topics.PROFILE, profile, cluster=self.cluster, agent=self.name)
+            result.cluster_bytes += sent.packet_bytes
 
     def _count(self, machine: Generation, result: Result) -> None:
         tally = machine.tally
@@ -469,9 +469,9 @@ class Agent:
             **self.party.stamp(), session=turn.session, space=self.peers.space, items=action.uncertain
         )
         sent = await self.party.send(topics.PEER, message, cluster=self.cluster, agent=self.name)
-        turn.result.cluster_bytes += sent
+        turn.result.cluster_bytes += sent.packet_bytes
         for _ in action.uncertain:
-            self.peers.collaboration[job.config.peers].published(round(sent / len(action.uncertain)))
+            self.peers.collaboration[job.config.peers].published(round(sent.comparable_bytes / len(action.uncertain)))
 
     async def _escalate(self, turn: Turn, action: Escalate) -> None:
         vocab_size, plan, session = self.fingerprint.vocab_size, turn.plan, turn.session
@@ -499,8 +499,9 @@ class Agent:
         sent = await self.party.send(
             topics.ESCALATE, message, expiry_s=action.deadline_s, cluster=self.cluster, agent=self.name
         )
-        turn.result.uplink_bytes += sent
-        turn.result.uplink_messages += sent > 0
+        turn.result.uplink_bytes += sent.packet_bytes
+        turn.result.escalation_bytes += sent.comparable_bytes
+        turn.result.uplink_messages += bool(sent)
 
 
 def _drafted(revision: int, position: int, drawn: Drawn) -> Drafted:

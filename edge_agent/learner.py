@@ -137,7 +137,7 @@ class Learner:
         tokens: int,
         tau: float,
         audited: bool,
-        uplink_bytes: int,
+        escalation_bytes: int,
         escalated: int,
     ) -> None:
         """One generation is over: account for its skipped tokens.
@@ -146,7 +146,7 @@ class Learner:
         wrong: nothing is hoped.
         """
         self._tokens += tokens
-        self._escalation_bytes += uplink_bytes
+        self._escalation_bytes += escalation_bytes
         self._escalated += escalated
         for uncertainty, _ in finish.unseen:
             self.curves[measures.draft].see(uncertainty)

@@ -26,7 +26,8 @@ class Job(NamedTuple):
 class Result:
     """One finished generation: ids with who settled each, why it ended, and what it cost.
 
-    `uplink_bytes` go to the cloud; `cluster_bytes` are for the peers and the federation. `tau` and `similarity` are the
+    `uplink_bytes` go to the cloud; `cluster_bytes` are for the peers and the federation. `escalation_bytes` are those to
+    the cloud again, with headers of fixed size: what decisions count. `tau` and `similarity` are the
     thresholds that it ran with.
     """
 
@@ -37,6 +38,7 @@ class Result:
     error: str = ""
     uplink_bytes: int = 0
     uplink_messages: int = 0
+    escalation_bytes: int = 0
     cluster_bytes: int = 0
     round_trips: int = 0
     rollbacks: int = 0

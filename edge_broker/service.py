@@ -422,4 +422,4 @@ class EdgeService:
         if self.members.told:
             # The broker may have lost it with a restart of its own.
             await self._send_learned(self.members.state())
-        return sent > 0
+        return bool(sent)

@@ -12,7 +12,15 @@ from typing import Any, Final, NamedTuple
 from fedhlm.bus.interface import Bus, Delivery, publish_wire_bytes
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Journal, Presence, encode
+from fedhlm.protocol.messages import (
+    SCHEMA_VERSION,
+    AnyMessage,
+    Fingerprint,
+    Journal,
+    Presence,
+    comparable_bytes,
+    encode,
+)
 from fedhlm.protocol.topics import DEFAULT_ROOT, Topic, decode_for, lookup
 from fedhlm.telemetry import Counters, warn_once
 from fedhlm.version import __version__
@@ -35,6 +43,19 @@ class Received(NamedTuple):
 
 
 OnRefused = Callable[[Delivery, ProtocolError], Awaitable[None]]
+
+
+class Sent(NamedTuple):
+    """Bytes of a PUBLISH packet: as it travelled, and with a header of fixed size. False where nothing was sent.
+
+    Decisions count the second: a replayed journal gives the same, although its messages have other times and numbers.
+    """
+
+    packet_bytes: int = 0
+    comparable_bytes: int = 0
+
+    def __bool__(self) -> bool:
+        return self.packet_bytes > 0
 
 
 class Stamp:
@@ -102,8 +123,8 @@ class Party:
         self.journal = journal
         self.on_refused = on_refused
 
-    async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> int:
-        """Publish as the topic's row says; the PUBLISH packet's bytes, or 0 when the bus had no room (counted)."""
+    async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> Sent:
+        """Publish as the topic's row says; what was sent, which is nothing when the bus had no room (counted)."""
         name = topic.name(self.root, **levels)
         payload = encode(message)
         sent = await self.bus.publish(name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s)
@@ -112,10 +133,12 @@ class Party:
         if not sent:
             self.counters.add("dropped_messages")
             warn_once(log, "no room", "dropped a message for %s: the outgoing queue is full, or the bus closed", name)
-            return 0
-        return publish_wire_bytes(
-            name, len(payload), qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s
+            return Sent()
+        packet_bytes, comparable = (
+            publish_wire_bytes(name, size, qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s)
+            for size in (len(payload), comparable_bytes(message, len(payload)))
         )
+        return Sent(packet_bytes, comparable)
 
     async def publish_journal(self, topic: Topic, levels: Mapping[str, str]) -> None:
         """Send all notes that wait under the topic's `levels`; nothing where no journal is kept."""

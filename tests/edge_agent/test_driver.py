@@ -9,6 +9,7 @@ import pytest
 from edge_agent.driver import Agent
 from edge_agent.events import Committed
 from edge_agent.result import Job, Result
+from fedhlm.bus.party import Stamp
 from fedhlm.config import load
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint, FinishReason, Sampling, Verdict, encode, pack_ids
@@ -65,6 +66,32 @@ def test_a_mismatch_with_the_cloud_ends_with_its_field(fingerprint: Fingerprint,
     result, _ = with_fleet(lambda _f, agent: agent.generate(toy_plan(), [5], nobody), fingerprint=fingerprint)
     assert result.finish == "error"
     assert f"{field} differs" in result.error
+
+
+@pytest.mark.parametrize("preset", ["exact", "budget", "fedhlm"])
+def test_what_is_measured_does_not_depend_on_headers(preset: str) -> None:
+    """Bytes that decisions count are the same in any year and after any number of messages."""
+
+    def measured(since_s: float, sequence: int) -> tuple[list[float | None], int]:
+        config = load(preset=preset, environ={}, flags={}).config.generation
+
+        async def work(_fleet: Fleet, agent: Agent) -> Result:
+            agent.party.stamp = Stamp("a", lambda: since_s)
+            agent.party.stamp._sequence = sequence
+            for seed in range(3):
+                job = Job(config, Sampling(seed, 0.8, 1.0, config.coupling), 24, toy.CONTEXT, frozenset())
+                result = await agent.generate(job, [5, 6], nobody)
+            return result
+
+        result, agent = with_fleet(work)
+        known = agent.peers.collaboration[config.peers]
+        return [agent.learner.price(config), known.llm_bytes, known.p2p_bytes], result.uplink_bytes
+
+    (early, few), (late, many) = measured(0.0, 0), measured(9.0e12, 2**30)
+    assert early == late
+    assert early[0] is not None
+    assert early[0] > 0.0
+    assert few < many, "what travels is counted as it travels"
 
 
 def test_hostile_verdicts_are_counted_and_change_nothing() -> None:

@@ -45,7 +45,7 @@ def teach(device: Learner, settings: Generation, tokens: int, *, seed: int = 0) 
 
 
 def finish(device: Learner, settings: Generation, observations: list[Observation], **options: Any) -> None:
-    options = {"tokens": 10, "tau": 0.5, "audited": False, "uplink_bytes": 0, "escalated": 0, **options}
+    options = {"tokens": 10, "tau": 0.5, "audited": False, "escalation_bytes": 0, "escalated": 0, **options}
     ended = options.pop("ended", Finish("length"))
     device.finished(measures_of(settings, SAMPLING, 10), settings, observations, ended, **options)
 
@@ -88,7 +88,7 @@ def test_the_price_of_a_transmission_sets_tau(gate_bytes: int) -> None:
     settings = config(peers="none", learning__objective="price", learning__harm_bytes=1_000)
     device = learner()
     measures = teach(device, settings, 3_000)
-    finish(device, settings, [], uplink_bytes=gate_bytes, escalated=100)
+    finish(device, settings, [], escalation_bytes=gate_bytes, escalated=100)
     expected = (gate_bytes / 100 + settings.learning.round_trip_bytes) / 1_000
     assert device.price(settings) == pytest.approx(expected)
     # m(u) = u^2 is the price at the square root of it.

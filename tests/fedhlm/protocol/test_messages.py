@@ -15,6 +15,8 @@ from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     AnyMessage,
     Presence,
+    Prompt,
+    comparable_bytes,
     decode,
     encode,
     id_bytes,
@@ -226,6 +228,17 @@ def test_all_messages_are_frozen_arrays_without_unknown_fields() -> None:
         config = kind.__struct_config__
         assert (config.frozen, config.array_like, config.forbid_unknown_fields) == (True, True, True)
     assert {kind for kind in vars(messages).values() if isinstance(kind, type) and kind in KINDS} == set(KINDS)
+
+
+@given(sequence=st.integers(0, 2**31 - 1), sent_ms=st.integers(0, 2**53 - 1), request=st.from_regex(r"[a-z]{1,9}\Z"))
+def test_comparable_bytes_are_those_of_a_usual_header(sequence: int, sent_ms: int, request: str) -> None:
+    def encoded(sequence: int, sent_ms: int) -> tuple[Prompt, int]:
+        message = Prompt(
+            version=SCHEMA_VERSION, sender="a", sequence=sequence, sent_ms=sent_ms, request=request, text=""
+        )
+        return message, len(encode(message))
+
+    assert comparable_bytes(*encoded(sequence, sent_ms)) == encoded(1_000, 1_800_000_000_000)[1]
 
 
 @given(st.lists(st.booleans(), max_size=40))

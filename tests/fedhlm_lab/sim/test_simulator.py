@@ -18,7 +18,7 @@ from edge_agent.result import Result
 from edge_agent.service import AgentService
 from edge_broker.service import EdgeService
 from fedhlm.bus.interface import Delivery
-from fedhlm.bus.party import Party, presence
+from fedhlm.bus.party import Party, Sent, presence
 from fedhlm.config import presets
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import EscalationBatch, Presence, VerdictBatch
@@ -256,10 +256,10 @@ def test_an_edge_that_missed_the_clouds_presence_learns_of_it_from_a_verdict(mon
 def test_an_edge_says_again_what_a_full_queue_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     honest, dropped = Party.send, Counter[str]()
 
-    async def full(self: Party, topic: topics.Topic, *given: Any, **named: Any) -> int:
+    async def full(self: Party, topic: topics.Topic, *given: Any, **named: Any) -> Sent:
         if topic is topics.EDGE_STATUS and dropped[self.stamp.sender] < 3:
             dropped[self.stamp.sender] += 1
-            return 0
+            return Sent()
         return await honest(self, topic, *given, **named)
 
     monkeypatch.setattr(Party, "send", full)

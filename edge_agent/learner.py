@@ -190,25 +190,29 @@ class Learner:
             return None
         if not (consensus.adapt and choices.THRESHOLDS[config.threshold].keeps_budget):
             return consensus.similarity
+        if self._overdrawn(measures, config):
+            return None
         own, evidence = self._evidence(measures.peers)
         m = shrunk(own, evidence, config.learning.shrinkage)
-        share = tau_of_budget(evidence, m, self._allowed(measures, config) * consensus.error_share, self._delta(config))
+        share = tau_of_budget(own, m, self._allowed(measures, config) * consensus.error_share, self._delta(config))
         return None if share == KEEP_NONE else max(consensus.similarity, 1.0 - share)
 
     def calibrated(self, measures: Measures, config: Generation) -> float:
         """The most that the budget, or the price of a transmission, allows to keep (docs/algorithms.md, 4.2)."""
         own, evidence = self._evidence(measures.draft)
         m = shrunk(own, evidence, config.learning.shrinkage)
-        return OBJECTIVES[config.learning.objective](self, measures, config, evidence, m)
+        return OBJECTIVES[config.learning.objective](self, measures, config, own, m)
 
-    def tau_by_price(self, _measures: Measures, config: Generation, _evidence: Curve, m: NDArray[np.float64]) -> float:
+    def tau_by_price(self, _measures: Measures, config: Generation, _own: Curve, m: NDArray[np.float64]) -> float:
         """The most that is worth its price: what a transmission costs against the harm that it prevents."""
         return tau_of_price(m, self.price(config))
 
-    def tau_by_budget(self, measures: Measures, config: Generation, evidence: Curve, m: NDArray[np.float64]) -> float:
+    def tau_by_budget(self, measures: Measures, config: Generation, own: Curve, m: NDArray[np.float64]) -> float:
         """The most that keeps the error below the budget, the share of peers' errors left out."""
+        if self._overdrawn(measures, config):
+            return KEEP_NONE
         share = 1.0 - config.consensus.error_share if choices.PEERS[config.peers].asked else 1.0
-        return tau_of_budget(evidence, m, self._allowed(measures, config) * share, self._delta(config))
+        return tau_of_budget(own, m, self._allowed(measures, config) * share, self._delta(config))
 
     def price(self, config: Generation) -> float:
         """c/w: what escalating a token costs, by the bytes measured here, in units of a wrong token."""
@@ -216,13 +220,15 @@ class Learner:
         measured = self._escalation_bytes / self._escalated if self._escalated else 0.0
         return (measured + learning.round_trip_bytes) / learning.harm_bytes
 
+    def _overdrawn(self, measures: Measures, config: Generation) -> bool:
+        """Whether the estimate is above the budget by more than it errs: then all is verified until it is not."""
+        risk = self.risk(measures, config)
+        return risk is not None and risk.surely > config.budget
+
     def _allowed(self, measures: Measures, config: Generation) -> float:
         """What the kept tokens' curve may cost: the budget, loosened by tokens that are verified although they could be
-        kept, tightened while the audited estimate is above it by more than it errs (two standard errors)."""
-        risk = self.risk(measures, config)
-        surely = 0.0 if risk is None else risk.estimate - 2.0 * risk.standard_error
-        over = max(1.0, surely / config.budget)
-        return min(1.0, config.budget * self._slack[_kind(measures)].factor) / over
+        kept."""
+        return min(1.0, config.budget * self._slack[_kind(measures)].factor)
 
     def _delta(self, config: Generation) -> float:
         return 1.0 - config.confidence

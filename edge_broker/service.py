@@ -6,6 +6,7 @@ What it decides is in `relay`, `memory` (answers from verified tokens) and `fedh
 import asyncio
 import logging
 from collections import OrderedDict
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -16,9 +17,11 @@ from edge_broker.memory import DIGEST_MAX, Answer, ClusterMemory
 from edge_broker.relay import Relay
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
+from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.learning.federation import Members, State, mean_of_agents
+from fedhlm.learning.settled import Settled
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
@@ -93,6 +96,7 @@ class EdgeService:
         self.relay = Relay(batch_max=config.edge.batch_max)
         self.memory = ClusterMemory(config.edge.memory)
         self.members = Members(config.federation, mean_of_agents)
+        self.settled = Settled(UNCERTAINTIES)
         self._prior_tokens = config.federation.prior_tokens
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None
@@ -249,6 +253,7 @@ class EdgeService:
             if self.memory.waiting >= DIGEST_MAX:
                 self._digest_full.set()
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
+            self.settled.note(agent, verdict)
             self._counters.add("verdicts")
             await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
         if self.upstream is None:
@@ -308,8 +313,10 @@ class EdgeService:
     # Federation
 
     def _contribute(self, agent: str, contribution: Contribution) -> None:
-        # An agent speaks for one agent, whatever it says.
-        match self.members.take(agent, replace(contribution, members=1), self._clock_s()):
+        cut = self.members.cut
+        # An agent speaks for one agent, whatever it says. Noise of privacy hides what it was really told.
+        check = None if self.members.federation.epsilon else partial(self.settled.check, agent)
+        match self.members.take(agent, replace(contribution, members=1), self._clock_s(), check):
             case "taken":
                 self._counters.add("contributions")
                 self._contributed.set()
@@ -317,6 +324,7 @@ class EdgeService:
                 self._counters.add("duplicate_messages")
             case "refused":
                 self._counters.add("refused_contributions")
+        self._counters.add("cut_contributions", self.members.cut - cut)
 
     async def end_round(self) -> None:
         """Close the round of the federation, tell the cluster and, where it has grown, the cloud."""
@@ -374,7 +382,10 @@ class EdgeService:
     def _forget_if_moved(self, agent: str) -> None:
         """Its sums are part of another cluster from now on; a merely silent agent stays with its last ones."""
         assigned = self._assigned.get(agent)
-        if assigned is not None and assigned.cluster != self.cluster and self.members.forget(agent):
+        if assigned is None or assigned.cluster == self.cluster:
+            return
+        self.settled.forget(agent)
+        if self.members.forget(agent):
             self.members.touch(self._clock_s())
             self._contributed.set()
 

@@ -42,6 +42,7 @@ COUNTERS: Final[dict[str, str]] = {
     "downlink_bytes": "bytes received from the cloud's side, MQTT headers included",
     "contributions": "federated contributions taken, from agents at an edge or from clusters at the cloud",
     "refused_contributions": "federated contributions with impossible sums or thresholds",
+    "cut_contributions": "contributions that claimed more tokens, or less harm, than an edge saw settled for their agent",
     "rounds": "federated rounds made",
     "verified_tokens": "tokens that the cloud settled in doubtful contexts, remembered at the edge",
     "peer_answers": "blocks that the edge settled from its own cluster's verified tokens",

@@ -91,6 +91,11 @@ class Budget:
         """Of `estimate`, from the spread of the sessions; 0 before the first. For control, not for promises."""
         return math.sqrt(self._drift) / (self.epsilon * self.sessions) if self.sessions else 0.0
 
+    @property
+    def surely(self) -> float:
+        """What the risk per token is at least, as far as two standard errors tell. For control, not for promises."""
+        return max(0.0, self.estimate - 2.0 * self.standard_error)
+
     def limit(self) -> float:
         """Upper limit of the mean, over the sessions so far, of each session's risk given the past; in [0, 1].
 

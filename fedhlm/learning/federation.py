@@ -12,10 +12,12 @@ from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve
-from fedhlm.learning.robust import pool
+from fedhlm.learning.robust import near_median, pool, winsorised
+from fedhlm.learning.settled import Claim
 from fedhlm.learning.thresholds import PaperUpdate, cluster_mean, global_mean, mean_control
 from fedhlm.protocol.messages import MAX_CURVES, SCHEMA_VERSION, Contribution, Count, Learned, Name, PaperThreshold
 from fedhlm.settings import Federation
@@ -27,6 +29,9 @@ MEMBERS_MAX: Final = 4_096
 CONTROL_MAX: Final = 1e12  # of a control variate: a mean gradient on [0, 1], whose sums must stay finite
 _COUNT_END: Final = 2**31
 _VERSION: Final = 1
+
+Check = Callable[[PaperThreshold | None, Mapping[str, Curve], Mapping[str, Curve] | None], Claim]
+"""What of a contribution's threshold and curves is possible, given the member's known curves (`settled.Settled.check`)."""
 
 Mean = Callable[[Sequence[PaperUpdate], Sequence[PaperUpdate]], float | None]
 Taken = Literal["taken", "duplicate", "refused"]
@@ -40,6 +45,18 @@ def mean_of_agents(fresh: Sequence[PaperUpdate], _known: Sequence[PaperUpdate]) 
 def mean_of_clusters(_fresh: Sequence[PaperUpdate], known: Sequence[PaperUpdate]) -> float | None:
     """FedHLM eq. (8): the plain mean of all clusters' thresholds."""
     return global_mean([update.threshold for update in known])
+
+
+def guarded(updates: Sequence[PaperUpdate], trim: float) -> list[PaperUpdate]:
+    """What the published averages are made of: no count far from the median one, and, from five updates on, neither
+    thresholds nor controls among the share `trim` at either end."""
+    most = near_median([float(update.count) for update in updates])
+    thresholds = winsorised([update.threshold for update in updates], trim=trim)
+    controls = winsorised([update.control for update in updates], trim=trim)
+    return [
+        update._replace(threshold=threshold, control=control, count=int(min(update.count, most)))
+        for update, threshold, control in zip(updates, thresholds, controls, strict=True)
+    ]
 
 
 class State(NamedTuple):
@@ -140,6 +157,7 @@ class Members:
     def __init__(self, federation: Federation, mean: Mean) -> None:
         self.round = 0
         self.refused: Counter[str] = Counter()
+        self.cut = 0
         self.federation = federation
         self._mean = mean
         self._members: dict[str, _Member] = {}  # the one silent for longest first
@@ -168,8 +186,11 @@ class Members:
         """Whether a round was made here, or restored from disk: there is a state to tell those who ask again."""
         return self._told
 
-    def take(self, name: str, message: Contribution, now_s: float) -> Taken:
-        """Keep a member's contribution if it is valid and later than the one that is known."""
+    def take(self, name: str, message: Contribution, now_s: float, check: Check | None = None) -> Taken:
+        """Keep a member's contribution if it is valid and later than the one that is known.
+
+        What `check` finds impossible in it is cut; `cut` counts such contributions.
+        """
         known = self._members.get(name)
         if known is not None and not known.precedes(message):
             return "duplicate"
@@ -182,6 +203,14 @@ class Members:
             self.refused[reason] += 1
             warn_once(log, f"{name} {reason}", "refused a contribution of %s: %s", name, exc)
             return "refused"
+        if check is not None:
+            claim = check(message.threshold, curves, None if known is None else known.curves)
+            if claim.cut:
+                self.cut += 1
+                warn_once(log, f"{name} cut", "cut a contribution of %s: it %s", name, "; ".join(claim.cut))
+                curves = dict(claim.curves)
+                packed = {measure: curve.to_bytes() for measure, curve in curves.items()}
+                message = replace(message, threshold=claim.threshold, curves=packed)
         self._members.pop(name, None)
         self._members[name] = _Member(message, curves)
         if len(self._members) > MEMBERS_MAX:
@@ -233,6 +262,7 @@ class Members:
     def close(self) -> State:
         """End the round: the state that follows from it."""
         fresh, known = self._updates(self._fresh), self._updates(self._members)
+        fresh, known = guarded(fresh, self.federation.trim), guarded(known, self.federation.trim)
         mean = self._mean(fresh, known)
         old = self._threshold
         if mean is not None:
@@ -250,6 +280,7 @@ class Members:
     def state(self) -> State:
         """The pool over all known members, with the threshold of the last round."""
         counted = sum(member.message.members for member in self._members.values())
+        agents = {name: member.message.members for name, member in self._members.items()}
         share = self.inherited_share
         by_measure: dict[str, dict[str, Curve]] = {}
         for name, member in self._members.items():
@@ -261,7 +292,12 @@ class Members:
         # More measures than a message holds can only come from liars: those that most members speak of stay.
         names = sorted({*by_measure, *held}, key=lambda m: (-len(by_measure.get(m, ())), m not in held, m))
         for measure in names[:MAX_CURVES]:
-            pooled = pool(by_measure.get(measure, {}), weight_cap=self.federation.weight_cap, trim=self.federation.trim)
+            pooled = pool(
+                by_measure.get(measure, {}),
+                weight_cap=self.federation.weight_cap,
+                trim=self.federation.trim,
+                agents=agents,
+            )
             refused += len(pooled.refused)
             rest = held[measure].scaled(share) if measure in held else Curve.empty()
             curves[measure] = pooled.curve + rest

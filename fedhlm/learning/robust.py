@@ -1,7 +1,7 @@
 """Pooling of clients' curves, and averaging of their thresholds, such that a few liars move the result little.
 
-Weight is capped per client and the harm ratio of a bin is a trimmed mean or a median of the clients' ratios there.
-Sums that no client can have are refused, and the refused are named.
+Weight is capped per client, near what the median client has, and the harm ratio of a bin is a trimmed mean or a median
+of the clients' ratios there. Sums that no client can have are refused, and the refused are named.
 """
 
 import math
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fedhlm.learning.curve import Curve
 
 ENOUGH: Final = 5
+NEAR: Final = 4.0  # times the median client's: the most that one client counts for
 
 
 class Pooled(NamedTuple):
@@ -44,18 +45,47 @@ def robust_mean(values: Sequence[float] | NDArray[np.float64], *, trim: float) -
     return float(np.clip(kept.mean(), kept[0], kept[-1]))  # rounding may carry a mean past equal values
 
 
-def capped(curve: Curve, weight_cap: float) -> Curve:
-    """The curve scaled down so that its total weight is at most weight_cap, and its decisions likewise.
+def near_median(sizes: Sequence[float]) -> float:
+    """The most that a client may count for beside clients of these sizes: NEAR times the lower median of those above 0.
 
-    Decisions have a factor of their own: they only set the shares of the bins, and a client may not set those alone.
+    As long as fewer than half of them lie, it is at most NEAR times what some honest client has. Infinite without any.
     """
+    known = sorted(size for size in sizes if size > 0.0)
+    return NEAR * known[(len(known) - 1) // 2] if known else math.inf
+
+
+def winsorised(values: Sequence[float], *, trim: float, enough: int = ENOUGH) -> list[float]:
+    """The values, those that trimming would cut moved to the nearest that it keeps; below `enough` values as they are."""
+    if len(values) < enough:
+        return list(values)
+    order, cut = sorted(values), trimmed_count(len(values), trim)
+    return [min(order[-1 - cut], max(order[cut], value)) for value in values]
+
+
+def capped(curve: Curve, weight_cap: float, seen_cap: float | None = None) -> Curve:
+    """The curve scaled down so that its total weight is at most weight_cap, and its decisions at most seen_cap.
+
+    Decisions have a factor of their own: they only set the shares of the bins, and a client may not set those alone. None
+    caps them as the weight.
+    """
+    most_seen = weight_cap if seen_cap is None else seen_cap
     weight = min(1.0, weight_cap / curve.total_weight) if curve.total_weight > 0.0 else 1.0
-    seen = min(1.0, weight_cap / curve.total_seen) if curve.total_seen > 0.0 else 1.0
+    seen = min(1.0, most_seen / curve.total_seen) if curve.total_seen > 0.0 else 1.0
     return Curve(curve.seen * seen, curve.weight * weight, curve.harm * weight, curve.square * weight)
 
 
-def pool(contributions: Mapping[str, Curve], *, weight_cap: float, trim: float, enough: int = ENOUGH) -> Pooled:
-    """One curve from many clients, each with at most weight_cap total weight.
+def pool(
+    contributions: Mapping[str, Curve],
+    *,
+    weight_cap: float,
+    trim: float,
+    enough: int = ENOUGH,
+    agents: Mapping[str, int] | None = None,
+) -> Pooled:
+    """One curve from many clients, each with at most weight_cap total weight, and near the median client's.
+
+    A client that speaks for several `agents` (by name, one where it is missing) may have as many times the weight that
+    a client of one agent may have; the median is that of the weights per agent (`near_median`).
 
     In a bin where at least `enough` clients have weight, harm is the pooled weight times the trimmed mean (trim is the
     share cut at each end, 0.5 the median) of the clients' ratios harm/weight, and the second moment alike. In other
@@ -63,7 +93,8 @@ def pool(contributions: Mapping[str, Curve], *, weight_cap: float, trim: float, 
 
     How far f liars move a bin's ratio, with n clients in it and c = trimmed_count(n, trim): f <= c leaves it within the
     honest clients' range. Where sums are added, and the honest have weight W there, by at most f cap / (W + f cap).
-    Anywhere the weight and the decisions of a bin move by at most f cap.
+    Anywhere the weight and the decisions of a bin move by at most f cap, where cap is the smaller of weight_cap and NEAR
+    times the median client's; a majority of liars sets the median.
 
     Trimming pulls a skewed sample towards its typical value: when clients have few tokens in a bin and harm is rare,
     a trimmed mean, and more so a median, is below the mean. Of 20 clients with harm 0 or 1 and mean 0.1, trim 0.2
@@ -75,7 +106,14 @@ def pool(contributions: Mapping[str, Curve], *, weight_cap: float, trim: float, 
     trimmed_count(1, trim)
     refused = tuple(sorted(name for name, curve in contributions.items() if curve.flaw() is not None))
     # Sorted, because float sums depend on their order and edges must agree whoever spoke first.
-    curves = [capped(contributions[name], weight_cap) for name in sorted(contributions.keys() - set(refused))]
+    names = sorted(contributions.keys() - set(refused))
+    heads = {name: max(1, (agents or {}).get(name, 1)) for name in names}
+    weight_near = near_median([contributions[name].total_weight / heads[name] for name in names])
+    seen_near = near_median([contributions[name].total_seen / heads[name] for name in names])
+    curves = [
+        capped(contributions[n], min(weight_cap, weight_near * heads[n]), min(weight_cap, seen_near * heads[n]))
+        for n in names
+    ]
     total = sum(curves, Curve.empty())
     enough = max(1, enough)
     if len(curves) < enough:

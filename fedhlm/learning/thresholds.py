@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedhlm.learning.curve import BINS, Bins, Curve, isotonic, midpoints, upper_edges
 
 KEEP_NONE: Final = -1.0
+TRUST: Final = 0.5  # confidence of the limits beyond which what others say is not believed
 
 Pairs = NDArray[np.float64]  # (n, 2): u and beta of the transmitted tokens
 
@@ -229,22 +230,51 @@ def calibrated_gradient(curve: Curve, tau: float, price: float, gamma: float) ->
     return gamma * float((shares(curve) * s * (1.0 - s)) @ (isotonic(curve) - price))
 
 
-def tau_of_budget(curve: Curve, m: Bins, rho: float, delta: float) -> float:
+def tau_of_budget(own: Curve, m: Bins, rho: float, delta: float) -> float:
     """The largest edge tau with E[h 1{u <= tau}] + margin <= rho, or KEEP_NONE.
 
     The expectation is the sum of share_j m_j over the bins kept, the margin that of `mean_allowed` (confidence 1 - delta
-    at one tau) with the total weight as the number of scored tokens. So a fleet without evidence sends everything and
-    earns the right to skip.
+    at one tau). Shares and the number of scored tokens are those of `own`, a device's own decisions, so a device without
+    evidence sends everything and earns the right to skip. m may come from others: it counts as far as `own` does not
+    contradict it, that is within the limits of the expectation that `own` alone gives, at confidence TRUST.
     """
     if not 0.0 < delta < 1.0:
         raise ValueError(f"delta must be a probability in (0, 1) (got {delta!r})")
-    count = curve.total_weight
+    count = own.total_weight
     if not (math.isfinite(count) and count >= 1.0):
         return KEEP_NONE
-    risk = np.cumsum(shares(curve) * m)  # (BINS,) expected harm per token up to each edge
-    known = np.flatnonzero(curve.weight)[-1]  # beyond the most doubtful token that was scored nothing is known
+    mine = np.cumsum(shares(own) * isotonic(own))  # (BINS,) expected harm per token up to each edge
+    risk = np.clip(np.cumsum(shares(own) * m), *mean_limits(mine, count, 1.0 - TRUST))  # (BINS,)
+    known = np.flatnonzero(own.weight)[-1]  # beyond the most doubtful token that was scored nothing is known
     allowed = np.flatnonzero(risk[: known + 1] <= mean_allowed(rho, count, delta))
     return float(upper_edges()[allowed[-1]]) if allowed.size else KEEP_NONE
+
+
+def mean_limits(means: Bins, count: float, delta: float) -> tuple[Bins, Bins]:
+    """Lower and upper limit of the true mean for each observed mean of `count` values in [0, 1], (BINS,) each.
+
+    Each holds with probability 1 - delta for one mean (Hoeffding 1963, theorem 1, as in `mean_allowed`); the lower one
+    is never above the mean, the upper one never below.
+    """
+    bound = math.log(1.0 / delta) / count
+    observed = np.clip(means, 0.0, 1.0)
+    limits = []
+    for end in (0.0, 1.0):
+        inside, outside = observed.copy(), np.full(BINS, end)
+        for _ in range(40):
+            middle = (inside + outside) / 2.0
+            far = _divergences(observed, middle) > bound
+            inside, outside = np.where(far, inside, middle), np.where(far, middle, outside)
+        limits.append(inside)
+    return limits[0], limits[1]
+
+
+def _divergences(p: Bins, q: Bins) -> Bins:
+    """KL(p, q) of coins in nats, (BINS,); infinite where q rules out what p has."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        head = np.where(p > 0.0, p * np.log(p / q), 0.0)
+        tail = np.where(p < 1.0, (1.0 - p) * np.log((1.0 - p) / (1.0 - q)), 0.0)
+    return np.asarray(head + tail)
 
 
 def mean_allowed(limit: float, count: float, delta: float) -> float:

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from fedhlm.errors import ConfigError
+from fedhlm_lab.sim.liars import LIES
 from fedhlm_lab.sim.link import LinkModel
 from fedhlm_lab.sim.links import Profile
 from fedhlm_lab.sim.loopback import LoopbackBroker
@@ -90,6 +91,14 @@ def _room(rng: random.Random, amount: float, calm_s: float) -> Span:
     return Span(rng.uniform(0.1, 0.5) * calm_s, float(rng.randint(1, round(amount))))
 
 
+def _kind_of_lie(rng: random.Random, amount: float, calm_s: float) -> Span:
+    return Span(rng.uniform(0.3, 1.0) * calm_s, float(rng.randint(1, round(amount))))
+
+
+def _agents(targets: Targets) -> Sequence[str]:
+    return [part for part in targets.parts if part.startswith("agent-")]
+
+
 def _linked(targets: Targets) -> Sequence[str]:
     # Half of the time everywhere: some faults do harm only where a message and its answer meet one.
     return (*targets.links, *len(targets.links) * (EVERYWHERE,))
@@ -120,6 +129,15 @@ KINDS: Final[dict[str, Kind]] = {
         4, 0.2, 0.0, 3_600.0, "seconds that a part takes over a message; half of them stall", lambda t: t.parts, _pace
     ),
     "full": Kind(4, 4.0, 1.0, 4_096.0, "messages at most that a part's queues hold", lambda t: t.parts, _room),
+    "liar": Kind(
+        2,
+        len(LIES),
+        1.0,
+        len(LIES),
+        f"one of the first so many lies, 1 to {len(LIES)}: {', '.join(LIES)}",
+        _agents,
+        _kind_of_lie,
+    ),
 }
 
 
@@ -209,7 +227,7 @@ class Weather:
             self._cut(event.target, apart=bool(active))
         elif event.kind in _EFFECTS_ON_PARTS:
             part = self._parts[event.target]
-            part.skew_s, part.pace_s, part.room = 0.0, 0.0, None
+            part.skew_s, part.pace_s, part.room, part.lie = 0.0, 0.0, None, None
             for e in active:
                 _EFFECTS_ON_PARTS.get(e.kind, _nothing)(part, e.amount)
         elif event.kind in _CRASHES:
@@ -273,6 +291,10 @@ def _squeeze(part: Part, amount: float) -> None:
     part.room = min(round(amount), part.room or round(amount))
 
 
+def _tempt(part: Part, amount: float) -> None:
+    part.lie = list(LIES)[round(amount) - 1]
+
+
 _CRASHES: Final = ("crash", "crash-disk")
 _EFFECTS_ON_LINKS: Final[dict[str, Callable[[LinkModel, float], None]]] = {
     "drop": partial(_more, "loss"),
@@ -280,4 +302,9 @@ _EFFECTS_ON_LINKS: Final[dict[str, Callable[[LinkModel, float], None]]] = {
     "reorder": partial(_more, "reorder"),
     "spikes": _later,
 }
-_EFFECTS_ON_PARTS: Final[dict[str, Callable[[Part, float], None]]] = {"skew": _skew, "slow": _slow, "full": _squeeze}
+_EFFECTS_ON_PARTS: Final[dict[str, Callable[[Part, float], None]]] = {
+    "skew": _skew,
+    "slow": _slow,
+    "full": _squeeze,
+    "liar": _tempt,
+}

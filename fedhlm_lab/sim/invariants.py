@@ -8,8 +8,9 @@ and memories are held against the bounds that their own modules state.
 # ruff: noqa: SLF001
 
 import asyncio
+import math
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from cloud_verifier.batching import WAITING_MAX
@@ -22,6 +23,7 @@ from edge_agent.result import Job, Result
 from edge_agent.service import AgentService
 from edge_broker import memory, relay
 from edge_broker.service import ASSIGNED_MAX, EdgeService
+from fedhlm import choices
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.federation import MEMBERS_MAX
@@ -34,6 +36,8 @@ from fedhlm_lab.sim.parts import Part
 from fedhlm_lab.sim.scenario import Scenario
 
 SLACK_S: Final = 5.0  # beyond a deadline: drafting, and a timer that waits for its turn
+KEPT: Final = ("local", "peer", "neighbour")
+CHANCE: Final = 3.0  # standard deviations of a count of rare events
 DEADLINES: Final = 3.0  # a context that is asked for again begins the wait anew
 
 
@@ -79,6 +83,9 @@ class Monitor:
         self.seeds: dict[str, int] = {}  # of requests, by name
         self.cancelled: set[int] = set()  # seeds of requests that the client gave up
         self.tokens: Counter[str] = Counter()
+        self.kept: Counter[str] = Counter()  # tokens that an agent or its peers settled, by agent
+        self.wrong: Counter[str] = Counter()  # of these, what the LLM would have written otherwise
+        self.written: Counter[str] = Counter()
         self.messages = 0
         self.rollbacks = 0
         self._drafter = drafter
@@ -106,6 +113,7 @@ class Monitor:
             if len(attempt.ids) >= attempt.max_tokens:
                 self.fail("exactly-once", f"{attempt.agent} committed more than {attempt.max_tokens} tokens")
             self._check_source(attempt, token)
+            self._judge(attempt, token)
             attempt.ids.append(token.token)
             attempt.sources.append(token.source)
 
@@ -129,6 +137,27 @@ class Monitor:
             wanted = toy.large_alone(attempt.prompt, attempt.sampling, tokens)
             if result.ids != wanted:
                 self.fail("oracle", f"{where}: wrote {result.ids}, the LLM alone {wanted}")
+
+    def _judge(self, attempt: Attempt, token: Committed) -> None:
+        self.written[attempt.agent] += 1
+        if token.source in KEPT:
+            ids, sampling = attempt.prompt + attempt.ids, attempt.sampling
+            settle = COUPLINGS[sampling.coupling].settle
+            self.kept[attempt.agent] += 1
+            self.wrong[attempt.agent] += settle(toy.large_logits(ids), sampling, len(ids), None, b"") != token.token
+
+    def check_budget(self, liars: Collection[str]) -> None:
+        """Where a budget is promised, nobody but the liars has spent more of it than chance explains."""
+        config = self.scenario.loaded.config.generation
+        if not choices.THRESHOLDS[config.threshold].keeps_budget or config.learning.objective != "budget":
+            return
+        for agent, written in self.written.items():
+            most = config.budget * written
+            if agent not in liars and self.wrong[agent] > most + CHANCE * math.sqrt(most):
+                self.fail(
+                    "budget",
+                    f"{agent} wrote {written} tokens: wrong ones must be at most {most:.1f} (got {self.wrong[agent]})",
+                )
 
     def _in_time(self, attempt: Attempt, what: str) -> None:
         now_s, last_s = self._now_s(), attempt.news_s

@@ -53,7 +53,7 @@ class Part:
     """One part: it can crash and start again; `launch` makes its buses and its service anew.
 
     `skew_s` is its clock's error, `pace_s` the time that it takes over each message, `room` bounds its queues (None: the
-    product's own bounds). `failure` is what ended its service by itself, which nothing should.
+    product's own bounds), `lie` is what it tells of what it has learnt (a key of `liars.LIES`; None: the truth). `failure` is what ended its service by itself, which nothing should.
     """
 
     def __init__(self, name: str, launch: Launch | None = None) -> None:
@@ -63,6 +63,7 @@ class Part:
         self.service: Service | None = None
         self.skew_s = 0.0
         self.pace_s = 0.0
+        self.lie: str | None = None
         self.lives = 0
         self.failure: BaseException | None = None
         self._room: int | None = None

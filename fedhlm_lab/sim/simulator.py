@@ -21,6 +21,7 @@ from fedhlm.protocol.messages import Presence, decode
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.faults import Weather
 from fedhlm_lab.sim.invariants import Monitor, Violation, WatchedAgent, idle, presence_topics
+from fedhlm_lab.sim.liars import tempt
 from fedhlm_lab.sim.link import Direction
 from fedhlm_lab.sim.loopback import LoopbackBus, Packet
 from fedhlm_lab.sim.parts import Part, PartBus
@@ -106,7 +107,7 @@ class Simulation:
             self.drafter,
             facts,
             new_session=lambda: numbers.getrandbits(63),
-            kind=partial(_watched, self.monitor),
+            kind=partial(_watched, self.monitor, part),
         )
 
     async def run(self) -> Outcome:
@@ -201,6 +202,7 @@ class Simulation:
         await asyncio.sleep(self.rest_s)
         self._check_presence()
         self.monitor.check_parts(self.parts)
+        self.monitor.check_budget(liars={e.target for e in self.scenario.schedule if e.kind == "liar"})
         for part in self.parts:
             for bound in idle(part):
                 if bound.size:
@@ -273,8 +275,9 @@ class Simulation:
             self.monitor.fail("steady", f"{name} left {unverified} tokens unverified in calm weather")
 
 
-def _watched(monitor: Monitor, **named: object) -> WatchedAgent:
+def _watched(monitor: Monitor, part: Part, **named: object) -> WatchedAgent:
     agent = WatchedAgent(**named)  # type: ignore[arg-type]
+    tempt(agent.learner, lambda: part.lie)
     agent.monitor = monitor
     return agent
 

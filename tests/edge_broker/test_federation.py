@@ -3,11 +3,22 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import numpy as np
 import pytest
 
 from fedhlm.learning.federation import State
+from fedhlm.learning.settled import SLACK_TOKENS
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Contribution, Learned, PaperThreshold, decode
+from fedhlm.protocol.messages import (
+    Answered,
+    Contribution,
+    Learned,
+    PaperThreshold,
+    Verdict,
+    VerdictBatch,
+    decode,
+    pack_probs,
+)
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import PRIOR_TOKENS, RULES, Disk, Hand, Node, World, contribute, curve
 
@@ -239,6 +250,41 @@ def test_an_agent_speaks_for_one_whatever_it_says() -> None:
         state = retained(world, topics.FL_STATE, cluster="c1")
         assert state is not None
         assert state.members == 1
+
+    run_virtual(scenario())
+
+
+def test_a_contribution_beyond_what_passed_is_cut_counted_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        world = World()
+        await world.edge("c1").start()
+        agent = await Hand(world, "a").start()
+        await contribute(agent, 1, 10.0)
+        await contribute(agent, 2, 1e6, harm=0.0)
+        await asyncio.sleep(ROUND_S)
+        assert tokens(retained(world, topics.FL_STATE, cluster="c1")) == pytest.approx(SLACK_TOKENS)
+        assert world.counters["cut_contributions"] == 1
+        assert "cut a contribution of a: it claims 1000000 tokens" in caplog.text
+
+    run_virtual(scenario())
+
+
+def test_what_the_cloud_scored_may_be_claimed() -> None:
+    async def scenario() -> None:
+        world = World()
+        await world.edge("c1").start()
+        cloud, agent = await Hand(world, "cloud").start(), await Hand(world, "a").start()
+        await contribute(agent, 1, 10.0)
+        scored = pack_probs(np.full(1_000, 0.5))
+        verdict = Verdict(
+            **cloud.party.stamp(), session=1, epoch=0, base=1, status="settled", accepted=1_000, target_probs=scored
+        )
+        batch = VerdictBatch(**cloud.party.stamp(), items=(Answered("a", verdict),))
+        await cloud.send(topics.CLOUD_VERDICT, batch, cluster="c1")
+        await contribute(agent, 2, 1_010.0)
+        await asyncio.sleep(ROUND_S)
+        assert tokens(retained(world, topics.FL_STATE, cluster="c1")) == pytest.approx(1_010.0)
+        assert world.counters["cut_contributions"] == 0
 
     run_virtual(scenario())
 

@@ -216,6 +216,23 @@ def test_the_cluster_threshold_weighs_this_rounds_tokens_and_is_kept_without_any
     assert [third.threshold, third.count] == pytest.approx([0.8, 0])
 
 
+@pytest.mark.parametrize(("members", "most"), [(2, 0.89), (4, 0.76), (8, 0.65), (16, 0.44), (32, 0.44)])
+def test_one_count_does_not_carry_the_published_threshold_away(members: int, most: float) -> None:
+    """Unguarded it ends at 0.999998 in each of these; from ten members on the share `trim` takes the liar out."""
+    clean, dirty = agents(), agents()
+    for i in range(members):
+        honest = contribution(1, threshold=PaperThreshold(0.42 + 0.02 * i / members, 30 + i % 3))
+        clean.take(f"a{i:02}", honest, 0.0)
+        shout = contribution(1, threshold=PaperThreshold(1.0, 2**31 - 1, 1e11))
+        dirty.take(f"a{i:02}", shout if i == 0 else honest, 0.0)
+    before, after = clean.close().threshold, dirty.close().threshold
+    assert before is not None
+    assert after is not None
+    assert before.threshold == pytest.approx(0.43, abs=0.02)
+    assert after.threshold <= most
+    assert members < 10 or abs(after.control) < 1.0
+
+
 def test_the_global_threshold_is_the_plain_mean_of_all_clusters() -> None:
     members = Members(RULES, mean_of_clusters)
     members.take("c1", contribution(1, threshold=PaperThreshold(0.2, 1000)), 0.0)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.learning.curve import BINS, Curve, isotonic
-from fedhlm.learning.robust import capped, pool, robust_mean, trimmed_count
+from fedhlm.learning.robust import NEAR, capped, pool, robust_mean, trimmed_count, winsorised
 
 HUGE = 1e12
 
@@ -18,6 +18,11 @@ def honest(rng: np.random.Generator, bins: int = 4) -> Curve:
     curve.square[:bins] = curve.harm[:bins] * rng.uniform(0.5, 1.0, bins)
     curve.seen[:bins] = rng.uniform(1.0, 90.0, bins)
     return curve
+
+
+def of_size(curve: Curve, size: float) -> Curve:
+    factor = size / curve.total_weight
+    return Curve(curve.weight * factor, curve.weight * factor, curve.harm * factor, curve.square * factor)
 
 
 def liar(rng: np.random.Generator, bins: int = 4) -> Curve:
@@ -76,10 +81,44 @@ def test_where_sums_are_added_the_cap_bounds_what_liars_move(seed: int, n: int, 
     assert (dirty.seen - clean.seen <= f * cap * (1 + 1e-9)).all()
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(0, 4))
-def test_below_enough_clients_and_under_the_cap_pooling_is_addition(seed: int, n: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.integers(1, 16), st.data())
+def test_no_liar_weighs_more_than_the_largest_honest_client_allows(seed: int, n: int, data: st.DataObject) -> None:
+    """Fewer than half lie: the median is between two honest ones. Of two one may lie: then it is the smaller of both."""
     rng = np.random.default_rng(seed)
-    everyone = {f"h{i}": honest(rng) for i in range(n)}
+    f = data.draw(st.integers(0, max(1 if n == 2 else 0, (n - 1) // 2)))
+    good = {f"h{i}": honest(rng) for i in range(n - f)}
+    bad = {f"l{i}": liar(rng) for i in range(f)}
+    dirty = pool(good | bad, weight_cap=HUGE, trim=0.1, enough=99).curve
+    for name in ("weight", "seen"):
+        sizes = [float(getattr(curve, name).sum()) for curve in good.values()]
+        honest_sum = min(sum(sizes), n * NEAR * max(sizes))
+        assert getattr(dirty, name).sum() <= (honest_sum + f * NEAR * max(sizes)) * (1 + 1e-9)
+
+
+def test_a_client_of_many_agents_may_weigh_as_much_as_they_do() -> None:
+    small, large = (of_size(honest(np.random.default_rng(1)), size) for size in (100.0, 900.0))
+    everyone = {"one": small, "nine": large}
+    alone = pool(everyone, weight_cap=HUGE, trim=0.1).curve
+    counted = pool(everyone, weight_cap=HUGE, trim=0.1, agents={"nine": 9}).curve
+    assert alone.total_weight == pytest.approx(100.0 + NEAR * 100.0)
+    assert counted.total_weight == pytest.approx(1_000.0)
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=5, max_size=20), st.data())
+def test_winsorised_values_stay_among_the_honest(good: list[float], data: st.DataObject) -> None:
+    bad = data.draw(st.lists(st.sampled_from([-1e9, 0.0, 1.0, 1e9]), max_size=2))
+    trim = 0.3
+    values = winsorised([*good, *bad], trim=trim)
+    assert len(bad) <= trimmed_count(len(values), trim) or len(bad) > 1
+    if len(bad) <= trimmed_count(len(values), trim):
+        assert min(good) <= min(values) <= max(values) <= max(good)
+    assert winsorised(good[:4], trim=0.5) == good[:4]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 4))
+def test_below_enough_clients_of_like_size_and_under_the_cap_pooling_is_addition(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    everyone = {f"h{i}": of_size(honest(rng), rng.uniform(50.0, 190.0)) for i in range(n)}
     pooled = pool(everyone, weight_cap=HUGE, trim=0.2)
     assert pooled.refused == ()
     np.testing.assert_allclose(pooled.curve.rows(), sum(everyone.values(), Curve.empty()).rows())

@@ -1,0 +1,151 @@
+"""What an edge saw settled for each of its agents, and what a contribution may claim because of it, without I/O.
+
+Every verdict passes an edge, so it knows how many tokens the target scored for an agent, and how many of them it would
+have written otherwise. Sums beyond that are cut, harm that is missing is put back.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from fedhlm.learning.curve import Curve
+from fedhlm.protocol.messages import PaperThreshold, Verdict
+
+AGENTS_MAX: Final = 4_096
+SLACK_TOKENS: Final = 256.0  # that passed while this edge, or its disk, was away
+SLACK_SHARE: Final = 0.25  # the same, of what the agent had before
+HARM_SHARE: Final = 0.5  # of the harm that passed: an agent does not learn from verdicts that came too late
+HARM_ERRORS: Final = (
+    3.0  # standard errors: under couplings with a residual harm is an expectation, what passed is a draw
+)
+
+
+class Sums(NamedTuple):
+    """Scored tokens, and how many of them were wrong."""
+
+    tokens: float = 0.0
+    harm: float = 0.0
+
+
+class Claim(NamedTuple):
+    """A contribution's threshold and curves as they may be; `cut` says in words what they were not."""
+
+    threshold: PaperThreshold | None
+    curves: Mapping[str, Curve]
+    cut: tuple[str, ...]
+
+
+class _Account:
+    def __init__(self) -> None:
+        self.passed = Sums()
+        self.before: Sums | None = None  # what it had when this edge first heard of it; None: not yet heard
+        self.counted = 0.0  # tokens that had passed at its latest contribution
+
+
+class Settled:
+    """Accounts of at most AGENTS_MAX agents, the one silent for longest dropped first.
+
+    A measure whose name begins with one of `uncertainties` is about an agent's own drafts; harm is known of these alone.
+    """
+
+    def __init__(self, uncertainties: Collection[str]) -> None:
+        self._uncertainties = frozenset(uncertainties)
+        self._accounts: OrderedDict[str, _Account] = OrderedDict()
+
+    def note(self, agent: str, verdict: Verdict) -> None:
+        """A verdict passes."""
+        scored = len(verdict.target_probs) // 2
+        if verdict.status != "settled" or not scored:
+            return
+        account = self._account(agent)
+        missed = int.from_bytes(verdict.missed, "little").bit_count()
+        wrong = min(scored, missed + (scored > verdict.accepted))
+        account.passed = Sums(account.passed.tokens + scored, account.passed.harm + wrong)
+
+    def forget(self, agent: str) -> None:
+        """Close an account: the agent is another one, or elsewhere."""
+        self._accounts.pop(agent, None)
+
+    def check(
+        self,
+        agent: str,
+        threshold: PaperThreshold | None,
+        curves: Mapping[str, Curve],
+        known: Mapping[str, Curve] | None = None,
+    ) -> Claim:
+        """What of an agent's contribution is possible; `known` are its sums of before this edge's life, if any."""
+        account = self._account(agent)
+        if account.before is None:
+            account.before = self.sums(known) if known else _history(self.sums(curves), account.passed)
+        cut: list[str] = []
+        most = account.before.tokens * (1.0 + SLACK_SHARE) + account.passed.tokens + SLACK_TOKENS
+        possible = dict(self._limited(curves, most, cut))
+        drafts = {name: curve for name, curve in possible.items() if self._of_drafts(name)}
+        missing = self._missing(account, self.sums(drafts))
+        if missing > 0.0:
+            cut.append(f"{missing:.0f} of its tokens' harm is missing")
+            possible |= _with_harm(drafts, missing)
+        if threshold is not None:
+            sent = account.passed.tokens - account.counted + SLACK_TOKENS
+            if threshold.count > sent:
+                cut.append(f"counts {threshold.count} tokens for its threshold, {sent:.0f} at most were scored")
+                threshold = PaperThreshold(threshold.threshold, int(sent), threshold.control, threshold.steps)
+        account.counted = account.passed.tokens
+        return Claim(threshold, possible, tuple(dict.fromkeys(cut)))
+
+    def _missing(self, account: _Account, claimed: Sums) -> float:
+        before, passed = account.before or Sums(), account.passed
+        fresh = min(passed.tokens, claimed.tokens - before.tokens)
+        if fresh <= 0.0:
+            return 0.0
+        wrong = passed.harm * fresh / passed.tokens
+        least = HARM_SHARE * wrong - HARM_ERRORS * math.sqrt(wrong)
+        return least - (claimed.harm - before.harm)
+
+    def _account(self, agent: str) -> _Account:
+        account = self._accounts.setdefault(agent, _Account())
+        self._accounts.move_to_end(agent)
+        while len(self._accounts) > AGENTS_MAX:
+            self._accounts.popitem(last=False)
+        return account
+
+    def sums(self, curves: Mapping[str, Curve]) -> Sums:
+        """The tokens of the drafts' curves together; of the largest curve where none is about drafts."""
+        drafts = [curve for name, curve in curves.items() if self._of_drafts(name)]
+        if drafts:
+            return Sums(sum(c.total_weight for c in drafts), sum(float(c.harm.sum()) for c in drafts))
+        return max((Sums(c.total_weight, float(c.harm.sum())) for c in curves.values()), default=Sums())
+
+    def _of_drafts(self, measure: str) -> bool:
+        return measure.partition("/")[0] in self._uncertainties
+
+    def _limited(self, curves: Mapping[str, Curve], most: float, cut: list[str]) -> Mapping[str, Curve]:
+        drafts = sum(curve.total_weight for name, curve in curves.items() if self._of_drafts(name))
+        limited = {}
+        for name, curve in curves.items():
+            tokens = drafts if self._of_drafts(name) else curve.total_weight
+            if tokens > most:
+                cut.append(f"claims {tokens:.0f} tokens, {most:.0f} at most were scored")
+            limited[name] = curve.scaled(most / tokens) if tokens > most else curve
+        return limited
+
+
+def _history(claimed: Sums, passed: Sums) -> Sums:
+    """What an agent that was not known here must have had before, if it says the truth."""
+    if claimed.tokens <= passed.tokens + SLACK_TOKENS:
+        return Sums()
+    return Sums(claimed.tokens - passed.tokens, max(0.0, claimed.harm - passed.harm))
+
+
+def _with_harm(curves: Mapping[str, Curve], missing: float) -> dict[str, Curve]:
+    """So much more harm, spread over the tokens without any."""
+    room = sum(curve.total_weight - float(curve.harm.sum()) for curve in curves.values())
+    share = min(1.0, missing / room) if room > 0.0 else 0.0
+    made = {}
+    for name, curve in curves.items():
+        harm = curve.harm + share * (curve.weight - curve.harm)
+        made[name] = Curve(curve.seen, curve.weight, harm, np.minimum(harm, curve.square + share * curve.weight))
+    return made

@@ -1,0 +1,100 @@
+"""Hostile members of a federation: real agents with valid rights, whose contributions are not what they have learnt.
+
+A lie changes the sums or the threshold of a contribution on its way out; everything else about the agent is honest.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Final
+
+import numpy as np
+
+from edge_agent.learner import Learner
+from fedhlm.learning.curve import BINS, Curve
+from fedhlm.protocol.messages import PaperThreshold
+from fedhlm.settings import Generation
+
+BOAST: Final = 1e6  # tokens that a liar claims
+LARGEST_COUNT: Final = 2**31 - 1
+DRIFT: Final = 1.1  # by which a patient liar goes further each round
+
+Spoken = tuple[PaperThreshold | None, dict[str, bytes]]
+
+
+def _bin_0(curve: Curve, _round: int) -> Curve:
+    """Nearly all tokens are certain, and none was ever wrong."""
+    told = Curve.empty()
+    told.seen[0] = told.weight[0] = BOAST
+    return told
+
+
+def _seen(curve: Curve, _round: int) -> Curve:
+    """Its true evidence, but nearly all decisions were about certain tokens."""
+    told = curve.copy()
+    told.seen[0] = BOAST
+    return told
+
+
+def _bin_63(curve: Curve, _round: int) -> Curve:
+    """All is doubtful: nearly all tokens are in the last bin, and all of them were wrong."""
+    told = Curve.empty()
+    told.seen[-1] = told.weight[-1] = told.harm[-1] = told.square[-1] = BOAST
+    return told
+
+
+def _harmless(curve: Curve, _round: int) -> Curve:
+    """No doubt ever did harm."""
+    told = Curve.empty()
+    told.seen[:] = told.weight[:] = BOAST / BINS
+    return told
+
+
+def _harmful(curve: Curve, _round: int) -> Curve:
+    """Every token was wrong."""
+    told = _harmless(curve, 0)
+    told.harm[:] = told.square[:] = told.weight
+    return told
+
+
+def _forgiving(curve: Curve, _round: int) -> Curve:
+    """As many tokens as it really has, where it has them, but no harm: a modest liar."""
+    return Curve(curve.seen, curve.weight, np.zeros(BINS), np.zeros(BINS))
+
+
+def _drift(curve: Curve, number: int) -> Curve:
+    """A little more tokens and a little less harm in each round than in the one before."""
+    by = min(BOAST, DRIFT**number)
+    return Curve(curve.seen * by, curve.weight * by, curve.harm / by, curve.square / by)
+
+
+LIES: Final[Mapping[str, Callable[[Curve, int], Curve]]] = {
+    "bin-0": _bin_0,
+    "seen": _seen,
+    "bin-63": _bin_63,
+    "harmless": _harmless,
+    "harmful": _harmful,
+    "forgiving": _forgiving,
+    "drift": _drift,
+}
+
+
+def lie(name: str, spoken: Spoken, number: int) -> Spoken:
+    """What a liar says in place of `spoken` in its round `number`; `name` is a key of LIES."""
+    threshold, packed = spoken
+    curves = {measure: LIES[name](Curve.from_bytes(data), number).to_bytes() for measure, data in packed.items()}
+    shout = None if threshold is None else PaperThreshold(1.0, LARGEST_COUNT, threshold.control, threshold.steps)
+    return shout, curves
+
+
+def tempt(learner: Learner, lie_now: Callable[[], str | None]) -> None:
+    """Let a learner contribute after every generation, and lie, as long as `lie_now` names a lie (None: it does not)."""
+    due, contribution, numbers = learner.due, learner.contribution, count(1)
+
+    def due_now(config: Generation, now_s: float) -> bool:
+        return lie_now() is not None or due(config, now_s)
+
+    def told(config: Generation, now_s: float) -> Spoken | None:
+        spoken, name = contribution(config, now_s), lie_now()
+        return spoken if spoken is None or name is None else lie(name, spoken, next(numbers))
+
+    learner.due, learner.contribution = due_now, told  # type: ignore[method-assign]

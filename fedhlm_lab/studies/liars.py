@@ -1,0 +1,147 @@
+"""What hostile members of a federation can do to the honest: fleets of toy models under the preset `budget`.
+
+Of `n` agents of a cluster some lie in every contribution; another cluster is all honest. The truth is counted: the share
+of committed tokens that the LLM, with the same seed, would have written otherwise, and the share of tokens that the
+cloud settled. Run: python -m fedhlm_lab.studies.liars [--members 2 4 8] [--lies bin-0 drift] [--generations 60]
+"""
+
+import argparse
+import asyncio
+import random
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, NamedTuple
+
+from edge_agent.driver import Agent
+from edge_agent.result import Job, Result
+from fedhlm.config import load
+from fedhlm.protocol.messages import Sampling
+from fedhlm.settings import Config
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.liars import LIES, tempt
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.sim.world import Fleet, Pair
+from fedhlm_lab.studies.compare import nobody
+from fedhlm_lab.studies.coverage import AGREEMENT, true_harm
+
+NEIGHBOURS: Final = 2  # agents of the other cluster
+HONEST: Final = "none"
+
+
+class Life(NamedTuple):
+    """One honest agent: true error a token (mean over its texts), the share that was verified, messages a token sent
+    up, and the last threshold; `here` says whether the liars were in its own cluster."""
+
+    here: bool
+    truth: float
+    verified: float
+    messages: float
+    tau: float
+
+
+class Setting(NamedTuple):
+    """A fleet: `members` agents in the cluster, `liars` of them lie by `lie`."""
+
+    members: int
+    liars: int
+    lie: str
+    temperature: float
+    generations: int
+    tokens: int
+
+
+async def fleet_of(pair: Pair, config: Config, setting: Setting, seed: int) -> list[Life]:
+    """All agents write at once; what became of the honest ones."""
+    fleet = Fleet(pair, seed=seed, clusters=2, delay_s=0.01, sessions_max=64, federation=config.federation)
+    for node in fleet.nodes.values():
+        node.start()
+    places = [("c0", i < setting.liars) for i in range(setting.members)] + [("c1", False)] * NEIGHBOURS
+    lives = await asyncio.gather(
+        *(_write(fleet, config, setting, cluster, i, lies=lies) for i, (cluster, lies) in enumerate(places))
+    )
+    for node in fleet.nodes.values():
+        await node.crash()
+    return [life for life, (_, lies) in zip(lives, places, strict=True) if not lies]
+
+
+async def _write(fleet: Fleet, config: Config, setting: Setting, cluster: str, number: int, *, lies: bool) -> Life:
+    rng = random.Random(f"{fleet.seed}/{number}")
+    truth, verified, written, messages, tau = 0.0, 0, 0, 0, 0.0
+    async with fleet.online(cluster, f"agent-{number}", fleet.pair.drafter()) as agent:
+        if lies:
+            tempt(agent.learner, lambda: setting.lie)
+        for _ in range(setting.generations):
+            result = await _generate(agent, config, setting, rng, fleet.pair)
+            truth += true_harm(result.prompt, result.sampling, result.made) / len(result.made.ids)
+            verified += sum(s == "cloud" for s in result.made.sources)
+            written += len(result.made.ids)
+            messages += result.made.uplink_messages
+            tau = result.made.tau
+    return Life(cluster == "c0", truth / setting.generations, verified / written, messages / written, tau)
+
+
+class _Text(NamedTuple):
+    prompt: list[int]
+    sampling: Sampling
+    made: Result
+
+
+async def _generate(agent: Agent, config: Config, setting: Setting, rng: random.Random, pair: Pair) -> _Text:
+    prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(3)]
+    sampling = Sampling(rng.getrandbits(40), setting.temperature, 1.0, config.generation.coupling)
+    job = Job(config.generation, sampling, setting.tokens, pair.context, pair.eos_ids)
+    return _Text(prompt, sampling, await agent.generate(job, prompt, nobody))
+
+
+def study(config: Config, setting: Setting, seeds: Sequence[int], agreement: float = AGREEMENT) -> list[Life]:
+    """The honest agents of independent fleets."""
+    pair = toy.pair(agreement)
+    return [life for seed in seeds for life in run_virtual(partial(fleet_of, pair, config, setting, seed)())]
+
+
+def describe(lives: Sequence[Life]) -> str:
+    """Means over agents."""
+    if not lives:
+        return "-"
+    mean = {name: sum(getattr(life, name) for life in lives) / len(lives) for name in Life._fields}
+    worst = max(life.truth for life in lives)
+    return (
+        f"{mean['truth']:.4f} (worst {worst:.4f}) | {mean['verified']:.1%} | {mean['messages']:.3f} | {mean['tau']:.3f}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from the command line; exit status 1 when the honest of some fleet are above the budget."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedhlm_lab.studies.liars", description="what liars can do to the honest"
+    )
+    parser.add_argument("--members", type=int, nargs="+", default=[2, 3, 4, 8, 16, 32])
+    parser.add_argument("--liars", choices=("one", "most"), default="one", help="most: f < n/2, at least one")
+    parser.add_argument("--lies", nargs="+", choices=LIES, default=list(LIES))
+    parser.add_argument("--generations", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--budget", type=float, default=0.05)
+    parser.add_argument("--agreement", type=float, default=AGREEMENT)
+    parser.add_argument("--runs", type=int, default=1)
+    options = parser.parse_args(arguments)
+    config = load(preset="budget", environ={}, flags={"generation.budget": str(options.budget)}).config
+    print("| members | liars | lie | cluster | error | verified | messages a token | tau |\n" + "|---" * 8 + "|")
+    above = 0
+    for members in options.members:
+        most = max(1, (members - 1) // 2) if options.liars == "most" else 1
+        for lie in (HONEST, *options.lies):
+            liars = 0 if lie == HONEST else most
+            setting = Setting(members, liars, lie, options.temperature, options.generations, options.tokens)
+            lives = study(config, setting, range(options.runs), options.agreement)
+            for here in (True, False):
+                group = [life for life in lives if life.here is here]
+                where = "same" if here else "other"
+                print(f"| {members} | {liars} | {lie} | {where} | {describe(group)} |", flush=True)
+                above += sum(life.truth for life in group) > options.budget * len(group)
+    return int(above > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

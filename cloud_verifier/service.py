@@ -64,6 +64,8 @@ class CloudService:
         self._party = party
         self._engine = engine
         self._counters = runtime.counters
+        self._counters.follow(self.batcher, expired_messages="expired", dropped_messages="overflowed")
+        self._counters.follow(sessions, evictions="evicted", fingerprint_mismatches="mismatched")
         self._batch_wait_s = config.cloud.batch_wait_ms / 1000.0
         self._clock_s = runtime.clock_s
         self._work = asyncio.Event()

@@ -73,7 +73,8 @@ class Sessions:
         self.fingerprint = fingerprint
         self.context_max = context_max
         self.sessions_max = sessions_max
-        self.dropped = 0
+        self.evicted = 0
+        self.mismatched = 0
         self.eos_ids = eos_ids
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._held: Counter[tuple[str, str]] = Counter()  # sessions by owner
@@ -100,7 +101,7 @@ class Sessions:
             greedy = self._held[newest.owner] > max(1, self.sessions_max // 4)
             mine = (key for key in self._entries if not greedy or key.owner == newest.owner)
             self.forget(next(mine))
-            self.dropped += 1
+            self.evicted += 1
 
     def admit(self, key: Key, escalation: Escalation) -> Admission:
         """Check an escalation and bring its session up to date with the prime and epoch it carries."""
@@ -173,6 +174,7 @@ class Sessions:
         try:
             check_agreement(self.fingerprint, prime.fingerprint)
         except FingerprintMismatch as exc:
+            self.mismatched += 1
             return Refused(str(exc))
         vocab_size = self.fingerprint.vocab_size
         if len(prime.context) != escalation.base * id_bytes(vocab_size):

@@ -226,6 +226,7 @@ class Agent:
         try:
             match message:
                 case Verdict():
+                    self._counters.add_all(downlink_messages=1, downlink_bytes=received.wire_bytes)
                     self.on_verdict(message)
                 case Presence(role="edge") if here:
                     self.on_edge(message)
@@ -399,12 +400,9 @@ class Agent:
         if result.escalated:
             known.escalated(result.escalation_bytes / result.escalated)
         result.risk = learner.risk(measures, config)
-        gauges = {"tau": result.tau, "similarity": result.similarity}
+        self._counters.set_all(tau=result.tau, similarity=result.similarity)
         if (risk := result.risk) is not None:
-            gauges |= {"risk": risk.estimate, "risk_limit": risk.limit(), "risk_generations": risk.sessions}
-        for name, value in gauges.items():
-            if value is not None:
-                self._counters.set(name, value)
+            self._counters.set_all(risk=risk.estimate, risk_limit=risk.limit(), risk_generations=risk.sessions)
         contributes = choices.THRESHOLDS[config.threshold].learns and not self._guest
         if contributes and learner.due(config, now_s):
             await self._contribute(config, result, now_s)
@@ -427,17 +425,19 @@ class Agent:
 
     def _count(self, machine: Generation, result: Result) -> None:
         tally = machine.tally
-        for name, amount in (
-            ("escalations", tally.escalations),
-            ("retries", tally.retries),
-            ("rollbacks", tally.rollbacks),
-            ("reprimes", tally.reprimes),
-            ("stale_verdicts", tally.stale),
-            ("late_verdicts", tally.conflicts),
-            ("uplink_messages", result.uplink_messages),
-            ("uplink_bytes", result.uplink_bytes),
-        ):
-            self._counters.add(name, amount)
+        self._counters.add_all(
+            escalations=tally.escalations,
+            retries=tally.retries,
+            rollbacks=tally.rollbacks,
+            reprimes=tally.reprimes,
+            stale_verdicts=tally.stale,
+            late_verdicts=tally.conflicts,
+            drafted_tokens=tally.drafted,
+            discarded_tokens=tally.discarded,
+            escalated_tokens=tally.escalated,
+            uplink_messages=result.uplink_messages,
+            uplink_bytes=result.uplink_bytes,
+        )
         for source, amount in Counter(result.sources).items():
             self._counters.add("tokens_by_source", amount, label=source)
         self._counters.add("generations", label=result.finish)

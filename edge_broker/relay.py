@@ -22,7 +22,9 @@ class Relay:
     """Pending escalations in order of arrival, and the newest epoch of every recent session."""
 
     batch_max: int = MAX_BATCH
-    stale: int = 0
+    stale_escalations: int = 0
+    stale_verdicts: int = 0
+    repeated: int = 0
     pending: list[Routed] = field(default_factory=list)
     _epochs: OrderedDict[tuple[str, int], int] = field(default_factory=OrderedDict)
 
@@ -31,11 +33,11 @@ class Relay:
         session = (agent, escalation.session)
         newest = self._epochs.get(session, 0)
         if escalation.epoch < newest:
-            self.stale += 1
+            self.stale_escalations += 1
             return False
         if escalation.epoch > newest:
-            self._drop(agent, lambda e: e.session == escalation.session)
-        self._drop(
+            self.stale_escalations += self._drop(agent, lambda e: e.session == escalation.session)
+        self.repeated += self._drop(
             agent, lambda e: (e.session, e.epoch, e.base) == (escalation.session, escalation.epoch, escalation.base)
         )
         self._epochs[session] = escalation.epoch
@@ -70,13 +72,14 @@ class Relay:
     def answers(self, batch: VerdictBatch) -> list[Answered]:
         """The verdicts that their agents still wait for, in order."""
         current = [a for a in batch.items if a.verdict.epoch >= self._epochs.get((a.agent, a.verdict.session), 0)]
-        self.stale += len(batch.items) - len(current)
+        self.stale_verdicts += len(batch.items) - len(current)
         return current
 
-    def _drop(self, agent: str, matches: Callable[[Escalation], bool]) -> None:
+    def _drop(self, agent: str, matches: Callable[[Escalation], bool]) -> int:
         kept = [r for r in self.pending if r.agent != agent or not matches(r.escalation)]
-        self.stale += len(self.pending) - len(kept)
+        dropped = len(self.pending) - len(kept)
         self.pending = kept
+        return dropped
 
 
 def block_bytes(escalation: Escalation) -> int:

@@ -102,6 +102,13 @@ class EdgeService:
         self.upstream: Fingerprint | None = None
         self.above: State | None = None
         self._counters = runtime.counters
+        self._counters.follow(self.memory, refused_keys="refused_keys")
+        self._counters.follow(
+            self.relay,
+            stale_escalations="stale_escalations",
+            stale_verdicts="stale_verdicts",
+            duplicate_messages="repeated",
+        )
         self._batch_wait_s = config.edge.batch_wait_ms / 1000.0
         self._waiting = asyncio.Event()
         self._to_announce = to_announce
@@ -182,14 +189,13 @@ class EdgeService:
             case Escalation() as escalation:
                 await self._escalate(received.levels["agent"], escalation)
             case VerdictBatch() as batch:
+                self._counters.add_all(downlink_messages=1, downlink_bytes=received.wire_bytes)
                 await self._settle(batch)
             case UncertainTokens() as doubts:
                 self.memory.doubt(received.levels["agent"], doubts)
-                self._count_refused_keys()
             case VerifiedTokens() as verified:
                 if received.levels["cluster"] != self.cluster:
                     self.memory.hear(verified)
-                    self._count_refused_keys()
             case Contribution() as contribution:
                 self._contribute(received.levels["agent"], contribution)
             case Learned() as learned:
@@ -210,7 +216,6 @@ class EdgeService:
     async def _escalate(self, agent: str, escalation: Escalation) -> None:
         self._counters.add("escalations")
         if not self.relay.escalate(agent, escalation):
-            self._counters.add("stale_escalations")
             return
         vocab_size = self._vocab_size(agent)
         answer = None if vocab_size is None else self.memory.answer(agent, escalation, vocab_size)
@@ -237,7 +242,6 @@ class EdgeService:
 
     async def _settle(self, batch: VerdictBatch) -> None:
         answers = self.relay.answers(batch)
-        self._counters.add("stale_verdicts", len(batch.items) - len(answers))
         verified: list[Verified] = []
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
             vocab_size = self._vocab_size(agent)
@@ -276,7 +280,8 @@ class EdgeService:
         if items:
             self._counters.add("batches")
             batch = EscalationBatch(**self.up.stamp(), items=items)
-            await self.up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
+            sent = await self.up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
+            self._counters.add_all(uplink_messages=int(sent > 0), uplink_bytes=sent)
         return bool(items)
 
     async def _send_digests(self) -> None:
@@ -304,11 +309,6 @@ class EdgeService:
         state = self.agents.get(agent)
         fingerprint = (state.fingerprint if state else None) or self.upstream
         return None if fingerprint is None else fingerprint.vocab_size
-
-    def _count_refused_keys(self) -> None:
-        if self.memory.refused_keys:
-            self._counters.add("refused_keys", self.memory.refused_keys)
-            self.memory.refused_keys = 0
 
     # Federation
 
@@ -399,6 +399,7 @@ class EdgeService:
                 del self.agents[next(iter(self.agents))]
             ours, theirs = self.upstream, state.fingerprint
             if ours and theirs and (ours.tokenizer, ours.vocab_size) != (theirs.tokenizer, theirs.vocab_size):
+                self._counters.add("fingerprint_mismatches")
                 warn_once(log, f"mismatch {agent}", "agent %s has another tokenizer than the cloud", agent)
             if new:
                 await self._carry_over(agent)

@@ -22,8 +22,9 @@ MESSAGE_MAX: Final = 4_096  # characters of one record: the name of a topic alon
 
 COUNTERS: Final[dict[str, str]] = {
     "refused_messages": "payloads that were not a valid message of their topic, or came from the wrong sender",
-    "dropped_messages": "messages given up because a queue was full",
-    "expired_messages": "requests and answers that arrived after their deadline",
+    "dropped_messages": "messages given up because a queue was full, incoming and outgoing",
+    "unsent_messages": "messages that did not leave: no room, expired in the queue, refused by the broker, or lost with the link at QoS 0",
+    "expired_messages": "blocks given up because nobody waited for their verdict any more",
     "stale_verdicts": "verdicts of an epoch that a rollback had ended",
     "late_verdicts": "verdicts for tokens that the deadline had committed already",
     "duplicate_messages": "messages that had been handled before",
@@ -37,9 +38,17 @@ COUNTERS: Final[dict[str, str]] = {
     "fingerprint_mismatches": "requests refused because both ends run different tokenizers, vocabularies or noise",
     "batches": "batches sent or computed",
     "reconnects": "connections to the broker after the first",
+    "sent_messages": "messages sent to brokers",
+    "sent_bytes": "bytes sent to brokers in PUBLISH packets",
+    "received_messages": "messages received from brokers",
+    "received_bytes": "bytes received from brokers in PUBLISH packets",
     "uplink_messages": "messages sent towards the cloud",
     "uplink_bytes": "bytes sent towards the cloud, MQTT headers included",
+    "downlink_messages": "messages received from the cloud's side",
     "downlink_bytes": "bytes received from the cloud's side, MQTT headers included",
+    "drafted_tokens": "tokens drafted by the small model",
+    "discarded_tokens": "drafts that came to nothing",
+    "escalated_tokens": "drafts sent upwards",
     "contributions": "federated contributions taken, from agents at an edge or from clusters at the cloud",
     "refused_contributions": "federated contributions with impossible sums or thresholds",
     "cut_contributions": "contributions that claimed more tokens, or less harm, than an edge saw settled for their agent",
@@ -66,11 +75,12 @@ GAUGES: Final[dict[str, str]] = {
 class Counters:
     """Monotonic counts by a name of COUNTERS and, for the names in LABELS, by label; newest values by a name of GAUGES.
 
-    Any thread may add, set and read.
+    A count is raised (`add`), or read where a part keeps it for itself (`follow`). Any thread may add, set and read.
     """
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._followed: list[tuple[str, object, str]] = []
         self._values: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -92,6 +102,27 @@ class Counters:
         with self._lock:
             self._counts[name, label] += amount
 
+    def add_all(self, **amounts: int) -> None:
+        """Raise several counts without labels."""
+        for name, amount in amounts.items():
+            self.add(name, amount)
+
+    def follow(self, source: object, **attributes: str) -> None:
+        """Add to each count what `source` counts in the attribute of that name, from now on and for good.
+
+        Several sources of a count are summed up; the same one counts once.
+
+        Raises:
+            KeyError: a name is not in COUNTERS, or has labels.
+            AttributeError: `source` does not count that.
+        """
+        for name, attribute in attributes.items():
+            if name not in COUNTERS or name in LABELS:
+                raise KeyError(name)
+            getattr(source, attribute)
+            if not any(held is source and (known, kept) == (name, attribute) for known, held, kept in self._followed):
+                self._followed.append((name, source, attribute))
+
     def set(self, name: str, value: float) -> None:
         """Give a gauge its newest value.
 
@@ -105,6 +136,12 @@ class Counters:
             raise ValueError(f"gauge {name} must be a finite number (got {value!r})")
         with self._lock:
             self._values[name] = float(value)
+
+    def set_all(self, **values: float | None) -> None:
+        """Give several gauges their newest values; None keeps the one before."""
+        for name, value in values.items():
+            if value is not None:
+                self.set(name, value)
 
     def gauges(self) -> dict[str, float]:
         """The newest value of each gauge that was set, in a fixed order."""
@@ -124,7 +161,11 @@ class Counters:
     def items(self) -> list[tuple[tuple[str, str], int]]:
         """((name, label), count) of everything counted so far, in a fixed order."""
         with self._lock:
-            return sorted(self._counts.items())
+            counts = self._counts.copy()
+        for name, source, attribute in self._followed:
+            if amount := getattr(source, attribute):
+                counts[name, ""] += amount
+        return sorted(counts.items())
 
     def snapshot(self) -> dict[str, float]:
         """Flat counts, a labelled one as `name.label`, and the gauges that were set."""

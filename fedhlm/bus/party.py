@@ -33,13 +33,15 @@ _SEQUENCE_END: Final = 2**31
 class Received(NamedTuple):
     """A valid message, its row of the topic table and the levels of its topic's name.
 
-    `retained`: the broker has kept it from before the subscription.
+    `retained`: the broker has kept it from before the subscription. `wire_bytes` is the size of its PUBLISH packet, 0
+    where it did not come over a bus.
     """
 
     topic: Topic
     levels: dict[str, str]
     message: AnyMessage
     retained: bool = False
+    wire_bytes: int = 0
 
 
 OnRefused = Callable[[Delivery, ProtocolError], Awaitable[None]]
@@ -122,6 +124,16 @@ class Party:
         self.root = root
         self.journal = journal
         self.on_refused = on_refused
+        counters.follow(
+            bus.statistics,
+            reconnects="reconnects",
+            sent_messages="messages_out",
+            sent_bytes="bytes_out",
+            received_messages="messages_in",
+            received_bytes="bytes_in",
+            dropped_messages="dropped_in",
+            unsent_messages="dropped_out",
+        )
 
     async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> Sent:
         """Publish as the topic's row says; what was sent, which is nothing when the bus had no room (counted)."""
@@ -177,7 +189,8 @@ class Party:
                 continue
             if self.journal is not None:
                 self.journal.note("heard", delivery.topic, delivery.payload)
-            yield received._replace(retained=delivery.retain)
+            size = publish_wire_bytes(delivery.topic, len(delivery.payload), protocol=self.bus.protocol or "5")
+            yield received._replace(retained=delivery.retain, wire_bytes=size)
 
     def read(self, name: str, payload: bytes) -> Received:
         """A message and where it belongs.

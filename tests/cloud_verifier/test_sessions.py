@@ -140,7 +140,7 @@ def test_sessions_are_bounded_and_the_oldest_goes_first() -> None:
         sessions.admit(KEY._replace(session=number), escalation())
         sessions.entry(KEY._replace(session=0))
     assert len(sessions) == 2
-    assert sessions.dropped == 2
+    assert sessions.evicted == 2
     assert sessions.entry(KEY._replace(session=0)) is not None
 
 

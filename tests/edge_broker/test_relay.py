@@ -57,7 +57,7 @@ def test_a_new_epoch_drops_what_waits_of_the_old_one() -> None:
     relay.escalate("a", escalation(epoch=1))
     assert not relay.escalate("a", escalation(epoch=0))
     assert [(r.agent, r.escalation.epoch) for r in relay.take_batch()] == [("b", 0), ("a", 1)]
-    assert relay.stale == 2
+    assert (relay.stale_escalations, relay.stale_verdicts, relay.repeated) == (2, 0, 0)
 
 
 def test_a_repeated_block_replaces_its_double() -> None:
@@ -65,6 +65,7 @@ def test_a_repeated_block_replaces_its_double() -> None:
     relay.escalate("a", escalation(ids=b"ab"))
     relay.escalate("a", escalation(ids=b"abcd"))
     assert [r.escalation.ids for r in relay.take_batch()] == [b"abcd"]
+    assert (relay.stale_escalations, relay.repeated) == (0, 1)
 
 
 def test_a_block_answered_here_leaves_the_queue_alone_and_is_not_stale() -> None:
@@ -75,7 +76,7 @@ def test_a_block_answered_here_leaves_the_queue_alone_and_is_not_stale() -> None
         relay.escalate("b", block)
     relay.settle("a", blocks[1])
     assert [(r.agent, r.escalation.base) for r in relay.pending] == [("a", 1), ("b", 1), ("b", 2), ("a", 3), ("b", 3)]
-    assert relay.stale == 0
+    assert relay.stale_escalations == relay.stale_verdicts == relay.repeated == 0
 
 
 def test_answers_of_old_epochs_are_dropped_and_strangers_pass() -> None:

@@ -160,6 +160,34 @@ def test_a_count_never_falls_and_has_a_known_name_and_the_right_label() -> None:
     assert counters.snapshot() == {}
 
 
+class Part:
+    """A part that counts for itself."""
+
+    lost = 0
+    late = 0
+
+
+def test_what_a_part_counts_for_itself_is_read_when_it_is_asked_for() -> None:
+    counters, one, two = Counters(), Part(), Part()
+    counters.add("retries", 5)
+    for part in (one, two, one):  # the same part twice counts once
+        counters.follow(part, retries="lost", evictions="late")
+    assert counters.snapshot() == {"retries": 5}
+    one.lost, two.lost, two.late = 3, 4, 2
+    assert counters["retries"] == 12
+    assert counters.snapshot() == {"retries": 12, "evictions": 2}
+
+
+def test_only_what_is_there_can_be_followed() -> None:
+    counters = Counters()
+    with pytest.raises(AttributeError):
+        counters.follow(Part(), retries="lsot")
+    for name in ("retrys", "tokens_by_source", "tau"):
+        with pytest.raises(KeyError):
+            counters.follow(Part(), **{name: "lost"})
+    assert counters.snapshot() == {}
+
+
 def test_no_addition_is_lost_between_threads() -> None:
     counters = Counters()
 

@@ -207,7 +207,7 @@ def test_a_draft_without_end_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = PIPELINES["async"]
     greedy = lambda limits: honest(limits)._replace(may_draft=lambda _pending: True)  # noqa: E731
     monkeypatch.setitem(PIPELINES, "async", greedy)
-    with pytest.raises(Violation, match="bounded: agent-. has a tail of 5 tokens"):
+    with pytest.raises(Violation, match="bounded: the tail of agent-. must be at most 4 tokens .got 5"):
         simulate(calm(settings=("generation.pipeline.window=4", "generation.pipeline.block=4")))
 
 

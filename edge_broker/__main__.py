@@ -28,6 +28,16 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
         if not broker.url:
             embedded = EmbeddedBroker(config.edge.embedded_host, config.edge.embedded_port)
             await stack.enter_async_context(embedded)
+            counters.follow(
+                embedded.counts,
+                broker_connections="connected",
+                broker_takeovers="taken_over",
+                broker_silences="silent",
+                broker_refusals="refused",
+                broker_received="received",
+                broker_sent="sent",
+                broker_dropped="dropped",
+            )
             broker = msgspec.structs.replace(broker, url=embedded.url)
             log.info("started a broker at %s", embedded.url)
         bridges = bool(upstream.url) and not same_place(broker, upstream)

@@ -281,7 +281,7 @@ class EdgeService:
             self._counters.add("batches")
             batch = EscalationBatch(**self.up.stamp(), items=items)
             sent = await self.up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
-            self._counters.add_all(uplink_messages=int(sent > 0), uplink_bytes=sent)
+            self._counters.add_all(uplink_messages=bool(sent), uplink_bytes=sent.packet_bytes)
         return bool(items)
 
     async def _send_digests(self) -> None:

@@ -58,6 +58,13 @@ COUNTERS: Final[dict[str, str]] = {
     "neighbour_answers": "blocks that the edge settled with a neighbour cluster's verified tokens",
     "refused_keys": "context keys of another length than this edge's",
     "assignments": "agents sent to another cluster by the cloud, or such orders relayed by an edge",
+    "broker_connections": "connections to the edge's own broker",
+    "broker_takeovers": "connections to it that ended because another client took the same name",
+    "broker_silences": "connections to it that ended because the client kept silent",
+    "broker_refusals": "connections that it refused",
+    "broker_received": "messages that it received",
+    "broker_sent": "messages that it sent",
+    "broker_dropped": "messages that it gave up: too large, or for a client that reads too slowly",
     "tokens_by_source": "committed tokens, labelled by who settled them",
     "generations": "finished generations, labelled by finish reason",
 }

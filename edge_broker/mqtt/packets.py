@@ -313,8 +313,8 @@ def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
         raise MqttError(Reason.MALFORMED, "not an MQTT CONNECT")
     version = body.byte()
     if version not in versions:
-        expected = " or ".join(map(str, versions))
-        raise MqttError(Reason.UNSUPPORTED_VERSION, f"protocol level {version}: {expected} expected")
+        known = " or ".join(map(str, versions))
+        raise MqttError(Reason.UNSUPPORTED_VERSION, f"protocol level must be {known} (got {version})")
     flags = body.byte()
     will_qos = flags >> 3 & 3
     if flags & 1 or will_qos > 2 or (not flags & 4 and flags & 0x38) or (version == V3 and flags & 0xC0 == 0x40):

@@ -257,7 +257,7 @@ class Link(asyncio.Protocol):
             raise MqttError(Reason.PROTOCOL_ERROR, "the first packet is no CONNECT of sane size")
         if at + length > self._server.max_packet_bytes:
             largest = self._server.max_packet_bytes
-            raise MqttError(Reason.TOO_LARGE, f"a packet of {at + length} bytes: at most {largest} expected")
+            raise MqttError(Reason.TOO_LARGE, f"a packet must be at most {largest} bytes (got {at + length})")
         if len(buffer) < at + length:
             return None
         first = buffer[0]

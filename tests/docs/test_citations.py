@@ -56,6 +56,11 @@ def test_every_file_that_a_page_names_exists() -> None:
     assert not missing
 
 
+def test_no_conflict_of_a_merge_is_left() -> None:
+    marks = re.compile(r"^(?:<{7}|>{7}) ", re.MULTILINE)
+    assert not [path for path, text in sources() if marks.search(text)]
+
+
 def test_nothing_speaks_of_a_plan_that_readers_do_not_have() -> None:
     pages = [
         path for path, text in sources() if path.endswith(".md") and re.search(r"\bthe plan\b", text, re.IGNORECASE)

@@ -91,6 +91,23 @@ def test_a_cancelled_request_ends_and_the_next_one_is_served() -> None:
     played(scene)
 
 
+def test_a_request_that_waits_for_the_cloud_is_cancelled_at_once() -> None:
+    async def scene(world: World) -> None:
+        async with world.client() as client:
+            await client.find("a")
+            await world.fleet.nodes["cloud"].crash()
+            answer = client.ask("a", TEXT, max_tokens=60, seed=SEED)
+            await answer.begin()
+            await asyncio.sleep(0.5)
+            assert world.outputs(answer.request) == []
+            await answer.aclose()
+            await asyncio.sleep(0.2)
+            (only,) = world.outputs(answer.request)
+            assert (only.finish, only.position) == ("cancelled", 0)
+
+    played(scene)
+
+
 def test_a_request_that_waits_is_cancelled_at_once() -> None:
     async def scene(world: World) -> None:
         async with world.client() as client:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edge_agent.model import Slm
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.uncertainty import closed_form
 from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.shipped import model_folder
@@ -51,7 +51,7 @@ def onnx_decode(decoder: Decoder) -> dict[str, float]:
     draft = COUPLINGS[sampling.coupling].draft
     for position, token in enumerate(ids[: TOKENS + 3]):
         t0 = time.perf_counter()
-        result = decoder.forward([Request(cache, [token])])[0]
+        result = decoder.forward([DecoderInput(cache, [token])])[0]
         t1 = time.perf_counter()
         drawn = draft(result.logits[-1], sampling, position + 1)
         t2 = time.perf_counter()

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cloud_verifier.verifier import Block, Session, settle
-from edge_agent.growth import RANKS, Budget
+from edge_agent.growth import RANKS, TreeLimits
 from edge_agent.model import Slm
 from fedhlm.decoding.alone import Alone
-from fedhlm.decoding.decoder import Cache, Decoder, Request
+from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput
 from fedhlm.decoding.tree import Branch
 from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.prompts import load_items
@@ -63,7 +63,7 @@ class Cloud:
         steps = settle(self.session, block)
         feed = next(steps)
         while True:
-            result = self._decoder.forward([Request(self._cache.truncated(feed.keep), feed.ids)])[0]
+            result = self._decoder.forward([DecoderInput(self._cache.truncated(feed.keep), feed.ids)])[0]
             self._cache = result.cache
             self._totals.llm_calls += 1
             try:
@@ -118,7 +118,7 @@ def grown(slm: Slm, nodes: int, width: int, round_trip_s: float) -> Callable[...
     """A tree (a chain where `width` is 1) of at most `nodes` nodes, as far as they pay at this round trip."""
 
     def draft(ids: list[int], sampling: Sampling, room: int, delay_s: float) -> Draft:
-        tree = slm.grow(ids, sampling, Budget(nodes, width, room, round_trip_s + delay_s))
+        tree = slm.grow(ids, sampling, TreeLimits(nodes, width, room, round_trip_s + delay_s))
         return [d.token for d in tree.chain], tree.branches
 
     return draft

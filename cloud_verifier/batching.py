@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 
 from numpy.typing import NDArray
 
-from cloud_verifier.engine import Cache, Output, Request
-from cloud_verifier.sessions import Declined, Entry, Key, Refused, Sessions
+from cloud_verifier.engine import EngineInput, EngineOutput, PrefixCache
+from cloud_verifier.sessions import Declined, Key, RefusedBlock, SessionEntry, Sessions
 from cloud_verifier.verifier import Block, Feed, Settled, settle
 from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES, Escalation
 
@@ -24,7 +24,7 @@ BYTES_OF_ONE: Final = 2 * MAX_PAYLOAD_BYTES
 RUNNING_OF_ONE: Final = 4
 
 
-class Job(NamedTuple):
+class BlockJob(NamedTuple):
     """An escalation as it came in; `expires_s` is on the batcher's clock."""
 
     key: Key
@@ -46,7 +46,7 @@ Outcome = Settled | Declined
 class Done(NamedTuple):
     """A job and what became of it."""
 
-    job: Job
+    job: BlockJob
     outcome: Outcome
 
 
@@ -54,8 +54,8 @@ class Done(NamedTuple):
 class Running:
     """A block on its way: the generator that settles it and what it wants fed next."""
 
-    job: Job
-    entry: Entry
+    job: BlockJob
+    entry: SessionEntry
     steps: Generator[Feed, NDArray[Any], Settled]
     feed: Feed
 
@@ -68,11 +68,11 @@ class Batcher:
     """
 
     sessions: Sessions
-    empty_cache: Cache
+    empty_cache: PrefixCache
     batch_max: int
     expired: int = 0
     overflowed: int = 0
-    _waiting: dict[Key, deque[Job]] = field(default_factory=dict)
+    _waiting: dict[Key, deque[BlockJob]] = field(default_factory=dict)
     _running: dict[Key, Running] = field(default_factory=dict)
     _count: int = 0
     _bytes: int = 0
@@ -85,7 +85,7 @@ class Batcher:
         """How many blocks may run."""
         return max(self.batch_max, self.sessions.sessions_max)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: BlockJob) -> None:
         """Queue a job; beyond the limits of all, or of its agent, it is dropped and counted (its sender will ask again)."""
         agent, size = job.key.owner, job.size_bytes
         full = self._count >= WAITING_MAX or self._bytes + size > WAITING_BYTES
@@ -95,7 +95,7 @@ class Batcher:
         self._weigh(job, 1)
         self._waiting.setdefault(job.key, deque()).append(job)
 
-    def _weigh(self, job: Job, sign: int) -> None:
+    def _weigh(self, job: BlockJob, sign: int) -> None:
         self._count += sign
         self._bytes += sign * job.size_bytes
         self._counts[job.key.owner] += sign
@@ -134,7 +134,7 @@ class Batcher:
         if not self._busy[running.job.key.owner]:
             del self._busy[running.job.key.owner]
 
-    def _next_of(self, key: Key) -> Job:
+    def _next_of(self, key: Key) -> BlockJob:
         queue = self._waiting[key]
         job = queue.popleft()
         self._weigh(job, -1)
@@ -143,7 +143,7 @@ class Batcher:
             self._waiting[key] = queue  # behind the others
         return job
 
-    def _start(self, job: Job, now_s: float, done: list[Done]) -> None:
+    def _start(self, job: BlockJob, now_s: float, done: list[Done]) -> None:
         if now_s > job.expires_s:
             self.expired += 1
             return
@@ -158,12 +158,12 @@ class Batcher:
         self._running[job.key] = Running(job, entry, steps, next(steps))
         self._busy[job.key.owner] += 1
 
-    def request(self, running: Running) -> Request:
+    def request(self, running: Running) -> EngineInput:
         """What a block wants of the model."""
         cache, feed = self.empty_cache if running.entry.cache is None else running.entry.cache, running.feed
-        return Request(cache.truncated(feed.keep), feed.ids, feed.rows)
+        return EngineInput(cache.truncated(feed.keep), feed.ids, feed.rows)
 
-    def advance(self, batch: Sequence[Running], outputs: Sequence[Output]) -> list[Done]:
+    def advance(self, batch: Sequence[Running], outputs: Sequence[EngineOutput]) -> list[Done]:
         """Give every block of `take` its output; the blocks that are settled now."""
         done: list[Done] = []
         for running, output in zip(batch, outputs, strict=True):
@@ -185,4 +185,4 @@ class Batcher:
             running.steps.close()
             self._end(running)
             self.sessions.forget(running.job.key)
-        return [Done(r.job, Refused(reason)) for r in batch]
+        return [Done(r.job, RefusedBlock(reason)) for r in batch]

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple, Protocol
 from numpy.typing import NDArray
 
 
-class Cache(Protocol):
+class PrefixCache(Protocol):
     """Keys and values of a prefix. A value: a call never changes the one it is given."""
 
-    def truncated(self, length: int, /) -> "Cache":
+    def truncated(self, length: int, /) -> "PrefixCache":
         """The cache of the first `length` tokens."""
 
 
-class Request(NamedTuple):
+class EngineInput(NamedTuple):
     """Ids (at least one) to run after what `cache` holds; the logits after the last `rows` of them are wanted."""
 
     cache: Any
@@ -25,7 +25,7 @@ class Request(NamedTuple):
     rows: int
 
 
-class Output(NamedTuple):
+class EngineOutput(NamedTuple):
     """Logits after the last `rows` ids of the request, shape (rows, V), and the cache that ends with all of its ids."""
 
     logits: NDArray[Any]
@@ -36,4 +36,4 @@ class Engine(NamedTuple):
     """A model: the cache before the first token, and `forward`, which runs several requests as one batch, in order."""
 
     empty_cache: Any
-    forward: Callable[[Sequence[Request]], Awaitable[list[Output]]]
+    forward: Callable[[Sequence[EngineInput]], Awaitable[list[EngineOutput]]]

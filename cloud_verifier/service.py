@@ -8,11 +8,11 @@ from typing import Final, assert_never
 
 import msgspec
 
-from cloud_verifier.batching import Batcher, Done, Job, Outcome
+from cloud_verifier.batching import Batcher, BlockJob, Done, Outcome
 from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.journal import CloudStart
-from cloud_verifier.sessions import Key, Refused, Sessions, Stale, Unprimed
+from cloud_verifier.sessions import Key, RefusedBlock, Sessions, StaleBlock, UnprimedBlock
 from cloud_verifier.verdicts import MODEL_FAILED, portions, verdict_of
 from cloud_verifier.verifier import Settled
 from fedhlm.bus.interface import Bus
@@ -22,12 +22,12 @@ from fedhlm.learning import rounds
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
-    Answered,
     Assignment,
     Contribution,
     EscalationBatch,
     Learned,
     Profile,
+    RoutedVerdict,
     VerdictBatch,
 )
 from fedhlm.settings import Config
@@ -145,7 +145,7 @@ class CloudService:
         for agent, escalation in ((i.agent, i.escalation) for i in batch.items):
             key = Key(cluster, agent, escalation.session)
             self._counters.add("escalations")
-            self.batcher.submit(Job(key, escalation, now + escalation.patience_ms / 1000.0))
+            self.batcher.submit(BlockJob(key, escalation, now + escalation.patience_ms / 1000.0))
         self._work.set()
 
     # Federation
@@ -236,12 +236,12 @@ class CloudService:
 
     async def _answer(self, done: list[Done]) -> None:
         vocab_size = self.batcher.sessions.fingerprint.vocab_size
-        by_cluster: defaultdict[str, list[Answered]] = defaultdict(list)
+        by_cluster: defaultdict[str, list[RoutedVerdict]] = defaultdict(list)
         for (key, escalation, _), outcome in done:
             self._count(outcome)
             verdict = verdict_of(escalation, outcome, self._party.stamp, vocab_size=vocab_size)
             if verdict is not None:
-                by_cluster[key.cluster].append(Answered(key.agent, verdict))
+                by_cluster[key.cluster].append(RoutedVerdict(key.agent, verdict))
         for cluster, answers in by_cluster.items():
             for items in portions(answers):
                 message = VerdictBatch(**self._party.stamp(), items=items)
@@ -252,11 +252,11 @@ class CloudService:
         match outcome:
             case Settled():
                 return
-            case Unprimed():
+            case UnprimedBlock():
                 self._counters.add("reprimes")
-            case Refused():
+            case RefusedBlock():
                 self._counters.add("refused_messages")
-            case Stale():
+            case StaleBlock():
                 self._counters.add("stale_escalations")
             case _:
                 assert_never(outcome)

@@ -33,28 +33,28 @@ class Key(NamedTuple):
 
 
 @dataclass
-class Entry:
+class SessionEntry:
     """A session and the backend's cache for it (None: nothing cached)."""
 
     state: Session
     cache: Any = None
 
 
-class Unprimed(NamedTuple):
+class UnprimedBlock(NamedTuple):
     """The cloud lacks the session or the tokens before the block's base."""
 
 
-class Refused(NamedTuple):
+class RefusedBlock(NamedTuple):
     """The escalation can never be settled here."""
 
     reason: str
 
 
-class Stale(NamedTuple):
+class StaleBlock(NamedTuple):
     """A newer epoch of the session was seen; nobody waits for an answer."""
 
 
-Declined = Unprimed | Refused | Stale
+Declined = UnprimedBlock | RefusedBlock | StaleBlock
 """Nothing is settled."""
 
 Admission = Block | Declined
@@ -76,13 +76,13 @@ class Sessions:
         self.evicted = 0
         self.mismatched = 0
         self.eos_ids = eos_ids
-        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._entries: OrderedDict[Key, SessionEntry] = OrderedDict()
         self._held: Counter[tuple[str, str]] = Counter()  # sessions by owner
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def entry(self, key: Key) -> Entry | None:
+    def entry(self, key: Key) -> SessionEntry | None:
         """The entry, now the most recently used one; None when it was dropped."""
         entry = self._entries.get(key)
         if entry is not None:
@@ -108,14 +108,14 @@ class Sessions:
         try:
             return self._admit(key, escalation)
         except ProtocolError as exc:
-            return Refused(str(exc))
+            return RefusedBlock(str(exc))
 
     def _admit(self, key: Key, escalation: Escalation) -> Admission:
         entry = self.entry(key)
         if entry is not None and escalation.epoch < entry.state.epoch:
-            return Stale()
+            return StaleBlock()
         block = self._block(escalation, entry)
-        if isinstance(block, Refused):
+        if isinstance(block, RefusedBlock):
             return block
         if escalation.prime is not None:
             refusal = self._prime(key, escalation, escalation.prime)
@@ -123,69 +123,69 @@ class Sessions:
                 return refusal
             entry = self.entry(key)
         if entry is None:
-            return Unprimed()
+            return UnprimedBlock()
         rejected_at = entry.state.rejected_at if escalation.epoch == entry.state.epoch else None
         if rejected_at is not None and escalation.base > rejected_at:
-            return Stale()
+            return StaleBlock()
         held = entry.state.context[: escalation.base]
         if len(held) < escalation.base or escalation.digest not in (None, digest_of(held)):
-            return Unprimed()
+            return UnprimedBlock()
         if escalation.epoch > entry.state.epoch:
             entry.state.epoch = escalation.epoch
             entry.state.rejected_at = None
         return block
 
-    def _block(self, escalation: Escalation, entry: Entry | None) -> Block | Refused:
+    def _block(self, escalation: Escalation, entry: SessionEntry | None) -> Block | RefusedBlock:
         vocab_size = self.fingerprint.vocab_size
         # Looked at before anything is unpacked: what is too long is refused at little cost.
         end = escalation.base + len(escalation.ids) // id_bytes(vocab_size)
         if end > self.context_max:
-            return Refused(f"escalation reaches position {end}: the model's context is {self.context_max}")
+            return RefusedBlock(f"escalation reaches position {end}: the model's context is {self.context_max}")
         ids = unpack_ids(escalation.ids, vocab_size)
         if escalation.fixed > len(ids):
-            return Refused(f"escalation.fixed must be at most the {len(ids)} ids of the block (got {escalation.fixed})")
+            return RefusedBlock(f"escalation.fixed must be at most the {len(ids)} ids of the block (got {escalation.fixed})")
         if escalation.base < 1:
-            return Refused(f"escalation.base must be at least one context token (got {escalation.base})")
+            return RefusedBlock(f"escalation.base must be at least one context token (got {escalation.base})")
         if not ids and not escalation.extend:
-            return Refused("escalation has no ids and extend 0: nothing is asked")
+            return RefusedBlock("escalation has no ids and extend 0: nothing is asked")
         chain = ids[escalation.fixed :]
         packed = escalation.hints.branches if escalation.hints else b""
         branches = unpack_branches(packed, vocab_size, len(chain))
         depth = Tree(chain, branches).depth
         end = escalation.base + escalation.fixed + depth + escalation.extend
         if end > self.context_max:
-            return Refused(f"escalation reaches position {end}: the model's context is {self.context_max}")
+            return RefusedBlock(f"escalation reaches position {end}: the model's context is {self.context_max}")
         name = (
             escalation.prime.sampling.coupling if escalation.prime else entry.state.sampling.coupling if entry else None
         )
         if name is None:
             return Block(escalation.base, ids, escalation.fixed, 0, [])
         if name not in COUPLINGS:
-            return Refused(f"sampling.coupling must be one of {', '.join(sorted(COUPLINGS))} (got {name!r})")
+            return RefusedBlock(f"sampling.coupling must be one of {', '.join(sorted(COUPLINGS))} (got {name!r})")
         if branches and not COUPLINGS[name].shared:
-            return Refused(
+            return RefusedBlock(
                 f"escalation has {len(branches)} branches: sampling.coupling {name!r} tests one draft a place"
             )
         drafts = split_laws(COUPLINGS[name], escalation.laws, len(ids) - escalation.fixed, vocab_size)
         laws = [b""] * escalation.fixed + drafts
         return Block(escalation.base, ids, escalation.fixed, min(escalation.extend, EXTEND_MAX), laws, branches)
 
-    def _prime(self, key: Key, escalation: Escalation, prime: Prime) -> Refused | None:
+    def _prime(self, key: Key, escalation: Escalation, prime: Prime) -> RefusedBlock | None:
         try:
             check_agreement(self.fingerprint, prime.fingerprint)
         except FingerprintMismatch as exc:
             self.mismatched += 1
-            return Refused(str(exc))
+            return RefusedBlock(str(exc))
         vocab_size = self.fingerprint.vocab_size
         if len(prime.context) != escalation.base * id_bytes(vocab_size):
             count = len(prime.context) // id_bytes(vocab_size)
-            return Refused(f"prime.context has {count} ids: escalation.base is {escalation.base}")
+            return RefusedBlock(f"prime.context has {count} ids: escalation.base is {escalation.base}")
         context = unpack_ids(prime.context, vocab_size)
         entry = self._entries.get(key)
         if entry is None or entry.state.sampling != prime.sampling:
             state = Session(prime.sampling, self.fingerprint.vocab_size, self.eos_ids, context)
             self._held[key.owner] += entry is None
-            self._entries[key] = Entry(state)
+            self._entries[key] = SessionEntry(state)
         else:
             held = entry.state.context
             shared = common_prefix(held, context)

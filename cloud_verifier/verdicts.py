@@ -6,14 +6,14 @@ from typing import Any, Final, assert_never
 import numpy as np
 
 from cloud_verifier.batching import Outcome
-from cloud_verifier.sessions import Refused, Stale, Unprimed
+from cloud_verifier.sessions import RefusedBlock, StaleBlock, UnprimedBlock
 from cloud_verifier.verifier import Settled
 from fedhlm.protocol.messages import (
     MAX_BATCH,
     MAX_PAYLOAD_BYTES,
     MAX_REASON,
-    Answered,
     Escalation,
+    RoutedVerdict,
     Verdict,
     pack_bits,
     pack_ids,
@@ -40,19 +40,19 @@ def verdict_of(
                 target_probs=pack_probs(np.clip(probs, 0.0, 1.0)),
                 missed=pack_bits(missed),
             )
-        case Unprimed():
+        case UnprimedBlock():
             return Verdict(**header(), **about, status="unprimed")
-        case Refused(reason):
+        case RefusedBlock(reason):
             return Verdict(**header(), **about, status="refused", reason=reason[:MAX_REASON])
-        case Stale():
+        case StaleBlock():
             return None
         case _:
             assert_never(outcome)
 
 
-def portions(answers: Sequence[Answered]) -> Iterator[tuple[Answered, ...]]:
+def portions(answers: Sequence[RoutedVerdict]) -> Iterator[tuple[RoutedVerdict, ...]]:
     """The answers in order, in portions that one message may carry; one that is larger goes alone."""
-    portion: list[Answered] = []
+    portion: list[RoutedVerdict] = []
     size = 0
     for answer in answers:
         new = len(answer.verdict.ids) + len(answer.verdict.target_probs)

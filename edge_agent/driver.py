@@ -14,8 +14,8 @@ from edge_agent.events import (
     Cancelled,
     Commit,
     Committed,
-    Draft,
     Drafted,
+    DraftNext,
     Escalate,
     Event,
     Finish,
@@ -29,16 +29,16 @@ from edge_agent.events import (
     Unprimed,
 )
 from edge_agent.gate import GATES, Settings
-from edge_agent.generation import Generation
-from edge_agent.growth import RANKS, Budget, Delay
+from edge_agent.generation import GenerationMachine
+from edge_agent.growth import RANKS, Delay, TreeLimits
 from edge_agent.journal import AgentStart, Ended, Notes, Planned
 from edge_agent.learner import Learner, measures_of
 from edge_agent.membership import Membership
 from edge_agent.model import Drafter, Drawn
 from edge_agent.peers import Peers
-from edge_agent.pipeline import PIPELINES, Limits
+from edge_agent.pipeline import PIPELINES, PipelineLimits
 from edge_agent.profile import PromptSample, Sampler
-from edge_agent.result import Job, Result
+from edge_agent.result import GenerationResult, Job
 from fedhlm import choices
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.couplings import COUPLINGS
@@ -98,11 +98,11 @@ class Turn(NamedTuple):
     plan: Plan
     queue: asyncio.Queue[Event]
     sample: PromptSample | None
-    result: Result
+    result: GenerationResult
     on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
 
 
-class Agent:
+class AgentCore:
     """Runs generations over one bus, in `cluster` until it is assigned to another one.
 
     `new_session` gives numbers below 2**63 that do not repeat among recent ones. With a `sampler` the cloud is shown
@@ -159,7 +159,7 @@ class Agent:
         config, sampling = job.config, job.sampling
         measures = measures_of(config, sampling, job.max_tokens)
         pipeline = config.pipeline
-        limits = Limits(
+        limits = PipelineLimits(
             window=pipeline.window,
             block=pipeline.block,
             flush_uncertainty=pipeline.flush_uncertainty,
@@ -307,7 +307,7 @@ class Agent:
         job: Job,
         prompt: list[int],
         on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
-    ) -> Result:
+    ) -> GenerationResult:
         """Generate from prompt ids; `on_commit` gets tokens as they are committed and may end the generation.
 
         Raises:
@@ -318,8 +318,8 @@ class Agent:
         self._notes.began(session, job, prompt, link_up=self.link_up, now_s=now)
         plan = self.plan(job)
         self._notes.write("plan", Planned(plan.tau, plan.similarity, plan.audit))
-        machine = Generation(plan, list(prompt), link_up=self.link_up)
-        result = Result(tau=plan.tau, similarity=plan.similarity, audited=plan.audit)
+        machine = GenerationMachine(plan, list(prompt), link_up=self.link_up)
+        result = GenerationResult(tau=plan.tau, similarity=plan.similarity, audited=plan.audit)
         sample = None if self._sampler is None else self._sampler.begin()
         turn = Turn(session, job, plan, asyncio.Queue(), sample, result, on_commit)
         self._routes[session] = turn.queue
@@ -329,7 +329,7 @@ class Agent:
                 actions = machine.start(now)
                 while True:
                     for action in actions:
-                        if isinstance(action, Draft):
+                        if isinstance(action, DraftNext):
                             group.create_task(self._draft(action, turn), name="draft")
                         else:
                             await self._act(action, turn)
@@ -378,7 +378,7 @@ class Agent:
                 result.finish, result.error, result.ended = reason, error, action
                 self._notes.write("ended", Ended(reason, error))
 
-    async def _learn(self, job: Job, result: Result, now_s: float) -> None:
+    async def _learn(self, job: Job, result: GenerationResult, now_s: float) -> None:
         """Take the generation into account, and contribute when a round is due."""
         config, measures = job.config, measures_of(job.config, job.sampling, job.max_tokens)
         learner = self.learner
@@ -407,7 +407,7 @@ class Agent:
         if contributes and learner.due(config, now_s):
             await self._contribute(config, result, now_s)
 
-    async def _contribute(self, config: GenerationConfig, result: Result, now_s: float) -> None:
+    async def _contribute(self, config: GenerationConfig, result: GenerationResult, now_s: float) -> None:
         number = self.learner.round
         ended = self.learner.contribution(config, now_s)
         if ended is None:
@@ -423,7 +423,7 @@ class Agent:
             sent = await self.party.send(topics.PROFILE, profile, cluster=self.cluster, agent=self.name)
             result.cluster_bytes += sent.packet_bytes
 
-    def _count(self, machine: Generation, result: Result) -> None:
+    def _count(self, machine: GenerationMachine, result: GenerationResult) -> None:
         tally = machine.tally
         self._counters.add_all(
             escalations=tally.escalations,
@@ -442,7 +442,7 @@ class Agent:
             self._counters.add("tokens_by_source", amount, label=source)
         self._counters.add("generations", label=result.finish)
 
-    async def _draft(self, action: Draft, turn: Turn) -> None:
+    async def _draft(self, action: DraftNext, turn: Turn) -> None:
         ids, position = action.ids, len(action.ids)
         sampling, uncertainty, queue = turn.plan.sampling, turn.job.config.uncertainty, turn.queue
         # At most one draft is under way, and the machine would wait for a lost one for ever: no limit applies here.
@@ -451,7 +451,7 @@ class Agent:
             chain = [_drafted(action.revision, position, drawn)]
             queue.put_nowait(chain[0])
         else:
-            budget = Budget(turn.job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
+            budget = TreeLimits(turn.job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
             grown = await self._drafter.grow(ids, sampling, budget, uncertainty=uncertainty, settled=action.settled)
             chain = [_drafted(action.revision, position + i, drawn) for i, drawn in enumerate(grown.chain)]
             queue.put_nowait(Grown(action.revision, position, chain, grown.branches))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from edge_agent.gate import Gate
-from edge_agent.pipeline import Pipeline
+from edge_agent.pipeline import PipelineRules
 from fedhlm.decoding.tree import Branch
 from fedhlm.protocol.messages import FinishReason, Sampling, Source, Uncertain
 
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
     sampling: Sampling
     gate: Gate
-    pipeline: Pipeline
+    pipeline: PipelineRules
     max_tokens: int
     context_max: int
     eos_ids: frozenset[int]
@@ -108,7 +108,7 @@ class Tick(NamedTuple):
 Event = Drafted | Grown | Answered | Unprimed | Refused | LinkUp | Cancelled | Tick
 
 
-class Draft(NamedTuple):
+class DraftNext(NamedTuple):
     """Ask the model for the token after `ids` or, with `levels` above 0, for a tree of at most so many levels.
 
     The first `settled` ids are the prompt's and the target's.
@@ -200,4 +200,4 @@ class Finish(NamedTuple):
     unseen: tuple[tuple[float, Source], ...] = ()
 
 
-Action = Draft | Escalate | Commit | Judged | Observe | Finish
+Action = DraftNext | Escalate | Commit | Judged | Observe | Finish

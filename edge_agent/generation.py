@@ -15,8 +15,8 @@ from edge_agent.events import (
     Cancelled,
     Commit,
     Committed,
-    Draft,
     Drafted,
+    DraftNext,
     Escalate,
     Event,
     Finish,
@@ -72,7 +72,7 @@ class Tally:
 
 
 @dataclass
-class Generation:
+class GenerationMachine:
     """The machine. Call `start` once, then `handle` with every event; `wake_s` says when a Tick is due.
 
     Raises:
@@ -351,7 +351,7 @@ class Generation:
             self._drafting = True
             ids = (*self.context, *(t.token for t in self._tail))
             levels = self.end - self.length if self.plan.pipeline.grow and self.link_up else 0
-            actions.append(Draft(self._revision, ids, self.verified, levels))
+            actions.append(DraftNext(self._revision, ids, self.verified, levels))
         return actions
 
     def _audited(self, actions: list[Action], now: float) -> bool:

@@ -34,7 +34,7 @@ _PRIOR_LOSSES: Final = (
 Logits = NDArray[Any]  # (V,) floating
 
 
-class Budget(NamedTuple):
+class TreeLimits(NamedTuple):
     """Limits of one tree: `nodes` (main chain included), `width` children of a node, `levels` below the root, `batch`
     nodes in a model call. `delay_s` from sending a block to its verdict; `send_s` is what each node adds to it."""
 
@@ -93,7 +93,7 @@ class Growth:
     tree, and the best one of its size among those looked at.
     """
 
-    def __init__(self, budget: Budget, acceptance: Acceptance, stop_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(self, budget: TreeLimits, acceptance: Acceptance, stop_ids: frozenset[int] = frozenset()) -> None:
         self.budget = budget
         self.paths: list[tuple[int, ...]] = [()]  # tokens from the root to each node
         self._acceptance = acceptance
@@ -195,7 +195,7 @@ class Trees:
         self._stop_ids = stop_ids
         self._last: tuple[list[int], Sampling, Growth] | None = None  # the last tree and what it grew below
 
-    def begin(self, ids: list[int], sampling: Sampling, budget: Budget, settled: int | None) -> Growth:
+    def begin(self, ids: list[int], sampling: Sampling, budget: TreeLimits, settled: int | None) -> Growth:
         """A tree below `ids`, whose first `settled` (None: all) are the prompt's or the target's."""
         if self._last is not None:
             root, of_tree, growth = self._last

@@ -11,9 +11,9 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.growth import Budget, Trees, grow
+from edge_agent.growth import TreeLimits, Trees, grow
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Cache, Decoder, Request, Result
+from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput, DecoderOutput
 from fedhlm.decoding.ids import common_prefix
 from fedhlm.decoding.tree import Branch
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
     key: bytes = b""
 
 
-class Grown(NamedTuple):
+class TreeDraft(NamedTuple):
     """A tree draft: its main chain, its branches (`fedhlm.decoding.tree`), and the expected tokens of its round trip."""
 
     chain: list[Drawn]
@@ -56,11 +56,11 @@ class Drafter(Protocol):
         self,
         ids: Sequence[int],
         sampling: Sampling,
-        budget: Budget,
+        budget: TreeLimits,
         *,
         uncertainty: str = "closed-form",
         settled: int | None = None,
-    ) -> Grown:
+    ) -> TreeDraft:
         """Draft a tree below `ids` (at least one) under a shared coupling.
 
         The first `settled` ids (None: all) are the target's text or the prompt: what they say about the last tree is learnt.
@@ -96,23 +96,25 @@ class Slm:
         self,
         ids: Sequence[int],
         sampling: Sampling,
-        budget: Budget,
+        budget: TreeLimits,
         *,
         uncertainty: str = "closed-form",
         settled: int | None = None,
-    ) -> Grown:
+    ) -> TreeDraft:
         """See `Drafter.grow`; blocks while the model computes."""
         wanted = list(ids)
         room = max(1, self.decoder.info.context - len(wanted))
         budget = budget._replace(levels=min(budget.levels, room))
         growth = self.trees.begin(wanted, sampling, budget, settled)
-        held: dict[int, Result] = {}
+        held: dict[int, DecoderOutput] = {}
         ready_s = self._clock_s()
 
         def evaluate(nodes: list[int]) -> list[NDArray[np.float32]]:
             nonlocal ready_s
             requests = [
-                Request(held[growth.parents[node]].cache, growth.paths[node][-1:]) if node else self._request(wanted)
+                DecoderInput(held[growth.parents[node]].cache, growth.paths[node][-1:])
+                if node
+                else self._request(wanted)
                 for node in nodes
             ]
             held.update(zip(nodes, self.decoder.forward(requests), strict=True))
@@ -131,14 +133,14 @@ class Slm:
             self._drawn(held[growth.parents[node]], sampling, len(wanted) + depth, uncertainty)
             for depth, node in enumerate(chain)
         ]
-        return Grown(drawn, tuple(branches), growth.expected)
+        return TreeDraft(drawn, tuple(branches), growth.expected)
 
-    def _request(self, wanted: list[int]) -> Request:
+    def _request(self, wanted: list[int]) -> DecoderInput:
         # The last id is always fed: its logits are the ones that are needed.
         keep = min(common_prefix(self._ids, wanted), len(wanted) - 1)
-        return Request(self._cache.truncated(keep), wanted[keep:])
+        return DecoderInput(self._cache.truncated(keep), wanted[keep:])
 
-    def _drawn(self, result: Result, sampling: Sampling, position: int, uncertainty: str) -> Drawn:
+    def _drawn(self, result: DecoderOutput, sampling: Sampling, position: int, uncertainty: str) -> Drawn:
         logits = result.logits[-1]
         token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, position)
         doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, position)
@@ -170,14 +172,14 @@ class SlmDrafter:
         self,
         ids: Sequence[int],
         sampling: Sampling,
-        budget: Budget,
+        budget: TreeLimits,
         *,
         uncertainty: str = "closed-form",
         settled: int | None = None,
-    ) -> Grown:
+    ) -> TreeDraft:
         """See `Drafter.grow`."""
         call = partial(self._slm.grow, ids, sampling, budget, uncertainty=uncertainty, settled=settled)
-        grown: Grown = await self._wait(call)
+        grown: TreeDraft = await self._wait(call)
         return grown
 
 

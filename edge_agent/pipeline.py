@@ -17,7 +17,7 @@ class Pending(NamedTuple):
     ended: bool
 
 
-class Pipeline(NamedTuple):
+class PipelineRules(NamedTuple):
     """`may_draft` and `must_send` look at what is pending; `extend` is how many tokens of its own the cloud adds to a
     fully accepted block; a draft is sent at the latest `flush_age_s` after it was made. With `grow` a draft is a tree."""
 
@@ -28,7 +28,7 @@ class Pipeline(NamedTuple):
     grow: bool = False
 
 
-class Limits(NamedTuple):
+class PipelineLimits(NamedTuple):
     """Window: drafts ahead of the last verdict. Block: drafts per message. A draft above `flush_uncertainty`, or one
     that waited `flush_age_s`, sends the block early. Below `survival_floor` drafting pauses, and what is there is sent.
     `bonus` asks for a token of the LLM's own after each block."""
@@ -46,18 +46,18 @@ def expected_rejection(uncertainty: float) -> float:
     return min(1.0, max(0.0, 0.82 * uncertainty - 0.06))
 
 
-def blocking(limits: Limits) -> Pipeline:
+def blocking(limits: PipelineLimits) -> PipelineRules:
     """Draft a block, send it, wait for its verdict."""
-    return Pipeline(
+    return PipelineRules(
         may_draft=lambda p: not p.awaiting and p.unsent < limits.block,
         must_send=lambda p: not p.awaiting and p.unsent > 0 and (p.unsent >= limits.block or p.ended),
         extend=int(limits.bonus),
     )
 
 
-def asynchronous(limits: Limits) -> Pipeline:
+def asynchronous(limits: PipelineLimits) -> PipelineRules:
     """Draft on while verdicts are under way (docs/algorithms.md, 6)."""
-    return Pipeline(
+    return PipelineRules(
         may_draft=lambda p: p.tail < limits.window and p.survival >= limits.survival_floor,
         must_send=lambda p: (
             p.unsent > 0
@@ -75,18 +75,18 @@ def asynchronous(limits: Limits) -> Pipeline:
     )
 
 
-def remote(limits: Limits) -> Pipeline:
+def remote(limits: PipelineLimits) -> PipelineRules:
     """Draft nothing: the cloud decodes `block` tokens at each request."""
-    return Pipeline(
+    return PipelineRules(
         may_draft=lambda _p: False,
         must_send=lambda p: not p.awaiting,
         extend=limits.block,
     )
 
 
-def tree(_limits: Limits) -> Pipeline:
+def tree(_limits: PipelineLimits) -> PipelineRules:
     """Grow a tree, send it, wait for its verdict (docs/algorithms.md, 6.1). The tree's own limits end its growth."""
-    return Pipeline(
+    return PipelineRules(
         may_draft=lambda p: not p.awaiting and p.unsent == 0,
         must_send=lambda p: not p.awaiting and p.unsent > 0,
         extend=1,
@@ -94,7 +94,7 @@ def tree(_limits: Limits) -> Pipeline:
     )
 
 
-PIPELINES: Final[dict[str, Callable[[Limits], Pipeline]]] = {
+PIPELINES: Final[dict[str, Callable[[PipelineLimits], PipelineRules]]] = {
     "blocking": blocking,
     "async": asynchronous,
     "remote": remote,

@@ -9,7 +9,7 @@ PROMPTS_MAX: Final = 256
 REQUESTS_REMEMBERED: Final = 1_024
 
 
-class Request:
+class RoutedPrompt:
     """A prompt, and the cluster through which it came and its output goes.
 
     `limit_s` is when its client stops waiting, on the agent's clock; `count` are the tokens that were put out.
@@ -44,7 +44,7 @@ class Requests:
     """The requests of an agent called `agent`: those that wait or are served, and the names of earlier ones."""
 
     def __init__(self, agent: str) -> None:
-        self.open: dict[str, Request] = {}  # in the order of their turns
+        self.open: dict[str, RoutedPrompt] = {}  # in the order of their turns
         self._agent = agent
         self._names: OrderedDict[str, _Mark] = OrderedDict()
         self._withdrawn: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -57,7 +57,7 @@ class Requests:
         """Whether this very prompt came before: MQTT may bring one twice."""
         return self._names.get(prompt.request) == _mark(prompt)
 
-    def admit(self, request: Request) -> End | None:
+    def admit(self, request: RoutedPrompt) -> End | None:
         """Take a new request in; or say how it ends at once."""
         prompt = request.prompt
         if prompt.request in self._names:
@@ -70,11 +70,11 @@ class Requests:
         self.open[prompt.request] = request
         return None
 
-    def first(self) -> Request | None:
+    def first(self) -> RoutedPrompt | None:
         """The one whose turn it is."""
         return next(iter(self.open.values()), None)
 
-    def cancel(self, message: Cancel) -> Request | None:
+    def cancel(self, message: Cancel) -> RoutedPrompt | None:
         """The open request that ends with this; None where there is none of this client's."""
         request = self.open.get(message.request)
         if request is not None and request.prompt.sender == message.sender:
@@ -83,7 +83,7 @@ class Requests:
             _remember(self._withdrawn, (message.sender, message.request), None)
         return None
 
-    def close(self, request: Request) -> None:
+    def close(self, request: RoutedPrompt) -> None:
         """It has had its last output."""
         request.over = True
         if self.open.get(request.prompt.request) is request:

@@ -23,7 +23,7 @@ class Job(NamedTuple):
 
 
 @dataclass
-class Result:
+class GenerationResult:
     """One finished generation: ids with who settled each, why it ended, and what it cost.
 
     `uplink_bytes` go to the cloud; `cluster_bytes` are for the peers and the federation. `escalation_bytes` are those to

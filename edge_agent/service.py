@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from edge_agent.connection import Connection
-from edge_agent.driver import Agent
+from edge_agent.driver import AgentCore
 from edge_agent.events import Committed
-from edge_agent.requests import CANCELLED, LATE, LATE_TEXT, End, Request, Requests
-from edge_agent.result import Job, Result
+from edge_agent.requests import CANCELLED, LATE, LATE_TEXT, End, Requests, RoutedPrompt
+from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
 from fedhlm.decoding.text import StoppedText, TextStream, encode_prompt
@@ -45,7 +45,7 @@ class AgentService:
     def __init__(
         self,
         *,
-        agent: Agent,
+        agent: AgentCore,
         loaded: Loaded,
         model: ModelFacts,
         connection: Connection,
@@ -59,7 +59,7 @@ class AgentService:
         self._counters = agent.party.counters
         self.requests = Requests(agent.name)
         self._work = asyncio.Event()
-        self._current: Request | None = None
+        self._current: RoutedPrompt | None = None
         agent.party.on_refused = self._answer_unusable
 
     async def subscribe(self) -> None:
@@ -142,7 +142,7 @@ class AgentService:
         if self.requests.knows(prompt):
             self._counters.add("duplicate_messages")
             return
-        request = Request(cluster, prompt, asyncio.get_running_loop().time())
+        request = RoutedPrompt(cluster, prompt, asyncio.get_running_loop().time())
         end = self.requests.admit(request)
         if end is None:
             self._work.set()
@@ -204,13 +204,13 @@ class AgentService:
                 self._current = None
                 self.requests.close(request)
 
-    async def _end(self, request: Request, end: End) -> None:
+    async def _end(self, request: RoutedPrompt, end: End) -> None:
         self.requests.close(request)
         await self._publish(request, [], "", finish=end.finish, error=end.error[:1_024], refusal=end.refusal)
 
     async def complete(
         self, prompt: Prompt, show: Callable[[str], object] | None = None, *, cluster: str | None = None
-    ) -> Result:
+    ) -> GenerationResult:
         """Serve one prompt; `show` gets the text as well, as it is committed. One after the other.
 
         The output goes to `cluster`, through which the prompt came (None: the agent's own).
@@ -219,13 +219,15 @@ class AgentService:
             ConfigError: an unknown preset.
             ValueError: a prompt without tokens, or longer than the model's context.
         """
-        return await self._complete_in_turn(Request(cluster or self.agent.cluster, prompt), show)
+        return await self._complete_in_turn(RoutedPrompt(cluster or self.agent.cluster, prompt), show)
 
-    async def _complete_in_turn(self, request: Request, show: Callable[[str], object] | None = None) -> Result:
+    async def _complete_in_turn(
+        self, request: RoutedPrompt, show: Callable[[str], object] | None = None
+    ) -> GenerationResult:
         async with self._turn:
             return await self._complete(request, show)
 
-    async def _complete(self, request: Request, show: Callable[[str], object] | None) -> Result:
+    async def _complete(self, request: RoutedPrompt, show: Callable[[str], object] | None) -> GenerationResult:
         prompt, now_s = request.prompt, asyncio.get_running_loop().time
         config = self._config(prompt)
         sampling = self._sampling(prompt, config)
@@ -283,7 +285,7 @@ class AgentService:
 
     async def _publish(
         self,
-        request: Request,
+        request: RoutedPrompt,
         tokens: list[Committed],
         text: str,
         *,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_agent.connection import Connection
-from edge_agent.driver import LEARNER_FILE, Agent, NextEvent, next_event
+from edge_agent.driver import LEARNER_FILE, AgentCore, NextEvent, next_event
 from edge_agent.learner import Learner
 from edge_agent.membership import birth_and_will
 from edge_agent.model import Drafter
@@ -44,9 +44,9 @@ def agent_of(
     rng: np.random.Generator,
     stamp: Stamp | None = None,
     next_event: NextEvent = next_event,
-    kind: Callable[..., Agent] = Agent,
+    kind: Callable[..., AgentCore] = AgentCore,
     guest: bool = False,
-) -> Agent:
+) -> AgentCore:
     """An agent `config.agent.id` in `config.cluster` on a bus, with what an earlier life learnt; its journal begins.
 
     `new_session` gives numbers below 2**63 that do not repeat among recent ones; `rng` draws privacy's noise and the samples
@@ -87,7 +87,7 @@ def service_of(
     open_next: OpenBus | None = None,
     new_session: Callable[[], int],
     rng: np.random.Generator,
-    kind: Callable[..., Agent] = Agent,
+    kind: Callable[..., AgentCore] = AgentCore,
     guest: str = "",
     alone: bool = False,
 ) -> AgentService:

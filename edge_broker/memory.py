@@ -36,7 +36,7 @@ DIGEST_MAX: Final = 64  # verified tokens in one message to the neighbours
 DIGESTS_MAX: Final = 16  # messages' worth that wait while the bus is slow; the oldest go first
 
 
-class Answer(NamedTuple):
+class PeersAnswer(NamedTuple):
     """All `accepted` ids of a block stand; `source` is the farthest origin of those that said so."""
 
     accepted: int
@@ -65,13 +65,13 @@ class _Block(NamedTuple):
     fixed: int
 
 
-class _Snapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class _MemorySnapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     space: str
     keys: str
     tokens: bytes
 
 
-_snapshots: Final = msgspec.msgpack.Decoder(_Snapshot)
+_snapshots: Final = msgspec.msgpack.Decoder(_MemorySnapshot)
 
 
 class ClusterMemory:
@@ -146,7 +146,7 @@ class ClusterMemory:
         if self._comparable(message):
             self._remember(message.items, "neighbour")
 
-    def answer(self, agent: str, escalation: Escalation, vocab_size: int) -> Answer | None:
+    def answer(self, agent: str, escalation: Escalation, vocab_size: int) -> PeersAnswer | None:
         """Settle a block where the agent allows it and verified neighbours agree with each of its doubtful drafts.
 
         Drafts that nobody doubted count as certain. None: ask the cloud. So it is also where the neighbours know
@@ -158,7 +158,7 @@ class ClusterMemory:
                 return None
             if source is None or SOURCES[found.match.origin].from_afar:
                 source = found.match.origin
-        return None if source is None else Answer(len(_ids(escalation.ids, vocab_size)), source)
+        return None if source is None else PeersAnswer(len(_ids(escalation.ids, vocab_size)), source)
 
     def evidence(self, agent: str, escalation: Escalation, vocab_size: int) -> list[Evidence]:
         """What `answer` looks at, draft by draft; nothing is changed by looking. Empty where it asks the cloud unseen."""
@@ -220,7 +220,7 @@ class ClusterMemory:
 
     def snapshot(self) -> bytes:
         """The verified tokens, for `restore`; doubts and pending blocks are of the moment."""
-        return msgspec.msgpack.encode(_Snapshot(self._tokens.space, self._keys, self._tokens.snapshot()))
+        return msgspec.msgpack.encode(_MemorySnapshot(self._tokens.space, self._keys, self._tokens.snapshot()))
 
     def restore(self, data: bytes) -> None:
         """Take over the verified tokens of a snapshot.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from fedhlm.protocol.messages import MAX_BATCH, MAX_PAYLOAD_BYTES, Answered, Escalation, Routed, VerdictBatch
+from fedhlm.protocol.messages import MAX_BATCH, MAX_PAYLOAD_BYTES, RoutedVerdict, Escalation, RoutedEscalation, VerdictBatch
 
 SESSIONS_MAX: Final = 4_096
 # The cloud refuses a larger payload as a whole, and with it the blocks of agents that asked for little.
@@ -25,7 +25,7 @@ class Relay:
     stale_escalations: int = 0
     stale_verdicts: int = 0
     repeated: int = 0
-    pending: list[Routed] = field(default_factory=list)
+    pending: list[RoutedEscalation] = field(default_factory=list)
     _epochs: OrderedDict[tuple[str, int], int] = field(default_factory=OrderedDict)
 
     def escalate(self, agent: str, escalation: Escalation) -> bool:
@@ -44,7 +44,7 @@ class Relay:
         self._epochs.move_to_end(session)
         while len(self._epochs) > SESSIONS_MAX:
             self._epochs.popitem(last=False)
-        self.pending.append(Routed(agent, escalation))
+        self.pending.append(RoutedEscalation(agent, escalation))
         return True
 
     def newest_epoch(self, agent: str, session: int) -> int | None:
@@ -55,7 +55,7 @@ class Relay:
         """Take a queued block out again: it was answered here."""
         self.pending = [r for r in self.pending if r.agent != agent or r.escalation is not escalation]
 
-    def take_batch(self) -> tuple[Routed, ...]:
+    def take_batch(self) -> tuple[RoutedEscalation, ...]:
         """The next at most `batch_max` pending blocks of BATCH_BYTES together, oldest first; empty when there are none.
 
         One block that is larger goes alone.
@@ -69,7 +69,7 @@ class Relay:
         batch, self.pending = tuple(self.pending[:count]), self.pending[count:]
         return batch
 
-    def answers(self, batch: VerdictBatch) -> list[Answered]:
+    def answers(self, batch: VerdictBatch) -> list[RoutedVerdict]:
         """The verdicts that their agents still wait for, in order."""
         current = [a for a in batch.items if a.verdict.epoch >= self._epochs.get((a.agent, a.verdict.session), 0)]
         self.stale_verdicts += len(batch.items) - len(current)

@@ -13,7 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edge_broker.journal import EdgeStart
-from edge_broker.memory import DIGEST_MAX, Answer, ClusterMemory
+from edge_broker.memory import DIGEST_MAX, ClusterMemory, PeersAnswer
 from edge_broker.relay import Relay
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
@@ -229,7 +229,7 @@ class EdgeService:
         self._counters.add("verdicts")
         await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
 
-    def _verdict(self, escalation: Escalation, answer: Answer) -> Verdict:
+    def _verdict(self, escalation: Escalation, answer: PeersAnswer) -> Verdict:
         return Verdict(
             **self.down.stamp(),
             session=escalation.session,

@@ -30,7 +30,7 @@ class Heard(NamedTuple):
     presence: Presence
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One part; `since_s` is for how long it has been online, by its own clock, None where it is not (a last will does not know
     when it was left behind). `wrong` is empty where all is well."""
 
@@ -68,13 +68,13 @@ async def listen(broker: settings.Broker, *, client_id: str) -> list[Heard]:
                 found[place] = Heard(*place, received.message)
 
 
-def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[Row]:
+def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[PartStatus]:
     """What each part is and lacks: the cloud first, then cluster by cluster the edge before its agents."""
     now_s = time.time() if now_s is None else now_s
     parts = sorted(heard, key=lambda h: (h.cluster, _ORDER[h.presence.role], h.name))
     edges = {h.cluster: h.presence for h in parts if h.presence.role == "edge"}
     return [
-        Row(
+        PartStatus(
             cluster=part.cluster,
             name=part.name,
             role=part.presence.role,
@@ -89,7 +89,7 @@ def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[Row]:
     ]
 
 
-def missing(found: Iterable[Row]) -> list[str]:
+def missing(found: Iterable[PartStatus]) -> list[str]:
     """What nobody has announced: a cloud behind no edge, agents without an edge; and software of several versions."""
     found = list(found)
     if not found:

@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple, cast
 from fedhlm.bus.interface import ProtocolVersion, publish_wire_bytes
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol import messages, topics
-from fedhlm.protocol.messages import Answered as AnsweredItem
-from fedhlm.protocol.messages import AnyMessage, Escalation, Fingerprint, Routed, Verdict
+from fedhlm.protocol.messages import AnyMessage, Escalation, Fingerprint, RoutedEscalation, Verdict
+from fedhlm.protocol.messages import RoutedVerdict as AnsweredItem
 from fedhlm.protocol.topics import Topic
 from fedhlm_traces.file import Header, Record
 
@@ -208,7 +208,7 @@ def _verdict(m: Verdict, vocab_size: int | None) -> str:
     return f"{block}: {m.accepted} accepted, then {_ids(m.ids, vocab_size)}, by {m.source}"
 
 
-def _items(items: tuple[Routed, ...] | tuple[AnsweredItem, ...], noun: str) -> str:
+def _items(items: tuple[RoutedEscalation, ...] | tuple[AnsweredItem, ...], noun: str) -> str:
     agents = ", ".join(dict.fromkeys(item.agent for item in items))
     return f"{_count(len(items), noun)} of {agents}" if items else f"no {noun}"
 

@@ -15,7 +15,7 @@ from fedhlm.protocol.messages import Journal, Note
 
 
 @dataclass
-class Told:
+class ToldGeneration:
     """A generation as its agent noted it; `drafts` go by index of the generated token, without those that had no draft."""
 
     session: int
@@ -30,11 +30,11 @@ class JournalReader:
 
     def __init__(self) -> None:
         self._next: tuple[int, int] | None = None  # life, number
-        self._told: Told | None = None
+        self._told: ToldGeneration | None = None
         self._tail: dict[int, Judged] = {}
         self._count = 0
 
-    def read(self, journal: Journal) -> Iterator[Told]:
+    def read(self, journal: Journal) -> Iterator[ToldGeneration]:
         """Generations that ended in this piece."""
         place = journal.life, journal.number
         if self._next is not None and self._next[0] == place[0] and place[1] < self._next[1]:
@@ -48,10 +48,10 @@ class JournalReader:
             except ProtocolError:
                 self._told = None
 
-    def _take(self, note: Note) -> Iterator[Told]:
+    def _take(self, note: Note) -> Iterator[ToldGeneration]:
         if note.kind == "began":
             began = unpack(note.data, Began)
-            self._told = Told(began.session, len(began.prompt))
+            self._told = ToldGeneration(began.session, len(began.prompt))
             self._tail, self._count = {}, 0
         told = self._told
         if told is None:
@@ -69,7 +69,7 @@ class JournalReader:
             self._told = None
             yield told
 
-    def _commit(self, told: Told, tokens: list[Any]) -> None:
+    def _commit(self, told: ToldGeneration, tokens: list[Any]) -> None:
         for token in tokens:
             judged = self._tail.pop(told.prompt_tokens + self._count, None)
             if judged is not None:

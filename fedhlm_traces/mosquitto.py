@@ -41,7 +41,7 @@ class _Pairs(list[tuple[str, Any]]):
 
 
 @dataclass
-class Tally:
+class LineTally:
     """Lines read. `lossy` lines lost bytes of their payload, of `unreadable` ones nothing is left; the first of both by number."""
 
     lines: int = 0
@@ -79,7 +79,7 @@ def lines_of(file: BinaryIO) -> Iterator[bytes]:
         yield line.rstrip(b"\r\n")
 
 
-def records(lines: Iterable[bytes], tally: Tally, *, lossy: bool = False) -> Iterator[Record]:
+def records(lines: Iterable[bytes], tally: LineTally, *, lossy: bool = False) -> Iterator[Record]:
     """Records of the lines in order, on the clock of their time stamps; at_s never goes back.
 
     With `lossy` what is left of a payload is taken, and lines without any are passed over.

@@ -91,9 +91,9 @@ class Recorder:
         topic, qos, retain = message.topic.value, message.qos, message.retain
         if message.properties is None and (row := _row(topic, self._header.root)) is not None:
             qos, retain = min(qos, row.qos), retain or row.retain
-        self.add(topic, bytes(message.payload), qos=qos, retain=retain, properties=properties_of(message.properties))
+        self.keep(topic, bytes(message.payload), qos=qos, retain=retain, properties=properties_of(message.properties))
 
-    def add(self, topic: str, payload: bytes, *, qos: int, retain: bool, properties: dict[str, Any]) -> None:
+    def keep(self, topic: str, payload: bytes, *, qos: int, retain: bool, properties: dict[str, Any]) -> None:
         """Queue one message as received now; drop and count it where there is no room."""
         summary = self.summary
         full = len(self._waiting) >= self._max_waiting or self._waiting_bytes + len(payload) > self._max_waiting_bytes

@@ -34,7 +34,7 @@ _LATE_MAX: Final = 1_000_000
 Publish = Callable[[Record], Awaitable[None]]
 
 
-class Selection(msgspec.Struct, frozen=True, kw_only=True):
+class ReplaySelection(msgspec.Struct, frozen=True, kw_only=True):
     """Which records are replayed: of the filters' topics, from `from_s` on and before `until_s` of the recording."""
 
     filters: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ async def replay(
     broker: settings.Broker,
     *,
     stop: asyncio.Event,
-    selection: Selection | None = None,
+    selection: ReplaySelection | None = None,
     speed: float = 1.0,
     rebase_time: bool = False,
     renames: Renames | None = None,
@@ -165,7 +165,7 @@ async def replay(
         TraceError: nothing was selected, or a record cannot be published.
         BusError: the broker does not answer in time or refuses.
     """
-    chosen, names, root = selection or Selection(), renames or Renames(), trace.header.root
+    chosen, names, root = selection or ReplaySelection(), renames or Renames(), trace.header.root
     bus = MqttBus(
         broker.address(),
         client_id=client_id("replay", secrets.token_hex(8), root=broker.root),

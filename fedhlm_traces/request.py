@@ -76,7 +76,7 @@ class _Draft(NamedTuple):
     uncertainty: float | None
 
 
-class _Block(NamedTuple):
+class _EscalatedBlock(NamedTuple):
     sent_s: float
     ids: list[int]
     fixed: int
@@ -106,7 +106,7 @@ class Run:
         self.count = 0  # committed tokens
         self._tail: dict[int, _Draft] = {}
         self._doubts: dict[int, tuple[int, float]] = {}
-        self._blocks: dict[tuple[int, int], _Block] = {}
+        self._blocks: dict[tuple[int, int], _EscalatedBlock] = {}
         self._settled: list[_Settled] = []
         self._scored: dict[int, _Scored] = {}
 
@@ -123,7 +123,7 @@ class Run:
         # A block that is asked for again may have grown meanwhile.
         sent_s = at_s if known is None else known.sent_s
         if known is None or len(ids) >= len(known.ids):
-            self._blocks[key] = _Block(sent_s, ids, message.fixed)
+            self._blocks[key] = _EscalatedBlock(sent_s, ids, message.fixed)
         for position, token in enumerate(ids[message.fixed :], start=message.base + message.fixed):
             if position not in self._tail or self._tail[position].token != token:
                 doubted, uncertainty = self._doubts.get(position, (None, None))

@@ -30,7 +30,7 @@ class Row(msgspec.Struct, kw_only=True):
     refused: int = 0
     duplicates: int = 0
 
-    def add(self, wire: int, payload: int, *, refused: bool, duplicate: bool) -> None:
+    def count(self, wire: int, payload: int, *, refused: bool, duplicate: bool) -> None:
         """One more message."""
         self.messages += 1
         self.wire_bytes += wire
@@ -46,7 +46,7 @@ class Latencies:
         self.count = 0
         self._buckets: Counter[int] = Counter()
 
-    def add(self, seconds: float) -> None:
+    def see(self, seconds: float) -> None:
         """One more time; the clock of a recording is never finer than a microsecond."""
         self.count += 1
         self._buckets[round(math.log(max(seconds, 1e-6), _GROWTH))] += 1
@@ -61,7 +61,7 @@ class Latencies:
         return None
 
 
-class Party(Row, kw_only=True):
+class PartyTraffic(Row, kw_only=True):
     """A cluster or an agent. `uplink_bytes` are those of its escalations, `tokens` those of its outputs.
 
     `verdicts` answered an escalation of the recording, after p50 and p99; None without any.
@@ -89,10 +89,10 @@ class Statistics(msgspec.Struct, kw_only=True):
 
     duration_s: float
     messages_per_s: float | None
-    total: Party
+    total: PartyTraffic
     topics: dict[str, Row]
-    clusters: dict[str, Party]
-    agents: dict[str, Party]
+    clusters: dict[str, PartyTraffic]
+    agents: dict[str, PartyTraffic]
     requests: int
     bytes_per_token: float | None
     uplink_bytes_per_token: float | None
@@ -125,9 +125,9 @@ class Accounting:
     def __init__(self, root: str, protocol: ProtocolVersion = "5") -> None:
         self._root, self._protocol = root, protocol
         self._topics: dict[str, Row] = {}
-        self._total = Party(tokens_by_source={})
-        self._clusters: dict[str, Party] = {}
-        self._agents: dict[str, Party] = {}
+        self._total = PartyTraffic(tokens_by_source={})
+        self._clusters: dict[str, PartyTraffic] = {}
+        self._agents: dict[str, PartyTraffic] = {}
         self._latencies: dict[int, Latencies] = {}
         self._recent = _Recent()
         self._asked: OrderedDict[tuple[str, int, int, int], float] = OrderedDict()
@@ -145,7 +145,7 @@ class Accounting:
         pattern = FOREIGN if seen.topic is None else seen.topic.pattern
         parties = self._parties(seen)
         for row in (self._topics.setdefault(pattern, Row()), *parties):
-            row.add(wire, len(record.payload), refused=refused, duplicate=duplicate)
+            row.count(wire, len(record.payload), refused=refused, duplicate=duplicate)
         if not duplicate:
             self._count(seen, wire, parties)
 
@@ -156,14 +156,14 @@ class Accounting:
             return False
         return self._recent.again((record.topic, message.sender, message.sequence, message.sent_ms))
 
-    def _parties(self, seen: Seen) -> list[Party]:
+    def _parties(self, seen: Seen) -> list[PartyTraffic]:
         found = [self._total]
         for name, parties in ((seen.cluster, self._clusters), (seen.agent, self._agents)):
             if name:
-                found.append(parties.setdefault(name, Party(tokens_by_source={})))
+                found.append(parties.setdefault(name, PartyTraffic(tokens_by_source={})))
         return found
 
-    def _count(self, seen: Seen, wire: int, parties: list[Party]) -> None:
+    def _count(self, seen: Seen, wire: int, parties: list[PartyTraffic]) -> None:
         match seen.message:
             case Output() as output:
                 self._requests += output.finish is not None
@@ -185,7 +185,7 @@ class Accounting:
                 if asked_s is not None:
                     for party in parties:
                         party.verdicts += 1
-                        self._latencies.setdefault(id(party), Latencies()).add(seen.record.at_s - asked_s)
+                        self._latencies.setdefault(id(party), Latencies()).see(seen.record.at_s - asked_s)
 
     def result(self) -> Statistics:
         """What was counted up to now."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from fedhlm_traces.stats import Party, Row, Statistics
+from fedhlm_traces.stats import PartyTraffic, Row, Statistics
 
 _NONE: Final = "-"
 
@@ -48,7 +48,7 @@ def _facts(found: Statistics) -> Iterator[str]:
 
 
 def _topic(name: str, row: Row, total: Row) -> list[str]:
-    tokens = total.tokens if isinstance(total, Party) else 0
+    tokens = total.tokens if isinstance(total, PartyTraffic) else 0
     share = row.wire_bytes / total.wire_bytes if total.wire_bytes else 0.0
     return [
         name,
@@ -60,7 +60,7 @@ def _topic(name: str, row: Row, total: Row) -> list[str]:
     ]
 
 
-def _parties(title: str, parties: Mapping[str, Party]) -> Iterator[str]:
+def _parties(title: str, parties: Mapping[str, PartyTraffic]) -> Iterator[str]:
     return _aligned(
         (title, "messages", "bytes", "tokens", "escalations", "uplink bytes/token", "verdict p50 ms", "p99 ms"),
         [

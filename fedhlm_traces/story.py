@@ -21,14 +21,14 @@ from fedhlm.protocol.messages import (
 )
 from fedhlm_traces.decoded import Seen, Vocabularies, look
 from fedhlm_traces.file import Header, Record
-from fedhlm_traces.journal_reader import JournalReader, Told
+from fedhlm_traces.journal_reader import JournalReader, ToldGeneration
 from fedhlm_traces.request import Run, Story
 
 JOURNAL_WAIT_S: Final = 5.0  # journals come in pieces every half second; a busy machine may be late
 REMEMBERED: Final = 1_024
 
 
-class _Agent:
+class _AgentRequests:
     """An agent's requests, one after the other: a session belongs to the request whose output ends next."""
 
     def __init__(self, name: str) -> None:
@@ -36,7 +36,7 @@ class _Agent:
         self.current: Run | None = None
         self.closed: list[Run] = []  # waiting for what the journal has to say
         self.journal = JournalReader()
-        self._told: OrderedDict[int, Told] = OrderedDict()
+        self._told: OrderedDict[int, ToldGeneration] = OrderedDict()
         self._prompts: OrderedDict[str, tuple[float, Prompt]] = OrderedDict()
         self._past: OrderedDict[str | int, Prompt | None] = OrderedDict()
 
@@ -128,14 +128,14 @@ class _Agent:
                 waiting.append(run)
         self.closed = waiting
 
-    def _note_of(self, story: Story) -> Told | None:
+    def _note_of(self, story: Story) -> ToldGeneration | None:
         if story.session is not None:
             return self._told.get(story.session)
         # All of it was kept on the device: only the journal knows its session.
         return next((told for told in self._told.values() if told.request and told.request == story.request), None)
 
 
-def _join(story: Story, told: Told) -> None:
+def _join(story: Story, told: ToldGeneration) -> None:
     """Put the agent's own notes in the place of what the bus told of drafts."""
     story.session, story.tau, story.journal = told.session, told.tau, True
     story.prompt_tokens = told.prompt_tokens
@@ -159,7 +159,7 @@ class Stories:
     def __init__(self, header: Header) -> None:
         self.root = header.root
         self.vocabularies = Vocabularies(header)
-        self._agents: dict[str, _Agent] = {}
+        self._agents: dict[str, _AgentRequests] = {}
         self._at_s = 0.0
 
     def add(self, record: Record) -> Iterator[Story]:
@@ -208,8 +208,8 @@ class Stories:
                 return tuple(self._agents)  # time passes for all, now and then
         return (name,) if name else ()
 
-    def _agent(self, name: str) -> _Agent:
-        return self._agents.setdefault(name, _Agent(name))
+    def _agent(self, name: str) -> _AgentRequests:
+        return self._agents.setdefault(name, _AgentRequests(name))
 
     def _escalation(self, name: str, message: Escalation, at_s: float, *, relayed: bool) -> None:
         run = self._agent(name).in_session(message.session, at_s)

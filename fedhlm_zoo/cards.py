@@ -30,7 +30,7 @@ ARITHMETIC: Final[Mapping[str, str]] = {
 }
 
 
-class Figures(msgspec.Struct, frozen=True, kw_only=True):
+class ModelFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Measurements of one form of a model; `agreement` is with the target model, for a drafting model."""
 
     label: str
@@ -39,7 +39,9 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     agreement: Agreement | None = None
 
 
-def write_card(folder: Path, *, purpose: str, training: str, figures: tuple[Figures, ...], limits: str = "") -> Path:
+def write_card(
+    folder: Path, *, purpose: str, training: str, figures: tuple[ModelFigures, ...], limits: str = ""
+) -> Path:
     """Write ``README.md`` into a model folder.
 
     Args:
@@ -57,7 +59,9 @@ def write_card(folder: Path, *, purpose: str, training: str, figures: tuple[Figu
     return path
 
 
-def render_card(info: ModelInfo, *, purpose: str, training: str, figures: tuple[Figures, ...], limits: str = "") -> str:
+def render_card(
+    info: ModelInfo, *, purpose: str, training: str, figures: tuple[ModelFigures, ...], limits: str = ""
+) -> str:
     """The text of a model card."""
     parts = [f"# {info.name}", purpose, "## What it is", _shape(info), ARITHMETIC.get(info.quantisation, "")]
     parts += ["## How it was made", training]
@@ -82,7 +86,7 @@ def _shape(info: ModelInfo) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])
 
 
-def _legend(figures: tuple[Figures, ...]) -> str:
+def _legend(figures: tuple[ModelFigures, ...]) -> str:
     articles = " / ".join(dict.fromkeys(str(f.evaluation.articles) for f in figures))
     text = (
         f"Measured on {articles} articles of the AG News test split. Topic: the likeliest of the four names after "
@@ -99,7 +103,7 @@ def _legend(figures: tuple[Figures, ...]) -> str:
     return text
 
 
-def _table(figures: tuple[Figures, ...]) -> str:
+def _table(figures: tuple[ModelFigures, ...]) -> str:
     paired = any(f.agreement for f in figures)
     header = ["form", "graph", "topic", "perplexity"] + (["greedy", "gumbel"] if paired else [])
     rows = [header, ["---"] * len(header)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from fedhlm.decoding.alone import Alone
-from fedhlm.decoding.decoder import INFO_FILE, TOKENIZER_FILE, Decoder, Request
+from fedhlm.decoding.decoder import INFO_FILE, TOKENIZER_FILE, Decoder, DecoderInput
 from fedhlm.decoding.sampling import perturbed_argmax, scores
 from fedhlm.errors import ModelError
 from fedhlm.protocol.messages import Sampling
@@ -78,7 +78,7 @@ class OnnxModel:
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         for number, ids in enumerate(sequences):
-            yield number, self._decoder.forward([Request(self._decoder.empty_cache(), ids)])[0].logits
+            yield number, self._decoder.forward([DecoderInput(self._decoder.empty_cache(), ids)])[0].logits
 
     def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
         alone = Alone(self._decoder)

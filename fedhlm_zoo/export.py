@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
-from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, TOKENIZER_FILE, Cache, Decoder, ModelInfo, Request
+from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, TOKENIZER_FILE, Cache, Decoder, DecoderInput, ModelInfo
 from fedhlm.errors import ModelError
 from fedhlm_zoo import graph
 from fedhlm_zoo.info import write_info
@@ -155,7 +155,7 @@ def compare_with_torch(model: Any, decoder: Decoder, *, seed: int = 0) -> float:
     cache: Cache = decoder.empty_cache()
     worst, begin = 0.0, 0
     for end in (length // 2, length // 2 + 1, length):
-        result = decoder.forward([Request(cache, ids[begin:end])])[0]
+        result = decoder.forward([DecoderInput(cache, ids[begin:end])])[0]
         worst = max(worst, float(np.abs(result.logits - expected[begin:end]).max()))
         cache, begin = result.cache, end
     return worst

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhlm.decoding.decoder import INFO_FILE, Decoder, FileInfo, Request, file_digest, load_info
+from fedhlm.decoding.decoder import INFO_FILE, Decoder, DecoderInput, FileInfo, file_digest, load_info
 from fedhlm.errors import FedhlmError, ModelError
 from fedhlm.peers.context_keys import DIMS, PROJECTION_FILE, Projection
 from fedhlm_zoo.corpus import Article, load_ag_news
@@ -46,7 +46,7 @@ def fit(decoder: Decoder, sequences: Iterable[Sequence[int]], *, dims: int = DIM
     for ids in sequences:
         if not ids:
             continue
-        result = decoder.forward([Request(decoder.empty_cache(), ids[: decoder.info.context])])[0]
+        result = decoder.forward([DecoderInput(decoder.empty_cache(), ids[: decoder.info.context])])[0]
         if result.hidden is None:
             raise ModelError(f"{decoder.info.name} gives no hidden state: export it with 'fedhlm models export'")
         rows = result.hidden.astype(np.float64)  # (ids, width)

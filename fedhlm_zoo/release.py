@@ -9,7 +9,7 @@ import msgspec
 
 from fedhlm.decoding.decoder import GRAPH_FILE
 from fedhlm.errors import ModelError
-from fedhlm_zoo.cards import Figures, write_card
+from fedhlm_zoo.cards import ModelFigures, write_card
 from fedhlm_zoo.corpus import Article, load_ag_news
 from fedhlm_zoo.evaluate import agreement, evaluate, open_model, sample
 from fedhlm_zoo.export import export
@@ -96,9 +96,9 @@ def release(
 
 def _measure(
     label: str, folder: Path, llm: Path | None, test: list[Article], titles: list[Article], threads: int
-) -> Figures:
+) -> ModelFigures:
     model = open_model(folder, threads=threads)
-    figures = Figures(
+    figures = ModelFigures(
         label=label,
         graph_bytes=(folder / GRAPH_FILE).stat().st_size,
         evaluation=evaluate(model, test),

@@ -5,16 +5,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
-from cloud_verifier.engine import Engine, Output, Request
+from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from fedhlm.decoding import decoder as runtime
 from fedhlm.decoding.decoder import Decoder
 
-Call = Callable[[], list[Output]]
-Wait = Callable[[Call], Awaitable[list[Output]]]
+Call = Callable[[], list[EngineOutput]]
+Wait = Callable[[Call], Awaitable[list[EngineOutput]]]
 """How a call that computes is waited for."""
 
 
-async def at_once(call: Call) -> list[Output]:
+async def at_once(call: Call) -> list[EngineOutput]:
     """Compute here and now, while the event loop stands still."""
     return call()
 
@@ -22,11 +22,11 @@ async def at_once(call: Call) -> list[Output]:
 def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
     """An Engine over a decoder."""
 
-    async def forward(requests: Sequence[Request]) -> list[Output]:
-        def call() -> list[Output]:
-            results = decoder.forward([runtime.Request(r.cache, r.ids) for r in requests])
+    async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
+        def call() -> list[EngineOutput]:
+            results = decoder.forward([runtime.DecoderInput(r.cache, r.ids) for r in requests])
             return [
-                Output(result.logits[len(result.logits) - r.rows :], result.cache)
+                EngineOutput(result.logits[len(result.logits) - r.rows :], result.cache)
                 for r, result in zip(requests, results, strict=True)
             ]
 

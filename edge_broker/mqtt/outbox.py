@@ -3,7 +3,7 @@
 from collections import deque
 from typing import Final, Literal, NamedTuple
 
-from edge_broker.mqtt.packets import Message
+from edge_broker.mqtt.packets import BrokerMessage
 
 MESSAGES_MAX: Final = 8_192
 BYTES_MAX: Final = 16 * 1024 * 1024
@@ -14,7 +14,7 @@ _NUMBERS: Final = 65_535
 class Due(NamedTuple):
     """A message on its way to one client; `number` is its packet identifier, 0 at QoS 0."""
 
-    message: Message
+    message: BrokerMessage
     qos: int
     retain: bool
     tags: tuple[int, ...] = ()
@@ -26,7 +26,7 @@ class Due(NamedTuple):
         return len(self.message.payload) + len(self.message.topic) + len(self.message.extras) + 64
 
 
-class Outbox:
+class SessionQueue:
     """A queue in order. The newest is dropped when `messages_max` or `bytes_max` is reached; one message always has room."""
 
     def __init__(self, receive_maximum: int, *, messages_max: int = MESSAGES_MAX, bytes_max: int = BYTES_MAX) -> None:

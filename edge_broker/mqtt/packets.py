@@ -15,7 +15,7 @@ VERSIONS: Final = (V3, V5)
 MAX_LENGTH: Final = 268_435_455  # 1.5.5, four bytes of seven bits
 
 
-class Kind(IntEnum):
+class PacketType(IntEnum):
     """Packet types, section 2.1.2."""
 
     CONNECT = 1
@@ -35,7 +35,7 @@ class Kind(IntEnum):
     AUTH = 15
 
 
-class Reason(IntEnum):
+class ReasonCode(IntEnum):
     """Reason codes that this broker sends or acts on, section 2.4."""
 
     SUCCESS = 0x00
@@ -64,7 +64,7 @@ class Reason(IntEnum):
 class MqttError(Exception):
     """The connection must end with this reason."""
 
-    def __init__(self, reason: Reason, text: str) -> None:
+    def __init__(self, reason: ReasonCode, text: str) -> None:
         super().__init__(text)
         self.reason = reason
 
@@ -128,7 +128,7 @@ _OF_DISCONNECT: Final = _OF_ANSWER | {Property.SESSION_EXPIRY, Property.SERVER_R
 _NOT_ZERO: Final = frozenset({Property.RECEIVE_MAXIMUM, Property.MAXIMUM_PACKET, Property.SUBSCRIPTION_ID})
 
 
-class Message(NamedTuple):
+class BrokerMessage(NamedTuple):
     """What is published. `extras` are the encoded properties that go on unchanged; `expires_s` is the broker's time."""
 
     topic: str
@@ -142,7 +142,7 @@ class Message(NamedTuple):
 class Publish(NamedTuple):
     """A PUBLISH as it came in; `number` is its packet identifier, 0 at QoS 0."""
 
-    message: Message
+    message: BrokerMessage
     number: int
     duplicate: bool
 
@@ -156,7 +156,7 @@ class Connect(NamedTuple):
     keep_alive_s: int
     username: str | None
     password: bytes | None
-    will: Message | None
+    will: BrokerMessage | None
     receive_maximum: int
     max_packet_bytes: int | None
 
@@ -181,7 +181,7 @@ class _Body:
     def take(self, count: int) -> bytes:
         end = self.at + count
         if end > len(self.data):
-            raise MqttError(Reason.MALFORMED, "the packet ends too early")
+            raise MqttError(ReasonCode.MALFORMED, "the packet ends too early")
         taken, self.at = self.data[self.at : end], end
         return taken
 
@@ -201,9 +201,9 @@ class _Body:
         try:
             found = self.binary().decode()
         except UnicodeDecodeError as exc:
-            raise MqttError(Reason.MALFORMED, "a string is not UTF-8") from exc
+            raise MqttError(ReasonCode.MALFORMED, "a string is not UTF-8") from exc
         if "\0" in found:
-            raise MqttError(Reason.MALFORMED, "a string holds U+0000")
+            raise MqttError(ReasonCode.MALFORMED, "a string holds U+0000")
         return found
 
     def varint(self) -> int:
@@ -213,7 +213,7 @@ class _Body:
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
-        raise MqttError(Reason.MALFORMED, "a length has more than four bytes")
+        raise MqttError(ReasonCode.MALFORMED, "a length has more than four bytes")
 
     def rest(self) -> bytes:
         return self.take(len(self.data) - self.at)
@@ -295,12 +295,12 @@ def _properties(body: _Body, allowed: frozenset[Property]) -> _Found:
         try:
             key = Property(number)
         except ValueError as exc:
-            raise MqttError(Reason.MALFORMED, f"property {number} is unknown") from exc
+            raise MqttError(ReasonCode.MALFORMED, f"property {number} is unknown") from exc
         if key not in allowed or (key in values and key not in _REPEATED):
-            raise MqttError(Reason.PROTOCOL_ERROR, f"property {key.name} is out of place")
+            raise MqttError(ReasonCode.PROTOCOL_ERROR, f"property {key.name} is out of place")
         values[key] = _READERS[key](inner)
         if key in _NOT_ZERO and values[key] == 0:
-            raise MqttError(Reason.PROTOCOL_ERROR, f"property {key.name} is 0")
+            raise MqttError(ReasonCode.PROTOCOL_ERROR, f"property {key.name} is 0")
         if key in _FORWARDED:
             extras += inner.data[start : inner.at]
     return _Found(values, bytes(extras))
@@ -310,19 +310,19 @@ def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
     """A CONNECT (3.1). An unknown version is the error UNSUPPORTED_VERSION before anything else is looked at."""
     body = _Body(data)
     if body.binary() not in (b"MQTT", b"MQIsdp"):
-        raise MqttError(Reason.MALFORMED, "not an MQTT CONNECT")
+        raise MqttError(ReasonCode.MALFORMED, "not an MQTT CONNECT")
     version = body.byte()
     if version not in versions:
         known = " or ".join(map(str, versions))
-        raise MqttError(Reason.UNSUPPORTED_VERSION, f"protocol level must be {known} (got {version})")
+        raise MqttError(ReasonCode.UNSUPPORTED_VERSION, f"protocol level must be {known} (got {version})")
     flags = body.byte()
     will_qos = flags >> 3 & 3
     if flags & 1 or will_qos > 2 or (not flags & 4 and flags & 0x38) or (version == V3 and flags & 0xC0 == 0x40):
-        raise MqttError(Reason.MALFORMED, f"flags of CONNECT are {flags:#04x}")
+        raise MqttError(ReasonCode.MALFORMED, f"flags of CONNECT are {flags:#04x}")
     keep_alive_s = body.short()
     found = _properties(body, _OF_CONNECT) if version == V5 else _NONE
     if Property.AUTH_METHOD in found.values:
-        raise MqttError(Reason.BAD_AUTHENTICATION, "authentication methods are not supported")
+        raise MqttError(ReasonCode.BAD_AUTHENTICATION, "authentication methods are not supported")
     client_id = body.text()
     will = None
     if flags & 4:
@@ -332,11 +332,11 @@ def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
         expiry = of_will.values.get(Property.MESSAGE_EXPIRY)
         # Its time begins when it is published: a span until then.
         lasts_s = float(expiry) if isinstance(expiry, int) else None
-        will = Message(topic, payload, will_qos, bool(flags & 0x20), of_will.extras, lasts_s)
+        will = BrokerMessage(topic, payload, will_qos, bool(flags & 0x20), of_will.extras, lasts_s)
     username = body.text() if flags & 0x80 else None
     password = body.binary() if flags & 0x40 else None
     if not body.done:
-        raise MqttError(Reason.MALFORMED, "CONNECT is longer than its fields")
+        raise MqttError(ReasonCode.MALFORMED, "CONNECT is longer than its fields")
     largest = found.values.get(Property.MAXIMUM_PACKET)
     return Connect(
         version,
@@ -355,21 +355,21 @@ def read_publish(flags: int, data: bytes, version: int, now_s: float) -> Publish
     """A PUBLISH (3.3); `flags` are the low four bits of its first byte, `now_s` is the broker's time."""
     qos = flags >> 1 & 3
     if qos == 3 or (not qos and flags & 8):
-        raise MqttError(Reason.MALFORMED, f"flags of PUBLISH are {flags:#03x}")
+        raise MqttError(ReasonCode.MALFORMED, f"flags of PUBLISH are {flags:#03x}")
     body = _Body(data)
     topic = body.text()
     number = body.short() if qos else 0
     if qos and not number:
-        raise MqttError(Reason.MALFORMED, "packet identifier 0")
+        raise MqttError(ReasonCode.MALFORMED, "packet identifier 0")
     found = _properties(body, _OF_PUBLISH) if version == V5 else _NONE
     if Property.TOPIC_ALIAS in found.values:
-        raise MqttError(Reason.TOPIC_ALIAS, "topic aliases were not offered")
+        raise MqttError(ReasonCode.TOPIC_ALIAS, "topic aliases were not offered")
     if Property.SUBSCRIPTION_ID in found.values:
-        raise MqttError(Reason.PROTOCOL_ERROR, "a client's PUBLISH has no subscription identifier")
+        raise MqttError(ReasonCode.PROTOCOL_ERROR, "a client's PUBLISH has no subscription identifier")
     check_topic(topic)
     expiry = found.values.get(Property.MESSAGE_EXPIRY)
     expires_s = now_s + expiry if isinstance(expiry, int) else None
-    message = Message(topic, body.rest(), qos, bool(flags & 1), found.extras, expires_s)
+    message = BrokerMessage(topic, body.rest(), qos, bool(flags & 1), found.extras, expires_s)
     return Publish(message, number, bool(flags & 8))
 
 
@@ -396,15 +396,15 @@ def read_subscribe(data: bytes, version: int) -> tuple[int, list[Asked]]:
         pattern, options = body.text(), body.byte()
         qos, handling = options & 3, options >> 4 & 3
         if qos == 3 or handling == 3 or options & (0xC0 if version == V5 else 0xFC):
-            raise MqttError(Reason.MALFORMED, f"options of a subscription are {options:#04x}")
+            raise MqttError(ReasonCode.MALFORMED, f"options of a subscription are {options:#04x}")
         shared = pattern.startswith("$share/")
         if shared and options & 4:
-            raise MqttError(Reason.PROTOCOL_ERROR, "a shared subscription cannot be without local messages")
+            raise MqttError(ReasonCode.PROTOCOL_ERROR, "a shared subscription cannot be without local messages")
         asked.append(
             Asked(pattern, qos, bool(options & 4), bool(options & 8), handling, tag if isinstance(tag, int) else None)
         )
     if not number or not asked:
-        raise MqttError(Reason.PROTOCOL_ERROR, "SUBSCRIBE without identifier or filter")
+        raise MqttError(ReasonCode.PROTOCOL_ERROR, "SUBSCRIBE without identifier or filter")
     return number, asked
 
 
@@ -418,7 +418,7 @@ def read_unsubscribe(data: bytes, version: int) -> tuple[int, list[str]]:
     while not body.done:
         patterns.append(body.text())
     if not number or not patterns:
-        raise MqttError(Reason.PROTOCOL_ERROR, "UNSUBSCRIBE without identifier or filter")
+        raise MqttError(ReasonCode.PROTOCOL_ERROR, "UNSUBSCRIBE without identifier or filter")
     return number, patterns
 
 
@@ -436,13 +436,13 @@ def read_disconnect(data: bytes, version: int) -> int:
 def check_topic(topic: str) -> None:
     """A name to publish on (4.7.1): not empty and without wildcards."""
     if not topic or "+" in topic or "#" in topic:
-        raise MqttError(Reason.BAD_TOPIC, "a topic's name is empty or has wildcards")
+        raise MqttError(ReasonCode.BAD_TOPIC, "a topic's name is empty or has wildcards")
 
 
 # Writing
 
 
-def packet(kind: Kind, body: bytes, flags: int = 0) -> bytes:
+def packet(kind: PacketType, body: bytes, flags: int = 0) -> bytes:
     """A whole packet."""
     return bytes([kind << 4 | flags]) + varint(len(body)) + body
 
@@ -485,24 +485,24 @@ def properties(values: Iterable[tuple[Property, int | str]], extras: bytes = b""
 
 # CONNACK's return codes of 3.1.1 (its table 3.1) for the reasons of 5.
 _OLD_CODES: Final = {
-    Reason.SUCCESS: 0,
-    Reason.UNSUPPORTED_VERSION: 1,
-    Reason.BAD_CLIENT_ID: 2,
-    Reason.SERVER_BUSY: 3,
-    Reason.BAD_LOGIN: 4,
-    Reason.NOT_AUTHORISED: 5,
+    ReasonCode.SUCCESS: 0,
+    ReasonCode.UNSUPPORTED_VERSION: 1,
+    ReasonCode.BAD_CLIENT_ID: 2,
+    ReasonCode.SERVER_BUSY: 3,
+    ReasonCode.BAD_LOGIN: 4,
+    ReasonCode.NOT_AUTHORISED: 5,
 }
 
 
-def connack(version: int, reason: Reason, values: Iterable[tuple[Property, int | str]] = ()) -> bytes:
+def connack(version: int, reason: ReasonCode, values: Iterable[tuple[Property, int | str]] = ()) -> bytes:
     """The answer to CONNECT (3.2); a session is never present."""
     if version == V5:
-        return packet(Kind.CONNACK, bytes([0, reason]) + properties(values))
-    return packet(Kind.CONNACK, bytes([0, _OLD_CODES.get(reason, 3)]))
+        return packet(PacketType.CONNACK, bytes([0, reason]) + properties(values))
+    return packet(PacketType.CONNACK, bytes([0, _OLD_CODES.get(reason, 3)]))
 
 
 def publish(
-    message: Message,
+    message: BrokerMessage,
     version: int,
     *,
     qos: int,
@@ -522,32 +522,32 @@ def publish(
             values.append((Property.MESSAGE_EXPIRY, max(1, round(message.expires_s - now_s))))
         head += properties(values, message.extras)
     flags = duplicate << 3 | qos << 1 | retain
-    return bytes([Kind.PUBLISH << 4 | flags]) + varint(len(head) + len(message.payload)) + head + message.payload
+    return bytes([PacketType.PUBLISH << 4 | flags]) + varint(len(head) + len(message.payload)) + head + message.payload
 
 
-def answer(kind: Kind, number: int, version: int, reason: Reason = Reason.SUCCESS) -> bytes:
+def answer(kind: PacketType, number: int, version: int, reason: ReasonCode = ReasonCode.SUCCESS) -> bytes:
     """PUBACK, PUBREC, PUBREL or PUBCOMP."""
     body = struct.pack(">H", number)
     if version == V5 and reason:
         body += bytes([reason])
-    return packet(kind, body, 2 if kind is Kind.PUBREL else 0)
+    return packet(kind, body, 2 if kind is PacketType.PUBREL else 0)
 
 
 def suback(number: int, version: int, codes: list[int]) -> bytes:
     """The answer to SUBSCRIBE: the granted QoS, or a failure, for each filter."""
     none = b"\0" if version == V5 else b""
     known = codes if version == V5 else [min(code, 0x80) for code in codes]
-    return packet(Kind.SUBACK, struct.pack(">H", number) + none + bytes(known))
+    return packet(PacketType.SUBACK, struct.pack(">H", number) + none + bytes(known))
 
 
 def unsuback(number: int, version: int, codes: list[int]) -> bytes:
     """The answer to UNSUBSCRIBE."""
-    return packet(Kind.UNSUBACK, struct.pack(">H", number) + (b"\0" + bytes(codes) if version == V5 else b""))
+    return packet(PacketType.UNSUBACK, struct.pack(">H", number) + (b"\0" + bytes(codes) if version == V5 else b""))
 
 
-def disconnect(reason: Reason, why: str = "") -> bytes:
+def disconnect(reason: ReasonCode, why: str = "") -> bytes:
     """A DISCONNECT of the broker; it exists in 5 only."""
-    return packet(Kind.DISCONNECT, bytes([reason]) + properties([(Property.REASON_STRING, why)] if why else []))
+    return packet(PacketType.DISCONNECT, bytes([reason]) + properties([(Property.REASON_STRING, why)] if why else []))
 
 
-PINGRESP: Final = packet(Kind.PINGRESP, b"")
+PINGRESP: Final = packet(PacketType.PINGRESP, b"")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from edge_broker.mqtt.packets import Asked, Message
+from edge_broker.mqtt.packets import Asked, BrokerMessage
 from fedhlm.bus.interface import check_filter, share_of, topic_matches
 
 RETAINED_MAX: Final = 65_536
@@ -152,15 +152,15 @@ def _tags(asked: Asked) -> tuple[int, ...]:
     return () if asked.number is None else (asked.number,)
 
 
-class Retained:
+class RetainedMessages:
     """The last retained message of each topic, bounded in number and bytes."""
 
     def __init__(self, *, messages_max: int = RETAINED_MAX, bytes_max: int = RETAINED_BYTES) -> None:
-        self._messages: dict[str, Message] = {}
+        self._messages: dict[str, BrokerMessage] = {}
         self._bytes = 0
         self._messages_max, self._bytes_max = messages_max, bytes_max
 
-    def keep(self, message: Message) -> bool:
+    def keep(self, message: BrokerMessage) -> bool:
         """Keep a message, or forget its topic's where it is empty; False when there is no room."""
         old = self._messages.pop(message.topic, None)
         if old is not None:
@@ -174,7 +174,7 @@ class Retained:
         self._bytes += size
         return True
 
-    def of(self, pattern: str, now_s: float) -> list[Message]:
+    def of(self, pattern: str, now_s: float) -> list[BrokerMessage]:
         """What a new subscriber is shown."""
         if "+" in pattern or "#" in pattern:
             levels = pattern.split("/")
@@ -187,5 +187,5 @@ class Retained:
         return [message for message in found if message not in gone] if gone else found
 
 
-def _bytes(message: Message) -> int:
+def _bytes(message: BrokerMessage) -> int:
     return len(message.topic) + len(message.payload) + len(message.extras)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from edge_broker.mqtt import packets
-from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, Outbox
-from edge_broker.mqtt.packets import V5, Connect, Kind, Message, MqttError, Property, Reason
-from edge_broker.mqtt.routes import Retained, Routes
+from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, SessionQueue
+from edge_broker.mqtt.packets import V5, Connect, PacketType, BrokerMessage, MqttError, Property, ReasonCode
+from edge_broker.mqtt.routes import RetainedMessages, Routes
 from fedhlm.bus.interface import MAX_PACKET_BYTES, share_of
 from fedhlm.telemetry import warn_once
 
@@ -66,7 +66,7 @@ class Server:
         self._queue_messages, self._queue_bytes = queue_messages, queue_bytes
         self._users = dict(users or {})
         self._routes = Routes()
-        self._retained = Retained()
+        self._retained = RetainedMessages()
         self._links: set[Link] = set()
         self._clients: dict[str, Link] = {}
         self._server: asyncio.Server
@@ -96,7 +96,7 @@ class Server:
         self._ticker.cancel()
         links = list(self._links)
         for link in links:
-            link.end(Reason.SHUTTING_DOWN, "the broker is stopped", will=False)
+            link.end(ReasonCode.SHUTTING_DOWN, "the broker is stopped", will=False)
         if links:
             await asyncio.wait([link.closed for link in links], timeout=CLOSE_S)
         for link in list(self._links):
@@ -133,18 +133,18 @@ class Server:
         expected = self._users.get(asked.username or "")
         return expected is not None and hmac.compare_digest(asked.password or b"", expected.encode())
 
-    def enter(self, link: "Link", asked: Connect) -> Outbox:
+    def enter(self, link: "Link", asked: Connect) -> SessionQueue:
         """A client has logged in: whoever has its name leaves first."""
         former = self._clients.get(link.name)
         if former is not None:
             self.counts.taken_over += 1
             _log.warning("client %s: another connection of the same id takes its place", link.name)
-            former.end(Reason.TAKEN_OVER, "another connection has the same client id", will=True)
+            former.end(ReasonCode.TAKEN_OVER, "another connection has the same client id", will=True)
         elif len(self._clients) >= CLIENTS_MAX:
-            raise MqttError(Reason.SERVER_BUSY, f"{CLIENTS_MAX} clients are connected")
+            raise MqttError(ReasonCode.SERVER_BUSY, f"{CLIENTS_MAX} clients are connected")
         self._clients[link.name] = link
         self.counts.connected += 1
-        return Outbox(asked.receive_maximum, messages_max=self._queue_messages, bytes_max=self._queue_bytes)
+        return SessionQueue(asked.receive_maximum, messages_max=self._queue_messages, bytes_max=self._queue_bytes)
 
     def leave(self, link: "Link") -> None:
         """A client's session ends."""
@@ -158,7 +158,7 @@ class Server:
             new = self._routes.subscribe(link.name, asked)
             group, pattern = share_of(asked.pattern)
         except ValueError:
-            return Reason.BAD_FILTER
+            return ReasonCode.BAD_FILTER
         if group is None and (asked.handling == 0 or (asked.handling == 1 and new)):
             tags = () if asked.number is None else (asked.number,)
             for message in self._retained.of(pattern, self.now_s):
@@ -167,9 +167,9 @@ class Server:
 
     def unsubscribe(self, link: "Link", pattern: str) -> int:
         """SUCCESS, or NO_SUBSCRIPTION."""
-        return Reason.SUCCESS if self._routes.unsubscribe(link.name, pattern) else Reason.NO_SUBSCRIPTION
+        return ReasonCode.SUCCESS if self._routes.unsubscribe(link.name, pattern) else ReasonCode.NO_SUBSCRIPTION
 
-    def publish(self, message: Message, publisher: str) -> None:
+    def publish(self, message: BrokerMessage, publisher: str) -> None:
         """Hand a message to everybody who has asked for it, and keep it where it is to be retained."""
         self.counts.received += 1
         if message.retain and not self._retained.keep(message):
@@ -190,8 +190,8 @@ class Link(asyncio.Protocol):
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._server = server
         self._asked: Connect | None = None
-        self._outbox = Outbox(0)
-        self._will: Message | None = None
+        self._outbox = SessionQueue(0)
+        self._will: BrokerMessage | None = None
         self._buffer = bytearray()
         self._out: list[bytes] = []
         self._out_bytes = 0
@@ -252,12 +252,12 @@ class Link(asyncio.Protocol):
             if byte < 0x80:
                 break
             if at > 4:
-                raise MqttError(Reason.MALFORMED, "a length has more than four bytes")
-        if self._asked is None and (buffer[0] != Kind.CONNECT << 4 or length > MAX_CONNECT_BYTES):
-            raise MqttError(Reason.PROTOCOL_ERROR, "the first packet is no CONNECT of sane size")
+                raise MqttError(ReasonCode.MALFORMED, "a length has more than four bytes")
+        if self._asked is None and (buffer[0] != PacketType.CONNECT << 4 or length > MAX_CONNECT_BYTES):
+            raise MqttError(ReasonCode.PROTOCOL_ERROR, "the first packet is no CONNECT of sane size")
         if at + length > self._server.max_packet_bytes:
             largest = self._server.max_packet_bytes
-            raise MqttError(Reason.TOO_LARGE, f"a packet must be at most {largest} bytes (got {at + length})")
+            raise MqttError(ReasonCode.TOO_LARGE, f"a packet must be at most {largest} bytes (got {at + length})")
         if len(buffer) < at + length:
             return None
         first = buffer[0]
@@ -277,7 +277,7 @@ class Link(asyncio.Protocol):
                 self.abort()
         elif limit_s and now_s - self._heard_s > limit_s:
             self._server.counts.silent += 1
-            self.end(Reason.KEEP_ALIVE, f"nothing was heard for {limit_s:g} s", will=True)
+            self.end(ReasonCode.KEEP_ALIVE, f"nothing was heard for {limit_s:g} s", will=True)
 
     def offer(self, due: Due) -> None:
         """A message for this client."""
@@ -289,7 +289,7 @@ class Link(asyncio.Protocol):
             return
         self._pump()
 
-    def end(self, reason: Reason, why: str, *, will: bool) -> None:
+    def end(self, reason: ReasonCode, why: str, *, will: bool) -> None:
         """Close from our side; a client of MQTT 5 is told why."""
         if self._ended:
             return
@@ -318,53 +318,53 @@ class Link(asyncio.Protocol):
     def _handle(self, first: int, body: bytes) -> None:
         flags = first & 0x0F
         try:
-            kind = Kind(first >> 4)
+            kind = PacketType(first >> 4)
         except ValueError as exc:
-            raise MqttError(Reason.MALFORMED, "packet type 0") from exc
+            raise MqttError(ReasonCode.MALFORMED, "packet type 0") from exc
         asked = self._asked
         if asked is None:
             self._connect(body)
             return
         version = asked.version
-        if kind is not Kind.PUBLISH and flags != (2 if kind in _FLAGGED else 0):
-            raise MqttError(Reason.MALFORMED, f"flags of {kind.name} are {flags:#x}")
+        if kind is not PacketType.PUBLISH and flags != (2 if kind in _FLAGGED else 0):
+            raise MqttError(ReasonCode.MALFORMED, f"flags of {kind.name} are {flags:#x}")
         match kind:
-            case Kind.PUBLISH:
+            case PacketType.PUBLISH:
                 self._take(packets.read_publish(flags, body, version, self._server.now_s), version)
-            case Kind.PUBACK | Kind.PUBREC | Kind.PUBCOMP | Kind.PUBREL:
+            case PacketType.PUBACK | PacketType.PUBREC | PacketType.PUBCOMP | PacketType.PUBREL:
                 self._answered(kind, *packets.read_answer(body, version), version)
-            case Kind.SUBSCRIBE:
+            case PacketType.SUBSCRIBE:
                 number, wanted = packets.read_subscribe(body, version)
                 # SUBACK first: who subscribes waits for it, and retained messages may be many.
                 place = len(self._out)
                 codes = [self._server.subscribe(self, one) for one in wanted]
                 self._write(packets.suback(number, version, codes), place)
-            case Kind.UNSUBSCRIBE:
+            case PacketType.UNSUBSCRIBE:
                 number, patterns = packets.read_unsubscribe(body, version)
                 codes = [self._server.unsubscribe(self, pattern) for pattern in patterns]
                 self._write(packets.unsuback(number, version, codes))
-            case Kind.PINGREQ:
+            case PacketType.PINGREQ:
                 self._write(packets.PINGRESP)
-            case Kind.DISCONNECT:
-                self._leave(will=packets.read_disconnect(body, version) == Reason.WITH_WILL)
+            case PacketType.DISCONNECT:
+                self._leave(will=packets.read_disconnect(body, version) == ReasonCode.WITH_WILL)
                 self._flush()
                 self._transport.close()
             case _:
-                raise MqttError(Reason.PROTOCOL_ERROR, f"{kind.name} is out of place")
+                raise MqttError(ReasonCode.PROTOCOL_ERROR, f"{kind.name} is out of place")
 
     def _connect(self, body: bytes) -> None:
         try:
             asked = packets.read_connect(body, self._server.versions)
         except MqttError as exc:
-            if exc.reason in (Reason.UNSUPPORTED_VERSION, Reason.BAD_AUTHENTICATION):
+            if exc.reason in (ReasonCode.UNSUPPORTED_VERSION, ReasonCode.BAD_AUTHENTICATION):
                 # A client of a version that is unknown here understands the answer of 3.1.1 best.
-                self._write(packets.connack(V5 if exc.reason is Reason.BAD_AUTHENTICATION else 4, exc.reason))
+                self._write(packets.connack(V5 if exc.reason is ReasonCode.BAD_AUTHENTICATION else 4, exc.reason))
             raise
-        refusal = Reason.SUCCESS
+        refusal = ReasonCode.SUCCESS
         if not self._server.admits(asked):
-            refusal = Reason.BAD_LOGIN
+            refusal = ReasonCode.BAD_LOGIN
         elif not asked.client_id and asked.version != V5 and not asked.clean:
-            refusal = Reason.BAD_CLIENT_ID
+            refusal = ReasonCode.BAD_CLIENT_ID
         if refusal:
             self._write(packets.connack(asked.version, refusal))
             raise MqttError(refusal, f"login refused: {refusal.name.lower()}")
@@ -382,31 +382,31 @@ class Link(asyncio.Protocol):
         ]
         if not asked.client_id:
             values.append((Property.ASSIGNED_ID, self.name))
-        self._write(packets.connack(asked.version, Reason.SUCCESS, values))
+        self._write(packets.connack(asked.version, ReasonCode.SUCCESS, values))
 
     def _take(self, came: packets.Publish, version: int) -> None:
         message, number, _ = came
         if message.qos < 2:
             self._server.publish(message, self.name)
             if message.qos:
-                self._write(packets.answer(Kind.PUBACK, number, version))
+                self._write(packets.answer(PacketType.PUBACK, number, version))
             return
         if number not in self._received:
             if len(self._received) >= RECEIVE_MAXIMUM:
-                raise MqttError(Reason.RECEIVE_MAXIMUM, f"more than {RECEIVE_MAXIMUM} messages are not released")
+                raise MqttError(ReasonCode.RECEIVE_MAXIMUM, f"more than {RECEIVE_MAXIMUM} messages are not released")
             self._received.add(number)
             self._server.publish(message, self.name)
-        self._write(packets.answer(Kind.PUBREC, number, version))
+        self._write(packets.answer(PacketType.PUBREC, number, version))
 
-    def _answered(self, kind: Kind, number: int, reason: int, version: int) -> None:
+    def _answered(self, kind: PacketType, number: int, reason: int, version: int) -> None:
         match kind:
-            case Kind.PUBREL:
+            case PacketType.PUBREL:
                 known = number in self._received
                 self._received.discard(number)
-                self._write(packets.answer(Kind.PUBCOMP, number, version, _of(known)))
-            case Kind.PUBREC if reason < Reason.MALFORMED - 1:
+                self._write(packets.answer(PacketType.PUBCOMP, number, version, _of(known)))
+            case PacketType.PUBREC if reason < ReasonCode.MALFORMED - 1:
                 known = self._outbox.received(number)
-                self._write(packets.answer(Kind.PUBREL, number, version, _of(known)))
+                self._write(packets.answer(PacketType.PUBREL, number, version, _of(known)))
             case _:
                 self._outbox.acknowledged(number)
                 self._pump()
@@ -456,8 +456,8 @@ class Link(asyncio.Protocol):
             self._pump()
 
 
-_FLAGGED: Final = (Kind.PUBREL, Kind.SUBSCRIBE, Kind.UNSUBSCRIBE)
+_FLAGGED: Final = (PacketType.PUBREL, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE)
 
 
-def _of(known: bool) -> Reason:
-    return Reason.SUCCESS if known else Reason.UNKNOWN_ID
+def _of(known: bool) -> ReasonCode:
+    return ReasonCode.SUCCESS if known else ReasonCode.UNKNOWN_ID

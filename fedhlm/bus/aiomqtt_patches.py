@@ -37,7 +37,7 @@ class _Complaints(logging.Logger):
         _log.debug("%s", self.last)
 
 
-class Client(aiomqtt.Client):
+class PatchedClient(aiomqtt.Client):
     """aiomqtt's client, except that a connection closed before its CONNACK fails at once, not after the timeout.
 
     `connack` holds the properties of the broker's answer, `goodbye` the reason code of its DISCONNECT (both MQTT 5), and

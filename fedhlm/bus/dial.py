@@ -11,7 +11,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from fedhlm.bus.aiomqtt_patches import Client, ClosedEarlyError, drop, enter_quietly, funnel
+from fedhlm.bus.aiomqtt_patches import ClosedEarlyError, PatchedClient, drop, enter_quietly, funnel
 from fedhlm.bus.broker_url import BrokerUrl, tls_refusal
 from fedhlm.bus.interface import MAX_PACKET_BYTES, ProtocolVersion, Retained
 from fedhlm.bus.limits import Limits
@@ -62,7 +62,7 @@ class Dialler:
         self._learnt_max = packet_bytes
         self.limits = self.limits.at_most(packet_bytes)
 
-    async def connect(self, group: asyncio.TaskGroup) -> Client:
+    async def connect(self, group: asyncio.TaskGroup) -> PatchedClient:
         """A connected client of the newest protocol that the broker takes.
 
         Raises:
@@ -95,11 +95,11 @@ class Dialler:
             raise error
         raise AssertionError("unreachable: the last candidate returns or raises")
 
-    def _make_client(self, version: ProtocolVersion) -> Client:
+    def _make_client(self, version: ProtocolVersion) -> PatchedClient:
         five = version == "5"
         qos, retain = min(1, self.limits.max_qos), self.limits.retains
         will = self._will and aiomqtt.Will(self._will.topic, self._will.payload, qos=qos, retain=retain)
-        client = Client(
+        client = PatchedClient(
             self._url.host,
             self._url.port,
             on_refused=self._on_refused,
@@ -125,7 +125,7 @@ class Dialler:
             client.read_ahead()
         return client
 
-    async def _enter(self, client: Client, group: asyncio.TaskGroup) -> aiomqtt.MqttError | None:
+    async def _enter(self, client: PatchedClient, group: asyncio.TaskGroup) -> aiomqtt.MqttError | None:
         """Connect; the error, if any, is returned. Cancelling waits while paho's thread opens the connection."""
         attempt = group.create_task(enter_quietly(client), name=f"bus {self._client_id} connect")
         try:

@@ -16,7 +16,7 @@ FLUSH_BYTES: Final = 64 * 1024
 WAITING_BYTES: Final = 8 * 1024 * 1024
 
 
-class Piece(NamedTuple):
+class JournalPiece(NamedTuple):
     """Consecutive notes of one journal, as fields of a `Journal` message; `number` is that of the first."""
 
     life: int
@@ -53,7 +53,7 @@ class JournalWriter:
         except TimeoutError:
             pass
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[JournalPiece]:
         """Hand out all that waits, oldest first, in pieces that a message may carry."""
         self._full.clear()
         while self._notes:
@@ -64,4 +64,4 @@ class JournalWriter:
                 size += len(notes[-1].data)
             self._bytes -= size
             number, self._first = self._first, self._first + len(notes)
-            yield Piece(self._life, number, tuple(notes))
+            yield JournalPiece(self._life, number, tuple(notes))

@@ -18,7 +18,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fedhlm.bus import reasons
-from fedhlm.bus.aiomqtt_patches import Client, drop, publish_properties, watch
+from fedhlm.bus.aiomqtt_patches import PatchedClient, drop, publish_properties, watch
 from fedhlm.bus.backoff import CAP_S, Backoff, Wait
 from fedhlm.bus.broker_url import BrokerUrl
 from fedhlm.bus.dial import MAX_IN_FLIGHT, Dialler
@@ -98,7 +98,7 @@ class MqttBus:
         self._inbox = Inbox(max_incoming, self._statistics)
         self._outbox = Outbox(max_outgoing)
         self._filters: dict[str, None] = {}
-        self._client: Client | None = None
+        self._client: PatchedClient | None = None
         self._wakeup = asyncio.Event()
         self._settled = asyncio.Event()
         self._tried = asyncio.Event()
@@ -241,7 +241,7 @@ class MqttBus:
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._closing:
-            client: Client | None = None
+            client: PatchedClient | None = None
             up_since_s = loop.time()
             try:
                 client = await self._dial.connect(self._group)
@@ -267,7 +267,7 @@ class MqttBus:
             self._note_trouble(trouble, client, wait)
             await asyncio.sleep(wait.seconds)
 
-    def _note_trouble(self, exc: aiomqtt.MqttError, client: Client | None, wait: Wait) -> None:
+    def _note_trouble(self, exc: aiomqtt.MqttError, client: PatchedClient | None, wait: Wait) -> None:
         first, self._trouble = self._trouble is None, exc
         if client is not None and client.goodbye is not None:
             why = reasons.described(client.goodbye)
@@ -282,7 +282,7 @@ class MqttBus:
         else:
             _log.log(logging.WARNING if first else logging.DEBUG, "%s: no link, trying again: %s", self, exc)
 
-    async def _serve(self, client: Client) -> None:
+    async def _serve(self, client: PatchedClient) -> None:
         """Use a fresh connection until it breaks (MqttError) or the bus is closed and everything is sent."""
         try:
             async with asyncio.TaskGroup() as link:
@@ -429,7 +429,7 @@ class MqttBus:
         self._statistics.dropped_out += 1
         warn_once(_log, f"{self.client_id} {topic}", "%s: the broker refused a message on %s: %s", self, topic, reason)
 
-    def _requeue(self, client: Client) -> None:
+    def _requeue(self, client: PatchedClient) -> None:
         """Put what was under way back in front; what the broker ends connections for is given up."""
         too_large = client.goodbye == reasons.TOO_LARGE
         self._broke_under = self._outbox.under_way > 0
@@ -442,7 +442,7 @@ class MqttBus:
             _log.warning(text, self, refused.size, refused.topic)
         self._moved.set()
 
-    def _set_link(self, client: Client | None) -> None:
+    def _set_link(self, client: PatchedClient | None) -> None:
         was_up = self._client is not None
         self._client = client
         if client is not None:

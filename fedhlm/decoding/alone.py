@@ -7,7 +7,7 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.protocol.messages import Sampling
 
@@ -67,7 +67,7 @@ class Alone:
 
         def logits_after(ids: list[int]) -> NDArray[Any]:
             nonlocal cache
-            result = self.decoder.forward([Request(cache, ids[cache.length :])])[0]
+            result = self.decoder.forward([DecoderInput(cache, ids[cache.length :])])[0]
             cache = result.cache
             row: NDArray[Any] = result.logits[-1]
             return row

@@ -78,14 +78,14 @@ class Cache(NamedTuple):
         return Cache(length, tuple(np.ascontiguousarray(a[:, :, :length]) for a in self.arrays))
 
 
-class Request(NamedTuple):
+class DecoderInput(NamedTuple):
     """Token ids (at least one) to run after what `cache` holds."""
 
     cache: Cache
     ids: Sequence[int]
 
 
-class Result(NamedTuple):
+class DecoderOutput(NamedTuple):
     """One row per id of the request, and the cache that ends with the last of them.
 
     `logits` is (len(ids), vocab_size) float32; `hidden` is the output head's input, (len(ids), hidden_size) float32, or
@@ -245,7 +245,7 @@ class Decoder:
         """The cache before the first token."""
         return self._empty
 
-    def forward(self, requests: Sequence[Request]) -> list[Result]:
+    def forward(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:
         """Run every request's ids after its cache; several requests share one run of the graph.
 
         Raises:
@@ -263,7 +263,7 @@ class Decoder:
             return self._run_padded(requests)
         return [self._run_one(cache, ids) for cache, ids in requests]
 
-    def _run_one(self, cache: Cache, ids: Sequence[int]) -> Result:
+    def _run_one(self, cache: Cache, ids: Sequence[int]) -> DecoderOutput:
         end = cache.length + len(ids)
         feeds: dict[str, NDArray[Any]] = dict(zip(self._past_names, cache.arrays, strict=True))
         feeds["input_ids"] = np.array([ids], np.int64)  # (1, ids)
@@ -273,9 +273,9 @@ class Decoder:
             feeds["position_ids"] = self._positions[:, cache.length : end]
         outputs = self._session.run(self._output_names, feeds)
         hidden = outputs.pop()[0] if self._has_hidden else None
-        return Result(outputs[0][0], hidden, Cache(end, tuple(outputs[1:])))
+        return DecoderOutput(outputs[0][0], hidden, Cache(end, tuple(outputs[1:])))
 
-    def _run_padded(self, requests: Sequence[Request]) -> list[Result]:
+    def _run_padded(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:
         past = max(cache.length for cache, _ in requests)
         width = max(len(ids) for _, ids in requests)
         shape = (len(requests), self.info.kv_heads, past, self.info.head_dim)
@@ -299,5 +299,5 @@ class Decoder:
             arrays = tuple(np.ascontiguousarray(o[row : row + 1, :, kept]) for o in outputs[1:])
             hidden = hiddens[row, : len(ids)].copy() if hiddens is not None else None
             logits = outputs[0][row, : len(ids)].copy()
-            results.append(Result(logits, hidden, Cache(cache.length + len(ids), arrays)))
+            results.append(DecoderOutput(logits, hidden, Cache(cache.length + len(ids), arrays)))
         return results

@@ -51,7 +51,7 @@ class _Mean:
         self.weight *= factor
         self.total *= factor
 
-    def add(self, value: float, factor: float) -> None:
+    def see(self, value: float, factor: float) -> None:
         self.fade(factor)
         self.weight += 1.0
         self.total += value
@@ -101,19 +101,19 @@ class Collaboration:
 
     def published(self, payload_bytes: int) -> None:
         """One uncertain token was published to the peers."""
-        self._published.add(payload_bytes, self._forgetting)
+        self._published.see(payload_bytes, self._forgetting)
 
     def escalated(self, payload_bytes: float) -> None:
         """One token went to the cloud; a block's bytes are shared among its tokens."""
-        self._escalated.add(payload_bytes, self._forgetting)
+        self._escalated.see(payload_bytes, self._forgetting)
 
     def looked_up(self, *, hit: bool) -> None:
         """The peers were asked."""
-        self._hits.add(float(hit), self._forgetting)
+        self._hits.see(float(hit), self._forgetting)
 
     def audited(self, *, wrong: bool) -> None:
         """The LLM gave its verdict on a hit."""
-        self._wrong.add(float(wrong), self._forgetting)
+        self._wrong.see(float(wrong), self._forgetting)
 
     def passed_over(self) -> None:
         """An uncertain token was escalated without asking. What was learned about peers fades, so they are tried again."""

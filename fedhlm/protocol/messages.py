@@ -207,14 +207,14 @@ class Verdict(Message, tag=5, frozen=True):
     missed: Annotated[bytes, Meta(max_length=MAX_CONTEXT // 8 + 1)] = b""
 
 
-class Routed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class RoutedEscalation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One escalation inside a batch, with the agent it came from."""
 
     agent: Name
     escalation: Escalation
 
 
-class Answered(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class RoutedVerdict(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One verdict inside a batch, with the agent it goes to."""
 
     agent: Name
@@ -224,13 +224,13 @@ class Answered(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 class EscalationBatch(Message, tag=6, frozen=True):
     """One message from an edge to the cloud for many agents."""
 
-    items: Annotated[tuple[Routed, ...], Meta(max_length=MAX_BATCH)]
+    items: Annotated[tuple[RoutedEscalation, ...], Meta(max_length=MAX_BATCH)]
 
 
 class VerdictBatch(Message, tag=7, frozen=True):
     """The cloud's answers to one edge."""
 
-    items: Annotated[tuple[Answered, ...], Meta(max_length=MAX_BATCH)]
+    items: Annotated[tuple[RoutedVerdict, ...], Meta(max_length=MAX_BATCH)]
 
 
 class Uncertain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

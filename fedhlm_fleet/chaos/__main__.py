@@ -12,7 +12,7 @@ from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError, root_of
 from fedhlm.telemetry import configure_logging
-from fedhlm_fleet.chaos.report import Report
+from fedhlm_fleet.chaos.report import ChaosReport
 from fedhlm_fleet.chaos.run import Chaos, Options
 from fedhlm_fleet.chaos.schedule import Persistence
 from fedhlm_fleet.commands.common import Positive, Seed
@@ -87,7 +87,7 @@ def chaos(
     return 0 if report.passed else 1
 
 
-async def _interruptible(run: Chaos) -> Report:
+async def _interruptible(run: Chaos) -> ChaosReport:
     task = asyncio.ensure_future(run.run())
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from fedhlm_fleet.chaos.observer import Observer
-from fedhlm_fleet.chaos.parts import BROKER, Broker, Parts
+from fedhlm_fleet.chaos.parts import BROKER, BrokerPart, Parts
 from fedhlm_fleet.chaos.proxy import Proxy
 from fedhlm_fleet.chaos.schedule import Fault
 
@@ -19,7 +19,7 @@ class Injector:
         *,
         observer: Observer,
         parts: Parts,
-        broker: Broker,
+        broker: BrokerPart,
         proxies: Mapping[str, Proxy],
         role_of: Mapping[str, str],
     ) -> None:

@@ -20,7 +20,7 @@ LOG_PATTERN: Final = re.compile(
 LOG_CONTEXT_LINES: Final = 24
 
 
-class Violation(NamedTuple):
+class BrokenInvariant(NamedTuple):
     """A broken invariant: which, of whom, and how."""
 
     rule: str
@@ -31,7 +31,7 @@ class Violation(NamedTuple):
         return f"{self.rule}: {self.subject}: {self.text}"
 
 
-class Heard(NamedTuple):
+class HeardToken(NamedTuple):
     """One token as it was committed."""
 
     token: int
@@ -39,7 +39,7 @@ class Heard(NamedTuple):
 
 
 @dataclass
-class Story:
+class RequestStory:
     """One request. Times are seconds of one monotonic clock.
 
     `tokens` are keyed by position; there are holes only where the broker died with outputs in its memory (`torn`).
@@ -53,7 +53,7 @@ class Story:
     sampling: Sampling
     max_tokens: int
     asked_s: float
-    tokens: dict[int, Heard] = field(default_factory=dict)
+    tokens: dict[int, HeardToken] = field(default_factory=dict)
     text: str = ""
     torn: bool = False
     finish: str | None = None
@@ -63,7 +63,7 @@ class Story:
     duplicates: int = 0
     heard_s: float | None = None
     length: int = 0  # the position after the last token that was heard
-    violations: list[Violation] = field(default_factory=list)
+    violations: list[BrokenInvariant] = field(default_factory=list)
     _messages: dict[int, Output] = field(default_factory=dict)  # by the sender's running number
 
     @property
@@ -76,7 +76,7 @@ class Story:
         """When something of it was last heard or asked."""
         return self.asked_s if self.heard_s is None else self.heard_s
 
-    def take(self, output: Output, now_s: float, *, may_miss: bool) -> list[Heard]:
+    def take(self, output: Output, now_s: float, *, may_miss: bool) -> list[HeardToken]:
         """Hear an output; the tokens that are new. `may_miss`: the broker may have lost some since the request was asked."""
         if self.agent_killed:
             return []
@@ -101,7 +101,7 @@ class Story:
             if not may_miss:
                 self._blame("gap", f"{_short(output)} where position {self.length} was due")
             self.torn = True
-        new = [Heard(*pair) for pair in zip(output.ids, output.sources, strict=True)]
+        new = [HeardToken(*pair) for pair in zip(output.ids, output.sources, strict=True)]
         self.tokens.update(enumerate(new, output.position))
         self.length = output.position + len(new)
         self.text += output.text
@@ -136,7 +136,7 @@ class Story:
             self._blame("statistics", f"it counts {told}, heard were {counted}")
 
     def _blame(self, rule: str, text: str) -> None:
-        self.violations.append(Violation(rule, f"{self.agent} {self.request}", text))
+        self.violations.append(BrokenInvariant(rule, f"{self.agent} {self.request}", text))
 
     def only_from(self, sources: frozenset[str]) -> bool:
         """Whether every token, heard or lost, is from these sources, as far as can be known."""
@@ -187,40 +187,40 @@ class Disturbances:
         return agent in self._begun or any(end >= asked_s for _, end in self._ended.get(agent, []))
 
 
-def unanswered(stories: Iterable[Story]) -> list[Violation]:
+def unanswered(stories: Iterable[RequestStory]) -> list[BrokenInvariant]:
     """The stories that neither ended nor were given up for a reason."""
     return [
-        Violation("unanswered", f"{s.agent} {s.request}", f"{s.length} of {s.max_tokens} tokens, and no end")
+        BrokenInvariant("unanswered", f"{s.agent} {s.request}", f"{s.length} of {s.max_tokens} tokens, and no end")
         for s in stories
         if s.open
     ]
 
 
-def fresh(stories: Sequence[Story], healthy: frozenset[str]) -> list[Violation]:
+def fresh(stories: Sequence[RequestStory], healthy: frozenset[str]) -> list[BrokenInvariant]:
     """After the last fault: all answered, whole, and by those who settle tokens of a `healthy` fleet."""
     found = unanswered(stories)
     for story in stories:
         sources = Counter(t.source for t in story.tokens.values())
         if story.finish is not None and (story.torn or not story.only_from(healthy)):
             found.append(
-                Violation("not recovered", f"{story.agent} {story.request}", f"tokens by source {dict(sources)}")
+                BrokenInvariant("not recovered", f"{story.agent} {story.request}", f"tokens by source {dict(sources)}")
             )
     return found
 
 
-def log_violations(part: str, text: str) -> list[Violation]:
+def log_violations(part: str, text: str) -> list[BrokenInvariant]:
     """What a part's log says that it should not; consecutive lines of one traceback count once."""
     lines = text.splitlines()
-    found: list[Violation] = []
+    found: list[BrokenInvariant] = []
     skip_to = 0
     for number, line in enumerate(lines):
         if number >= skip_to and LOG_PATTERN.search(line):
             skip_to = number + LOG_CONTEXT_LINES
-            found.append(Violation("log", part, "\n    ".join(lines[max(0, number - 1) : skip_to])))
+            found.append(BrokenInvariant("log", part, "\n    ".join(lines[max(0, number - 1) : skip_to])))
     return found
 
 
-class Growth(NamedTuple):
+class GrowthLimits(NamedTuple):
     """Limits on the memory of one life of a part, in bytes: ever, and from its settled size (after `settle_s`) to its last."""
 
     ceiling: int
@@ -237,14 +237,14 @@ def growth_bytes(samples: Sequence[tuple[float, int]], settle_s: float) -> int |
     return min(settled[-max(1, len(settled) // 10) :]) - settled[0] if settled else None
 
 
-def memory_violations(part: str, samples: Sequence[tuple[float, int]], limits: Growth) -> list[Violation]:
+def memory_violations(part: str, samples: Sequence[tuple[float, int]], limits: GrowthLimits) -> list[BrokenInvariant]:
     """Check the (seconds, resident bytes) samples of one life, in order."""
     peak = max((size for _, size in samples), default=0)
     grown = growth_bytes(samples, limits.settle_s)
     found = []
     if peak > limits.ceiling:
         found.append(
-            Violation(
+            BrokenInvariant(
                 "memory",
                 part,
                 f"resident memory must be at most {limits.ceiling / 1e6:.0f} MB (got {peak / 1e6:.0f} MB)",
@@ -255,5 +255,5 @@ def memory_violations(part: str, samples: Sequence[tuple[float, int]], limits: G
             f"growth from {limits.settle_s:g} s after the start must be at most {limits.growth / 1e6:.0f} MB "
             f"(got {grown / 1e6:.0f} MB)"
         )
-        found.append(Violation("memory", part, text))
+        found.append(BrokenInvariant("memory", part, text))
     return found

@@ -15,7 +15,7 @@ from fedhlm.errors import AskError, FedhlmError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Output, Presence, Sampling
 from fedhlm.protocol.sources import SOURCES
-from fedhlm_fleet.chaos.invariants import Disturbances, Story
+from fedhlm_fleet.chaos.invariants import Disturbances, RequestStory
 from fedhlm_fleet.demo.asking import Place, Task
 
 LOOK_S: Final = 0.02
@@ -47,7 +47,7 @@ class Observer:
 
     def __init__(self, places: list[Place], clock_s: Callable[[], float]) -> None:
         self.places = places
-        self.stories: dict[str, Story] = {}
+        self.stories: dict[str, RequestStory] = {}
         self.disturbances = Disturbances()
         self.online: set[str] = set()
         self.linked: set[str] = set()
@@ -132,11 +132,11 @@ class Observer:
         """Whether one of these agents is in the middle of an answer."""
         return any(s.agent in agents and s.open and s.tokens for s in self.stories.values())
 
-    async def ask(self, place: Place, task: Task, *, top_p: float, coupling: str, temperature: float) -> Story:
+    async def ask(self, place: Place, task: Task, *, top_p: float, coupling: str, temperature: float) -> RequestStory:
         """Send one prompt."""
         own = temperature if task.temperature is None else task.temperature
         request = f"r{next(self._numbers)}"
-        story = Story(
+        story = RequestStory(
             request=request,
             agent=place.agent,
             prompt=task.text,
@@ -160,7 +160,7 @@ class Observer:
             story.given_up = str(exc)
         return story
 
-    async def settled(self, story: Story) -> None:
+    async def settled(self, story: RequestStory) -> None:
         """Return when a story is answered, or given up for a reason; one that has no reason stays open after ANSWER_S."""
 
         def over() -> bool:

@@ -14,11 +14,11 @@ import numpy as np
 from fedhlm import choices
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.sampling import Logits, gumbel, scores
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Generation
-from fedhlm_fleet.chaos.invariants import Story, Violation
+from fedhlm_fleet.chaos.invariants import BrokenInvariant, RequestStory
 
 # fp32 in another order of summation moves a logit by 1e-4 at most here. The SLM quantises its activations over all
 # tokens of a call, so how the device cut its text into calls moves its logits by some hundredths.
@@ -26,7 +26,7 @@ CLOUD_REGRET: Final = 0.01
 DRAFT_REGRET: Final = 0.5
 
 
-class Model(Protocol):
+class OracleModel(Protocol):
     """A language model as the oracle needs it."""
 
     def encode(self, text: str) -> list[int]:
@@ -39,7 +39,7 @@ class Model(Protocol):
         """len(ids) + 1 rows of logits: after the prompt, and after each id."""
 
 
-class OnnxModel(Alone):
+class FolderModel(Alone):
     """A model folder; `steps` feeds the ids after the prompt one by one, as a device does.
 
     Raises:
@@ -55,7 +55,7 @@ class OnnxModel(Alone):
         pieces = [[*prompt], *([i] for i in ids)] if self._steps else [[*prompt, *ids]]
         cache, rows = self.decoder.empty_cache(), []
         for piece in pieces:
-            result = self.decoder.forward([Request(cache, piece)])[0]
+            result = self.decoder.forward([DecoderInput(cache, piece)])[0]
             cache = result.cache
             rows += [result.logits[-1]] if self._steps else [*result.logits[len(prompt) - 1 :]]
         return rows
@@ -75,7 +75,7 @@ def regret(logits: Logits, sampling: Sampling, position: int, token: int) -> flo
     return float(rated.max() - rated[token])
 
 
-class Check(NamedTuple):
+class TokenCheck(NamedTuple):
     """Tokens of one source: whose they must be, and the regret that rounding may cause."""
 
     rule: str
@@ -83,10 +83,10 @@ class Check(NamedTuple):
     regret: float
 
 
-CLOUD: Final = Check("oracle", "llm", CLOUD_REGRET)
-DRAFT: Final = Check("draft", "slm", DRAFT_REGRET)
+CLOUD: Final = TokenCheck("oracle", "llm", CLOUD_REGRET)
+DRAFT: Final = TokenCheck("draft", "slm", DRAFT_REGRET)
 
-Checks = Mapping[str, Check | None]
+Checks = Mapping[str, TokenCheck | None]
 """What tokens of each source must be; None: nothing can be said. A source that is not there may not occur."""
 
 
@@ -109,10 +109,10 @@ class Judgement:
     unjudged: int = 0
     ties: int = 0
     regrets: dict[str, float] = field(default_factory=dict)
-    violations: list[Violation] = field(default_factory=list)
+    violations: list[BrokenInvariant] = field(default_factory=list)
 
 
-def judge(stories: Iterable[Story], models: Mapping[str, Model], checks: Checks) -> Judgement:
+def judge(stories: Iterable[RequestStory], models: Mapping[str, OracleModel], checks: Checks) -> Judgement:
     """Compare every heard token with the model of its source. `models` has those that the checks name, and "llm".
 
     The texts are compared with their ids as well. The tokens behind a hole are judged only where all that was lost came from the cloud as well, since they depend on it.
@@ -124,7 +124,7 @@ def judge(stories: Iterable[Story], models: Mapping[str, Model], checks: Checks)
     return total
 
 
-def _judge(story: Story, models: Mapping[str, Model], checks: Checks, total: Judgement) -> None:
+def _judge(story: RequestStory, models: Mapping[str, OracleModel], checks: Checks, total: Judgement) -> None:
     prompt = models["llm"].encode(story.prompt)
     ids = _filled(story, prompt, models["llm"])
     total.unjudged += sum(position >= len(ids) for position in story.tokens)
@@ -133,7 +133,7 @@ def _judge(story: Story, models: Mapping[str, Model], checks: Checks, total: Jud
     for source in sorted(sources):
         places = [p for p in range(len(ids)) if p in story.tokens and story.tokens[p].source == source]
         if source not in checks:
-            total.violations.append(Violation("source", who, f"tokens from {source!r} under this preset"))
+            total.violations.append(BrokenInvariant("source", who, f"tokens from {source!r} under this preset"))
             continue
         check = checks[source]
         if check is None:
@@ -148,13 +148,13 @@ def _judge(story: Story, models: Mapping[str, Model], checks: Checks, total: Jud
             if behind > check.regret:
                 best = int(np.argmax(perturbed(rows[position], story.sampling, len(prompt) + position)))
                 text = f"position {position}: {ids[position]} where {best} was due (regret {behind:.3g})"
-                total.violations.append(Violation(check.rule, who, text))
+                total.violations.append(BrokenInvariant(check.rule, who, text))
                 break  # what follows depends on it
     if not story.torn and story.finish is not None and story.text != models["llm"].decode(ids):
-        total.violations.append(Violation("text", who, f"{story.text!r} is not the text of its ids"))
+        total.violations.append(BrokenInvariant("text", who, f"{story.text!r} is not the text of its ids"))
 
 
-def _filled(story: Story, prompt: Sequence[int], llm: Model) -> list[int]:
+def _filled(story: RequestStory, prompt: Sequence[int], llm: OracleModel) -> list[int]:
     """The ids up to the first hole, or all of them with holes filled where that can be done."""
     ids: list[int] = []
     for position in range(story.length):

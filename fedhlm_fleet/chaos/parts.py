@@ -19,7 +19,7 @@ from typing import Final, NamedTuple, Self
 
 from fedhlm.errors import FedhlmError
 from fedhlm.process.leash import leashed
-from fedhlm_fleet.chaos.invariants import Growth, Violation, growth_bytes, log_violations, memory_violations
+from fedhlm_fleet.chaos.invariants import BrokenInvariant, GrowthLimits, growth_bytes, log_violations, memory_violations
 
 MOSQUITTO: Final = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 BROKER: Final = "broker"
@@ -28,7 +28,7 @@ STOP_S: Final = 10.0
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
-class Memory(NamedTuple):
+class MemoryUse(NamedTuple):
     """Of all lives of a part: the largest resident set, the largest growth after settling, the longest life."""
 
     peak_bytes: int
@@ -37,7 +37,7 @@ class Memory(NamedTuple):
 
 
 @dataclass
-class Life:
+class ProcessLife:
     """One process of a part. `samples` are (seconds, resident bytes)."""
 
     number: int
@@ -54,10 +54,10 @@ class Parts:
     """
 
     def __init__(
-        self, clock_s: Callable[[], float], limits_of: Callable[[str], Growth], *, logs: Path | None = None
+        self, clock_s: Callable[[], float], limits_of: Callable[[str], GrowthLimits], *, logs: Path | None = None
     ) -> None:
-        self.lives: dict[str, list[Life]] = {}
-        self.violations: list[Violation] = []
+        self.lives: dict[str, list[ProcessLife]] = {}
+        self.violations: list[BrokenInvariant] = []
         self._clock_s = clock_s
         self._limits_of = limits_of
         self._commands: dict[str, tuple[tuple[str, ...], Mapping[str, str]]] = {}
@@ -96,7 +96,7 @@ class Parts:
                 env={**os.environ, **added},
                 start_new_session=True,  # Ctrl-C is for us
             )
-        lives.append(Life(len(lives), process, path))
+        lives.append(ProcessLife(len(lives), process, path))
 
     async def kill(self, name: str) -> None:
         """kill -9, now; returns when the process is gone."""
@@ -128,10 +128,12 @@ class Parts:
             except TimeoutError:
                 life.process.kill()
                 await life.process.wait()
-                self.violations.append(Violation("stop", name, f"still there {STOP_S:g} s after SIGTERM"))
+                self.violations.append(BrokenInvariant("stop", name, f"still there {STOP_S:g} s after SIGTERM"))
             else:
                 if status != 0:
-                    self.violations.append(Violation("stop", name, f"status after SIGTERM must be 0 (got {status})"))
+                    self.violations.append(
+                        BrokenInvariant("stop", name, f"status after SIGTERM must be 0 (got {status})")
+                    )
 
     def check(self, name: str) -> None:
         """Note a part that ended by itself."""
@@ -139,13 +141,13 @@ class Parts:
         if life.process.returncode is not None and not life.killed:
             life.killed = True
             tail = "\n    ".join(self.log_of(life).splitlines()[-8:])
-            self.violations.append(Violation("exited", name, f"status {life.process.returncode}: {tail}"))
+            self.violations.append(BrokenInvariant("exited", name, f"status {life.process.returncode}: {tail}"))
 
     def alive(self, name: str) -> bool:
         """Whether the newest process of a part runs."""
         return self.lives[name][-1].process.returncode is None
 
-    def log_of(self, life: Life) -> str:
+    def log_of(self, life: ProcessLife) -> str:
         """All that a process has printed."""
         return life.log.read_text(errors="replace")
 
@@ -156,7 +158,7 @@ class Parts:
             if (size := resident_bytes(lives[-1].process.pid)) is not None:
                 lives[-1].samples.append((self._clock_s(), size))
 
-    def judged(self) -> list[Violation]:
+    def judged(self) -> list[BrokenInvariant]:
         """Everything that is wrong with the processes, their logs and their memory up to now."""
         found = list(self.violations)
         for name, lives in self.lives.items():
@@ -166,7 +168,7 @@ class Parts:
                 found += memory_violations(who, life.samples, self._limits_of(name))
         return found
 
-    def memory(self) -> dict[str, Memory]:
+    def memory(self) -> dict[str, MemoryUse]:
         """What the lives of each part occupied."""
         found = {}
         for name, lives in self.lives.items():
@@ -174,7 +176,7 @@ class Parts:
             grown = [g for life in lives if (g := growth_bytes(life.samples, settle_s)) is not None]
             spans = [life.samples[-1][0] - life.samples[0][0] for life in lives if life.samples]
             peak = max((size for life in lives for _, size in life.samples), default=0)
-            found[name] = Memory(peak, max(grown, default=None), max(spans, default=0.0))
+            found[name] = MemoryUse(peak, max(grown, default=None), max(spans, default=0.0))
         return found
 
 
@@ -187,7 +189,7 @@ def resident_bytes(pid: int) -> int | None:
     return pages * _PAGE_BYTES or None  # a zombie has none
 
 
-class Broker:
+class BrokerPart:
     """mosquitto as a part: always the same port, with or without what it has on disk.
 
     Raises:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from fedhlm_fleet.chaos.invariants import Story, Violation
+from fedhlm_fleet.chaos.invariants import BrokenInvariant, RequestStory
 from fedhlm_fleet.chaos.oracle import Judgement
-from fedhlm_fleet.chaos.parts import Memory
+from fedhlm_fleet.chaos.parts import MemoryUse
 
 
 class Recovery(NamedTuple):
@@ -31,7 +31,7 @@ class Recovered(msgspec.Struct, frozen=True):
     steady_worst_s: float
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one run; it is passed when there are no violations."""
 
     options: dict[str, Any]
@@ -48,8 +48,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     regrets: dict[str, float]
     duplicates: int
     strangers: int
-    memory: dict[str, Memory]
-    violations: list[Violation]
+    memory: dict[str, MemoryUse]
+    violations: list[BrokenInvariant]
 
     @property
     def passed(self) -> bool:
@@ -61,11 +61,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         cls,
         *,
         options: dict[str, Any],
-        stories: Sequence[Story],
+        stories: Sequence[RequestStory],
         recoveries: Sequence[Recovery],
         judgement: Judgement,
-        memory: Mapping[str, Memory],
-        violations: Sequence[Violation],
+        memory: Mapping[str, MemoryUse],
+        violations: Sequence[BrokenInvariant],
         wall_s: float,
         strangers: int,
     ) -> Self:
@@ -118,7 +118,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return shown
 
 
-def _megabytes(memory: Memory) -> str:
+def _megabytes(memory: MemoryUse) -> str:
     grown = "" if memory.growth_bytes is None else f" ({memory.growth_bytes / 1e6:+.0f} in {memory.longest_s:.0f} s)"
     return f"{memory.peak_bytes / 1e6:.0f}{grown}"
 

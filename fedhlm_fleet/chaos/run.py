@@ -21,12 +21,12 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.client import Client
 from fedhlm.telemetry import Counters
 from fedhlm_fleet.chaos.inject import Injector
-from fedhlm_fleet.chaos.invariants import Growth, Story, Violation, fresh, unanswered
+from fedhlm_fleet.chaos.invariants import BrokenInvariant, GrowthLimits, RequestStory, fresh, unanswered
 from fedhlm_fleet.chaos.observer import NotInTime, Observer, until
-from fedhlm_fleet.chaos.oracle import Judgement, OnnxModel, checks_of, judge
-from fedhlm_fleet.chaos.parts import BROKER, Broker, Memory, Parts, module
+from fedhlm_fleet.chaos.oracle import FolderModel, Judgement, checks_of, judge
+from fedhlm_fleet.chaos.parts import BROKER, BrokerPart, MemoryUse, Parts, module
 from fedhlm_fleet.chaos.proxy import Proxy
-from fedhlm_fleet.chaos.report import Recovery, Report
+from fedhlm_fleet.chaos.report import ChaosReport, Recovery
 from fedhlm_fleet.chaos.schedule import Fault, Persistence, schedule
 from fedhlm_fleet.demo.asking import Place, Task
 from fedhlm_zoo.prompts import load_items
@@ -47,10 +47,10 @@ SAMPLE_S: Final = 0.5
 # allocators of onnxruntime and Python still took after the first half minute, with room (docs/chaos.md).
 _MB: Final = 1_000_000
 LIMITS: Final = {
-    "broker": Growth(100 * _MB, 20 * _MB, 30.0),
-    "edge": Growth(250 * _MB, 40 * _MB, 30.0),
-    "cloud": Growth(1_000 * _MB, 200 * _MB, 30.0),
-    "agent": Growth(500 * _MB, 80 * _MB, 30.0),
+    "broker": GrowthLimits(100 * _MB, 20 * _MB, 30.0),
+    "edge": GrowthLimits(250 * _MB, 40 * _MB, 30.0),
+    "cloud": GrowthLimits(1_000 * _MB, 200 * _MB, 30.0),
+    "agent": GrowthLimits(500 * _MB, 80 * _MB, 30.0),
 }
 
 
@@ -110,15 +110,15 @@ class Chaos:
         self.healthy = frozenset(self.checks) - {"unverified"}
         self.observer = Observer(self.places, time.monotonic)
         self.parts = Parts(time.monotonic, lambda name: LIMITS[self.role_of[name]], logs=logs)
-        self.broker: Broker
+        self.broker: BrokerPart
         self.proxies: dict[str, Proxy] = {}
-        self.violations: list[Violation] = []
+        self.violations: list[BrokenInvariant] = []
         self.recoveries: list[Recovery] = []
         self._say = say
         self._sabotage = sabotage
         self._stopping = False
 
-    async def run(self) -> Report:
+    async def run(self) -> ChaosReport:
         """Start everything, break it until the time is over, judge, and leave nothing behind.
 
         Raises:
@@ -128,7 +128,7 @@ class Chaos:
         began_s = time.monotonic()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.parts)
-            self.broker = Broker(self.parts, persistent=self.options.persistence != "off")
+            self.broker = BrokerPart(self.parts, persistent=self.options.persistence != "off")
             await self.broker.start()
             for name in self.role_of:
                 if name != BROKER:
@@ -236,7 +236,7 @@ class Chaos:
             else:
                 return
 
-    async def _ask(self, place: Place, task: Task) -> Story:
+    async def _ask(self, place: Place, task: Task) -> RequestStory:
         generation = self.config.generation
         return await self.observer.ask(
             place, task, top_p=generation.top_p, coupling=generation.coupling, temperature=generation.temperature
@@ -262,7 +262,7 @@ class Chaos:
             try:
                 await self._until(partial(self.observer.writing, concerned), LOAD_S, f"{sorted(concerned)} writing")
             except NotInTime as exc:
-                self.violations.append(Violation("recovery", "load", str(exc)))
+                self.violations.append(BrokenInvariant("recovery", "load", str(exc)))
                 return
             await injector.inject(fault)
             healed_s = time.monotonic()
@@ -284,7 +284,7 @@ class Chaos:
             now_s = time.monotonic()
             await self._until(partial(self._steady, concerned, now_s), within_s + STEADY_S, f"a healthy text for {who}")
         except NotInTime as exc:
-            self.violations.append(Violation("recovery", fault.name, str(exc)))
+            self.violations.append(BrokenInvariant("recovery", fault.name, str(exc)))
             return None
         self.recoveries.append(Recovery(fault.name, took_s, time.monotonic() - healed_s))
         return took_s
@@ -311,21 +311,21 @@ class Chaos:
             stories = [await self._ask(place, next(own)) for place, own in tasks.items()]
             await until(lambda: not any(s.open for s in stories), FRESH_S, "fresh requests answered")
         except NotInTime as exc:
-            self.violations.append(Violation("not recovered", "fleet", str(exc)))
+            self.violations.append(BrokenInvariant("not recovered", "fleet", str(exc)))
         else:
             self.violations += fresh(stories, self.healthy)
 
     def _judge(self) -> Judgement:
-        llm = OnnxModel(model_folder(self.config.cloud.model, "llm"), threads=0, steps=False)
-        slm = OnnxModel(model_folder(self.config.agent.model, "slm"), threads=0, steps=True)
+        llm = FolderModel(model_folder(self.config.cloud.model, "llm"), threads=0, steps=False)
+        slm = FolderModel(model_folder(self.config.agent.model, "slm"), threads=0, steps=True)
         return judge(self.observer.stories.values(), {"llm": llm, "slm": slm}, self.checks)
 
-    def _report(self, judgement: Judgement, memory: dict[str, Memory], wall_s: float) -> Report:
+    def _report(self, judgement: Judgement, memory: dict[str, MemoryUse], wall_s: float) -> ChaosReport:
         stories = list(self.observer.stories.values())
         found = [*self.violations, *(v for story in stories for v in story.violations), *judgement.violations]
         if refused := self.counters["refused_messages"]:
-            found.append(Violation("malformed", "client", f"{refused} messages that were none of their topic"))
-        return Report.of(
+            found.append(BrokenInvariant("malformed", "client", f"{refused} messages that were none of their topic"))
+        return ChaosReport.of(
             options=msgspec.to_builtins(self.options),
             stories=stories,
             recoveries=self.recoveries,

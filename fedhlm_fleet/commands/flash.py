@@ -12,7 +12,7 @@ from fedhlm.errors import ConfigError
 from fedhlm_fleet.commands.common import needing
 
 if TYPE_CHECKING:
-    from fedhlm_fleet.flash.batch import Done, Order, Party
+    from fedhlm_fleet.flash.batch import BatchDevice, Order, WrittenCard
     from fedhlm_fleet.flash.plan import Payload, Tls
 
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
@@ -150,7 +150,7 @@ def given(**values: str | Path | None) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value}
 
 
-def tls_of(party: "Party", pki: Path | None, now: datetime, *, issue: bool) -> "Tls | None":
+def tls_of(party: "BatchDevice", pki: Path | None, now: datetime, *, issue: bool) -> "Tls | None":
     """The certificate of a device from its files or the PKI, or None where its broker asks for none.
 
     Raises:
@@ -185,7 +185,7 @@ def _confirm(orders: "Sequence[Order]", *, yes: bool, ask: Callable[[str], str] 
         raise ConfigError("--device", named, "confirmed (nothing was written)")
 
 
-def _manifest(path: Path, done: "Sequence[Done]", now: datetime) -> None:
+def _manifest(path: Path, done: "Sequence[WrittenCard]", now: datetime) -> None:
     from fedhlm_fleet.flash import manifest
 
     entries = [

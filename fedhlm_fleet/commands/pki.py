@@ -13,7 +13,7 @@ from fedhlm_fleet.commands.common import needing, print_facts
 from fedhlm_fleet.pki.roles import CertificateRole
 
 if TYPE_CHECKING:
-    from fedhlm_fleet.pki.acl import Place
+    from fedhlm_fleet.pki.acl import BrokerPlace
     from fedhlm_fleet.pki.authority import Made
 
 Many = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
@@ -252,12 +252,12 @@ def mosquitto(
     return 0
 
 
-def _place(cluster: str | None, *, cloud: bool) -> "Place":
-    from fedhlm_fleet.pki.acl import Place
+def _place(cluster: str | None, *, cloud: bool) -> "BrokerPlace":
+    from fedhlm_fleet.pki.acl import BrokerPlace
 
     if cluster is not None:
-        return Place("cluster", cluster)
-    return Place("cloud") if cloud else Place("shared")
+        return BrokerPlace("cluster", cluster)
+    return BrokerPlace("cloud") if cloud else BrokerPlace("shared")
 
 
 def _told(made: "Made") -> dict[str, object]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fedhlm_lab.sim.invariants import Violation
     from fedhlm_lab.sim.scenario import Scenario
-    from fedhlm_lab.sim.sweep import Ended, Failure, Plan, Totals
+    from fedhlm_lab.sim.sweep import Failure, SeedDone, SweepPlan, Totals
 
 ALL: Final = "all"
 LINES_EVERY_S: Final = 60.0
@@ -93,14 +93,14 @@ def simulate(
 
     from fedhlm.config import presets as shipped
     from fedhlm_lab.sim.links import names
-    from fedhlm_lab.sim.sweep import Plan
+    from fedhlm_lab.sim.sweep import SweepPlan
 
     console = Console(stderr=True)
     if again is not None:
         return _again(again, console)
     if malformed := [word for word in set if "=" not in word]:
         raise ConfigError("--set", malformed[0], "KEY=VALUE")
-    plan = Plan(
+    plan = SweepPlan(
         presets=tuple(shipped()) if preset == ALL else tuple(preset.split(",")),
         links=names() if link == ALL else tuple(link.split(",")),
         upstream=upstream,
@@ -128,7 +128,7 @@ def _seeds(text: str) -> range:
 
 
 def _sweep(
-    plan: "Plan", seeds: range, *, jobs: int, console: "Console", out: Path, shrinks: bool, json_file: Path | None
+    plan: "SweepPlan", seeds: range, *, jobs: int, console: "Console", out: Path, shrinks: bool, json_file: Path | None
 ) -> int:
     from fedhlm_lab.sim.sweep import Totals, sweep
 
@@ -157,7 +157,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _shown(ended: "Iterator[Ended]", count: int, console: "Console") -> "Iterator[Iterator[Ended]]":
+def _shown(ended: "Iterator[SeedDone]", count: int, console: "Console") -> "Iterator[Iterator[SeedDone]]":
     """A bar on a terminal, a line now and then elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -167,7 +167,7 @@ def _shown(ended: "Iterator[Ended]", count: int, console: "Console") -> "Iterato
     ) as bar:  # fmt: skip
         task = bar.add_task("seeds", total=count)
 
-        def counted() -> "Iterator[Ended]":
+        def counted() -> "Iterator[SeedDone]":
             told_s = time.monotonic()
             for number, one in enumerate(ended, 1):
                 yield one
@@ -179,7 +179,7 @@ def _shown(ended: "Iterator[Ended]", count: int, console: "Console") -> "Iterato
         yield counted()
 
 
-def _tell(plan: "Plan", failure: "Failure", console: "Console", out: Path, *, shrinks: bool) -> None:
+def _tell(plan: "SweepPlan", failure: "Failure", console: "Console", out: Path, *, shrinks: bool) -> None:
     """Say how a seed failed, make it small if wished, and save it."""
     from fedhlm_lab.sim.shrink import shrink
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from fedhlm_fleet.status import Row
+    from fedhlm_fleet.status import PartStatus
 
 _DAY_S = 86_400.0
 
@@ -61,7 +61,7 @@ def status(
     return 1 if lacking or any(row.wrong for row in found) else 0
 
 
-def _table(found: "Sequence[Row]") -> "Table":
+def _table(found: "Sequence[PartStatus]") -> "Table":
     from rich import box
     from rich.table import Table
 

@@ -254,9 +254,9 @@ def import_(plain: Hyphen, out: Path, *, root: str | None = None, lossy: Flag = 
         Take what is left of payloads that mosquitto_sub cut or rewrote.
     """
     from fedhlm_traces.edit import save
-    from fedhlm_traces.mosquitto import Tally, lines_of, recording, records
+    from fedhlm_traces.mosquitto import LineTally, lines_of, recording, records
 
-    tally = Tally()
+    tally = LineTally()
     with _opened(plain) as file:
         header, found = recording(records(lines_of(file), tally, lossy=lossy), root)
         count = save(out, header, found)

@@ -148,12 +148,12 @@ def replay(
     pace = parse_speed(speed)
     from fedhlm_fleet.commands.watching import told_replay, watching_replay
     from fedhlm_traces.file import read
-    from fedhlm_traces.replay import Selection
+    from fedhlm_traces.replay import ReplaySelection
     from fedhlm_traces.replay import replay as run
     from fedhlm_traces.rewrite import parse_renames
 
     renames = parse_renames(rename)
-    selection = Selection(filters=topics, from_s=from_, until_s=math.inf if until is None else until)
+    selection = ReplaySelection(filters=topics, from_s=from_, until_s=math.inf if until is None else until)
     trace = read(file)
     end_s, count = _extent(selection.of(trace))
     with watching_replay(count, loop=loop) as show:

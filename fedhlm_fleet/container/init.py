@@ -17,7 +17,7 @@ from fedhlm.errors import FedhlmError
 from fedhlm.process.files import PRIVATE, PUBLIC, replace_file
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_fleet.pki import authority, mosquitto
-from fedhlm_fleet.pki.acl import Place
+from fedhlm_fleet.pki.acl import BrokerPlace
 from fedhlm_fleet.pki.files import PkiError
 from fedhlm_fleet.pki.registry import EXPIRING, Registry
 from fedhlm_fleet.pki.roles import CertificateRole
@@ -33,7 +33,7 @@ CONFIG_AT: Final = "/etc/fedhlm/broker"
 DATA_AT: Final = "/mosquitto/data"
 
 
-class Party(NamedTuple):
+class Recipient(NamedTuple):
     """Who gets a key, and the folder (one volume) that receives it; brokers also have a place."""
 
     folder: Path
@@ -41,7 +41,7 @@ class Party(NamedTuple):
     role: CertificateRole
     clusters: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    place: Place | None = None
+    place: BrokerPlace | None = None
 
 
 class Owners(NamedTuple):
@@ -51,23 +51,25 @@ class Owners(NamedTuple):
     broker: int
 
 
-def plan(parts: Path) -> Iterator[Party]:
+def plan(parts: Path) -> Iterator[Recipient]:
     """The parties that folders are there for, in a fixed order."""
     for folder in _folders(parts / "brokers"):
         name = f"broker-{folder.name}"
-        yield Party(folder, name, "broker", (folder.name,), (name, "localhost"), Place("cluster", folder.name))
+        yield Recipient(
+            folder, name, "broker", (folder.name,), (name, "localhost"), BrokerPlace("cluster", folder.name)
+        )
     if (parts / "cloud-broker").is_dir():
         hosts = ("broker-cloud", "localhost")
-        yield Party(parts / "cloud-broker", "broker-cloud", "broker", (), hosts, Place("cloud"))
+        yield Recipient(parts / "cloud-broker", "broker-cloud", "broker", (), hosts, BrokerPlace("cloud"))
     if (parts / "cloud").is_dir():
-        yield Party(parts / "cloud", "cloud", "cloud")
+        yield Recipient(parts / "cloud", "cloud", "cloud")
     for folder in _folders(parts / "edges"):
-        yield Party(folder, f"edge-{folder.name}", "edge", (folder.name,))
+        yield Recipient(folder, f"edge-{folder.name}", "edge", (folder.name,))
     of_role: tuple[tuple[str, CertificateRole], ...] = (("agents", "agent"), ("clients", "client"))
     for kind, role in of_role:
         for cluster in _folders(parts / kind):
             for folder in _folders(cluster):
-                yield Party(folder, folder.name, role, (cluster.name,))
+                yield Recipient(folder, folder.name, role, (cluster.name,))
 
 
 def provide(
@@ -135,11 +137,11 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
 
 
-def _probe(broker: Party) -> Party:
-    return Party(broker.folder, f"probe-{broker.name}", "client", (NOWHERE,))
+def _probe(broker: Recipient) -> Recipient:
+    return Recipient(broker.folder, f"probe-{broker.name}", "client", (NOWHERE,))
 
 
-def _issued(pki: Path, party: Party, now: datetime) -> str:
+def _issued(pki: Path, party: Recipient, now: datetime) -> str:
     """Make sure that a party has a certificate that is good for a while; what was done."""
     entry = Registry.load(pki).entries.get(party.name)
     if entry is not None and entry.role != party.role:
@@ -164,7 +166,9 @@ def _pair(pki: Path, name: str, cert: str, key: str) -> dict[str, Path]:
     return {authority.CA_CERT: pki / authority.CA_CERT, cert: home / f"{name}.crt", key: home / f"{name}.key"}
 
 
-def _deliver_broker(pki: Path, party: Party, place: Place, owner: int, *, port: int, root: str, now: datetime) -> None:
+def _deliver_broker(
+    pki: Path, party: Recipient, place: BrokerPlace, owner: int, *, port: int, root: str, now: datetime
+) -> None:
     with tempfile.TemporaryDirectory() as staging:
         listener = mosquitto.Listener(port, "", CONFIG_AT, DATA_AT)
         mosquitto.configure(pki, Path(staging), place=place, listener=listener, broker=party.name, root=root, now=now)

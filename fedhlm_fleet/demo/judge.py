@@ -6,7 +6,7 @@ from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Generation
-from fedhlm_fleet.demo.report import Alternatives, Figures, Generated, Run, figures
+from fedhlm_fleet.demo.report import Alternatives, Figures, Generated, PresetRun, figures
 
 
 class Judge:
@@ -20,7 +20,7 @@ class Judge:
         self._large, self._small = Alone.load(llm, threads=0), Alone.load(slm, threads=0)
         self._known: dict[tuple[str, Sampling, int, str], Alternatives] = {}
 
-    def figures(self, run: Run, texts_max: int | None = None) -> Figures:
+    def figures(self, run: PresetRun, texts_max: int | None = None) -> Figures:
         """A run's figures with what both models write alone beside its requests.
 
         Of continued texts only the first `texts_max`: one takes as long as fifty questions for a topic.

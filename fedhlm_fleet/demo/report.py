@@ -112,7 +112,7 @@ class Report(Figures, kw_only=True):
     stopped_early: bool = False
 
 
-class Run(NamedTuple):
+class PresetRun(NamedTuple):
     """Requests under one preset: its settings, the seed of the demo, what came back, and the time it took."""
 
     preset: str
@@ -122,7 +122,7 @@ class Run(NamedTuple):
     wall_s: float
 
 
-def figures(run: Run, alone: Mapping[int, Alternatives]) -> Figures:
+def figures(run: PresetRun, alone: Mapping[int, Alternatives]) -> Figures:
     """Sum up finished requests; `alone` is by index into the requests, and one without entry is not compared."""
     done = [r for r in run.requests if r.finish is not None]
     failures = [r for r in done if r.finish == "error"]

@@ -30,7 +30,7 @@ from fedhlm_fleet.demo.asking import Asker, Place, Task, load_prompts, tasks_of
 from fedhlm_fleet.demo.journey import ASCII_BARS, BARS, Journey
 from fedhlm_fleet.demo.judge import Judge
 from fedhlm_fleet.demo.progress import Progress
-from fedhlm_fleet.demo.report import Figures, Generated, Report, Run, figures, notes, tables
+from fedhlm_fleet.demo.report import Figures, Generated, PresetRun, Report, figures, notes, tables
 from fedhlm_fleet.processes import Processes
 from fedhlm_zoo.partition import dirichlet_partition, skew
 from fedhlm_zoo.shipped import model_folder
@@ -246,7 +246,7 @@ class Demo:
     def _compared_presets(self) -> list[str]:
         return [self.name, *(name for name in COMPARED if name != self.name)]
 
-    async def _compare(self, asker: Asker, progress: Progress, name: str) -> Run:
+    async def _compare(self, asker: Asker, progress: Progress, name: str) -> PresetRun:
         """Ask the prompts of the comparison, the same of the same agent whatever the preset."""
         progress.stage(f"the same {len(self.compared)} news items under preset {name}")
         tasks = list(tasks_of(self.compared, self.tokens, self.seed * _SEEDS_APART + _COMPARISON_SEEDS))
@@ -276,11 +276,11 @@ class Demo:
             for place, tasks in shares.items():
                 group.create_task(work(place, tasks), name=f"ask-{place.agent}")
 
-    def _run_of(self, name: str, requests: list[Generated], wall_s: float) -> Run:
+    def _run_of(self, name: str, requests: list[Generated], wall_s: float) -> PresetRun:
         if name == self.name:
-            return Run(name, self.config.generation, self.seed, requests, wall_s)
+            return PresetRun(name, self.config.generation, self.seed, requests, wall_s)
         other = configuration.load(preset=name, flags=self.overrides).config.generation
-        return Run(name, other, self.seed, requests, wall_s)
+        return PresetRun(name, other, self.seed, requests, wall_s)
 
     def _reported(
         self, own: Figures, progress: Progress, *, comparisons: Sequence[Figures] = (), stopped_early: bool = False

@@ -21,8 +21,8 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.messages import AnyMessage, UncertainTokens, Verdict, VerdictBatch, VerifiedTokens, encode
 from fedhlm.settings import Broker
 from fedhlm_fleet.doctor import tls
-from fedhlm_fleet.doctor.finding import Said, Subject, fail, ok, skip, warn
-from fedhlm_fleet.doctor.probe import Heard, LostError, Probe, RefusedError
+from fedhlm_fleet.doctor.finding import Remark, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.probe import HeardMessage, LostError, Probe, RefusedError
 
 STEP_S: Final = 2.5
 ECHO_S: Final = 1.5
@@ -57,7 +57,7 @@ def address_of(subject: Subject, key: str) -> BrokerUrl:
     return msgspec.structs.replace(section, url=url).address(key=f"{key}.url")
 
 
-def host_name(subject: Subject, key: str) -> Said:
+def host_name(subject: Subject, key: str) -> Remark:
     """The name service knows the broker's host."""
     address = address_of(subject, key)
     try:
@@ -72,7 +72,7 @@ def host_name(subject: Subject, key: str) -> Said:
     return ok(shown if address.host in numbers else f"{address.host} is {shown}")
 
 
-def port(subject: Subject, key: str) -> Said:
+def port(subject: Subject, key: str) -> Remark:
     """Somebody listens there."""
     address = address_of(subject, key)
     own = subject.role == "edge" and not section_of(subject, key).url
@@ -97,17 +97,17 @@ def port(subject: Subject, key: str) -> Said:
     return ok(f"{address} answers in {(perf_counter() - begun_s) * 1e3:.0f} ms")
 
 
-def certificate(subject: Subject, key: str) -> Said:
+def certificate(subject: Subject, key: str) -> Remark:
     """The broker proves who it is."""
     return tls.broker_certificate(address_of(subject, key), key, timeout_s=STEP_S, now_s=subject.wall_s())
 
 
-def own_certificate(subject: Subject, key: str) -> Said:
+def own_certificate(subject: Subject, key: str) -> Remark:
     """We can prove who we are."""
     return tls.own_certificate(address_of(subject, key), key, now_s=subject.wall_s())
 
 
-def login(subject: Subject, key: str) -> Said:
+def login(subject: Subject, key: str) -> Remark:
     """The broker takes us; the session stays open for later checks."""
     address, section = address_of(subject, key), section_of(subject, key)
     name = client_id("doctor", subject.name, secrets.token_hex(8), root=section.root)
@@ -206,7 +206,7 @@ def filters_of(subject: Subject, key: str) -> list[str]:
     return found
 
 
-def rights(subject: Subject, key: str) -> Said:
+def rights(subject: Subject, key: str) -> Remark:
     """What the broker's access rules let us do: hear our topics, publish under our name, and under no other."""
     try:
         return _rights(subject, key)
@@ -218,7 +218,7 @@ def rights(subject: Subject, key: str) -> Said:
         )
 
 
-def _rights(subject: Subject, key: str) -> Said:
+def _rights(subject: Subject, key: str) -> Remark:
     probe = subject.probes[key]
     filters = filters_of(subject, key)
     refused = probe.subscribe(*filters)
@@ -253,5 +253,5 @@ _ACL_ADVICE: Final = (
 )
 
 
-def _is(topic: str, payload: bytes) -> Callable[[Heard], bool]:
+def _is(topic: str, payload: bytes) -> Callable[[HeardMessage], bool]:
     return lambda heard: (heard.topic, heard.payload) == (topic, payload)

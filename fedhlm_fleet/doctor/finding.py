@@ -35,7 +35,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
 
 
-class Said(NamedTuple):
+class Remark(NamedTuple):
     """A finding before it has its check's name."""
 
     level: Level
@@ -43,27 +43,27 @@ class Said(NamedTuple):
     advice: str = ""
 
 
-def ok(found: str) -> Said:
+def ok(found: str) -> Remark:
     """All is well."""
-    return Said("ok", found)
+    return Remark("ok", found)
 
 
-def warn(found: str, advice: str) -> Said:
+def warn(found: str, advice: str) -> Remark:
     """It works, and could be better or will not work for ever."""
-    return Said("warn", found, advice)
+    return Remark("warn", found, advice)
 
 
-def fail(found: str, advice: str) -> Said:
+def fail(found: str, advice: str) -> Remark:
     """The part cannot work, or not as it should."""
-    return Said("fail", found, advice)
+    return Remark("fail", found, advice)
 
 
-def skip(found: str) -> Said:
+def skip(found: str) -> Remark:
     """Not looked at, and why."""
-    return Said("skip", found)
+    return Remark("skip", found)
 
 
-class Model(NamedTuple):
+class CheckedModel(NamedTuple):
     """The model folder of this part, after its check. `space` names the keys made with it; empty without a projection."""
 
     folder: Path
@@ -90,7 +90,7 @@ class Subject:
     proc: Path = Path("/proc")
     cgroup: Path = Path("/sys/fs/cgroup")
     user_id: int = field(default_factory=os.getuid)
-    model: Model | None = None
+    model: CheckedModel | None = None
     probes: dict[str, "Probe"] = field(default_factory=dict)  # open sessions by the broker's key
 
     @property
@@ -124,6 +124,6 @@ class Check(NamedTuple):
     """A check: it runs when all of `needs` were ok or worth a warning, and has `deadline_s` seconds."""
 
     name: str
-    run: Callable[[Subject], Said]
+    run: Callable[[Subject], Remark]
     needs: tuple[str, ...] = ()
     deadline_s: float = 2.0

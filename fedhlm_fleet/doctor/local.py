@@ -9,13 +9,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
-from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, Decoder, Request, load_info, tokenizer_digest
+from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, Decoder, DecoderInput, load_info, tokenizer_digest
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.settings import Broker
-from fedhlm_fleet.doctor.finding import Model, Role, Said, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.finding import CheckedModel, Remark, Role, Subject, fail, ok, skip, warn
 from fedhlm_fleet.doctor.machine import MIB
 
 SHIPPED: Final[dict[Role, Literal["slm", "llm"]]] = {"agent": "slm", "cloud": "llm"}
@@ -35,7 +35,7 @@ _DISK_ADVICE: Final = {
 MEASURED_TOKENS: Final = 128
 
 
-class Part(NamedTuple):
+class PartKeys(NamedTuple):
     """The keys that agent, edge and cloud have alike."""
 
     model: str
@@ -43,13 +43,13 @@ class Part(NamedTuple):
     threads: int
 
 
-def part_of(subject: Subject) -> Part:
+def part_of(subject: Subject) -> PartKeys:
     """This part's own section; an edge has no model."""
     config = subject.config
     parts = {
-        "agent": Part(config.agent.model, config.agent.state, config.agent.threads),
-        "edge": Part("", config.edge.state, 1),
-        "cloud": Part(config.cloud.model, config.cloud.state, config.cloud.threads),
+        "agent": PartKeys(config.agent.model, config.agent.state, config.agent.threads),
+        "edge": PartKeys("", config.edge.state, 1),
+        "cloud": PartKeys(config.cloud.model, config.cloud.state, config.cloud.threads),
     }
     return parts[subject.role]
 
@@ -61,7 +61,7 @@ def brokers_of(subject: Subject) -> dict[str, Broker]:
     return {"broker": config.broker, **({"edge.upstream": up} if subject.role == "edge" and up.url else {})}
 
 
-def configuration(subject: Subject) -> Said:
+def configuration(subject: Subject) -> Remark:
     """Whether it can be read, and what is legal in it and still will not work."""
     if subject.problem is not None:
         return fail(str(subject.problem), "correct this key; `fedhlm config check` shows all keys and their sources")
@@ -82,7 +82,7 @@ def configuration(subject: Subject) -> Said:
     return ok(f"preset {config.preset}, {changed} keys set")
 
 
-def key_files(subject: Subject) -> Said:
+def key_files(subject: Subject) -> Remark:
     """Private keys, and files that hold a password, are for their owner alone."""
     paths: dict[str, str] = {}
     for section, broker in brokers_of(subject).items():
@@ -108,7 +108,7 @@ def key_files(subject: Subject) -> Said:
     return ok(f"{len(paths)} files, for their owner only") if paths else skip("neither keys nor passwords in files")
 
 
-def state_folder(subject: Subject) -> Said:
+def state_folder(subject: Subject) -> Remark:
     """Written for real: a full disk or one that the kernel has made read-only shows in no permission bit."""
     key = f"{subject.role}.state"
     configured = part_of(subject).state
@@ -138,7 +138,7 @@ def state_folder(subject: Subject) -> Said:
     return ok(found)
 
 
-def model(subject: Subject) -> Said:
+def model(subject: Subject) -> Remark:
     """The model folder: complete, unchanged, and able to take part."""
     from fedhlm_zoo.shipped import model_folder  # an edge's image has no models, and no package of them
 
@@ -152,13 +152,13 @@ def model(subject: Subject) -> Said:
         fingerprint = fingerprint_of(digest, info.vocab_size, noise=NOISE, model=info.name)
     except FedhlmError as exc:
         return fail(str(exc), f"copy the folder again, or set {key} to one made by `fedhlm models export`")
-    subject.model = Model(folder, info, fingerprint, space)
+    subject.model = CheckedModel(folder, info, fingerprint, space)
     whole = sum(file.bytes for file in info.files.values()) <= HASH_UP_TO_BYTES
     checked = "digests right" if whole else "sizes right (too large to hash)"
     return ok(f"{info.name}, {info.parameters / 1e6:.1f} M parameters, {info.quantisation}, {checked}")
 
 
-def providers(subject: Subject) -> Said:
+def providers(subject: Subject) -> Remark:
     """Where onnxruntime computes: the providers that are asked for against those that this build has."""
     try:
         import onnxruntime
@@ -179,7 +179,7 @@ def _short(names: Iterable[str]) -> str:
     return ", ".join(name.removesuffix("ExecutionProvider") for name in names)
 
 
-def speed(subject: Subject) -> Said:
+def speed(subject: Subject) -> Remark:
     """Tokens a second, one by one, as a device drafts and as a cloud verifies in the worst case."""
     if subject.model is None:
         raise AssertionError("the check `model` comes before")
@@ -190,10 +190,10 @@ def speed(subject: Subject) -> Said:
         return fail(str(exc), "export the model again with `fedhlm models export`")
     loaded_s = perf_counter() - begun_s
     first = decoder.info.bos_id or 0
-    result = decoder.forward([Request(decoder.empty_cache(), [first])])[0]  # the first call allocates
+    result = decoder.forward([DecoderInput(decoder.empty_cache(), [first])])[0]  # the first call allocates
     count, begun_s = 0, perf_counter()
     while count < min(MEASURED_TOKENS, decoder.info.context - 2) and perf_counter() - begun_s < MEASURED_S:
-        result = decoder.forward([Request(result.cache, [int(result.logits[-1].argmax())])])[0]
+        result = decoder.forward([DecoderInput(result.cache, [int(result.logits[-1].argmax())])])[0]
         count += 1
     rate = count / (perf_counter() - begun_s)
     floor = FLOORS[subject.role]

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from fedhlm_fleet.doctor.finding import Role, Said, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.finding import Remark, Role, Subject, fail, ok, skip, warn
 
 MIB: Final = 1024 * 1024
 PYTHON_MIN: Final = (3, 11)
@@ -23,7 +23,7 @@ _REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+)\s*([<>=!~,.\w\s]*?)\s*(?:;\
 _TIME_ERROR: Final = 5  # adjtimex: the clock is not synchronised
 
 
-def system(subject: Subject) -> Said:
+def system(subject: Subject) -> Remark:
     """A 64-bit kernel under a 64-bit Python: there is no onnxruntime for anything else."""
     bits = struct.calcsize("P") * 8
     release = f"{os.uname().sysname} {os.uname().release}"
@@ -37,7 +37,7 @@ def system(subject: Subject) -> Said:
     return ok(f"64 bits, {subject.machine}, {release}")
 
 
-def processor(subject: Subject) -> Said:
+def processor(subject: Subject) -> Remark:
     """Vector instructions for int8 arithmetic."""
     text = (subject.proc / "cpuinfo").read_text("utf-8", "replace")
     lines = [line for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
@@ -51,7 +51,7 @@ def processor(subject: Subject) -> Said:
     return ok(f"{cores} cores, {needed}{', ' + fast[0] if fast else ', without int8 dot products'}")
 
 
-def python(_: Subject) -> Said:
+def python(_: Subject) -> Remark:
     """The interpreter's version."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] < PYTHON_MIN:
@@ -61,7 +61,7 @@ def python(_: Subject) -> Said:
     return ok(f"Python {version}, {sys.executable}")
 
 
-def libraries(subject: Subject) -> Said:
+def libraries(subject: Subject) -> Remark:
     """Installed versions against the requirements of this part's extra."""
     try:
         requirements = subject.requires()
@@ -119,7 +119,7 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, matched[0].split("."))) if matched else ()
 
 
-def clock(subject: Subject) -> Said:
+def clock(subject: Subject) -> Remark:
     """Whether the clock is kept by somebody, and not before the time at which this software was installed.
 
     Certificates need the date; deadlines on the bus are spans, which a wrong clock does not hurt.
@@ -146,7 +146,7 @@ def _synchronised() -> bool | None:
     return None if state < 0 else state != _TIME_ERROR
 
 
-def memory(subject: Subject) -> Said:
+def memory(subject: Subject) -> Remark:
     """Memory that is left, under the limit of our control group too, against what the part and its model take."""
     need = NEED_MIB[subject.role]
     if subject.model is not None:

@@ -7,8 +7,8 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Fingerprint, Presence, decode
 from fedhlm_fleet.doctor.broker import STRANGER, section_of
-from fedhlm_fleet.doctor.finding import Said, Subject, fail, ok, skip, warn
-from fedhlm_fleet.doctor.probe import Heard
+from fedhlm_fleet.doctor.finding import Remark, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.probe import HeardMessage
 
 RETAINED_S: Final = 1.5
 SKEW_WARN_S: Final = 30.0
@@ -19,7 +19,7 @@ def _presences(subject: Subject, key: str, topic: topics.Topic, *, wait_s: float
     """The last presence on each topic name of this row; waits only while there is none."""
     probe, root = subject.probes[key], section_of(subject, key).root
 
-    def is_one(heard: Heard) -> bool:
+    def is_one(heard: HeardMessage) -> bool:
         return topic.parse(heard.topic, root) is not None
 
     probe.wait_for(is_one, wait_s)
@@ -35,7 +35,7 @@ def _presences(subject: Subject, key: str, topic: topics.Topic, *, wait_s: float
     return found
 
 
-def edge(subject: Subject) -> Said:
+def edge(subject: Subject) -> Remark:
     """For an agent: its cluster's edge is there, and the cloud behind it."""
     cluster = subject.config.cluster.name
     found = list(_presences(subject, "broker", topics.EDGE_STATUS).values())
@@ -56,7 +56,7 @@ def edge(subject: Subject) -> Said:
     return ok(f"the edge of cluster {cluster} is online ({found[-1].software}) and sees the cloud")
 
 
-def cloud(subject: Subject) -> Said:
+def cloud(subject: Subject) -> Remark:
     """For an edge: the cloud is there."""
     found = list(_presences(subject, _up(subject), topics.CLOUD_STATUS).values())
     if not found:
@@ -72,7 +72,7 @@ def _up(subject: Subject) -> str:
     return "edge.upstream" if subject.config.edge.upstream.url else "broker"
 
 
-def agreement_of_agent(subject: Subject) -> Said:
+def agreement_of_agent(subject: Subject) -> Remark:
     """This agent's tokenizer, vocabulary and noise are the cloud's, as its edge tells them."""
     theirs = [p.upstream for p in _presences(subject, "broker", topics.EDGE_STATUS).values()]
     if subject.model is None or not theirs or theirs[-1] is None:
@@ -80,7 +80,7 @@ def agreement_of_agent(subject: Subject) -> Said:
     return _compared(subject.model.fingerprint, theirs[-1], "the cloud")
 
 
-def agreement_of_edge(subject: Subject) -> Said:
+def agreement_of_edge(subject: Subject) -> Remark:
     """The cloud's fingerprint against those of the cluster's agents."""
     clouds = [p.fingerprint for p in _presences(subject, _up(subject), topics.CLOUD_STATUS).values()]
     if not clouds or clouds[-1] is None:
@@ -98,7 +98,7 @@ def agreement_of_edge(subject: Subject) -> Said:
     return ok(f"{len(agents)} agents online, all with the cloud's tokenizer ({clouds[-1].model})")
 
 
-def agreement_of_cloud(subject: Subject) -> Said:
+def agreement_of_cloud(subject: Subject) -> Remark:
     """Whether a running cloud has this model; a broker with access rules hides its presence from the cloud itself."""
     subject.probes["broker"].subscribe(topics.CLOUD_STATUS.name(subject.config.broker.root))
     found = [p.fingerprint for p in _presences(subject, "broker", topics.CLOUD_STATUS).values() if p.online]
@@ -107,7 +107,7 @@ def agreement_of_cloud(subject: Subject) -> Said:
     return _compared(subject.model.fingerprint, found[-1], "the running cloud")
 
 
-def _compared(ours: Fingerprint, theirs: Fingerprint, whose: str) -> Said:
+def _compared(ours: Fingerprint, theirs: Fingerprint, whose: str) -> Remark:
     try:
         check_agreement(ours, theirs)
     except FingerprintMismatch as exc:
@@ -115,7 +115,7 @@ def _compared(ours: Fingerprint, theirs: Fingerprint, whose: str) -> Said:
     return ok(f"tokenizer {ours.tokenizer}, {ours.vocab_size} tokens, as at {whose} ({theirs.model})")
 
 
-def clocks(subject: Subject) -> Said:
+def clocks(subject: Subject) -> Remark:
     """Other parties' clocks, by what they sent while we listened; and nobody's message may come from our future.
 
     A fresh message bounds their clock from both sides, by its way here; a retained one from one side only.

@@ -20,7 +20,7 @@ UNSUPPORTED: Final = 132
 _PAHO: Final[dict[ProtocolVersion, Any]] = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 
 
-class Heard(NamedTuple):
+class HeardMessage(NamedTuple):
     """A message that came, and our clock's time then."""
 
     topic: str
@@ -47,7 +47,7 @@ class Probe:
     def __init__(
         self, address: BrokerUrl, client_id: str, *, key: str, wait_s: float, wall_s: Callable[[], float] = time.time
     ) -> None:
-        self.heard: list[Heard] = []
+        self.heard: list[HeardMessage] = []
         self.version: ProtocolVersion = "5"
         self._address, self._client_id, self._wait_s, self._wall_s = address, client_id, wait_s, wall_s
         self._context = address.ssl_context(key=key)
@@ -123,7 +123,7 @@ class Probe:
         (reason,) = self._ask(send)
         return str(reason) if reason.value >= FIRST_FAILURE else None
 
-    def wait_for(self, wanted: Callable[[Heard], bool], wait_s: float) -> Heard | None:
+    def wait_for(self, wanted: Callable[[HeardMessage], bool], wait_s: float) -> HeardMessage | None:
         """The first wanted message of those that came or come in time."""
         self._until(lambda: any(map(wanted, self.heard)), wait_s)
         return next(filter(wanted, list(self.heard)), None)
@@ -167,5 +167,5 @@ class Probe:
 
     def _hear(self, message: paho.MQTTMessage) -> None:
         with self._changed:
-            self.heard.append(Heard(message.topic, bytes(message.payload), message.retain, self._wall_s()))
+            self.heard.append(HeardMessage(message.topic, bytes(message.payload), message.retain, self._wall_s()))
             self._changed.notify_all()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from fedhlm.errors import FedhlmError
-from fedhlm_fleet.doctor.finding import Check, Finding, Level, Said, Subject, fail, skip
+from fedhlm_fleet.doctor.finding import Check, Finding, Level, Remark, Subject, fail, skip
 
 BUDGET_S: Final = 20.0
 
@@ -37,9 +37,9 @@ def examine(
         yield Finding(name=check.name, level=said.level, found=said.found, advice=said.advice, seconds=seconds)
 
 
-def _within(check: Check, subject: Subject, deadline_s: float) -> Said:
+def _within(check: Check, subject: Subject, deadline_s: float) -> Remark:
     """Run in a thread that is left behind when it hangs: a name server or a dying disk cannot be interrupted."""
-    answer: queue.SimpleQueue[Said] = queue.SimpleQueue()
+    answer: queue.SimpleQueue[Remark] = queue.SimpleQueue()
     threading.Thread(target=lambda: answer.put(_safely(check, subject)), name=check.name, daemon=True).start()
     try:
         return answer.get(timeout=deadline_s)
@@ -48,7 +48,7 @@ def _within(check: Check, subject: Subject, deadline_s: float) -> Said:
         return fail(found, "look at the load (top) and at the kernel's messages (dmesg), and run the doctor again")
 
 
-def _safely(check: Check, subject: Subject) -> Said:
+def _safely(check: Check, subject: Subject) -> Remark:
     try:
         return check.run(subject)
     except FedhlmError as exc:

@@ -6,7 +6,7 @@ import time
 from typing import Any, Final
 
 from fedhlm.bus.broker_url import BrokerUrl
-from fedhlm_fleet.doctor.finding import Said, fail, ok, skip, warn
+from fedhlm_fleet.doctor.finding import Remark, fail, ok, skip, warn
 
 WARN_DAYS: Final = 30
 ALERT_S: Final = 0.3  # a broker that dislikes our certificate says so after the handshake
@@ -22,7 +22,7 @@ ADVICE: Final = {
 }
 
 
-def broker_certificate(address: BrokerUrl, key: str, *, timeout_s: float, now_s: float) -> Said:
+def broker_certificate(address: BrokerUrl, key: str, *, timeout_s: float, now_s: float) -> Remark:
     """Shake hands with the broker and look at the dates of its certificate.
 
     Raises:
@@ -67,7 +67,7 @@ def broker_certificate(address: BrokerUrl, key: str, *, timeout_s: float, now_s:
     return _dates(facts, now_s, f"{version}, the broker's certificate", "issue the broker's certificate anew")
 
 
-def own_certificate(address: BrokerUrl, key: str, *, now_s: float) -> Said:
+def own_certificate(address: BrokerUrl, key: str, *, now_s: float) -> Remark:
     """Our certificate as a broker would see it: pair, chain and dates.
 
     Raises:
@@ -109,7 +109,7 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str, Any]
     return ends[1].getpeercert() or None
 
 
-def _dates(facts: dict[str, Any], now_s: float, what: str, advice: str) -> Said:
+def _dates(facts: dict[str, Any], now_s: float, what: str, advice: str) -> Remark:
     ends_s = ssl.cert_time_to_seconds(facts["notAfter"])
     days = int((ends_s - now_s) // 86_400)
     found = f"{what} is valid until {time.strftime('%Y-%m-%d', time.gmtime(ends_s))} ({days} days)"

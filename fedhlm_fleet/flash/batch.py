@@ -16,8 +16,8 @@ from typing import IO, Any, Final, NamedTuple
 from fedhlm.config import load, presets
 from fedhlm.errors import ConfigError, FedhlmError
 from fedhlm_fleet.flash import cloudinit, disks
-from fedhlm_fleet.flash.image import Disk, Folder, Target, boot_partition, needed_bytes, require_room
-from fedhlm_fleet.flash.plan import Device, FlashError, Part, Payload, Wifi
+from fedhlm_fleet.flash.image import BootPartition, Folder, Target, boot_partition, needed_bytes, require_room
+from fedhlm_fleet.flash.plan import Device, FlashError, Payload, PlannedFile, Wifi
 
 COLUMNS: Final = (
     *("agent", "cluster", "broker", "hostname", "user", "ssh_key", "wifi_ssid", "wifi_password_file", "wifi_country"),
@@ -29,7 +29,7 @@ _MAX_TEXT_BYTES: Final = 1024 * 1024
 Say = Callable[[str], None]
 
 
-class Party(NamedTuple):
+class BatchDevice(NamedTuple):
     """A device, its configuration so far, and its own certificate files (certificate, key, CA) if it has them."""
 
     device: Device
@@ -40,7 +40,7 @@ class Party(NamedTuple):
 class Order(NamedTuple):
     """A device and where its card is."""
 
-    party: Party
+    party: BatchDevice
     boot: Path | None
     image: Path | None
     disk: Path | None
@@ -59,7 +59,7 @@ class Order(NamedTuple):
         return place
 
 
-class Done(NamedTuple):
+class WrittenCard(NamedTuple):
     """A card that was made: its files, their bytes, and how long it took."""
 
     order: Order
@@ -68,7 +68,7 @@ class Done(NamedTuple):
     seconds: float
 
 
-def party_of(values: Mapping[str, str]) -> Party:
+def party_of(values: Mapping[str, str]) -> BatchDevice:
     """One device from the values of COLUMNS; absent and empty mean the same.
 
     Raises:
@@ -99,7 +99,7 @@ def party_of(values: Mapping[str, str]) -> Party:
     files = tuple(Path(given[name]) for name in ("cert", "key", "ca") if name in given)
     if len(files) not in (0, 3):
         raise ConfigError("--cert, --key, --ca", None, "given all three, or --pki")
-    return Party(
+    return BatchDevice(
         device,
         _settings(Path(given["config"]), device) if "config" in given else {},
         (files[0], files[1], files[2]) if files else None,
@@ -173,7 +173,7 @@ def read(path: Path, defaults: Mapping[str, str]) -> list[Order]:
     return orders
 
 
-def make(order: Order, installed: Payload, say: Say, *, clock_s: Callable[[], float] = time.monotonic) -> Done:
+def make(order: Order, installed: Payload, say: Say, *, clock_s: Callable[[], float] = time.monotonic) -> WrittenCard:
     """Write one card.
 
     Raises:
@@ -183,13 +183,15 @@ def make(order: Order, installed: Payload, say: Say, *, clock_s: Callable[[], fl
     parts = cloudinit.card(order.device, installed)
     with _target(order, parts, say) as target:
         size = require_room(target, parts)
-        target.write(parts)
-    return Done(order, len(parts), size, clock_s() - begun_s)
+        target.put(parts)
+    return WrittenCard(order, len(parts), size, clock_s() - begun_s)
 
 
-def make_all(orders: Sequence[Order], payload_of: Callable[[Order], Payload], say: Say) -> tuple[list[Done], int]:
+def make_all(
+    orders: Sequence[Order], payload_of: Callable[[Order], Payload], say: Say
+) -> tuple[list[WrittenCard], int]:
     """Write all cards, a line about each; those that were made, and how many were not."""
-    done: list[Done] = []
+    done: list[WrittenCard] = []
     for number, order in enumerate(orders, 1):
         head = f"[{number}/{len(orders)}] {order.device.agent}"
         try:
@@ -211,7 +213,7 @@ def described(order: Order, installed: Payload) -> Iterator[str]:
     for part in parts:
         yield f"  {part.size:>10}  {part.path}{'  (secret)' if part.secret else ''}"
     if order.image is None or order.image.suffix != ".xz":
-        target: Target = Folder(order.boot) if order.boot else Disk(order.image or order.place)
+        target: Target = Folder(order.boot) if order.boot else BootPartition(order.image or order.place)
         room = target.room()
         yield f"  {needed_bytes(parts, room.cluster) / 1e6:.1f} MB of {(room.free + room.reusable) / 1e6:.1f} MB"
     yield ""
@@ -219,7 +221,7 @@ def described(order: Order, installed: Payload) -> Iterator[str]:
 
 
 @contextmanager
-def _target(order: Order, parts: Sequence[Part], say: Say) -> Iterator[Target]:
+def _target(order: Order, parts: Sequence[PlannedFile], say: Say) -> Iterator[Target]:
     if order.boot is not None:
         yield Folder(order.boot)
     elif order.disk is not None:
@@ -228,19 +230,19 @@ def _target(order: Order, parts: Sequence[Part], say: Say) -> Iterator[Target]:
         if order.image is not None:
             with order.disk.open("r+b", buffering=0) as device:
                 _copy(order.image, device, say)
-        yield Disk(order.disk)
+        yield BootPartition(order.disk)
     elif order.out is not None and order.image is not None:
         # Renamed when complete: half an image never looks like one.
         partial = order.out.with_name(f".{order.out.name}.part")
         try:
             if order.image.suffix != ".xz":
-                require_room(Disk(order.image), parts)
+                require_room(BootPartition(order.image), parts)
             order.out.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 # The card's certificate and Wi-Fi key will be in it.
                 os.fchmod(file.fileno(), 0o600)
                 _copy(order.image, file, say)
-            yield Disk(partial)
+            yield BootPartition(partial)
             partial.replace(order.out)
         except OSError as exc:
             raise FlashError(f"cannot write {order.out}: {exc.strerror or exc}") from exc
@@ -248,7 +250,7 @@ def _target(order: Order, parts: Sequence[Part], say: Say) -> Iterator[Target]:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
     else:
-        yield Disk(order.place)
+        yield BootPartition(order.place)
 
 
 def _copy(image: Path, to: IO[bytes], say: Say) -> None:

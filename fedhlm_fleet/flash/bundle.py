@@ -16,7 +16,7 @@ from typing import Final
 
 from fedhlm.decoding.decoder import load_info
 from fedhlm.errors import ConfigError
-from fedhlm_fleet.flash.plan import CUDA, INSTALLER, PLAIN, UNIT, FlashError, Part
+from fedhlm_fleet.flash.plan import CUDA, INSTALLER, PLAIN, UNIT, FlashError, PlannedFile
 
 PROJECT: Final = "fedhlm"
 NEEDED: Final = (PROJECT, "pip", "numpy", "onnxruntime", "tokenizers", "aiomqtt", "msgspec")
@@ -98,21 +98,21 @@ def fill(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
     return wheels(folder, python=python, machine=machine)
 
 
-def parts(found: Sequence[Path], *, model: Path | None = None, interpreter: Path | None = None) -> list[Part]:
+def parts(found: Sequence[Path], *, model: Path | None = None, interpreter: Path | None = None) -> list[PlannedFile]:
     """The bundle's files as parts of a payload.
 
     Raises:
         ModelError: `model` is no usable model folder.
         FlashError: `interpreter` is no .tar.gz.
     """
-    listed = [Part(f"wheels/{wheel.name}", wheel) for wheel in found]
+    listed = [PlannedFile(f"wheels/{wheel.name}", wheel) for wheel in found]
     if model is not None:
         names = {"model.json", *load_info(model).files}
-        listed += [Part(f"model/{name}", model / name) for name in sorted(names)]
+        listed += [PlannedFile(f"model/{name}", model / name) for name in sorted(names)]
     if interpreter is not None:
         if not interpreter.name.endswith((".tar.gz", ".tgz")) or not interpreter.is_file():
             raise ConfigError("--interpreter", str(interpreter), "a .tar.gz with python/bin/python3 in it")
-        listed.append(Part("python.tar.gz", interpreter))
+        listed.append(PlannedFile("python.tar.gz", interpreter))
     return listed
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from fedhlm_fleet.flash.plan import FOLDER, INSTALLER, Device, FlashError, Part, Payload
+from fedhlm_fleet.flash.plan import FOLDER, INSTALLER, Device, FlashError, Payload, PlannedFile
 
 BOOT: Final = "/boot/firmware"
 USER_DATA: Final = "user-data"
@@ -104,7 +104,7 @@ def meta_data(device: Device, digest: str) -> dict[str, Any]:
     }
 
 
-def card(device: Device, payload: Payload) -> tuple[Part, ...]:
+def card(device: Device, payload: Payload) -> tuple[PlannedFile, ...]:
     """Everything that goes onto a boot partition.
 
     Raises:
@@ -114,11 +114,11 @@ def card(device: Device, payload: Payload) -> tuple[Part, ...]:
     check(user)
     # The instance is named by all that first boot applies, so that a new Wi-Fi key alone is applied as well.
     seeds = (
-        Part(USER_DATA, (HEADER + to_yaml(user)).encode()),
-        Part(NETWORK, to_yaml(network_config(device)).encode(), secret=True),
+        PlannedFile(USER_DATA, (HEADER + to_yaml(user)).encode()),
+        PlannedFile(NETWORK, to_yaml(network_config(device)).encode(), secret=True),
     )
-    named = Part("", "".join([payload.digest, *(seed.sha256 for seed in seeds)]).encode()).sha256[:16]
-    meta = Part(META_DATA, to_yaml(meta_data(device, named)).encode())
+    named = PlannedFile("", "".join([payload.digest, *(seed.sha256 for seed in seeds)]).encode()).sha256[:16]
+    meta = PlannedFile(META_DATA, to_yaml(meta_data(device, named)).encode())
     return (*(part._replace(path=f"{FOLDER}/{part.path}") for part in payload.parts), *seeds, meta)
 
 

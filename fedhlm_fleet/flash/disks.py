@@ -18,7 +18,7 @@ _COLUMNS: Final = "NAME,PATH,TYPE,SIZE,RM,RO,TRAN,MODEL,MAJ:MIN,MOUNTPOINTS,FSTY
 _REMOVABLE: Final = ("usb", "mmc")
 
 
-class Block(NamedTuple):
+class BlockDevice(NamedTuple):
     """A disk or a part of one, as lsblk tells it. `number` is MAJOR:MINOR."""
 
     path: str
@@ -30,10 +30,10 @@ class Block(NamedTuple):
     model: str
     number: str
     mounts: tuple[str, ...]
-    children: tuple["Block", ...]
+    children: tuple["BlockDevice", ...]
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> "Block":
+    def of(cls, row: dict[str, Any]) -> "BlockDevice":
         """From one of lsblk's JSON objects."""
         return cls(
             path=str(row.get("path") or f"/dev/{row['name']}"),
@@ -48,14 +48,14 @@ class Block(NamedTuple):
             children=tuple(cls.of(child) for child in row.get("children") or ()),
         )
 
-    def all(self) -> Iterator["Block"]:
+    def all(self) -> Iterator["BlockDevice"]:
         """Itself and everything on it."""
         yield self
         for child in self.children:
             yield from child.all()
 
 
-def refusal(disk: Block, *, mounted: frozenset[str], needed_bytes: int = 0) -> str | None:
+def refusal(disk: BlockDevice, *, mounted: frozenset[str], needed_bytes: int = 0) -> str | None:
     """Why a disk must not be written, or None. `mounted` are the MAJOR:MINOR numbers that the kernel has mounted."""
     if disk.kind != "disk":
         return f"it must be a whole disk (got type {disk.kind or 'unknown'})"
@@ -77,7 +77,7 @@ def refusal(disk: Block, *, mounted: frozenset[str], needed_bytes: int = 0) -> s
     return None
 
 
-def require_card(path: Path, *, needed_bytes: int = 0) -> Block:
+def require_card(path: Path, *, needed_bytes: int = 0) -> BlockDevice:
     """The disk at `path`, when it may be written.
 
     Raises:
@@ -108,7 +108,7 @@ def mounted_numbers(
     return frozenset(numbers | {f"{os.major(device)}:{os.minor(device)}" for device in devices})
 
 
-def _lsblk(path: Path) -> Block:
+def _lsblk(path: Path) -> BlockDevice:
     program = shutil.which("lsblk")
     if program is None:
         raise FlashError("lsblk is not installed: sudo apt install util-linux")
@@ -116,7 +116,7 @@ def _lsblk(path: Path) -> Block:
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  no shell
     try:
         rows = json.loads(done.stdout)["blockdevices"]
-        return Block.of(rows[0])
+        return BlockDevice.of(rows[0])
     except (ValueError, KeyError, IndexError) as exc:
         raise FlashError(f"--device {path}: lsblk does not know it ({done.stderr.strip() or exc})") from exc
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from fedhlm.process.files import sync
-from fedhlm_fleet.flash.plan import FOLDER, FlashError, Part
+from fedhlm_fleet.flash.plan import FOLDER, FlashError, PlannedFile
 
 SECTOR: Final = 512
 _FAT_TYPES: Final = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
@@ -48,7 +48,7 @@ class Target(Protocol):
         """
         ...
 
-    def write(self, parts: Sequence[Part]) -> None:
+    def put(self, parts: Sequence[PlannedFile]) -> None:
         """Replace FOLDER and the files that are named.
 
         Raises:
@@ -85,7 +85,7 @@ class Folder:
         found = os.statvfs(self.path)
         return Room(found.f_bavail * found.f_frsize, held, found.f_frsize)
 
-    def write(self, parts: Sequence[Part]) -> None:
+    def put(self, parts: Sequence[PlannedFile]) -> None:
         """Copy the parts; secret ones are readable by their owner only, as far as the file system knows of owners."""
         try:
             shutil.rmtree(self.path / FOLDER, ignore_errors=True)
@@ -95,7 +95,7 @@ class Folder:
             raise FlashError(f"cannot write to {self.path}: {exc.strerror or exc}") from exc
 
 
-class Disk:
+class BootPartition:
     """The FAT boot partition of an image file or device, by mtools."""
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class Disk:
             held = int(counted[-1]) * cluster if counted and counted[-1].isdigit() else 0
         return Room(int(free), held, cluster)
 
-    def write(self, parts: Sequence[Part]) -> None:
+    def put(self, parts: Sequence[PlannedFile]) -> None:
         """Copy the parts by mcopy. FAT knows no owners: install.sh moves secrets to where only root reads."""
         drive = self._drive()
         with tempfile.TemporaryDirectory(prefix="fedhlm-card-") as scratch:
@@ -177,14 +177,14 @@ def boot_partition(path: Path) -> Partition:
     raise FlashError(f"{path} has no FAT partition: an image of Raspberry Pi OS has one for booting")
 
 
-def needed_bytes(parts: Sequence[Part], cluster: int) -> int:
+def needed_bytes(parts: Sequence[PlannedFile], cluster: int) -> int:
     """Room that parts take in whole clusters, with their names and folders."""
     folders = {parent for part in parts for parent in Path(part.path).parents if parent != Path()}
     content = sum(-(-part.size // cluster) * cluster for part in parts)
     return content + _FOLDER_CLUSTER * len(folders) * cluster + _ENTRY_BYTES * len(parts)
 
 
-def require_room(target: Target, parts: Sequence[Part]) -> int:
+def require_room(target: Target, parts: Sequence[PlannedFile]) -> int:
     """The room that `parts` take on a target.
 
     Raises:
@@ -200,7 +200,7 @@ def require_room(target: Target, parts: Sequence[Part]) -> int:
     return needed
 
 
-def _lay_out(top: Path, parts: Sequence[Part], *, link: bool = False) -> None:
+def _lay_out(top: Path, parts: Sequence[PlannedFile], *, link: bool = False) -> None:
     for part in parts:
         path = top / part.path
         path.parent.mkdir(parents=True, exist_ok=True)

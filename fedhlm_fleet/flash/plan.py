@@ -135,7 +135,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         return BrokerUrl.parse(self.broker, key="--broker").tls
 
 
-class Part(NamedTuple):
+class PlannedFile(NamedTuple):
     """A file of a payload or card: where it goes, its bytes or the file that has them, whether it is to be kept from sight."""
 
     path: str
@@ -162,7 +162,7 @@ class Part(NamedTuple):
 class Payload(NamedTuple):
     """The files of FOLDER, and the digest that names them."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[PlannedFile, ...]
     digest: str
 
 
@@ -171,7 +171,7 @@ def payload(
     *,
     tls: Tls | None,
     settings: Mapping[str, Any],
-    bundle: Iterable[Part],
+    bundle: Iterable[PlannedFile],
     units: Mapping[str, bytes],
     made_s: int,
 ) -> Payload:
@@ -185,21 +185,25 @@ def payload(
     parts = [*bundle]
     has_model = any(part.path.startswith("model/") for part in parts)
     configuration = toml.encode(configured(device, settings, model=MODEL_AT if has_model else "")).encode()
-    parts.append(Part(CONFIGURATION, configuration, secret=True))
-    parts.append(Part(UNIT, units[UNIT]))
-    parts.append(Part(INSTALLER, units[INSTALLER]))
+    parts.append(PlannedFile(CONFIGURATION, configuration, secret=True))
+    parts.append(PlannedFile(UNIT, units[UNIT]))
+    parts.append(PlannedFile(INSTALLER, units[INSTALLER]))
     if tls is not None and device.uses_tls:
-        parts.append(Part("tls/ca.crt", tls.ca))
-        parts.append(Part("tls/client.crt", tls.cert))
-        parts.append(Part("tls/client.key", tls.key, secret=True))
+        parts.append(PlannedFile("tls/ca.crt", tls.ca))
+        parts.append(PlannedFile("tls/client.crt", tls.cert))
+        parts.append(PlannedFile("tls/client.key", tls.key, secret=True))
     else:
-        parts.append(Part(PLAIN, units[PLAIN]))
+        parts.append(PlannedFile(PLAIN, units[PLAIN]))
     if {"CUDAExecutionProvider", "TensorrtExecutionProvider"} & set(settings.get("agent", {}).get("providers", ())):
-        parts.append(Part(CUDA, units[CUDA]))
+        parts.append(PlannedFile(CUDA, units[CUDA]))
     parts.sort(key=lambda part: part.path)
     sums = "".join(f"{part.sha256}  {part.path}\n" for part in parts).encode()
     digest = hashlib.sha256(sums).hexdigest()[:16]
-    parts += [Part(SUMS, sums), Part(IDENTITY, f"{digest}\n".encode()), Part(MADE, f"{made_s}\n".encode())]
+    parts += [
+        PlannedFile(SUMS, sums),
+        PlannedFile(IDENTITY, f"{digest}\n".encode()),
+        PlannedFile(MADE, f"{made_s}\n".encode()),
+    ]
     return Payload(tuple(parts), digest)
 
 

@@ -14,7 +14,7 @@ from typing import IO, Final, NamedTuple
 
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.flash.bundle import PYTHONS
-from fedhlm_fleet.flash.plan import FlashError, Part, Payload
+from fedhlm_fleet.flash.plan import FlashError, Payload, PlannedFile
 
 MACHINES: Final = ("aarch64", "x86_64")
 # numpy's and onnxruntime's wheels ask for it.
@@ -167,7 +167,7 @@ def install(run: Run, host: Host, payload: Payload) -> bool:
     return True
 
 
-def _add(tar: tarfile.TarFile, part: Part) -> None:
+def _add(tar: tarfile.TarFile, part: PlannedFile) -> None:
     info = tarfile.TarInfo(part.path)
     info.size = part.size
     info.mode = 0o600 if part.secret else 0o644

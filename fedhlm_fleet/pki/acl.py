@@ -16,7 +16,7 @@ _ROOT: Final = re.compile(r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*")
 _CLUSTER_TOPICS: Final = "c/{cluster}/"
 
 
-class Place(NamedTuple):
+class BrokerPlace(NamedTuple):
     """Which broker it is: of one cluster, of the cloud side, or one for all."""
 
     kind: Literal["cluster", "cloud", "shared"]
@@ -30,7 +30,7 @@ class Right(NamedTuple):
     filter: str
 
 
-def rights(entry: Entry, place: Place, root: str = DEFAULT_ROOT) -> list[Right]:
+def rights(entry: Entry, place: BrokerPlace, root: str = DEFAULT_ROOT) -> list[Right]:
     """What a party may do on a broker; nothing for one that has no business there."""
     match entry.role:
         case "broker":
@@ -44,7 +44,7 @@ def rights(entry: Entry, place: Place, root: str = DEFAULT_ROOT) -> list[Right]:
             return sorted(set(found), key=found.index)
 
 
-def acl(entries: Iterable[Entry], place: Place, root: str = DEFAULT_ROOT) -> str:
+def acl(entries: Iterable[Entry], place: BrokerPlace, root: str = DEFAULT_ROOT) -> str:
     """The access control file of a broker; parties whose newest certificate is revoked are left out.
 
     Raises:
@@ -63,7 +63,7 @@ def acl(entries: Iterable[Entry], place: Place, root: str = DEFAULT_ROOT) -> str
     return "\n\n".join(blocks) + "\n"
 
 
-def described(place: Place) -> str:
+def described(place: BrokerPlace) -> str:
     """A broker in words."""
     return {
         "cluster": f"the broker of cluster {place.cluster}",
@@ -77,14 +77,14 @@ def _relayed(topic: Topic) -> bool:
     return {"cloud", "edge"} <= set(topic.publishers)
 
 
-def _travels(topic: Topic, place: Place) -> bool:
+def _travels(topic: Topic, place: BrokerPlace) -> bool:
     if place.kind == "shared":
         return True
     of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
     return (of_cluster or _relayed(topic)) if place.kind == "cluster" else not of_cluster
 
 
-def _of_row(topic: Topic, entry: Entry, role: Role, place: Place, root: str) -> list[Right]:
+def _of_row(topic: Topic, entry: Entry, role: Role, place: BrokerPlace, root: str) -> list[Right]:
     found: list[Right] = []
     relay_only = role == "edge" and _relayed(topic) and place.kind != "cluster"
     if role in topic.publishers and not relay_only:
@@ -96,7 +96,7 @@ def _of_row(topic: Topic, entry: Entry, role: Role, place: Place, root: str) -> 
     return found
 
 
-def _names(topic: Topic, entry: Entry, place: Place, root: str, *, everybody: bool) -> list[str]:
+def _names(topic: Topic, entry: Entry, place: BrokerPlace, root: str, *, everybody: bool) -> list[str]:
     """The filters of a row that are this party's own; with `everybody` also those of others like it."""
     of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
     if place.kind == "cloud" and entry.role == "agent":

@@ -14,7 +14,7 @@ from fedhlm.errors import ConfigError
 from fedhlm.process.files import PRIVATE
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_fleet.pki import files
-from fedhlm_fleet.pki.acl import Place, acl, described
+from fedhlm_fleet.pki.acl import BrokerPlace, acl, described
 from fedhlm_fleet.pki.authority import CA_CERT, CRL, ISSUED, ca_certificate, renew_crl
 from fedhlm_fleet.pki.files import PkiError
 from fedhlm_fleet.pki.registry import Entry, Registry
@@ -40,7 +40,7 @@ def configure(
     folder: Path,
     out: Path,
     *,
-    place: Place,
+    place: BrokerPlace,
     listener: Listener,
     broker: str | None = None,
     root: str = DEFAULT_ROOT,
@@ -84,7 +84,7 @@ def configure_plain(out: Path, *, listener: Listener) -> None:
     files.write(out / CONFIGURATION, "\n".join([*lines, *_limits(listener), ""]).encode())
 
 
-def _secured(place: Place, listener: Listener, out: Path) -> str:
+def _secured(place: BrokerPlace, listener: Listener, out: Path) -> str:
     at = _plain_path("--at", listener.at or str(out.resolve())).rstrip("/")
     return "\n".join(
         [
@@ -133,7 +133,7 @@ def _plain_path(key: str, path: str) -> str:
     return path
 
 
-def _broker_of(registry: Registry, place: Place, name: str | None, now: datetime) -> Entry:
+def _broker_of(registry: Registry, place: BrokerPlace, name: str | None, now: datetime) -> Entry:
     if name is not None:
         entry = registry.entry(name)
         if entry.role != "broker":

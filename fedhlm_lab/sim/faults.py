@@ -16,7 +16,7 @@ import msgspec
 from fedhlm.errors import ConfigError
 from fedhlm_lab.sim.liars import LIES
 from fedhlm_lab.sim.link import LinkModel
-from fedhlm_lab.sim.links import Profile
+from fedhlm_lab.sim.links import LinkProfile
 from fedhlm_lab.sim.loopback import LoopbackBroker
 from fedhlm_lab.sim.parts import Part
 
@@ -55,7 +55,7 @@ class Span(NamedTuple):
     amount: float
 
 
-class Kind(NamedTuple):
+class FaultKind(NamedTuple):
     """One kind of fault, `most` events of it in a schedule at most.
 
     Its amount lies in `low`..`high`; events draw theirs up to the spec's, by default `amount`.
@@ -112,24 +112,24 @@ def _cutting(targets: Targets) -> Sequence[str]:
     return (*targets.links, *targets.pairs)
 
 
-KINDS: Final[dict[str, Kind]] = {
-    "drop": Kind(6, 0.3, 0.0, 1.0, "share of the messages of a link that are lost", _linked, _share),
-    "duplicate": Kind(8, 0.5, 0.0, 1.0, "share of the messages that come twice", _linked, _share),
-    "reorder": Kind(10, 0.5, 0.0, 1.0, "share of the messages that are overtaken", _linked, _share),
-    "spikes": Kind(4, 1.0, 0.0, 3_600.0, "seconds of delay more", _linked, _share),
-    "partition": Kind(
+KINDS: Final[dict[str, FaultKind]] = {
+    "drop": FaultKind(6, 0.3, 0.0, 1.0, "share of the messages of a link that are lost", _linked, _share),
+    "duplicate": FaultKind(8, 0.5, 0.0, 1.0, "share of the messages that come twice", _linked, _share),
+    "reorder": FaultKind(10, 0.5, 0.0, 1.0, "share of the messages that are overtaken", _linked, _share),
+    "spikes": FaultKind(4, 1.0, 0.0, 3_600.0, "seconds of delay more", _linked, _share),
+    "partition": FaultKind(
         4, 5.0, 0.0, 3_600.0, "seconds at most that a link or a pair of clients is cut", _cutting, _outage
     ),
-    "crash": Kind(3, 4.0, 0.0, 3_600.0, "seconds at most that a part or the broker is down", _crashing, _outage),
-    "crash-disk": Kind(3, 4.0, 0.0, 3_600.0, "the same, and its disk is lost", _crashing, _outage),
-    "skew": Kind(
+    "crash": FaultKind(3, 4.0, 0.0, 3_600.0, "seconds at most that a part or the broker is down", _crashing, _outage),
+    "crash-disk": FaultKind(3, 4.0, 0.0, 3_600.0, "the same, and its disk is lost", _crashing, _outage),
+    "skew": FaultKind(
         3, 3_600.0, 0.0, 1e9, "seconds at most that a part's clock is wrong, either way", lambda t: t.parts, _error
     ),
-    "slow": Kind(
+    "slow": FaultKind(
         4, 0.2, 0.0, 3_600.0, "seconds that a part takes over a message; half of them stall", lambda t: t.parts, _pace
     ),
-    "full": Kind(4, 4.0, 1.0, 4_096.0, "messages at most that a part's queues hold", lambda t: t.parts, _room),
-    "liar": Kind(
+    "full": FaultKind(4, 4.0, 1.0, 4_096.0, "messages at most that a part's queues hold", lambda t: t.parts, _room),
+    "liar": FaultKind(
         2,
         len(LIES),
         1.0,
@@ -196,7 +196,7 @@ class Weather:
         parts: dict[str, Part],
         link: Callable[[str], LinkModel],
         links: Sequence[str],
-        profile_of: Callable[[str], Profile],
+        profile_of: Callable[[str], LinkProfile],
     ) -> None:
         self.injected: Counter[str] = Counter()
         self._broker = broker

@@ -15,11 +15,11 @@ from typing import Any, Final, NamedTuple
 
 from cloud_verifier.batching import WAITING_MAX
 from cloud_verifier.service import CloudService
-from edge_agent.driver import EVENTS_MAX, Agent
+from edge_agent.driver import EVENTS_MAX, AgentCore
 from edge_agent.events import Committed, Plan
 from edge_agent.pipeline import Pending
 from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED
-from edge_agent.result import Job, Result
+from edge_agent.result import GenerationResult, Job
 from edge_agent.service import AgentService
 from edge_broker import memory, relay
 from edge_broker.service import ASSIGNED_MAX, EdgeService
@@ -117,7 +117,7 @@ class Monitor:
             attempt.ids.append(token.token)
             attempt.sources.append(token.source)
 
-    def end(self, attempt: Attempt, result: Result) -> None:
+    def end(self, attempt: Attempt, result: GenerationResult) -> None:
         """A generation is over: its result is what was committed, and the exact one's is the oracle's."""
         self._in_time(attempt, "the end")
         attempt.over = True
@@ -297,7 +297,7 @@ def idle(part: Part) -> Iterator[Bound]:
             pass
 
 
-class WatchedAgent(Agent):
+class WatchedAgent(AgentCore):
     """An agent that shows the monitor what it plans and commits."""
 
     monitor: Monitor
@@ -322,7 +322,7 @@ class WatchedAgent(Agent):
         on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
         *given: Any,
         **named: Any,
-    ) -> Result:
+    ) -> GenerationResult:
         """The agent's generation, each commit seen before anyone else hears of it."""
         attempt = self.monitor.begin(self.name, prompt, job)
 

@@ -21,7 +21,7 @@ MESSAGE_BYTES: Final = 250  # an ordinary escalation or verdict with its topic's
 RESEND_MIN_S: Final = 0.2  # the least retransmission timeout of common TCP stacks
 
 
-class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One client's link to its broker; see the shipped files for where figures come from."""
 
     delay_ms: Annotated[float, Meta(ge=0.0, le=60_000.0)] = 0.0
@@ -60,7 +60,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.is_file()))
 
 
-def load(wanted: str, *, key: str = "--link") -> Profile:
+def load(wanted: str, *, key: str = "--link") -> LinkProfile:
     """A shipped profile by its name, or the one in a .toml file.
 
     Raises:
@@ -83,7 +83,7 @@ def _folder() -> Any:
     return resources.files("fedhlm_lab.sim").joinpath("links")
 
 
-def _parse(text: str, source: str) -> Profile:
+def _parse(text: str, source: str) -> LinkProfile:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
@@ -94,9 +94,9 @@ def _parse(text: str, source: str) -> Profile:
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(_EXPECTED)}"
             raise UnknownKey(f"link.{name}", value, hint, source=f"file {source}")
         try:
-            msgspec.convert({name: value}, Profile)
+            msgspec.convert({name: value}, LinkProfile)
         except msgspec.ValidationError as exc:
             raise ConfigError(f"link.{name}", value, _EXPECTED[name], source=f"file {source}") from exc
         if not math.isfinite(value):
             raise ConfigError(f"link.{name}", value, _EXPECTED[name], source=f"file {source}")
-    return msgspec.convert(table, Profile)
+    return msgspec.convert(table, LinkProfile)

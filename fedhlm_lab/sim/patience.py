@@ -11,7 +11,7 @@ from fedhlm_lab.sim.toy import ToyTokenizer
 PATIENCE_GROWS: Final = 2.0
 
 
-class Request(NamedTuple):
+class ScriptedRequest(NamedTuple):
     """What is asked of whom; `name` is unique in a run, and so is `seed`."""
 
     cluster: str
@@ -34,7 +34,7 @@ class Patient:
         self.asked_again = 0
 
     async def ask(
-        self, request: Request, *, max_tokens: int, temperature: float, patience_s: float | None = None
+        self, request: ScriptedRequest, *, max_tokens: int, temperature: float, patience_s: float | None = None
     ) -> tuple[Result, int]:
         """Ask until the answer is whole; the answer, and how often it was asked for."""
         patience_s = self._patience_s if patience_s is None else patience_s

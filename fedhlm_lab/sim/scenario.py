@@ -9,7 +9,7 @@ import msgspec
 from fedhlm.config import Loaded, load
 from fedhlm_lab.sim import faults, links
 from fedhlm_lab.sim.faults import Event, Targets
-from fedhlm_lab.sim.links import Profile
+from fedhlm_lab.sim.links import LinkProfile
 
 CLIENT: Final = "client"
 STEP_S: Final = 0.05  # drafting a token and settling it, on the toy models
@@ -31,8 +31,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     tokens: int = 16
     temperature: float = 0.8
     agreement: float = 0.7
-    link: Profile
-    upstream: Profile
+    link: LinkProfile
+    upstream: LinkProfile
     deadline_s: float = 600.0
     settings: tuple[str, ...] = ()
     schedule: tuple[Event, ...] = ()
@@ -76,7 +76,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """All agents."""
         return [f"agent-{number}" for number in range(self.agents)]
 
-    def profile_of(self, client: str) -> Profile:
+    def profile_of(self, client: str) -> LinkProfile:
         """What a client's link is without faults: the edges' cluster side, the cloud and the client sit by the broker."""
         if client.startswith("agent-"):
             return self.link

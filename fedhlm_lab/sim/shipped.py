@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from cloud_verifier.backends.onnx import Call, engine_of
-from cloud_verifier.engine import Output
+from cloud_verifier.engine import EngineOutput
 from cloud_verifier.wiring import LargeModel
-from edge_agent.model import Drawn, Grown, Slm, SlmDrafter
+from edge_agent.model import Drawn, Slm, SlmDrafter, TreeDraft
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.peers.context_keys import load_projection
 from fedhlm_lab.sim.world import Pair
@@ -20,14 +20,14 @@ DRAFT_STEP_S: Final = 0.001
 TARGET_STEP_S: Final = 0.01
 
 
-async def drafting(work: Callable[[], Drawn | Grown]) -> Any:
+async def drafting(work: Callable[[], Drawn | TreeDraft]) -> Any:
     """An SLM's call, `DRAFT_STEP_S` of virtual time for each token that it draws."""
     made = work()
     await asyncio.sleep(DRAFT_STEP_S * (1 if isinstance(made, Drawn) else len(made.chain) + len(made.branches)))
     return made
 
 
-async def verifying(call: Call) -> list[Output]:
+async def verifying(call: Call) -> list[EngineOutput]:
     """An LLM's call, `TARGET_STEP_S` of virtual time."""
     outputs = call()
     await asyncio.sleep(TARGET_STEP_S)

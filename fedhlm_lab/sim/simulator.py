@@ -25,7 +25,7 @@ from fedhlm_lab.sim.liars import tempt
 from fedhlm_lab.sim.link import Direction
 from fedhlm_lab.sim.loopback import LoopbackBus, Packet
 from fedhlm_lab.sim.parts import Part, PartBus
-from fedhlm_lab.sim.patience import Patient, Request
+from fedhlm_lab.sim.patience import Patient, ScriptedRequest
 from fedhlm_lab.sim.scenario import CLIENT, STEP_S, Scenario
 from fedhlm_lab.sim.virtual import VirtualTimeError, run_virtual
 from fedhlm_lab.sim.world import Fleet
@@ -36,10 +36,10 @@ SESSIONS_MAX: Final = 3  # fewer than the agents, so that re-priming happens all
 COUNTERS: Final = ("rollbacks", "reprimes", "retries", "refused_messages", "dropped_messages", "assignments")
 Tap = Callable[[str, Packet], None]
 
-__all__ = ["Outcome", "Scenario", "Simulation", "Violation", "simulate"]
+__all__ = ["RunTotals", "Scenario", "Simulation", "Violation", "simulate"]
 
 
-class Outcome(msgspec.Struct):
+class RunTotals(msgspec.Struct):
     """Totals of one run; `texts` are the answers that the client got."""
 
     tokens: Counter[str]
@@ -110,7 +110,7 @@ class Simulation:
             kind=partial(_watched, self.monitor, part),
         )
 
-    async def run(self) -> Outcome:
+    async def run(self) -> RunTotals:
         """From the start of all parts to the fleet at rest.
 
         Raises:
@@ -147,7 +147,7 @@ class Simulation:
         counters["asked_again"] = client.asked_again
         counters["lost"] = network.lost + network.partition_lost + network.cut
         counters["duplicated"], counters["reordered"] = network.duplicated, network.reordered
-        return Outcome(
+        return RunTotals(
             tokens=self.monitor.tokens,
             faults=self.weather.injected,
             counters=counters,
@@ -184,7 +184,7 @@ class Simulation:
 
     async def _work(self, client: Patient) -> None:
         loop = asyncio.get_running_loop()
-        weather = asyncio.create_task(self.weather.run(self.scenario.schedule), name="weather")
+        weather = asyncio.create_task(self.weather.unfold(self.scenario.schedule), name="weather")
         lives = [self._ask_all(client, cluster, name) for cluster, name in self.agents]
         # Each agent has its prompts, those asked for again among them, and one more at the end.
         limit_s = self.scenario.calm_s + 4.0 * (self.scenario.prompts + 1) * self.answer_s
@@ -213,9 +213,9 @@ class Simulation:
         for number in range(self.scenario.prompts):
             await asyncio.sleep(rng.uniform(0.0, 0.5 * self.scenario.calm_s / self.scenario.prompts))
             prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(rng.randrange(1, 6))]
-            await self._ask(client, Request(cluster, name, f"{name}-{number}", prompt, rng.getrandbits(40)))
+            await self._ask(client, ScriptedRequest(cluster, name, f"{name}-{number}", prompt, rng.getrandbits(40)))
 
-    async def _ask(self, client: Patient, request: Request, patience_s: float | None = None) -> int:
+    async def _ask(self, client: Patient, request: ScriptedRequest, patience_s: float | None = None) -> int:
         """Ask until it is answered; how often."""
         scenario = self.scenario
         self._unanswered.add(request.name)
@@ -259,7 +259,9 @@ class Simulation:
         """One more prompt of every agent, now that all is well: answered at once, by the cloud where it is to be."""
         began_s = asyncio.get_running_loop().time()
         rng = random.Random(f"{self.scenario.seed}/{name}/last")
-        request = Request(cluster, name, f"{name}-last", [rng.randrange(1, toy.VOCAB_SIZE)], rng.getrandbits(40))
+        request = ScriptedRequest(
+            cluster, name, f"{name}-last", [rng.randrange(1, toy.VOCAB_SIZE)], rng.getrandbits(40)
+        )
         attempts = await self._ask(client, request, self.answer_s)
         took_s = asyncio.get_running_loop().time() - began_s
         if attempts > 1 or took_s > self.answer_s:
@@ -286,11 +288,11 @@ def _stream(seed: int, client: str, direction: Direction) -> random.Random:
     return random.Random(f"{seed}/{client}/{direction}")
 
 
-async def _run(scenario: Scenario, tap: Tap | None) -> Outcome:
+async def _run(scenario: Scenario, tap: Tap | None) -> RunTotals:
     return await Simulation(scenario, tap=tap).run()
 
 
-def simulate(scenario: Scenario, *, tap: Tap | None = None) -> Outcome:
+def simulate(scenario: Scenario, *, tap: Tap | None = None) -> RunTotals:
     """Run a scenario; `tap` sees every message.
 
     Raises:

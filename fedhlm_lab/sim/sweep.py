@@ -16,12 +16,12 @@ from fedhlm.process.leash import leash
 from fedhlm_lab.sim import links
 from fedhlm_lab.sim.invariants import Violation
 from fedhlm_lab.sim.scenario import Scenario, command
-from fedhlm_lab.sim.simulator import Outcome, simulate
+from fedhlm_lab.sim.simulator import RunTotals, simulate
 
 BLOCK: Final = "generation.pipeline.block"
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What to run for each seed: the presets and links take turns with the seed, everything else is the same for all."""
 
     presets: tuple[str, ...]
@@ -93,11 +93,11 @@ class Failure(NamedTuple):
         return Violation(self.name, self.text, self.at_s)
 
 
-class Ended(NamedTuple):
+class SeedDone(NamedTuple):
     """One seed is done: what came of it, or how it failed."""
 
     seed: int
-    outcome: Outcome | None
+    outcome: RunTotals | None
     failure: Failure | None
 
 
@@ -113,7 +113,7 @@ class Totals:
         self.counters: Counter[str] = Counter()
         self.failures: list[Failure] = []
 
-    def add(self, ended: Ended) -> None:
+    def add(self, ended: SeedDone) -> None:
         """Count a seed."""
         self.seeds += 1
         if ended.failure is not None:
@@ -140,7 +140,7 @@ class Totals:
         }
 
 
-def sweep(plan: Plan, seeds: Sequence[int], *, jobs: int = 1) -> Iterator[Ended]:
+def sweep(plan: SweepPlan, seeds: Sequence[int], *, jobs: int = 1) -> Iterator[SeedDone]:
     """Run the seeds, in `jobs` processes; results come as they end.
 
     Raises:
@@ -154,7 +154,7 @@ def sweep(plan: Plan, seeds: Sequence[int], *, jobs: int = 1) -> Iterator[Ended]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=leash, initargs=(os.getpid(),)) as pool:
 
-        def submit(seed: int) -> Future[Ended]:
+        def submit(seed: int) -> Future[SeedDone]:
             # The first call starts the workers, which inherit what is blocked: Ctrl-C is for this process alone.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
@@ -170,8 +170,8 @@ def sweep(plan: Plan, seeds: Sequence[int], *, jobs: int = 1) -> Iterator[Ended]
             )  # of an interrupted sweep nobody waits for what has not begun
 
 
-def _spread(submit: Callable[[int], Future[Ended]], seeds: Sequence[int], jobs: int) -> Iterator[Ended]:
-    todo, running = iter(seeds), set[Future[Ended]]()
+def _spread(submit: Callable[[int], Future[SeedDone]], seeds: Sequence[int], jobs: int) -> Iterator[SeedDone]:
+    todo, running = iter(seeds), set[Future[SeedDone]]()
     while True:
         while len(running) < 2 * jobs and (seed := next(todo, None)) is not None:
             running.add(submit(seed))
@@ -181,8 +181,8 @@ def _spread(submit: Callable[[int], Future[Ended]], seeds: Sequence[int], jobs: 
         yield from (future.result() for future in done)
 
 
-def _run(plan: Plan, seed: int) -> Ended:
+def _run(plan: SweepPlan, seed: int) -> SeedDone:
     try:
-        return Ended(seed, simulate(plan.scenario(seed)), None)
+        return SeedDone(seed, simulate(plan.scenario(seed)), None)
     except Violation as violation:
-        return Ended(seed, None, Failure(seed, violation.name, violation.text, violation.at_s))
+        return SeedDone(seed, None, Failure(seed, violation.name, violation.text, violation.at_s))

@@ -12,9 +12,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud_verifier.engine import Engine, Output, Request
-from edge_agent.growth import Budget, Trees, grow
-from edge_agent.model import Drawn, Grown
+from cloud_verifier.engine import Engine, EngineInput, EngineOutput
+from edge_agent.growth import TreeLimits, Trees, grow
+from edge_agent.model import Drawn, TreeDraft
 from fedhlm.decoding.alone import write
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import NOISE
@@ -69,17 +69,17 @@ class ToyCache(NamedTuple):
         return ToyCache(self.ids[:length])
 
 
-def large_outputs(requests: Sequence[Request]) -> list[Output]:
+def large_outputs(requests: Sequence[EngineInput]) -> list[EngineOutput]:
     """One batched call of the LLM."""
     outputs = []
     for cache, new, wanted in requests:
         ids = [*cache.ids, *new]
         rows = [large_logits(ids[:end]) for end in range(len(ids) - wanted + 1, len(ids) + 1)]
-        outputs.append(Output(np.reshape(rows, (wanted, VOCAB_SIZE)), ToyCache(tuple(ids))))
+        outputs.append(EngineOutput(np.reshape(rows, (wanted, VOCAB_SIZE)), ToyCache(tuple(ids))))
     return outputs
 
 
-async def large_forward(requests: Sequence[Request], *, step_s: float = 0.02) -> list[Output]:
+async def large_forward(requests: Sequence[EngineInput], *, step_s: float = 0.02) -> list[EngineOutput]:
     """The same, `step_s` seconds long."""
     await asyncio.sleep(step_s)
     return large_outputs(requests)
@@ -162,11 +162,11 @@ class ToyDrafter:
         self,
         ids: Sequence[int],
         sampling: Sampling,
-        budget: Budget,
+        budget: TreeLimits,
         *,
         uncertainty: str = "closed-form",
         settled: int | None = None,
-    ) -> Grown:
+    ) -> TreeDraft:
         """See `edge_agent.model.Drafter`."""
         grown, calls = self.grow_now(ids, sampling, budget, uncertainty=uncertainty, settled=settled)
         await asyncio.sleep(calls * self._step_s)
@@ -176,11 +176,11 @@ class ToyDrafter:
         self,
         ids: Sequence[int],
         sampling: Sampling,
-        budget: Budget,
+        budget: TreeLimits,
         *,
         uncertainty: str = "closed-form",
         settled: int | None = None,
-    ) -> tuple[Grown, int]:
+    ) -> tuple[TreeDraft, int]:
         """The same without the time it takes, and the number of model calls."""
         wanted = list(ids)
         growth = self._trees.begin(wanted, sampling, budget, settled)
@@ -203,4 +203,4 @@ class ToyDrafter:
         drawn = [
             self.draft_now([*wanted, *growth.paths[growth.parents[node]]], sampling, uncertainty) for node in chain
         ]
-        return Grown(drawn, tuple(branches), growth.expected), calls
+        return TreeDraft(drawn, tuple(branches), growth.expected), calls

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from cloud_verifier.engine import Engine
 from cloud_verifier.service import CloudService
 from cloud_verifier.wiring import LargeModel, cloud_of
-from edge_agent.driver import Agent
+from edge_agent.driver import AgentCore
 from edge_agent.model import Drafter
 from edge_agent.service import AgentService, ModelFacts
 from edge_agent.wiring import SmallModel, agent_of, service_of
@@ -172,7 +172,7 @@ class Fleet:
         drafter: Drafter,
         new_session: Callable[[], int],
         fingerprint: Fingerprint | None = None,
-    ) -> Agent:
+    ) -> AgentCore:
         """A device on that bus, without a disk."""
         config = Config(
             agent=settings.Agent(id=name), cluster=settings.Cluster(name=cluster), federation=self.federation
@@ -189,7 +189,7 @@ class Fleet:
         drafter: Drafter,
         facts: ModelFacts,
         new_session: Callable[[], int],
-        kind: Callable[..., Agent] = Agent,
+        kind: Callable[..., AgentCore] = AgentCore,
     ) -> tuple[list[PartBus], AgentService]:
         """One life of an agent, which goes by the part's name and keeps what it learns on the part's disk."""
         config = replace(
@@ -212,7 +212,7 @@ class Fleet:
         return buses, service
 
     @asynccontextmanager
-    async def online(self, cluster: str, name: str, drafter: Drafter) -> AsyncIterator[Agent]:
+    async def online(self, cluster: str, name: str, drafter: Drafter) -> AsyncIterator[AgentCore]:
         """An agent that hears its bus while the block runs, and moves when it is assigned to another cluster.
 
         Its session numbers follow from the seed and its name.
@@ -229,7 +229,7 @@ class Fleet:
                 await asyncio.wait([listener])
 
 
-async def listen(agent: Agent) -> None:
+async def listen(agent: AgentCore) -> None:
     """Hand what the bus brings to an agent."""
     async for received in agent.party.received():
         await agent.handle(received)

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from edge_agent.driver import Agent
+from edge_agent.driver import AgentCore
 from edge_agent.events import Committed, Observation
-from edge_agent.result import Job, Result
+from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load, presets
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
@@ -38,7 +38,7 @@ CLUSTERS: Final = 2
 AGENTS: Final = 2
 
 
-class Task(NamedTuple):
+class StudyTask(NamedTuple):
     """One request: prompt ids, its seed and limits, and the topic word that is right, if a topic is asked for."""
 
     prompt: list[int]
@@ -48,12 +48,12 @@ class Task(NamedTuple):
 
 
 @dataclass
-class Done:
+class FinishedTask:
     """What became of a task under a preset."""
 
     agent: str
-    task: Task
-    result: Result
+    task: StudyTask
+    result: GenerationResult
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Oracle:
         self.decoder = self._alone.decoder
         self._known: dict[tuple[tuple[int, ...], Sampling, int], list[int]] = {}
 
-    def write(self, task: Task, coupling: str) -> list[int]:
+    def write(self, task: StudyTask, coupling: str) -> list[int]:
         """Up to `max_tokens` ids by the target side of a coupling with shared noise."""
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, task.sampling.top_p, coupling)
         key = (tuple(task.prompt), sampling, task.max_tokens)
@@ -97,7 +97,7 @@ class Oracle:
 
 def tasks_of(
     articles: Sequence[Article], kind: str, decoder: Decoder, *, tokens: int, temperature: float
-) -> list[Task]:
+) -> list[StudyTask]:
     """A task for each article: its title continued ("continue"), or its topic asked for ("topic", one greedy token)."""
 
     def ids(text: str) -> list[int]:
@@ -106,8 +106,8 @@ def tasks_of(
     room = decoder.info.context - 1
     if kind == "topic":
         wanted = [(ids(a.body + TOPIC_LINE), a.topic) for a in articles]
-        return [Task(p, Sampling(i, 0.0), 1, t) for i, (p, t) in enumerate(wanted) if len(p) <= room]
-    return [Task(ids(a.title + "\n"), Sampling(i, temperature), tokens, "") for i, a in enumerate(articles)]
+        return [StudyTask(p, Sampling(i, 0.0), 1, t) for i, (p, t) in enumerate(wanted) if len(p) <= room]
+    return [StudyTask(ids(a.title + "\n"), Sampling(i, temperature), tokens, "") for i, a in enumerate(articles)]
 
 
 def shuffled_test_split() -> list[Article]:
@@ -127,25 +127,27 @@ async def nobody(_tokens: list[Committed]) -> FinishReason | None:
 
 
 async def work(
-    agent: Agent, config: Config, tasks: Iterator[Task], eos_ids: frozenset[int], context: int
-) -> list[Done]:
+    agent: AgentCore, config: Config, tasks: Iterator[StudyTask], eos_ids: frozenset[int], context: int
+) -> list[FinishedTask]:
     """One agent's share of the tasks, taken one at a time."""
     done = []
     for task in tasks:
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, 1.0, config.generation.coupling)
         job = Job(config.generation, sampling, task.max_tokens, context, eos_ids)
-        done.append(Done(agent.name, task, await agent.generate(job, task.prompt, nobody)))
+        done.append(FinishedTask(agent.name, task, await agent.generate(job, task.prompt, nobody)))
     return done
 
 
-async def run_fleet(pair: Pair, config: Config, parts: Sequence[Sequence[Task]], delay_s: float) -> list[Done]:
+async def run_fleet(
+    pair: Pair, config: Config, parts: Sequence[Sequence[StudyTask]], delay_s: float
+) -> list[FinishedTask]:
     """All tasks through a calm fleet; the order of the answers is that of the agents."""
     fleet = Fleet(pair, seed=1, clusters=CLUSTERS, delay_s=delay_s, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
         node.start()
     await asyncio.sleep(1.0)
 
-    async def live(place: int) -> list[Done]:
+    async def live(place: int) -> list[FinishedTask]:
         name = f"agent-{place}"
         async with fleet.online(f"c{place // AGENTS}", name, pair.drafter()) as agent:
             await asyncio.sleep(1.0)
@@ -157,7 +159,7 @@ async def run_fleet(pair: Pair, config: Config, parts: Sequence[Sequence[Task]],
     return [done for group in groups for done in group]
 
 
-def line_of(preset: str, kind: str, done: Sequence[Done], large: Oracle, config: Config) -> Line:
+def line_of(preset: str, kind: str, done: Sequence[FinishedTask], large: Oracle, config: Config) -> Line:
     """The figures of one preset on one kind of task."""
     line = Line(preset, kind, requests=len(done), tokens=sum(len(d.result.ids) for d in done))
     if not line.tokens:
@@ -183,7 +185,7 @@ def line_of(preset: str, kind: str, done: Sequence[Done], large: Oracle, config:
     return line
 
 
-def budget_of(done: Sequence[Done]) -> Budget | None:
+def budget_of(done: Sequence[FinishedTask]) -> Budget | None:
     """The agents' error budgets together, of the kind of audit that most generations had; None without audits."""
     last = {(d.agent, d.result.risk.epsilon): d.result.risk for d in done if d.result.risk is not None}
     pooled: dict[float, Budget] = {}
@@ -192,7 +194,7 @@ def budget_of(done: Sequence[Done]) -> Budget | None:
     return max(pooled.values(), key=lambda b: b.sessions, default=None)
 
 
-def observations_of(done: Sequence[Done]) -> list[Observation]:
+def observations_of(done: Sequence[FinishedTask]) -> list[Observation]:
     """What the target said of the drafts, in order."""
     return [o for d in done for o in d.result.observed]
 

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Final, NamedTuple
 
-from edge_agent.result import Job, Result
+from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
@@ -24,7 +24,7 @@ from fedhlm_lab.studies.compare import nobody
 AGREEMENT: Final = 0.85
 
 
-class Run(NamedTuple):
+class DeviceLife(NamedTuple):
     """One device's life: harm per token, the mean over its generations; R-hat and limit as it reports them at the end;
     the share of tokens that were skipped, and of texts that are not the LLM's."""
 
@@ -35,7 +35,7 @@ class Run(NamedTuple):
     different: float
 
 
-def true_harm(prompt: list[int], sampling: Sampling, result: Result) -> int:
+def true_harm(prompt: list[int], sampling: Sampling, result: GenerationResult) -> int:
     """Skipped tokens that the LLM would have written otherwise."""
     settle = COUPLINGS[sampling.coupling].settle
     ids, wrong = list(prompt), 0
@@ -46,7 +46,7 @@ def true_harm(prompt: list[int], sampling: Sampling, result: Result) -> int:
     return wrong
 
 
-async def life(pair: Pair, config: Config, *, seed: int, generations: int, tokens: int) -> Run:
+async def life(pair: Pair, config: Config, *, seed: int, generations: int, tokens: int) -> DeviceLife:
     """One agent of a calm fleet, `generations` prompts long."""
     rng = random.Random(seed)
     fleet = Fleet(pair, seed=seed, clusters=1, delay_s=0.01, sessions_max=8, federation=config.federation)
@@ -69,10 +69,12 @@ async def life(pair: Pair, config: Config, *, seed: int, generations: int, token
     if risk is None:
         raise ValueError("generation.audit is 0: nothing is estimated without audits")
     truth = sum(harms) / len(harms)
-    return Run(truth, risk.estimate, risk.limit(), skipped / written, different / generations)
+    return DeviceLife(truth, risk.estimate, risk.limit(), skipped / written, different / generations)
 
 
-def study(*, runs: int, generations: int, tokens: int, budget: float, audit: float, first_seed: int = 0) -> list[Run]:
+def study(
+    *, runs: int, generations: int, tokens: int, budget: float, audit: float, first_seed: int = 0
+) -> list[DeviceLife]:
     """Independent lives, one for each seed."""
     flags = {"generation.budget": str(budget), "generation.audit": str(audit)}
     config = load(preset="budget", environ={}, flags=flags).config

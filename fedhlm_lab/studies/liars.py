@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
-from edge_agent.driver import Agent
-from edge_agent.result import Job, Result
+from edge_agent.driver import AgentCore
+from edge_agent.result import Job, GenerationResult
 from fedhlm.config import load
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Config
@@ -84,10 +84,10 @@ async def _write(fleet: Fleet, config: Config, setting: Setting, cluster: str, n
 class _Text(NamedTuple):
     prompt: list[int]
     sampling: Sampling
-    made: Result
+    made: GenerationResult
 
 
-async def _generate(agent: Agent, config: Config, setting: Setting, rng: random.Random, pair: Pair) -> _Text:
+async def _generate(agent: AgentCore, config: Config, setting: Setting, rng: random.Random, pair: Pair) -> _Text:
     prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(3)]
     sampling = Sampling(rng.getrandbits(40), setting.temperature, 1.0, config.generation.coupling)
     job = Job(config.generation, sampling, setting.tokens, pair.context, pair.eos_ids)

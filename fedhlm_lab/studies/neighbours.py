@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.sampling import perturbed_argmax, scores
 from fedhlm.decoding.uncertainty import closed_form
 from fedhlm.errors import FedhlmError
@@ -31,7 +31,7 @@ SIZES: Final = (64, 128, 256, 512, 1024, 2048, 4096)
 FIXED_THETA: Final = 0.8
 
 
-class Trace(NamedTuple):
+class TextTrace(NamedTuple):
     """What the SLM thought along the LLM's own text, one row a token."""
 
     prompt: NDArray[np.int64]  # (n,) number of the prompt, in the order of the run
@@ -51,7 +51,7 @@ class Outcomes(NamedTuple):
     u: NDArray[np.float64]  # (m,)
 
 
-def trace(llm: Path, slm: Path, titles: Sequence[str], *, tokens: int, temperature: float) -> Trace:
+def trace(llm: Path, slm: Path, titles: Sequence[str], *, tokens: int, temperature: float) -> TextTrace:
     """Run both models; the noise of prompt number i is that of seed i, for the LLM and the SLM alike."""
     large, small = OnnxModel(llm), Decoder.load(slm)
     encoded = large.tokenizer.encode_batch([f"{t}\n" for t in titles], add_special_tokens=False)
@@ -64,7 +64,7 @@ def trace(llm: Path, slm: Path, titles: Sequence[str], *, tokens: int, temperatu
             draft = perturbed_argmax(scores(logits, temperature), number, len(prompt) + step)
             rows.append((number, step, closed_form(logits, draft), hidden, draft, text[step]))
     columns = tuple(zip(*rows, strict=True))
-    return Trace(
+    return TextTrace(
         np.array(columns[0], np.int64),
         np.array(columns[1], np.int64),
         np.array(columns[2], np.float64),
@@ -79,7 +79,7 @@ def _walk(
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     cache, fed = small.empty_cache(), list(prompt)
     for token in text:
-        result = small.forward([Request(cache, fed)])[0]
+        result = small.forward([DecoderInput(cache, fed)])[0]
         if result.hidden is None:
             raise FedhlmError(f"{small.info.name} gives no hidden state: this study needs one")
         yield result.logits[-1], result.hidden[-1]
@@ -87,7 +87,7 @@ def _walk(
 
 
 def ask_centroid(
-    run: Trace, keys: NDArray[np.int8], uncertain: NDArray[np.bool_], *, agents: int, recent: int
+    run: TextTrace, keys: NDArray[np.int8], uncertain: NDArray[np.bool_], *, agents: int, recent: int
 ) -> Outcomes:
     """The published rule: `agents` agents write one prompt each at the same pace and publish their uncertain tokens."""
     centroid = Centroid(lambda: 0.0, recent=recent)
@@ -106,11 +106,11 @@ def ask_centroid(
 class Rule(NamedTuple):
     """What the memory holds of a verified row, and what a match makes of the agent's own row; None is no hit."""
 
-    remember: Callable[[Trace, int], int]
-    settle: Callable[[Trace, int, int], int | None]
+    remember: Callable[[TextTrace, int], int]
+    settle: Callable[[TextTrace, int, int], int | None]
 
 
-def _remember_token(run: Trace, row: int) -> int:
+def _remember_token(run: TextTrace, row: int) -> int:
     return int(run.token[row])
 
 
@@ -128,7 +128,7 @@ RULES: Final = {
 
 
 def ask_neighbours(
-    run: Trace, keys: NDArray[np.int8], uncertain: NDArray[np.bool_], *, votes: int, rule: Rule
+    run: TextTrace, keys: NDArray[np.int8], uncertain: NDArray[np.bool_], *, votes: int, rule: Rule
 ) -> Outcomes:
     """A verified-neighbour rule: the memory holds all tokens of earlier prompts and none of the same one."""
     memory = Memory(len(keys), keys.shape[1])
@@ -182,7 +182,7 @@ def print_at_equal_uncertainty(title: str, outcomes: Outcomes, out: Callable[[st
         out(f"  {number + 1:13d} {int((here & hit).sum()):7d} {' '.join(shares)}\n")
 
 
-def study(run: Trace, projections: dict[str, Projection], *, agents: int, percentile: float) -> None:
+def study(run: TextTrace, projections: dict[str, Projection], *, agents: int, percentile: float) -> None:
     """Print every table of one temperature."""
     out = sys.stdout.write
     uncertain = run.u > np.percentile(run.u, percentile)

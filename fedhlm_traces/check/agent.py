@@ -10,10 +10,10 @@ from typing import Any, Final
 import numpy as np
 
 from edge_agent import journal
-from edge_agent.driver import LEARNER_FILE, Agent
+from edge_agent.driver import LEARNER_FILE, AgentCore
 from edge_agent.events import Committed, Event, Judged
-from edge_agent.growth import Budget
-from edge_agent.model import Drawn, Grown
+from edge_agent.growth import TreeLimits
+from edge_agent.model import Drawn, TreeDraft
 from edge_agent.wiring import SmallModel, agent_of
 from fedhlm import choices, settings
 from fedhlm.bus.journal import JournalWriter
@@ -27,8 +27,8 @@ from fedhlm.settings import Config
 from fedhlm.telemetry import Counters
 from fedhlm_traces.check.captured import CapturingBus, recorded_store
 from fedhlm_traces.check.compare import facts_of, same
-from fedhlm_traces.check.divergence import Divergence, Outcome
-from fedhlm_traces.check.journals import Life
+from fedhlm_traces.check.divergence import CheckOutcome, Divergence
+from fedhlm_traces.check.journals import PartJournal
 from fedhlm_traces.spelling import Spell, by_number
 
 DECISIONS: Final = frozenset({"plan", "judged", "sent", "dropped", "committed", "ended"})
@@ -36,12 +36,12 @@ DECISIONS: Final = frozenset({"plan", "judged", "sent", "dropped", "committed", 
 SENDS: Final = (topics.ESCALATE, topics.PEER, topics.FL_UPDATE, topics.AGENT_STATUS)
 
 
-def check_agent(life: Life, spell: Spell = by_number) -> Outcome:
+def check_agent(life: PartJournal, spell: Spell = by_number) -> CheckOutcome:
     """Decide again what this agent decided; `spell` makes token ids readable."""
     try:
-        return asyncio.run(_Replay(life, spell).run())
+        return asyncio.run(_AgentReplay(life, spell).replay())
     except ProtocolError as exc:
-        return Outcome(skipped=[life.complaint or f"cannot be decided again: {exc}"], notes=life.notes)
+        return CheckOutcome(skipped=[life.complaint or f"cannot be decided again: {exc}"], notes=life.notes)
 
 
 class Book(JournalWriter):
@@ -66,20 +66,20 @@ class _Still:
         self,
         ids: Sequence[int],
         sampling: Sampling,
-        budget: Budget,
+        budget: TreeLimits,
         *,
         uncertainty: str = "closed-form",
         settled: int | None = None,
-    ) -> Grown:
-        return Grown([], (), 0.0)
+    ) -> TreeDraft:
+        return TreeDraft([], (), 0.0)
 
 
 class _OutOfNotes(Exception):
     """The journal knows no further input for this generation."""
 
 
-class _Replay:
-    def __init__(self, life: Life, spell: Spell) -> None:
+class _AgentReplay:
+    def __init__(self, life: PartJournal, spell: Spell) -> None:
         self._life = life
         self._spell = spell
         self._at = 0  # the next note
@@ -87,7 +87,7 @@ class _Replay:
         self._book = Book(lambda: self._now_s)
         self._recorded: list[Note] = []  # decisions of the generation that runs
         self._from = 0  # where its decisions begin in the book
-        self._outcome = Outcome(notes=self._book.notes)
+        self._outcome = CheckOutcome(notes=self._book.notes)
         born = journal.unpack(life.notes[0].data, journal.AgentStart) if life.notes[0].kind == "state" else None
         if born is None:
             raise ProtocolError(
@@ -99,7 +99,7 @@ class _Replay:
         self._sessions: list[int] = []
         self._agent = self._made()
 
-    def _made(self) -> Agent:
+    def _made(self) -> AgentCore:
         born = self._born
         files = {LEARNER_FILE: born.learner} if born.learner else {}
         runtime = Runtime(
@@ -126,7 +126,7 @@ class _Replay:
             next_event=self._next_event,
         )
 
-    async def run(self) -> Outcome:
+    async def replay(self) -> CheckOutcome:
         """Go through the journal once."""
         if self._life.complaint:
             self._outcome.skipped.append(self._life.complaint)

@@ -9,7 +9,7 @@ from fedhlm.errors import ProtocolError
 from fedhlm.process.state import Store
 
 
-class Sent(NamedTuple):
+class Captured(NamedTuple):
     """What was published: the topic's name, the message, and whether the bus had room for it."""
 
     name: str
@@ -21,7 +21,7 @@ class CapturingBus:
     """Keeps what is published in `sent`; `has_room` is asked with the running number since the last `take`."""
 
     def __init__(self, has_room: Callable[[int], bool]) -> None:
-        self.sent: list[Sent] = []
+        self.sent: list[Captured] = []
         self.connected = True
         self.statistics = BusStatistics()
         self.protocol: ProtocolVersion | None = "5"
@@ -39,7 +39,7 @@ class CapturingBus:
         """This bus, whatever connection is asked for: see `fedhlm.process.runtime.OpenBus`."""
         return self
 
-    def take(self) -> list[Sent]:
+    def take(self) -> list[Captured]:
         """What was published since the last call."""
         taken, self.sent = self.sent, []
         return taken
@@ -56,7 +56,7 @@ class CapturingBus:
         self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
     ) -> bool:
         """See `fedhlm.bus.interface.Bus`."""
-        self.sent.append(Sent(topic, payload, self._has_room(len(self.sent))))
+        self.sent.append(Captured(topic, payload, self._has_room(len(self.sent))))
         return self.sent[-1].room
 
     async def subscribe(self, *filters: str) -> None:

@@ -20,13 +20,13 @@ from fedhlm.learning.federation import Members, mean_of_clusters
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     MAX_CONTEXT,
-    Answered,
     Escalation,
     EscalationBatch,
     Fingerprint,
     Learned,
     Note,
     Presence,
+    RoutedVerdict,
     Verdict,
     VerdictBatch,
     decode,
@@ -35,11 +35,11 @@ from fedhlm.protocol.messages import (
 )
 from fedhlm.settings import Federation
 from fedhlm.telemetry import Counters
-from fedhlm_traces.check.captured import CapturingBus, Sent
+from fedhlm_traces.check.captured import Captured, CapturingBus
 from fedhlm_traces.check.compare import HEADER, same
-from fedhlm_traces.check.divergence import Divergence, Outcome
+from fedhlm_traces.check.divergence import CheckOutcome, Divergence
 from fedhlm_traces.check.explain import federation_words, plural
-from fedhlm_traces.check.journals import Life, Part
+from fedhlm_traces.check.journals import Part, PartJournal
 from fedhlm_traces.check.pairing import Said, paired
 from fedhlm_traces.check.verdicts import Verifier, agree, no_sessions, service_of
 from fedhlm_traces.file import Record
@@ -55,26 +55,26 @@ class _Place(NamedTuple):
     item: int
 
 
-def check_cloud(life: Life, engine: Engine | None, spell: Spell = by_number) -> Outcome:
+def check_cloud(life: PartJournal, engine: Engine | None, spell: Spell = by_number) -> CheckOutcome:
     """Decide again what this cloud decided; without an `engine` only its federation.
 
     A journal that lacks its beginning, or is of other settings than today's, is skipped as a whole.
     """
-    outcome = Outcome(skipped=[life.complaint] if life.complaint else [], notes=list(life.notes))
+    outcome = CheckOutcome(skipped=[life.complaint] if life.complaint else [], notes=list(life.notes))
     if life.number or not life.notes or life.notes[0].kind != "state":
         outcome.skipped.append(f"{life.name}: without the beginning of a journal nothing can be decided again")
         return outcome
     try:
         born = born_of(life)
-        replay = _Replay(life, born, engine, outcome, spell)
+        replay = _CloudReplay(life, born, engine, outcome, spell)
     except ProtocolError as exc:
         outcome.skipped.append(f"{life.name}: its state is not one of this version ({exc})")
         return outcome
-    asyncio.run(replay.run())
+    asyncio.run(replay.replay())
     return outcome
 
 
-def born_of(life: Life) -> journal.CloudStart:
+def born_of(life: PartJournal) -> journal.CloudStart:
     """How a cloud's life began.
 
     Raises:
@@ -86,9 +86,9 @@ def born_of(life: Life) -> journal.CloudStart:
         raise ProtocolError(f"the first note does not say how a cloud began: {exc}") from exc
 
 
-class _Replay:
+class _CloudReplay:
     def __init__(
-        self, life: Life, born: journal.CloudStart, engine: Engine | None, outcome: Outcome, spell: Spell
+        self, life: PartJournal, born: journal.CloudStart, engine: Engine | None, outcome: CheckOutcome, spell: Spell
     ) -> None:
         self._life = life
         self._born = born
@@ -99,7 +99,7 @@ class _Replay:
         self._bus = CapturingBus(lambda _number: True)
         self._service = service_of(born, engine, self._bus, sessions=no_sessions(born), clock_s=lambda: self._now_s)
         self._party = Party(bus=self._bus, stamp=Stamp(life.name, lambda: 0.0), counters=Counters(), root=born.root)
-        self._closed: list[Sent] | None = None  # what closing a round sends now; None: it has been compared
+        self._closed: list[Captured] | None = None  # what closing a round sends now; None: it has been compared
         self._counts: Counter[str] = Counter()
         self._unsure: set[Key] = set()  # sessions of which messages are missing
         self._primed: set[Key] = set()
@@ -107,7 +107,7 @@ class _Replay:
         self._now: dict[_Place, Verdict | None] = {}  # answers that are others now
         self._spoiled: set[Key] = set()
 
-    async def run(self) -> None:
+    async def replay(self) -> None:
         """Go through the journal once."""
         for number, note in enumerate(self._life.notes):
             self._now_s = note.at_s
@@ -298,7 +298,7 @@ class _Replay:
                 verdict = changed.get(i, answered.verdict)
                 if verdict is not None:
                     header = {name: getattr(answered.verdict, name) for name in HEADER}
-                    items.append(Answered(answered.agent, msgspec.structs.replace(verdict, **header)))
+                    items.append(RoutedVerdict(answered.agent, msgspec.structs.replace(verdict, **header)))
             message = msgspec.structs.replace(batch[1], items=tuple(items))
             self._outcome.notes[number] = Note(note.at_s, note.kind, note.subject, encode(message))
             if not items:
@@ -325,7 +325,7 @@ def from_bus(
     *,
     eos_ids: frozenset[int] = frozenset(),
     context_max: int = MAX_CONTEXT,
-) -> Life:
+) -> PartJournal:
     """A cloud's verdicts from a recording without a journal: blocks and answers in the order in which the recorder heard them.
 
     Exact within each session, because one block waits for the other. `eos_ids` and `context_max` are the model's, which the
@@ -369,4 +369,4 @@ def from_bus(
     )
     began_s = notes[0].at_s if notes else 0.0
     notes.insert(0, Note(began_s, "state", "cloud", msgspec.msgpack.encode(born)))
-    return Life(part="cloud", name=sender, levels={}, life=0, notes=notes)
+    return PartJournal(part="cloud", name=sender, levels={}, life=0, notes=notes)

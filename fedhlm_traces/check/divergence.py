@@ -31,7 +31,7 @@ class Divergence(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class CheckOutcome:
     """What checking one life gave: decisions compared, the first divergences, what could not be compared, in words.
 
     `notes` is the journal with the same inputs and the decisions of now.

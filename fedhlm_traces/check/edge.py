@@ -33,11 +33,11 @@ from fedhlm.protocol.messages import (
 )
 from fedhlm.settings import Config
 from fedhlm.telemetry import Counters
-from fedhlm_traces.check.captured import CapturingBus, Sent, at_once, recorded_store
+from fedhlm_traces.check.captured import Captured, CapturingBus, at_once, recorded_store
 from fedhlm_traces.check.compare import same
-from fedhlm_traces.check.divergence import Divergence, Outcome
+from fedhlm_traces.check.divergence import CheckOutcome, Divergence
 from fedhlm_traces.check.explain import Doubts, evidence, federation_words, place_of, plural, verdict_words
-from fedhlm_traces.check.journals import Life
+from fedhlm_traces.check.journals import PartJournal
 from fedhlm_traces.spelling import Spell, by_number
 
 _DUE_SLACK_S: Final = 1e-6
@@ -56,34 +56,34 @@ class Decision(NamedTuple):
     fact: Any
 
 
-class Step(NamedTuple):
+class ReplayStep(NamedTuple):
     """What came in, or what a timer did, and what was sent because of it."""
 
     trigger: Note
     outputs: list[Note]
 
 
-def check_edge(life: Life, spell: Spell = by_number) -> Outcome:
+def check_edge(life: PartJournal, spell: Spell = by_number) -> CheckOutcome:
     """Decide again what this edge decided; `spell` makes token ids readable.
 
     A journal that lacks its beginning, or is of other settings than today's, is skipped as a whole.
     """
-    outcome = Outcome(skipped=[life.complaint] if life.complaint else [])
+    outcome = CheckOutcome(skipped=[life.complaint] if life.complaint else [])
     if life.number or not life.notes or life.notes[0].kind != "state":
         outcome.skipped.append(f"{life.name}: without the beginning of a journal nothing can be decided again")
-        return Outcome(skipped=outcome.skipped, notes=life.notes)
+        return CheckOutcome(skipped=outcome.skipped, notes=life.notes)
     try:
         born = msgspec.msgpack.decode(life.notes[0].data, type=journal.EdgeStart)
-        replay = _Replay(life, born, outcome, spell)
+        replay = _EdgeReplay(life, born, outcome, spell)
     except (msgspec.DecodeError, UnicodeDecodeError, ProtocolError) as exc:
         outcome.skipped.append(f"{life.name}: its state is not one of this version ({exc})")
-        return Outcome(skipped=outcome.skipped, notes=life.notes)
-    replay.run()
+        return CheckOutcome(skipped=outcome.skipped, notes=life.notes)
+    replay.replay()
     return outcome
 
 
-class _Replay:
-    def __init__(self, life: Life, born: journal.EdgeStart, outcome: Outcome, spell: Spell) -> None:
+class _EdgeReplay:
+    def __init__(self, life: PartJournal, born: journal.EdgeStart, outcome: CheckOutcome, spell: Spell) -> None:
         self._life = life
         self._outcome = outcome
         self._spell = spell
@@ -118,7 +118,7 @@ class _Replay:
         """Whether the bus took it: as it did then."""
         return number >= len(self._expected) or self._expected[number].kind == "sent"
 
-    def run(self) -> None:
+    def replay(self) -> None:
         """Go through the journal once."""
         steps = self._steps()
         self._outcome.notes.append(self._life.notes[0])
@@ -129,17 +129,17 @@ class _Replay:
 
     # Steps
 
-    def _steps(self) -> list[Step]:
-        steps: list[Step] = []
+    def _steps(self) -> list[ReplayStep]:
+        steps: list[ReplayStep] = []
         for note in self._life.notes[1:]:
             if note.kind in ("sent", "dropped"):
                 row = self._row(note.subject)
                 if row is not None and row[0] in _BY_TIMER:
-                    steps.append(Step(note, [note]))
+                    steps.append(ReplayStep(note, [note]))
                 elif steps:
                     steps[-1].outputs.append(note)
             elif note.kind in ("heard", "round"):
-                steps.append(Step(note, []))
+                steps.append(ReplayStep(note, []))
         return steps
 
     def _row(self, name: str) -> tuple[topics.Topic, dict[str, str]] | None:
@@ -155,7 +155,7 @@ class _Replay:
                 error = exc
         raise error
 
-    def _act(self, step: Step) -> list[Sent]:
+    def _act(self, step: ReplayStep) -> list[Captured]:
         """Let the service of today do this step; what it sends."""
         trigger = step.trigger
         for note in step.outputs[:1] or [trigger]:
@@ -198,7 +198,7 @@ class _Replay:
 
     # Comparison
 
-    def _compare(self, step: Step, made: Sequence[Sent], *, last: bool) -> None:
+    def _compare(self, step: ReplayStep, made: Sequence[Captured], *, last: bool) -> None:
         then = dict(self._decisions([(note.subject, note.data) for note in step.outputs]))
         now = dict(self._decisions([(sent.name, sent.payload) for sent in made]))
         self._write(step, made)
@@ -233,7 +233,7 @@ class _Replay:
             return False
         return True
 
-    def _write(self, step: Step, made: Sequence[Sent]) -> None:
+    def _write(self, step: ReplayStep, made: Sequence[Captured]) -> None:
         """The journal of now; what says the same as it did stays as it was, header and all."""
         notes = self._outcome.notes
         if step.trigger.kind in ("heard", "round"):
@@ -287,7 +287,7 @@ class _Replay:
 
     # Words
 
-    def _tell(self, step: Step, name: Name, then: Decision | None, now: Decision | None) -> None:
+    def _tell(self, step: ReplayStep, name: Name, then: Decision | None, now: Decision | None) -> None:
         known = then or now or Decision("", "", None)
         recorded, decided = (d.words if d is not None else _NOTHING for d in (then, now))
         match name[0]:
@@ -333,7 +333,7 @@ class _Replay:
         age = "the newest of its session" if epoch >= newest else f"older than the session's newest, {newest}"
         return f"its epoch is {epoch}, {age}"
 
-    def _why_known(self, step: Step, key: bytes) -> str:
+    def _why_known(self, step: ReplayStep, key: bytes) -> str:
         if step.trigger.kind != "heard":
             return "what the edge has learnt is another, or it was told before"
         message = self._read(step.trigger).message

@@ -23,7 +23,7 @@ _PARTS: Final[dict[str, Part]] = {
 }
 
 
-class Life(msgspec.Struct, frozen=True, kw_only=True):
+class PartJournal(msgspec.Struct, frozen=True, kw_only=True):
     """One life of a part: its notes from the first on, up to its end or to the first gap.
 
     `name` is the sender, `levels` are those of the topic's name where the journal was seen first (an agent may move), `number`
@@ -52,7 +52,7 @@ class _Pieces:
         self.part, self.name, self.levels = part, name, levels
         self.notes: dict[int, Note] = {}
 
-    def life(self, number: int) -> Life:
+    def life(self, number: int) -> PartJournal:
         first = min(self.notes)
         end = first
         notes = []
@@ -68,7 +68,7 @@ class _Pieces:
             complaints.append(
                 f"notes {end} to {again - 1} are missing: what came after them, {after} notes, was passed over"
             )
-        return Life(
+        return PartJournal(
             part=self.part,
             name=self.name,
             levels=self.levels,
@@ -79,7 +79,7 @@ class _Pieces:
         )
 
 
-def lives(records: Iterable[Record], root: str = topics.DEFAULT_ROOT) -> list[Life]:
+def lives(records: Iterable[Record], root: str = topics.DEFAULT_ROOT) -> list[PartJournal]:
     """Every life whose journal is in the records, in order of first appearance.
 
     What is on a journal's topic and is no journal is passed over; so is a journal without notes.

@@ -14,9 +14,9 @@ from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.protocol.messages import MAX_CONTEXT, MAX_NOTES, Journal, Note, decode, encode
 from fedhlm_traces.check.agent import check_agent
 from fedhlm_traces.check.cloud import born_of, check_cloud, from_bus
-from fedhlm_traces.check.divergence import Outcome, plain
+from fedhlm_traces.check.divergence import CheckOutcome, plain
 from fedhlm_traces.check.edge import check_edge
-from fedhlm_traces.check.journals import Life, lives
+from fedhlm_traces.check.journals import PartJournal, lives
 from fedhlm_traces.check.models import large_model
 from fedhlm_traces.file import Record, Writer, read
 from fedhlm_traces.spelling import speller
@@ -26,17 +26,17 @@ SHOWN: Final = 3
 Which = Literal["agent", "edge", "cloud", "all"]
 
 
-def _agent(life: Life, _large: LargeModel | None) -> Outcome:
+def _agent(life: PartJournal, _large: LargeModel | None) -> CheckOutcome:
     if not life.notes or life.notes[0].kind != "state":
         return check_agent(life)
     return check_agent(life, speller(unpack(life.notes[0].data, AgentStart).fingerprint.tokenizer))
 
 
-def _edge(life: Life, large: LargeModel | None) -> Outcome:
+def _edge(life: PartJournal, large: LargeModel | None) -> CheckOutcome:
     return check_edge(life) if large is None else check_edge(life, speller(large.fingerprint.tokenizer))
 
 
-def _cloud(life: Life, large: LargeModel | None) -> Outcome:
+def _cloud(life: PartJournal, large: LargeModel | None) -> CheckOutcome:
     if large is None or life.number or not life.notes or life.notes[0].kind != "state":
         return check_cloud(life, None)
     born = born_of(life)
@@ -50,7 +50,7 @@ def _cloud(life: Life, large: LargeModel | None) -> Outcome:
     return check_cloud(life, large.engine, speller(born.fingerprint.tokenizer))
 
 
-CHECKS: Final[dict[str, Callable[[Life, LargeModel | None], Outcome]]] = {
+CHECKS: Final[dict[str, Callable[[PartJournal, LargeModel | None], CheckOutcome]]] = {
     "agent": _agent,
     "edge": _edge,
     "cloud": _cloud,
@@ -93,7 +93,7 @@ def check_file(file: Path, which: Which = "all", update: Path | None = None, mod
     return 1 if different else 0
 
 
-def _tell(life: Life, outcome: Outcome) -> None:
+def _tell(life: PartJournal, outcome: CheckOutcome) -> None:
     result = "not all the same" if outcome.divergences else "all the same"
     print(f"{life.name}: {outcome.decisions} decisions, {result}")
     for words in outcome.skipped:

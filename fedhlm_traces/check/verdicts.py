@@ -12,10 +12,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.engine import Engine, Output, Request
+from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from cloud_verifier.journal import CloudStart
 from cloud_verifier.service import FEDERATION_FILE, CloudService
-from cloud_verifier.sessions import Key, Sessions, Stale
+from cloud_verifier.sessions import Key, Sessions, StaleBlock
 from cloud_verifier.verdicts import MODEL_FAILED
 from cloud_verifier.wiring import LargeModel, cloud_of
 from fedhlm import settings
@@ -28,10 +28,10 @@ from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
-    Answered,
     Escalation,
     EscalationBatch,
-    Routed,
+    RoutedEscalation,
+    RoutedVerdict,
     Sampling,
     Verdict,
     VerdictBatch,
@@ -79,7 +79,7 @@ class Verifier:
     async def pass_over(self, key: Key, escalation: Escalation) -> bool:
         """A block without an answer; whether it would get none now either, because a newer one has passed."""
         world = copied(self._taken(key), key)
-        if isinstance(world.admit(key, escalation), Stale):
+        if isinstance(world.admit(key, escalation), StaleBlock):
             self._keep(key, world, None)
             return True
         self._unanswered.setdefault(key, []).append(escalation)
@@ -119,7 +119,7 @@ class Verifier:
         bus = CapturingBus(lambda _number: True)
         service = service_of(self._born, self._engine, bus, sessions=world)
         levels = {"cluster": key.cluster}
-        message = EscalationBatch(**_HEADER, items=(Routed(key.agent, escalation),))
+        message = EscalationBatch(**_HEADER, items=(RoutedEscalation(key.agent, escalation),))
         await service.handle(Received(topics.CLOUD_VERIFY, levels, message))
         while await service.verify_next():
             pass
@@ -132,12 +132,14 @@ class Verifier:
         ]
         return verdicts[-1] if verdicts else None
 
-    async def told(self, key: Key, escalation: Escalation, then: Verdict, now: Verdict | None, spell: Spell) -> "Told":
+    async def told(
+        self, key: Key, escalation: Escalation, then: Verdict, now: Verdict | None, spell: Spell
+    ) -> "ToldVerdicts":
         """A divergence in words."""
         session = self._sessions.get(key)
         entry = session.entry(key) if session is not None else None
         sampling = entry.state.sampling if entry else escalation.prime.sampling if escalation.prime else None
-        return await Told.of(
+        return await ToldVerdicts.of(
             escalation,
             then,
             now,
@@ -182,14 +184,14 @@ def service_of(
     )
 
 
-async def _no_model(_requests: Sequence[Request]) -> list[Output]:
+async def _no_model(_requests: Sequence[EngineInput]) -> list[EngineOutput]:
     raise RuntimeError("nothing is verified without the model")
 
 
 _NO_MODEL: Final = Engine(None, _no_model)
 
 
-def _answers(payload: bytes) -> tuple[Answered, ...]:
+def _answers(payload: bytes) -> tuple[RoutedVerdict, ...]:
     message = decode(payload)
     return message.items if isinstance(message, VerdictBatch) else ()
 
@@ -217,7 +219,7 @@ def _near(a: Verdict, b: Verdict) -> bool:
     return len(x) == len(y) and bool((np.abs(x - y) <= PROB_UNITS).all())
 
 
-class Told(NamedTuple):
+class ToldVerdicts(NamedTuple):
     """Both verdicts on a block in words, and why they differ."""
 
     where: str
@@ -237,7 +239,7 @@ class Told(NamedTuple):
         sampling: Sampling | None,
         context: list[int],
         spell: Spell,
-    ) -> "Told":
+    ) -> "ToldVerdicts":
         """Look for the first token that differs, and ask the model for its law there."""
         if now is None or then.status != "settled" or now.status != "settled" or sampling is None:
             where = f"block at position {escalation.base}"
@@ -310,7 +312,7 @@ async def _why_law(
     """What law, noise and coupling say of each of the tokens."""
     if not context:
         return "nothing stands before it"
-    (output,) = await engine.forward([Request(engine.empty_cache, context, 1)])
+    (output,) = await engine.forward([EngineInput(engine.empty_cache, context, 1)])
     row = output.logits[-1]
     p = law(row, sampling)
     facts = [f"p({spell(token)}) is {p[token]:.4g}" for token in tokens]

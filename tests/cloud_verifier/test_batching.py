@@ -3,7 +3,7 @@
 from msgspec.structs import replace
 
 from cloud_verifier import batching
-from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_OF_ONE, Batcher, Done, Job
+from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_OF_ONE, Batcher, BlockJob, Done
 from cloud_verifier.sessions import Key, Sessions
 from cloud_verifier.verifier import Settled
 from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Prime, Sampling, pack_ids
@@ -19,13 +19,15 @@ def batcher(*, batch_max: int = 8, sessions_max: int = 16) -> Batcher:
     return Batcher(sessions, toy.ToyCache(), batch_max)
 
 
-def job(agent: str = "a", session: int = 1, *, extend: int = 1, expires_s: float = 1e9, primed: bool = True) -> Job:
+def job(
+    agent: str = "a", session: int = 1, *, extend: int = 1, expires_s: float = 1e9, primed: bool = True
+) -> BlockJob:
     context = pack_ids(PROMPT, toy.VOCAB_SIZE)
     escalation = Escalation(
         version=SCHEMA_VERSION, sender=agent, sequence=1, sent_ms=0, session=session, epoch=0, base=2, ids=b"",
         patience_ms=1, extend=extend, before=Prime(Sampling(1), toy.FINGERPRINT, context) if primed else None,
     )  # fmt: skip
-    return Job(Key("c", agent, session), escalation, expires_s)
+    return BlockJob(Key("c", agent, session), escalation, expires_s)
 
 
 def step(work: Batcher, now_s: float = 0.0) -> list[Done]:

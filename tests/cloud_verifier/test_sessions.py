@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from cloud_verifier import sessions as sessions_module
-from cloud_verifier.sessions import EXTEND_MAX, Admission, Key, Refused, Sessions, Stale, Unprimed
+from cloud_verifier.sessions import EXTEND_MAX, Admission, Key, RefusedBlock, Sessions, StaleBlock, UnprimedBlock
 from cloud_verifier.verifier import Block
 from fedhlm.decoding.tree import Branch, pack_branches
 from fedhlm.protocol.messages import (
@@ -64,7 +64,7 @@ def test_branches_belong_to_the_drafts_and_not_to_the_fixed_ids() -> None:
         admitted = store().admit(KEY, escalation(fixed=1, branches=packed, coupling=coupling))
         assert admitted == Block(2, [5, 6], 1, 1, [b"", b""], branches)
     refused = store().admit(KEY, escalation(fixed=2, branches=packed))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RefusedBlock)
     assert "parent of branch 2 must be at most 2 (got 3)" in refused.reason
 
 
@@ -77,19 +77,19 @@ def test_a_primed_block_is_admitted() -> None:
 
 
 def test_an_unknown_session_asks_for_its_prime() -> None:
-    assert store().admit(KEY, escalation(primed=False)) == Unprimed()
+    assert store().admit(KEY, escalation(primed=False)) == UnprimedBlock()
 
 
 def test_a_block_beyond_what_is_held_asks_for_its_prime() -> None:
     sessions = store()
     sessions.admit(KEY, escalation())
-    assert sessions.admit(KEY, escalation(base=3, primed=False)) == Unprimed()
+    assert sessions.admit(KEY, escalation(base=3, primed=False)) == UnprimedBlock()
 
 
 def test_older_epochs_are_stale() -> None:
     sessions = store()
     sessions.admit(KEY, escalation(epoch=2))
-    assert sessions.admit(KEY, escalation(epoch=1)) == Stale()
+    assert sessions.admit(KEY, escalation(epoch=1)) == StaleBlock()
 
 
 def test_blocks_behind_a_rejection_of_their_epoch_are_stale() -> None:
@@ -100,9 +100,9 @@ def test_blocks_behind_a_rejection_of_their_epoch_are_stale() -> None:
     assert entry is not None
     entry.state.context += [5, 7]
     entry.state.rejected_at = 3
-    assert sessions.admit(KEY, escalation(base=4, primed=False)) == Stale()
+    assert sessions.admit(KEY, escalation(base=4, primed=False)) == StaleBlock()
     # Behind the context too: that is no lost session, and nobody waits for the answer.
-    assert sessions.admit(KEY, escalation(base=9, primed=False)) == Stale()
+    assert sessions.admit(KEY, escalation(base=9, primed=False)) == StaleBlock()
     assert isinstance(sessions.admit(KEY, escalation(base=4, primed=False, epoch=1)), Block)
 
 
@@ -130,7 +130,7 @@ def test_blocks_behind_a_rejection_of_their_epoch_are_stale() -> None:
 )
 def test_bad_escalations_are_refused_with_the_reason(bad: Escalation, reason: str) -> None:
     refused: Admission = store().admit(KEY, bad)
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RefusedBlock)
     assert reason in refused.reason
 
 
@@ -157,7 +157,7 @@ def test_a_prime_repairs_a_context_that_went_another_way() -> None:
 def test_a_coupling_without_a_name_is_refused() -> None:
     """It would otherwise be taken for a session that is not known yet, and fail when the first draft is settled."""
     refused = store().admit(KEY, escalation(coupling=""))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RefusedBlock)
     assert "sampling.coupling must be one of" in refused.reason
 
 
@@ -184,7 +184,7 @@ def test_what_is_too_long_is_refused_before_it_is_unpacked(
 
     monkeypatch.setattr(sessions_module, "unpack_ids", unpacked)
     refused = store().admit(KEY, given)
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RefusedBlock)
     assert reason in refused.reason
 
 

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud_verifier import verdicts
-from cloud_verifier.sessions import Refused, Stale, Unprimed
+from cloud_verifier.sessions import RefusedBlock, StaleBlock, UnprimedBlock
 from cloud_verifier.verdicts import portions, verdict_of
 from cloud_verifier.verifier import Settled
 from fedhlm.protocol.messages import (
     MAX_BATCH,
     MAX_REASON,
     SCHEMA_VERSION,
-    Answered,
     Escalation,
+    RoutedVerdict,
     Verdict,
     VerdictBatch,
     decode,
@@ -64,7 +64,7 @@ def test_what_is_not_settled_says_why_and_what_is_stale_takes_no_header() -> Non
     header = Header()
     told = [
         verdict_of(BLOCK, outcome, header, vocab_size=VOCAB_SIZE)
-        for outcome in (Unprimed(), Stale(), Refused("x" * 5_000))
+        for outcome in (UnprimedBlock(), StaleBlock(), RefusedBlock("x" * 5_000))
     ]
     assert [verdict and verdict.status for verdict in told] == ["unprimed", None, "refused"]
     assert next(header.made) == 2
@@ -76,7 +76,7 @@ def test_what_is_not_settled_says_why_and_what_is_stale_takes_no_header() -> Non
 @given(sizes=st.lists(st.sampled_from((0, 2, 60_000, verdicts.ANSWER_BYTES - 2)), max_size=12), many=st.booleans())
 def test_portions_hold_every_answer_once_in_order_and_keep_their_size(sizes: list[int], many: bool) -> None:
     sizes = sizes + [0] * (MAX_BATCH + 3) * many
-    answers = [Answered(f"a{i}", _verdict(size)) for i, size in enumerate(sizes)]
+    answers = [RoutedVerdict(f"a{i}", _verdict(size)) for i, size in enumerate(sizes)]
     parts = list(portions(answers))
     assert [answer for part in parts for answer in part] == answers
     for part in parts:
@@ -101,5 +101,5 @@ def _verdict(size: int) -> Verdict:
     )
 
 
-def _size(answer: Answered) -> int:
+def _size(answer: RoutedVerdict) -> int:
     return len(answer.verdict.ids) + len(answer.verdict.target_probs)

@@ -10,8 +10,8 @@ from edge_agent.events import (
     Answered,
     Commit,
     Committed,
-    Draft,
     Drafted,
+    DraftNext,
     Escalate,
     Event,
     Finish,
@@ -22,10 +22,10 @@ from edge_agent.events import (
     Unprimed,
 )
 from edge_agent.gate import GATES, Settings
-from edge_agent.generation import Generation
-from edge_agent.growth import Budget
+from edge_agent.generation import GenerationMachine
+from edge_agent.growth import TreeLimits
 from edge_agent.model import Drawn
-from edge_agent.pipeline import PIPELINES, Limits
+from edge_agent.pipeline import PIPELINES, PipelineLimits
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.tree import pack_branches
 from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Hints, Prime, Sampling, pack_ids
@@ -48,7 +48,7 @@ def plan(
     context_max: int = toy.CONTEXT,
     bonus: bool = True,
 ) -> Plan:
-    limits = Limits(window=window, block=block, flush_uncertainty=0.9, flush_age_s=0.5, bonus=bonus)
+    limits = PipelineLimits(window=window, block=block, flush_uncertainty=0.9, flush_age_s=0.5, bonus=bonus)
     return Plan(
         sampling=Sampling(seed, temperature, 1.0, coupling),
         gate=GATES[gate](Settings(threshold=0.6, probability=0.5, seed=seed)),
@@ -108,9 +108,9 @@ class Cloud:
                     return Answered(
                         action.epoch, action.base, done.accepted, done.ids, done.target_probs, "cloud", done.missed
                     )
-        if isinstance(admission, sessions.Unprimed):
+        if isinstance(admission, sessions.UnprimedBlock):
             return Unprimed(action.epoch)
-        if isinstance(admission, sessions.Refused):
+        if isinstance(admission, sessions.RefusedBlock):
             return Refused(admission.reason)
         return None
 
@@ -121,12 +121,12 @@ class Bench:
     def __init__(self, plan: Plan, prompt: list[int], *, agreement: float = 0.7, link_up: bool = True) -> None:
         self.plan = plan
         self.prompt = list(prompt)
-        self.machine = Generation(plan, list(prompt), link_up=link_up)
+        self.machine = GenerationMachine(plan, list(prompt), link_up=link_up)
         self.drafter = toy.ToyDrafter(agreement=agreement)
         self.cloud = Cloud()
         self.up: list[Escalate] = []
         self.down: list[Event] = []
-        self.work: list[Draft] = []
+        self.work: list[DraftNext] = []
         self.committed: list[Committed] = []
         self.sent: list[Escalate] = []
         self.finish: Finish | None = None
@@ -140,7 +140,7 @@ class Bench:
     def _take(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case Draft():
+                case DraftNext():
                     assert not self.work, "two drafts at once"
                     self.work.append(action)
                 case Escalate():
@@ -164,7 +164,7 @@ class Bench:
             return False
         action = self.work.pop()
         if action.levels:
-            budget = Budget(nodes=12, width=4, levels=action.levels, delay_s=1.0)
+            budget = TreeLimits(nodes=12, width=4, levels=action.levels, delay_s=1.0)
             grown, _ = self.drafter.grow_now(action.ids, self.plan.sampling, budget, settled=action.settled)
             self.handle(
                 Grown(action.revision, len(action.ids), [self._event(action, d) for d in grown.chain], grown.branches)
@@ -173,7 +173,7 @@ class Bench:
             self.handle(self._event(action, self.drafter.draft_now(action.ids, self.plan.sampling)))
         return True
 
-    def _event(self, action: Draft, drawn: Drawn) -> Drafted:
+    def _event(self, action: DraftNext, drawn: Drawn) -> Drafted:
         return Drafted(
             action.revision, len(action.ids), drawn.token, drawn.prob, drawn.uncertainty, drawn.law, drawn.key
         )

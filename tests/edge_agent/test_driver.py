@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from edge_agent.driver import Agent
+from edge_agent.driver import AgentCore
 from edge_agent.events import Committed
-from edge_agent.result import Job, Result
+from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Stamp
 from fedhlm.config import load
 from fedhlm.protocol import topics
@@ -24,11 +24,11 @@ async def nobody(_tokens: list[Committed]) -> FinishReason | None:
 
 
 def with_fleet(
-    work: Callable[[Fleet, Agent], Awaitable[Result]], *, fingerprint: Fingerprint = toy.FINGERPRINT
-) -> tuple[Result, Agent]:
+    work: Callable[[Fleet, AgentCore], Awaitable[GenerationResult]], *, fingerprint: Fingerprint = toy.FINGERPRINT
+) -> tuple[GenerationResult, AgentCore]:
     """Run `work` on one agent of a calm fleet in virtual time."""
 
-    async def main() -> tuple[Result, Agent]:
+    async def main() -> tuple[GenerationResult, AgentCore]:
         fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
         for node in fleet.nodes.values():
             node.start()
@@ -75,7 +75,7 @@ def test_what_is_measured_does_not_depend_on_headers(preset: str) -> None:
     def measured(since_s: float, sequence: int) -> tuple[list[float | None], int]:
         config = load(preset=preset, environ={}, flags={}).config.generation
 
-        async def work(_fleet: Fleet, agent: Agent) -> Result:
+        async def work(_fleet: Fleet, agent: AgentCore) -> GenerationResult:
             agent.party.stamp = Stamp("a", lambda: since_s)
             agent.party.stamp._sequence = sequence
             for seed in range(3):
@@ -95,7 +95,7 @@ def test_what_is_measured_does_not_depend_on_headers(preset: str) -> None:
 
 
 def test_hostile_verdicts_are_counted_and_change_nothing() -> None:
-    async def work(fleet: Fleet, agent: Agent) -> Result:
+    async def work(fleet: Fleet, agent: AgentCore) -> GenerationResult:
         attacker: LoopbackBus = fleet.bus("attacker")
         async with attacker:
             running = asyncio.create_task(agent.generate(toy_plan(), [5], nobody))
@@ -126,7 +126,7 @@ def test_hostile_verdicts_are_counted_and_change_nothing() -> None:
 
 
 def test_texts_shorter_than_a_round_trip_are_verified_again_after_the_link_was_down() -> None:
-    async def work(_fleet: Fleet, agent: Agent) -> Result:
+    async def work(_fleet: Fleet, agent: AgentCore) -> GenerationResult:
         agent._drafter = toy.ToyDrafter(agreement=0.8, step_s=0.001)  # 16 tokens in 16 ms, an answer takes 40
         await asyncio.sleep(1.0)
         agent.link_up = False
@@ -148,7 +148,7 @@ def test_a_draft_that_fails_ends_the_generation_with_its_error() -> None:
         async def grow(self, *_arguments: object, **_options: object) -> Any:
             raise RuntimeError("no memory")
 
-    async def work(_fleet: Fleet, agent: Agent) -> Result:
+    async def work(_fleet: Fleet, agent: AgentCore) -> GenerationResult:
         agent._drafter = Broken()
         with pytest.raises(ExceptionGroup) as caught:
             await agent.generate(toy_plan(), [5], nobody)
@@ -175,13 +175,13 @@ def test_the_audits_coin_comes_up_as_often_as_stated_and_is_known_before_the_tex
 ) -> None:
     """Over many seeds the plan audits a share of `generation.audit` a token asked for, rounded down to a power of two."""
 
-    async def work(_fleet: Fleet, agent: Agent) -> Result:
+    async def work(_fleet: Fleet, agent: AgentCore) -> GenerationResult:
         config = load(preset="budget", environ={}, flags={}).config.generation
         options = {"max_tokens": max_tokens, "context_max": toy.CONTEXT, "eos_ids": frozenset({toy.EOS_ID})}
         count = 4_000
         plans = [agent.plan(Job(config, Sampling(seed=seed), **options)) for seed in range(count)]  # type: ignore[arg-type]
         audited = sum(plan.audit for plan in plans)
         assert abs(audited - count * share) <= 4.0 * (count * share * (1.0 - share)) ** 0.5
-        return Result(tau=0.0, similarity=None, audited=False)
+        return GenerationResult(tau=0.0, similarity=None, audited=False)
 
     with_fleet(work)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.events import Answered, Cancelled, Drafted, Finish, LinkUp, Refused, Tick, Unprimed
-from edge_agent.generation import Generation
+from edge_agent.generation import GenerationMachine
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm_lab.sim import toy
 from tests.edge_agent.machine import Bench, plan
@@ -266,4 +266,4 @@ def test_the_models_context_ends_a_generation() -> None:
 @pytest.mark.parametrize("prompt", [[], list(range(1, 13))])
 def test_prompts_without_room_are_refused(prompt: list[int]) -> None:
     with pytest.raises(ValueError, match=f"prompt has {len(prompt)} tokens"):
-        Generation(plan(context_max=12), prompt)
+        GenerationMachine(plan(context_max=12), prompt)

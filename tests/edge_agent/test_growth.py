@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cloud_verifier.verifier import Block, Session, Settled, settle
-from edge_agent.growth import PRIOR_FIRST, RANKS, Acceptance, Budget, Candidates, Delay, Growth, ranking
+from edge_agent.growth import PRIOR_FIRST, RANKS, Acceptance, Candidates, Delay, Growth, TreeLimits, ranking
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.tree import Tree
 from fedhlm.protocol.messages import Sampling
@@ -25,7 +25,7 @@ samplings = st.builds(
     coupling=st.sampled_from(["gumbel", "greedy"]),
 )
 budgets = st.builds(
-    Budget,
+    TreeLimits,
     nodes=st.integers(1, 40),
     width=st.integers(1, RANKS),
     levels=st.integers(1, 12),
@@ -46,7 +46,7 @@ class FixedShares(Acceptance):
         return self.shares[: len(ranked)]
 
 
-def grown(shares: list[float], budget: Budget) -> Growth:
+def grown(shares: list[float], budget: TreeLimits) -> Growth:
     growth = Growth(budget, FixedShares(shares))
     some = Candidates(tuple(range(len(shares))), np.zeros(len(shares)))
     while leaves := growth.leaves(1.0, 1e-9):
@@ -72,7 +72,7 @@ falling = st.lists(st.floats(0.01, 0.3), min_size=1, max_size=4).map(lambda s: s
 
 @given(shares=falling, nodes=st.integers(1, 30), batch=st.integers(1, 8))
 def test_a_tree_is_the_best_of_its_size_and_at_least_the_chain(shares: list[float], nodes: int, batch: int) -> None:
-    budget = Budget(nodes=nodes, width=RANKS, levels=1_000, delay_s=1e12, batch=batch)
+    budget = TreeLimits(nodes=nodes, width=RANKS, levels=1_000, delay_s=1e12, batch=batch)
     tree, chain = grown(shares, budget), grown(shares, budget._replace(width=1))
     assert tree.expected == pytest.approx(best_possible(shares, nodes))
     assert chain.expected == pytest.approx(best_possible(shares[:1], nodes))
@@ -81,7 +81,7 @@ def test_a_tree_is_the_best_of_its_size_and_at_least_the_chain(shares: list[floa
 
 @given(prompt=prompts, sampling=samplings, budget=budgets)
 def test_growth_keeps_its_budget_and_its_main_chain_is_the_models_drafts(
-    prompt: list[int], sampling: Sampling, budget: Budget
+    prompt: list[int], sampling: Sampling, budget: TreeLimits
 ) -> None:
     drafter = toy.ToyDrafter(agreement=0.6)
     tree, _ = drafter.grow_now(prompt, sampling, budget)
@@ -111,7 +111,7 @@ def test_the_first_candidate_is_the_couplings_draft(prompt: list[int], sampling:
 def test_growth_goes_on_while_a_node_repays_its_time() -> None:
     def size(delay_s: float, node_s: float = 0.01, send_s: float = 0.0) -> int:
         drafter = toy.ToyDrafter(agreement=0.8, step_s=node_s)
-        budget = Budget(nodes=200, width=4, levels=50, delay_s=delay_s, send_s=send_s)
+        budget = TreeLimits(nodes=200, width=4, levels=50, delay_s=delay_s, send_s=send_s)
         tree, _ = drafter.grow_now([3, 4], Sampling(seed=5), budget)
         return len(tree.chain) + len(tree.branches)
 
@@ -123,7 +123,7 @@ def test_growth_goes_on_while_a_node_repays_its_time() -> None:
 
 @given(shares=falling, send_s=st.floats(1e-6, 10.0), elapsed_s=st.floats(0.0, 1.0))
 def test_trimming_leaves_the_best_rate(shares: list[float], send_s: float, elapsed_s: float) -> None:
-    growth = grown(shares, Budget(nodes=20, width=RANKS, levels=50, delay_s=0.5, send_s=send_s))
+    growth = grown(shares, TreeLimits(nodes=20, width=RANKS, levels=50, delay_s=0.5, send_s=send_s))
     reaches = sorted((math.prod(shares[t] for t in path) for path in paths_of(growth)), reverse=True)
 
     def rate(count: int) -> float:
@@ -155,7 +155,7 @@ def settle_tree(state: Session, chain: list[int], tree: Tree) -> Settled:
             return settled
 
 
-def run(prompt: list[int], sampling: Sampling, budget: Budget, tokens: int) -> tuple[list[int], int, float]:
+def run(prompt: list[int], sampling: Sampling, budget: TreeLimits, tokens: int) -> tuple[list[int], int, float]:
     """A generation by trees alone: its text, round trips, and the tokens that the device expected of them."""
     drafter = toy.ToyDrafter(agreement=0.7)
     state = Session(sampling, toy.VOCAB_SIZE, frozenset({toy.EOS_ID}), list(prompt))
@@ -171,14 +171,14 @@ def run(prompt: list[int], sampling: Sampling, budget: Budget, tokens: int) -> t
 
 
 @given(prompt=prompts, sampling=samplings, budget=budgets)
-def test_text_by_grown_trees_is_the_targets_alone(prompt: list[int], sampling: Sampling, budget: Budget) -> None:
+def test_text_by_grown_trees_is_the_targets_alone(prompt: list[int], sampling: Sampling, budget: TreeLimits) -> None:
     text, _, _ = run(prompt, sampling, budget, 20)
     alone = toy.large_alone(prompt, sampling, len(text))
     assert text == alone
 
 
 def test_a_tree_needs_fewer_round_trips_than_a_chain_of_as_many_nodes() -> None:
-    tree = Budget(nodes=24, width=6, levels=24, delay_s=1e9)
+    tree = TreeLimits(nodes=24, width=6, levels=24, delay_s=1e9)
     trips = {"tree": 0, "chain": 0}
     expected = tokens = 0.0
     for seed in range(12):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.growth import RANKS, Budget
+from edge_agent.growth import RANKS, TreeLimits
 from edge_agent.model import Slm, threaded
-from fedhlm.decoding.decoder import Decoder, Request, Result
+from fedhlm.decoding.decoder import Decoder, DecoderInput, DecoderOutput
 from fedhlm.decoding.tree import Tree
 from fedhlm.peers.context_keys import Projection
 from fedhlm.protocol.messages import Sampling
@@ -19,7 +19,7 @@ from fedhlm_lab.sim import toy
 
 HIDDEN = 8
 SAMPLING = Sampling(seed=3)
-PATIENT = Budget(nodes=24, width=RANKS, levels=10, delay_s=1e12)
+PATIENT = TreeLimits(nodes=24, width=RANKS, levels=10, delay_s=1e12)
 
 
 class ToyDecoder:
@@ -34,17 +34,19 @@ class ToyDecoder:
     def empty_cache(self) -> toy.ToyCache:
         return toy.ToyCache()
 
-    def forward(self, requests: Sequence[Request]) -> list[Result]:
+    def forward(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:
         self.calls += 1
         return [self._one(cast(Any, cache), ids) for cache, ids in requests]
 
-    def _one(self, cache: toy.ToyCache, ids: Sequence[int]) -> Result:
+    def _one(self, cache: toy.ToyCache, ids: Sequence[int]) -> DecoderOutput:
         assert ids
         self.fed += len(ids)
         whole = (*cache.ids, *ids)
         rows = [toy.small_logits(whole[: len(cache.ids) + i + 1], 0.7) for i in range(len(ids))]
         hidden = np.stack([np.random.default_rng(whole).standard_normal(HIDDEN)] * len(ids))
-        return Result(np.stack(rows).astype(np.float32), hidden.astype(np.float32), cast(Any, toy.ToyCache(whole)))
+        return DecoderOutput(
+            np.stack(rows).astype(np.float32), hidden.astype(np.float32), cast(Any, toy.ToyCache(whole))
+        )
 
 
 def slm(projection: Projection | None = None) -> Slm:

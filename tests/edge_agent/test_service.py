@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 import fedhlm
-from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED, Request, Requests
+from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED, Requests, RoutedPrompt
 from edge_agent.service import ModelFacts
 from fedhlm.bus.party import Party, Received, Stamp
 from fedhlm.config import load
@@ -298,11 +298,11 @@ def cancel_of(request: str, sender: str) -> Cancel:
 def test_a_cancellation_may_overtake_its_prompt_and_no_other() -> None:
     requests = Requests("a")
     assert requests.cancel(cancel_of("r", "alice")) is None
-    assert requests.admit(Request("c0", prompt_of("r", "bob"))) is None
-    end = requests.admit(Request("c0", prompt_of("s", "alice")))
+    assert requests.admit(RoutedPrompt("c0", prompt_of("r", "bob"))) is None
+    end = requests.admit(RoutedPrompt("c0", prompt_of("s", "alice")))
     assert end is None
     assert requests.cancel(cancel_of("t", "alice")) is None
-    end = requests.admit(Request("c0", prompt_of("t", "alice")))
+    end = requests.admit(RoutedPrompt("c0", prompt_of("t", "alice")))
     assert end is not None
     assert end.finish == "cancelled"
 
@@ -310,7 +310,7 @@ def test_a_cancellation_may_overtake_its_prompt_and_no_other() -> None:
 def test_what_is_remembered_is_bounded() -> None:
     requests = Requests("a")
     for n in range(3 * REQUESTS_REMEMBERED):
-        request = Request("c0", prompt_of(f"r{n}", "alice"))
+        request = RoutedPrompt("c0", prompt_of(f"r{n}", "alice"))
         assert requests.admit(request) is None
         requests.close(request)
         requests.cancel(cancel_of(f"later{n}", "alice"))

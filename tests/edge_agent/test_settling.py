@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.events import Answered, Cancelled, Drafted, Escalate, Finish, Observe, Plan, Proposal, Tick
-from edge_agent.generation import Generation
+from edge_agent.generation import GenerationMachine
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.sim import toy
@@ -176,7 +176,7 @@ def test_the_edges_answer_ends_the_wait() -> None:
     bench = Bench(plan("blocking", tokens=4, block=1)._replace(similarity=0.9), PROMPT)
     bench.draft()
     block = bench.up.pop()
-    machine: Generation = bench.machine
+    machine: GenerationMachine = bench.machine
     waited = machine.awaiting
     bench.handle(Answered(block.epoch, block.base, 1, [], [], "peer"))
     assert (waited, machine.awaiting) == (True, False)

@@ -10,7 +10,7 @@ from fedhlm.learning.federation import State
 from fedhlm.learning.settled import SLACK_TOKENS
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
-    Answered,
+    RoutedVerdict,
     Contribution,
     Learned,
     PaperThreshold,
@@ -279,7 +279,7 @@ def test_what_the_cloud_scored_may_be_claimed() -> None:
         verdict = Verdict(
             **cloud.party.stamp(), session=1, epoch=0, base=1, status="settled", accepted=1_000, target_probs=scored
         )
-        batch = VerdictBatch(**cloud.party.stamp(), items=(Answered("a", verdict),))
+        batch = VerdictBatch(**cloud.party.stamp(), items=(RoutedVerdict("a", verdict),))
         await cloud.send(topics.CLOUD_VERDICT, batch, cluster="c1")
         await contribute(agent, 2, 1_010.0)
         await asyncio.sleep(ROUND_S)

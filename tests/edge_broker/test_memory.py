@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from edge_broker import memory as module
-from edge_broker.memory import DIGEST_MAX, DIGESTS_MAX, Answer, ClusterMemory
+from edge_broker.memory import DIGEST_MAX, DIGESTS_MAX, ClusterMemory, PeersAnswer
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
@@ -94,7 +94,7 @@ def cluster(*known: tuple[bytes, int], capacity: int = 64) -> ClusterMemory:
 def test_agreement_settles_the_whole_block() -> None:
     memory = cluster((key(0), 7))
     memory.doubt("a", doubt((11, 7, key(0))))
-    assert memory.answer("a", block([3, 7, 4]), VOCAB) == Answer(3, "peer")
+    assert memory.answer("a", block([3, 7, 4]), VOCAB) == PeersAnswer(3, "peer")
 
 
 def test_keys_of_another_space_are_refused_and_counted() -> None:
@@ -109,8 +109,8 @@ def test_a_neighbours_token_makes_it_a_neighbours_answer() -> None:
     memory = cluster((key(0), 7))
     memory.hear(VerifiedTokens(**HEADER, space="s", items=(Verified(key(1), 9),)))
     memory.doubt("a", doubt((10, 7, key(0)), (11, 9, key(1))))
-    assert memory.answer("a", block([7, 9]), VOCAB) == Answer(2, "neighbour")
-    assert memory.answer("a", block([7]), VOCAB) == Answer(1, "peer")
+    assert memory.answer("a", block([7, 9]), VOCAB) == PeersAnswer(2, "neighbour")
+    assert memory.answer("a", block([7]), VOCAB) == PeersAnswer(1, "peer")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_block_stands_where_every_doubtful_token_is_known_to_be_right(
     if not asked or wrong or not set(asked) <= known:
         assert answer is None
     else:
-        assert answer == Answer(len(drafts), "peer")
+        assert answer == PeersAnswer(len(drafts), "peer")
 
 
 # Learning
@@ -236,7 +236,7 @@ def test_keys_of_another_length_are_counted_and_dropped() -> None:
     memory.hear(VerifiedTokens(**HEADER, space="s", items=(Verified(b"", 7), Verified(key(0), 1))))
     assert memory.refused_keys == 2
     assert memory.size == 1
-    assert memory.answer("a", block([1, 1]), VOCAB) == Answer(2, "neighbour")
+    assert memory.answer("a", block([1, 1]), VOCAB) == PeersAnswer(2, "neighbour")
 
 
 def test_everything_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +270,8 @@ def test_verified_tokens_survive_a_restart_and_their_doubts_do_not() -> None:
     assert again.size == 2
     assert again.answer("a", block([7]), VOCAB) is None
     again.doubt("a", doubt((10, 7, key(0)), (11, 9, key(1))))
-    assert again.answer("a", block([7]), VOCAB) == Answer(1, "peer")
-    assert again.answer("a", block([7, 9]), VOCAB) == Answer(2, "neighbour")
+    assert again.answer("a", block([7]), VOCAB) == PeersAnswer(1, "peer")
+    assert again.answer("a", block([7, 9]), VOCAB) == PeersAnswer(2, "neighbour")
     again.belong("tokenizer y")
     assert again.size == 0
     again.belong("tokenizer x")
@@ -297,7 +297,7 @@ def test_doubts_are_bounded_over_all_sessions(monkeypatch: pytest.MonkeyPatch) -
     for session in range(50):
         memory.doubt("a", doubt(*((p, 7, key(0)) for p in range(session % 7)), session=session))
         assert memory._doubts_held == sum(len(known) for known in memory._doubts.values()) <= 20
-    assert memory.answer("a", block([7], base=3, session=48), VOCAB) == Answer(1, "peer")
+    assert memory.answer("a", block([7], base=3, session=48), VOCAB) == PeersAnswer(1, "peer")
 
 
 def test_blocks_that_wait_for_their_verdict_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,18 +314,18 @@ def test_a_block_with_very_many_doubts_goes_to_the_cloud() -> None:
     """Each doubt costs a search of the whole memory: thousands in one message would hold the edge for seconds."""
     memory = cluster((key(0), 7))
     memory.doubt("a", doubt(*((10 + i, 7, key(0)) for i in range(module.DOUBTFUL_MAX + 1))))
-    assert memory.answer("a", block([7] * module.DOUBTFUL_MAX), VOCAB) == Answer(module.DOUBTFUL_MAX, "peer")
+    assert memory.answer("a", block([7] * module.DOUBTFUL_MAX), VOCAB) == PeersAnswer(module.DOUBTFUL_MAX, "peer")
     assert memory.answer("a", block([7] * (module.DOUBTFUL_MAX + 1)), VOCAB) is None
 
 
 def test_a_neighbour_exactly_as_near_as_asked_for_settles() -> None:
     memory = cluster((key(0), 7))
     memory.doubt("a", doubt((10, 7, key(0))))
-    assert memory.answer("a", block([7], similarity=1.0), VOCAB) == Answer(1, "peer")
+    assert memory.answer("a", block([7], similarity=1.0), VOCAB) == PeersAnswer(1, "peer")
     memory = cluster((np.array([100, 75, 0, 0], np.int8).tobytes(), 7))
     memory.doubt("a", doubt((10, 7, key(0))))
     cosine = float(np.float32(100.0) * np.float32(127.0) / (np.float32(125.0) * np.float32(127.0)))
     assert cosine == pytest.approx(0.8)
     found = memory.answer("a", block([7], similarity=cosine), VOCAB)
-    assert found == Answer(1, "peer")
+    assert found == PeersAnswer(1, "peer")
     assert memory.answer("a", block([7], similarity=float(np.nextafter(cosine, 2.0))), VOCAB) is None

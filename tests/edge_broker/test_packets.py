@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_broker.mqtt import packets
-from edge_broker.mqtt.packets import V3, V5, Kind, Message, MqttError, Reason
+from edge_broker.mqtt.packets import V3, V5, BrokerMessage, MqttError, PacketType, ReasonCode
 
 VERSIONS = st.sampled_from([V3, V5])
 CONNECT_5 = bytes.fromhex("00044d5154540502001e") + bytes([5, 0x11, 0, 0, 0, 9]) + b"\0\2me"
@@ -43,10 +43,10 @@ def test_a_publish_comes_back_from_its_bytes(
 ) -> None:
     extras = b"\x03\0\3a/b\x08\0\1r\x26\0\1k\0\1v" if version == V5 else b""
     expires_s = float(lasts_s) if lasts_s is not None and version == V5 else None
-    message = Message(topic, payload, qos, retain, extras, expires_s)
+    message = BrokerMessage(topic, payload, qos, retain, extras, expires_s)
     data = packets.publish(message, version, qos=qos, retain=retain, number=7)
     head = data[0]
-    assert head >> 4 == Kind.PUBLISH
+    assert head >> 4 == PacketType.PUBLISH
     length = packets.varint(len(data))
     body = data[1 + len(packets.varint(len(data) - 1 - len(length))) :]
     found = packets.read_publish(head & 15, body, version, 0.0)
@@ -65,17 +65,17 @@ def test_lengths_take_one_to_four_bytes(value: int) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"\0\4MQTT\x06\2\0\0\0\0", Reason.UNSUPPORTED_VERSION),
-        (b"\0\4HTTP\x04\2\0\0\0\0", Reason.MALFORMED),
-        (b"\0\4MQTT\x04\3\0\0\0\0", Reason.MALFORMED),  # a reserved flag
-        (b"\0\4MQTT\x04\x0a\0\0\0\0", Reason.MALFORMED),  # a will's QoS without a will
-        (b"\0\4MQTT\x05\2\0\0\3\x21\0\0\0\0", Reason.PROTOCOL_ERROR),  # receive maximum 0
-        (b"\0\4MQTT\x05\2\0\0\5\x15\0\2ab\0\0", Reason.BAD_AUTHENTICATION),
-        (b"\0\4MQTT\x05\2\0\0\2\x7f\0\0\0", Reason.MALFORMED),  # an unknown property
-        (b"\0\4MQTT\x05\2\0\0\0\0\2me!", Reason.MALFORMED),  # something behind the end
+        (b"\0\4MQTT\x06\2\0\0\0\0", ReasonCode.UNSUPPORTED_VERSION),
+        (b"\0\4HTTP\x04\2\0\0\0\0", ReasonCode.MALFORMED),
+        (b"\0\4MQTT\x04\3\0\0\0\0", ReasonCode.MALFORMED),  # a reserved flag
+        (b"\0\4MQTT\x04\x0a\0\0\0\0", ReasonCode.MALFORMED),  # a will's QoS without a will
+        (b"\0\4MQTT\x05\2\0\0\3\x21\0\0\0\0", ReasonCode.PROTOCOL_ERROR),  # receive maximum 0
+        (b"\0\4MQTT\x05\2\0\0\5\x15\0\2ab\0\0", ReasonCode.BAD_AUTHENTICATION),
+        (b"\0\4MQTT\x05\2\0\0\2\x7f\0\0\0", ReasonCode.MALFORMED),  # an unknown property
+        (b"\0\4MQTT\x05\2\0\0\0\0\2me!", ReasonCode.MALFORMED),  # something behind the end
     ],
 )
-def test_what_is_wrong_with_a_connect_has_its_reason(data: bytes, reason: Reason) -> None:
+def test_what_is_wrong_with_a_connect_has_its_reason(data: bytes, reason: ReasonCode) -> None:
     with pytest.raises(MqttError) as caught:
         packets.read_connect(data)
     assert caught.value.reason is reason

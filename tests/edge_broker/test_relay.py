@@ -5,9 +5,9 @@ import msgspec
 from edge_broker.relay import BATCH_BYTES, SESSIONS_MAX, Relay
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
-    Answered,
     Escalation,
     EscalationBatch,
+    RoutedVerdict,
     Verdict,
     VerdictBatch,
     encode,
@@ -84,7 +84,7 @@ def test_answers_of_old_epochs_are_dropped_and_strangers_pass() -> None:
     relay.escalate("a", escalation(epoch=3))
     batch = VerdictBatch(
         version=SCHEMA_VERSION, sender="cloud", sequence=1, sent_ms=0,
-        items=(Answered("a", verdict(epoch=2)), Answered("a", verdict(epoch=3)), Answered("b", verdict(epoch=0))),
+        items=(RoutedVerdict("a", verdict(epoch=2)), RoutedVerdict("a", verdict(epoch=3)), RoutedVerdict("b", verdict(epoch=0))),
     )  # fmt: skip
     assert [(a.agent, a.verdict.epoch) for a in relay.answers(batch)] == [("a", 3), ("b", 0)]
 

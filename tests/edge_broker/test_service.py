@@ -10,12 +10,12 @@ from fedhlm.bus.party import presence
 from fedhlm.peers.context_keys import DIMS
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
-    Answered,
     Assignment,
     Escalation,
     EscalationBatch,
     Hints,
     Profile,
+    RoutedVerdict,
     Uncertain,
     UncertainTokens,
     Verdict,
@@ -80,7 +80,7 @@ class Scene:
         await self.agent.send(topics.ESCALATE, block(self.agent, ids, base, **options), cluster="c1", agent="a")
 
     async def say(self, *verdicts: Verdict) -> None:
-        batch = VerdictBatch(**self.cloud.party.stamp(), items=tuple(Answered("a", v) for v in verdicts))
+        batch = VerdictBatch(**self.cloud.party.stamp(), items=tuple(RoutedVerdict("a", v) for v in verdicts))
         await self.cloud.send(topics.CLOUD_VERDICT, batch, cluster="c1")
 
 

@@ -8,7 +8,7 @@ import pytest
 from edge_agent.gate import GATES, Settings
 from edge_agent.learner import OBJECTIVES, THRESHOLDS
 from edge_agent.peers import RULES
-from edge_agent.pipeline import PIPELINES, Limits, Pending
+from edge_agent.pipeline import PIPELINES, Pending, PipelineLimits
 from fedhlm import choices
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.learning.thresholds import OPTIMISERS
@@ -54,7 +54,7 @@ def test_gates_are_as_described(name: str) -> None:
 
 @pytest.mark.parametrize("name", choices.PIPELINES)
 def test_pipelines_are_as_described(name: str) -> None:
-    pipeline = PIPELINES[name](Limits(window=8, block=4, flush_uncertainty=1.0, flush_age_s=1.0))
+    pipeline = PIPELINES[name](PipelineLimits(window=8, block=4, flush_uncertainty=1.0, flush_age_s=1.0))
     waiting = Pending(tail=4, unsent=0, unsent_age_s=0.0, uncertainty=0.0, survival=1.0, awaiting=True, ended=False)
     assert choices.PIPELINES[name].grows_trees == pipeline.grow
     assert choices.PIPELINES[name].runs_ahead == pipeline.may_draft(waiting)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.result import Result
+from edge_agent.result import GenerationResult
 from fedhlm.config import load
 from fedhlm.errors import ConfigError
 from fedhlm.protocol.messages import Sampling
@@ -32,7 +32,7 @@ from fedhlm.telemetry import (
 from fedhlm_lab.sim.toy import CONTEXT, pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
-from fedhlm_lab.studies.compare import Task, work
+from fedhlm_lab.studies.compare import StudyTask, work
 
 PLAIN = sorted(set(COUNTERS) - set(LABELS))
 
@@ -241,7 +241,7 @@ def test_counters_and_gauges_never_share_a_name() -> None:
 
 
 def test_an_agent_shows_the_thresholds_and_the_budget_of_its_newest_generation() -> None:
-    async def main() -> tuple[list[dict[str, float]], list[Result]]:
+    async def main() -> tuple[list[dict[str, float]], list[GenerationResult]]:
         fleet = Fleet(pair(0.8), seed=3, clusters=1, delay_s=0.01, sessions_max=4)
         for node in fleet.nodes.values():
             node.start()
@@ -250,7 +250,7 @@ def test_an_agent_shows_the_thresholds_and_the_budget_of_its_newest_generation()
         async with fleet.online("c0", "porch", fleet.pair.drafter()) as agent:
             for preset in ("u-hlm", "budget", "fedhlm", "slm-only"):
                 config = load(preset=preset, environ={}).config
-                task = Task([7, 8, 9], Sampling(5), 8, "")
+                task = StudyTask([7, 8, 9], Sampling(5), 8, "")
                 done += [d.result for d in await work(agent, config, iter([task]), fleet.pair.eos_ids, CONTEXT)]
                 shown.append(fleet.counters.gauges())
         for node in fleet.nodes.values():

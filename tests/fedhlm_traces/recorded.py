@@ -17,7 +17,7 @@ from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.parts import Part
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
-from fedhlm_traces.check.journals import Life, lives
+from fedhlm_traces.check.journals import PartJournal, lives
 from fedhlm_traces.file import Record
 
 
@@ -164,6 +164,6 @@ def record(
     return run_virtual(_record(preset, seed, faults=faults, flags=flags or {}, keeps=keeps, prompts=prompts))
 
 
-def lives_of(records: list[Record], part: str) -> list[Life]:
+def lives_of(records: list[Record], part: str) -> list[PartJournal]:
     """The journals of one kind of part."""
     return [life for life in lives(records) if life.part == part]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_verifier.engine import Engine, Output, Request
+from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from cloud_verifier.sessions import Sessions
 from fedhlm.decoding import couplings
 from fedhlm.errors import TraceError
@@ -20,7 +20,7 @@ from fedhlm.protocol.messages import Sampling, VerdictBatch, decode, encode
 from fedhlm_lab.sim import toy
 from fedhlm_traces.check.cloud import check_cloud, from_bus
 from fedhlm_traces.check.divergence import plain
-from fedhlm_traces.check.journals import Life
+from fedhlm_traces.check.journals import PartJournal
 from fedhlm_traces.file import Record
 from tests.fedhlm_traces.recorded import engine, lives_of, record
 
@@ -33,7 +33,7 @@ def run(preset: str, seed: int, *, faults: bool = False) -> tuple[Record, ...]:
     return tuple(record(preset, seed, faults=faults, keeps=bool(seed % 2)))
 
 
-def clouds(preset: str, seed: int, *, faults: bool = False) -> list[Life]:
+def clouds(preset: str, seed: int, *, faults: bool = False) -> list[PartJournal]:
     return lives_of(list(run(preset, seed, faults=faults)), "cloud")
 
 
@@ -158,9 +158,9 @@ def test_a_changed_rule_is_caught_with_its_reason(name: str, monkeypatch: pytest
 def other_model(scale: float) -> Engine:
     """The toy LLM with its logits scaled."""
 
-    async def forward(requests: Sequence[Request]) -> list[Output]:
+    async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
         outputs = await toy.large_forward(requests, step_s=0.0)
-        return [Output(scale * output.logits, output.cache) for output in outputs]
+        return [EngineOutput(scale * output.logits, output.cache) for output in outputs]
 
     return Engine(toy.ToyCache(), forward)
 

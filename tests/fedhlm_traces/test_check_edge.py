@@ -10,16 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_broker.journal import EdgeStart
-from edge_broker.memory import Answer, ClusterMemory
+from edge_broker.memory import ClusterMemory, PeersAnswer
 from edge_broker.relay import Relay
 from fedhlm.learning import federation, robust
 from fedhlm.learning.robust import Pooled
 from fedhlm.learning.thresholds import PaperUpdate
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Answered, Escalation, Hints, VerdictBatch
+from fedhlm.protocol.messages import Escalation, Hints, RoutedVerdict, VerdictBatch
 from fedhlm_traces.check.divergence import plain, rich
 from fedhlm_traces.check.edge import check_edge
-from fedhlm_traces.check.journals import Life
+from fedhlm_traces.check.journals import PartJournal
 from tests.fedhlm_traces.recorded import lives_of, record
 
 PRESETS = ("exact", "budget", "fedhlm")
@@ -28,7 +28,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 @lru_cache(maxsize=64)
-def edges(preset: str, seed: int, *, faults: bool = False) -> tuple[Life, ...]:
+def edges(preset: str, seed: int, *, faults: bool = False) -> tuple[PartJournal, ...]:
     return tuple(lives_of(record(preset, seed, faults=faults, keeps=bool(seed % 2)), "edge"))
 
 
@@ -56,7 +56,7 @@ def relay_all(patch: pytest.MonkeyPatch) -> None:
 def relay_newer(patch: pytest.MonkeyPatch) -> None:
     """Only verdicts of a newer epoch than the newest are relayed."""
 
-    def answers(self: Relay, batch: VerdictBatch) -> list[Answered]:
+    def answers(self: Relay, batch: VerdictBatch) -> list[RoutedVerdict]:
         return [a for a in batch.items if a.verdict.epoch > self._epochs.get((a.agent, a.verdict.session), 0)]
 
     patch.setattr(Relay, "answers", answers)
@@ -66,7 +66,7 @@ def compare_by(similarity: float) -> Patch:
     """Another similarity than the one that the block asks for decides."""
     original = ClusterMemory.answer
 
-    def answer(self: ClusterMemory, agent: str, escalation: Escalation, vocab_size: int) -> Answer | None:
+    def answer(self: ClusterMemory, agent: str, escalation: Escalation, vocab_size: int) -> PeersAnswer | None:
         hints = escalation.hints or Hints()
         if hints.similarity is not None:
             other = msgspec.structs.replace(hints, similarity=similarity)

@@ -20,17 +20,17 @@ from fedhlm.errors import TraceError
 from fedhlm.learning.curve import Bins, Curve
 from fedhlm.learning.federation import Members
 from fedhlm.learning.thresholds import tau_of_budget
-from fedhlm.protocol.messages import Answered, Note, Verdict, VerdictBatch
+from fedhlm.protocol.messages import Note, RoutedVerdict, Verdict, VerdictBatch
 from fedhlm_traces.check.agent import check_agent
 from fedhlm_traces.check.divergence import Divergence
-from fedhlm_traces.check.journals import Life, lives
+from fedhlm_traces.check.journals import PartJournal, lives
 from fedhlm_traces.check.run import Which, check_file
 from fedhlm_traces.file import read
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def agents_of(preset: str) -> list[Life]:
+def agents_of(preset: str) -> list[PartJournal]:
     trace = read(GOLDEN / f"{preset}.trace")
     return [life for life in lives(trace, trace.header.root) if life.part == "agent"]
 
@@ -87,13 +87,13 @@ def half_the_harm(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_doubt_too_high(patch: pytest.MonkeyPatch) -> None:
-    observe = generation.Generation._scored
+    observe = generation.GenerationMachine._scored
 
-    def doubting(self: generation.Generation, *given: object) -> Observation:
+    def doubting(self: generation.GenerationMachine, *given: object) -> Observation:
         seen = observe(self, *given)  # type: ignore[arg-type]
         return seen._replace(uncertainty=min(1.0, seen.uncertainty + 0.1))
 
-    patch.setattr(generation.Generation, "_scored", doubting)
+    patch.setattr(generation.GenerationMachine, "_scored", doubting)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def one_less_accepted_by_the_edge(patch: pytest.MonkeyPatch) -> None:
 def relayed(change: Callable[[Verdict], Verdict]) -> Callable[[pytest.MonkeyPatch], None]:
     honest = Relay.answers
 
-    def changed(self: Relay, batch: VerdictBatch) -> list[Answered]:
-        return [Answered(a.agent, change(a.verdict)) for a in honest(self, batch)]
+    def changed(self: Relay, batch: VerdictBatch) -> list[RoutedVerdict]:
+        return [RoutedVerdict(a.agent, change(a.verdict)) for a in honest(self, batch)]
 
     return lambda patch: patch.setattr(Relay, "answers", changed)
 
@@ -250,7 +250,7 @@ def test_a_recording_without_journals_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost", [1, 100])
 def test_a_life_without_its_beginning_is_passed_over_in_words(lost: int) -> None:
     life = agents_of("u-hlm")[0]
-    cut = Life(
+    cut = PartJournal(
         part="agent",
         name=life.name,
         levels=life.levels,
@@ -268,7 +268,7 @@ def test_a_life_without_its_beginning_is_passed_over_in_words(lost: int) -> None
 def test_the_first_notes_of_a_life_are_compared_without_the_rest(share: float) -> None:
     life = agents_of("exact")[0]
     notes: list[Note] = life.notes[: int(share * len(life.notes))]
-    cut = Life(part="agent", name=life.name, levels=life.levels, life=life.life, notes=notes, complaint="cut")
+    cut = PartJournal(part="agent", name=life.name, levels=life.levels, life=life.life, notes=notes, complaint="cut")
     outcome = check_agent(cut)
     assert not outcome.divergences
     assert outcome.decisions > 0

@@ -14,7 +14,7 @@ from fedhlm.errors import TraceError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import SCHEMA_VERSION, Presence, encode
 from fedhlm_traces.file import Record
-from fedhlm_traces.mosquitto import LOSSLESS, MAX_LINE_BYTES, Tally, guess_root, lines_of, recording, records
+from fedhlm_traces.mosquitto import LOSSLESS, MAX_LINE_BYTES, LineTally, guess_root, lines_of, recording, records
 from tests.brokers import MOSQUITTO, Mosquitto
 from tests.fedhlm_traces.told import told
 
@@ -46,8 +46,8 @@ STRING = (
 )
 
 
-def parsed(*lines: bytes, lossy: bool = False) -> tuple[list[Record], Tally]:
-    tally = Tally()
+def parsed(*lines: bytes, lossy: bool = False) -> tuple[list[Record], LineTally]:
+    tally = LineTally()
     return list(records(lines, tally, lossy=lossy)), tally
 
 
@@ -160,7 +160,7 @@ def test_a_root_is_found_out_from_the_messages() -> None:
 
 def test_nothing_at_all_is_no_recording() -> None:
     with pytest.raises(TraceError, match="got no message"):
-        recording(records([], Tally()), None)
+        recording(records([], LineTally()), None)
 
 
 def test_an_endless_line_is_refused() -> None:

@@ -169,7 +169,7 @@ def header() -> Header:
 
 
 def add(recorder: Recorder, payload: bytes) -> None:
-    recorder.add("t", payload, qos=0, retain=False, properties={})
+    recorder.keep("t", payload, qos=0, retain=False, properties={})
 
 
 async def ended(recorder: Recorder) -> None:

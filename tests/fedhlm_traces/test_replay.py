@@ -19,7 +19,7 @@ from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_traces.file import Header, Record, Writer, direction_of, read
 from fedhlm_traces.properties import paho_properties, properties_of
 from fedhlm_traces.record import Summary, record
-from fedhlm_traces.replay import LOOP_GAP_S, Played, Selection, play, replay
+from fedhlm_traces.replay import LOOP_GAP_S, Played, ReplaySelection, play, replay
 from tests.brokers import MOSQUITTO, Mosquitto, free_port, take, until
 
 HEADER = Header(created_ms=0, source="test")
@@ -139,21 +139,21 @@ def test_the_loop_lives_while_messages_are_due_at_once() -> None:
     span=st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 12.0)).filter(lambda span: span[0] < span[1]),
 )
 def test_a_selection_by_time_takes_a_half_open_span(times_s: list[float], span: tuple[float, float]) -> None:
-    chosen = Selection(from_s=span[0], until_s=span[1])
+    chosen = ReplaySelection(from_s=span[0], until_s=span[1])
     assert [r.at_s for r in chosen.of(at_times(times_s))] == [t for t in times_s if span[0] <= t < span[1]]
 
 
 def test_a_selection_by_filters_takes_what_any_covers() -> None:
     records = [Record(0.0, 0, topic, b"") for topic in ("a/b", "a/c/d", "e", "$SYS/e")]
     for filters, wanted in [((), records), (("a/#",), records[:2]), (("e", "+/b"), [records[0], records[2]])]:
-        assert list(Selection(filters=filters).of(records)) == wanted
+        assert list(ReplaySelection(filters=filters).of(records)) == wanted
 
 
 def test_an_impossible_selection_is_refused() -> None:
     with pytest.raises(TraceError, match="got 3 s and 2 s"):
-        Selection(from_s=3.0, until_s=2.0)
+        ReplaySelection(from_s=3.0, until_s=2.0)
     with pytest.raises(TraceError, match="got 'a#'"):
-        Selection(filters=("a#",))
+        ReplaySelection(filters=("a#",))
 
 
 @given(
@@ -314,7 +314,7 @@ def test_what_cannot_be_published_is_an_error(entry: Record, words: str, tmp_pat
     async def main() -> None:
         async with Mosquitto() as broker:
             await replay(
-                read(path), section(broker.url), stop=asyncio.Event(), selection=Selection(until_s=1.0), speed=1.0
+                read(path), section(broker.url), stop=asyncio.Event(), selection=ReplaySelection(until_s=1.0), speed=1.0
             )
 
     with pytest.raises(TraceError, match=words):

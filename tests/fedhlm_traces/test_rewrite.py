@@ -12,14 +12,14 @@ from fedhlm.errors import TraceError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     NAME_PATTERN,
-    Answered,
     Assignment,
     Contribution,
     Escalation,
     EscalationBatch,
     Presence,
     Profile,
-    Routed,
+    RoutedEscalation,
+    RoutedVerdict,
     Verdict,
     VerdictBatch,
     decode,
@@ -97,9 +97,9 @@ def escalation(sender: str) -> Escalation:
         (topics.VERDICT, verdict("edge-home")),
         (
             topics.CLOUD_VERIFY,
-            EscalationBatch(**stamp("edge-home"), items=(Routed("porch", escalation("porch")),)),
+            EscalationBatch(**stamp("edge-home"), items=(RoutedEscalation("porch", escalation("porch")),)),
         ),
-        (topics.CLOUD_VERDICT, VerdictBatch(**stamp("cloud"), items=(Answered("porch", verdict("cloud")),))),
+        (topics.CLOUD_VERDICT, VerdictBatch(**stamp("cloud"), items=(RoutedVerdict("porch", verdict("cloud")),))),
         (topics.PROFILE, Profile(**stamp("porch"), agent="porch", dims=1, keys=b"", uncertainties=b"")),
         (topics.CLOUD_PROFILE, Profile(**stamp("edge-home"), agent="porch", dims=1, keys=b"", uncertainties=b"")),
         (topics.CLOUD_PROFILE, Profile(**stamp("porch"), agent="porch", dims=1, keys=b"", uncertainties=b"")),

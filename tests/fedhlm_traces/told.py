@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from edge_agent import driver as agent_module
 from edge_agent.events import Action, Answered, Commit, Committed, Escalate, Event, Judged
-from edge_agent.generation import Generation
+from edge_agent.generation import GenerationMachine
 from edge_agent.service import ModelFacts
 from fedhlm.bus.interface import Delivery
 from fedhlm.bus.journal import JournalWriter
@@ -50,7 +50,7 @@ class Deed:
     rollbacks: int = 0
 
 
-class Spy(Generation):
+class Spy(GenerationMachine):
     """A machine that notes what it does. Its notes share nothing with journals or messages."""
 
     deeds: list[Deed]
@@ -106,7 +106,7 @@ def spying() -> Iterator[list[Deed]]:
     deeds: list[Deed] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Spy, "deeds", deeds, raising=False)
-        patch.setattr(agent_module, "Generation", Spy)
+        patch.setattr(agent_module, "GenerationMachine", Spy)
         yield deeds
 
 

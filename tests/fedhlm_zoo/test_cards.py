@@ -1,7 +1,7 @@
 """A model card says what the folder holds and what was measured."""
 
 from fedhlm.decoding.decoder import FileInfo, ModelInfo
-from fedhlm_zoo.cards import ARITHMETIC, Figures, render_card
+from fedhlm_zoo.cards import ARITHMETIC, ModelFigures, render_card
 from fedhlm_zoo.evaluate import Agreement, Evaluation
 
 INFO = ModelInfo(
@@ -26,8 +26,8 @@ PAIR = Agreement(prompts=200, greedy=0.751, greedy_tokens=11_000, gumbel=0.772, 
 
 def test_figures_before_and_after_stand_in_one_table() -> None:
     figures = (
-        Figures(label="fp32", graph_bytes=10_350_000, evaluation=BEFORE),
-        Figures(label="int8-dynamic", graph_bytes=2_780_000, evaluation=AFTER, agreement=PAIR),
+        ModelFigures(label="fp32", graph_bytes=10_350_000, evaluation=BEFORE),
+        ModelFigures(label="int8-dynamic", graph_bytes=2_780_000, evaluation=AFTER, agreement=PAIR),
     )
     card = render_card(INFO, purpose="Drafts.", training="Trained.", figures=figures, limits="News only.")
     assert card.startswith("# small\n\nDrafts.\n")
@@ -41,6 +41,6 @@ def test_figures_before_and_after_stand_in_one_table() -> None:
 
 
 def test_columns_without_a_measurement_are_left_out() -> None:
-    figures = (Figures(label="fp32", graph_bytes=1, evaluation=BEFORE),)
+    figures = (ModelFigures(label="fp32", graph_bytes=1, evaluation=BEFORE),)
     assert "| form | graph | topic | perplexity |\n" in render_card(INFO, purpose="p", training="t", figures=figures)
     assert "## Figures" not in render_card(INFO, purpose="p", training="t", figures=())

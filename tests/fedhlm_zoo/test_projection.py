@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedhlm.decoding.decoder import Decoder, Request, load_info
+from fedhlm.decoding.decoder import Decoder, DecoderInput, load_info
 from fedhlm.errors import ModelError
 from fedhlm.peers.context_keys import DIMS, PROJECTION_FILE, Projection, load_projection
 from fedhlm_zoo import projection as module
@@ -28,7 +28,7 @@ class Fake:
     def empty_cache(self) -> None:
         return None
 
-    def forward(self, requests: list[Request]) -> list[Any]:
+    def forward(self, requests: list[DecoderInput]) -> list[Any]:
         assert all(len(r.ids) <= self.info.context for r in requests)
         return [SimpleNamespace(hidden=None if self._hidden is None else self._hidden[list(r.ids)]) for r in requests]
 
@@ -156,7 +156,7 @@ def test_the_shipped_projection_whitens_news_it_has_not_seen() -> None:
     decoder = Decoder.load(folder)
     projection = load_projection(folder, decoder.info.hidden_size)
     ids = sequences_of(decoder, load_items()[:60])
-    hidden = [decoder.forward([Request(decoder.empty_cache(), i)])[0].hidden for i in ids]
+    hidden = [decoder.forward([DecoderInput(decoder.empty_cache(), i)])[0].hidden for i in ids]
     rows = np.concatenate([h for h in hidden if h is not None])
     spread = np.std((rows - projection.mean) @ projection.matrix, axis=0)
     assert projection.dims == DIMS

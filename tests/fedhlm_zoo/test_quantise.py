@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedhlm.decoding.decoder import Decoder, Request, load_info
+from fedhlm.decoding.decoder import Decoder, DecoderInput, load_info
 from fedhlm.errors import ModelError
 
 onnx = pytest.importorskip("onnx", reason="edits graphs with onnx")
@@ -27,7 +27,7 @@ def laws(decoder: Decoder, *, block: int) -> NDArray[np.float64]:
     """Log-laws of IDS, computed `block` tokens at a time; (48, V)."""
     cache, rows = decoder.empty_cache(), []
     for begin in range(0, len(IDS), block):
-        result = decoder.forward([Request(cache, IDS[begin : begin + block])])[0]
+        result = decoder.forward([DecoderInput(cache, IDS[begin : begin + block])])[0]
         cache = result.cache
         rows.append(result.logits)
     logits = np.concatenate(rows).astype(np.float64)
@@ -73,11 +73,11 @@ def test_compact_weights_keep_block_invariance(exported: Exported, tmp_path: Pat
 def test_the_hidden_state_survives_quantisation(exported: Exported, tmp_path: Path) -> None:
     folder = exported("llama")[1]
     plain = Decoder.load(folder)
-    expected = plain.forward([Request(plain.empty_cache(), IDS)])[0].hidden
+    expected = plain.forward([DecoderInput(plain.empty_cache(), IDS)])[0].hidden
     for mode in MODES:
         quantise(folder, tmp_path / mode, mode)
         decoder = Decoder.load(tmp_path / mode)
-        hidden = decoder.forward([Request(decoder.empty_cache(), IDS)])[0].hidden
+        hidden = decoder.forward([DecoderInput(decoder.empty_cache(), IDS)])[0].hidden
         assert hidden is not None
         assert expected is not None
         cosine = (hidden * expected).sum() / np.linalg.norm(hidden) / np.linalg.norm(expected)

@@ -16,7 +16,7 @@ from fedhlm.errors import ConfigError, FedhlmError, ProtocolError, TraceError
 from fedhlm.process import state
 from fedhlm_fleet.commands.common import parse_keys
 from fedhlm_traces.file import Header, Record, Writer, read
-from fedhlm_traces.mosquitto import Tally, records
+from fedhlm_traces.mosquitto import LineTally, records
 from tests.fuzz import mutators
 from tests.fuzz.mutators import Rng
 from tests.fuzz.target import Target, refusing, require
@@ -126,7 +126,7 @@ def _trace_seed(rng: Rng) -> bytes:
 
 
 def _mosquitto(data: bytes) -> None:
-    for record in records(data.split(b"\n"), Tally(), lossy=True):
+    for record in records(data.split(b"\n"), LineTally(), lossy=True):
         require(record.at_s >= 0.0, f"record {record!r}")
 
 

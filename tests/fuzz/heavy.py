@@ -21,7 +21,6 @@ from fedhlm.protocol.messages import (
     MAX_KEY,
     MAX_PAYLOAD_BYTES,
     SCHEMA_VERSION,
-    Answered,
     Contribution,
     Escalation,
     EscalationBatch,
@@ -32,7 +31,8 @@ from fedhlm.protocol.messages import (
     Prime,
     Profile,
     Prompt,
-    Routed,
+    RoutedEscalation,
+    RoutedVerdict,
     Sampling,
     Uncertain,
     UncertainTokens,
@@ -82,7 +82,7 @@ def block(*, base: int = 1, count: int = 0, session: int = 1, extend: int = 1, *
 
 
 def _batch(*items: Escalation, agent: str = "a0") -> Hostile:
-    message = EscalationBatch(**_header("edge-c0"), items=tuple(Routed(agent, item) for item in items))
+    message = EscalationBatch(**_header("edge-c0"), items=tuple(RoutedEscalation(agent, item) for item in items))
     return Hostile(topics.CLOUD_VERIFY.name(cluster="c0"), encode(message))
 
 
@@ -151,7 +151,7 @@ def _verdict(size: int) -> Hostile:
 def _verdicts(size: int) -> Hostile:
     count = min(MAX_BATCH, size // 40)
     one = Verdict(**_header("cloud"), session=1, epoch=0, base=5, status="settled", accepted=1)
-    items = tuple(Answered(f"a{i}", replace(one, session=i)) for i in range(count))
+    items = tuple(RoutedVerdict(f"a{i}", replace(one, session=i)) for i in range(count))
     return Hostile(topics.CLOUD_VERDICT.name(cluster="c0"), encode(VerdictBatch(**_header("cloud"), items=items)))
 
 

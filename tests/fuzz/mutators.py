@@ -27,7 +27,7 @@ from fedhlm.protocol.messages import (
     EscalationBatch,
     Hints,
     Prime,
-    Routed,
+    RoutedEscalation,
     Sampling,
     encode,
     pack_ids,
@@ -392,7 +392,7 @@ def escalation(rng: Rng) -> Escalation:
 
 def batch(rng: Rng) -> EscalationBatch:
     """Blocks of a few agents together."""
-    items = [Routed(rng.choice(AGENTS), escalation(rng)) for _ in range(rng.choice((1, 1, 3)))]
+    items = [RoutedEscalation(rng.choice(AGENTS), escalation(rng)) for _ in range(rng.choice((1, 1, 3)))]
     return EscalationBatch(**_header(rng), items=tuple(items))
 
 

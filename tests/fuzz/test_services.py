@@ -12,7 +12,7 @@ from cloud_verifier import sessions
 from cloud_verifier.sessions import EXTEND_MAX
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import EscalationBatch, Presence, Routed, VerdictBatch, encode
+from fedhlm.protocol.messages import EscalationBatch, Presence, RoutedEscalation, VerdictBatch, encode
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.fuzz import mutators
@@ -89,13 +89,13 @@ def test_one_agent_cannot_hold_the_cloud() -> None:
         await parts.start()
         flood = [block(session=i, extend=400, patience_ms=2**53 - 1) for i in range(500)]
         header = {name: getattr(flood[0], name) for name in ("version", "sequence", "sent_ms")}
-        batch = EscalationBatch(**header, sender="edge-c0", items=tuple(Routed("greedy", e) for e in flood))
+        batch = EscalationBatch(**header, sender="edge-c0", items=tuple(RoutedEscalation("greedy", e) for e in flood))
         await parts.put("cloud", Hostile(topics.CLOUD_VERIFY.name(cluster="c0"), encode(batch)))
         await asyncio.sleep(1.0)
         parts.check_sizes()
         await parts.client.bus.subscribe(topics.CLOUD_VERDICT.name(cluster="c0"))
         began = asyncio.get_running_loop().time()
-        modest = EscalationBatch(**header, sender="edge-c0", items=(Routed("modest", block(session=1)),))
+        modest = EscalationBatch(**header, sender="edge-c0", items=(RoutedEscalation("modest", block(session=1)),))
         await parts.put("cloud", Hostile(topics.CLOUD_VERIFY.name(cluster="c0"), encode(modest)))
         answered: dict[str, int] = {}
         while "modest" not in answered:

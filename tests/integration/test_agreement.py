@@ -16,11 +16,12 @@ from fedhlm.bus.interface import ProtocolVersion
 from fedhlm.bus.party import Stamp
 from fedhlm.config import load, presets
 from fedhlm.decoding.decoder import Decoder
+from fedhlm.process.runtime import Runtime
 from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
-from fedhlm_lab.studies.compare import Task, tasks_of, work
+from fedhlm_lab.studies.compare import StudyTask, tasks_of, work
 from fedhlm_zoo.corpus import TOPIC_LINE
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
@@ -76,9 +77,11 @@ def untimed(statistics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in statistics.items() if name != "wall_s"}
 
 
-def worn_stamp(sender: str) -> Stamp:
-    """The header of a party that has sent NUMBERED messages before."""
-    return worn(Stamp(sender))
+class Worn(Runtime):
+    """The process of a party that has sent NUMBERED messages before."""
+
+    def stamp(self, sender: str) -> Stamp:
+        return worn(super().stamp(sender))
 
 
 def worn(stamp: Stamp) -> Stamp:
@@ -87,7 +90,7 @@ def worn(stamp: Stamp) -> Stamp:
     return stamp
 
 
-def tasks(decoder: Decoder) -> list[tuple[str, Task]]:
+def tasks(decoder: Decoder) -> list[tuple[str, StudyTask]]:
     """Titles to continue and a topic to name, as text for the bus and as tasks of the simulator."""
     items = load_items()
     continued = tasks_of(items[:TITLES], "continue", decoder, tokens=TOKENS, temperature=TEMPERATURE)
@@ -96,7 +99,7 @@ def tasks(decoder: Decoder) -> list[tuple[str, Task]]:
     return list(zip(texts, continued + asked, strict=True))
 
 
-async def ask(system: Live, preset: str, number: int, text: str, task: Task) -> Answer:
+async def ask(system: Live, preset: str, number: int, text: str, task: StudyTask) -> Answer:
     answer = await system.ask(
         text,
         name=AGENT,
@@ -110,14 +113,16 @@ async def ask(system: Live, preset: str, number: int, text: str, task: Task) -> 
     return Answer(list(answer.ids), [str(s) for s in answer.sources], untimed(answer.statistics))
 
 
-async def over_mqtt(names: tuple[str, ...], flags: dict[str, str], asked: list[tuple[str, Task]]) -> Answers:
+async def over_mqtt(names: tuple[str, ...], flags: dict[str, str], asked: list[tuple[str, StudyTask]]) -> Answers:
     """The real services, one after the other under each preset."""
     settings: dict[str, object] = {**flags, "cluster.name": CLUSTER}
     async with EmbeddedBroker() as broker, live(broker.url, parts=("edge", "cloud", AGENT), flags=settings) as system:
         return {name: [await ask(system, name, number, *one) for number, one in enumerate(asked)] for name in names}
 
 
-async def in_virtual_time(pair: Pair, names: tuple[str, ...], flags: dict[str, str], wanted: list[Task]) -> Answers:
+async def in_virtual_time(
+    pair: Pair, names: tuple[str, ...], flags: dict[str, str], wanted: list[StudyTask]
+) -> Answers:
     """The same requests of the same agent in a calm fleet."""
     federation = load(environ={}, flags=flags).config.federation
     fleet = Fleet(pair, seed=SEED, clusters=1, delay_s=0.02, sessions_max=64, federation=federation)
@@ -148,7 +153,7 @@ def both(names: tuple[str, ...], flags: dict[str, str], *, times: int = 1) -> tu
         sessions = random.Random(f"{SEED}/{AGENT}/sessions")
         numbers = SimpleNamespace(getrandbits=lambda _bits: sessions.getrandbits(63))
         patch.setattr(agent_main, "random", SimpleNamespace(SystemRandom=lambda: numbers))
-        patch.setattr(agent_main, "Stamp", worn_stamp)
+        patch.setattr(agent_main, "Runtime", Worn)
         protocol: ProtocolVersion = "3.1.1"
         patch.setattr(LoopbackBus, "protocol", protocol)
         lived = asyncio.run(over_mqtt(names, flags, asked))

@@ -25,7 +25,7 @@ from fedhlm.protocol.topics import (
     VERDICT,
 )
 from fedhlm_fleet.pki import authority
-from fedhlm_fleet.pki.acl import Place
+from fedhlm_fleet.pki.acl import BrokerPlace
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 from tests.brokers import MOSQUITTO, take, until
@@ -60,7 +60,7 @@ def pki() -> Iterator[Pki]:
 
 @pytest.fixture
 async def shared(pki: Pki) -> AsyncIterator[Secured]:
-    async with Secured(pki, Place("shared"), extra=TELL_DENIALS) as broker:
+    async with Secured(pki, BrokerPlace("shared"), extra=TELL_DENIALS) as broker:
         yield broker
 
 
@@ -72,9 +72,11 @@ async def refused(bus: MqttBus) -> str:
 
 
 @pytest.mark.parametrize(
-    "place", [Place("cluster", "home"), Place("cloud"), Place("shared")], ids=lambda place: str(place.kind)
+    "place",
+    [BrokerPlace("cluster", "home"), BrokerPlace("cloud"), BrokerPlace("shared")],
+    ids=lambda place: str(place.kind),
 )
-async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: Place) -> None:
+async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: BrokerPlace) -> None:
     """Everybody writes to everything and listens to everything, for every row of the table."""
     everything = [
         (topic, levels, topic.name(**levels))
@@ -137,14 +139,14 @@ async def test_a_broker_under_another_name_is_not_trusted() -> None:
     with Pki() as pki:
         authority.issue(pki.folder, "broker", role="broker", hosts=("cloud.example", "127.0.0.9"), now=now())
         pki.issue("desk", "client")
-        async with Secured(pki, Place("shared")) as broker:
+        async with Secured(pki, BrokerPlace("shared")) as broker:
             told = await refused(broker.bus("desk"))
     assert "is not to be trusted: Hostname mismatch, certificate is not valid for 'localhost'" in told
 
 
 async def test_an_expired_certificate_is_refused(pki: Pki) -> None:
     pki.issue("old", "agent", "home", at=LONG_AGO, days=1)
-    async with Secured(pki, Place("cluster", "home")) as broker:
+    async with Secured(pki, BrokerPlace("cluster", "home")) as broker:
         assert "refused our certificate: it, its CA or the broker's revocation list has expired" in await refused(
             broker.bus("old")
         )
@@ -155,7 +157,7 @@ async def test_a_brokers_certificate_opens_no_connection(shared: Secured) -> Non
 
 
 async def test_a_certificate_for_parties_serves_no_broker(pki: Pki) -> None:
-    async with Secured(pki, Place("shared")) as broker:
+    async with Secured(pki, BrokerPlace("shared")) as broker:
         await broker.stop()
         for suffix in ("crt", "key"):
             shutil.copy(pki.folder / "issued" / "porch" / f"porch.{suffix}", broker.out / f"broker.{suffix}")
@@ -166,7 +168,7 @@ async def test_a_certificate_for_parties_serves_no_broker(pki: Pki) -> None:
 async def test_a_revoked_certificate_is_refused_after_sighup(pki: Pki, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("lost", "kept"):
         pki.issue(name, "agent", "home")
-    async with asyncio.timeout(LIMIT_S), Secured(pki, Place("cluster", "home")) as broker:
+    async with asyncio.timeout(LIMIT_S), Secured(pki, BrokerPlace("cluster", "home")) as broker:
         name = FL_UPDATE.name(cluster="home", agent="lost")
         async with broker.bus("lost") as lost, broker.bus("kept") as kept, broker.bus("edge-home") as edge:
             await edge.subscribe(FL_UPDATE.name(cluster="home", agent="+"))
@@ -199,7 +201,7 @@ async def test_renewing_keeps_both_certificates_good_and_superseding_ends_the_fo
     for suffix in ("crt", "key"):
         shutil.copy(home / f"twice.{suffix}", tmp_path)
     authority.issue(pki.folder, "twice", renew=True, now=now())
-    async with asyncio.timeout(LIMIT_S), Secured(pki, Place("cluster", "home")) as broker:
+    async with asyncio.timeout(LIMIT_S), Secured(pki, BrokerPlace("cluster", "home")) as broker:
         former = broker.url("twice").replace(str(home), str(tmp_path))
         for url in (former, broker.url("twice")):
             async with MqttBus(url, client_id="twice", connect_timeout_s=10.0) as bus:
@@ -298,7 +300,7 @@ async def secure_fleet(*, brokers: int, flags: dict[str, object]) -> AsyncIterat
         pki.issue("desk", "client")
         pki.issue("broker-home", "broker", "home")
         pki.issue("broker", "broker")
-        places = [Place("cluster", "home"), Place("cloud")] if brokers == 2 else [Place("shared")]
+        places = [BrokerPlace("cluster", "home"), BrokerPlace("cloud")] if brokers == 2 else [BrokerPlace("shared")]
         running = [await stack.enter_async_context(Secured(pki, place, extra=TELL_DENIALS)) for place in places]
         making = lambda client: SecureFleet(client, pki, running[0], running[-1], flags)  # noqa: E731
         async with asking(running[0].bus("desk"), making) as fleet:

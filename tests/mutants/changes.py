@@ -40,8 +40,8 @@ CHANGES: Final = (
     Change(
         "peers' similarity, edge",
         "edge_broker/memory.py",
-        "match.similarity < hints.similarity",
-        "match.similarity <= hints.similarity",
+        "match.similarity >= hints.similarity and",
+        "match.similarity > hints.similarity and",
         ("tests/edge_broker/test_memory.py",),
     ),
     Change(

@@ -4,14 +4,14 @@ import asyncio
 import socket
 from typing import Any
 
-from fedhlm.bus.aiomqtt_patches import Client
+from fedhlm.bus.aiomqtt_patches import PatchedClient
 
 
 async def test_a_socket_closed_at_once_leaves_no_writer_to_the_next_one_of_its_number() -> None:
     loop = asyncio.get_running_loop()
     errors: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _loop, context: errors.append(context))
-    client = Client("127.0.0.1", 1)
+    client = PatchedClient("127.0.0.1", 1)
     near, far = socket.socketpair()
     number = near.fileno()
     client._on_socket_register_write(client._client, None, near)
@@ -32,7 +32,7 @@ async def test_a_socket_closed_at_once_is_no_error_of_the_loop() -> None:
     loop = asyncio.get_running_loop()
     errors: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _loop, context: errors.append(context))
-    client = Client("127.0.0.1", 1)
+    client = PatchedClient("127.0.0.1", 1)
     near, far = socket.socketpair()
     client._on_socket_register_write(client._client, None, near)
     near.close()
@@ -44,7 +44,7 @@ async def test_a_socket_closed_at_once_is_no_error_of_the_loop() -> None:
 
 async def test_an_open_socket_is_written_to() -> None:
     loop = asyncio.get_running_loop()
-    client = Client("127.0.0.1", 1)
+    client = PatchedClient("127.0.0.1", 1)
     near, far = socket.socketpair()
     client._on_socket_register_write(client._client, None, near)
     await asyncio.sleep(0)

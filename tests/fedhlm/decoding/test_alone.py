@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from fedhlm.decoding.alone import Alone, write
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Decoder, Request
+from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.errors import ModelError
 from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.shipped import model_folder
@@ -42,7 +42,7 @@ def test_a_model_folder_writes_as_its_logits_of_one_call_say() -> None:
     alone, sampling = Alone(decoder), Sampling(5, 0.8)
     prompt = alone.encode("A storm at sea")
     text = alone.write(prompt, sampling, 12)
-    (result,) = decoder.forward([Request(decoder.empty_cache(), prompt + text)])
+    (result,) = decoder.forward([DecoderInput(decoder.empty_cache(), prompt + text)])
     settle = COUPLINGS[sampling.coupling].settle
     rows = result.logits[len(prompt) - 1 : -1]
     assert text == [settle(row, sampling, len(prompt) + i, None, b"") for i, row in enumerate(rows)]

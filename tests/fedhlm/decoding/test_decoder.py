@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedhlm.decoding.decoder import Cache, Decoder, Request, load_info, tokenizer_digest
+from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput, load_info, tokenizer_digest
 from fedhlm.errors import ModelError
 
 torch = pytest.importorskip("torch", reason="makes its models with torch")
@@ -46,7 +46,7 @@ class Case:
         return np.asarray(output.hidden_states[-1][0])  # (len(ids), hidden_size), after the final norm
 
     def prefill(self, ids: list[int]) -> Cache:
-        return self.decoder.forward([Request(self.decoder.empty_cache(), ids)])[0].cache
+        return self.decoder.forward([DecoderInput(self.decoder.empty_cache(), ids)])[0].cache
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))
@@ -70,7 +70,7 @@ def differs(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def test_prefill_gives_torchs_logits_and_last_hidden_state(case: Case) -> None:
     ids = random_ids(30, seed=1)
-    result = case.decoder.forward([Request(case.decoder.empty_cache(), ids)])[0]
+    result = case.decoder.forward([DecoderInput(case.decoder.empty_cache(), ids)])[0]
     assert differs(result.logits, case.torch_logits(ids)) < CLOSE
     assert result.hidden is not None
     assert differs(result.hidden, case.torch_hidden(ids)) < CLOSE
@@ -84,7 +84,7 @@ def test_tokens_cut_into_steps_and_blocks_give_torchs_logits(case: Case) -> None
     cache = case.decoder.empty_cache()
     begin = 0
     for size in (1, 7, 1, 1, 8, 3, 19):
-        result = case.decoder.forward([Request(cache, ids[begin : begin + size])])[0]
+        result = case.decoder.forward([DecoderInput(cache, ids[begin : begin + size])])[0]
         assert differs(result.logits, expected[begin : begin + size]) < CLOSE
         cache, begin = result.cache, begin + size
     assert begin == len(ids)
@@ -94,7 +94,7 @@ def test_a_batch_with_unequal_pasts_and_blocks_gives_each_row_its_own_logits(cas
     texts = [random_ids(n, seed=n) for n in (9, 33, 1, 20)]
     pasts = (4, 31, 0, 1)
     requests = [
-        Request(case.prefill(ids[:past]) if past else case.decoder.empty_cache(), ids[past:])
+        DecoderInput(case.prefill(ids[:past]) if past else case.decoder.empty_cache(), ids[past:])
         for ids, past in zip(texts, pasts, strict=True)
     ]
     results = case.decoder.forward(requests)
@@ -102,7 +102,7 @@ def test_a_batch_with_unequal_pasts_and_blocks_gives_each_row_its_own_logits(cas
         assert differs(result.logits, case.torch_logits(ids)[past:]) < CLOSE
         assert result.hidden is not None
         assert differs(result.hidden, case.torch_hidden(ids)[past:]) < CLOSE
-    following = case.decoder.forward([Request(r.cache, [5]) for r in results])
+    following = case.decoder.forward([DecoderInput(r.cache, [5]) for r in results])
     for ids, result in zip(texts, following, strict=True):
         assert result.cache.length == len(ids) + 1
         assert differs(result.logits, case.torch_logits([*ids, 5])[-1:]) < CLOSE
@@ -112,13 +112,13 @@ def test_a_batch_with_unequal_pasts_and_blocks_gives_each_row_its_own_logits(cas
 def test_truncate_then_continue_equals_from_scratch(case: Case, batched: bool) -> None:
     ids = random_ids(24, seed=3)
     other = random_ids(10, seed=4)
-    grown = case.decoder.forward([Request(case.prefill(ids), other)])[0].cache
+    grown = case.decoder.forward([DecoderInput(case.prefill(ids), other)])[0].cache
     for kept in (24, 23, 5, 1, 0):
-        requests = [Request(grown.truncated(kept), other[:6])]
+        requests = [DecoderInput(grown.truncated(kept), other[:6])]
         if batched:
-            requests.append(Request(case.prefill(ids[:13]), [1, 2]))
+            requests.append(DecoderInput(case.prefill(ids[:13]), [1, 2]))
         result = case.decoder.forward(requests)[0]
-        scratch = case.decoder.forward([Request(case.decoder.empty_cache(), ids[:kept] + other[:6])])[0]
+        scratch = case.decoder.forward([DecoderInput(case.decoder.empty_cache(), ids[:kept] + other[:6])])[0]
         assert differs(result.logits, scratch.logits[kept:]) < CLOSE
         for ours, theirs in zip(result.cache.arrays, scratch.cache.arrays, strict=True):
             assert differs(ours, theirs) < CLOSE
@@ -128,8 +128,8 @@ def test_a_cache_is_a_value_that_no_call_changes(llama: Case) -> None:
     cache = llama.prefill(random_ids(12, seed=5))
     before = [a.copy() for a in cache.arrays]
     cut = cache.truncated(6)
-    llama.decoder.forward([Request(cache, [1, 2])])
-    llama.decoder.forward([Request(cache, [3]), Request(cut, [4, 5])])
+    llama.decoder.forward([DecoderInput(cache, [1, 2])])
+    llama.decoder.forward([DecoderInput(cache, [3]), DecoderInput(cut, [4, 5])])
     cut.arrays[0][:] = 7.0
     assert all(np.array_equal(a, b) for a, b in zip(cache.arrays, before, strict=True))
 
@@ -146,12 +146,12 @@ def test_a_cache_cannot_be_cut_to_a_length_it_does_not_have(llama: Case, length:
 )
 def test_a_request_that_cannot_run_is_refused(llama: Case, ids: list[int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        llama.decoder.forward([Request(llama.decoder.empty_cache(), ids)])
+        llama.decoder.forward([DecoderInput(llama.decoder.empty_cache(), ids)])
 
 
 def test_the_full_context_can_be_used(case: Case) -> None:
     ids = random_ids(tiny.CONTEXT, seed=7)
-    result = case.decoder.forward([Request(case.prefill(ids[:-1]), ids[-1:])])[0]
+    result = case.decoder.forward([DecoderInput(case.prefill(ids[:-1]), ids[-1:])])[0]
     assert differs(result.logits, case.torch_logits(ids)[-1:]) < CLOSE
 
 

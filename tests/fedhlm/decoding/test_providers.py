@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.config import load
-from fedhlm.decoding.decoder import CPU, Decoder, Request, usable_providers
+from fedhlm.decoding.decoder import CPU, Decoder, DecoderInput, usable_providers
 from fedhlm.errors import ConfigError
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -40,7 +40,7 @@ def test_a_decoder_falls_back_with_one_warning_and_computes_the_same(caplog: pyt
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert absent in warnings[0].getMessage()
-    (one,), (two,) = (d.forward([Request(d.empty_cache(), ids)]) for d in (plain, other))
+    (one,), (two,) = (d.forward([DecoderInput(d.empty_cache(), ids)]) for d in (plain, other))
     assert one.logits.tobytes() == two.logits.tobytes()
 
 

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from fedhlm.protocol.messages import SCHEMA_VERSION, Output, Sampling
 from fedhlm_fleet.chaos.invariants import (
     Disturbances,
-    Growth,
-    Story,
+    GrowthLimits,
+    RequestStory,
     fresh,
     log_violations,
     memory_violations,
@@ -24,8 +24,8 @@ HEALTHY = frozenset({"cloud"})
 WORDS = [f" w{i}" for i in range(10)]
 
 
-def story(tokens: int, **options: Any) -> Story:
-    return Story(
+def story(tokens: int, **options: Any) -> RequestStory:
+    return RequestStory(
         request="r0", agent="porch", prompt="p", sampling=Sampling(1), max_tokens=tokens, asked_s=0.0, **options
     )
 
@@ -61,14 +61,14 @@ def answer(sizes: list[int], source: str = "cloud") -> list[Output]:
     return [*parts, end]
 
 
-def heard(outputs: list[Output], tokens: int, *, may_miss: bool = False) -> Story:
+def heard(outputs: list[Output], tokens: int, *, may_miss: bool = False) -> RequestStory:
     told = story(tokens)
     for number, output in enumerate(outputs):
         told.take(output, float(number), may_miss=may_miss)
     return told
 
 
-def rules(told: Story) -> set[str]:
+def rules(told: RequestStory) -> set[str]:
     return {violation.rule for violation in told.violations}
 
 
@@ -255,7 +255,7 @@ def test_what_a_healthy_part_may_log_is_none() -> None:
 
 
 def test_memory_is_bounded_and_settles() -> None:
-    limits = Growth(ceiling=1_000, growth=100, settle_s=10.0)
+    limits = GrowthLimits(ceiling=1_000, growth=100, settle_s=10.0)
     settled = [(float(t), min(500, 50 * t)) for t in range(100)]
     assert memory_violations("x", settled, limits) == []
     assert memory_violations("x", settled[:5], limits) == []

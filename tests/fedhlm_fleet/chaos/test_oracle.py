@@ -11,7 +11,7 @@ from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import Logits
 from fedhlm.protocol.messages import Sampling
-from fedhlm_fleet.chaos.invariants import Heard, Story
+from fedhlm_fleet.chaos.invariants import HeardToken, RequestStory
 from fedhlm_fleet.chaos.oracle import CLOUD, CLOUD_REGRET, DRAFT, Judgement, checks_of, judge, perturbed, regret
 
 VOCABULARY = 40
@@ -41,7 +41,7 @@ CHECKS = {"cloud": CLOUD, "unverified": DRAFT, "local": DRAFT}
 BY_SOURCE = {"cloud": MODELS["llm"], "unverified": MODELS["slm"], "local": MODELS["slm"]}
 
 
-def written(sources: Sequence[str], sampling: Sampling, prompt: str = "a prompt") -> Story:
+def written(sources: Sequence[str], sampling: Sampling, prompt: str = "a prompt") -> RequestStory:
     """A story in which each token is what its source makes of all before it."""
     context = MODELS["llm"].encode(prompt)
     begin = len(context)
@@ -49,16 +49,16 @@ def written(sources: Sequence[str], sampling: Sampling, prompt: str = "a prompt"
         row = BY_SOURCE[source].row(context)
         context.append(COUPLINGS[sampling.coupling].settle(row, sampling, len(context), None, b""))
     ids = context[begin:]
-    told = Story(
+    told = RequestStory(
         request="r", agent="porch", prompt=prompt, sampling=sampling, max_tokens=len(ids), asked_s=0.0, finish="length"
     )
-    told.tokens = {p: Heard(i, s) for p, (i, s) in enumerate(zip(ids, sources, strict=True))}
+    told.tokens = {p: HeardToken(i, s) for p, (i, s) in enumerate(zip(ids, sources, strict=True))}
     told.length, told.text = len(ids), MODELS["llm"].decode(ids)
     told.statistics = {f"tokens_{s}": float(sources.count(s)) for s in set(sources)}
     return told
 
 
-def judged(*stories: Story) -> Judgement:
+def judged(*stories: RequestStory) -> Judgement:
     return judge(stories, MODELS, CHECKS)
 
 
@@ -96,7 +96,7 @@ def test_a_wrong_token_is_found(sampling: Sampling, sources: list[str], data: st
     at = data.draw(st.integers(0, len(sources) - 1))
     token = data.draw(st.integers(0, VOCABULARY - 1))
     assume(token != story.tokens[at].token)
-    story.tokens[at] = Heard(token, sources[at])
+    story.tokens[at] = HeardToken(token, sources[at])
     found = judged(story).violations
     # A wrong token that is nearly as good is rounding's right, but then the text does not fit.
     assert {v.rule for v in found} & {"oracle", "draft", "text"}
@@ -105,26 +105,26 @@ def test_a_wrong_token_is_found(sampling: Sampling, sources: list[str], data: st
         assert any(v.rule == "oracle" and f"position {at}:" in v.text for v in found)
 
 
-def _context(story: Story, at: int) -> list[int]:
+def _context(story: RequestStory, at: int) -> list[int]:
     return MODELS["llm"].encode(story.prompt) + [story.tokens[p].token for p in range(at)]
 
 
 @pytest.mark.parametrize(("said", "was", "rule"), [("cloud", "unverified", "oracle"), ("unverified", "cloud", "draft")])
 def test_a_wrong_source_is_found(said: str, was: str, rule: str) -> None:
     story = written([was] * 8, Sampling(5))
-    story.tokens = {p: Heard(h.token, said) for p, h in story.tokens.items()}
+    story.tokens = {p: HeardToken(h.token, said) for p, h in story.tokens.items()}
     assert {v.rule for v in judged(story).violations} == {rule}
 
 
 def test_a_source_that_the_preset_does_not_know_is_found() -> None:
     story = written(["cloud"] * 3, Sampling(5))
-    story.tokens[1] = Heard(story.tokens[1].token, "peer")
+    story.tokens[1] = HeardToken(story.tokens[1].token, "peer")
     assert {v.rule for v in judged(story).violations} == {"source"}
 
 
 def test_sources_of_which_nothing_can_be_said_are_counted_only() -> None:
     story = written(["cloud", "local", "cloud"], Sampling(5))
-    story.tokens[1] = Heard((story.tokens[1].token + 1) % VOCABULARY, "local")
+    story.tokens[1] = HeardToken((story.tokens[1].token + 1) % VOCABULARY, "local")
     judgement = judge([story], MODELS, {"cloud": CLOUD, "local": None})
     assert judgement.unjudged == 1
 
@@ -159,7 +159,7 @@ def test_behind_a_hole_the_cloud_is_judged_where_all_was_the_clouds(sampling: Sa
     assert judgement.violations == []
     assert judgement.tokens == {"cloud": 6 - len(lost)}
     row = MODELS["llm"].row(_true_context(sampling, 5))
-    story.tokens[5] = Heard(int(np.argmin(perturbed(row, sampling, len(_true_context(sampling, 5))))), "cloud")
+    story.tokens[5] = HeardToken(int(np.argmin(perturbed(row, sampling, len(_true_context(sampling, 5))))), "cloud")
     assert {v.rule for v in judged(story).violations} == {"oracle"}
 
 

@@ -3,23 +3,23 @@
 import msgspec
 
 from fedhlm.protocol.messages import Sampling
-from fedhlm_fleet.chaos.invariants import Heard, Story, Violation
+from fedhlm_fleet.chaos.invariants import BrokenInvariant, HeardToken, RequestStory
 from fedhlm_fleet.chaos.oracle import Judgement
-from fedhlm_fleet.chaos.parts import Memory
-from fedhlm_fleet.chaos.report import Recovered, Recovery, Report
+from fedhlm_fleet.chaos.parts import MemoryUse
+from fedhlm_fleet.chaos.report import ChaosReport, Recovered, Recovery
 
 
-def report(*violations: Violation) -> Report:
-    stories = [Story("r0", "a", "p", Sampling(1), 2, 0.0), Story("r1", "a", "p", Sampling(1), 2, 0.0)]
-    stories[0].tokens = {0: Heard(5, "cloud"), 1: Heard(6, "unverified")}
+def report(*violations: BrokenInvariant) -> ChaosReport:
+    stories = [RequestStory("r0", "a", "p", Sampling(1), 2, 0.0), RequestStory("r1", "a", "p", Sampling(1), 2, 0.0)]
+    stories[0].tokens = {0: HeardToken(5, "cloud"), 1: HeardToken(6, "unverified")}
     stories[0].finish, stories[0].duplicates = "length", 3
-    stories[1].tokens, stories[1].torn, stories[1].given_up = {1: Heard(6, "cloud")}, True, "a fault"
-    return Report.of(
+    stories[1].tokens, stories[1].torn, stories[1].given_up = {1: HeardToken(6, "cloud")}, True, "a fault"
+    return ChaosReport.of(
         options={"seed": 3},
         stories=stories,
         recoveries=[Recovery("kill cloud", 1.0, 2.0), Recovery("cut edge", 9.0, 9.5), Recovery("kill cloud", 3.0, 6.0)],
         judgement=Judgement(tokens={"cloud": 1, "unverified": 1}, unjudged=1, ties=1, regrets={"oracle": 0.001}),
-        memory={"cloud": Memory(400_000_000, 7_000_000, 61.0), "edge-1": Memory(48_000_000, None, 3.0)},
+        memory={"cloud": MemoryUse(400_000_000, 7_000_000, 61.0), "edge-1": MemoryUse(48_000_000, None, 3.0)},
         violations=violations,
         wall_s=12.0,
         strangers=0,
@@ -36,7 +36,7 @@ def test_figures_are_sums_over_stories_and_faults() -> None:
 
 
 def test_every_violation_is_shown_and_fails_the_run() -> None:
-    told = report(Violation("oracle", "a r0", "position 0"), Violation("log", "cloud", "Traceback"))
+    told = report(BrokenInvariant("oracle", "a r0", "position 0"), BrokenInvariant("log", "cloud", "Traceback"))
     assert not told.passed
     shown = "\n".join(told.lines())
     assert "violations: 2" in shown

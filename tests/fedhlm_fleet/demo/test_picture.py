@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fedhlm.config import load
 from fedhlm_fleet.demo import picture
-from fedhlm_fleet.demo.report import Generated, Report, Run, figures
+from fedhlm_fleet.demo.report import Generated, PresetRun, Report, figures
 
 SHIPPED = Path(__file__).parents[3] / "docs" / "assets" / "demo.svg"
 ROWS = ("kept on the device", "by the cloud", "transmissions per token", "uplink bytes per token")
@@ -32,7 +32,7 @@ def test_the_picture_holds_the_command_the_view_and_the_table_and_loads_nothing(
         agent="a", task="topic", prompt="p", topic="World", seed=1, max_tokens=1, ids=[7], text=" World",
         sources=["cloud"], finish="length", statistics={"uplink_messages": 1.0, "uplink_bytes": 8_303.0},
     )  # fmt: skip
-    measured = figures(Run("hlm", generation, 1, [done], 1.0), {})
+    measured = figures(PresetRun("hlm", generation, 1, [done], 1.0), {})
     report = Report(**{name: getattr(measured, name) for name in measured.__struct_fields__})
     drawn = picture.svg("fedhlm demo", Text("agent-1a writes <this>", style="green"), report)
     words = texts_of(drawn)

@@ -18,7 +18,17 @@ from fedhlm.learning.curve import Curve
 from fedhlm.protocol.messages import Learned, PaperThreshold
 from fedhlm_fleet.demo.journey import BARS, Journey, sparkline
 from fedhlm_fleet.demo.progress import Progress
-from fedhlm_fleet.demo.report import SOURCES, Alternatives, Figures, Generated, Report, Run, figures, notes, tables
+from fedhlm_fleet.demo.report import (
+    SOURCES,
+    Alternatives,
+    Figures,
+    Generated,
+    PresetRun,
+    Report,
+    figures,
+    notes,
+    tables,
+)
 
 MEASURE = "closed-form/gumbel/sampled"
 SENT = {"uplink_bytes": 30.0, "uplink_messages": 1.0, "cluster_bytes": 10.0}
@@ -33,8 +43,8 @@ def request(
     )  # fmt: skip
 
 
-def run_of(requests: list[Generated], preset: str = "budget", wall_s: float = 2.0) -> Run:
-    return Run(preset, load(preset=preset, environ={}).config.generation, 1, requests, wall_s)
+def run_of(requests: list[Generated], preset: str = "budget", wall_s: float = 2.0) -> PresetRun:
+    return PresetRun(preset, load(preset=preset, environ={}).config.generation, 1, requests, wall_s)
 
 
 REQUESTS = [

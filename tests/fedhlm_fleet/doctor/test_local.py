@@ -12,7 +12,7 @@ import pytest
 from fedhlm.config import load
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.doctor import local
-from fedhlm_fleet.doctor.finding import Role, Said, Subject
+from fedhlm_fleet.doctor.finding import Remark, Role, Subject
 from fedhlm_fleet.doctor.machine import MIB
 from fedhlm_zoo.shipped import model_folder
 
@@ -53,7 +53,7 @@ def test_a_key_that_others_can_read_fails(tmp_path: Path) -> None:
     key = tmp_path / "me.key"
     key.write_text("secret")
 
-    def look() -> Said:
+    def look() -> Remark:
         return local.key_files(subject(broker__url="mqtts://edge", broker__cert=str(key), broker__key=str(key)))
 
     for mode, level in ((0o600, "ok"), (0o400, "ok"), (0o640, "fail"), (0o604, "fail")):

@@ -14,7 +14,7 @@ from fedhlm.decoding.sampling import NOISE
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import AnyMessage, Fingerprint, encode
 from fedhlm_fleet.doctor import broker, local, others
-from fedhlm_fleet.doctor.finding import Said, Subject
+from fedhlm_fleet.doctor.finding import Remark, Subject
 
 TOY = Fingerprint("toy", 48, NOISE, "toy")
 
@@ -39,7 +39,7 @@ async def test_an_agent_s_edge_is_absent_offline_alone_and_well(monkeypatch: pyt
     stamp = Stamp("edge-home")
     async with EmbeddedBroker() as running, MqttBus(running.url, client_id="e", connect_timeout_s=10.0) as bus:
 
-        async def look() -> tuple[Said, Said]:
+        async def look() -> tuple[Remark, Remark]:
             examined = await asyncio.to_thread(opened, running.url)
             try:
                 edge = await asyncio.to_thread(others.edge, examined)
@@ -77,7 +77,7 @@ async def test_an_edge_compares_the_cloud_with_its_agents(monkeypatch: pytest.Mo
     monkeypatch.setattr(others, "RETAINED_S", 0.3)
     async with EmbeddedBroker() as running, MqttBus(running.url, client_id="c", connect_timeout_s=10.0) as bus:
 
-        async def look() -> tuple[Said, Said]:
+        async def look() -> tuple[Remark, Remark]:
             examined = await asyncio.to_thread(opened, running.url, "edge")
             try:
                 cloud = await asyncio.to_thread(others.cloud, examined)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from fedhlm.errors import ModelError
-from fedhlm_fleet.doctor.finding import Check, Finding, Said, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.finding import Check, Finding, Remark, Subject, fail, ok, skip, warn
 from fedhlm_fleet.doctor.runner import examine
 
 
@@ -17,7 +17,7 @@ def run(*checks: Check, budget_s: float = 20.0) -> dict[str, Finding]:
 def test_a_check_that_hangs_ends_at_its_deadline_and_the_next_one_runs() -> None:
     never = threading.Event()
 
-    def hang(_: Subject) -> Said:
+    def hang(_: Subject) -> Remark:
         never.wait(30.0)
         return ok("woken")
 
@@ -32,10 +32,10 @@ def test_a_check_that_hangs_ends_at_its_deadline_and_the_next_one_runs() -> None
 
 
 def test_a_check_that_raises_is_a_failure_and_hides_nothing() -> None:
-    def expected(_: Subject) -> Said:
+    def expected(_: Subject) -> Remark:
         raise ModelError("model.onnx is missing")
 
-    def bug(_: Subject) -> Said:
+    def bug(_: Subject) -> Remark:
         raise ZeroDivisionError("oh")
 
     found = run(Check("model", expected), Check("bug", bug), Check("last", lambda _: ok("ran")))
@@ -55,7 +55,7 @@ def test_a_check_that_raises_is_a_failure_and_hides_nothing() -> None:
         (skip("x"), False, "'first' was not looked at"),
     ],
 )
-def test_what_needs_a_check_runs_only_after_it(said: Said, runs: bool, why: str) -> None:
+def test_what_needs_a_check_runs_only_after_it(said: Remark, runs: bool, why: str) -> None:
     found = run(Check("first", lambda _: said), Check("second", lambda _: ok("ran"), ("first",)))
     assert (found["second"].level == "ok") is runs
     assert why in found["second"].found
@@ -64,7 +64,7 @@ def test_what_needs_a_check_runs_only_after_it(said: Said, runs: bool, why: str)
 def test_all_together_keep_to_the_budget() -> None:
     slow = threading.Event()
 
-    def hang(_: Subject) -> Said:
+    def hang(_: Subject) -> Remark:
         slow.wait(30.0)
         return ok("woken")
 

@@ -8,14 +8,14 @@ import pytest
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.flash import batch, bundle, plan
 from fedhlm_fleet.flash.batch import Order
-from fedhlm_fleet.flash.plan import FlashError, Part
+from fedhlm_fleet.flash.plan import FlashError, PlannedFile
 from tests.fedhlm_fleet.flash import cards
 
 BASE = {"agent": "porch", "cluster": "home", "broker": "mqtt://edge", "image": "base.img"}
 
 
 def payload_of(order: Order) -> plan.Payload:
-    parts = [Part("wheels/a.whl", b"a" * 5_000)]
+    parts = [PlannedFile("wheels/a.whl", b"a" * 5_000)]
     units = bundle.shipped_units()
     return plan.payload(order.device, tls=None, settings=order.party.settings, bundle=parts, units=units, made_s=1)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm_fleet.flash import disks
-from fedhlm_fleet.flash.disks import Block
+from fedhlm_fleet.flash.disks import BlockDevice
 from fedhlm_fleet.flash.plan import FlashError
 
 NOTHING: frozenset[str] = frozenset()
@@ -26,7 +26,7 @@ def part(**given: Any) -> dict[str, Any]:
 
 
 def refusal(data: dict[str, Any], mounted: frozenset[str] = NOTHING, needed: int = 0) -> str | None:
-    return disks.refusal(Block.of(data), mounted=mounted, needed_bytes=needed)
+    return disks.refusal(BlockDevice.of(data), mounted=mounted, needed_bytes=needed)
 
 
 def test_a_card_in_a_reader_is_accepted() -> None:

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm_fleet.flash import image
-from fedhlm_fleet.flash.image import Disk, Folder
-from fedhlm_fleet.flash.plan import FlashError, Part
+from fedhlm_fleet.flash.image import BootPartition, Folder
+from fedhlm_fleet.flash.plan import FlashError, PlannedFile
 from tests.fedhlm_fleet.flash import cards
 
 PARTS = [
-    Part("fedhlm/install.sh", b"#!/bin/sh\n"),
-    Part("fedhlm/wheels/a_rather_long_name-1.0-cp313-cp313-manylinux_2_28_aarch64.whl", b"w" * 100_000),
-    Part("fedhlm/tls/client.key", b"key", secret=True),
-    Part("user-data", b"#cloud-config\n"),
+    PlannedFile("fedhlm/install.sh", b"#!/bin/sh\n"),
+    PlannedFile("fedhlm/wheels/a_rather_long_name-1.0-cp313-cp313-manylinux_2_28_aarch64.whl", b"w" * 100_000),
+    PlannedFile("fedhlm/tls/client.key", b"key", secret=True),
+    PlannedFile("user-data", b"#cloud-config\n"),
 ]
 
 
@@ -43,8 +43,8 @@ def test_the_first_fat_partition_is_found(start: int, sectors: int, kind: int) -
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no partition table"),
-        (bytes(512), "no partition table"),
+        (b"", "without a partition table"),
+        (bytes(512), "without a partition table"),
         (record(), "no FAT partition"),
         (record((0x83, 1, 1)), "no FAT partition"),
         (record((0xEE, 1, 1)), "GPT"),
@@ -63,14 +63,14 @@ def test_a_partition_without_a_file_system_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.img"
     path.write_bytes(record((0x0C, 1, 4)) + bytes(4 * 512))
     with pytest.raises(FlashError, match="holds no FAT"):
-        Disk(path).room()
+        BootPartition(path).room()
 
 
 def test_parts_are_written_and_what_an_earlier_flash_left_is_gone(tmp_path: Path) -> None:
     card = cards.make(tmp_path / "sd.img")
-    disk = Disk(card)
-    disk.write([*PARTS, Part("fedhlm/wheels/old.whl", b"old")])
-    disk.write(PARTS)
+    disk = BootPartition(card)
+    disk.put([*PARTS, PlannedFile("fedhlm/wheels/old.whl", b"old")])
+    disk.put(PARTS)
     assert cards.names(card) == sorted(["cmdline.txt", "config.txt", *(part.path for part in PARTS)])
     for part in PARTS:
         assert cards.read(card, part.path).encode() == part.source
@@ -78,19 +78,21 @@ def test_parts_are_written_and_what_an_earlier_flash_left_is_gone(tmp_path: Path
 
 def test_the_room_counted_is_enough_and_told_beforehand(tmp_path: Path) -> None:
     card = cards.make(tmp_path / "sd.img", sectors=32_768)
-    disk = Disk(card)
+    disk = BootPartition(card)
     room = disk.room()
     before = card.read_bytes()
     with pytest.raises(FlashError, match="MB are free"):
-        image.require_room(disk, [Part("fedhlm/big", bytes(room.free + 1))])
+        image.require_room(disk, [PlannedFile("fedhlm/big", bytes(room.free + 1))])
     assert card.read_bytes() == before
     # As much as is said to fit does fit, in many small files, and again in the place of the earlier ones.
     count = 200
     each = (room.free // count - 3 * room.cluster - 400) // room.cluster * room.cluster
-    many = [Part(f"fedhlm/wheels/some_long_name_of_a_wheel_{index}.whl", bytes(each + 1)) for index in range(count)]
+    many = [
+        PlannedFile(f"fedhlm/wheels/some_long_name_of_a_wheel_{index}.whl", bytes(each + 1)) for index in range(count)
+    ]
     for _ in range(2):
         image.require_room(disk, many)
-        disk.write(many)
+        disk.put(many)
     assert disk.room().reusable >= sum(part.size for part in many)
 
 
@@ -103,7 +105,7 @@ def test_a_mounted_folder_is_written_and_only_a_boot_partition_is(tmp_path: Path
     stale.write_bytes(b"old")
     folder = Folder(tmp_path)
     assert folder.room().reusable == 3
-    folder.write(PARTS)
+    folder.put(PARTS)
     assert not stale.exists()
     for part in PARTS:
         assert (tmp_path / part.path).read_bytes() == part.source

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedhlm_fleet.flash import bundle, cloudinit, plan
-from fedhlm_fleet.flash.image import Disk, Folder
+from fedhlm_fleet.flash.image import BootPartition, Folder
 from fedhlm_fleet.flash.plan import Device, Tls, Wifi
 from tests.fedhlm_fleet.flash import cards
 
@@ -25,7 +25,7 @@ def laid_out(folder: Path, wheels: Path, **given: Any) -> Path:
     parts = bundle.parts(sorted(wheels.glob("*.whl")), **extra)
     made = plan.payload(device, tls=tls, settings={}, bundle=parts, units=bundle.shipped_units(), made_s=1)
     folder.mkdir(exist_ok=True)
-    Folder(folder).write(cloudinit.card(device, made))
+    Folder(folder).put(cloudinit.card(device, made))
     return folder
 
 
@@ -55,7 +55,7 @@ def test_a_card_read_back_installs_a_program_that_runs(wheels: Path, tmp_path: P
     wifi = Wifi.of("net", "correct horse", "DE")
     card = cards.make(tmp_path / "sd.img")
     files = laid_out(tmp_path / "files", wheels, wifi=wifi)
-    Disk(card).write([plan.Part(str(f.relative_to(files)), f) for f in files.rglob("*") if f.is_file()])
+    BootPartition(card).put([plan.PlannedFile(str(f.relative_to(files)), f) for f in files.rglob("*") if f.is_file()])
     cards.take_out(card, tmp_path / "boot")
     boot, root = tmp_path / "boot", tmp_path / "root"
     assert wifi.psk in (boot / "network-config").read_text()

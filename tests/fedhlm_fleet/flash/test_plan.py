@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedhlm.errors import ConfigError
 from fedhlm.protocol.messages import NAME_PATTERN
 from fedhlm_fleet.flash import bundle, plan, toml
-from fedhlm_fleet.flash.plan import Device, Part, Tls, Wifi
+from fedhlm_fleet.flash.plan import Device, PlannedFile, Tls, Wifi
 
 SCALARS = st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), st.text())
 TABLES = st.recursive(
@@ -27,7 +27,7 @@ def device(**given: Any) -> Device:
 
 
 def payload(one: Device, *, tls: Tls | None = TLS, made_s: int = 0, **settings: object) -> plan.Payload:
-    parts = [Part("wheels/a.whl", b"a"), Part("wheels/b.whl", b"b")]
+    parts = [PlannedFile("wheels/a.whl", b"a"), PlannedFile("wheels/b.whl", b"b")]
     units = bundle.shipped_units()
     return plan.payload(one, tls=tls, settings=settings, bundle=parts, units=units, made_s=made_s)
 
@@ -115,7 +115,7 @@ def test_a_device_with_a_gpu_gets_the_drop_in_that_lets_it_be_seen() -> None:
 def test_secrets_show_in_no_repr() -> None:
     wifi = Wifi.of("net", "correct horse", "DE")
     made = payload(device(wifi=wifi))
-    shown = repr((device(wifi=wifi), TLS, made, Part("x", b"the key", secret=True)))
+    shown = repr((device(wifi=wifi), TLS, made, PlannedFile("x", b"the key", secret=True)))
     assert wifi.psk not in shown
     assert "the key" not in shown
     assert [part.path for part in made.parts if part.secret] == [plan.CONFIGURATION, "tls/client.key"]

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm_fleet.pki import authority
-from fedhlm_fleet.pki.acl import Place
+from fedhlm_fleet.pki.acl import BrokerPlace
 from fedhlm_fleet.pki.mosquitto import Listener, configure
 from fedhlm_fleet.pki.roles import CertificateRole
 from tests.brokers import MOSQUITTO, START_TIMEOUT_S, free_port, until, until_listening
@@ -54,7 +54,7 @@ class Pki:
 class Secured:
     """A mosquitto with the configuration that `configure` makes; entered, it runs."""
 
-    def __init__(self, pki: Pki, place: Place, *, extra: str = "") -> None:
+    def __init__(self, pki: Pki, place: BrokerPlace, *, extra: str = "") -> None:
         self.pki, self.place, self.port, self.extra = pki, place, free_port(), extra
         self._temporary = tempfile.TemporaryDirectory(prefix="secured-")
         self.out = Path(self._temporary.name)

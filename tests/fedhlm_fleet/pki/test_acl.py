@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedhlm.errors import ConfigError
 from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE
-from fedhlm_fleet.pki.acl import Place, acl
+from fedhlm_fleet.pki.acl import BrokerPlace, acl
 from fedhlm_fleet.pki.registry import Entry, Issued
 from fedhlm_fleet.pki.roles import CertificateRole
 from tests.fedhlm_fleet.pki.evaluator import Access, Who, allows, expected, matches
@@ -32,8 +32,8 @@ def parties(draw: st.DrawFn) -> list[Who]:
 
 
 places = st.one_of(
-    st.sampled_from(CLUSTERS).map(lambda cluster: Place("cluster", cluster)),
-    st.sampled_from([Place("cloud"), Place("shared")]),
+    st.sampled_from(CLUSTERS).map(lambda cluster: BrokerPlace("cluster", cluster)),
+    st.sampled_from([BrokerPlace("cloud"), BrokerPlace("shared")]),
 )
 
 
@@ -46,7 +46,7 @@ def entry_of(who: Who) -> Entry:
 
 @settings(max_examples=25)
 @given(parties(), places, st.sampled_from([DEFAULT_ROOT, "x", "my/own/root"]))
-def test_every_row_role_cluster_and_agent_is_as_the_table_says(them: list[Who], place: Place, root: str) -> None:
+def test_every_row_role_cluster_and_agent_is_as_the_table_says(them: list[Who], place: BrokerPlace, root: str) -> None:
     text = acl(map(entry_of, them), place, root)
     stranger = Who("agent", "nobody", CLUSTERS)
     accesses: tuple[Access, ...] = ("read", "write")
@@ -59,7 +59,7 @@ def test_every_row_role_cluster_and_agent_is_as_the_table_says(them: list[Who], 
 
 
 @given(parties(), places)
-def test_nobody_reaches_outside_the_root(them: list[Who], place: Place) -> None:
+def test_nobody_reaches_outside_the_root(them: list[Who], place: BrokerPlace) -> None:
     text = acl(map(entry_of, them), place)
     for who in them:
         for name in (
@@ -77,7 +77,7 @@ def test_nobody_reaches_outside_the_root(them: list[Who], place: Place) -> None:
 def test_a_revoked_party_has_no_block() -> None:
     good = entry_of(Who("agent", "porch", ("home",)))
     lost = msgspec.structs.replace(good, certificates=(msgspec.structs.replace(good.newest, revoked=MOMENT),))
-    place = Place("cluster", "home")
+    place = BrokerPlace("cluster", "home")
     assert "user porch" in acl([good], place)
     assert "user porch" not in acl([lost], place)
 
@@ -85,7 +85,7 @@ def test_a_revoked_party_has_no_block() -> None:
 @pytest.mark.parametrize("root", ["", "a/#", "+", "a b", "a/", "/a", "$SYS", "a\nuser porch\ntopic write #"])
 def test_a_root_cannot_smuggle_rights_in(root: str) -> None:
     with pytest.raises(ConfigError, match="--root"):
-        acl([], Place("shared"), root)
+        acl([], BrokerPlace("shared"), root)
 
 
 def test_the_evaluator_itself_knows_filters() -> None:

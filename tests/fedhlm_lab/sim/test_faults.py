@@ -89,7 +89,7 @@ class World:
             parts={"p": self.part},
             link=self.links.__getitem__,
             links=("a", "b"),
-            profile_of=lambda _name: links.Profile(delay_ms=10.0),
+            profile_of=lambda _name: links.LinkProfile(delay_ms=10.0),
         )
 
     def lives(self) -> int:
@@ -124,7 +124,7 @@ class Idle:
 def test_after_any_schedule_the_links_are_what_they_were(events: list[Event]) -> None:
     async def run() -> None:
         world = World()
-        await world.weather.run(e for e in events if e.kind != "partition" or e.target != EVERYWHERE)
+        await world.weather.unfold(e for e in events if e.kind != "partition" or e.target != EVERYWHERE)
         for link in world.links.values():
             assert not link.partitioned
             if any(e.target != EVERYWHERE or e.kind != "partition" for e in events):
@@ -149,7 +149,7 @@ def test_faults_at_one_place_add_up_and_end_one_by_one() -> None:
         ]
         world.part.start()
         world.part.disk.files["kept"] = b"state"
-        task = asyncio.create_task(world.weather.run(events), name="weather")
+        task = asyncio.create_task(world.weather.unfold(events), name="weather")
         await asyncio.sleep(0.5)
         assert world.links["a"].loss == 0.5
         await asyncio.sleep(1.2)
@@ -181,7 +181,9 @@ def test_a_cut_pair_misses_messages_and_gets_retained_state_when_mended() -> Non
         world.broker.tap = lambda sender, packet: taken.append((sender, packet.topic))
         async with world.bus("a") as a, world.bus("b") as b:
             await b.subscribe("#")
-            task = asyncio.create_task(world.weather.run([Event(0.0, "partition", f"a{PAIR}b", 1.0)]), name="weather")
+            task = asyncio.create_task(
+                world.weather.unfold([Event(0.0, "partition", f"a{PAIR}b", 1.0)]), name="weather"
+            )
             await asyncio.sleep(0.5)
             await a.publish("news", b"lost")
             await a.publish("state", b"old", retain=True)

@@ -28,7 +28,7 @@ def test_a_profile_makes_a_link_and_ends_its_faults() -> None:
 def test_a_users_own_file_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("delay_ms = 5\nup_bytes_per_s = 1000\n")
-    assert links.load(str(file)) == links.Profile(delay_ms=5.0, up_bytes_per_s=1_000.0)
+    assert links.load(str(file)) == links.LinkProfile(delay_ms=5.0, up_bytes_per_s=1_000.0)
 
 
 @pytest.mark.parametrize(

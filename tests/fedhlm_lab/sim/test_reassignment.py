@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from edge_agent.driver import Agent
+from edge_agent.driver import AgentCore
 from edge_agent.events import Committed
 from edge_agent.model import Drawn
 from edge_agent.result import Job
@@ -32,7 +32,9 @@ def config(preset: str) -> Generation:
     return load(preset=preset, environ={}, flags=flags).config.generation
 
 
-async def write(agent: Agent, settings: Generation, prompt: list[int], seed: int, tokens: int = TOKENS) -> list[int]:
+async def write(
+    agent: AgentCore, settings: Generation, prompt: list[int], seed: int, tokens: int = TOKENS
+) -> list[int]:
     """One generation; what was committed piece by piece is what is reported."""
     sampling = Sampling(seed, 0.8, 1.0, settings.coupling)
     job = Job(settings, sampling, tokens, toy.CONTEXT, frozenset({toy.EOS_ID}))
@@ -83,7 +85,7 @@ async def wandering(seed: int) -> Counter[str]:
         link = fleet.link(name)
         link.delay_s, link.jitter_s, link.duplicate, link.reorder = 0.05, 0.1, 0.3, 0.2
         link.loss = 0.1 if seed % 2 else 0.0
-    agents: dict[str, Agent] = {}
+    agents: dict[str, AgentCore] = {}
 
     async def life(name: str) -> None:
         rng = random.Random(f"{seed}/{name}")

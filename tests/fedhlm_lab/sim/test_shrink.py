@@ -13,7 +13,7 @@ from fedhlm_lab.sim.invariants import Violation
 from fedhlm_lab.sim.recording import SOURCE, save, scenario_of
 from fedhlm_lab.sim.scenario import Scenario
 from fedhlm_lab.sim.shrink import attempt, shrink
-from fedhlm_lab.sim.sweep import Plan
+from fedhlm_lab.sim.sweep import SweepPlan
 from fedhlm_traces.file import Header, Writer, read
 
 START = Scenario(seed=3, link=links.load("lte"), upstream=links.load("lan")).with_faults("all")
@@ -59,7 +59,7 @@ def test_shrinking_ends_after_so_many_runs() -> None:
 
 def test_a_real_failure_shrinks_is_saved_and_fails_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_agent.generation.digest_of", lambda _ids: None)
-    plan = Plan(
+    plan = SweepPlan(
         presets=("exact",),
         links=("lte",),
         agents=3,

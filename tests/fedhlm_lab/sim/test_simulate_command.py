@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cloud_verifier.engine import Output, Request
+from cloud_verifier.engine import EngineInput, EngineOutput
 from fedhlm_fleet.cli import main
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.sweep import Plan, Totals, sweep
+from fedhlm_lab.sim.sweep import SweepPlan, Totals, sweep
 from tests.processes import GONE_S, marked, obey_interrupts, until_gone
 
 SMALL = ["--agents", "2", "--tokens", "6", "--prompts", "1"]
@@ -46,7 +46,7 @@ def test_a_failure_is_named_shrunk_saved_and_run_again(
 ) -> None:
     honest = toy.large_forward
 
-    async def crooked(requests: Sequence[Request], *, step_s: float = 0.02) -> list[Output]:
+    async def crooked(requests: Sequence[EngineInput], *, step_s: float = 0.02) -> list[EngineOutput]:
         return [o._replace(logits=-o.logits) for o in await honest(requests, step_s=step_s)]
 
     with monkeypatch.context() as broken:
@@ -94,7 +94,7 @@ def test_wrong_usage_is_one_line_and_exit_2(
 
 
 def test_two_processes_find_what_one_finds() -> None:
-    plan = Plan(presets=("exact", "llm-only"), links=("lte",), agents=2, tokens=6, prompts=1)
+    plan = SweepPlan(presets=("exact", "llm-only"), links=("lte",), agents=2, tokens=6, prompts=1)
 
     def figures(jobs: int) -> dict[str, object]:
         totals = Totals()
@@ -106,10 +106,10 @@ def test_two_processes_find_what_one_finds() -> None:
 
 
 def test_the_command_told_for_a_seed_makes_the_same_scenario() -> None:
-    plan = Plan(presets=("exact", "budget"), links=("lan", "lte"), faults="drop=0.2,crash", deadline_s=2.0)
+    plan = SweepPlan(presets=("exact", "budget"), links=("lan", "lte"), faults="drop=0.2,crash", deadline_s=2.0)
     for seed in range(8):
         scenario = plan.scenario(seed)
-        alone = Plan(
+        alone = SweepPlan(
             presets=(scenario.preset,),
             links=(plan.link_of(seed),),
             faults=plan.faults,

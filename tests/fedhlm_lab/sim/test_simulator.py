@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from cloud_verifier.engine import Output as Logits
-from cloud_verifier.engine import Request
+from cloud_verifier.engine import EngineInput
+from cloud_verifier.engine import EngineOutput as Logits
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Admission, Key, Sessions
-from edge_agent.driver import Agent
+from edge_agent.driver import AgentCore
 from edge_agent.events import Commit, Committed
 from edge_agent.pipeline import PIPELINES
-from edge_agent.result import Result
+from edge_agent.result import GenerationResult
 from edge_agent.service import AgentService
 from edge_broker.service import EdgeService
 from fedhlm.bus.interface import Delivery
@@ -27,14 +27,14 @@ from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.parts import Disk
 from fedhlm_lab.sim.scenario import Scenario
 from fedhlm_lab.sim.simulator import Violation, simulate
-from fedhlm_lab.sim.sweep import Plan, Totals, sweep
+from fedhlm_lab.sim.sweep import SweepPlan, Totals, sweep
 
 SMALL: dict[str, Any] = {"agents": 3, "tokens": 10}
 PRESETS = tuple(presets())
 
 
 def run(first: int, seeds: int, **options: Any) -> Totals:
-    plan = Plan(**({"presets": ("exact",), "links": ("lte",)} | SMALL | options))
+    plan = SweepPlan(**({"presets": ("exact",), "links": ("lte",)} | SMALL | options))
     totals = Totals()
     for ended in sweep(plan, range(first, first + seeds)):
         assert ended.failure is None, f"{ended.failure}\n{plan.command(ended.seed)}"
@@ -110,7 +110,7 @@ def test_agents_and_edges_come_back_with_what_their_disks_hold(monkeypatch: pyte
 def violations(seeds: int, **options: Any) -> Counter[str]:
     """How the first seed that fails fails."""
     options = {"presets": ("exact",), "links": ("lan", "lte", "satellite")} | SMALL | options
-    for ended in sweep(Plan(**options), range(seeds)):
+    for ended in sweep(SweepPlan(**options), range(seeds)):
         if ended.failure is not None:
             return Counter([ended.failure.name])
     return Counter()
@@ -119,7 +119,7 @@ def violations(seeds: int, **options: Any) -> Counter[str]:
 def test_a_wrong_cloud_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = toy.large_forward
 
-    async def crooked(requests: Sequence[Request], *, step_s: float = 0.02) -> list[Logits]:
+    async def crooked(requests: Sequence[EngineInput], *, step_s: float = 0.02) -> list[Logits]:
         return [o._replace(logits=-o.logits) for o in await honest(requests, step_s=step_s)]
 
     monkeypatch.setattr(toy, "large_forward", crooked)
@@ -174,27 +174,27 @@ def test_an_agent_that_says_what_it_did_not_commit_is_caught(monkeypatch: pytest
 
 
 def test_an_agent_that_commits_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Agent._act
+    honest = AgentCore._act
 
-    async def twice(self: Agent, action: Any, turn: Any) -> None:
+    async def twice(self: AgentCore, action: Any, turn: Any) -> None:
         await honest(self, action, turn)
         if isinstance(action, Commit):
             await honest(self, action, turn)
 
-    monkeypatch.setattr(Agent, "_act", twice)
+    monkeypatch.setattr(AgentCore, "_act", twice)
     with pytest.raises(Violation, match="exactly-once|source"):
         simulate(calm())
 
 
 def test_an_agent_that_reports_less_than_it_committed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = Agent.generate
+    honest = AgentCore.generate
 
-    async def forgetful(self: Agent, *given: Any) -> Result:
+    async def forgetful(self: AgentCore, *given: Any) -> GenerationResult:
         result = await honest(self, *given)
         result.ids.pop()
         return result
 
-    monkeypatch.setattr(Agent, "generate", forgetful)
+    monkeypatch.setattr(AgentCore, "generate", forgetful)
     with pytest.raises(Violation, match="exactly-once: agent-"):
         simulate(calm())
 

@@ -143,7 +143,9 @@ class Sessions:
             return RefusedBlock(f"escalation reaches position {end}: the model's context is {self.context_max}")
         ids = unpack_ids(escalation.ids, vocab_size)
         if escalation.fixed > len(ids):
-            return RefusedBlock(f"escalation.fixed must be at most the {len(ids)} ids of the block (got {escalation.fixed})")
+            return RefusedBlock(
+                f"escalation.fixed must be at most the {len(ids)} ids of the block (got {escalation.fixed})"
+            )
         if escalation.base < 1:
             return RefusedBlock(f"escalation.base must be at least one context token (got {escalation.base})")
         if not ids and not escalation.extend:

@@ -9,7 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from fedhlm.protocol.messages import MAX_BATCH, MAX_PAYLOAD_BYTES, RoutedVerdict, Escalation, RoutedEscalation, VerdictBatch
+from fedhlm.protocol.messages import (
+    MAX_BATCH,
+    MAX_PAYLOAD_BYTES,
+    Escalation,
+    RoutedEscalation,
+    RoutedVerdict,
+    VerdictBatch,
+)
 
 SESSIONS_MAX: Final = 4_096
 # The cloud refuses a larger payload as a whole, and with it the blocks of agents that asked for little.

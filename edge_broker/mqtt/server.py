@@ -17,7 +17,7 @@ from typing import Final, cast
 
 from edge_broker.mqtt import packets
 from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, SessionQueue
-from edge_broker.mqtt.packets import V5, Connect, PacketType, BrokerMessage, MqttError, Property, ReasonCode
+from edge_broker.mqtt.packets import V5, BrokerMessage, Connect, MqttError, PacketType, Property, ReasonCode
 from edge_broker.mqtt.routes import RetainedMessages, Routes
 from fedhlm.bus.interface import MAX_PACKET_BYTES, share_of
 from fedhlm.telemetry import warn_once

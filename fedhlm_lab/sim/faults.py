@@ -206,7 +206,7 @@ class Weather:
         self._profile_of = profile_of
         self._going_on: defaultdict[str, list[Event]] = defaultdict(list)
 
-    async def run(self, events: Iterable[Event]) -> None:
+    async def unfold(self, events: Iterable[Event]) -> None:
         """Carry out all of them; every one is over at the end."""
         turns = [(e.at_s, i, e, True) for i, e in enumerate(events)]
         turns += [(e.at_s + e.for_s, i, e, False) for _, i, e, _ in turns]

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from edge_agent.driver import AgentCore
-from edge_agent.result import Job, GenerationResult
+from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Config

@@ -10,10 +10,10 @@ from fedhlm.learning.federation import State
 from fedhlm.learning.settled import SLACK_TOKENS
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
-    RoutedVerdict,
     Contribution,
     Learned,
     PaperThreshold,
+    RoutedVerdict,
     Verdict,
     VerdictBatch,
     decode,

@@ -21,7 +21,7 @@ from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.learning.federation import Members, State, mean_of_agents
-from fedhlm.learning.settled import Settled
+from fedhlm.learning.settled import SettledTokens
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
@@ -96,7 +96,7 @@ class EdgeService:
         self.relay = Relay(batch_max=config.edge.batch_max)
         self.memory = ClusterMemory(config.edge.memory)
         self.members = Members(config.federation, mean_of_agents)
-        self.settled = Settled(UNCERTAINTIES)
+        self.settled = SettledTokens(UNCERTAINTIES)
         self._prior_tokens = config.federation.prior_tokens
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None

@@ -29,6 +29,12 @@ class ThresholdTraits(NamedTuple):
     keeps_budget: bool = False
 
 
+class ObjectiveTraits(NamedTuple):
+    """`bounded`: the error stays below the budget; else it is what its price makes of it."""
+
+    bounded: bool = False
+
+
 class PipelineTraits(NamedTuple):
     """`runs_ahead`: drafting goes on within the window while verdicts are under way. `grows_trees`: a draft is a tree."""
 
@@ -54,6 +60,11 @@ THRESHOLDS: Final[dict[str, ThresholdTraits]] = {
     "fixed": ThresholdTraits(),
     "paper-fl": ThresholdTraits(learns=True, descends=True),
     "calibrated-fl": ThresholdTraits(learns=True, keeps_budget=True),
+}
+
+OBJECTIVES: Final[dict[str, ObjectiveTraits]] = {
+    "budget": ObjectiveTraits(bounded=True),
+    "price": ObjectiveTraits(),
 }
 
 PIPELINES: Final[dict[str, PipelineTraits]] = {

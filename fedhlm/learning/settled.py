@@ -45,7 +45,7 @@ class _Account:
         self.counted = 0.0  # tokens that had passed at its latest contribution
 
 
-class Settled:
+class SettledTokens:
     """Accounts of at most AGENTS_MAX agents, the one silent for longest dropped first.
 
     A measure whose name begins with one of `uncertainties` is about an agent's own drafts; harm is known of these alone.

@@ -149,7 +149,10 @@ class Monitor:
     def check_budget(self, liars: Collection[str]) -> None:
         """Where a budget is promised, nobody but the liars has spent more of it than chance explains."""
         config = self.scenario.loaded.config.generation
-        if not choices.THRESHOLDS[config.threshold].keeps_budget or config.learning.objective != "budget":
+        if (
+            not choices.THRESHOLDS[config.threshold].keeps_budget
+            or not choices.OBJECTIVES[config.learning.objective].bounded
+        ):
             return
         for agent, written in self.written.items():
             most = config.budget * written

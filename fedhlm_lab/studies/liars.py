@@ -40,7 +40,7 @@ class Life(NamedTuple):
     tau: float
 
 
-class Setting(NamedTuple):
+class LiarsSetting(NamedTuple):
     """A fleet: `members` agents in the cluster, `liars` of them lie by `lie`."""
 
     members: int
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     tokens: int
 
 
-async def fleet_of(pair: Pair, config: Config, setting: Setting, seed: int) -> list[Life]:
+async def fleet_of(pair: Pair, config: Config, setting: LiarsSetting, seed: int) -> list[Life]:
     """All agents write at once; what became of the honest ones."""
     fleet = Fleet(pair, seed=seed, clusters=2, delay_s=0.01, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
@@ -65,7 +65,7 @@ async def fleet_of(pair: Pair, config: Config, setting: Setting, seed: int) -> l
     return [life for life, (_, lies) in zip(lives, places, strict=True) if not lies]
 
 
-async def _write(fleet: Fleet, config: Config, setting: Setting, cluster: str, number: int, *, lies: bool) -> Life:
+async def _write(fleet: Fleet, config: Config, setting: LiarsSetting, cluster: str, number: int, *, lies: bool) -> Life:
     rng = random.Random(f"{fleet.seed}/{number}")
     truth, verified, written, messages, tau = 0.0, 0, 0, 0, 0.0
     async with fleet.online(cluster, f"agent-{number}", fleet.pair.drafter()) as agent:
@@ -81,20 +81,22 @@ async def _write(fleet: Fleet, config: Config, setting: Setting, cluster: str, n
     return Life(cluster == "c0", truth / setting.generations, verified / written, messages / written, tau)
 
 
-class _Text(NamedTuple):
+class _StudyText(NamedTuple):
     prompt: list[int]
     sampling: Sampling
     made: GenerationResult
 
 
-async def _generate(agent: AgentCore, config: Config, setting: Setting, rng: random.Random, pair: Pair) -> _Text:
+async def _generate(
+    agent: AgentCore, config: Config, setting: LiarsSetting, rng: random.Random, pair: Pair
+) -> _StudyText:
     prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(3)]
     sampling = Sampling(rng.getrandbits(40), setting.temperature, 1.0, config.generation.coupling)
     job = Job(config.generation, sampling, setting.tokens, pair.context, pair.eos_ids)
-    return _Text(prompt, sampling, await agent.generate(job, prompt, nobody))
+    return _StudyText(prompt, sampling, await agent.generate(job, prompt, nobody))
 
 
-def study(config: Config, setting: Setting, seeds: Sequence[int], agreement: float = AGREEMENT) -> list[Life]:
+def study(config: Config, setting: LiarsSetting, seeds: Sequence[int], agreement: float = AGREEMENT) -> list[Life]:
     """The honest agents of independent fleets."""
     pair = toy.pair(agreement)
     return [life for seed in seeds for life in run_virtual(partial(fleet_of, pair, config, setting, seed)())]
@@ -133,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         most = max(1, (members - 1) // 2) if options.liars == "most" else 1
         for lie in (HONEST, *options.lies):
             liars = 0 if lie == HONEST else most
-            setting = Setting(members, liars, lie, options.temperature, options.generations, options.tokens)
+            setting = LiarsSetting(members, liars, lie, options.temperature, options.generations, options.tokens)
             lives = study(config, setting, range(options.runs), options.agreement)
             for here in (True, False):
                 group = [life for life in lives if life.here is here]

@@ -25,7 +25,7 @@ from fedhlm.settings import Generation, Learning, Pipeline
         (Generation, "threshold", (choices.THRESHOLDS, THRESHOLDS)),
         (Generation, "coupling", (COUPLINGS,)),
         (Pipeline, "kind", (choices.PIPELINES, PIPELINES)),
-        (Learning, "objective", (OBJECTIVES,)),
+        (Learning, "objective", (choices.OBJECTIVES, OBJECTIVES)),
         (Learning, "optimiser", (OPTIMISERS,)),
     ],
 )

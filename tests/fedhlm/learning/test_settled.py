@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.learning.curve import Curve
-from fedhlm.learning.settled import AGENTS_MAX, SLACK_SHARE, SLACK_TOKENS, Settled
+from fedhlm.learning.settled import AGENTS_MAX, SLACK_SHARE, SLACK_TOKENS, SettledTokens
 from fedhlm.protocol.messages import SCHEMA_VERSION, PaperThreshold, Verdict, pack_bits, pack_probs
 from fedhlm_lab.sim.liars import LIES
 
@@ -30,7 +30,7 @@ def verdict(
 class Agent:
     """What an honest agent learns from verdicts that pass an edge."""
 
-    def __init__(self, edge: Settled, rate: float, seed: int = 0) -> None:
+    def __init__(self, edge: SettledTokens, rate: float, seed: int = 0) -> None:
         self.edge = edge
         self.curve = Curve.empty()
         self._rate = rate
@@ -53,7 +53,7 @@ class Agent:
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.0, 0.5), st.lists(st.integers(1, 300), min_size=1, max_size=6))
 def test_the_honest_are_never_cut(seed: int, rate: float, lives: list[int]) -> None:
-    agent = Agent(Settled(UNCERTAINTIES), rate, seed)
+    agent = Agent(SettledTokens(UNCERTAINTIES), rate, seed)
     for tokens in lives:
         agent.live(tokens, heard=0.8)
         said, cut = agent.say()
@@ -63,7 +63,7 @@ def test_the_honest_are_never_cut(seed: int, rate: float, lives: list[int]) -> N
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_liar_is_held_to_what_it_was_told(lie: str) -> None:
-    agent = Agent(Settled(UNCERTAINTIES), 0.2)
+    agent = Agent(SettledTokens(UNCERTAINTIES), 0.2)
     agent.say()
     for _ in range(10):
         agent.live(200)
@@ -77,7 +77,7 @@ def test_a_liar_is_held_to_what_it_was_told(lie: str) -> None:
 
 def test_history_from_before_this_edge_counts_once() -> None:
     """An agent with a state folder brings 10,000 tokens along; from then on it may add what passes."""
-    agent = Agent(Settled(UNCERTAINTIES), 0.1)
+    agent = Agent(SettledTokens(UNCERTAINTIES), 0.1)
     veteran = Curve.empty()
     veteran.add(0.5, 0.1, 10_000.0)
     assert agent.say(veteran)[1] == ()
@@ -89,7 +89,7 @@ def test_history_from_before_this_edge_counts_once() -> None:
 
 
 def test_fixed_ids_count_by_their_bits_and_what_decides_nothing_does_not() -> None:
-    edge = Settled(UNCERTAINTIES)
+    edge = SettledTokens(UNCERTAINTIES)
     edge.note("a", verdict(3, 4, [True, False, True]))
     edge.note("a", verdict(4, 4, status="unprimed"))
     account = edge._account("a").passed
@@ -97,7 +97,7 @@ def test_fixed_ids_count_by_their_bits_and_what_decides_nothing_does_not() -> No
 
 
 def test_the_peers_curve_is_bounded_by_itself() -> None:
-    edge = Settled(UNCERTAINTIES)
+    edge = SettledTokens(UNCERTAINTIES)
     for _ in range(1_000):
         edge.note("a", verdict(1, 1))
     both = Curve.empty()
@@ -110,7 +110,7 @@ def test_the_peers_curve_is_bounded_by_itself() -> None:
 
 
 def test_a_threshold_counts_the_tokens_of_its_round() -> None:
-    edge = Settled(UNCERTAINTIES)
+    edge = SettledTokens(UNCERTAINTIES)
     for _ in range(100):
         edge.note("a", verdict(1, 1))
     claim = edge.check("a", PaperThreshold(1.0, 2**31 - 1), {})
@@ -122,7 +122,7 @@ def test_a_threshold_counts_the_tokens_of_its_round() -> None:
 
 
 def test_accounts_are_bounded() -> None:
-    edge = Settled(UNCERTAINTIES)
+    edge = SettledTokens(UNCERTAINTIES)
     for i in range(AGENTS_MAX + 10):
         edge.note(f"a{i}", verdict(1, 1))
     assert len(edge._accounts) == AGENTS_MAX

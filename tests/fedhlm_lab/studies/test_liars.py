@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from fedhlm.config import load
-from fedhlm_lab.studies.liars import HONEST, Life, Setting, study
+from fedhlm_lab.studies.liars import HONEST, LiarsSetting, Life, study
 
 BUDGET = 0.05
 
@@ -26,7 +26,8 @@ def test_one_of_two_and_two_of_five_change_nothing_for_the_honest(lie: str) -> N
     config = load(preset="budget", environ={}, flags={"generation.budget": str(BUDGET)}).config
     for members, liars in ((2, 1), (5, 2)):
         calm, misled = (
-            study(config, Setting(members, f, name, 0.0, 40, 24), seeds=[1]) for f, name in ((0, HONEST), (liars, lie))
+            study(config, LiarsSetting(members, f, name, 0.0, 40, 24), seeds=[1])
+            for f, name in ((0, HONEST), (liars, lie))
         )
         for here in (True, False):
             assert mean(misled, here=here).truth <= BUDGET

@@ -7,8 +7,9 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple
+from typing import Final
 
+from edge_agent.auditor import Auditor, audit_of
 from edge_agent.events import (
     Answered,
     Cancelled,
@@ -25,7 +26,6 @@ from edge_agent.events import (
     Observe,
     Plan,
     Refused,
-    Tick,
     Unprimed,
 )
 from edge_agent.gate import GATES, Settings
@@ -37,8 +37,9 @@ from edge_agent.membership import Membership
 from edge_agent.model import Drafter, Drawn
 from edge_agent.peers import Peers
 from edge_agent.pipeline import PIPELINES, PipelineLimits
-from edge_agent.profile import PromptSample, Sampler
+from edge_agent.profile import Sampler
 from edge_agent.result import GenerationResult, Job
+from edge_agent.turn import NextEvent, Turn, next_event
 from fedhlm import choices
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.couplings import COUPLINGS
@@ -74,32 +75,6 @@ log = logging.getLogger(__name__)
 
 EVENTS_MAX: Final = 1_024
 LEARNER_FILE: Final = "learner"
-
-NextEvent = Callable[[asyncio.Queue[Event], float], Awaitable[Event]]
-"""Waits for a generation's next event, or for the time when a Tick is due."""
-
-
-async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
-    """The queue's next event, or a Tick at `wake_s` on the loop's clock."""
-    if not queue.empty():
-        return queue.get_nowait()
-    try:
-        async with asyncio.timeout_at(None if wake_s == float("inf") else wake_s):
-            return await queue.get()
-    except TimeoutError:
-        return Tick()
-
-
-class Turn(NamedTuple):
-    """One generation on its way; `sample` collects what the cloud may see of its drafts."""
-
-    session: int
-    job: Job
-    plan: Plan
-    queue: asyncio.Queue[Event]
-    sample: PromptSample | None
-    result: GenerationResult
-    on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
 
 
 class AgentCore:
@@ -145,6 +120,15 @@ class AgentCore:
         self._sampler = sampler
         self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
         self._next_event = next_event
+        self.auditor = Auditor(
+            party=party,
+            fingerprint=fingerprint,
+            counters=self._counters,
+            learner=learner,
+            peers=lambda: self.peers,
+            cluster=lambda: self.cluster,
+            clock_s=self._clock_s,
+        )
         self._notes = Notes(party)
         self._routes: dict[int, asyncio.Queue[Event]] = {}
         self._delay = Delay()
@@ -157,7 +141,7 @@ class AgentCore:
     def plan(self, job: Job) -> Plan:
         """The machine's plan for a job, with the thresholds learnt so far; names are checked by the settings' types."""
         config, sampling = job.config, job.sampling
-        measures = measures_of(config, sampling, job.max_tokens)
+        measures = measures_of(config, sampling)
         pipeline = config.pipeline
         limits = PipelineLimits(
             window=pipeline.window,
@@ -183,8 +167,6 @@ class AgentCore:
             consult=self.peers.consult(config, similarity),
             similarity=None if choices.GATES[config.gate].verifies_all else similarity,
             votes=config.consensus.votes,
-            # One coin for the whole generation, tossed before anything is known of it.
-            audit=uniform(sampling.seed, 0, AUDIT_STREAM) < measures.audit,
             tau=tau,
         )
 
@@ -251,6 +233,7 @@ class AgentCore:
     def _moved(self, edge: Presence) -> None:
         """Begin in another cluster: what described the old one's agents is dropped, what the cloud verified stays true."""
         self._counters.add("assignments")
+        self.auditor.audits.moved()
         self.peers.centroid = self._make_peers().centroid
         self.learner.cluster = {}  # until the new one's retained state, which follows the subscription
         self.on_edge(edge)
@@ -259,7 +242,10 @@ class AgentCore:
         """Hand a verdict to its generation; one whose text has ended says only that somebody answers again."""
         queue = self._routes.get(verdict.session)
         if queue is None:
-            self._counters.add("late_verdicts")
+            if not (
+                verdict.session in self.auditor.audits and self.auditor.hear(verdict.session, self._event(verdict))
+            ):
+                self._counters.add("late_verdicts")
             # A device that writes alone may end every text before the answer to its probe is there.
             self._set_link_up()
             return
@@ -317,9 +303,9 @@ class AgentCore:
         session = self._new_session()
         self._notes.began(session, job, prompt, link_up=self.link_up, now_s=now)
         plan = self.plan(job)
-        self._notes.write("plan", Planned(plan.tau, plan.similarity, plan.audit))
+        self._notes.write("plan", Planned(plan.tau, plan.similarity))
         machine = GenerationMachine(plan, list(prompt), link_up=self.link_up)
-        result = GenerationResult(tau=plan.tau, similarity=plan.similarity, audited=plan.audit)
+        result = GenerationResult(tau=plan.tau, similarity=plan.similarity, confidence=job.config.confidence)
         sample = None if self._sampler is None else self._sampler.begin()
         turn = Turn(session, job, plan, asyncio.Queue(), sample, result, on_commit)
         self._routes[session] = turn.queue
@@ -355,7 +341,7 @@ class AgentCore:
         self._count(machine, result)
         if self._sampler is not None and sample is not None:
             self._sampler.end(sample)
-        await self._learn(job, result, now)
+        await self._learn(turn, now)
         return result
 
     async def _act(self, action: Escalate | Commit | Judged | Observe | Finish, turn: Turn) -> None:
@@ -378,31 +364,36 @@ class AgentCore:
                 result.finish, result.error, result.ended = reason, error, action
                 self._notes.write("ended", Ended(reason, error))
 
-    async def _learn(self, job: Job, result: GenerationResult, now_s: float) -> None:
+    async def _learn(self, turn: Turn, now_s: float) -> None:
         """Take the generation into account, and contribute when a round is due."""
-        config, measures = job.config, measures_of(job.config, job.sampling, job.max_tokens)
+        job, result, tail = turn.job, turn.result, turn.result.ended.tail
+        config, measures = job.config, measures_of(job.config, job.sampling)
         learner = self.learner
         learner.observe(measures, config, result.observed)
-        learner.finished(
+        text = learner.finished(
             measures,
             config,
             result.observed,
-            result.ended,
+            tail.tokens,
             tokens=len(result.ids),
             tau=result.tau,
-            audited=result.audited,
             escalation_bytes=result.escalation_bytes,
             escalated=result.escalated,
+            # Tossed for the finished text, whose tail gives the coin its probability.
+            coin=uniform(job.sampling.seed, 0, AUDIT_STREAM),
         )
+        if text is not None:
+            self.auditor.wait(audit_of(turn, measures, text, now_s))
         known = self.peers.collaboration[config.peers]
         for seen in result.observed:
             self.peers.learn(config, seen, result.similarity)
         if result.escalated:
             known.escalated(result.escalation_bytes / result.escalated)
-        result.risk = learner.risk(measures, config)
+        result.certificate = learner.certificate(measures, config)
         self._counters.set_all(tau=result.tau, similarity=result.similarity)
-        if (risk := result.risk) is not None:
-            self._counters.set_all(risk=risk.estimate, risk_limit=risk.limit(), risk_generations=risk.sessions)
+        if (evidence := result.certificate) is not None:
+            limit = evidence.limit(config.confidence)
+            self._counters.set_all(risk=evidence.estimate, risk_limit=limit, risk_generations=evidence.texts)
         contributes = choices.THRESHOLDS[config.threshold].learns and not self._guest
         if contributes and learner.due(config, now_s):
             await self._contribute(config, result, now_s)
@@ -479,9 +470,10 @@ class AgentCore:
         before: Prime | int | None = action.digest
         if action.context is not None:
             before = Prime(plan.sampling, self.fingerprint, pack_ids(action.context, vocab_size))
+        riders = self.auditor.riders()
         hints = None
-        if plan.similarity is not None or action.branches:
-            hints = Hints(plan.similarity, plan.votes, pack_branches(action.branches, vocab_size))
+        if plan.similarity is not None or action.branches or riders:
+            hints = Hints(plan.similarity, plan.votes, pack_branches(action.branches, vocab_size), riders)
         self._delay.sent((session, action.epoch, action.base), self._clock_s())
         message = Escalation(
             **stamp,

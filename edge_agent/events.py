@@ -47,8 +47,8 @@ class Plan(NamedTuple):
     """What stays fixed during a generation; times in seconds, `context_max` and `max_tokens` in tokens.
 
     `consult` asks the peers about a draft that the gate does not keep. `harm(draft_prob, target_prob, missed)` is what
-    a committed draft costs (`fedhlm.decoding.couplings`). With `similarity` the edge may settle, by `votes` neighbours. `audit`
-    has the end of the text scored that no verdict covered. `tau` is the gate's threshold, for the record.
+    a committed draft costs (`fedhlm.decoding.couplings`). With `similarity` the edge may settle, by `votes` neighbours. `tau` is the gate's
+    threshold, for the record.
     """
 
     sampling: Sampling
@@ -63,7 +63,6 @@ class Plan(NamedTuple):
     consult: Callable[[Drafted], Proposal | None] = lambda _draft: None
     similarity: float | None = None
     votes: int = 1
-    audit: bool = False
     tau: float = 1.0
 
 
@@ -192,12 +191,39 @@ class Observe(NamedTuple):
     observations: list[Observation]
 
 
+class Token(NamedTuple):
+    """A token of the sequence that the cloud has not verified; `source` says who settles it unless it is escalated."""
+
+    token: int
+    prob: float
+    uncertainty: float
+    law: bytes
+    escalate: bool
+    drafted_s: float
+    key: bytes
+    own: int  # the device's own draft, where peers replaced it
+    source: Source = "local"
+    match: Proposal | None = None
+
+
+class Tail(NamedTuple):
+    """The committed tokens at the end of a text that no verdict has scored: `context` stands before them.
+
+    `primed`: the cloud holds the session in this `epoch`, as far as is known.
+    """
+
+    epoch: int = 0
+    context: tuple[int, ...] = ()
+    primed: bool = False
+    tokens: tuple[Token, ...] = ()
+
+
 class Finish(NamedTuple):
-    """The generation is over. `unseen` holds (uncertainty, source) of committed tokens that the target never scored."""
+    """The generation is over, and leaves `tail` for an audit."""
 
     reason: FinishReason
     error: str = ""
-    unseen: tuple[tuple[float, Source], ...] = ()
+    tail: Tail = Tail()
 
 
 Action = DraftNext | Escalate | Commit | Judged | Observe | Finish

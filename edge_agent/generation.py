@@ -6,8 +6,9 @@ Committed tokens are never taken back.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from edge_agent.events import (
     Action,
@@ -26,9 +27,10 @@ from edge_agent.events import (
     Observation,
     Observe,
     Plan,
-    Proposal,
     Refused,
+    Tail,
     Tick,
+    Token,
     Unprimed,
 )
 from edge_agent.pipeline import Pending, expected_rejection
@@ -39,21 +41,6 @@ from fedhlm.protocol.messages import FinishReason, Source, Uncertain
 from fedhlm.protocol.sources import SOURCES
 
 RETRY_CAP: Final = 8  # the wait between two sends of an unanswered block doubles up to this many times `retry_s`
-
-
-class Token(NamedTuple):
-    """A token of the sequence that the cloud has not verified; `source` says who settles it unless it is escalated."""
-
-    token: int
-    prob: float
-    uncertainty: float
-    law: bytes
-    escalate: bool
-    drafted_s: float
-    key: bytes
-    own: int  # the device's own draft, where peers replaced it
-    source: Source = "local"
-    match: Proposal | None = None
 
 
 @dataclass
@@ -105,7 +92,6 @@ class GenerationMachine:
         self._early: dict[int, Answered] = {}  # peers' answers by base, until what is before their blocks is settled
         self._tree = Tree([])  # what the tail is the main chain of, or the end of it
         self._cut: FinishReason | None = None  # the caller has enough text
-        self._auditing = False
         self._revision = 0  # counts rewritings of the tail, so that a draft of the old one is known
         self._waiting_since = 0.0
         self._retry_at = 0.0
@@ -281,37 +267,13 @@ class GenerationMachine:
     def _observe(self, event: Answered, actions: list[Action]) -> None:
         unverified = self._skipped + self._tail  # from position `verified` on
         seen = []
-        for offset, target_prob in enumerate(event.target_probs):
+        for offset in range(len(event.target_probs)):
             place = event.base + offset - self.verified
             if 0 <= place < len(unverified):
-                missed = offset >= event.accepted or (offset < len(event.missed) and event.missed[offset])
-                replacement = event.ids[0] if offset == event.accepted and event.ids else None
-                seen.append(self._scored(unverified[place], target_prob, missed, replacement, place))
+                skipped = place < len(self._skipped)
+                seen.append(scored(self.plan.harm, unverified[place], event, offset, skipped=skipped))
         if seen:
             actions.append(Observe(seen))
-
-    def _scored(
-        self, token: Token, target_prob: float, missed: bool, replacement: int | None, place: int
-    ) -> Observation:
-        right = replacement if missed else token.token  # what the target emits, where the verdict tells
-
-        def harm_of(candidate: int) -> float | None:
-            if candidate == token.token:
-                return self.plan.harm(token.prob, target_prob, missed)
-            return None if right is None else float(candidate != right)
-
-        matched = None if token.match is None else harm_of(token.match.token)
-        skipped = place < len(self._skipped)
-        return Observation(
-            uncertainty=token.uncertainty,
-            beta=rejection_probability(token.prob, target_prob),
-            harm=harm_of(token.own),
-            match=None if token.match is None or matched is None else (token.match.score, matched),
-            committed_harm=self.plan.harm(token.prob, target_prob, missed) if skipped else 0.0,
-            source=token.source,
-            skipped=skipped,
-            audit=self._auditing,
-        )
 
     def _roll_back(self) -> None:
         if self._tail:
@@ -343,7 +305,7 @@ class GenerationMachine:
             self._set_link(False, now)
         self._commit_undisputed(actions)
         if self._ended():
-            return actions if self._audited(actions, now) else self._finish(actions, self._reason())
+            return self._finish(actions, self._reason())
         self._send_if_due(actions, now)
         pending = self._pending(now)
         alone = not self.link_up  # without a link the device goes on by itself
@@ -354,24 +316,13 @@ class GenerationMachine:
             actions.append(DraftNext(self._revision, ids, self.verified, levels))
         return actions
 
-    def _audited(self, actions: list[Action], now: float) -> bool:
-        """Whether the finished text waits for its audit, which is asked for here."""
-        if not (self.plan.audit and self._skipped and self.link_up):
-            return False
-        if self._auditing:
-            self._send_if_due(actions, now)
-        else:
-            self._auditing = True
-            self._send(actions, now, self.verified)
-        return True
-
     def _commit_undisputed(self, actions: list[Action]) -> None:
         """Commit what no verdict is waited for: tokens the gate keeps, and every token while the link is down."""
         committed: list[Committed] = []
         while self._tail and not (self._tail[0].escalate and self.link_up):
             token = self._tail.pop(0)
-            self._skipped.append(token)
             source: Source = "unverified" if token.escalate else token.source
+            self._skipped.append(token._replace(source=source))
             self._accept(token.token, source, SOURCES[token.source].kept, committed)
         if committed:
             actions.append(Commit(committed))
@@ -470,5 +421,39 @@ class GenerationMachine:
 
     def _finish(self, actions: list[Action], reason: FinishReason, error: str = "") -> list[Action]:
         self.finished = True
-        actions.append(Finish(reason, error, tuple((t.uncertainty, t.source) for t in self._skipped)))
+        tail = Tail(self.epoch, tuple(self.context[: self.verified]), self._primed, tuple(self._skipped))
+        actions.append(Finish(reason, error, tail))
         return actions
+
+
+def scored(
+    harm: Callable[[float, float, bool], float],
+    token: Token,
+    event: Answered,
+    offset: int,
+    *,
+    skipped: bool,
+    audit: bool = False,
+) -> Observation:
+    """What a verdict says of the token at `offset` of its block; `harm` is the coupling's."""
+    missed = offset >= event.accepted or (offset < len(event.missed) and event.missed[offset])
+    replacement = event.ids[0] if offset == event.accepted and event.ids else None
+    right = replacement if missed else token.token  # what the target emits, where the verdict tells
+    target_prob = event.target_probs[offset]
+
+    def harm_of(candidate: int) -> float | None:
+        if candidate == token.token:
+            return harm(token.prob, target_prob, missed)
+        return None if right is None else float(candidate != right)
+
+    matched = None if token.match is None else harm_of(token.match.token)
+    return Observation(
+        uncertainty=token.uncertainty,
+        beta=rejection_probability(token.prob, target_prob),
+        harm=harm_of(token.own),
+        match=None if token.match is None or matched is None else (token.match.score, matched),
+        committed_harm=harm(token.prob, target_prob, missed) if skipped else 0.0,
+        source=token.source,
+        skipped=skipped,
+        audit=audit,
+    )

@@ -67,7 +67,6 @@ class Planned(msgspec.Struct, frozen=True, array_like=True):
 
     tau: float
     similarity: float | None
-    audit: bool
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):

@@ -5,19 +5,19 @@ curve is about (uncertainty, coupling, greedy or sampled), so that different way
 """
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from copy import copy
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.events import Finish, Observation
+from edge_agent.events import Observation, Token
 from fedhlm import choices
 from fedhlm.errors import ConfigError, ProtocolError
-from fedhlm.learning.budget import Budget
+from fedhlm.learning.certificate import Certificate, CertificateState, audit_probability
 from fedhlm.learning.curve import Curve, shrunk
 from fedhlm.learning.federation import check_threshold
 from fedhlm.learning.privacy import noised, sigma_for
@@ -27,34 +27,40 @@ from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Federation, Generation
 
 PAIRS_MAX: Final = 65_536
-SPACE: Final = "learner/1"
+SPACE: Final = "learner/2"
 SLACK_MEMORY: Final = 0.95  # of what was counted, a generation later
 SLACK_EVIDENCE: Final = 10.0  # skipped tokens
 SLACK_RISE: Final = 1.03  # a generation
 
 
 class Measures(NamedTuple):
-    """The names of the curves that a generation feeds: of its own drafts, of its peers' proposals.
-
-    `audit` is the probability that the end of it which nobody scored is audited.
-    """
+    """The names of the curves that a generation feeds: of its own drafts, of its peers' proposals."""
 
     draft: str
     peers: str
-    audit: float
 
 
-def measures_of(config: Generation, sampling: Sampling, max_tokens: int) -> Measures:
-    """What belongs to a configuration and a request.
-
-    The audit's probability is `generation.audit` for each token that is asked for, so that its share of the messages
-    is the same for short and long texts; all of it is known before anything is drawn, as the estimate demands.
-    Powers of two keep the number of budgets small.
-    """
+def measures_of(config: Generation, sampling: Sampling) -> Measures:
+    """What belongs to a configuration and a request."""
     law = f"{sampling.coupling}/{'greedy' if sampling.temperature == 0.0 else 'sampled'}"
-    wanted = config.audit * max_tokens
-    audit = min(1.0, 2.0 ** math.floor(math.log2(wanted))) if wanted > 0.0 else 0.0
-    return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}", audit)
+    return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}")
+
+
+@dataclass(eq=False)
+class OpenText:
+    """A finished text on its way into a certificate, which takes texts in their order.
+
+    `scored` holds the harm of its skipped tokens that verdicts scored; `tail` more wait for the audit that `probability`
+    decided on, whose harms are `audited` as soon as it is over. `over` is true from the start where the coin said no.
+    """
+
+    measure: str
+    tokens: int
+    scored: list[float]
+    tail: int
+    probability: float
+    audited: list[float] | None = None
+    over: bool = False
 
 
 class Slack:
@@ -87,7 +93,7 @@ class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     server_control: float
     curves: dict[str, bytes]
     cluster: dict[str, bytes]
-    budgets: dict[str, dict[str, float]]
+    certificates: dict[str, CertificateState]
 
 
 class Learner:
@@ -102,7 +108,8 @@ class Learner:
         self._control = 0.0
         self._server_control = 0.0
         self._pairs: list[tuple[float, float]] = []  # (u, beta) of this round's transmitted tokens
-        self._budgets: dict[str, Budget] = {}
+        self._certificates: defaultdict[str, Certificate] = defaultdict(Certificate)
+        self._open: deque[OpenText] = deque()
         self._slack: defaultdict[str, Slack] = defaultdict(Slack)
         self._escalation_bytes = 0.0
         self._escalated = 0
@@ -116,13 +123,15 @@ class Learner:
         """Take in what the target said of drafted tokens."""
         draft, peers = self.curves[measures.draft], self.curves[measures.peers]
         for seen in observations:
-            draft.see(seen.uncertainty)
+            if not seen.audit:  # the decision was counted when the text ended
+                draft.see(seen.uncertainty)
             if seen.harm is not None:
                 draft.add(seen.uncertainty, seen.harm)
             if choices.PEERS[config.peers].asked:
                 # A token that peers had no say in counts where no threshold reaches, so that shares are of all tokens.
                 score, harm = seen.match or (1.0, 1.0)
-                peers.see(score)
+                if not seen.audit:
+                    peers.see(score)
                 peers.add(score, harm)
             if not seen.skipped and len(self._pairs) < PAIRS_MAX:
                 self._pairs.append((seen.uncertainty, seen.beta))
@@ -132,52 +141,57 @@ class Learner:
         measures: Measures,
         config: Generation,
         observations: Sequence[Observation],
-        finish: Finish,
+        tail: Sequence[Token],
         *,
         tokens: int,
         tau: float,
-        audited: bool,
         escalation_bytes: int,
         escalated: int,
-    ) -> None:
-        """One generation is over: account for its skipped tokens.
+        coin: float,
+    ) -> OpenText | None:
+        """One generation is over: account for its skipped tokens; the text that waits for an audit, where one is due.
 
-        A tail that the audit's coin chose but nobody scored, and tokens committed because the link was gone, count as
-        wrong: nothing is hoped.
+        `coin` is uniform in (0, 1). Tokens that were committed because the link was gone are always audited.
         """
         self._tokens += tokens
         self._escalation_bytes += escalation_bytes
         self._escalated += escalated
-        for uncertainty, _ in finish.unseen:
-            self.curves[measures.draft].see(uncertainty)
+        for token in tail:
+            self.curves[measures.draft].see(token.uncertainty)
             if choices.PEERS[config.peers].asked:
-                self.curves[measures.peers].see(1.0)
-        if measures.audit == 0.0:
-            return
+                self.curves[measures.peers].see(1.0 if token.match is None else token.match.score)
+        if config.audit == 0.0:
+            return None
         local = [o for o in observations if SOURCES[o.source].kept]
-        self._slack[_kind(measures)].update(
-            eligible=sum(o.uncertainty <= tau for o in local) + len(finish.unseen),
-            skipped=sum(o.skipped for o in local) + len(finish.unseen),
+        self._slack[measures.draft].update(
+            eligible=sum(o.uncertainty <= tau for o in local) + len(tail),
+            skipped=sum(o.skipped for o in local) + len(tail),
         )
-        seen = [o.committed_harm for o in observations if o.skipped and not o.audit]
-        tail = [o.committed_harm for o in observations if o.skipped and o.audit]
-        lost = sum(SOURCES[source].unreachable for _, source in finish.unseen)
-        seen += [1.0] * lost
-        unseen = len(finish.unseen) - lost
-        harms = tail + [1.0] * unseen if audited else None
-        self.budget(measures, config).add_session(tokens, seen, harms, len(tail) + unseen)
+        scored = [o.committed_harm for o in observations if o.skipped]
+        lost = any(SOURCES[token.source].unreachable for token in tail)
+        probability = 1.0 if lost else audit_probability(config.audit, len(tail))
+        text = OpenText(measures.draft, tokens, scored, len(tail), probability, over=coin >= probability)
+        self._open.append(text)
+        self._fold()
+        return None if text.over else text
 
-    def budget(self, measures: Measures, config: Generation) -> Budget:
-        """The running error budget of a measure and an audit's probability; another confidence begins a new one."""
-        name, delta = _kind(measures), 1.0 - config.confidence
-        known = self._budgets.get(name)
-        if known is None or known.delta != delta:
-            known = self._budgets[name] = Budget(measures.audit, delta)
-        return known
+    def audited(self, text: OpenText, harms: Sequence[float] | None) -> None:
+        """The audit of a text is over. None: nobody answered, and every token of it counts as wrong; nothing is hoped."""
+        text.audited = [1.0] * text.tail if harms is None else list(harms)
+        text.over = True
+        self._fold()
 
-    def risk(self, measures: Measures, config: Generation) -> Budget | None:
-        """The budget, with R-hat and its limit; None where nothing is audited."""
-        return None if measures.audit == 0.0 else copy(self.budget(measures, config))
+    def _fold(self) -> None:
+        """Texts enter the certificate in their order, so that what came after one never decides about it."""
+        while self._open and self._open[0].over:
+            text = self._open.popleft()
+            self._certificates[text.measure].add(
+                text.tokens, text.scored, text.tail, text.audited, probability=text.probability
+            )
+
+    def certificate(self, measures: Measures, config: Generation) -> Certificate | None:
+        """The evidence about the error per token, as far as texts are accounted for; None where nothing is audited."""
+        return None if config.audit == 0.0 else self._certificates[measures.draft].copy()
 
     def tau(self, measures: Measures, config: Generation) -> float:
         """The threshold on the uncertainty for the next generation; KEEP_NONE verifies everything."""
@@ -222,13 +236,13 @@ class Learner:
 
     def _overdrawn(self, measures: Measures, config: Generation) -> bool:
         """Whether the estimate is above the budget by more than it errs: then all is verified until it is not."""
-        risk = self.risk(measures, config)
-        return risk is not None and risk.surely > config.budget
+        known = self.certificate(measures, config)
+        return known is not None and known.estimate - 2.0 * known.standard_error > config.budget
 
     def _allowed(self, measures: Measures, config: Generation) -> float:
         """What the kept tokens' curve may cost: the budget, loosened by tokens that are verified although they could be
         kept."""
-        return min(1.0, config.budget * self._slack[_kind(measures)].factor)
+        return min(1.0, config.budget * self._slack[measures.draft].factor)
 
     def _delta(self, config: Generation) -> float:
         return 1.0 - config.confidence
@@ -323,9 +337,18 @@ class Learner:
                 self._server_control,
                 {name: curve.to_bytes() for name, curve in self.curves.items()},
                 {name: curve.to_bytes() for name, curve in self.cluster.items()},
-                {name: budget.snapshot() for name, budget in self._budgets.items()},
+                self._settled(),
             )
         )
+
+    def _settled(self) -> dict[str, CertificateState]:
+        """The certificates as if every audit that is still open had found nothing but wrong tokens."""
+        settled = {name: known.copy() for name, known in self._certificates.items()}
+        for text in self._open:
+            harms = text.audited if text.over else [1.0] * text.tail
+            known = settled.setdefault(text.measure, Certificate())
+            known.add(text.tokens, text.scored, text.tail, harms, probability=text.probability)
+        return {name: known.state() for name, known in settled.items()}
 
     def restore(self, data: bytes) -> None:
         """Take back what `snapshot` gave.
@@ -337,7 +360,7 @@ class Learner:
             kept = msgspec.msgpack.decode(data, type=Snapshot)
             curves = {name: Curve.from_bytes(raw) for name, raw in kept.curves.items()}
             cluster = {name: Curve.from_bytes(raw) for name, raw in kept.cluster.items()}
-            budgets = {name: Budget.restore(raw) for name, raw in kept.budgets.items()}
+            certificates = {name: Certificate.of(state) for name, state in kept.certificates.items()}
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as exc:
             raise ProtocolError(f"not a learner's snapshot: {exc}") from exc
         for control in (kept.control, kept.server_control):
@@ -347,12 +370,8 @@ class Learner:
         self.round, self._releases, self.threshold = kept.round, kept.releases, kept.threshold
         self._control, self._server_control = kept.control, kept.server_control
         self.curves.update(curves)
-        self.cluster, self._budgets = cluster, budgets
-
-
-def _kind(measures: Measures) -> str:
-    """What generations must have in common to be counted together."""
-    return f"{measures.draft}/{measures.audit:g}"
+        self.cluster = cluster
+        self._certificates.update(certificates)
 
 
 def _fixed(_learner: Learner, _measures: Measures, config: Generation) -> float:

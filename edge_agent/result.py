@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from edge_agent.events import Committed, Finish, Observation
-from fedhlm.learning.budget import Budget
+from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol.messages import FinishReason, Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
@@ -46,10 +46,10 @@ class GenerationResult:
     escalated: int = 0
     tau: float = 1.0
     similarity: float | None = None
-    audited: bool = False
     observed: list[Observation] = field(default_factory=list)
     ended: Finish = Finish("error")  # noqa: RUF009 - never changed
-    risk: Budget | None = None
+    certificate: Certificate | None = None
+    confidence: float = 0.95
     wall_s: float = 0.0
 
     def commit(self, tokens: Sequence[Committed]) -> None:
@@ -81,7 +81,7 @@ class GenerationResult:
         }
         if self.similarity is not None:
             figures["similarity"] = self.similarity
-        if self.risk is not None:
-            figures |= {"risk": self.risk.estimate, "risk_limit": self.risk.limit()}
-            figures |= {f"risk_{name}": value for name, value in self.risk.snapshot().items()}
+        if self.certificate is not None:
+            figures |= {"risk": self.certificate.estimate, "risk_limit": self.certificate.limit(self.confidence)}
+            figures |= {f"risk_{name}": value for name, value in self.certificate.figures().items()}
         return figures

@@ -72,6 +72,7 @@ class AgentService:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive(), name="agent-receive")
                 group.create_task(self._serve(), name="agent-serve")
+                group.create_task(self.agent.auditor.keep(), name="agent-audits")
                 group.create_task(self._keep_journal(), name="agent-journal")
                 group.create_task(self._renew(), name="agent-renew")
         finally:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_agent.connection import Connection
-from edge_agent.driver import LEARNER_FILE, AgentCore, NextEvent, next_event
+from edge_agent.driver import LEARNER_FILE, AgentCore
 from edge_agent.learner import Learner
 from edge_agent.membership import birth_and_will
 from edge_agent.model import Drafter
 from edge_agent.peers import Peers
 from edge_agent.profile import Sampler
 from edge_agent.service import AgentService, ModelFacts
+from edge_agent.turn import NextEvent, next_event
 from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Stamp

@@ -187,7 +187,7 @@ class EdgeService:
         """Take in one message; what is not of a row in HEARD is counted and dropped."""
         match received.message if received.topic in HEARD else None:
             case Escalation() as escalation:
-                await self._escalate(received.levels["agent"], escalation)
+                await self._escalate_parts(received.levels["agent"], escalation)
             case VerdictBatch() as batch:
                 self._counters.add_all(downlink_messages=1, downlink_bytes=received.wire_bytes)
                 await self._settle(batch)
@@ -212,6 +212,10 @@ class EdgeService:
                 self._counters.add("refused_messages")
 
     # Blocks
+
+    async def _escalate_parts(self, agent: str, escalation: Escalation) -> None:
+        for part in escalation.parts():
+            await self._escalate(agent, part)
 
     async def _escalate(self, agent: str, escalation: Escalation) -> None:
         self._counters.add("escalations")

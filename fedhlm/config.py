@@ -21,6 +21,7 @@ import msgspec
 from fedhlm import choices
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.errors import ConfigError, UnknownKey
+from fedhlm.learning.certificate import AUDIT_LEAST
 from fedhlm.settings import DEFAULT_PRESET, Broker, Config, Section, is_secret, masked
 
 ENV_PREFIX: Final = "FEDHLM_"
@@ -244,6 +245,9 @@ def _check_together(config: Config, sources: dict[str, str]) -> None:
         wanted = f"at least generation.pipeline.block, {pipeline.block}"
         raise _error(key, pipeline.window, wanted, sources[key])
     generation = config.generation
+    if 0.0 < generation.audit < AUDIT_LEAST:
+        key = "generation.audit"
+        raise _error(key, generation.audit, f"0 or at least {AUDIT_LEAST}", sources[key])
     shared = COUPLINGS[generation.coupling].shared
     if choices.PEERS[generation.peers].asked and not shared:
         key = "generation.peers"

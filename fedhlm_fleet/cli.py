@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError
-from fedhlm_fleet.commands import ask, doctor, flash, models, pki, provision, simulate, status, trace, traces
+from fedhlm_fleet.commands import ask, doctor, flash, lab, models, pki, provision, simulate, status, trace, traces
 from fedhlm_fleet.commands.common import Keys, Seconds, Seed, Share, Tokens, needing, parse_keys, present
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ config_app = App(name="config", help="Look at the configuration.")
 app.command(config_app)
 app.command(ask.ask)
 app.command(models.app)
+app.command(lab.app)
 app.command(pki.app)
 app.command(simulate.simulate)
 app.command(traces.record)

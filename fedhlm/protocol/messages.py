@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import numpy as np
 from msgspec import Meta
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from fedhlm.errors import ProtocolError
@@ -26,6 +27,7 @@ MAX_CURVES: Final = 16
 MAX_NOTES: Final = 1_024
 MAX_STOPS: Final = 16
 MAX_REASON: Final = 1_024
+MAX_RIDERS: Final = 8
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -139,16 +141,31 @@ class Prime(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     context: Ids
 
 
+class Rider(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A block of another session that travels with an escalation: committed ids that are to be scored, and nothing else.
+
+    The fields are those of `Escalation`. The edge takes riders off and sends them on as blocks of their own.
+    """
+
+    session: Session
+    epoch: Count
+    base: Position
+    ids: Ids
+    fixed: Position
+    before: Prime | Digest
+
+
 class Hints(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What a block may carry besides its ids.
 
     With `similarity` set, the edge may settle the drafts from verified neighbours that are at least so near (cosine) and
-    of which `votes` agree. `branches` holds the alternatives of a tree draft (`fedhlm.decoding.tree`).
+    of which `votes` agree. `branches` holds the alternatives of a tree draft (`fedhlm.decoding.tree`). `riders` are audits.
     """
 
     similarity: Unit | None = None
     votes: Annotated[int, Meta(ge=1, le=64)] = 1
     branches: Annotated[bytes, Meta(max_length=6 * MAX_BLOCK)] = b""
+    riders: Annotated[tuple[Rider, ...], Meta(max_length=MAX_RIDERS)] = ()
 
 
 class Escalation(Message, tag=4, frozen=True):
@@ -172,6 +189,23 @@ class Escalation(Message, tag=4, frozen=True):
     before: Prime | Digest | None = None
     laws: Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)] = b""
     hints: Hints | None = None
+
+    def parts(self) -> "tuple[Escalation, ...]":
+        """This block without its riders, and each rider as a block of its own."""
+        if self.hints is None or not self.hints.riders:
+            return (self,)
+        bare = replace(self.hints, riders=())
+        alone = replace(self, hints=None if bare == Hints() else bare)
+        return (
+            alone,
+            *(
+                replace(
+                    alone, session=r.session, epoch=r.epoch, base=r.base, ids=r.ids, fixed=r.fixed, before=r.before,
+                    extend=0, laws=b"", hints=None,
+                )
+                for r in self.hints.riders
+            ),
+        )  # fmt: skip
 
     @property
     def prime(self) -> Prime | None:

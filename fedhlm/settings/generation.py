@@ -234,14 +234,15 @@ class Generation(Section, frozen=True):
             ge=0.5,
             le=0.9999,
             description="Confidence of the reported limit on the harm, and of the threshold under calibrated-fl. Higher needs more "
-            "evidence; another value begins a new estimate.",
+            "evidence.",
         ),
     ] = 0.95
     audit: Annotated[
         Unit,
         Meta(
-            description="Chance, per token asked for, that the unverified end of a text is audited, rounded down to a power of two "
-            "for the text. Higher brings the limit down sooner and costs messages; 0: no audit, no R-hat and no limit."
+            description="Chance of each token at the unverified end of a text to bring an audit of that end; 0, or at least 0.21. "
+            "Audits ride in other messages. Higher makes the certificate tighter and costs bytes; 0: no audit, no R-hat and no "
+            "certificate."
         ),
     ] = 0.0
     consensus: Consensus = Consensus()

@@ -33,6 +33,27 @@ class _Pace:
 
 
 @contextlib.contextmanager
+def watching_study(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar over `total` things that end one by one; lines now and then where there is no terminal. On stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        pace, count = _Pace(_LINE_EVERY_S), 0
+
+        def say() -> None:
+            nonlocal count
+            count += 1
+            if pace.due():
+                print(f"{count} of {total} {what}", file=console.file, flush=True)
+
+        yield say
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+@contextlib.contextmanager
 def watching_record() -> Iterator[Callable[[Summary], None]]:
     """A line that moves on a terminal, one now and then elsewhere."""
     console = Console()

@@ -11,7 +11,7 @@ from fedhlm import choices
 from fedhlm.learning.curve import BINS, Curve, isotonic
 from fedhlm.protocol.messages import Learned
 from fedhlm.settings import Generation
-from fedhlm_fleet.demo.report import SOURCES, Generated, budget_of, taus_of
+from fedhlm_fleet.demo.report import SOURCES, Generated, certificate_of, taus_of
 
 BARS: Final = "▁▂▃▄▅▆▇█"
 ASCII_BARS: Final = "_.:-=+*#"
@@ -118,11 +118,14 @@ class Journey:
         return f"may settle where contexts are similar by {min(known):.2f} or more, for {len(known)} of {len(latest)} agents"
 
     def _error(self) -> str:
-        risk, limit, generations = budget_of(self._finished)
+        known = certificate_of(self._finished)
         budget = f"budget {self._generation.budget:g} per token"
-        if risk is None or limit is None:
+        if known is None or not known.tokens:
             return budget
-        return f"{budget}, estimated {risk:.4f}, limit {limit:.2f}, after {generations} texts"
+        limit, confidence = known.limit(self._generation.confidence), self._generation.confidence
+        return (
+            f"{budget}, estimated {known.estimate:.4f}, at most {limit:.4f} ({confidence:.0%}, {known.texts:.0f} texts)"
+        )
 
 
 def sparkline(values: Sequence[float], bars: str = BARS) -> str:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from fedhlm import choices
-from fedhlm.learning.budget import Budget
+from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol.messages import Source
 from fedhlm.settings import Generation
 
@@ -142,7 +142,7 @@ def figures(run: PresetRun, alone: Mapping[int, Alternatives]) -> Figures:
         return total(name) / tokens if tokens else 0.0
 
     betas = [r.statistics["mean_beta"] for r in done if "mean_beta" in r.statistics]
-    risk, limit, generations = budget_of(continued)
+    known = certificate_of(continued)
     taus = taus_of(continued) if choices.GATES[run.generation.gate].by_doubt else []
     return Figures(
         preset=run.preset,
@@ -165,9 +165,9 @@ def figures(run: PresetRun, alone: Mapping[int, Alternatives]) -> Figures:
         rollbacks=round(total("rollbacks")),
         discarded_drafts_per_token=per_token("discarded"),
         mean_beta=sum(betas) / len(betas) if betas else 0.0,
-        risk=risk,
-        risk_limit=limit,
-        risk_generations=generations,
+        risk=None if known is None else known.estimate,
+        risk_limit=None if known is None else known.limit(run.generation.confidence),
+        risk_generations=0 if known is None else round(known.texts),
         tau_start=_mean([first for first, _ in taus]),
         tau_end=_mean([last for _, last in taus]),
         tokens_per_second=tokens / run.wall_s if run.wall_s else 0.0,
@@ -175,18 +175,11 @@ def figures(run: PresetRun, alone: Mapping[int, Alternatives]) -> Figures:
     )
 
 
-def budget_of(requests: Sequence[Generated]) -> tuple[float | None, float | None, int]:
-    """R-hat and its limit over the sessions of all agents, and how many there were; of the kind that most were of."""
-    latest = {(r.agent, r.statistics["risk_epsilon"]): r.statistics for r in requests if "risk_epsilon" in r.statistics}
-    budgets: dict[float, Budget] = {}
-    for (_, epsilon), statistics in latest.items():
-        named = {name.removeprefix("risk_"): value for name, value in statistics.items()}
-        budget = Budget.restore(named)
-        budgets[epsilon] = budgets[epsilon] + budget if epsilon in budgets else budget
-    if not budgets:
-        return None, None, 0
-    budget = max(budgets.values(), key=lambda b: b.sessions)
-    return budget.estimate, budget.limit(), budget.sessions
+def certificate_of(requests: Sequence[Generated]) -> Certificate | None:
+    """The evidence of all agents together, from what each reported last; None where nothing was audited."""
+    latest = {r.agent: r.statistics for r in requests if "risk_tokens" in r.statistics}
+    named = ({name.removeprefix("risk_"): value for name, value in last.items()} for last in latest.values())
+    return sum(map(Certificate.of_figures, named), Certificate()) if latest else None
 
 
 def taus_of(requests: Sequence[Generated]) -> list[tuple[float, float]]:
@@ -262,8 +255,8 @@ def notes(report: Report) -> list[str]:
         lines.append("-: this preset draws other random numbers than the LLM alone, so its texts are not to be equal.")
     if report.risk_limit is not None:
         lines.append(
-            "error: estimated harm of skipping, per token (R-hat); limit: what it is below, at the preset's confidence."
-            + (" 1.00: too few texts yet to promise anything." if report.risk_limit == 1.0 else "")
+            "error per token: what skipping is estimated to cost (R-hat); at most: the certificate's limit, at the preset's "
+            "confidence and at every moment."
         )
     return lines
 
@@ -291,7 +284,7 @@ _ROWS: Final[dict[str, Callable[[Figures], str]]] = {
     "cluster bytes per token": lambda c: f"{c.cluster_bytes_per_token:,.1f}",
     "round trips per token": lambda c: f"{c.round_trips_per_token:.3f}",
     "error per token": lambda c: _number(c.risk, 4),
-    "  limit": lambda c: _number(c.risk_limit, 2),
+    "  at most": lambda c: _number(c.risk_limit, 4),
     "threshold at the start": lambda c: _number(c.tau_start, 2),
     "threshold at the end": lambda c: _number(c.tau_end, 2),
     "tokens per second": lambda c: f"{c.tokens_per_second:.0f}",

@@ -111,7 +111,7 @@ class Demo:
         generation = self.config.generation
         sampling = Sampling(self.seed, generation.temperature, generation.top_p, generation.coupling)
         bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
-        journey = Journey(generation, measures_of(generation, sampling, self.tokens).draft, bars=bars)
+        journey = Journey(generation, measures_of(generation, sampling).draft, bars=bars)
         progress = Progress([p.agent for p in self.places], journey, plain=not console.is_terminal, console=console)
         self.progress = progress
         async with Processes() as processes:

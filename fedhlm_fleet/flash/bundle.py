@@ -29,7 +29,18 @@ _GLIBC_MINORS: Final = range(17, 36)
 _WHEEL: Final = re.compile(
     r"(?P<name>[A-Za-z0-9_.]+)-(?P<version>[^-]+)(-\d[^-]*)?-(?P<python>[^-]+)-(?P<abi>[^-]+)-(?P<platform>[^-]+)\.whl"
 )
-_NO_SOURCE: Final = (".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "benchmarks", "deploy", "docs")
+_NO_SOURCE: Final = (
+    ".*",
+    "build",
+    "dist",
+    "*.egg-info",
+    "__pycache__",
+    "tests",
+    "benchmarks",
+    "deploy",
+    "docs",
+    "examples",
+)
 
 
 def tags(python: str, machine: str = MACHINE) -> list[str]:

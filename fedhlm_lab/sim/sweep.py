@@ -1,22 +1,19 @@
 """Many seeds: over presets and links in turn, in one process or several, summed up."""
 
-import multiprocessing
-import os
 import random
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import msgspec
 
 from fedhlm import choices
-from fedhlm.process.leash import leash
 from fedhlm_lab.sim import links
 from fedhlm_lab.sim.invariants import Violation
 from fedhlm_lab.sim.scenario import Scenario, command
 from fedhlm_lab.sim.simulator import RunTotals, simulate
+from fedhlm_lab.workers import across
 
 BLOCK: Final = "generation.pipeline.block"
 
@@ -148,37 +145,7 @@ def sweep(plan: SweepPlan, seeds: Sequence[int], *, jobs: int = 1) -> Iterator[S
     """
     for seed in range(len(plan.presets) * len(plan.links)):  # one of each
         _ = plan.scenario(seed).loaded
-    if jobs == 1:
-        yield from (_run(plan, seed) for seed in seeds)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=leash, initargs=(os.getpid(),)) as pool:
-
-        def submit(seed: int) -> Future[SeedDone]:
-            # The first call starts the workers, which inherit what is blocked: Ctrl-C is for this process alone.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                return pool.submit(_run, plan, seed)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-        try:
-            yield from _spread(submit, seeds, jobs)
-        finally:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # of an interrupted sweep nobody waits for what has not begun
-
-
-def _spread(submit: Callable[[int], Future[SeedDone]], seeds: Sequence[int], jobs: int) -> Iterator[SeedDone]:
-    todo, running = iter(seeds), set[Future[SeedDone]]()
-    while True:
-        while len(running) < 2 * jobs and (seed := next(todo, None)) is not None:
-            running.add(submit(seed))
-        if not running:
-            return
-        done, running = wait(running, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in done)
+    yield from across(partial(_run, plan), seeds, jobs)
 
 
 def _run(plan: SweepPlan, seed: int) -> SeedDone:

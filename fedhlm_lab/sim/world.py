@@ -221,12 +221,16 @@ class Fleet:
         async with self.bus(name) as bus:
             agent = self.agent(bus, cluster, name, drafter, lambda: rng.getrandbits(63))
             await agent.subscribe()
-            listener = asyncio.create_task(listen(agent), name=f"{name}-listen")
+            tasks = [
+                asyncio.create_task(listen(agent), name=f"{name}-listen"),
+                asyncio.create_task(agent.auditor.keep(), name=f"{name}-audits"),
+            ]
             try:
                 yield agent
             finally:
-                listener.cancel()
-                await asyncio.wait([listener])
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
 
 
 async def listen(agent: AgentCore) -> None:

@@ -23,7 +23,7 @@ from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.text import encode_prompt
-from fedhlm.learning.budget import Budget
+from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol.messages import FinishReason, Sampling
 from fedhlm.settings import Config
 from fedhlm_lab.sim.shipped import shipped_pair
@@ -178,20 +178,17 @@ def line_of(preset: str, kind: str, done: Sequence[FinishedTask], large: Oracle,
     for name in ("uplink_bytes", "cluster_bytes", "round_trips", "escalated"):
         setattr(line, name, sum(getattr(d.result, name) for d in done) / line.tokens)
     line.transmissions = sum(d.result.uplink_messages for d in done) / line.tokens
-    budget = budget_of(done)
-    if budget is not None:
-        line.risk, line.risk_limit = budget.estimate, budget.limit()
+    known = certificate_of(done)
+    if known is not None:
+        line.risk, line.risk_limit = known.estimate, known.limit(done[0].result.confidence)
     line.tau = (done[0].result.tau, done[-1].result.tau)
     return line
 
 
-def budget_of(done: Sequence[FinishedTask]) -> Budget | None:
-    """The agents' error budgets together, of the kind of audit that most generations had; None without audits."""
-    last = {(d.agent, d.result.risk.epsilon): d.result.risk for d in done if d.result.risk is not None}
-    pooled: dict[float, Budget] = {}
-    for (_, epsilon), budget in last.items():
-        pooled[epsilon] = pooled[epsilon] + budget if epsilon in pooled else budget
-    return max(pooled.values(), key=lambda b: b.sessions, default=None)
+def certificate_of(done: Sequence[FinishedTask]) -> Certificate | None:
+    """The agents' newest certificates together; None where nothing was audited."""
+    last = {d.agent: d.result.certificate for d in done if d.result.certificate is not None}
+    return sum(last.values(), Certificate()) if last else None
 
 
 def observations_of(done: Sequence[FinishedTask]) -> list[Observation]:

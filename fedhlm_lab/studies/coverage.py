@@ -1,116 +1,189 @@
-"""Does the error budget hold? Many fleets of toy models learn under the preset `budget`, and the truth is counted.
+"""Does the certificate hold? Many devices on toy models learn under the preset `budget`, and the truth is counted.
 
 The truth is the share of committed tokens that the device or its peers settled and the LLM, with the same seed, would
-have written otherwise: it bounds the total variation per token. Run: python -m fedhlm_lab.studies.coverage [--runs 200] [--budget 0.05]
+have written otherwise: it bounds the total variation per token.
 """
 
-import argparse
+import asyncio
 import random
-import sys
+from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
+import numpy as np
 
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol.messages import Sampling
-from fedhlm.protocol.sources import SOURCES
-from fedhlm.settings import Config
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
-from fedhlm_lab.sim.world import Fleet, Pair
+from fedhlm_lab.sim.world import Fleet
 from fedhlm_lab.studies.compare import nobody
+from fedhlm_lab.workers import across
 
 AGREEMENT: Final = 0.85
+TOGETHER: Final = 8  # lives whose certificates are added up, as those of a fleet
 
 
-class DeviceLife(NamedTuple):
-    """One device's life: harm per token, the mean over its generations; R-hat and limit as it reports them at the end;
-    the share of tokens that were skipped, and of texts that are not the LLM's."""
+class CoveragePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What every life is: texts of so many tokens, and the settings of the preset `budget`."""
 
-    truth: float
-    estimate: float
+    texts: int = 60
+    tokens: int = 24
+    budget: float = 0.05
+    audit: float = 0.25
+    temperature: float = 0.8
+
+
+class DeviceLife(msgspec.Struct, frozen=True, kw_only=True):
+    """One device: its counted errors and tokens over all texts, what it reports at the end, and what it cost.
+
+    `above`: at some look the truth over the texts accounted for was above the limit. `different`: share of texts that are
+    not the LLM's.
+    """
+
+    tokens: int
+    wrong: int
+    skipped: int
+    different: float
     limit: float
+    estimate: float
+    above: bool
+    audits: int
+    lost_audits: int
+    audit_messages: int
+    messages: int
+    certificate: dict[str, float]
+
+    @property
+    def truth(self) -> float:
+        """Errors per token."""
+        return self.wrong / self.tokens
+
+
+class CoverageFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Over all lives; `fleet_ratio` is the mean of limit / truth over groups of eight lives, None with fewer lives."""
+
+    lives: int
+    texts: int
+    share_below_budget: float
+    share_ever_above: float
+    audits_per_text: float
+    scored_tails_per_text: float
+    lost_audits: int
+    messages_per_token: float
+    mean_limit: float
+    mean_truth: float
+    mean_estimate: float
     skipped: float
     different: float
+    fleet_limit: float | None
+    fleet_ratio: float | None
 
 
-def true_harm(prompt: list[int], sampling: Sampling, result: GenerationResult) -> int:
+def errors_of(prompt: list[int], sampling: Sampling, result: GenerationResult) -> int:
     """Skipped tokens that the LLM would have written otherwise."""
     settle = COUPLINGS[sampling.coupling].settle
     ids, wrong = list(prompt), 0
     for token, source in zip(result.ids, result.sources, strict=True):
-        if not SOURCES[source].verified:
+        if source != "cloud":
             wrong += settle(toy.large_logits(ids), sampling, len(ids), None, b"") != token
         ids.append(token)
     return wrong
 
 
-async def life(pair: Pair, config: Config, *, seed: int, generations: int, tokens: int) -> DeviceLife:
-    """One agent of a calm fleet, `generations` prompts long."""
+async def _live(plan: CoveragePlan, seed: int) -> DeviceLife:
+    flags = {"generation.budget": str(plan.budget), "generation.audit": str(plan.audit)}
+    config = load(preset="budget", environ={}, flags=flags).config
+    generation = config.generation
     rng = random.Random(seed)
-    fleet = Fleet(pair, seed=seed, clusters=1, delay_s=0.01, sessions_max=8, federation=config.federation)
+    pair = toy.pair(AGREEMENT)
+    fleet = Fleet(pair, seed=seed, clusters=1, delay_s=0.01, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
         node.start()
-    harms, skipped, written, different = [], 0, 0, 0
+    wrong, tokens = [0], [0]  # cumulative, by texts
+    skipped = different = 0
+    above = False
+    known = Certificate()
     async with fleet.online("c0", "agent", pair.drafter()) as agent:
-        for _ in range(generations):
+        for _ in range(plan.texts):
             prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(3)]
-            sampling = Sampling(rng.getrandbits(40), 0.8, 1.0, config.generation.coupling)
-            job = Job(config.generation, sampling, tokens, pair.context, pair.eos_ids)
+            sampling = Sampling(rng.getrandbits(40), plan.temperature, 1.0, generation.coupling)
+            job = Job(generation, sampling, plan.tokens, pair.context, pair.eos_ids)
             result = await agent.generate(job, prompt, nobody)
-            harms.append(true_harm(prompt, sampling, result) / len(result.ids))
-            skipped += sum(not SOURCES[s].verified for s in result.sources)
-            written += len(result.ids)
-            different += result.ids != toy.large_alone(prompt, sampling, tokens)
+            wrong.append(wrong[-1] + errors_of(prompt, sampling, result))
+            tokens.append(tokens[-1] + len(result.ids))
+            skipped += sum(s != "cloud" for s in result.sources)
+            different += result.ids != toy.large_alone(prompt, sampling, plan.tokens)
+            if result.certificate is None:
+                raise ValueError("generation.audit must be above 0 (got 0): nothing is estimated without audits")
+            known = result.certificate
+            done = round(known.texts)
+            above |= done > 0 and wrong[done] / tokens[done] > known.limit(generation.confidence)
+        await asyncio.sleep(0.0)
     for node in fleet.nodes.values():
         await node.crash()
-    risk = result.risk
-    if risk is None:
-        raise ValueError("generation.audit is 0: nothing is estimated without audits")
-    truth = sum(harms) / len(harms)
-    return DeviceLife(truth, risk.estimate, risk.limit(), skipped / written, different / generations)
+    counted = fleet.counters.snapshot()
+    return DeviceLife(
+        tokens=tokens[-1],
+        wrong=wrong[-1],
+        skipped=skipped,
+        different=different / plan.texts,
+        limit=known.limit(generation.confidence),
+        estimate=known.estimate,
+        above=above,
+        audits=round(counted.get("audits", 0)),
+        lost_audits=round(counted.get("lost_audits", 0)),
+        audit_messages=round(counted.get("audit_messages", 0)),
+        messages=round(counted.get("uplink_messages", 0)),
+        certificate=known.figures(),
+    )
+
+
+def live(plan: CoveragePlan, seed: int) -> DeviceLife:
+    """One agent of a calm fleet, `plan.texts` prompts long, in virtual time."""
+    return run_virtual(_live(plan, seed))
 
 
 def study(
-    *, runs: int, generations: int, tokens: int, budget: float, audit: float, first_seed: int = 0
-) -> list[DeviceLife]:
-    """Independent lives, one for each seed."""
-    flags = {"generation.budget": str(budget), "generation.audit": str(audit)}
-    config = load(preset="budget", environ={}, flags=flags).config
-    pair = toy.pair(AGREEMENT)
-    return [
-        run_virtual(partial(life, pair, config, seed=seed, generations=generations, tokens=tokens)())
-        for seed in range(first_seed, first_seed + runs)
+    plan: CoveragePlan, *, lives: int, seed: int = 0, jobs: int = 1, ended: Callable[[DeviceLife], object] | None = None
+) -> CoverageFigures:
+    """Independent lives, one for each seed from `seed` on; `ended` hears of each."""
+    found: list[DeviceLife] = []
+    for one in across(partial(live, plan), range(seed, seed + lives), jobs):
+        found.append(one)
+        if ended is not None:
+            ended(one)
+    return figures(plan, found)
+
+
+def figures(plan: CoveragePlan, lives: list[DeviceLife]) -> CoverageFigures:
+    """What the lives say together."""
+    confidence = load(preset="budget", environ={}).config.generation.confidence
+    texts = plan.texts * len(lives)
+    groups = [lives[i : i + TOGETHER] for i in range(0, len(lives) - TOGETHER + 1, TOGETHER)]
+    limits = [
+        sum((Certificate.of_figures(x.certificate) for x in group), Certificate()).limit(confidence) for group in groups
     ]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; exit status 1 when the truth is above the limit more often than stated."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedhlm_lab.studies.coverage", description="does the error budget hold?"
+    truths = [sum(x.wrong for x in group) / sum(x.tokens for x in group) for group in groups]
+    tokens = sum(x.tokens for x in lives)
+    return CoverageFigures(
+        lives=len(lives),
+        texts=plan.texts,
+        share_below_budget=sum(x.limit < plan.budget for x in lives) / len(lives),
+        share_ever_above=sum(x.above for x in lives) / len(lives),
+        audits_per_text=sum(x.audit_messages for x in lives) / texts,
+        scored_tails_per_text=sum(x.audits for x in lives) / texts,
+        lost_audits=sum(x.lost_audits for x in lives),
+        messages_per_token=sum(x.messages for x in lives) / tokens,
+        mean_limit=float(np.mean([x.limit for x in lives])),
+        mean_truth=float(np.mean([x.truth for x in lives])),
+        mean_estimate=float(np.mean([x.estimate for x in lives])),
+        skipped=sum(x.skipped for x in lives) / tokens,
+        different=float(np.mean([x.different for x in lives])),
+        fleet_limit=float(np.mean(limits)) if limits else None,
+        fleet_ratio=float(np.mean(limits) / np.mean(truths)) if limits and np.mean(truths) else None,
     )
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--generations", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--budget", type=float, default=0.05)
-    parser.add_argument("--audit", type=float, default=0.0105, help="for each token that is asked for")
-    options = parser.parse_args(arguments)
-    lives = study(**vars(options))
-    above = sum(r.truth > r.limit for r in lives)
-    over = sum(r.truth > options.budget for r in lives)
-
-    def mean(name: str) -> float:
-        return float(sum(getattr(r, name) for r in lives) / len(lives))
-
-    print(
-        f"{len(lives)} runs of {options.generations} generations: truth above its limit {above}, above the budget {over};\n"
-        f"means: truth {mean('truth'):.4f}, R-hat {mean('estimate'):.4f}, limit {mean('limit'):.4f}, "
-        f"skipped {mean('skipped'):.1%}, texts that differ {mean('different'):.1%} "
-        f"(at most {options.tokens} x truth = {options.tokens * mean('truth'):.1%})"
-    )
-    return int(above > 0.05 * len(lives))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

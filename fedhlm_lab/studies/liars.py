@@ -23,7 +23,7 @@ from fedhlm_lab.sim.liars import LIES, tempt
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
 from fedhlm_lab.studies.compare import nobody
-from fedhlm_lab.studies.coverage import AGREEMENT, true_harm
+from fedhlm_lab.studies.coverage import AGREEMENT, errors_of
 
 NEIGHBOURS: Final = 2  # agents of the other cluster
 HONEST: Final = "none"
@@ -73,7 +73,7 @@ async def _write(fleet: Fleet, config: Config, setting: LiarsSetting, cluster: s
             tempt(agent.learner, lambda: setting.lie)
         for _ in range(setting.generations):
             result = await _generate(agent, config, setting, rng, fleet.pair)
-            truth += true_harm(result.prompt, result.sampling, result.made) / len(result.made.ids)
+            truth += errors_of(result.prompt, result.sampling, result.made) / len(result.made.ids)
             verified += sum(s == "cloud" for s in result.made.sources)
             written += len(result.made.ids)
             messages += result.made.uplink_messages

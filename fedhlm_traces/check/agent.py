@@ -142,7 +142,10 @@ class _AgentReplay:
 
     async def _take(self, note: Note) -> None:
         """Let the agent hear a message; decisions are passed over."""
-        if note.kind == "heard":
+        if note.kind == "round":
+            self._now_s = note.at_s
+            await self._agent.auditor.send_overdue()
+        elif note.kind == "heard":
             self._now_s = note.at_s
             self._book.note("heard", note.subject, note.data)
             received = self._agent.party.read(note.subject, note.data)
@@ -295,11 +298,7 @@ class _Telling:
         match note.kind:
             case "plan":
                 plan = self._plan([note])
-                return (
-                    ""
-                    if plan is None
-                    else f"tau {_tau(plan.tau)}, similarity {_number(plan.similarity)}, audit {plan.audit}"
-                )
+                return "" if plan is None else f"tau {_tau(plan.tau)}, similarity {_number(plan.similarity)}"
             case "judged":
                 return self._judged(journal.unpack(note.data, Judged), notes)
             case "committed":
@@ -324,8 +323,6 @@ class _Telling:
             )
         if not same(then.similarity, now.similarity):
             reasons.append(f"similarity was {_number(then.similarity)} and is {_number(now.similarity)}")
-        if then.audit != now.audit:
-            reasons.append(f"audit was {then.audit} and is {now.audit}")
         same_as = f"tau {_tau(now.tau)} and similarity {_number(now.similarity)} are the same, the rule is another"
         return "; ".join(reasons) or same_as
 

@@ -167,21 +167,3 @@ def test_statistics_add_up() -> None:
     assert 0 < statistics["round_trips"] <= statistics["uplink_messages"]
     assert statistics["uplink_bytes"] > 16 * 2
     assert 0.0 <= statistics["mean_beta"] <= 1.0
-
-
-@pytest.mark.parametrize(("max_tokens", "share"), [(1, 1 / 128), (10, 1 / 16), (64, 1 / 2), (100, 1.0)])
-def test_the_audits_coin_comes_up_as_often_as_stated_and_is_known_before_the_text(
-    max_tokens: int, share: float
-) -> None:
-    """Over many seeds the plan audits a share of `generation.audit` a token asked for, rounded down to a power of two."""
-
-    async def work(_fleet: Fleet, agent: AgentCore) -> GenerationResult:
-        config = load(preset="budget", environ={}, flags={}).config.generation
-        options = {"max_tokens": max_tokens, "context_max": toy.CONTEXT, "eos_ids": frozenset({toy.EOS_ID})}
-        count = 4_000
-        plans = [agent.plan(Job(config, Sampling(seed=seed), **options)) for seed in range(count)]  # type: ignore[arg-type]
-        audited = sum(plan.audit for plan in plans)
-        assert abs(audited - count * share) <= 4.0 * (count * share * (1.0 - share)) ** 0.5
-        return GenerationResult(tau=0.0, similarity=None, audited=False)
-
-    with_fleet(work)

@@ -20,7 +20,7 @@ from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
 
 LOADED = load(preset="budget", environ={})
-MEASURES = measures_of(LOADED.config.generation, Sampling(1), 64)
+MEASURES = measures_of(LOADED.config.generation, Sampling(1))
 
 
 class Disk:

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.events import Finish, Observation
-from edge_agent.learner import SLACK_RISE, Learner, Measures, Slack, measures_of
+from edge_agent.events import Observation, Token
+from edge_agent.learner import SLACK_RISE, Learner, Measures, OpenText, Slack, measures_of
 from fedhlm.config import load
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve, shrunk
 from fedhlm.learning.privacy import sigma_for
 from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
-from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sampling
+from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sampling, Source
 from fedhlm.settings import Federation, Generation
 from fedhlm_lab.sim.liars import LIES
 
@@ -38,23 +38,27 @@ def seen(u: float, harm: float, *, match: tuple[float, float] | None = None, ski
 def teach(device: Learner, settings: Generation, tokens: int, *, seed: int = 0) -> Measures:
     """Tokens whose harm is a coin of u squared."""
     rng = np.random.default_rng(seed)
-    measures = measures_of(settings, SAMPLING, 10)
+    measures = measures_of(settings, SAMPLING)
     u = rng.random(tokens)
     harm = rng.random(tokens) < u**2
     device.observe(measures, settings, [seen(float(a), float(b)) for a, b in zip(u, harm, strict=True)])
     return measures
 
 
-def finish(device: Learner, settings: Generation, observations: list[Observation], **options: Any) -> None:
-    options = {"tokens": 10, "tau": 0.5, "audited": False, "escalation_bytes": 0, "escalated": 0, **options}
-    ended = options.pop("ended", Finish("length"))
-    device.finished(measures_of(settings, SAMPLING, 10), settings, observations, ended, **options)
+def finish(device: Learner, settings: Generation, observations: list[Observation], **options: Any) -> OpenText | None:
+    options = {"tail": (), "tokens": 10, "tau": 0.5, "escalation_bytes": 0, "escalated": 0, "coin": 1.0, **options}
+    return device.finished(measures_of(settings, SAMPLING), settings, observations, **options)
+
+
+def left(count: int, source: Source = "local") -> tuple[Token, ...]:
+    """Committed tokens that no verdict has scored."""
+    return (Token(1, 0.5, 0.1, b"", False, 0.0, b"", 1, source),) * count
 
 
 def test_a_device_without_evidence_sends_everything_and_earns_the_right_to_skip() -> None:
     settings = config(peers="none")
     device = learner()
-    measures = measures_of(settings, SAMPLING, 10)
+    measures = measures_of(settings, SAMPLING)
     assert device.tau(measures, settings) == KEEP_NONE
     teach(device, settings, 3_000)
     tau = device.tau(measures, settings)
@@ -138,7 +142,7 @@ def test_the_price_of_a_transmission_sets_tau(gate_bytes: int) -> None:
 def test_similarity_is_earned_and_shares_are_of_all_tokens() -> None:
     settings = config()
     device = learner()
-    measures = measures_of(settings, SAMPLING, 10)
+    measures = measures_of(settings, SAMPLING)
     assert device.similarity(measures, settings) is None
     hits = [seen(0.9, 0.0, match=(0.05, 0.0)) for _ in range(600)]
     misses = [seen(0.9, 1.0, match=(0.4, 1.0)) for _ in range(300)]
@@ -182,33 +186,76 @@ def test_rounds_are_due_by_count_or_time() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=20))
-def test_the_budget_counts_every_skipped_token_once(sessions: list[tuple[int, int, bool]]) -> None:
+def test_the_certificate_counts_every_skipped_token_once(texts: list[tuple[int, int, bool]]) -> None:
     settings = config()
     device = learner()
     expected = 0.0
-    for scored, tail, audited in sessions:
+    for scored, tail, audited in texts:
         observations = [seen(0.1, 1.0, skipped=True)] * scored
-        unseen: tuple[Any, ...] = ((0.1, "local"),) * tail
-        if audited:
-            observations += [seen(0.1, 1.0, skipped=True)._replace(audit=True)] * tail
-            unseen = ()
-        finish(device, settings, observations, audited=audited, ended=Finish("length", "", unseen))
-        expected += (scored + audited * tail / 0.0625) / 10
-    risk = device.risk(measures_of(settings, SAMPLING, 10), settings)
-    assert risk is not None
-    assert risk.sessions == len(sessions)
-    assert risk.estimate == pytest.approx(expected / len(sessions) if sessions else 0.0)
-    assert risk.limit() >= min(1.0, risk.estimate)
+        open_text = finish(device, settings, observations, tail=left(tail), coin=0.0 if audited else 1.0)
+        assert (open_text is not None) == (audited and tail > 0)
+        if open_text is not None:
+            device.audited(open_text, [1.0] * tail)
+        expected += scored + (audited and tail / (1.0 - 0.75**tail) if tail else 0.0)
+    known = device.certificate(measures_of(settings, SAMPLING), settings)
+    assert known is not None
+    assert (known.texts, known.tokens) == (len(texts), 10 * len(texts))
+    assert known.estimate == pytest.approx(expected / (10 * len(texts)) if texts else 0.0)
+    assert known.limit(0.95) >= min(1.0, known.estimate)
 
 
-def test_what_was_never_scored_counts_as_wrong_where_it_should_have_been() -> None:
+@pytest.mark.parametrize("tail", [1, 2, 5, 200])
+def test_the_audits_coin_comes_up_with_the_tails_probability(tail: int) -> None:
+    """Each token of a tail has a chance of `generation.audit`: over even coins the share is what the formula says."""
     settings = config()
-    lost, unlucky = learner(), learner()
-    finish(lost, settings, [], ended=Finish("length", "", ((0.1, "unverified"),) * 4))
-    finish(unlucky, settings, [], audited=True, ended=Finish("length", "", ((0.1, "local"),) * 4))
-    measures = measures_of(settings, SAMPLING, 10)
-    assert lost.risk(measures, settings).estimate == pytest.approx(0.4)  # type: ignore[union-attr]
-    assert unlucky.risk(measures, settings).estimate == pytest.approx(0.4 / 0.0625)  # type: ignore[union-attr]
+    count = 4_000
+    coins = (np.arange(count) + 0.5) / count
+    due = sum(finish(learner(), settings, [], tail=left(tail), tokens=300, coin=float(c)) is not None for c in coins)
+    assert due / count == pytest.approx(1.0 - 0.75**tail, abs=2.0 / count)
+
+
+def test_texts_enter_the_certificate_in_their_order() -> None:
+    """What came after a text that waits for its audit counts only after it."""
+    settings = config()
+    device = learner()
+    measures = measures_of(settings, SAMPLING)
+    first = finish(device, settings, [], tail=left(2), coin=0.0)
+    finish(device, settings, [seen(0.1, 1.0, skipped=True)])
+    third = finish(device, settings, [], tail=left(1), coin=0.0)
+    assert first is not None
+    assert third is not None
+    device.audited(third, [0.0])
+
+    def texts() -> float:
+        known = device.certificate(measures, settings)
+        assert known is not None
+        return known.texts
+
+    assert texts() == 0.0
+    device.audited(first, [0.0, 0.0])
+    assert texts() == 3.0
+
+
+def test_what_nobody_scored_counts_as_wrong_where_it_should_have_been() -> None:
+    settings = config()
+    device = learner()
+    measures = measures_of(settings, SAMPLING)
+    text = finish(device, settings, [], tail=left(4), coin=0.0)
+    assert text is not None
+    kept = learner()
+    kept.restore(device.snapshot())  # a restart loses the audit
+    device.audited(text, None)
+    for found in (device, kept):
+        known = found.certificate(measures, settings)
+        assert known is not None
+        assert known.estimate == pytest.approx(0.4 / (1.0 - 0.75**4))
+
+
+def test_tokens_without_a_link_are_always_audited() -> None:
+    device, settings = learner(), config()
+    text = finish(device, settings, [], tail=left(1, "unverified"), coin=0.999)
+    assert text is not None
+    assert text.probability == 1.0
 
 
 def test_an_estimate_above_the_budget_brings_verification_back_until_it_is_not() -> None:
@@ -240,7 +287,7 @@ def test_a_snapshot_keeps_everything() -> None:
     again.restore(device.snapshot())
     assert again.snapshot() == device.snapshot()
     assert again.tau(measures, settings) == device.tau(measures, settings)
-    assert again.risk(measures, settings).snapshot() == device.risk(measures, settings).snapshot()  # type: ignore[union-attr]
+    assert again._certificates[measures.draft].state() == device._certificates[measures.draft].state()
     assert again.round == 1
 
 
@@ -270,21 +317,12 @@ def test_different_ways_of_generating_never_mix() -> None:
     settings = config()
     greedy = Sampling(1, 0.0, 1.0, "gumbel")
     names = {
-        measures_of(settings, SAMPLING, 10).draft,
-        measures_of(settings, greedy, 10).draft,
-        measures_of(config("fedhlm"), greedy, 10).draft,
-        measures_of(config(uncertainty="entropy"), greedy, 10).draft,
+        measures_of(settings, SAMPLING).draft,
+        measures_of(settings, greedy).draft,
+        measures_of(config("fedhlm"), greedy).draft,
+        measures_of(config(uncertainty="entropy"), greedy).draft,
     }
     assert len(names) == 4
-
-
-@pytest.mark.parametrize(
-    ("tokens", "probability"), [(1, 2**-7), (10, 2**-4), (64, 0.5), (99, 0.5), (100, 1.0), (1_000, 1.0)]
-)
-def test_longer_texts_are_audited_more_often(tokens: int, probability: float) -> None:
-    """0.01 for each token, rounded down to a power of two."""
-    assert measures_of(config(), SAMPLING, tokens).audit == probability
-    assert measures_of(config("exact"), SAMPLING, tokens).audit == 0.0
 
 
 @pytest.mark.parametrize("control", [float("nan"), float("inf"), -1e308])
@@ -317,7 +355,7 @@ def state_of(threshold: float, control: float = 0.0) -> Learned:
 
 
 def paper_round(device: Learner, settings: Generation, observations: list[Observation]) -> PaperThreshold:
-    device.observe(measures_of(settings, SAMPLING, 10), settings, observations)
+    device.observe(measures_of(settings, SAMPLING), settings, observations)
     ended = device.contribution(settings, 1.0)
     assert ended is not None
     assert ended[0] is not None
@@ -368,7 +406,7 @@ def test_privacys_noise_covers_a_token_that_is_in_both_curves() -> None:
     settings, releases = config(), 3
     device = learner(epsilon=50.0, releases=releases)
     device._rng = np.random.default_rng(5)
-    measures = measures_of(settings, SAMPLING, 10)
+    measures = measures_of(settings, SAMPLING)
     many = 10_000.0
     for name in (measures.draft, measures.peers):
         device.curves[name] = Curve(*np.full((4, 64), many))
@@ -383,7 +421,7 @@ def test_privacys_noise_covers_a_token_that_is_in_both_curves() -> None:
 
 def tau_with_budget(settings: Generation, device: Learner, budget: float, confidence: float | None = None) -> float:
     """What the device's own curve allows at a budget: the oracle of the rules that change the budget."""
-    curve = device.curves[measures_of(settings, SAMPLING, 10).draft]
+    curve = device.curves[measures_of(settings, SAMPLING).draft]
     m = shrunk(curve, curve, settings.learning.shrinkage)
     return tau_of_budget(curve, m, budget, 1.0 - (confidence or settings.confidence))
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.events import Answered, Cancelled, Drafted, Escalate, Finish, Observe, Plan, Proposal, Tick
+from edge_agent.events import Answered, Cancelled, Drafted, Observe, Plan, Proposal
 from edge_agent.generation import GenerationMachine
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
@@ -45,61 +45,29 @@ def misses(bench: Bench) -> list[bool]:
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.8]))
-def test_an_audited_text_is_scored_to_its_end_and_the_scores_are_the_truth(seed: int, temperature: float) -> None:
-    settings = plan("blocking", gate="threshold", seed=seed, temperature=temperature, tokens=16)._replace(audit=True)
-    bench = Watched(settings, PROMPT)
+def test_verdicts_and_the_tail_cover_what_was_kept_and_the_scores_are_the_truth(seed: int, temperature: float) -> None:
+    bench = Watched(plan("blocking", gate="threshold", seed=seed, temperature=temperature, tokens=16), PROMPT)
     bench.run()
     assert bench.finish is not None
-    assert bench.finish.unseen == ()
+    tail = bench.finish.tail
+    assert [*tail.context, *(t.token for t in tail.tokens)] == [*PROMPT, *bench.ids]
+    assert {t.source for t in tail.tokens} <= {"local"}
     skipped = [harm for harm, skip, _ in bench.observations if skip]
     local = [float(m) for m, c in zip(misses(bench), bench.committed, strict=True) if c.source == "local"]
-    assert skipped == local
-
-
-@given(st.integers(0, 10_000))
-def test_without_audit_only_the_tail_is_unseen(seed: int) -> None:
-    bench = Watched(plan("blocking", gate="threshold", seed=seed, tokens=16), PROMPT)
-    bench.run()
-    assert bench.finish is not None
-    tail = len(bench.finish.unseen)
-    sources = [c.source for c in bench.committed]
-    assert sources[len(sources) - tail :] == ["local"] * tail
-    assert sum(skip for _, skip, _ in bench.observations) + tail == sources.count("local")
+    assert skipped == local[: len(local) - len(tail.tokens)]
     assert not any(audit for _, _, audit in bench.observations)
 
 
-def test_an_audit_that_nobody_answers_ends_at_the_deadline() -> None:
-    settings = plan("blocking", gate="never", tokens=4, deadline_s=3.0)._replace(audit=True)
-    bench = Watched(settings, PROMPT)
-    while bench.draft():
-        pass
-    assert bench.committed[-1].source == "local"
-    assert [c.source for c in bench.committed] == ["local"] * 4
-    assert not bench.over
-    assert isinstance(bench.up[0], Escalate)
-    assert (bench.up[0].fixed, bench.up[0].extend) == (4, 0)
-    for _ in range(20):
-        if not bench.over:
-            bench.now = bench.machine.wake_s()
-            bench.handle(Tick())
-    assert bench.finish is not None
-    assert len(bench.finish.unseen) == 4
-    assert bench.now == pytest.approx(3.0)
-    assert bench.machine.tally.retries > 0
-
-
-def test_a_stopped_text_is_audited_and_its_drafts_are_dropped() -> None:
-    bench = Watched(plan("blocking", gate="never", tokens=50)._replace(audit=True), PROMPT)
+def test_a_stopped_text_drops_its_drafts_and_leaves_its_tail() -> None:
+    bench = Watched(plan("blocking", gate="never", tokens=50), PROMPT)
     for _ in range(5):
         bench.draft()
     bench.handle(Cancelled("stop"))
-    bench.draft()  # one was under way
-    assert not bench.over
-    bench.settle()
-    bench.hear()
-    assert bench.finish == Finish("stop")
+    assert bench.finish is not None
+    assert bench.finish.reason == "stop"
+    assert [t.token for t in bench.finish.tail.tokens] == bench.ids
     assert len(bench.ids) == 5
-    assert len([1 for _, _, audit in bench.observations if audit]) == 5
+    assert not bench.finish.tail.primed
 
 
 def proposing(token: int, *, adopt: bool, settles: bool) -> Plan:

@@ -259,8 +259,9 @@ def test_an_agent_shows_the_thresholds_and_the_budget_of_its_newest_generation()
 
     (u_hlm, budget, fedhlm, slm_only), (first, audited, peers, last) = run_virtual(main())
     assert u_hlm == {"tau": first.tau}
-    assert audited.risk is not None
-    risk = {"risk": audited.risk.estimate, "risk_limit": audited.risk.limit(), "risk_generations": 1.0}
+    known = audited.certificate
+    assert known is not None
+    risk = {"risk": known.estimate, "risk_limit": known.limit(0.95), "risk_generations": known.texts}
     assert budget == {"tau": audited.tau, **risk}
     assert fedhlm == {"tau": peers.tau, "similarity": peers.similarity, **risk}
     assert slm_only == {**fedhlm, "tau": last.tau}

@@ -87,13 +87,13 @@ def half_the_harm(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_doubt_too_high(patch: pytest.MonkeyPatch) -> None:
-    observe = generation.GenerationMachine._scored
+    score = generation.scored
 
-    def doubting(self: generation.GenerationMachine, *given: object) -> Observation:
-        seen = observe(self, *given)  # type: ignore[arg-type]
+    def doubting(*given: Any, **named: Any) -> Observation:
+        seen = score(*given, **named)
         return seen._replace(uncertainty=min(1.0, seen.uncertainty + 0.1))
 
-    patch.setattr(generation.GenerationMachine, "_scored", doubting)
+    patch.setattr(generation, "scored", doubting)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fedhlm.decoding.couplings import COUPLINGS, split_laws
 from fedhlm.decoding.laws import decode_full, decode_lattice, decode_top_k
 from fedhlm.decoding.tree import Branch, Tree, pack_branches, unpack_branches
 from fedhlm.errors import ProtocolError
-from fedhlm.learning.budget import Budget
+from fedhlm.learning.certificate import Certificate, CertificateState
 from fedhlm.learning.curve import Curve, affine, correlation, isotonic, shrunk
 from fedhlm.learning.federation import Members, State, mean_of_clusters
 from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
@@ -145,21 +145,21 @@ def _law_seed(rng: Rng) -> bytes:
 # State
 
 
-def _budget(data: bytes) -> None:
+def _certificate(data: bytes) -> None:
     try:
-        kept = msgspec.msgpack.decode(data, type=dict[str, Any])
+        known = Certificate.of(msgspec.msgpack.decode(data, type=CertificateState))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ProtocolError("no map") from exc
-    budget = Budget.restore(kept)
-    budget.add_session(1, [1.0], None, 0)
-    require(0.0 <= budget.limit() <= 1.0 and math.isfinite(budget.estimate + budget.standard_error), "no limit")
+        raise ProtocolError("no state") from exc
+    known.add(1, [1.0])
+    require(0.0 <= known.floor(0.95) <= 1.0 and 0.0 <= known.limit(0.95) <= 1.0, "no limit")
+    require(math.isfinite(known.estimate + known.standard_error), "no estimate")
 
 
-def _budget_seed(rng: Rng) -> bytes:
-    budget = Budget(rng.choice((1.0, 0.5, 2.0**-10)))
+def _certificate_seed(rng: Rng) -> bytes:
+    known = Certificate()
     for _ in range(rng.randrange(5)):
-        budget.add_session(4, [rng.random()], [rng.random()], 1)
-    return msgspec.msgpack.encode(budget.snapshot())
+        known.add(4, [rng.random()], 1, [rng.random()], probability=rng.choice((1.0, 0.5)))
+    return msgspec.msgpack.encode(known.state())
 
 
 def _memory(data: bytes) -> None:
@@ -216,14 +216,14 @@ def _learner(data: bytes) -> None:
 def use_learner(learner: Learner) -> None:
     """What an agent does with what it has learnt: plan a generation, contribute to a round."""
     generation = budget_config().config.generation
-    measures = measures_of(generation, messages.Sampling(1), 64)
+    measures = measures_of(generation, messages.Sampling(1))
     for rule in THRESHOLDS.values():
         tau = rule(learner, measures, generation)
         require(tau == KEEP_NONE or 0.0 <= tau <= 1.0, f"tau is {tau}")
     similarity = learner.similarity(measures, generation)
     require(similarity is None or 0.0 <= similarity <= 1.0, f"similarity is {similarity}")
-    risk = learner.risk(measures, generation)
-    require(risk is None or bool(np.isfinite((risk.estimate, risk.limit())).all()), "a risk that is not finite")
+    known = learner.certificate(measures, generation)
+    require(known is None or 0.0 <= known.limit(0.95) <= 1.0, "no limit")
     for optimiser in ("fedavg", "scaffold", "fedprox"):
         learning = msgspec.structs.replace(generation.learning, optimiser=optimiser)
         paper = msgspec.structs.replace(generation, threshold="paper-fl", learning=learning)
@@ -241,7 +241,7 @@ def _learner_seed(rng: Rng) -> bytes:
     measures = "closed-form/gumbel/sampled"
     learner.curves[measures] = Curve.from_bytes(mutators.curve(rng))
     learner.round = rng.randrange(4)
-    learner._budgets[f"{measures}/0.5"] = Budget(0.5)
+    learner._certificates[measures].add(4, [1.0])
     learner.threshold = rng.choice((None, 0.3))
     return learner.snapshot()
 
@@ -272,7 +272,7 @@ DECODERS: Final[dict[str, Target]] = {
     "branches": Target(refusing(_branches), _branches_seed),
     "laws": Target(refusing(_laws), _laws_seed),
     "law": Target(refusing(_law), _law_seed),
-    "budget": Target(refusing(_budget), _budget_seed, 0.5, structured=True),
+    "certificate": Target(refusing(_certificate), _certificate_seed, 0.5, structured=True),
     "memory": Target(refusing(_memory), _memory_seed, 0.5, structured=True),
     "cluster-memory": Target(refusing(_cluster_memory), _cluster_memory_seed, 0.5, structured=True),
     "members": Target(refusing(_members), _members_seed, 0.5, structured=True),

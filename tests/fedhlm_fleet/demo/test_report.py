@@ -13,7 +13,7 @@ from rich.console import Console
 from fedhlm.bus.party import Stamp
 from fedhlm.config import load, presets
 from fedhlm.errors import ProtocolError
-from fedhlm.learning.budget import Budget
+from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import Curve
 from fedhlm.protocol.messages import Learned, PaperThreshold
 from fedhlm_fleet.demo.journey import BARS, Journey, sparkline
@@ -92,24 +92,24 @@ def test_thresholds_are_the_agents_first_and_last_and_0_where_nothing_is_kept() 
     assert figures(run_of(requests, "exact"), {}).tau_end is None  # its gate has no threshold
 
 
-def reported(budget: Budget) -> dict[str, float]:
-    """An agent's statistics of its error budget."""
-    return {f"risk_{name}": value for name, value in budget.snapshot().items()}
+def reported(known: Certificate) -> dict[str, float]:
+    """An agent's statistics of its certificate."""
+    return {f"risk_{name}": value for name, value in known.figures().items()}
 
 
-def test_the_error_is_that_of_all_agents_generations_of_the_commonest_kind() -> None:
-    first, second, other = Budget(0.5), Budget(0.5), Budget(0.125)
-    first.add_session(10, [0.5], None, 1)
+def test_the_error_is_that_of_all_agents_newest_certificates() -> None:
+    first, second = Certificate(), Certificate()
+    first.add(10, [0.5])
     early = reported(first)
-    first.add_session(10, [], [1.0], 1)
-    second.add_session(10, [], None, 3)
-    other.add_session(10, [1.0] * 10, None, 0)
-    reports = [("a", early), ("a", reported(first)), ("b", reported(second)), ("b", reported(other))]
+    first.add(10, [], 1, [1.0], probability=0.5)
+    second.add(10, [], 3, probability=0.75)
+    reports = [("a", early), ("a", reported(first)), ("b", reported(second))]
     requests = [request("continue", [1], "x", ["local"], agent, **statistics) for agent, statistics in reports]
-    result = figures(run_of(requests), {})
-    both = first + second
-    assert (result.risk, result.risk_limit, result.risk_generations) == (both.estimate, both.limit(), 3)
-    assert result.risk == pytest.approx((0.05 + 0.2) / 3)
+    run = run_of(requests)
+    result = figures(run, {})
+    limit = (first + second).limit(run.generation.confidence)
+    assert (result.risk_limit, result.risk_generations) == (limit, 3)
+    assert result.risk == pytest.approx((0.5 + 2.0) / 30)
 
 
 def test_a_request_that_failed_is_like_nothing() -> None:
@@ -183,7 +183,7 @@ def test_the_table_is_one_in_100_columns_and_whole_in_fewer(name: str) -> None:
     report = report_of([name, *(p for p in ("exact", "fedhlm", "hlm") if p != name)], 8_302.1)
     lines = printed_at(100, report)
     assert lines[1].split() == [name, *(c.preset for c in report.comparisons)]
-    assert any("1.00: too few texts" in line for line in lines)
+    assert any("at most: the certificate" in line for line in lines)
     for width in (100, 80, 60, 45):
         text = "\n".join(printed_at(width, report))
         assert "…" not in text
@@ -211,18 +211,22 @@ def test_the_journey_tells_rounds_threshold_and_budget() -> None:
     for u, harm in ((0.05, 0.0), (0.4, 0.25), (0.95, 1.0)):
         for _ in range(20):
             curve.add(u, harm)
-    budget = Budget(0.5)
-    budget.add_session(10, [0.5], None, 1)
+    known = Certificate()
+    for _ in range(200):
+        known.add(10, [0.5])
     told.heard(["local", "cloud", "cloud", "peer"])
     told.learned("home", learned(curve))
     told.learned("", learned(None, number=1))
-    told.finished(request("continue", [1], "x", ["local"], "a", tau=0.25, **reported(budget)))
+    told.finished(request("continue", [1], "x", ["local"], "a", tau=0.25, **reported(known)))
     lines = told.lines()
     assert lines[0] == "tokens     4: kept on the device 25.0%, settled by peers 25.0%, by the cloud 50.0%"
     assert lines[1].startswith("federated  home: round 3, 2 agents, 60 tokens, m(u) ")
     assert lines[1].endswith(" 0.25 1.00 1.00")  # never optimistic between what was seen
     assert lines[2:4] == ["federated  all: round 1, 2 agents", "threshold  tau 0.25"]
-    assert lines[5] == "error      budget 0.05 per token, estimated 0.0500, limit 1.00, after 1 texts"
+    assert (
+        lines[5]
+        == f"error      budget 0.05 per token, estimated 0.0500, at most {known.limit(0.95):.4f} (95%, 200 texts)"
+    )
     assert told.lines(brief=True) == [lines[0], *lines[2:]]
 
 

@@ -1,0 +1,131 @@
+"""Audits on the bus: they ride in the agent's escalations, or go up alone where nothing has carried them in time."""
+
+import asyncio
+from collections.abc import Callable
+
+from edge_agent.audits import ANSWER_S, WAIT_S, Audit, Audits
+from edge_agent.events import Answered, Event, Unprimed
+from edge_agent.learner import Learner, Measures, OpenText
+from edge_agent.peers import Peers
+from edge_agent.turn import Turn
+from fedhlm.bus.party import Party
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Escalation, Fingerprint, Hints, Rider
+from fedhlm.telemetry import Counters
+
+
+class Auditor:
+    """Sends one device's audits and tells its learner and peers what came of them."""
+
+    def __init__(
+        self,
+        *,
+        party: Party,
+        fingerprint: Fingerprint,
+        counters: Counters,
+        learner: Learner,
+        peers: Callable[[], Peers],
+        cluster: Callable[[], str],
+        clock_s: Callable[[], float],
+    ) -> None:
+        self.audits = Audits()
+        self._party = party
+        self._fingerprint = fingerprint
+        self._counters = counters
+        self._learner = learner
+        self._peers = peers
+        self._cluster = cluster
+        self._clock_s = clock_s
+        self._changed = asyncio.Event()
+
+    def wait(self, audit: Audit) -> None:
+        """Let an audit wait for a message."""
+        self._give_up(self.audits.wait(audit))
+        self._changed.set()
+
+    def riders(self) -> tuple[Rider, ...]:
+        """What the escalation that goes up now carries."""
+        return tuple(audit.rider(self._fingerprint) for audit in self.audits.riders(self._clock_s()))
+
+    def hear(self, session: int, event: Event) -> bool:
+        """Take in an answer to an audit's session; False where there is none."""
+        if session not in self.audits:
+            return False
+        match event:
+            case Answered():
+                if (audit := self.audits.answered(session, event)) is not None:
+                    self._end(audit)
+            case Unprimed():
+                self.audits.unprimed(session)
+            case _:
+                if (audit := self.audits.refused(session)) is not None:
+                    self._give_up([audit])
+        return True
+
+    def _end(self, audit: Audit) -> None:
+        scores = [audit.scores[place] for place in range(len(audit.tail.tokens))]
+        self._counters.add("audits")
+        self._learner.observe(audit.measures, audit.config, scores)
+        self._learner.audited(audit.text, [s.committed_harm for s in scores])
+        for seen in scores:
+            self._peers().learn(audit.config, seen, audit.similarity)
+
+    def _give_up(self, audits: list[Audit]) -> None:
+        for audit in audits:
+            self._counters.add("lost_audits")
+            self._learner.audited(audit.text, None)
+
+    async def send_overdue(self) -> None:
+        """Send audits that no other message has carried in time in one of their own; give up what nobody answers."""
+        now = self._clock_s()
+        if self._party.journal is not None:
+            self._party.journal.note("round", "audits", at_s=now)
+        alone, given_up = self.audits.overdue(now)
+        self._give_up(given_up)
+        if not alone:
+            return
+        first, *rest = self.riders()
+        message = Escalation(
+            **self._party.stamp(),
+            session=first.session,
+            epoch=first.epoch,
+            base=first.base,
+            ids=first.ids,
+            patience_ms=round(ANSWER_S * 1000.0),
+            fixed=first.fixed,
+            extend=0,
+            before=first.before,
+            hints=Hints(riders=tuple(rest)) if rest else None,
+        )
+        sent = await self._party.send(
+            topics.ESCALATE, message, expiry_s=ANSWER_S, cluster=self._cluster(), agent=self._party.stamp.sender
+        )
+        for name, amount in (("audit_messages", 1), ("uplink_messages", 1), ("uplink_bytes", sent.packet_bytes)):
+            self._counters.add(name, amount if sent else 0)
+
+    async def keep(self) -> None:
+        """Send what is overdue, until cancelled."""
+        while True:
+            wake_s = self.audits.wake_s()
+            try:
+                async with asyncio.timeout_at(None if wake_s == float("inf") else wake_s):
+                    await self._changed.wait()
+                    self._changed.clear()
+            except TimeoutError:
+                await self.send_overdue()
+
+
+def audit_of(turn: Turn, measures: Measures, text: OpenText, now_s: float) -> Audit:
+    """The audit of a generation that has ended, whose text waits for it."""
+    job, result = turn.job, turn.result
+    return Audit(
+        turn.session,
+        result.ended.tail,
+        text,
+        job.config,
+        measures,
+        job.sampling,
+        result.similarity,
+        turn.plan.harm,
+        now_s + WAIT_S,
+    )

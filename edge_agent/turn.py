@@ -1,0 +1,36 @@
+"""One generation on its way: what belongs to it, and where its events come from."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from edge_agent.events import Committed, Event, Plan, Tick
+from edge_agent.profile import PromptSample
+from edge_agent.result import GenerationResult, Job
+from fedhlm.protocol.messages import FinishReason
+
+NextEvent = Callable[[asyncio.Queue[Event], float], Awaitable[Event]]
+"""Waits for a generation's next event, or for the time when a Tick is due."""
+
+
+async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
+    """The queue's next event, or a Tick at `wake_s` on the loop's clock."""
+    if not queue.empty():
+        return queue.get_nowait()
+    try:
+        async with asyncio.timeout_at(None if wake_s == float("inf") else wake_s):
+            return await queue.get()
+    except TimeoutError:
+        return Tick()
+
+
+class Turn(NamedTuple):
+    """One generation on its way; `sample` collects what the cloud may see of its drafts."""
+
+    session: int
+    job: Job
+    plan: Plan
+    queue: asyncio.Queue[Event]
+    sample: PromptSample | None
+    result: GenerationResult
+    on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]

@@ -1,0 +1,234 @@
+"""The certificate: error per token of what skipping let through, estimated, and limited from above and below at all times.
+
+X_t in [0, 1] is the harm of token t, 0 where the target settled it; mu_t is its mean given everything before t. Both limits
+are for the plain mean of the mu_t over the tokens so far. They hold however the threshold moves, and certificates of several
+devices add up to that of all of them (docs/algorithms.md, section 3).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Final, Self
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from fedhlm.errors import ProtocolError
+
+# Slopes and their weights are fixed in advance: the first serves the first hundred texts, the last ones thousands of them.
+SLOPES: Final = np.array([0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625])  # (K,) float64
+_LOG_WEIGHTS: Final = np.log([0.5, 0.2, 0.1, 0.1, 0.05, 0.05])  # (K,) float64, of weights that sum to 1
+AUDIT_LEAST: Final = 0.21
+"""The least chance of an audit, for each token of a tail: above the largest slope, so that every factor is positive."""
+_ALWAYS: Final = 64  # a tail of so many tokens is audited without a coin
+_STEPS: Final = 60  # of bisection; each halves the interval
+
+Sums = NDArray[np.float64]  # (K,) one logarithm per slope
+
+
+def audit_probability(chance: float, tail: int) -> float:
+    """The probability that a tail of `tail` unscored tokens is audited: as if each token tossed a coin of `chance`.
+
+    It may depend on the finished text, because it is known when the coin is tossed.
+    """
+    return 1.0 if tail >= _ALWAYS else -math.expm1(tail * math.log1p(-chance)) if chance < 1.0 else float(tail > 0)
+
+
+class CertificateState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A certificate on its way or at rest: tokens, texts, harm (the sum behind R-hat), its square, and the log-sums."""
+
+    tokens: Annotated[float, Meta(ge=0.0, le=1e15)]
+    texts: Annotated[float, Meta(ge=0.0, le=1e15)]
+    harm: Annotated[float, Meta(ge=0.0, le=1e15)]
+    square: Annotated[float, Meta(ge=0.0, le=1e18)]
+    upper: tuple[float, ...]
+    lower: tuple[float, ...]
+
+
+class Certificate:
+    """Evidence about the error per token, in constant memory.
+
+    For each slope l the log-sums are those of the factors prod (1 - l X_t) and prod (1 + l X_t) over the scored tokens. A tail
+    that a coin of probability p decides on adds 1 + (prod (1 -+ l X_t) - 1) / p where it came up and nothing where it did
+    not: on average over the coin the product itself. With exp(l n mu) and exp(-l n mu) the weighted sums are
+    supermartingales that start at 1, because 1 - x <= exp(-x).
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0.0
+        self.texts = 0.0
+        self._harm = 0.0  # unbiased for the sum of the X_t
+        self._square = 0.0  # of each text's part of it
+        self._upper = np.zeros(SLOPES.size)  # (K,) float64
+        self._lower = np.zeros(SLOPES.size)  # (K,) float64
+
+    def add(
+        self,
+        tokens: int,
+        scored: Sequence[float],
+        tail: int = 0,
+        audited: Sequence[float] | None = None,
+        *,
+        probability: float = 1.0,
+    ) -> None:
+        """Take in one finished text.
+
+        Args:
+            tokens: committed tokens, whoever settled them; a text without any changes nothing.
+            scored: harm of each skipped token that was scored whatever the audit's coin said.
+            tail: skipped tokens that only an audit scores.
+            audited: harm of each of them if the coin came up, None if it did not.
+            probability: of the coin.
+
+        Raises:
+            ValueError: a harm outside [0, 1], a tail that is not what `audited` holds, more skipped than committed tokens,
+                or a probability below that of AUDIT_LEAST for the tail.
+        """
+        if tail < 0 or len(scored) + tail > tokens:
+            raise ValueError(f"scored and tail must be at most {tokens} tokens (got {len(scored)} and {tail})")
+        if audited is not None and len(audited) != tail:
+            raise ValueError(f"audited must hold {tail} values (got {len(audited)})")
+        least = audit_probability(AUDIT_LEAST, tail)
+        if not least <= probability <= 1.0:
+            raise ValueError(f"probability must be in {least:g}..1 (got {probability!r})")
+        seen, tails = _harms(scored), _harms(audited or ())  # (s,), (a,)
+        if tokens == 0:
+            return
+        harm = float(seen.sum())
+        self._upper += _factor(-SLOPES, seen, 1.0)
+        self._lower += _factor(SLOPES, seen, 1.0)
+        if tails.size:
+            harm += float(tails.sum()) / probability
+            self._upper += _factor(-SLOPES, tails, probability)
+            self._lower += _factor(SLOPES, tails, probability)
+        self.tokens += tokens
+        self.texts += 1.0
+        self._harm += harm
+        self._square += harm * harm
+
+    @property
+    def estimate(self) -> float:
+        """R-hat: the unbiased estimate of the mean harm per token; 0 before the first."""
+        return self._harm / self.tokens if self.tokens else 0.0
+
+    @property
+    def standard_error(self) -> float:
+        """Of `estimate`, with texts as the independent units; 0 before the second text."""
+        if self.texts < 2.0:
+            return 0.0
+        spread = max(0.0, self._square - self._harm**2 / self.texts)
+        return math.sqrt(spread * self.texts / (self.texts - 1.0)) / self.tokens
+
+    def limit(self, confidence: float) -> float:
+        """The error per token is at most this, with `confidence` at all times at once; in [0, 1], 1 without evidence.
+
+        The mu at which the supermartingale of `upper` reaches 1 / delta (Ville): with delta = 1 - confidence it is larger
+        there, at any time, with probability at most delta.
+        """
+        if not self.tokens:
+            return 1.0
+        exponents = self._upper + _LOG_WEIGHTS  # (K,)
+        return _root(lambda mu: _log_sum(exponents + SLOPES * self.tokens * mu), _log_odds(confidence))
+
+    def floor(self, confidence: float) -> float:
+        """The error per token is at least this, with `confidence` at all times at once; in [0, 1], 0 without evidence."""
+        goal = _log_odds(confidence)
+        exponents = self._lower + _LOG_WEIGHTS  # (K,)
+        if not self.tokens or _log_sum(exponents) <= goal:
+            return 0.0
+        return _root(lambda mu: -_log_sum(exponents - SLOPES * self.tokens * mu), -goal)
+
+    def __add__(self, other: "Certificate") -> "Certificate":
+        """The evidence of both: products of supermartingales that do not know of each other are one."""
+        both = Certificate()
+        both.tokens, both.texts = self.tokens + other.tokens, self.texts + other.texts
+        both._harm, both._square = self._harm + other._harm, self._square + other._square
+        both._upper, both._lower = self._upper + other._upper, self._lower + other._lower
+        return both
+
+    def figures(self) -> dict[str, float]:
+        """What others need for the limit of a sum, by name: tokens, texts, harm and the log-sums `upper_0`, `upper_1`, ..."""
+        named = {f"upper_{k}": float(value) for k, value in enumerate(self._upper)}
+        return {"tokens": self.tokens, "texts": self.texts, "harm": self._harm, **named}
+
+    @classmethod
+    def of_figures(cls, figures: Mapping[str, float]) -> Self:
+        """Inverse of `figures`; `floor` and `standard_error` of it promise nothing.
+
+        Raises:
+            ProtocolError: a figure is missing or impossible.
+        """
+        try:
+            upper = tuple(figures[f"upper_{k}"] for k in range(SLOPES.size))
+            kept = (figures["tokens"], figures["texts"], figures["harm"])
+        except KeyError as exc:
+            raise ProtocolError(f"certificate must hold the figure {exc}") from exc
+        return cls.of(CertificateState(*kept, 0.0, upper, (0.0,) * SLOPES.size))
+
+    def copy(self) -> "Certificate":
+        """Another one with the same evidence."""
+        return self + Certificate()
+
+    def state(self) -> CertificateState:
+        """All there is to keep or to send."""
+        return CertificateState(
+            self.tokens,
+            self.texts,
+            self._harm,
+            self._square,
+            tuple(map(float, self._upper)),
+            tuple(map(float, self._lower)),
+        )
+
+    @classmethod
+    def of(cls, state: CertificateState) -> Self:
+        """Inverse of `state`.
+
+        Raises:
+            ProtocolError: log-sums that no texts of so many tokens can have.
+        """
+        upper, lower = (np.array(sums) for sums in (state.upper, state.lower))  # (K,) float64
+        if upper.shape != SLOPES.shape or lower.shape != SLOPES.shape:
+            raise ProtocolError(f"certificate must hold {SLOPES.size} sums each (got {upper.size} and {lower.size})")
+        if not (np.isfinite(upper).all() and np.isfinite(lower).all() and upper.max() <= 0.0 <= lower.min()):
+            raise ProtocolError("certificate.upper must be finite and at most 0, certificate.lower at least 0")
+        if state.texts > state.tokens:
+            raise ProtocolError(f"certificate.texts must be at most {state.tokens:g} (got {state.texts:g})")
+        found = cls()
+        found.tokens, found.texts, found._harm, found._square = state.tokens, state.texts, state.harm, state.square
+        found._upper, found._lower = upper, lower
+        return found
+
+
+def _harms(values: Sequence[float]) -> NDArray[np.float64]:
+    harms = np.asarray(values, np.float64)  # (n,) float64
+    if harms.size and not (harms.min() >= 0.0 and harms.max() <= 1.0):
+        raise ValueError(f"harm must be in 0..1 (got {harms[~((harms >= 0.0) & (harms <= 1.0))][0]!r})")
+    return harms
+
+
+def _factor(slopes: Sums, harms: NDArray[np.float64], probability: float) -> Sums:
+    """ln(1 + (prod (1 + l h) - 1) / p) for each slope l."""
+    product = np.log1p(np.outer(slopes, harms)).sum(axis=1)  # (K,) its logarithm
+    return np.asarray(product if probability == 1.0 else np.log1p(np.expm1(product) / probability))
+
+
+def _log_odds(confidence: float) -> float:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be between 0 and 1 (got {confidence!r})")
+    return -math.log1p(-confidence)
+
+
+def _log_sum(exponents: Sums) -> float:
+    top = float(exponents.max())
+    return top + math.log(float(np.exp(exponents - top).sum()))
+
+
+def _root(rising: Callable[[float], float], goal: float) -> float:
+    """The smallest mu in [0, 1] at which a rising function reaches `goal`, or 1; never too small."""
+    low, high = 0.0, 1.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if rising(middle) >= goal else (middle, high)
+    return high

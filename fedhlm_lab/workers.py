@@ -1,0 +1,43 @@
+"""The same function over many arguments, in processes that end with this one."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import TypeVar
+
+from fedhlm.process.leash import leash
+
+Argument = TypeVar("Argument")
+Value = TypeVar("Value")
+
+
+def across(function: Callable[[Argument], Value], arguments: Iterable[Argument], jobs: int) -> Iterator[Value]:
+    """`function` of each argument, in `jobs` processes; values come as they are ready. In this process if `jobs` is 1."""
+    if jobs == 1:
+        yield from map(function, arguments)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=leash, initargs=(os.getpid(),)) as pool:
+
+        def submit(argument: Argument) -> Future[Value]:
+            # The first call starts the workers, which inherit what is blocked: Ctrl-C is for this process alone.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return pool.submit(function, argument)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        todo, running = iter(arguments), set[Future[Value]]()
+        try:
+            while True:
+                while len(running) < 2 * jobs and (argument := next(todo, None)) is not None:
+                    running.add(submit(argument))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            # Of an interrupted run nobody waits for what has not begun.
+            pool.shutdown(wait=False, cancel_futures=True)

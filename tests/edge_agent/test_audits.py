@@ -1,0 +1,192 @@
+"""Audits ride in messages that go up anyway, are scored as the truth has it, and end even where nobody answers."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from edge_agent.audits import ANSWER_S, OPEN_MAX, TRIES, WAIT_S, Audit, Audits
+from edge_agent.driver import AgentCore
+from edge_agent.events import Answered, Tail, Token
+from edge_agent.learner import Measures, OpenText
+from edge_agent.result import GenerationResult, Job
+from fedhlm.config import load
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.protocol.messages import Escalation, Hints, Rider, Sampling, pack_ids
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.sim.world import Fleet
+from fedhlm_lab.studies.compare import nobody
+from fedhlm_lab.studies.coverage import errors_of
+
+CONFIG = load(preset="budget", environ={}, flags={"generation.audit": "1.0", "generation.threshold": "fixed"}).config
+KEEPS_ALL = {"generation.audit": "1.0", "generation.threshold": "fixed", "generation.tau": "1.0"}
+KEEPS_MOST = {**KEEPS_ALL, "generation.tau": "0.9"}
+KEEPS_NONE = {"generation.audit": "0.0", "generation.threshold": "fixed", "generation.tau": "0.0"}
+
+
+def audit(session: int, *tokens: int, due_s: float = WAIT_S, primed: bool = True) -> Audit:
+    tail = Tail(2, (5, 6, 7), primed, tuple(Token(t, 0.5, 0.1, b"", False, 0.0, b"", t) for t in tokens))
+    text = OpenText("m", 10, [], len(tokens), 1.0)
+    sampling = Sampling(1)
+    return Audit(
+        session, tail, text, CONFIG.generation, Measures("m", "p"), sampling, None, COUPLINGS["gumbel"].harm, due_s
+    )
+
+
+def answer(*probs: float, base: int = 3, accepted: int | None = None, missed: tuple[bool, ...] = ()) -> Answered:
+    return Answered(2, base, len(probs) if accepted is None else accepted, [], list(probs), "cloud", list(missed))
+
+
+def test_an_audit_goes_up_once_with_the_next_message_and_ends_with_its_verdict() -> None:
+    audits = Audits()
+    audits.wait(audit(1, 8, 9))
+    assert audits.wake_s() == WAIT_S
+    (sent,) = audits.riders(10.0)
+    rider = sent.rider(toy.FINGERPRINT)
+    assert (rider.session, rider.epoch, rider.base, rider.fixed) == (1, 2, 3, 2)
+    assert isinstance(rider.before, int)
+    assert audits.riders(11.0) == []
+    assert audits.answered(2, answer(0.5, 0.5)) is None
+    ended = audits.answered(1, answer(0.5, 0.5, missed=(False, True)))
+    assert ended is sent
+    assert [ended.scores[i].committed_harm for i in (0, 1)] == [0.0, 1.0]
+    assert all(ended.scores[i].audit and ended.scores[i].skipped for i in (0, 1))
+    assert len(audits) == 0
+
+
+def test_a_verdict_on_a_part_of_the_tail_is_kept_until_the_rest_is_scored() -> None:
+    audits = Audits()
+    audits.wait(audit(1, 8, 9, 10))
+    assert audits.answered(1, answer(0.9, 0.5, 0.5, base=2)) is None  # one token before the tail, two of it
+    assert audits.answered(1, answer(0.1, base=5, missed=(True,))) is not None
+
+
+def test_what_peers_say_is_no_audit() -> None:
+    audits = Audits()
+    audits.wait(audit(1, 8))
+    assert audits.answered(1, answer(0.5)._replace(source="peer")) is None
+    assert len(audits) == 1
+
+
+def test_a_cloud_that_lost_the_session_gets_the_whole_context() -> None:
+    audits = Audits()
+    audits.wait(audit(1, 8))
+    audits.riders(0.0)
+    audits.unprimed(1)
+    (again,) = audits.riders(1.0)
+    assert not isinstance(again.rider(toy.FINGERPRINT).before, int)
+
+
+def test_what_nothing_carries_goes_up_alone_and_is_given_up_after_a_few_tries() -> None:
+    audits, now, alone = Audits(), 0.0, 0
+    audits.wait(audit(1, 8))
+    for _ in range(100):
+        now = audits.wake_s()
+        due, given_up = audits.overdue(now)
+        if given_up:
+            break
+        assert due
+        alone += 1
+        assert [a.session for a in audits.riders(now)] == [1]
+    assert alone == TRIES
+    assert now == pytest.approx(WAIT_S + TRIES * ANSWER_S)
+    assert audits.wake_s() == float("inf")
+
+
+def test_the_oldest_is_given_up_where_too_many_wait() -> None:
+    audits = Audits()
+    given_up = [lost.session for number in range(OPEN_MAX + 3) for lost in audits.wait(audit(number, 8))]
+    assert given_up == [0, 1, 2]
+
+
+def test_an_escalation_and_its_riders_are_blocks_of_their_own_at_the_edge() -> None:
+    rider = Rider(9, 3, 4, pack_ids([1, 2], 50), 2, 77)
+    header: dict[str, Any] = {"version": 3, "sender": "a", "sequence": 1, "sent_ms": 1}
+    block = Escalation(
+        **header, session=1, epoch=0, base=2, ids=pack_ids([5], 50), patience_ms=5, hints=Hints(riders=(rider,))
+    )
+    alone, other = block.parts()
+    assert alone == Escalation(**header, session=1, epoch=0, base=2, ids=pack_ids([5], 50), patience_ms=5)
+    assert (other.session, other.epoch, other.base, other.ids, other.fixed, other.digest) == (9, 3, 4, rider.ids, 2, 77)
+    assert (other.extend, other.laws, other.hints) == (0, b"", None)
+    assert alone.parts() == (alone,)
+
+
+# On the bus, in virtual time
+
+
+def lived(work: Callable[[Fleet, AgentCore], Awaitable[None]], *, sessions_max: int = 64) -> None:
+    async def main() -> None:
+        fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=sessions_max)
+        for node in fleet.nodes.values():
+            node.start()
+        await asyncio.sleep(1.0)
+        async with fleet.online("c0", "a", fleet.pair.drafter()) as agent:
+            await work(fleet, agent)
+        for node in fleet.nodes.values():
+            await node.crash()
+
+    run_virtual(main())
+
+
+async def write(agent: AgentCore, seed: int, flags: dict[str, str], tokens: int = 12) -> tuple[GenerationResult, int]:
+    """One text, and how many of its kept tokens are wrong."""
+    config = load(preset="budget", environ={}, flags=flags).config.generation
+    sampling = Sampling(seed, 0.8, 1.0, config.coupling)
+    prompt = [5, 6, 7 + seed % 5]
+    result = await agent.generate(Job(config, sampling, tokens, toy.CONTEXT, frozenset()), prompt, nobody)
+    return result, errors_of(prompt, sampling, result)
+
+
+@pytest.mark.parametrize("sessions_max", [64, 1])
+def test_audits_cost_no_message_where_others_go_up_and_find_the_truth(sessions_max: int) -> None:
+    """Also where the cloud has dropped the session meanwhile."""
+
+    async def work(fleet: Fleet, agent: AgentCore) -> None:
+        wrong = tokens = 0
+        for seed in range(30):
+            result, errors = await write(agent, seed, KEEPS_MOST)
+            wrong, tokens = wrong + errors, tokens + len(result.ids)
+        while len(agent.auditor.audits):
+            await write(agent, 999, KEEPS_NONE)
+            await asyncio.sleep(1.0)
+        (known,) = agent.learner._certificates.values()
+        counted = fleet.counters.snapshot()
+        assert counted["audits"] > 3
+        assert counted.get("audit_messages", 0) == counted.get("lost_audits", 0) == 0
+        assert known.tokens == tokens
+        assert known.estimate * known.tokens == pytest.approx(wrong)
+
+    lived(work, sessions_max=sessions_max)
+
+
+def test_a_device_that_keeps_everything_is_audited_by_messages_of_its_own() -> None:
+    async def work(fleet: Fleet, agent: AgentCore) -> None:
+        wrong = 0
+        for seed in range(3):
+            wrong += (await write(agent, seed, KEEPS_ALL))[1]
+        await asyncio.sleep(WAIT_S + 5.0)
+        (known,) = agent.learner._certificates.values()
+        counted = fleet.counters.snapshot()
+        assert (counted["audits"], counted["audit_messages"]) == (3, 1)
+        assert known.estimate * known.tokens == pytest.approx(wrong)
+
+    lived(work)
+
+
+def test_tokens_written_without_a_link_are_scored_when_it_is_back() -> None:
+    async def work(fleet: Fleet, agent: AgentCore) -> None:
+        for node in fleet.nodes.values():
+            await node.crash()
+        result, errors = await write(agent, 1, {"generation.deadline_ms": "1000"})
+        assert "unverified" in result.sources
+        for node in fleet.nodes.values():
+            node.start()
+        await asyncio.sleep(WAIT_S + TRIES * ANSWER_S)
+        (known,) = agent.learner._certificates.values()
+        assert fleet.counters.snapshot()["audits"] == 1
+        assert known.estimate * known.tokens == pytest.approx(errors)
+
+    lived(work)

@@ -22,7 +22,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     store = store_of(config.cloud.state, key="cloud.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
     folder = configured_folder(config.cloud.model, key="cloud.model")
-    decoder = Decoder.load(folder, threads=config.cloud.threads, providers=config.cloud.providers)
+    decoder = Decoder.load(folder, threads=config.cloud.threads, providers=config.cloud.providers, keeps_memory=False)
     async with threaded(decoder) as engine:
         model = LargeModel.of(decoder, engine)
         service = cloud_of(config, runtime, model, open_bus=opener(config.broker, notifier, "the broker"))

@@ -1,27 +1,38 @@
 """Continuous batching without I/O: many sessions' blocks driven in lockstep, one block of a session at a time.
 
 `submit` takes work in, `take` gives out what to run next, `advance` takes the logits back. A session's next block
-starts only after its previous one is settled, because it may rest on it. Nobody can take all of it: what one agent may
-have waiting and running is bounded, and a block whose deadline has passed is given up.
+starts only after its previous one is settled, because it may rest on it. A model call is bounded in tokens, so a long
+context is fed in pieces between which others are served; caches are bounded in bytes and may be dropped at any time,
+since what they held can be fed again; and who had less of the model is served first (`cloud_verifier.shares`).
 """
 
-from collections import Counter, deque
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from itertools import count
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
-from cloud_verifier.engine import EngineInput, EngineOutput, PrefixCache
+from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from cloud_verifier.sessions import Declined, Key, RefusedBlock, SessionEntry, Sessions
+from cloud_verifier.shares import Level
 from cloud_verifier.verifier import Block, Feed, Settled, settle
 from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES, Escalation
 
-WAITING_MAX: Final = 65_536
-WAITING_BYTES: Final = 256 * 1024 * 1024
+WAITING_MAX: Final = 16_384
+WAITING_BYTES: Final = 64 * 1024 * 1024
 WAITING_OF_ONE: Final = 256  # blocks of one agent
 BYTES_OF_ONE: Final = 2 * MAX_PAYLOAD_BYTES
 RUNNING_OF_ONE: Final = 4
+RUNNING_MAX: Final = 1_024
+BURST: Final = 256.0  # tokens of credit of an agent that was idle
+CLUSTER_BURST: Final = 1_024.0
+QUANTUM: Final = 512.0  # tokens after which a block's turn begins anew
+READS: Final = 24  # cached tokens that cost as much to read as one new token to compute (benchmarks/load.py)
+PIECE_MIN: Final = 16  # a piece smaller than this is not worth its part of a call
 
 
 class BlockJob(NamedTuple):
@@ -38,6 +49,11 @@ class BlockJob(NamedTuple):
         context = len(e.prime.context) if e.prime else 0
         return len(e.ids) + len(e.laws) + context + (len(e.hints.branches) if e.hints else 0)
 
+    def repeats(self, other: "BlockJob") -> bool:
+        """Whether it is the same block, sent again."""
+        a, b = self.escalation, other.escalation
+        return (self.key, a.epoch, a.base) == (other.key, b.epoch, b.base)
+
 
 Outcome = Settled | Declined
 """What became of a block: settled, or why not."""
@@ -50,133 +66,369 @@ class Done(NamedTuple):
     outcome: Outcome
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
-    """A block on its way: the generator that settles it and what it wants fed next."""
+    """A block on its way: the generator that settles it, what it wants fed next, and how much of that is fed.
+
+    The session's `fed` ids are what the cache is to hold; the first `entry.cached` of them are in it. `piece` ids go with
+    the next call. `turn` orders the blocks of a cluster, and `served` are the tokens since the turn began. `number` says
+    in which order blocks were started, `evictions` how often this one lost its cache.
+    """
 
     job: BlockJob
     entry: SessionEntry
     steps: Generator[Feed, NDArray[Any], Settled]
     feed: Feed
+    number: int
+    turn: float
+    served: float = 0.0
+    evictions: int = 0
+    piece: int = 0
+    rows: list[NDArray[Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.want(self.feed)
+
+    def want(self, feed: Feed) -> None:
+        """Begin what the generator asks for."""
+        self.feed, self.rows = feed, []
+        self.entry.cached = min(self.entry.cached, feed.keep)
+
+    @property
+    def left(self) -> int:
+        """Ids that are still to be fed."""
+        return len(self.entry.state.fed) - self.entry.cached
+
+    @property
+    def wanted(self) -> int:
+        """Rows of logits that the next piece must give."""
+        end = self.entry.cached + self.piece
+        first = len(self.entry.state.fed) - self.feed.rows + sum(len(rows) for rows in self.rows)
+        return max(0, end - max(self.entry.cached, first))
 
 
 @dataclass
-class Batcher:
-    """Work of all sessions; `empty_cache` is what a session starts from, `batch_max` bounds one model call.
+class _Agent:
+    """Blocks of one agent, by session; the session that waits longest is first."""
 
-    As many blocks run as the model takes at once, or as sessions are kept if those are more: each holds a cache.
-    """
+    waiting: dict[Key, deque[BlockJob]] = field(default_factory=dict)
+    running: dict[Key, Running] = field(default_factory=dict)
+    count: int = 0
+    bytes: int = 0
 
-    sessions: Sessions
-    empty_cache: PrefixCache
-    batch_max: int
-    expired: int = 0
-    overflowed: int = 0
-    _waiting: dict[Key, deque[BlockJob]] = field(default_factory=dict)
-    _running: dict[Key, Running] = field(default_factory=dict)
-    _count: int = 0
-    _bytes: int = 0
-    _counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # waiting, by agent
-    _sizes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _busy: Counter[tuple[str, str]] = field(default_factory=Counter)  # running, by agent
+    def startable(self) -> Key | None:
+        """The session whose block may start next."""
+        if len(self.running) >= RUNNING_OF_ONE:
+            return None
+        return next((key for key in self.waiting if key not in self.running), None)
+
+
+class _Place(NamedTuple):
+    """A block that runs, or an agent whose next block may start, in the line of its cluster; `number` breaks ties."""
+
+    turn: float
+    number: int
+    agent: str
+    running: Running | None
+
+
+class _Call:
+    """One model call while it is put together; its cost is that of its rows, padded to the longest."""
+
+    def __init__(self, tokens_max: int, rows_max: int) -> None:
+        self.batch: list[Running] = []
+        self._tokens_max = tokens_max
+        self._rows_max = rows_max
+        self._width = 0
+        self._past = 0
 
     @property
-    def running_max(self) -> int:
-        """How many blocks may run."""
-        return max(self.batch_max, self.sessions.sessions_max)
+    def full(self) -> bool:
+        """Whether not even one token fits any more."""
+        return len(self.batch) >= self._rows_max or self._cost(1, 0) > self._tokens_max
+
+    def _cost(self, width: int, past: int) -> float:
+        width, past = max(width, self._width), max(past, self._past)
+        return (len(self.batch) + 1) * (width + past / READS) if self.batch else 0.0
+
+    def piece_of(self, running: Running) -> int:
+        """How many ids of a block fit; 0 where that is not worth it."""
+        past, left = running.entry.cached, running.left
+        if not self.batch:
+            return min(left, max(1, self._tokens_max // 2, self._tokens_max - past // READS))
+        room = int(self._tokens_max / (len(self.batch) + 1) - max(past, self._past) / READS)
+        # Whoever leads is not made to wait for the padding of much longer pieces.
+        piece = min(left, room, max(self.batch[0].piece, PIECE_MIN))
+        fits = piece >= min(left, PIECE_MIN) and self._cost(piece, past) <= self._tokens_max
+        return piece if fits else 0
+
+    def add(self, running: Running, piece: int) -> None:
+        """Take in a piece of a block."""
+        running.piece = piece
+        self.batch.append(running)
+        self._width, self._past = max(self._width, piece), max(self._past, running.entry.cached)
+
+
+class _Room:
+    """What caches take while a call is put together.
+
+    To make room those of idle sessions go first, the least recently used before the others, then those of running blocks,
+    the last in line first. A block that was started later takes its cache from one that was started earlier only once;
+    without that rule two blocks could drop each other's caches for ever.
+    """
+
+    def __init__(self, tokens_max: int, entries: Iterable[SessionEntry], running: Sequence[Running]) -> None:
+        self.evicted = 0
+        owners = {id(r.entry): r for r in running}
+        all_of_them = {id(entry): entry for entry in (*entries, *(r.entry for r in running))}
+        self._free = tokens_max - sum(entry.cached for entry in all_of_them.values())
+        self._idle = deque(e for name, e in all_of_them.items() if e.cached and name not in owners)
+        self._running = sorted(running, key=lambda r: r.turn)
+        self._oldest = min((r.number for r in running), default=0)
+
+    def grow(self, running: Running, piece: int, batch: Sequence[Running]) -> bool:
+        """Make room for a piece of a block; False, and no running block lost its cache, where there is none."""
+        while self._free < piece and self._idle:
+            self._drop(self._idle.popleft())
+        if self._free < piece:
+            victims = [v for v in reversed(self._running) if v is not running and v not in batch and v.entry.cached]
+            victims = [v for v in victims if v.number > running.number or not v.evictions]
+            alone = not batch and running.number == self._oldest
+            if not alone and self._free + sum(v.entry.cached for v in victims) < piece:
+                return False
+            for victim in victims:
+                if self._free >= piece:
+                    break
+                victim.evictions += 1
+                self._drop(victim.entry)
+        self._free -= piece
+        return True
+
+    def _drop(self, entry: SessionEntry) -> None:
+        self._free += entry.cached
+        self.evicted += 1
+        entry.cache, entry.cached = None, 0
+
+
+class Batcher:
+    """Work of all sessions. `batch_max` bounds the blocks of a model call, `batch_tokens` its tokens, `cache_bytes` all
+    caches together."""
+
+    def __init__(
+        self, sessions: Sessions, engine: Engine, *, batch_max: int, batch_tokens: int, cache_bytes: int
+    ) -> None:
+        self.sessions = sessions
+        self.batch_max = batch_max
+        self.batch_tokens = batch_tokens
+        self.cache_bytes = cache_bytes
+        self.expired = 0
+        self.overflowed = 0
+        self.evicted = 0
+        self._empty_cache = engine.empty_cache
+        self._token_bytes = max(1, engine.token_bytes)
+        self._clusters: dict[str, dict[str, _Agent]] = {}
+        self._cluster_shares = Level(CLUSTER_BURST)
+        self._agent_shares: dict[str, Level] = {}
+        self._count = 0
+        self._bytes = 0
+        self._running = 0
+        self._numbers = count()
+
+    # Work comes in
 
     def submit(self, job: BlockJob) -> None:
-        """Queue a job; beyond the limits of all, or of its agent, it is dropped and counted (its sender will ask again)."""
-        agent, size = job.key.owner, job.size_bytes
-        full = self._count >= WAITING_MAX or self._bytes + size > WAITING_BYTES
-        if full or self._counts[agent] >= WAITING_OF_ONE or self._sizes[agent] + size > BYTES_OF_ONE:
-            self.overflowed += 1
-            return
-        self._weigh(job, 1)
-        self._waiting.setdefault(job.key, deque()).append(job)
+        """Queue a job in place of the same block sent before.
 
-    def _weigh(self, job: BlockJob, sign: int) -> None:
+        Beyond the limits of all, or of its agent, it is dropped and counted (its sender will ask again).
+        """
+        agent = self._agent(job.key)
+        queue = agent.waiting.get(job.key, deque())
+        for double in [waiting for waiting in queue if job.repeats(waiting)]:
+            queue.remove(double)
+            self._weigh(agent, double, -1)
+        size = job.size_bytes
+        full = self._count >= WAITING_MAX or self._bytes + size > WAITING_BYTES
+        if full or agent.count >= WAITING_OF_ONE or agent.bytes + size > BYTES_OF_ONE:
+            self.overflowed += 1
+            if not queue:
+                agent.waiting.pop(job.key, None)
+            self._tidy(job.key)
+            return
+        self._weigh(agent, job, 1)
+        queue.append(job)
+        agent.waiting[job.key] = queue
+
+    def _agent(self, key: Key) -> _Agent:
+        return self._clusters.setdefault(key.cluster, {}).setdefault(key.agent, _Agent())
+
+    def _tidy(self, key: Key) -> None:
+        """Forget an agent, and a cluster, that has nothing here."""
+        agents = self._clusters[key.cluster]
+        agent = agents[key.agent]
+        if not (agent.waiting or agent.running):
+            del agents[key.agent]
+        if not agents:
+            del self._clusters[key.cluster]
+
+    def _weigh(self, agent: _Agent, job: BlockJob, sign: int) -> None:
+        agent.count += sign
+        agent.bytes += sign * job.size_bytes
         self._count += sign
         self._bytes += sign * job.size_bytes
-        self._counts[job.key.owner] += sign
-        self._sizes[job.key.owner] += sign * job.size_bytes
-        if not self._counts[job.key.owner]:
-            del self._counts[job.key.owner], self._sizes[job.key.owner]
+
+    # What is here
 
     @property
     def idle(self) -> bool:
         """Nothing to run."""
-        return not (self._running or self._waiting)
+        return not self._clusters
+
+    @property
+    def waiting(self) -> int:
+        """Blocks that wait."""
+        return self._count
+
+    @property
+    def running(self) -> list[Running]:
+        """Blocks on their way."""
+        return [
+            running
+            for agents in self._clusters.values()
+            for agent in agents.values()
+            for running in agent.running.values()
+        ]
+
+    @property
+    def cached_bytes(self) -> int:
+        """What all caches take."""
+        entries = {id(entry): entry for entry in self.sessions.entries()}
+        entries |= {id(running.entry): running.entry for running in self.running}
+        return self._token_bytes * sum(entry.cached for entry in entries.values())
+
+    # What runs next
 
     def take(self, now_s: float) -> tuple[list[Running], list[Done]]:
-        """Start what can start; give at most `batch_max` blocks to run, longest waiting first, and jobs that ended here."""
+        """The pieces of blocks to run in one call, and jobs that ended here."""
         done: list[Done] = []
-        for running in [r for r in self._running.values() if now_s > r.job.expires_s]:
-            self._give_up(running)
-        for key in [k for k in self._waiting if k not in self._running]:
-            if len(self._running) >= self.running_max:
-                break
-            while key in self._waiting and key not in self._running and self._busy[key.owner] < RUNNING_OF_ONE:
-                self._start(self._next_of(key), now_s, done)
-        return list(self._running.values())[: self.batch_max], done
+        for late in [r for r in self.running if now_s > r.job.expires_s]:
+            self._give_up(late)
+        call, starting, lines = _Call(self.batch_tokens, self.batch_max), True, self._lines()
+        room = _Room(self.cache_bytes // self._token_bytes, self.sessions.entries(), self.running)
+        while lines and not call.full:
+            cluster = min(lines, key=self._cluster_shares.of)
+            line = lines[cluster]
+            if not line:
+                del lines[cluster]
+                continue
+            place = heappop(line)
+            running = place.running
+            if running is None:
+                running = self._start_next(cluster, place.agent, now_s, done) if starting else None
+                if running is None:
+                    continue
+                heappush(line, place._replace(turn=self._agent_shares[cluster].of(place.agent)))
+            piece = call.piece_of(running)
+            if piece and room.grow(running, piece, call.batch):
+                call.add(running, piece)
+                self._charge(cluster, running)
+            else:
+                starting = False
+        self.evicted += room.evicted
+        return call.batch, done
 
-    def _give_up(self, running: Running) -> None:
-        """Nobody waits for it any more. What it has settled stays settled; of its cache nothing is sure."""
-        self._end(running)
-        running.steps.close()
-        running.entry.state.fed.clear()
-        running.entry.cache = None
-        self.expired += 1
+    def _lines(self) -> dict[str, list[_Place]]:
+        """Of each cluster the blocks that run and the agents that have some to start, as a heap: the next is first."""
+        self._cluster_shares.advance(self._clusters)
+        lines: dict[str, list[_Place]] = {}
+        for cluster, agents in self._clusters.items():
+            shares = self._agent_shares.setdefault(cluster, Level(BURST))
+            shares.advance(agents)
+            line = lines[cluster] = []
+            for name, agent in agents.items():
+                for running in agent.running.values():
+                    line.append(_Place(running.turn, len(line), name, running))
+                if agent.startable() is not None:
+                    line.append(_Place(shares.of(name), len(line), name, None))
+            heapify(line)
+        self._forget_shares()
+        return lines
 
-    def _end(self, running: Running) -> None:
-        del self._running[running.job.key]
-        self._busy[running.job.key.owner] -= 1
-        if not self._busy[running.job.key.owner]:
-            del self._busy[running.job.key.owner]
+    def _forget_shares(self) -> None:
+        """What is known of clusters that are idle goes where there are many."""
+        while len(self._agent_shares) > 2 * len(self._clusters) + 64:
+            del self._agent_shares[next(name for name in self._agent_shares if name not in self._clusters)]
 
-    def _next_of(self, key: Key) -> BlockJob:
-        queue = self._waiting[key]
+    def _charge(self, cluster: str, running: Running) -> None:
+        tokens = running.piece + running.entry.cached / READS
+        self._cluster_shares.charge(cluster, tokens)
+        shares = self._agent_shares[cluster]
+        shares.charge(running.job.key.agent, tokens)
+        running.served += tokens
+        if running.served >= QUANTUM:
+            running.turn, running.served = shares.of(running.job.key.agent), 0.0
+
+    def _start_next(self, cluster: str, name: str, now_s: float, done: list[Done]) -> Running | None:
+        """Start an agent's next block; None where there is none that can start."""
+        while (agent := self._clusters.get(cluster, {}).get(name)) is not None:
+            key = agent.startable()
+            if key is None or self._running >= RUNNING_MAX:
+                return None
+            job = self._next_of(agent, key)
+            if now_s > job.expires_s:
+                self.expired += 1
+            else:
+                admission = self.sessions.admit(key, job.escalation)
+                if isinstance(admission, Block):
+                    return self._started(agent, job, admission)
+                done.append(Done(job, admission))
+                self._agent_shares[cluster].charge(name, 1.0)
+            self._tidy(key)
+        return None
+
+    def _next_of(self, agent: _Agent, key: Key) -> BlockJob:
+        queue = agent.waiting.pop(key)
         job = queue.popleft()
-        self._weigh(job, -1)
-        del self._waiting[key]
+        self._weigh(agent, job, -1)
         if queue:
-            self._waiting[key] = queue  # behind the others
+            agent.waiting[key] = queue  # behind the others
         return job
 
-    def _start(self, job: BlockJob, now_s: float, done: list[Done]) -> None:
-        if now_s > job.expires_s:
-            self.expired += 1
-            return
-        admission = self.sessions.admit(job.key, job.escalation)
+    def _started(self, agent: _Agent, job: BlockJob, block: Block) -> Running:
         entry = self.sessions.entry(job.key)
-        if not isinstance(admission, Block):
-            done.append(Done(job, admission))
-            return
         if entry is None:
             raise AssertionError(f"{job.key} was admitted without a session")
-        steps = settle(entry.state, admission)
-        self._running[job.key] = Running(job, entry, steps, next(steps))
-        self._busy[job.key.owner] += 1
+        steps = settle(entry.state, block)
+        turn = self._agent_shares[job.key.cluster].of(job.key.agent)
+        running = agent.running[job.key] = Running(job, entry, steps, next(steps), next(self._numbers), turn)
+        self._running += 1
+        return running
 
     def request(self, running: Running) -> EngineInput:
         """What a block wants of the model."""
-        cache, feed = self.empty_cache if running.entry.cache is None else running.entry.cache, running.feed
-        return EngineInput(cache.truncated(feed.keep), feed.ids, feed.rows)
+        entry = running.entry
+        cache = self._empty_cache if entry.cache is None else entry.cache
+        ids = entry.state.fed[entry.cached : entry.cached + running.piece]
+        return EngineInput(cache.truncated(entry.cached), ids, running.wanted)
+
+    # What came of it
 
     def advance(self, batch: Sequence[Running], outputs: Sequence[EngineOutput]) -> list[Done]:
         """Give every block of `take` its output; the blocks that are settled now."""
         done: list[Done] = []
         for running, output in zip(batch, outputs, strict=True):
-            running.entry.cache = output.cache
+            if len(output.logits):
+                running.rows.append(output.logits)
+            running.entry.cache, running.entry.cached = output.cache, running.entry.cached + running.piece
+            if running.left:
+                continue
+            rows = running.rows[0] if len(running.rows) == 1 else np.concatenate(running.rows)
             try:
-                running.feed = running.steps.send(output.logits)
+                running.want(running.steps.send(rows))
             except StopIteration as stop:
                 self._end(running)
                 done.append(Done(running.job, stop.value))
             except Exception as exc:  # noqa: BLE001 - a block that breaks its settling ends its session, not the cloud
                 done += self.fail([running], f"the block cannot be settled: {type(exc).__name__}: {exc}")
-            else:
-                self._running[running.job.key] = self._running.pop(running.job.key)  # to the end of the line
         return done
 
     def fail(self, batch: Sequence[Running], reason: str) -> list[Done]:
@@ -186,3 +438,16 @@ class Batcher:
             self._end(running)
             self.sessions.forget(running.job.key)
         return [Done(r.job, RefusedBlock(reason)) for r in batch]
+
+    def _give_up(self, running: Running) -> None:
+        """Nobody waits for it any more. What it has settled stays settled, and its cache is good for what is in it."""
+        running.steps.close()
+        self._end(running)
+        self.expired += 1
+
+    def _end(self, running: Running) -> None:
+        key = running.job.key
+        del self._clusters[key.cluster][key.agent].running[key]
+        self._running -= 1
+        del running.entry.state.fed[running.entry.cached :]
+        self._tidy(key)

@@ -32,8 +32,18 @@ class EngineOutput(NamedTuple):
     cache: Any
 
 
+def _nothing() -> None:
+    """Nothing to give back."""
+
+
 class Engine(NamedTuple):
-    """A model: the cache before the first token, and `forward`, which runs several requests as one batch, in order."""
+    """A model: the cache before the first token, and `forward`, which runs several requests as one batch, in order.
+
+    A cache takes `token_bytes` for each of its tokens. `release` gives unused memory back to the system; it is called
+    when there is nothing to do.
+    """
 
     empty_cache: Any
     forward: Callable[[Sequence[EngineInput]], Awaitable[list[EngineOutput]]]
+    token_bytes: int = 0
+    release: Callable[[], None] = _nothing

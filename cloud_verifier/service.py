@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 SHARE_GROUP: Final = "cloud"
 CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
 HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE)
+PATIENCE_MAX_S: Final = 60.0  # nobody may have more work kept for longer
+IDLE_S: Final = 1.0  # without work, until memory is given back
 FEDERATION_FILE: Final = "cloud.federation"
 
 
@@ -60,11 +62,19 @@ class CloudService:
         to_announce: asyncio.Event,
     ) -> None:
         self.coordinator = coordinator
-        self.batcher = Batcher(sessions, engine.empty_cache, config.cloud.batch_max)
+        self.batcher = Batcher(
+            sessions,
+            engine,
+            batch_max=config.cloud.batch_max,
+            batch_tokens=config.cloud.batch_tokens,
+            cache_bytes=config.cloud.cache_bytes,
+        )
         self._party = party
         self._engine = engine
         self._counters = runtime.counters
-        self._counters.follow(self.batcher, expired_messages="expired", dropped_messages="overflowed")
+        self._counters.follow(
+            self.batcher, expired_messages="expired", dropped_messages="overflowed", evicted_caches="evicted"
+        )
         self._counters.follow(sessions, evictions="evicted", fingerprint_mismatches="mismatched")
         self._batch_wait_s = config.cloud.batch_wait_ms / 1000.0
         self._clock_s = runtime.clock_s
@@ -145,7 +155,8 @@ class CloudService:
         for agent, escalation in ((i.agent, i.escalation) for i in batch.items):
             key = Key(cluster, agent, escalation.session)
             self._counters.add("escalations")
-            self.batcher.submit(BlockJob(key, escalation, now + escalation.patience_ms / 1000.0))
+            patience_s = min(escalation.patience_ms / 1000.0, PATIENCE_MAX_S)
+            self.batcher.submit(BlockJob(key, escalation, now + patience_s))
         self._work.set()
 
     # Federation
@@ -214,10 +225,18 @@ class CloudService:
         while True:
             if self.batcher.idle:
                 self._work.clear()
-                await self._work.wait()
+                await self._wait_for_work()
                 if self._batch_wait_s:
                     await asyncio.sleep(self._batch_wait_s)
             await self.verify_next()
+
+    async def _wait_for_work(self) -> None:
+        try:
+            async with asyncio.timeout(IDLE_S):
+                await self._work.wait()
+        except TimeoutError:
+            self._engine.release()
+            await self._work.wait()
 
     async def verify_next(self) -> bool:
         """At most one model call for the blocks that wait, and the answers that follow; False when none is left."""

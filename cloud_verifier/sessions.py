@@ -5,6 +5,7 @@ round trip and nothing else. A cache and a context may be lost at any time witho
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -34,10 +35,11 @@ class Key(NamedTuple):
 
 @dataclass
 class SessionEntry:
-    """A session and the backend's cache for it (None: nothing cached)."""
+    """A session and the backend's cache for it (None: nothing cached), of which the first `cached` tokens are good."""
 
     state: Session
     cache: Any = None
+    cached: int = 0
 
 
 class UnprimedBlock(NamedTuple):
@@ -88,6 +90,10 @@ class Sessions:
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
+
+    def entries(self) -> Iterable[SessionEntry]:
+        """All entries, least recently used first."""
+        return self._entries.values()
 
     def forget(self, key: Key) -> None:
         """Drop one session."""

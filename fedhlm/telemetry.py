@@ -35,6 +35,7 @@ COUNTERS: Final[dict[str, str]] = {
     "rollbacks": "drafts taken back after a verdict",
     "reprimes": "sessions whose context had to be sent again",
     "evictions": "sessions dropped from a full cache",
+    "evicted_caches": "key-value caches dropped to make room for others, and computed again where they were needed",
     "fingerprint_mismatches": "requests refused because both ends run different tokenizers, vocabularies or noise",
     "batches": "batches sent or computed",
     "reconnects": "connections to the broker after the first",

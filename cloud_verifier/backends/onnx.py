@@ -1,6 +1,8 @@
 """The default backend: an ONNX model folder on onnxruntime."""
 
 import asyncio
+import ctypes
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -19,20 +21,25 @@ async def at_once(call: Call) -> list[EngineOutput]:
     return call()
 
 
+def release() -> None:
+    """Let the C library give freed memory back; what is no glibc keeps it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
     """An Engine over a decoder."""
 
     async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
         def call() -> list[EngineOutput]:
-            results = decoder.forward([runtime.DecoderInput(r.cache, r.ids) for r in requests])
-            return [
-                EngineOutput(result.logits[len(result.logits) - r.rows :], result.cache)
-                for r, result in zip(requests, results, strict=True)
-            ]
+            results = decoder.forward([runtime.DecoderInput(*request) for request in requests])
+            return [EngineOutput(result.logits, result.cache) for result in results]
 
         return await wait(call)
 
-    return Engine(decoder.empty_cache(), forward)
+    return Engine(decoder.empty_cache(), forward, decoder.token_bytes, release)
 
 
 @asynccontextmanager

@@ -79,17 +79,23 @@ class Cache(NamedTuple):
 
 
 class DecoderInput(NamedTuple):
-    """Token ids (at least one) to run after what `cache` holds."""
+    """Token ids (at least one) to run after what `cache` holds; the last `rows` of them want logits (None: all)."""
 
     cache: Cache
     ids: Sequence[int]
+    rows: int | None = None
+
+    @property
+    def wanted(self) -> int:
+        """How many rows of logits are wanted."""
+        return len(self.ids) if self.rows is None else self.rows
 
 
 class DecoderOutput(NamedTuple):
-    """One row per id of the request, and the cache that ends with the last of them.
+    """One row for each id that wants logits, and the cache that ends with the last id.
 
-    `logits` is (len(ids), vocab_size) float32; `hidden` is the output head's input, (len(ids), hidden_size) float32, or
-    None where the graph does not give it.
+    `logits` is (rows, vocab_size) float32; `hidden` is the output head's input, (rows, hidden_size) float32, or None
+    where the graph does not give it. Where no request of a call wants logits, the output head is not computed.
     """
 
     logits: NDArray[np.float32]
@@ -167,11 +173,14 @@ def _tell_missing(wanted: Sequence[str], there: Sequence[str]) -> None:
 class Decoder:
     """A loaded model. Calls block for as long as the model computes, and one Decoder serves one thread at a time."""
 
-    def __init__(self, *, session: Any, info: ModelInfo, tokenizer: "Tokenizer", digest: str) -> None:
+    def __init__(
+        self, *, session: Any, info: ModelInfo, tokenizer: "Tokenizer", digest: str, to_fetches: Any = None
+    ) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self.tokenizer_digest = digest
         self._session = session
+        self._to_fetches = to_fetches  # the runtime's options to compute only what is fetched
         inputs = {i.name: i for i in session.get_inputs()}
         outputs = [o.name for o in session.get_outputs()]
         names = [f"{layer}.{part}" for layer in range(info.layers) for part in ("key", "value")]
@@ -204,8 +213,10 @@ class Decoder:
         self._empty = Cache(0, (empty,) * len(names))
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 1, providers: Sequence[str] = ()) -> Self:
+    def load(cls, folder: Path, *, threads: int = 1, providers: Sequence[str] = (), keeps_memory: bool = True) -> Self:
         """Open a model folder; `threads` is the number of cores one call may use.
+
+        Without `keeps_memory` what a call took is given back after it: large calls are slower then.
 
         Of `providers` (onnxruntime's names, in order of preference) those are used that are there, and the processor for the rest;
         what is not there is told in one warning.
@@ -230,6 +241,7 @@ class Decoder:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = keeps_memory
         # Waiting threads sleep: several parties share the cores of one small machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         usable = usable_providers(providers, available=onnxruntime.get_available_providers())
@@ -239,7 +251,16 @@ class Decoder:
             raise ModelError(f"{folder / GRAPH_FILE} cannot be loaded by onnxruntime: {exc}") from exc
         # A build may have a provider whose driver or device is absent: onnxruntime leaves it out then by itself.
         _tell_missing(usable, session.get_providers())
-        return cls(session=session, info=info, tokenizer=tokenizer, digest=digest)
+        to_fetches = onnxruntime.RunOptions()
+        to_fetches.only_execute_path_to_fetches = True
+        return cls(session=session, info=info, tokenizer=tokenizer, digest=digest, to_fetches=to_fetches)
+
+    @property
+    def token_bytes(self) -> int:
+        """What one token takes in a cache."""
+        info = self.info
+        item_bytes = int(np.dtype(self._cache_dtype).itemsize)
+        return 2 * info.layers * info.kv_heads * info.head_dim * item_bytes
 
     def empty_cache(self) -> Cache:
         """The cache before the first token."""
@@ -251,7 +272,7 @@ class Decoder:
         Raises:
             ValueError: a request has no ids, an id outside the vocabulary, or ends beyond `info.context`.
         """
-        for cache, ids in requests:
+        for cache, ids, _ in requests:
             if not ids:
                 raise ValueError("ids of a request must be at least one (got none)")
             if min(ids) < 0 or max(ids) >= self.info.vocab_size:
@@ -261,9 +282,20 @@ class Decoder:
         # Without a mask and positions a graph counts padding as text, so such graphs run one request at a time.
         if len(requests) > 1 and self._has_mask and self._has_positions:
             return self._run_padded(requests)
-        return [self._run_one(cache, ids) for cache, ids in requests]
+        return [self._run_one(request) for request in requests]
 
-    def _run_one(self, cache: Cache, ids: Sequence[int]) -> DecoderOutput:
+    def _outputs(self, feeds: dict[str, NDArray[Any]], *, rows: int, batch: int) -> tuple[Any, Any, list[Any]]:
+        """Logits, hidden states and cache arrays; without rows only the last are computed."""
+        if rows:
+            outputs = self._session.run(self._output_names, feeds)
+            return outputs[0], outputs[-1] if self._has_hidden else None, outputs[1 : 1 + len(self._past_names)]
+        outputs = self._session.run(self._output_names[1 : 1 + len(self._past_names)], feeds, self._to_fetches)
+        nothing = np.zeros((batch, 0, self.info.vocab_size), np.float32)
+        hidden = np.zeros((batch, 0, self.info.hidden_size), np.float32) if self._has_hidden else None
+        return nothing, hidden, outputs
+
+    def _run_one(self, request: DecoderInput) -> DecoderOutput:
+        cache, ids, _ = request
         end = cache.length + len(ids)
         feeds: dict[str, NDArray[Any]] = dict(zip(self._past_names, cache.arrays, strict=True))
         feeds["input_ids"] = np.array([ids], np.int64)  # (1, ids)
@@ -271,19 +303,22 @@ class Decoder:
             feeds["attention_mask"] = self._ones[:, :end]
         if self._has_positions:
             feeds["position_ids"] = self._positions[:, cache.length : end]
-        outputs = self._session.run(self._output_names, feeds)
-        hidden = outputs.pop()[0] if self._has_hidden else None
-        return DecoderOutput(outputs[0][0], hidden, Cache(end, tuple(outputs[1:])))
+        rows = request.wanted
+        logits, hidden, arrays = self._outputs(feeds, rows=rows, batch=1)
+        first = logits.shape[1] - rows
+        return DecoderOutput(
+            logits[0, first:], None if hidden is None else hidden[0, first:], Cache(end, tuple(arrays))
+        )
 
     def _run_padded(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:
-        past = max(cache.length for cache, _ in requests)
-        width = max(len(ids) for _, ids in requests)
+        past = max(cache.length for cache, _, _ in requests)
+        width = max(len(ids) for _, ids, _ in requests)
         shape = (len(requests), self.info.kv_heads, past, self.info.head_dim)
         feeds: dict[str, NDArray[Any]] = {name: np.zeros(shape, self._cache_dtype) for name in self._past_names}
         ids_fed = np.zeros((len(requests), width), np.int64)
         mask = np.zeros((len(requests), past + width), np.int64)
         positions = np.zeros((len(requests), width), np.int64)
-        for row, (cache, ids) in enumerate(requests):
+        for row, (cache, ids, _) in enumerate(requests):
             begin, count = past - cache.length, len(ids)
             for name, array in zip(self._past_names, cache.arrays, strict=True):
                 feeds[name][row, :, begin:] = array[0]
@@ -291,13 +326,14 @@ class Decoder:
             mask[row, begin : past + count] = 1
             positions[row, :count] = self._positions[0, cache.length : cache.length + count]
         feeds |= {"input_ids": ids_fed, "attention_mask": mask, "position_ids": positions}
-        outputs = self._session.run(self._output_names, feeds)
-        hiddens = outputs.pop() if self._has_hidden else None
+        logits_of, hiddens, outputs = self._outputs(feeds, rows=max(r.wanted for r in requests), batch=len(requests))
         results = []
-        for row, (cache, ids) in enumerate(requests):
+        for row, request in enumerate(requests):
+            cache, ids, _ = request
             kept = slice(past - cache.length, past + len(ids))
-            arrays = tuple(np.ascontiguousarray(o[row : row + 1, :, kept]) for o in outputs[1:])
-            hidden = hiddens[row, : len(ids)].copy() if hiddens is not None else None
-            logits = outputs[0][row, : len(ids)].copy()
+            arrays = tuple(np.ascontiguousarray(o[row : row + 1, :, kept]) for o in outputs)
+            wanted = slice(len(ids) - request.wanted, len(ids))
+            hidden = hiddens[row, wanted].copy() if hiddens is not None else None
+            logits = logits_of[row, wanted].copy()
             results.append(DecoderOutput(logits, hidden, Cache(cache.length + len(ids), arrays)))
         return results

@@ -197,10 +197,26 @@ class Cloud(Section, frozen=True):
         Meta(
             ge=1,
             le=1_000_000,
-            description="Most key-value caches kept; a text whose cache was dropped costs a round trip.",
+            description="Most texts known at once; one that was dropped costs a round trip.",
+        ),
+    ] = 1_024
+    cache_bytes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=2**50,
+            description="Most bytes of key-value caches. Those of texts that wait longest are dropped first, and computed again.",
+        ),
+    ] = 256 * 1024 * 1024
+    batch_max: Annotated[BatchSize, Meta(description="Most blocks that one call of the model verifies.")] = 64
+    batch_tokens: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_048_576,
+            description="Most tokens that one call of the model takes; a longer context is fed in pieces. More for a GPU.",
         ),
     ] = 64
-    batch_max: Annotated[BatchSize, Meta(description="Most blocks that one call of the model verifies.")] = 64
     batch_wait_ms: Annotated[
         WaitMs, Meta(description="Milliseconds that a block waits for others to be verified with it (`batch_max`).")
     ] = 2.0

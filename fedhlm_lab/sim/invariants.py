@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from cloud_verifier.batching import WAITING_MAX
+from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_MAX
 from cloud_verifier.service import CloudService
 from edge_agent.driver import EVENTS_MAX, AgentCore
 from edge_agent.events import Committed, Plan
@@ -273,9 +273,10 @@ def bounds(part: Part, scenario: Scenario) -> Iterator[Bound]:
             yield Bound("assignments", len(service._assigned), ASSIGNED_MAX)
         case CloudService() as service:
             batcher = service.batcher
-            yield Bound("jobs", batcher._count, WAITING_MAX)
+            yield Bound("jobs", batcher.waiting, WAITING_MAX)
+            yield Bound("bytes of caches", batcher.cached_bytes, batcher.cache_bytes)
             yield Bound("sessions", len(batcher.sessions), batcher.sessions.sessions_max)
-            yield Bound("running", len(batcher._running), batcher.sessions.sessions_max + scenario.agents)
+            yield Bound("running", len(batcher.running), RUNNING_OF_ONE * scenario.agents)
             yield Bound("members", len(service.coordinator.members), min(MEMBERS_MAX, scenario.clusters))
         case _:
             pass
@@ -294,8 +295,8 @@ def idle(part: Part) -> Iterator[Bound]:
             yield Bound("relay", len(service.relay.pending), 0)
             yield Bound("digest", service.memory.waiting, 0)
         case CloudService() as service:
-            yield Bound("jobs", service.batcher._count, 0)
-            yield Bound("running", len(service.batcher._running), 0)
+            yield Bound("jobs", service.batcher.waiting, 0)
+            yield Bound("running", len(service.batcher.running), 0)
         case _:
             pass
 

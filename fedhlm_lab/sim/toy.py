@@ -26,6 +26,7 @@ from fedhlm_lab.sim.world import Pair
 VOCAB_SIZE: Final = 48
 EOS_ID: Final = 0
 CONTEXT: Final = 512
+TOKEN_BYTES: Final = 256 * 2**10  # of a cache, as a large model would need: few contexts fit
 DRAWN_MAX: Final = 4_096
 _ORDER: Final = 3  # tokens that the next law depends on
 _FIRST: Final = ord("@")
@@ -87,7 +88,7 @@ async def large_forward(requests: Sequence[EngineInput], *, step_s: float = 0.02
 
 def engine(*, step_s: float = 0.02) -> Engine:
     """The LLM as the cloud's engine; a call takes `step_s` seconds."""
-    return Engine(ToyCache(), partial(large_forward, step_s=step_s))
+    return Engine(ToyCache(), partial(large_forward, step_s=step_s), TOKEN_BYTES)
 
 
 @lru_cache(maxsize=65_536)

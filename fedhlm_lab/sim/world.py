@@ -33,6 +33,8 @@ from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
 from fedhlm_lab.sim.parts import Part, PartBus, inline
 
 CLOUD_BATCH_MAX: Final = 8
+CLOUD_BATCH_TOKENS: Final = 24  # small enough that contexts are fed in pieces
+CLOUD_CACHE_BYTES: Final = 24 * 2**20
 EDGE_BATCH_MAX: Final = 16
 EDGE_BATCH_WAIT_MS: Final = 2.0
 WALL_S: Final = 1.0e9  # Unix time at the beginning of virtual time
@@ -143,7 +145,13 @@ class Fleet:
         buses: list[PartBus] = []
         pair, cloud = (
             self.pair,
-            settings.Cloud(batch_max=CLOUD_BATCH_MAX, batch_wait_ms=0.0, sessions_max=self._sessions_max),
+            settings.Cloud(
+                batch_max=CLOUD_BATCH_MAX,
+                batch_wait_ms=0.0,
+                sessions_max=self._sessions_max,
+                batch_tokens=CLOUD_BATCH_TOKENS,
+                cache_bytes=CLOUD_CACHE_BYTES,
+            ),
         )
         service = cloud_of(
             Config(cloud=cloud, federation=self.federation),

@@ -111,8 +111,7 @@ class Verifier:
             oldest = list(self._sessions)[-CACHES_MAX - 1]
             entry = self._sessions[oldest].entry(oldest)
             if entry is not None:
-                entry.cache = None
-                entry.state.fed.clear()
+                entry.cache, entry.cached = None, 0
 
     async def _run(self, world: Sessions, key: Key, escalation: Escalation) -> Verdict | None:
         """What today's service answers to one block, beginning from `world`."""

@@ -1,48 +1,264 @@
-"""Work is shared: what one agent may have waiting and running is bounded, and what nobody waits for is given up."""
+"""Work is shared: calls are bounded in tokens, caches in bytes, and each agent in what it may take from the others."""
 
+import random
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from cloud_verifier import batching
-from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_OF_ONE, Batcher, BlockJob, Done
+from cloud_verifier.batching import BURST, READS, RUNNING_OF_ONE, WAITING_OF_ONE, Batcher, BlockJob, Done, Running
+from cloud_verifier.engine import Engine
 from cloud_verifier.sessions import Key, Sessions
 from cloud_verifier.verifier import Settled
 from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Prime, Sampling, pack_ids
 from fedhlm_lab.sim import toy
 
 PROMPT = [5, 6]
+LOTS = 1 << 40
 
 
-def batcher(*, batch_max: int = 8, sessions_max: int = 16) -> Batcher:
+def batcher(
+    *, batch_max: int = 8, sessions_max: int = 128, batch_tokens: int = 64, cache_tokens: int = 100_000
+) -> Batcher:
+    """On the toy LLM, whose cache takes one byte a token."""
     sessions = Sessions(
         fingerprint=toy.FINGERPRINT, eos_ids=frozenset(), context_max=toy.CONTEXT, sessions_max=sessions_max
     )
-    return Batcher(sessions, toy.ToyCache(), batch_max)
+    engine = Engine(toy.ToyCache(), toy.large_forward, token_bytes=1)
+    return Batcher(sessions, engine, batch_max=batch_max, batch_tokens=batch_tokens, cache_bytes=cache_tokens)
 
 
 def job(
-    agent: str = "a", session: int = 1, *, extend: int = 1, expires_s: float = 1e9, primed: bool = True
+    agent: str = "a",
+    session: int = 1,
+    *,
+    extend: int = 1,
+    expires_s: float = 1e9,
+    primed: bool = True,
+    prompt: Iterable[int] = PROMPT,
+    ids: Iterable[int] = (),
+    cluster: str = "c",
 ) -> BlockJob:
-    context = pack_ids(PROMPT, toy.VOCAB_SIZE)
+    prompt = list(prompt)
+    context = pack_ids(prompt, toy.VOCAB_SIZE)
     escalation = Escalation(
-        version=SCHEMA_VERSION, sender=agent, sequence=1, sent_ms=0, session=session, epoch=0, base=2, ids=b"",
-        patience_ms=1, extend=extend, before=Prime(Sampling(1), toy.FINGERPRINT, context) if primed else None,
+        version=SCHEMA_VERSION, sender=agent, sequence=1, sent_ms=0, session=session, epoch=0, base=len(prompt),
+        ids=pack_ids(list(ids), toy.VOCAB_SIZE), patience_ms=1, extend=extend,
+        before=Prime(Sampling(1), toy.FINGERPRINT, context) if primed else None,
     )  # fmt: skip
-    return BlockJob(Key("c", agent, session), escalation, expires_s)
+    return BlockJob(Key(cluster, agent, session), escalation, expires_s)
+
+
+def long_prompt(seed: int, length: int = 300) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(length)]
+
+
+def cost(batch: list[Running]) -> float:
+    """Of a call, in tokens: rows padded to the longest piece, and what is read of caches."""
+    return len(batch) * (max(r.piece for r in batch) + max(r.entry.cached for r in batch) / READS)
 
 
 def step(work: Batcher, now_s: float = 0.0) -> list[Done]:
-    """One model call."""
+    """One model call, within its bounds."""
     batch, done = work.take(now_s)
-    return done + work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))
+    assert len(batch) <= work.batch_max
+    assert len(batch) <= 1 or cost(batch) <= work.batch_tokens
+    for running in batch:
+        assert 1 <= running.piece <= max(1, work.batch_tokens)
+        assert running.wanted <= running.piece
+    done += work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))
+    growing = max((r.entry.cached for r in batch), default=0)
+    assert work.cached_bytes <= max(work.cache_bytes, sum(r.entry.cached for r in batch)), growing
+    return done
 
 
-def settled(work: Batcher, limit: int = 2_000) -> list[Done]:
+def settled(work: Batcher, limit: int = 5_000) -> list[Done]:
     found: list[Done] = []
     for _ in range(limit):
         found += step(work)
         if work.idle:
             return found
     raise AssertionError("never idle")
+
+
+def nothing_left(work: Batcher) -> bool:
+    return not (work._count or work._bytes or work._running or work._clusters)
+
+
+# Exactness
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch_tokens=st.integers(1, 80),
+    batch_max=st.integers(1, 6),
+    cache_tokens=st.integers(1, 400),
+    shapes=st.lists(
+        st.tuples(st.integers(1, 60), st.integers(0, 12), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=6
+    ),
+    seed=st.integers(0, 99),
+)
+def test_verdicts_do_not_depend_on_pieces_batches_or_lost_caches(
+    batch_tokens: int, batch_max: int, cache_tokens: int, shapes: list[tuple[int, int, int, int]], seed: int
+) -> None:
+    """Each text is the target's own, and the probabilities are those of one call for all of it."""
+
+    def jobs() -> list[BlockJob]:
+        made = []
+        for number, (length, drafts, extend, agent) in enumerate(shapes):
+            prompt = long_prompt(seed + number, length)
+            text = toy.large_alone(prompt, Sampling(1), drafts)
+            if number % 2 and text:
+                text[-1] = 1 + text[-1] % (toy.VOCAB_SIZE - 1)
+            made.append(job(f"a{agent}", number, extend=extend, prompt=prompt, ids=text, cluster=f"c{number % 2}"))
+        return made
+
+    def outcomes(work: Batcher) -> dict[Key, object]:
+        for made in jobs():
+            work.submit(made)
+        found = settled(work)
+        assert nothing_left(work)
+        return {done.job.key: done.outcome for done in found}
+
+    narrow = batcher(batch_tokens=batch_tokens, batch_max=batch_max, cache_tokens=cache_tokens)
+    wide = batcher(batch_tokens=LOTS, batch_max=1, cache_tokens=LOTS)
+    assert outcomes(narrow) == outcomes(wide)
+    assert wide.evicted == 0
+
+
+def test_caches_that_do_not_fit_are_dropped_and_computed_again() -> None:
+    work = batcher(cache_tokens=350)
+    for agent in range(4):
+        work.submit(job(f"a{agent}", prompt=long_prompt(agent)))
+    first = settled(work)
+    assert work.evicted >= 3
+    for agent in range(4):  # the sessions are still known: no prime is needed
+        prompt = long_prompt(agent)
+        more = job(f"a{agent}", prompt=[*prompt, toy.large_alone(prompt, Sampling(1), 1)[0]], primed=False)
+        work.submit(more)
+    again = settled(work)
+    assert all(isinstance(done.outcome, Settled) for done in (*first, *again))
+    assert work.cached_bytes <= 350
+
+
+def test_only_the_rows_that_are_needed_are_asked_for() -> None:
+    work = batcher(batch_tokens=16)
+    prompt = long_prompt(1, 100)
+    work.submit(job(prompt=prompt, ids=toy.large_alone(prompt, Sampling(1), 3)))
+    asked, calls = 0, 0
+    while not work.idle:
+        batch, _ = work.take(0.0)
+        requests = [work.request(r) for r in batch]
+        asked, calls = asked + sum(r.rows for r in requests), calls + 1
+        work.advance(batch, toy.large_outputs(requests))
+    assert calls >= 6
+    assert asked == 4
+
+
+# Fairness
+
+
+def wait_of(work: Batcher, quiet: BlockJob, more: Iterable[BlockJob] = ()) -> float:
+    """Cost of all calls from a quiet agent's block to its verdict; the others ask again as soon as they are answered."""
+    work.submit(quiet)
+    total = 0.0
+    for _ in range(10_000):
+        batch, done = work.take(0.0)
+        if batch:
+            total += cost(batch)
+        done += work.advance(batch, toy.large_outputs([work.request(r) for r in batch]))
+        if any(d.job.key == quiet.key for d in done):
+            return total
+        for d in done:
+            work.submit(_next(d.job))
+    raise AssertionError("never answered")
+
+
+def _next(before: BlockJob) -> BlockJob:
+    key, session = before.key, before.key.session + 1_000
+    return job(key.agent, session, prompt=long_prompt(session), cluster=key.cluster)
+
+
+@pytest.mark.parametrize("cluster", ["c", "quiet's own"])
+def test_a_quiet_agent_beside_63_hogs_waits_for_one_call_more_than_alone(cluster: str) -> None:
+    quiet = job("quiet", prompt=long_prompt(7, 20), ids=[3, 4], extend=2, cluster=cluster)
+    alone = wait_of(batcher(), quiet)
+    work = batcher()
+    for hog in range(63):
+        for session in range(2):
+            work.submit(job(f"hog{hog}", 100 * hog + session, prompt=long_prompt(hog)))
+    for _ in range(400):
+        for done in step(work):
+            work.submit(_next(done.job))
+    calls_of_others = work.batch_tokens
+    assert wait_of(work, quiet) <= 2.0 * alone + calls_of_others
+
+
+def test_names_that_an_edge_invents_delay_nobody_of_another_cluster() -> None:
+    quiet = job("quiet", prompt=long_prompt(7, 20), ids=[3, 4], extend=2, cluster="calm")
+    alone = wait_of(batcher(), quiet)
+    work = batcher()
+    for name in range(300):
+        for session in range(3):
+            work.submit(job(f"name{name}", session, prompt=long_prompt(name), cluster="loud"))
+    for _ in range(200):
+        step(work)
+    assert wait_of(work, quiet) <= 2.0 * alone + work.batch_tokens
+
+
+def test_clusters_get_equal_parts_however_many_names_they_have() -> None:
+    work = batcher()
+    served = {"one": 0.0, "many": 0.0}
+    for cluster, names in (("one", 1), ("many", 30)):
+        for name in range(names):
+            for session in range(60 // names):
+                work.submit(job(f"{cluster}{name}", session, prompt=long_prompt(session), cluster=cluster))
+    for _ in range(150):
+        batch, _ = work.take(0.0)
+        for running in batch:
+            served[running.job.key.cluster] += running.piece + running.entry.cached / READS
+        work.advance(batch, toy.large_outputs([work.request(r) for r in batch]))
+    assert served["one"] == pytest.approx(served["many"], rel=0.2)
+
+
+def test_credit_for_silence_is_bounded() -> None:
+    """An agent that was silent for long is not served for longer than its credit before the others."""
+    work = batcher()
+    for session in range(200):
+        work.submit(job("busy", session, prompt=long_prompt(session)))
+    for _ in range(300):
+        step(work)
+    for session in range(100):
+        work.submit(job("late", 1_000 + session, prompt=long_prompt(session)))
+    served = {"busy": 0.0, "late": 0.0}
+    for _ in range(100):
+        batch, _ = work.take(0.0)
+        for running in batch:
+            served[running.job.key.agent] += running.piece + running.entry.cached / READS
+        work.advance(batch, toy.large_outputs([work.request(r) for r in batch]))
+    assert served["late"] - served["busy"] <= BURST + 3 * batching.QUANTUM
+
+
+def test_many_long_contexts_are_answered_one_after_the_other() -> None:
+    """The first is there long before the last, and few caches are held on the way."""
+    work = batcher(cache_tokens=64 * 300 // 4)
+    for agent in range(64):
+        work.submit(job(f"a{agent}", prompt=long_prompt(agent)))
+    at: list[int] = []
+    for call in range(5_000):
+        at += [call] * len(step(work))
+        if work.idle:
+            break
+    assert len(at) == 64
+    assert at[0] < 0.1 * at[-1]
+    assert at[31] < 0.6 * at[-1]
+
+
+# Bounds
 
 
 def test_an_agent_has_a_share_of_the_model_whatever_another_asks_for() -> None:
@@ -54,7 +270,7 @@ def test_an_agent_has_a_share_of_the_model_whatever_another_asks_for() -> None:
     found: list[Done] = []
     for _ in range(4):
         found += step(work)
-        assert sum(r.job.key.agent == "greedy" for r in work._running.values()) <= RUNNING_OF_ONE
+        assert sum(r.job.key.agent == "greedy" for r in work.running) <= RUNNING_OF_ONE
     assert [done.job.key.agent for done in found] == ["modest"]
 
 
@@ -65,15 +281,17 @@ def test_everything_that_was_taken_is_settled_in_the_end() -> None:
     found = settled(work)
     assert all(isinstance(done.outcome, Settled) for done in found)
     assert sorted(done.job.key.session for done in found) == list(range(40))
-    assert (work._count, work._bytes, len(work._counts), len(work._busy)) == (0, 0, 0, 0)
+    assert nothing_left(work)
 
 
-def test_as_many_run_as_caches_may_be_kept() -> None:
-    work = batcher(batch_max=2, sessions_max=3)
-    for number in range(20):
-        work.submit(job(f"a{number}", extend=9))
-    step(work)
-    assert len(work._running) == 3
+def test_the_same_block_sent_again_waits_once() -> None:
+    work = batcher()
+    for expires_s in (1.0, 2.0, 3.0):
+        work.submit(job(expires_s=expires_s))
+    assert work.waiting == 1
+    (done,) = step(work, 2.5)
+    assert done.job.expires_s == 3.0
+    assert nothing_left(work)
 
 
 def test_one_agent_cannot_fill_the_queue() -> None:
@@ -91,10 +309,10 @@ def test_waiting_blocks_are_bounded_in_bytes() -> None:
     large = job("greedy")
     large = large._replace(escalation=replace(large.escalation, laws=bytes(batching.BYTES_OF_ONE - 100)))
     work.submit(large)
-    work.submit(large)
+    work.submit(large._replace(key=Key("c", "greedy", 2)))
     assert work.overflowed == 1
     work.submit(job("modest"))
-    assert (work._count, work.overflowed) == (2, 1)
+    assert (work.waiting, work.overflowed) == (2, 1)
 
 
 def test_a_block_whose_deadline_passes_is_given_up_and_its_session_goes_on() -> None:

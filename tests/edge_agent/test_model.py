@@ -36,7 +36,7 @@ class ToyDecoder:
 
     def forward(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:
         self.calls += 1
-        return [self._one(cast(Any, cache), ids) for cache, ids in requests]
+        return [self._one(cast(Any, request.cache), request.ids) for request in requests]
 
     def _one(self, cache: toy.ToyCache, ids: Sequence[int]) -> DecoderOutput:
         assert ids

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
@@ -193,7 +194,7 @@ class Parts:
         edge, cloud, agent = self.edge.service, self.cloud.service, self.agent.agent
         grouping = cloud.coordinator.grouping
         doubts = sum(len(known) for known in edge.memory._doubts.values())
-        running = cloud.batcher._running.values()
+        running = cloud.batcher.running
         found = {
             "edge.relay.pending": Size(len(edge.relay.pending), DEFAULT_MAX_INCOMING),
             "edge.relay.epochs": Size(len(edge.relay._epochs), edge_cluster.SESSIONS_MAX),
@@ -208,11 +209,12 @@ class Parts:
             "edge.agents": Size(len(edge.agents), getattr(edge_service, "AGENTS_MAX", 4_096)),
             "edge.assigned": Size(len(edge._assigned), edge_service.ASSIGNED_MAX),
             "edge.members": Size(len(edge.members), federation.MEMBERS_MAX),
+            "cloud.caches": Size(cloud.batcher.cached_bytes, cloud.batcher.cache_bytes),
             "cloud.sessions": Size(len(cloud.batcher.sessions), 8),
-            "cloud.waiting": Size(cloud.batcher._count, batching.WAITING_MAX),
-            "cloud.running": Size(len(running), cloud.batcher.running_max),
+            "cloud.waiting": Size(cloud.batcher.waiting, batching.WAITING_MAX),
+            "cloud.running": Size(len(running), batching.RUNNING_MAX),
             "cloud.running of an agent": Size(
-                max((sum(r.job.key.owner == key.owner for r in running) for key in cloud.batcher._running), default=0),
+                max(Counter(r.job.key.owner for r in running).values(), default=0),
                 batching.RUNNING_OF_ONE,
             ),
             "cloud.members": Size(len(cloud.coordinator.members), federation.MEMBERS_MAX),

@@ -108,6 +108,28 @@ def test_a_batch_with_unequal_pasts_and_blocks_gives_each_row_its_own_logits(cas
         assert differs(result.logits, case.torch_logits([*ids, 5])[-1:]) < CLOSE
 
 
+@pytest.mark.parametrize("rows", [(0, 0, 0), (0, 3, 1), (2, 0, 7)])
+@pytest.mark.parametrize("batched", [False, True])
+def test_only_the_rows_that_are_wanted_are_given(case: Case, rows: tuple[int, ...], batched: bool) -> None:
+    """The cache is the same with or without them."""
+    texts = [random_ids(n, seed=n) for n in (9, 4, 12)]
+    decoder, empty = case.decoder, case.decoder.empty_cache()
+    whole = [decoder.forward([DecoderInput(empty, ids)])[0] for ids in texts]
+    requests = [DecoderInput(empty, ids, wanted) for ids, wanted in zip(texts, rows, strict=True)]
+    given = decoder.forward(requests) if batched else [decoder.forward([request])[0] for request in requests]
+    for full, part, wanted in zip(whole, given, rows, strict=True):
+        assert part.logits.shape == (wanted, full.logits.shape[1])
+        assert part.hidden is not None
+        assert full.hidden is not None
+        assert part.hidden.shape == (wanted, full.hidden.shape[1])
+        if wanted:
+            assert differs(part.logits, full.logits[-wanted:]) < CLOSE
+            assert differs(part.hidden, full.hidden[-wanted:]) < CLOSE
+        assert part.cache.length == full.cache.length
+        for ours, theirs in zip(part.cache.arrays, full.cache.arrays, strict=True):
+            assert differs(ours, theirs) < CLOSE
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_truncate_then_continue_equals_from_scratch(case: Case, batched: bool) -> None:
     ids = random_ids(24, seed=3)

@@ -26,6 +26,8 @@ from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
 
+PRESENCE_S = 3.0  # a broker sends what it keeps at once; on a satellite link that takes a second
+
 
 async def run(
     loaded: Loaded, counters: Counters, prompt: str | None = None, *, notifier: Notifier | None = None
@@ -81,6 +83,7 @@ async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:
     )
     running = asyncio.create_task(service.run(), name="agent-service")
     try:
+        await service.agent.look_around(PRESENCE_S)
         result = await service.complete(prompt, show=lambda new: print(new, end="", flush=True))
     except ValueError as exc:
         raise FedhlmError(str(exc)) from exc

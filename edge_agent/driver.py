@@ -67,6 +67,7 @@ from fedhlm.protocol.messages import (
     unpack_ids,
     unpack_probs,
 )
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Consensus, Federation
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import warn_once
@@ -111,6 +112,8 @@ class AgentCore:
         self.peers = make_peers()
         self.link_up = True
         self.upstream: Fingerprint | None = None
+        self.absent = ""  # who is missing above, as far as anybody says
+        self._looked = asyncio.Event()
         self._drafter = drafter
         self._counters = party.counters
         self._saver = saver
@@ -250,6 +253,8 @@ class AgentCore:
             self._set_link_up()
             return
         event = self._event(verdict)
+        if SOURCES[verdict.source].verified:
+            self.absent = ""
         self._counters.add("verdicts")
         self._delay.heard((verdict.session, verdict.epoch, verdict.base), self._clock_s())
         self._post(queue, event)
@@ -259,8 +264,30 @@ class AgentCore:
         self.upstream = state.upstream if state.online else None
         if self.upstream is not None:
             self._set_link_up()
+        elif state.online:
+            self._miss(f"the edge of cluster {self.cluster} sees no cloud")
+        else:
+            self._miss(f"the edge of cluster {self.cluster} is offline")
+        self._looked.set()
+
+    async def look_around(self, within_s: float) -> None:
+        """Wait for the edge's state, which its broker keeps; where none comes in time, there is no edge."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._looked.wait()
+        except TimeoutError:
+            self._miss(f"no edge has announced itself in cluster {self.cluster}")
+
+    def _miss(self, who: str) -> None:
+        """From now on no new text waits for an answer, unless it is told to; one that is being written waits for its deadline."""
+        if who != self.absent:
+            log.warning("%s: what it should verify is marked unverified until it does", who)
+        self.absent = who
 
     def _set_link_up(self) -> None:
+        if self.absent:
+            log.info("cluster %s is answered again", self.cluster)
+        self.absent = ""
         self.link_up = True
         for queue in self._routes.values():
             self._post(queue, LinkUp())
@@ -301,10 +328,11 @@ class AgentCore:
         """
         now = began = self._clock_s()
         session = self._new_session()
-        self._notes.began(session, job, prompt, link_up=self.link_up, now_s=now)
+        link_up = self.link_up and not (self.absent and not job.config.wait_offline)
+        self._notes.began(session, job, prompt, link_up=link_up, now_s=now)
         plan = self.plan(job)
         self._notes.write("plan", Planned(plan.tau, plan.similarity))
-        machine = GenerationMachine(plan, list(prompt), link_up=self.link_up)
+        machine = GenerationMachine(plan, list(prompt), link_up=link_up)
         result = GenerationResult(tau=plan.tau, similarity=plan.similarity, confidence=job.config.confidence)
         sample = None if self._sampler is None else self._sampler.begin()
         turn = Turn(session, job, plan, asyncio.Queue(), sample, result, on_commit)

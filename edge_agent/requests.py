@@ -12,7 +12,8 @@ REQUESTS_REMEMBERED: Final = 1_024
 class RoutedPrompt:
     """A prompt, and the cluster through which it came and its output goes.
 
-    `limit_s` is when its client stops waiting, on the agent's clock; `count` are the tokens that were put out.
+    `limit_s` is when its client stops waiting, on the agent's clock; `count` are the tokens that were put out, and `answered`
+    says that the last output is out as well.
     """
 
     def __init__(self, cluster: str, prompt: Prompt, now_s: float = 0.0) -> None:
@@ -21,6 +22,7 @@ class RoutedPrompt:
         self.limit_s = float("inf") if prompt.patience_ms is None else now_s + prompt.patience_ms / 1000.0
         self.count = 0
         self.over = False
+        self.answered = False
 
 
 class End(NamedTuple):

@@ -63,6 +63,15 @@ class GenerationResult:
         for kept in (self.ids, self.sources, self.drafted):
             del kept[count:]
 
+    def summary(self) -> str:
+        """The request in one line of a log: why it ended, its tokens by who settled them, its time and its bytes."""
+        by_source = ", ".join(f"{count} {source}" for source, count in sorted(Counter(self.sources).items()))
+        why = f" ({' '.join(self.error.split())})" if self.error else ""
+        return (
+            f"{self.finish}{why}, {len(self.ids)} tokens{f' ({by_source})' if by_source else ''}, {self.wall_s * 1000.0:.0f} ms,"
+            f" {self.uplink_bytes:,} bytes up, {self.cluster_bytes:,} to the cluster"
+        )
+
     def statistics(self) -> dict[str, float]:
         """Figures for the last message of a request."""
         by_source = {f"tokens_{source}": float(count) for source, count in Counter(self.sources).items()}

@@ -30,6 +30,10 @@ TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens than this
 RENEW_AGAIN_S: Final = 30.0
 
 
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
 class ModelFacts(NamedTuple):
     """What the service must know of the SLM besides how to draft."""
 
@@ -206,8 +210,15 @@ class AgentService:
                 self.requests.close(request)
 
     async def _end(self, request: RoutedPrompt, end: End) -> None:
+        """The last output of a request that has had none; what goes wrong after it is for the log alone."""
         self.requests.close(request)
+        if request.answered:
+            log.error("after the end of request %s: %s", request.prompt.request, end.error)
+            return
         await self._publish(request, [], "", finish=end.finish, error=end.error[:1_024], refusal=end.refusal)
+        log.info(
+            "request %s: %s after %d tokens, %s", request.prompt.request, end.finish, request.count, _line(end.error)
+        )
 
     async def complete(
         self, prompt: Prompt, show: Callable[[str], object] | None = None, *, cluster: str | None = None
@@ -265,6 +276,7 @@ class AgentService:
         if show is not None:
             show(rest)
         await self._publish(request, [], rest, finish=result.finish, error=result.error, statistics=result.statistics())
+        log.info("request %s: %s", prompt.request, result.summary())
         await self.agent.save()
         return result
 
@@ -310,4 +322,5 @@ class AgentService:
             refusal=refusal,
         )
         request.count += len(tokens)
+        request.answered = finish is not None
         await party.send(topics.OUTPUT, message, cluster=request.cluster, agent=self.agent.name)

@@ -4,6 +4,7 @@ A file that is truncated or garbled is a warning and a fresh start, and is kept 
 a thread by itself; `save` waits for the disk.
 """
 
+import errno
 import hashlib
 import logging
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from fedhlm.process.files import PRIVATE, replace_file
 
 log = logging.getLogger(__name__)
 
+# A disk that is full or dying must not keep a device from its work; any other trouble is a mistake of whoever set it up.
+FAILING: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 MAGIC: Final = b"fedhlm state 1\n"
 _DIGEST_BYTES: Final = 32
 
@@ -48,6 +51,9 @@ def load(folder: Path | str, name: str, *, key: str = "state") -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as exc:
+        if exc.errno in FAILING:
+            log.warning("%s cannot be read, starting afresh: %s", path, exc.strerror)
+            return None
         _refuse(key, folder, "a readable folder", f"cannot read {name}", exc)
     head = len(MAGIC) + _DIGEST_BYTES
     payload = data[head:]
@@ -82,15 +88,20 @@ class Store(NamedTuple):
 
 
 def store_of(folder: str, *, key: str) -> Store | None:
-    """The store in a folder, tried out at once; None where no folder is configured.
+    """The store in a folder, tried out at once; None where no folder is configured. A full or failing disk is a warning.
 
     Raises:
-        ConfigError: the folder cannot be made or written; `key` is the setting that names it.
+        ConfigError: the folder cannot be made or written for another reason; `key` is the setting that names it.
     """
     if not folder:
         return None
-    save(folder, ".probe", b"", key=key)
-    (Path(folder) / ".probe").unlink(missing_ok=True)
+    try:
+        save(folder, ".probe", b"", key=key)
+        (Path(folder) / ".probe").unlink(missing_ok=True)
+    except ConfigError as exc:
+        if not (isinstance(exc.__cause__, OSError) and exc.__cause__.errno in FAILING):
+            raise
+        log.warning("what is learnt cannot be kept now: %s", exc)
     return Store(
         load=lambda name: load(folder, name, key=key),
         save=lambda name, payload: save(folder, name, payload, key=key),

@@ -271,6 +271,13 @@ class Generation(Section, frozen=True):
             description="Milliseconds that the device waits for a verdict before it commits its drafts, marked unverified.",
         ),
     ] = 10_000
+    wait_offline: Annotated[
+        bool,
+        Meta(
+            description="Wait for `deadline_ms` also while the edge or the cloud is known to be absent; else a text that begins then "
+            "goes on at once, marked unverified.",
+        ),
+    ] = False
     retry_ms: Annotated[
         int,
         Meta(

@@ -46,6 +46,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """
         flags = {
             "generation.deadline_ms": str(round(self.deadline_s * 1000)),
+            "generation.wait_offline": "true",  # what is verified in the end must not hang on when somebody was away
             "generation.retry_ms": str(round(self.retry_s * 1000)),
             # Drafting never pauses here: the more blocks are in flight, the more there is to go wrong.
             "generation.pipeline.survival_floor": "0",

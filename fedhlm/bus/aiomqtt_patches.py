@@ -6,6 +6,7 @@ It reaches into aiomqtt's private side; the contract tests notice when an upgrad
 # ruff: noqa: SLF001
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final
@@ -122,6 +123,24 @@ class PatchedClient(aiomqtt.Client):
                     self._disconnected.set_exception(exc)
 
         self._loop.call_soon_threadsafe(register)
+
+    def acknowledge_at_once(self) -> None:
+        """Acknowledge what comes without the kernel's delay of 40 ms; before connecting, and before `read_ahead`.
+
+        A broker with Nagle's algorithm (mosquitto without set_tcp_nodelay) sends a small packet, and keeps the next one until
+        the first is acknowledged. The option holds until the kernel thinks better of it, hence after every read. Linux only.
+        """
+        option = getattr(socket, "TCP_QUICKACK", None)
+        paho_client = self._client
+        receive = paho_client._sock_recv
+
+        def receive_and_acknowledge(bufsize: int) -> bytes:
+            data = receive(bufsize)
+            if (sock := paho_client._sock) is not None and option is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, 1)
+            return data
+
+        paho_client._sock_recv = receive_and_acknowledge  # type: ignore[method-assign]
 
     def read_ahead(self, size_bytes: int = 16_384) -> None:
         """Read many packets with one system call; paho makes four for each. Before connecting, for who receives thousands a second."""

@@ -121,6 +121,7 @@ class Dialler:
         )
         client.pending_calls_threshold = 2 * MAX_IN_FLIGHT
         client.set_tcp_timeout(TCP_TIMEOUT_S)
+        client.acknowledge_at_once()
         if self._greedy:
             client.read_ahead()
         return client

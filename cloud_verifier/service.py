@@ -22,6 +22,7 @@ from fedhlm.learning import rounds
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
+    AnyMessage,
     Assignment,
     Contribution,
     EscalationBatch,
@@ -29,6 +30,7 @@ from fedhlm.protocol.messages import (
     Profile,
     RoutedVerdict,
     VerdictBatch,
+    refused,
 )
 from fedhlm.settings import Config
 from fedhlm.telemetry import warn_once
@@ -265,7 +267,16 @@ class CloudService:
             for items in portions(answers):
                 message = VerdictBatch(**self._party.stamp(), items=items)
                 self._counters.add("verdicts", len(items))
-                await self._party.send(topics.CLOUD_VERDICT, message, cluster=cluster)
+                sent = await self._party.send(topics.CLOUD_VERDICT, message, cluster=cluster)
+                for lone in sent.too_large:
+                    await self._refuse_too_large(cluster, lone)
+
+    async def _refuse_too_large(self, cluster: str, message: AnyMessage) -> None:
+        """Tell the agents whose verdicts do not fit the way to them."""
+        for answer in message.items if isinstance(message, VerdictBatch) else ():
+            short = refused(self._party.stamp(), answer.verdict, self._party.why_too_large())
+            batch = VerdictBatch(**self._party.stamp(), items=(RoutedVerdict(answer.agent, short),))
+            await self._party.send(topics.CLOUD_VERDICT, batch, cluster=cluster)
 
     def _count(self, outcome: Outcome) -> None:
         match outcome:

@@ -11,13 +11,13 @@ from cloud_verifier.verifier import Settled
 from fedhlm.protocol.messages import (
     MAX_BATCH,
     MAX_PAYLOAD_BYTES,
-    MAX_REASON,
     Escalation,
     RoutedVerdict,
     Verdict,
     pack_bits,
     pack_ids,
     pack_probs,
+    refused,
 )
 
 ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # of verdicts in one message
@@ -43,7 +43,7 @@ def verdict_of(
         case UnprimedBlock():
             return Verdict(**header(), **about, status="unprimed")
         case RefusedBlock(reason):
-            return Verdict(**header(), **about, status="refused", reason=reason[:MAX_REASON])
+            return refused(header(), escalation, reason)
         case StaleBlock():
             return None
         case _:

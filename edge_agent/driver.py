@@ -49,6 +49,7 @@ from fedhlm.errors import ProtocolError
 from fedhlm.process.saver import Saver
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
+    MAX_DOUBTS,
     Assignment,
     Contribution,
     Escalation,
@@ -484,13 +485,15 @@ class AgentCore:
         coin = uniform(job.sampling.seed, 1, AUDIT_STREAM)
         if not action.uncertain or not self.peers.asks(job.config, coin):
             return
-        message = UncertainTokens(
-            **self.party.stamp(), session=turn.session, space=self.peers.space, items=action.uncertain
-        )
-        sent = await self.party.send(topics.PEER, message, cluster=self.cluster, agent=self.name)
-        turn.result.cluster_bytes += sent.packet_bytes
+        comparable_bytes = 0
+        for start in range(0, len(action.uncertain), MAX_DOUBTS):
+            items = action.uncertain[start : start + MAX_DOUBTS]
+            message = UncertainTokens(**self.party.stamp(), session=turn.session, space=self.peers.space, items=items)
+            sent = await self.party.send(topics.PEER, message, cluster=self.cluster, agent=self.name)
+            turn.result.cluster_bytes += sent.packet_bytes
+            comparable_bytes += sent.comparable_bytes
         for _ in action.uncertain:
-            self.peers.collaboration[job.config.peers].published(round(sent.comparable_bytes / len(action.uncertain)))
+            self.peers.collaboration[job.config.peers].published(round(comparable_bytes / len(action.uncertain)))
 
     async def _escalate(self, turn: Turn, action: Escalate) -> None:
         vocab_size, plan, session = self.fingerprint.vocab_size, turn.plan, turn.session
@@ -522,6 +525,8 @@ class AgentCore:
         turn.result.uplink_bytes += sent.packet_bytes
         turn.result.escalation_bytes += sent.comparable_bytes
         turn.result.uplink_messages += bool(sent)
+        if sent.too_large:
+            self._post(turn.queue, Refused(self.party.why_too_large()))
 
 
 def _drafted(revision: int, position: int, drawn: Drawn) -> Drafted:

@@ -26,6 +26,7 @@ from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     MAX_BATCH,
+    AnyMessage,
     Assignment,
     Contribution,
     Escalation,
@@ -39,6 +40,7 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
     Verified,
     VerifiedTokens,
+    refused,
 )
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
@@ -229,9 +231,7 @@ class EdgeService:
             return
         self.relay.settle(agent, escalation)
         self._counters.add("neighbour_answers" if SOURCES[answer.source].from_afar else "peer_answers")
-        verdict = self._verdict(escalation, answer)
-        self._counters.add("verdicts")
-        await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+        await self._send_verdict(agent, self._verdict(escalation, answer))
 
     def _verdict(self, escalation: Escalation, answer: PeersAnswer) -> Verdict:
         return Verdict(
@@ -262,8 +262,7 @@ class EdgeService:
                 self._digest_full.set()
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
             self.settled.note(agent, verdict)
-            self._counters.add("verdicts")
-            await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+            await self._send_verdict(agent, verdict)
         if self.upstream is None:
             # The cloud is there, and its presence was lost on the way, in a full queue perhaps. A subscription brings
             # retained state again.
@@ -286,7 +285,22 @@ class EdgeService:
             batch = EscalationBatch(**self.up.stamp(), items=items)
             sent = await self.up.send(topics.CLOUD_VERIFY, batch, cluster=self.cluster)
             self._counters.add_all(uplink_messages=bool(sent), uplink_bytes=sent.packet_bytes)
+            for lone in sent.too_large:
+                await self._refuse_too_large(lone)
         return bool(items)
+
+    async def _refuse_too_large(self, message: AnyMessage) -> None:
+        """Tell the agents whose blocks do not fit the way to the cloud."""
+        for routed in message.items if isinstance(message, EscalationBatch) else ():
+            verdict = refused(self.down.stamp(), routed.escalation, self.up.why_too_large())
+            await self._send_verdict(routed.agent, verdict)
+
+    async def _send_verdict(self, agent: str, verdict: Verdict) -> None:
+        self._counters.add("verdicts")
+        sent = await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+        if sent.too_large:
+            short = refused(self.down.stamp(), verdict, self.down.why_too_large())
+            await self.down.send(topics.VERDICT, short, cluster=self.cluster, agent=agent)
 
     async def _send_digests(self) -> None:
         while True:

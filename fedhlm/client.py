@@ -275,7 +275,12 @@ class Client:
         self._open[state.request] = state
         expiry_s = None if prompt.patience_ms is None else prompt.patience_ms / 1000.0
         place = {"cluster": state.cluster, "agent": state.agent}
-        if not await self.party.send(topics.PROMPT, prompt, expiry_s=expiry_s, **place):
+        sent = await self.party.send(topics.PROMPT, prompt, expiry_s=expiry_s, **place)
+        if sent.too_large:
+            self._forget(state)
+            expected = f"a prompt that fits a packet of {self.party.bus.max_packet_bytes} bytes, the broker's largest"
+            raise ConfigError("text", f"{len(prompt.text)} characters", expected)
+        if not sent:
             self._forget(state)
             raise self._failure or BusError("the outgoing queue is full: the prompt was not sent")
 

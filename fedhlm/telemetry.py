@@ -24,6 +24,7 @@ COUNTERS: Final[dict[str, str]] = {
     "refused_messages": "payloads that were not a valid message of their topic, or came from the wrong sender",
     "dropped_messages": "messages given up because a queue was full, incoming and outgoing",
     "unsent_messages": "messages that did not leave: no room, expired in the queue, refused by the broker, or lost with the link at QoS 0",
+    "too_large_messages": "messages or items given up because the broker takes no packet of their size",
     "expired_messages": "blocks given up because nobody waited for their verdict any more",
     "stale_verdicts": "verdicts of an epoch that a rollback had ended",
     "late_verdicts": "verdicts for tokens that the deadline had committed already",

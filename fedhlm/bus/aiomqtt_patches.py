@@ -132,11 +132,12 @@ class PatchedClient(aiomqtt.Client):
         """
         option = getattr(socket, "TCP_QUICKACK", None)
         paho_client = self._client
-        receive = paho_client._sock_recv
+        receive: Callable[[int], bytes] = paho_client._sock_recv
 
         def receive_and_acknowledge(bufsize: int) -> bytes:
             data = receive(bufsize)
-            if (sock := paho_client._sock) is not None and option is not None:
+            sock: Any = paho_client._sock
+            if sock is not None and option is not None:
                 sock.setsockopt(socket.IPPROTO_TCP, option, 1)
             return data
 

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from fedhlm.bus.interface import Bus, Delivery, publish_wire_bytes
 from fedhlm.bus.journal import JournalWriter
+from fedhlm.bus.pieces import divided
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
@@ -51,10 +52,13 @@ class Sent(NamedTuple):
     """Bytes of a PUBLISH packet: as it travelled, and with a header of fixed size. False where nothing was sent.
 
     Decisions count the second: a replayed journal gives the same, although its messages have other times and numbers.
+    `too_large` are the message, or those parts of it, that the broker does not take: they were dropped, and whoever waits
+    for an answer is to be told (`Party.why_too_large`).
     """
 
     packet_bytes: int = 0
     comparable_bytes: int = 0
+    too_large: tuple[AnyMessage, ...] = ()
 
     def __bool__(self) -> bool:
         return self.packet_bytes > 0
@@ -136,8 +140,34 @@ class Party:
         )
 
     async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> Sent:
-        """Publish as the topic's row says; what was sent, which is nothing when the bus had no room (counted)."""
+        """Publish as the topic's row says; what was sent, which is nothing when the bus had no room (counted).
+
+        A list of items that is larger than the broker takes goes in parts; an item that is larger alone is dropped (counted).
+        """
         name = topic.name(self.root, **levels)
+        largest = self.bus.max_packet_bytes
+        if largest is None:
+            return await self._publish(topic, name, message, expiry_s)
+
+        def fits(part: AnyMessage) -> bool:
+            return self._packet_bytes(topic, name, len(encode(part)), expiry_s) <= largest
+
+        parts, refused = divided(message, fits, self.stamp)
+        sent = [await self._publish(topic, name, part, expiry_s) for part in parts]
+        if refused:
+            self.counters.add("too_large_messages", len(refused))
+            text = "dropped a message for %s: too large, the broker takes at most %d bytes"
+            warn_once(log, f"too large {topic.pattern}", text, name, largest)
+        return Sent(sum(s.packet_bytes for s in sent), sum(s.comparable_bytes for s in sent), tuple(refused))
+
+    def why_too_large(self) -> str:
+        """What to tell whoever waits for the answer to a message that was too large."""
+        return f"the message is larger than the broker takes ({self.bus.max_packet_bytes} bytes)"
+
+    def _packet_bytes(self, topic: Topic, name: str, size: int, expiry_s: float | None) -> int:
+        return publish_wire_bytes(name, size, qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s)
+
+    async def _publish(self, topic: Topic, name: str, message: AnyMessage, expiry_s: float | None) -> Sent:
         payload = encode(message)
         sent = await self.bus.publish(name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s)
         if self.journal is not None and not isinstance(message, Journal):
@@ -147,7 +177,7 @@ class Party:
             warn_once(log, "no room", "dropped a message for %s: the outgoing queue is full, or the bus closed", name)
             return Sent()
         packet_bytes, comparable = (
-            publish_wire_bytes(name, size, qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s)
+            self._packet_bytes(topic, name, size, expiry_s)
             for size in (len(payload), comparable_bytes(message, len(payload)))
         )
         return Sent(packet_bytes, comparable)

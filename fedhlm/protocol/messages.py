@@ -20,6 +20,7 @@ MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 MAX_CONTEXT: Final = 131_072
 MAX_BLOCK: Final = 4_096
 MAX_BATCH: Final = 1_024
+MAX_DOUBTS: Final = 64
 MAX_TEXT: Final = 1_048_576
 MAX_TOKENS: Final = 65_536
 MAX_KEY: Final = 1_024
@@ -241,6 +242,12 @@ class Verdict(Message, tag=5, frozen=True):
     missed: Annotated[bytes, Meta(max_length=MAX_CONTEXT // 8 + 1)] = b""
 
 
+def refused(header: dict[str, Any], block: Escalation | Verdict, reason: str) -> Verdict:
+    """The verdict that settles nothing of a block, or in place of a verdict on it, and says why."""
+    about: dict[str, Any] = {"session": block.session, "epoch": block.epoch, "base": block.base}
+    return Verdict(**header, **about, status="refused", reason=reason[:MAX_REASON])
+
+
 class RoutedEscalation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One escalation inside a batch, with the agent it came from."""
 
@@ -284,7 +291,7 @@ class UncertainTokens(Message, tag=8, frozen=True):
 
     session: Session
     space: Space
-    items: Annotated[tuple[Uncertain, ...], Meta(max_length=MAX_BLOCK)]
+    items: Annotated[tuple[Uncertain, ...], Meta(max_length=MAX_DOUBTS)]
 
 
 class Verified(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -27,6 +27,10 @@ from fedhlm_fleet.doctor.probe import HeardMessage, LostError, Probe, RefusedErr
 STEP_S: Final = 2.5
 ECHO_S: Final = 1.5
 SESSION: Final = 0
+BURST: Final = 3
+BURSTS: Final = 4
+# Linux acknowledges after 40 ms; on a link with more jitter than this the smallest of several bursts is still below.
+HELD_MS: Final = 25.0
 STRANGER: Final = "doctor-"  # begins the names that nobody has
 
 _LOGIN_ADVICE: Final = {
@@ -246,6 +250,22 @@ def _rights(subject: Subject, key: str) -> Remark:
             "give the broker access rules (fedhlm pki mosquitto), unless everybody on this network is trusted",
         )
     return ok(f"{found}; publishing under another's name is refused")
+
+
+def delay(subject: Subject, key: str) -> Remark:
+    """Whether the broker sends small packets at once: several answers in a row take hardly longer than one."""
+    probe = subject.probes[key]
+    try:
+        one_s, several_s = (min(probe.burst_s(count) for _ in range(BURSTS)) for count in (1, BURST))
+    except LostError:
+        return skip("the broker ended our session")
+    held_ms = (several_s - one_s) * 1e3
+    if held_ms < HELD_MS:
+        return ok(f"a request is answered in {one_s * 1e3:.1f} ms, {BURST} at once in {several_s * 1e3:.1f} ms")
+    return warn(
+        f"the broker holds small packets back for {held_ms:.0f} ms (Nagle's algorithm)",
+        "set 'set_tcp_nodelay true' in mosquitto.conf; parts of fedhlm on Linux do not wait for it, other clients do",
+    )
 
 
 _ACL_ADVICE: Final = (

@@ -23,6 +23,7 @@ def _broker(key: str) -> tuple[Check, ...]:
         # After TLS, whose errors say more than a broken login.
         Check(f"{key} login", partial(broker.login, key=key), (f"{key} TLS",), 2 * NETWORK_S),
         Check(f"{key} rights", partial(broker.rights, key=key), (f"{key} login",), 2 * NETWORK_S),
+        Check(f"{key} delay", partial(broker.delay, key=key), (f"{key} rights",), 2 * NETWORK_S),
     )
 
 

@@ -3,6 +3,7 @@
 It has a client id of its own, no last will and a clean start, so that a running part is not disturbed.
 """
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fedhlm.bus.interface import ProtocolVersion
 from fedhlm.errors import BusError
 
 FIRST_FAILURE: Final = 128
+WRITTEN_S: Final = 0.03
 UNSUPPORTED: Final = 132
 _PAHO: Final[dict[ProtocolVersion, Any]] = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 
@@ -90,6 +92,7 @@ class Probe:
         client.on_connect = lambda _c, _u, _f, reason, _p: self._note("_connected", reason)
         client.on_disconnect = lambda _c, _u, _f, reason, _p: self._note("_gone", reason)
         client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._answer(mid, list(reasons))
+        client.on_unsubscribe = lambda _c, _u, mid, reasons, _p: self._answer(mid, list(reasons))
         client.on_publish = lambda _c, _u, mid, reason, _p: self._answer(mid, [reason])
         client.on_message = lambda _c, _u, message: self._hear(message)
         self._client = client
@@ -122,6 +125,37 @@ class Probe:
 
         (reason,) = self._ask(send)
         return str(reason) if reason.value >= FIRST_FAILURE else None
+
+    def burst_s(self, count: int) -> float:
+        """Seconds until the last of `count` requests is answered that go out with one TCP segment.
+
+        They end subscriptions that there are none of, so nothing comes of them. The answers are several segments, and our
+        kernel acknowledges late, as that of most clients does: a broker with Nagle's algorithm waits for it before the second
+        answer. Linux only; elsewhere the requests are several segments as well.
+
+        Raises:
+            BusError: no answer.
+        """
+        client = self._client
+        sock = None if client is None else client.socket()
+        if client is None or sock is None:
+            raise self._lost()
+        options: Any = sock
+        quick, cork = getattr(socket, "TCP_QUICKACK", None), getattr(socket, "TCP_CORK", None)
+        if quick is not None:
+            options.setsockopt(socket.IPPROTO_TCP, quick, 0)
+        if cork is not None:
+            options.setsockopt(socket.IPPROTO_TCP, cork, 1)
+        numbers = [client.unsubscribe(f"doctor/{self._client_id}")[1] for _ in range(count)]
+        time.sleep(WRITTEN_S)  # paho's thread has written by then
+        begun_s = time.perf_counter()
+        if cork is not None:
+            options.setsockopt(socket.IPPROTO_TCP, cork, 0)
+        self._until(lambda: all(n in self._answers for n in numbers) or self._gone is not None)
+        took_s = time.perf_counter() - begun_s
+        if any(n is None or self._answers.pop(n, None) is None for n in numbers):
+            raise self._lost()
+        return took_s
 
     def wait_for(self, wanted: Callable[[HeardMessage], bool], wait_s: float) -> HeardMessage | None:
         """The first wanted message of those that came or come in time."""

@@ -16,10 +16,13 @@ _ROOT: Final = re.compile(r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*")
 _CLUSTER_TOPICS: Final = "c/{cluster}/"
 
 
+Kind = Literal["cluster", "cloud", "shared"]
+
+
 class BrokerPlace(NamedTuple):
     """Which broker it is: of one cluster, of the cloud side, or one for all."""
 
-    kind: Literal["cluster", "cloud", "shared"]
+    kind: Kind
     cluster: str = ""
 
 

@@ -8,13 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from edge_broker.relay import BATCH_BYTES
 from fedhlm.bus.dial import MAX_IN_FLIGHT
-from fedhlm.bus.interface import DEFAULT_MAX_INCOMING, MAX_INCOMING_BYTES, MAX_PACKET_BYTES
+from fedhlm.bus.interface import DEFAULT_MAX_INCOMING
 from fedhlm.errors import ConfigError
 from fedhlm.process.files import PRIVATE
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_fleet.pki import files
-from fedhlm_fleet.pki.acl import BrokerPlace, acl, described
+from fedhlm_fleet.pki.acl import BrokerPlace, Kind, acl, described
 from fedhlm_fleet.pki.authority import CA_CERT, CRL, ISSUED, ca_certificate, renew_crl
 from fedhlm_fleet.pki.files import PkiError
 from fedhlm_fleet.pki.registry import Entry, Registry
@@ -25,6 +26,25 @@ CERT: Final = "broker.crt"
 KEY: Final = "broker.key"
 
 DATA: Final = "/var/lib/mosquitto/"
+
+
+class Limits(NamedTuple):
+    """Of one broker: the largest packet, what may wait for one client, and all of its memory; in bytes."""
+
+    packet_bytes: int
+    queued_bytes: int
+    memory_bytes: int
+
+
+# Topic, properties and packet header.
+_HEAD: Final = 128 * 1024
+_MIB: Final = 1024 * 1024
+# In a cluster the largest packet is a text of a client's or a block with draft laws; towards the cloud it is a batch of blocks.
+LIMITS: Final[dict[Kind, Limits]] = {
+    "cluster": Limits(2 * _MIB + _HEAD, 8 * _MIB, 256 * _MIB),
+    "cloud": Limits(BATCH_BYTES + _HEAD, 32 * _MIB, 512 * _MIB),
+    "shared": Limits(BATCH_BYTES + _HEAD, 16 * _MIB, 512 * _MIB),
+}
 
 
 class Listener(NamedTuple):
@@ -81,7 +101,7 @@ def configure_plain(out: Path, *, listener: Listener) -> None:
     """
     head = ["# Made by `fedhlm pki mosquitto --plain`, for development: whoever reaches this port may do everything."]
     lines = [*head, f"listener {listener.port} {listener.bind or '127.0.0.1'}", "allow_anonymous true"]
-    files.write(out / CONFIGURATION, "\n".join([*lines, *_limits(listener), ""]).encode())
+    files.write(out / CONFIGURATION, "\n".join([*lines, *_limits(listener, "shared"), ""]).encode())
 
 
 def _secured(place: BrokerPlace, listener: Listener, out: Path) -> str:
@@ -101,19 +121,22 @@ def _secured(place: BrokerPlace, listener: Listener, out: Path) -> str:
             "use_identity_as_username true",
             "use_username_as_clientid true",
             f"acl_file {at}/{ACL}",
-            *_limits(listener),
+            *_limits(listener, place.kind),
             "",
         ]
     )
 
 
-def _limits(listener: Listener) -> list[str]:
+def _limits(listener: Listener, kind: Kind) -> list[str]:
     data = _plain_path("--data", listener.data).rstrip("/")
+    limits = LIMITS[kind]
     return [
-        f"max_packet_size {MAX_PACKET_BYTES}",
+        "# No packet of a part is larger; of what a client does not take in time so much is kept, and of everything this much.",
+        f"max_packet_size {limits.packet_bytes}",
         f"max_inflight_messages {MAX_IN_FLIGHT}",
         f"max_queued_messages {DEFAULT_MAX_INCOMING}",
-        f"max_queued_bytes {MAX_INCOMING_BYTES}",
+        f"max_queued_bytes {limits.queued_bytes}",
+        f"memory_limit {limits.memory_bytes}",
         "set_tcp_nodelay true",
         "# Retained states survive a restart of the broker.",
         "persistence true",

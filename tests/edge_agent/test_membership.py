@@ -25,6 +25,7 @@ class Notebook:
     """A bus that writes down what is asked of it, and refuses filters of `forbidden` clusters."""
 
     protocol = "5"
+    max_packet_bytes = None
     connected = True
     statistics = BusStatistics()
 

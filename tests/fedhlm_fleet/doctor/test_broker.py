@@ -93,7 +93,7 @@ async def secured(extra: str = "", rights: str | None = None) -> AsyncIterator[S
     if rights is not None:
         files["acl"] = rights.encode()
         extra += "use_identity_as_username true\nacl_file {0}/acl\n"
-    async with Mosquitto(extra=TLS + extra, files=files) as mosquitto:
+    async with Mosquitto(extra=f"set_tcp_nodelay true\n{TLS}{extra}", files=files) as mosquitto:
         yield Secured(mosquitto, authority)
 
 
@@ -282,3 +282,12 @@ async def test_an_edge_s_two_brokers_are_examined_each_for_itself() -> None:
     assert one["broker rights"].level == "warn"
     assert one["edge.upstream port"].level == "fail"
     assert one["cloud"].level == "skip"
+
+
+@needs_mosquitto
+@pytest.mark.parametrize(("line", "level"), [("", "warn"), ("set_tcp_nodelay true", "ok")])
+async def test_a_broker_that_holds_small_packets_back_is_seen(line: str, level: str) -> None:
+    async with Mosquitto(extra=line) as running:
+        found = await steps(subject(running.url))
+    assert found["broker delay"].level == level, found["broker delay"]
+    assert ("set_tcp_nodelay true" in found["broker delay"].advice) == (level == "warn")

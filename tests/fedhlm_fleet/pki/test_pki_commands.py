@@ -55,6 +55,9 @@ def test_from_nothing_to_a_broker(here: Path, capsys: pytest.CaptureFixture[str]
         "use_identity_as_username true",
         "crlfile /mosquitto/config/crl.pem",
         "acl_file /mosquitto/config/acl",
+        "max_packet_size 8519680",
+        "max_queued_bytes 16777216",
+        "memory_limit 536870912",
         "persistence_location /mosquitto/data/",
     ):
         assert line in lines

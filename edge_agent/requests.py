@@ -6,6 +6,7 @@ from typing import Final, NamedTuple, TypeVar
 from fedhlm.protocol.messages import Cancel, FinishReason, Prompt, Refusal
 
 PROMPTS_MAX: Final = 256
+CLIENT_MAX: Final = 192  # of one client; the rest of the places is for the others
 REQUESTS_REMEMBERED: Final = 1_024
 
 
@@ -46,7 +47,8 @@ class Requests:
     """The requests of an agent called `agent`: those that wait or are served, and the names of earlier ones."""
 
     def __init__(self, agent: str) -> None:
-        self.open: dict[str, RoutedPrompt] = {}  # in the order of their turns
+        self.open: dict[str, RoutedPrompt] = {}  # in the order of their coming
+        self._served: OrderedDict[str, None] = OrderedDict()  # clients, the one whose turn was longest ago first
         self._agent = agent
         self._names: OrderedDict[str, _Mark] = OrderedDict()
         self._withdrawn: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -64,6 +66,8 @@ class Requests:
         prompt = request.prompt
         if prompt.request in self._names:
             return End("error", f"request name {prompt.request} is in use: choose another one", "taken")
+        if sum(waiting.prompt.sender == prompt.sender for waiting in self.open.values()) >= CLIENT_MAX:
+            return End("error", f"{prompt.sender} has {CLIENT_MAX} prompts waiting: ask later", "busy")
         if len(self.open) >= PROMPTS_MAX:
             return End("error", f"agent {self._agent} has {PROMPTS_MAX} prompts waiting: ask later", "busy")
         _remember(self._names, prompt.request, _mark(prompt))
@@ -72,9 +76,18 @@ class Requests:
         self.open[prompt.request] = request
         return None
 
-    def first(self) -> RoutedPrompt | None:
-        """The one whose turn it is."""
-        return next(iter(self.open.values()), None)
+    def take_turn(self) -> RoutedPrompt | None:
+        """The one whose turn it is: clients take turns, and the prompts of one are served in the order of their coming."""
+        oldest: dict[str, RoutedPrompt] = {}
+        for request in self.open.values():
+            oldest.setdefault(request.prompt.sender, request)
+        if not oldest:
+            return None
+        new = next((client for client in oldest if client not in self._served), None)
+        client = next(c for c in self._served if c in oldest) if new is None else new
+        self._served.pop(client, None)
+        _remember(self._served, client, None)
+        return oldest[client]
 
     def cancel(self, message: Cancel) -> RoutedPrompt | None:
         """The open request that ends with this; None where there is none of this client's."""

@@ -189,7 +189,7 @@ class AgentService:
 
     async def _serve(self) -> None:
         while True:
-            request = self.requests.first()
+            request = self.requests.take_turn()
             if request is None:
                 self._work.clear()
                 await self._work.wait()

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 import fedhlm
-from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED, Requests, RoutedPrompt
+from edge_agent.requests import CLIENT_MAX, REQUESTS_REMEMBERED, Requests, RoutedPrompt
 from edge_agent.service import ModelFacts
 from fedhlm.bus.party import Party, Received, Stamp
 from fedhlm.config import load
@@ -256,12 +256,12 @@ def test_who_comes_when_the_queue_is_full_is_told() -> None:
         async with world.client() as client:
             await client.find("a")
             await asyncio.sleep(0.1)
-            for n in range(PROMPTS_MAX + 1):
+            for n in range(CLIENT_MAX + 1):
                 prompt = Prompt(**client.party.stamp(), request=f"r{n}", text=TEXT, max_tokens=1, seed=SEED)
                 await client.party.send(topics.PROMPT, prompt, cluster="c0", agent="a")
             await client.subscribe(topics.OUTPUT.name(**PLACE))
             await asyncio.sleep(60.0)
-            ends = [world.outputs(f"r{n}")[-1] for n in range(PROMPTS_MAX + 1)]
+            ends = [world.outputs(f"r{n}")[-1] for n in range(CLIENT_MAX + 1)]
             assert [o.refusal for o in ends[-1:]] == ["busy"]
             assert {o.finish for o in ends[:-1]} == {"length"}
 

@@ -164,7 +164,8 @@ class CloudService:
     # Federation
 
     def _contribute(self, cluster: str, contribution: Contribution) -> None:
-        match self.coordinator.members.take(cluster, contribution, self._clock_s()):
+        wall_ms = self._party.stamp.wall_ms()
+        match self.coordinator.members.take(cluster, contribution, self._clock_s(), wall_ms=wall_ms):
             case "taken":
                 self._counters.add("contributions")
                 self._contributed.set()
@@ -185,6 +186,7 @@ class CloudService:
         if self._party.journal is not None:
             self._party.journal.note("round", at_s=self._clock_s())
         self._counters.add("rounds")
+        self.coordinator.members.age(self._clock_s())
         self.coordinator.members.close()
         await self._send_learned()
 

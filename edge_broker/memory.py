@@ -23,6 +23,7 @@ from fedhlm.protocol.messages import (
     VerifiedTokens,
     unpack_bits,
     unpack_ids,
+    unpack_probs,
 )
 from fedhlm.protocol.sources import SOURCES
 
@@ -32,6 +33,7 @@ DOUBTS_TOTAL: Final = 65_536
 DOUBTFUL_MAX: Final = 64  # of one block; each costs a search of the whole memory
 PENDING_MAX: Final = 4_096
 PENDING_BYTES: Final = 16 * 1024 * 1024
+LIKELIEST: Final = 0.5  # a probability above it is the largest of its law
 DIGEST_MAX: Final = 64  # verified tokens in one message to the neighbours
 DIGESTS_MAX: Final = 16  # messages' worth that wait while the bus is slow; the oldest go first
 
@@ -63,6 +65,8 @@ class _Doubt(NamedTuple):
 class _Block(NamedTuple):
     ids: bytes
     fixed: int
+    greedy: bool
+    primes: bool
 
 
 class _MemorySnapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -89,6 +93,7 @@ class ClusterMemory:
         self._doubts_held = 0
         self._pending: OrderedDict[tuple[str, int, int, int], _Block] = OrderedDict()
         self._pending_bytes = 0
+        self._greedy: OrderedDict[tuple[str, int], None] = OrderedDict()  # sessions that the cloud settles greedily
         self._digest: deque[Verified] = deque(maxlen=DIGEST_MAX * DIGESTS_MAX)
 
     @property
@@ -182,7 +187,11 @@ class ClusterMemory:
         """Remember a block that goes to the cloud, so that its verdict can be learnt from."""
         name = (agent, escalation.session, escalation.epoch, escalation.base)
         self._take_pending(name)
-        self._pending[name] = _Block(escalation.ids, escalation.fixed)
+        session, prime = (agent, escalation.session), escalation.prime
+        if prime is not None and prime.sampling.temperature > 0.0:
+            self._greedy.pop(session, None)
+        greedy = session in self._greedy if prime is None else prime.sampling.temperature == 0.0
+        self._pending[name] = _Block(escalation.ids, escalation.fixed, greedy, prime is not None)
         self._pending_bytes += len(escalation.ids)
         while len(self._pending) > PENDING_MAX or self._pending_bytes > PENDING_BYTES:
             self._take_pending(next(iter(self._pending)))
@@ -193,19 +202,27 @@ class ClusterMemory:
         return block
 
     def learn(self, agent: str, verdict: Verdict, vocab_size: int) -> tuple[Verified, ...]:
-        """What a verdict of the cloud settled in doubtful contexts; each block teaches once.
+        """What a verdict says the LLM would most likely write in doubtful contexts; each block teaches once.
 
-        The drafts that stand and the token that replaced the first that does not; committed tokens only where the
-        cloud says that it would have emitted them.
+        Temperature, seed and draft law are the agent's to choose, so that a token stands, or was drawn, says little. A
+        token that stands is learnt where its probability is above one half: then no other is likelier, at any
+        temperature. The one that replaced a draft is learnt where the cloud settled greedily.
         """
         block = self._take_pending((agent, verdict.session, verdict.epoch, verdict.base))
         if block is None or verdict.status != "settled":
             return ()
+        if block.primes and block.greedy:
+            self._settles_greedily((agent, verdict.session))
         ids, settled = _ids(block.ids, vocab_size), _ids(verdict.ids, vocab_size)
         accepted = min(verdict.accepted, len(ids))
         missed = unpack_bits(verdict.missed, block.fixed)
-        tokens = {i: ids[i] for i in range(accepted) if i >= block.fixed or not missed[i]}
-        if accepted < len(ids) and settled:
+        probs = _probs(verdict.target_probs)
+        tokens = {
+            i: ids[i]
+            for i in range(min(accepted, len(probs)))
+            if probs[i] > LIKELIEST and (i >= block.fixed or not missed[i])
+        }
+        if block.greedy and accepted < len(ids) and settled:
             tokens[accepted] = settled[0]
         doubts = self._doubts_of(agent, verdict, ids)
         learnt = tuple(Verified(doubts[i].tobytes(), token) for i, token in tokens.items() if i in doubts)
@@ -213,6 +230,12 @@ class ClusterMemory:
         self._digest.extend(learnt)
         self._forget_doubts(agent, verdict, replaced_at=verdict.base + accepted if accepted < len(ids) else None)
         return learnt
+
+    def _settles_greedily(self, session: tuple[str, int]) -> None:
+        self._greedy[session] = None
+        self._greedy.move_to_end(session)
+        while len(self._greedy) > SESSIONS_MAX:
+            self._greedy.popitem(last=False)
 
     def take_digest(self) -> tuple[Verified, ...]:
         """The next at most DIGEST_MAX verified tokens for the neighbours, oldest first; empty when there are none."""
@@ -267,5 +290,13 @@ def _ids(data: bytes, vocab_size: int) -> list[int]:
     """Token ids, or none where they are not ids of this vocabulary: the cloud says so to the agent."""
     try:
         return unpack_ids(data, vocab_size)
+    except ProtocolError:
+        return []
+
+
+def _probs(data: bytes) -> list[float]:
+    """Target probabilities, or none where they are not ones."""
+    try:
+        return [float(p) for p in unpack_probs(data)]
     except ProtocolError:
         return []

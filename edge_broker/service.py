@@ -334,7 +334,8 @@ class EdgeService:
         cut = self.members.cut
         # An agent speaks for one agent, whatever it says. Noise of privacy hides what it was really told.
         check = None if self.members.federation.epsilon else partial(self.settled.check, agent)
-        match self.members.take(agent, replace(contribution, members=1), self._clock_s(), check):
+        wall_ms = self.down.stamp.wall_ms()
+        match self.members.take(agent, replace(contribution, members=1), self._clock_s(), check, wall_ms=wall_ms):
             case "taken":
                 self._counters.add("contributions")
                 self._contributed.set()
@@ -348,6 +349,8 @@ class EdgeService:
         """Close the round of the federation, tell the cluster and, where it has grown, the cloud."""
         if self.down.journal is not None:
             self.down.journal.note("round", at_s=self._clock_s())
+        for agent in self.members.age(self._clock_s()):
+            self.settled.forget(agent)
         grown = self.members.grown
         state = self.members.close()
         self._counters.add("rounds")
@@ -411,7 +414,10 @@ class EdgeService:
 
     async def _note_agent(self, agent: str, state: Presence) -> None:
         if state.online:
-            new = agent not in self.agents
+            former = self.agents.get(agent)
+            new = former is None
+            if former is None or (former.sequence, former.sent_ms) != (state.sequence, state.sent_ms):
+                self.members.born(agent)
             self.agents[agent] = state
             while len(self.agents) > AGENTS_MAX:
                 del self.agents[next(iter(self.agents))]

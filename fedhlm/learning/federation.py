@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 MEMBERS_MAX: Final = 4_096
 CONTROL_MAX: Final = 1e12  # of a control variate: a mean gradient on [0, 1], whose sums must stay finite
+OVERTAKEN_S: Final = 300.0  # no message overtakes another that was taken so long ago
+FUTURE_MS: Final = 86_400_000
+LEAP: Final = 65_536  # rounds, more than a month of them
 _COUNT_END: Final = 2**31
 _VERSION: Final = 1
 
@@ -122,6 +125,11 @@ class _Member(NamedTuple):
         t = self.message.threshold
         return None if t is None else PaperUpdate(t.threshold, t.count, t.control, t.steps)
 
+    def repeats(self, other: Contribution) -> bool:
+        """Whether `other` is the same message once more."""
+        mine = self.message
+        return (mine.round, mine.sequence, mine.sent_ms) == (other.round, other.sequence, other.sent_ms)
+
     def precedes(self, other: Contribution) -> bool:
         """Whether `other` was made later.
 
@@ -142,6 +150,7 @@ class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     threshold: PaperThreshold | None
     inherited: Learned | None
     members: list[tuple[Name, Contribution]]
+    silent_s: dict[Name, float] = {}
 
 
 _saved: Final = msgspec.msgpack.Decoder(_Saved)
@@ -158,6 +167,10 @@ class Members:
         self.round = 0
         self.refused: Counter[str] = Counter()
         self.cut = 0
+        self._born: set[str] = set()
+        self._heard_s: dict[str, float] = {}
+        self._silent_before: dict[str, float] = {}  # of members in an earlier life of this party
+        self._now_s = -math.inf  # the latest time that was seen
         self.federation = federation
         self._mean = mean
         self._members: dict[str, _Member] = {}  # the one silent for longest first
@@ -186,16 +199,39 @@ class Members:
         """Whether a round was made here, or restored from disk: there is a state to tell those who ask again."""
         return self._told
 
-    def take(self, name: str, message: Contribution, now_s: float, check: Check | None = None) -> Taken:
+    def take(
+        self,
+        name: str,
+        message: Contribution,
+        now_s: float,
+        check: Check | None = None,
+        *,
+        wall_ms: int | None = None,
+    ) -> Taken:
         """Keep a member's contribution if it is valid and later than the one that is known.
 
-        What `check` finds impossible in it is cut; `cut` counts such contributions.
+        What `check` finds impossible in it is cut; `cut` counts such contributions. `wall_ms` is Unix time here: what was
+        sent far in the future is refused, and so is a leap of rounds. One that comes after a new birth (`born`), or so
+        long after the known one that nothing can have overtaken it, need not be later.
         """
+        self._see(now_s)
         known = self._members.get(name)
-        if known is not None and not known.precedes(message):
+        anew = known is None or name in self._born or self.silent_s(name) > OVERTAKEN_S
+        if known is not None and (known.repeats(message) or not (anew or known.precedes(message))):
             return "duplicate"
-        reason = "threshold"
+        reason = "time"
         try:
+            if wall_ms is not None and message.sent_ms > wall_ms + FUTURE_MS:
+                days = (message.sent_ms - wall_ms) / 86_400_000
+                raise ProtocolError(
+                    f"contribution.sent_ms must be at most a day ahead of this clock (got {days:.0f} days)"
+                )
+            reason = "round"
+            if known is not None and not anew and message.round - known.message.round > LEAP:
+                raise ProtocolError(
+                    f"contribution.round must be at most {LEAP} above {known.message.round} (got {message.round})"
+                )
+            reason = "threshold"
             check_threshold(message.threshold)
             reason = "curve"
             curves = _curves(message)
@@ -211,6 +247,8 @@ class Members:
                 curves = dict(claim.curves)
                 packed = {measure: curve.to_bytes() for measure, curve in curves.items()}
                 message = replace(message, threshold=claim.threshold, curves=packed)
+        self._born.discard(name)
+        self._heard_s[name] = now_s
         self._members.pop(name, None)
         self._members[name] = _Member(message, curves)
         if len(self._members) > MEMBERS_MAX:
@@ -223,9 +261,37 @@ class Members:
     def forget(self, name: str) -> bool:
         """Drop a member, because it contributes elsewhere now; whether it was known."""
         self._fresh.discard(name)
+        self._born.discard(name)
+        self._heard_s.pop(name, None)
         known = self._members.pop(name, None) is not None
         self._grown |= known
         return known
+
+    def born(self, name: str) -> None:
+        """A member was started again: its next contribution counts, whatever its clock and its count say."""
+        if name in self._members:
+            self._born.add(name)
+
+    def silent_s(self, name: str) -> float:
+        """For how long a member has said nothing, as far as this party was there to hear it."""
+        heard_s = self._heard_s.get(name)
+        return 0.0 if heard_s is None else self._now_s - heard_s
+
+    def _see(self, now_s: float) -> None:
+        """Time goes on."""
+        self._now_s = max(now_s, self._now_s)
+        for name, silent_s in self._silent_before.items():
+            self._heard_s.setdefault(name, self._now_s - silent_s)
+        self._silent_before.clear()
+
+    def age(self, now_s: float) -> list[str]:
+        """Drop the members that have been silent for longer than `federation.silence_s`; their names."""
+        self._see(now_s)
+        old = [name for name in self._members if self.silent_s(name) > self.federation.silence_s]
+        for name in old:
+            self.forget(name)
+            log.info("forgot what %s contributed: nothing was heard of it for %.0f s", name, self.federation.silence_s)
+        return old
 
     def touch(self, now_s: float) -> None:
         """Make a round due within `round_s`, for a reason from outside."""
@@ -320,7 +386,10 @@ class Members:
             header = {"version": SCHEMA_VERSION, "sender": "self", "sequence": 0, "sent_ms": 0}
             inherited = self._inherited.learned(header)
         members = [(name, member.message) for name, member in self._members.items()]
-        return msgspec.msgpack.encode(_Saved(_VERSION, SCHEMA_VERSION, self.round, self._threshold, inherited, members))
+        silent = self._silent_before | {name: self.silent_s(name) for name in self._heard_s}
+        return msgspec.msgpack.encode(
+            _Saved(_VERSION, SCHEMA_VERSION, self.round, self._threshold, inherited, members, silent)
+        )
 
     def restore(self, data: bytes) -> None:
         """Take over what `snapshot` described.
@@ -340,6 +409,10 @@ class Members:
         for threshold in (saved.threshold, *(message.threshold for _, message in saved.members)):
             check_threshold(threshold)
         members = {name: _Member(message, _curves(message)) for name, message in saved.members[-MEMBERS_MAX:]}
+        # Clocks of two processes have nothing in common: what was silent then goes on being silent from now.
+        self._now_s = -math.inf
+        self._heard_s = {}
+        self._silent_before = {name: max(0.0, saved.silent_s.get(name, 0.0)) for name in members}
         self._inherited = None if saved.inherited is None else State.of(saved.inherited)
         self._members, self.round, self._threshold = members, saved.round, saved.threshold
         # One who kept nothing has nothing to tell, and hears what was retained.

@@ -285,6 +285,10 @@ class Federation(Section, frozen=True):
             description="Seconds between two regroupings of the agents by the cloud; agents that have it set send profiles. 0: never.",
         ),
     ] = 0.0
+    silence_s: Annotated[
+        float,
+        Meta(gt=0.0, le=1e9, description="Seconds of silence after which what a member contributed is forgotten."),
+    ] = 604_800.0
 
 
 class Telemetry(Section, frozen=True):

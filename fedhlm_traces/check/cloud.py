@@ -97,7 +97,15 @@ class _CloudReplay:
         self._verifier = None if engine is None else Verifier(born, engine)
         self._now_s = life.notes[0].at_s
         self._bus = CapturingBus(lambda _number: True)
-        self._service = service_of(born, engine, self._bus, sessions=no_sessions(born), clock_s=lambda: self._now_s)
+        ahead_s = _ahead_s(life)
+        self._service = service_of(
+            born,
+            engine,
+            self._bus,
+            sessions=no_sessions(born),
+            clock_s=lambda: self._now_s,
+            wall_s=lambda: self._now_s + ahead_s,
+        )
         self._party = Party(bus=self._bus, stamp=Stamp(life.name, lambda: 0.0), counters=Counters(), root=born.root)
         self._closed: list[Captured] | None = None  # what closing a round sends now; None: it has been compared
         self._counts: Counter[str] = Counter()
@@ -370,3 +378,14 @@ def from_bus(
     began_s = notes[0].at_s if notes else 0.0
     notes.insert(0, Note(began_s, "state", "cloud", msgspec.msgpack.encode(born)))
     return PartJournal(part="cloud", name=sender, levels={}, life=0, notes=notes)
+
+
+def _ahead_s(life: PartJournal) -> float:
+    """How far the wall clock was ahead of the journal's, by the first message that this life sent."""
+    for note in life.notes:
+        if note.kind in ("sent", "dropped"):
+            try:
+                return decode(note.data).sent_ms / 1000.0 - note.at_s
+            except ProtocolError:
+                continue
+    return 0.0

@@ -167,6 +167,7 @@ def service_of(
     *,
     sessions: Sessions,
     clock_s: Callable[[], float] = lambda: 0.0,
+    wall_s: Callable[[], float] = lambda: 0.0,
 ) -> CloudService:
     """Today's cloud with the settings and the federation that this life began with; it sends on `bus`.
 
@@ -175,7 +176,7 @@ def service_of(
     store = recorded_store({FEDERATION_FILE: born.members})
     return cloud_of(
         Config(broker=settings.Broker(root=born.root), cloud=settings.Cloud(batch_max=1), federation=born.federation),
-        Runtime(Counters(), wall_s=lambda: 0.0, clock_s=clock_s, store=store),
+        Runtime(Counters(), wall_s=wall_s, clock_s=clock_s, store=store),
         large_of(born, engine or _NO_MODEL),
         open_bus=bus.opened,
         sessions=sessions,

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
+from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning.federation import State
 from fedhlm.learning.settled import SLACK_TOKENS
 from fedhlm.protocol import topics
@@ -265,6 +266,26 @@ def test_a_contribution_beyond_what_passed_is_cut_counted_and_named(caplog: pyte
         assert tokens(retained(world, topics.FL_STATE, cluster="c1")) == pytest.approx(SLACK_TOKENS)
         assert world.counters["cut_contributions"] == 1
         assert "cut a contribution of a: it claims 1000000 tokens" in caplog.text
+
+    run_virtual(scenario())
+
+
+def test_an_agent_that_starts_again_counts_whatever_its_clock_says() -> None:
+    async def scenario() -> None:
+        world = World()
+        await world.edge("c1").start()
+        old = await Hand(world, "a").start()
+        await old.send(topics.AGENT_STATUS, presence(old.party.stamp, "agent", online=True), cluster="c1", agent="a")
+        await contribute(old, 50, 100.0)
+        await old.send(topics.AGENT_STATUS, presence(old.party.stamp, "agent", online=False), cluster="c1", agent="a")
+        new = await Hand(world, "a").start()
+        new.party.stamp = Stamp("a", lambda: world.wall_s() - 600.0)
+        await contribute(new, 51, 110.0)
+        assert world.counters["duplicate_messages"] == 1
+        await new.send(topics.AGENT_STATUS, presence(new.party.stamp, "agent", online=True), cluster="c1", agent="a")
+        await contribute(new, 51, 120.0)
+        await asyncio.sleep(ROUND_S)
+        assert tokens(retained(world, topics.FL_STATE, cluster="c1")) == 120.0
 
     run_virtual(scenario())
 

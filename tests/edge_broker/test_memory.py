@@ -10,11 +10,14 @@ from msgspec.structs import replace
 
 from edge_broker import memory as module
 from edge_broker.memory import DIGEST_MAX, DIGESTS_MAX, ClusterMemory, PeersAnswer
+from fedhlm.decoding.sampling import law
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     Escalation,
     Hints,
+    Prime,
+    Sampling,
     Uncertain,
     UncertainTokens,
     Verdict,
@@ -22,7 +25,9 @@ from fedhlm.protocol.messages import (
     VerifiedTokens,
     pack_bits,
     pack_ids,
+    pack_probs,
 )
+from fedhlm_lab.sim import toy
 
 DIMS = 4
 VOCAB = 50
@@ -43,8 +48,16 @@ def doubt(*items: tuple[int, int, bytes], session: int = 1) -> UncertainTokens:
 
 
 def block(
-    ids: list[int], *, base: int = 10, fixed: int = 0, similarity: float | None = 0.9, votes: int = 1, session: int = 1
+    ids: list[int],
+    *,
+    base: int = 10,
+    fixed: int = 0,
+    similarity: float | None = 0.9,
+    votes: int = 1,
+    session: int = 1,
+    temperature: float | None = None,
 ) -> Escalation:
+    """With a `temperature` it carries the prime that says so."""
     hints = None if similarity is None else Hints(similarity, votes)
     return Escalation(
         **HEADER,
@@ -54,6 +67,7 @@ def block(
         ids=pack_ids(ids, VOCAB),
         patience_ms=1,
         fixed=fixed,
+        before=None if temperature is None else Prime(Sampling(1, temperature), toy.FINGERPRINT, b""),
         hints=hints,
     )
 
@@ -65,7 +79,9 @@ def verdict(
     base: int = 10,
     missed: list[bool] | None = None,
     status: Literal["settled", "unprimed", "refused"] = "settled",
+    probs: list[float] | None = None,
 ) -> Verdict:
+    """All ids that were looked at are certain for the target, unless `probs` says otherwise."""
     return Verdict(
         **HEADER,
         session=1,
@@ -75,6 +91,7 @@ def verdict(
         accepted=accepted,
         ids=pack_ids(ids, VOCAB),
         missed=pack_bits(missed or []),
+        target_probs=pack_probs(np.ones(accepted + 1) if probs is None else np.array(probs)),
     )
 
 
@@ -175,12 +192,51 @@ def test_a_block_stands_where_every_doubtful_token_is_known_to_be_right(
 # Learning
 
 
-def test_accepted_drafts_and_the_replacement_are_learnt_where_they_were_doubtful() -> None:
+def test_accepted_drafts_and_the_greedy_replacement_are_learnt_where_they_were_doubtful() -> None:
     memory = cluster()
     memory.doubt("a", doubt((10, 1, key(0)), (12, 3, key(1)), (13, 4, key(2))))
-    memory.await_verdict("a", block([1, 2, 3, 4]))
+    memory.await_verdict("a", block([1, 2, 3, 4], temperature=0.0))
     assert memory.learn("a", verdict(2, [8]), VOCAB) == (Verified(key(0), 1), Verified(key(1), 8))
     assert memory.size == memory.waiting == 2
+
+
+def test_what_seed_temperature_and_law_can_choose_is_not_learnt() -> None:
+    """Tokens stand, or were drawn, that the target does not think likeliest: of a law at temperature 10, say."""
+    memory = cluster()
+    memory.doubt("a", doubt(*((10 + i, 1 + i, key(i)) for i in range(4))))
+    memory.await_verdict("a", block([1, 2, 3, 4], fixed=1, temperature=10.0))
+    said = verdict(3, [8], probs=[0.02, 0.5, 0.51, 0.0])
+    assert memory.learn("a", said, VOCAB) == (Verified(key(2), 3),)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 10.0), st.floats(0.1, 1.0))
+def test_whatever_is_learnt_is_the_likeliest_token(seed: int, temperature: float, top_p: float) -> None:
+    """A liar asks for every token of a law in turn: only the target's choice is ever learnt."""
+    logits = np.random.default_rng(seed).normal(0.0, 3.0, VOCAB)
+    target = law(logits, Sampling(1, temperature, top_p))
+    for token in range(VOCAB):
+        memory = cluster()
+        memory.doubt("a", doubt((10, token, key(0))))
+        memory.await_verdict("a", block([token], fixed=token % 2, temperature=temperature))
+        learnt = memory.learn("a", verdict(1, [], probs=[float(target[token])]), VOCAB)
+        assert learnt == () or token == int(np.argmax(logits))
+
+
+def test_a_session_is_greedy_once_the_cloud_has_settled_it_so_and_until_it_is_not() -> None:
+    memory = cluster()
+
+    def replaced(*, temperature: float | None, status: Literal["settled", "refused"] = "settled") -> bool:
+        memory.doubt("a", doubt((10, 1, key(0))))
+        memory.await_verdict("a", block([1], temperature=temperature))
+        return bool(memory.learn("a", verdict(0, [8], status=status, probs=[0.0]), VOCAB))
+
+    assert not replaced(temperature=None)
+    assert not replaced(temperature=0.0, status="refused")
+    assert not replaced(temperature=None)
+    assert replaced(temperature=0.0)
+    assert replaced(temperature=None)
+    assert not replaced(temperature=0.8)
+    assert not replaced(temperature=None)
 
 
 def test_a_block_teaches_once_and_only_when_it_is_settled() -> None:

@@ -4,6 +4,8 @@ import asyncio
 import random
 from typing import Any
 
+import numpy as np
+
 from edge_broker.memory import DIGEST_MAX
 from edge_broker.service import DIGEST_S
 from fedhlm.bus.party import presence
@@ -14,8 +16,10 @@ from fedhlm.protocol.messages import (
     Escalation,
     EscalationBatch,
     Hints,
+    Prime,
     Profile,
     RoutedVerdict,
+    Sampling,
     Uncertain,
     UncertainTokens,
     Verdict,
@@ -23,6 +27,7 @@ from fedhlm.protocol.messages import (
     Verified,
     VerifiedTokens,
     pack_ids,
+    pack_probs,
 )
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBroker
@@ -45,8 +50,17 @@ def doubts(agent: Hand, *items: tuple[int, int], key: bytes = KEY) -> UncertainT
 
 
 def block(agent: Hand, ids: list[int], base: int, *, hints: Hints | None = Hints(0.9)) -> Escalation:  # noqa: B008
-    packed = pack_ids(ids, toy.VOCAB_SIZE)
-    return Escalation(**agent.party.stamp(), session=1, epoch=0, base=base, ids=packed, patience_ms=60_000, hints=hints)
+    packed, prime = pack_ids(ids, toy.VOCAB_SIZE), Prime(Sampling(1, 0.0), toy.FINGERPRINT, b"")
+    return Escalation(
+        **agent.party.stamp(),
+        session=1,
+        epoch=0,
+        base=base,
+        ids=packed,
+        patience_ms=60_000,
+        before=prime,
+        hints=hints,
+    )
 
 
 def verdict(cloud: Hand, accepted: int, ids: list[int], base: int) -> Verdict:
@@ -58,6 +72,7 @@ def verdict(cloud: Hand, accepted: int, ids: list[int], base: int) -> Verdict:
         status="settled",
         accepted=accepted,
         ids=pack_ids(ids, toy.VOCAB_SIZE),
+        target_probs=pack_probs(np.ones(accepted)),
     )
 
 

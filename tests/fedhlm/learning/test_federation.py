@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import federation
 from fedhlm.learning.curve import Curve
-from fedhlm.learning.federation import Members, State, mean_of_agents, mean_of_clusters
+from fedhlm.learning.federation import LEAP, OVERTAKEN_S, Members, State, mean_of_agents, mean_of_clusters
 from fedhlm.protocol.messages import MAX_CURVES, SCHEMA_VERSION, Contribution, Learned, PaperThreshold, decode, encode
 from fedhlm.settings import Federation
 
@@ -109,6 +109,47 @@ def test_a_member_whose_clock_went_back_is_heard_again() -> None:
     members.take("a", contribution(1, 5.0, sent_ms=10**12, sequence=7), 0.0)
     assert members.take("a", contribution(2, 6.0, sent_ms=3, sequence=8), 0.0) == "taken"
     assert weight(members.state()) == pytest.approx(6.0)
+
+
+def test_a_liars_number_and_clock_do_not_shut_its_successor_out() -> None:
+    """A high round and a clock ahead of all others, then an honest agent of the same name that begins at 0."""
+    members, day_ms = agents(), 86_400_000
+    assert members.take("a", contribution(3, sent_ms=2**53 - 1), 0.0, wall_ms=day_ms) == "refused"
+    assert members.take("a", contribution(3, sent_ms=2 * day_ms), 0.0, wall_ms=day_ms) == "taken"
+    assert members.take("a", contribution(4 + LEAP, sent_ms=2 * day_ms), 1.0, wall_ms=day_ms) == "refused"
+    assert members.refused == {"time": 1, "round": 1}
+    honest = contribution(0, 7.0, sent_ms=day_ms, sequence=1)
+    assert members.take("a", honest, 2.0, wall_ms=day_ms) == "duplicate"
+    members.born("a")
+    assert members.take("a", honest, 3.0, wall_ms=day_ms) == "taken"
+    assert members.take("a", honest, 4.0, wall_ms=day_ms) == "duplicate"
+    assert members.take("a", contribution(1, sent_ms=day_ms, sequence=2), 5.0, wall_ms=day_ms) == "taken"
+
+
+def test_without_a_birth_it_takes_a_few_minutes() -> None:
+    members = agents()
+    members.take("a", contribution(2**31 - 1, sent_ms=50), 0.0)
+    late = contribution(0, 7.0, sent_ms=10, sequence=3)
+    assert members.take("a", late, OVERTAKEN_S, wall_ms=10) == "duplicate"
+    assert members.take("a", late, OVERTAKEN_S + 1.0, wall_ms=10) == "taken"
+    assert weight(members.state()) == pytest.approx(7.0)
+
+
+def test_members_age_out_also_over_restarts() -> None:
+    rules = Federation(silence_s=100.0)
+    members = agents(rules)
+    members.take("a", contribution(1, 5.0), 0.0)
+    members.take("b", contribution(1, 7.0), 60.0)
+    assert members.age(100.0) == []
+    for _ in range(3):  # clocks of processes begin anywhere
+        again = agents(rules)
+        again.restore(members.snapshot())
+        members = again
+    assert members.age(5_000.0) == []
+    assert members.age(5_001.0) == ["a"]
+    assert members.grown
+    assert weight(members.state()) == pytest.approx(7.0)
+    assert members.age(5_061.0) == ["b"]
 
 
 def test_a_silent_member_stays_with_its_last_sums_and_a_moved_one_goes() -> None:

@@ -112,7 +112,7 @@ class ClusterMemory:
         return len(self._digest)
 
     def belong(self, space: str) -> None:
-        """Say which tokenizer the tokens are of; those of another one mean nothing and are forgotten."""
+        """Say which tokenizer and target the tokens are of; those of others are forgotten."""
         if space != self._tokens.space:
             if self._tokens.space:
                 self._tokens = Memory(self._tokens.capacity, self.dims)

@@ -434,7 +434,7 @@ class EdgeService:
     async def _note_cloud(self, state: Presence) -> None:
         self.upstream = state.fingerprint if state.online else None
         if self.upstream is not None:
-            self.memory.belong(f"{self.upstream.tokenizer} {self.upstream.vocab_size}")
+            self.memory.belong(f"{self.upstream.tokenizer} {self.upstream.vocab_size} {self.upstream.model}")
         log.info("cloud is %s", "online" if state.online else "offline")
         self._to_announce.set()
         if state.online and self.members.told:

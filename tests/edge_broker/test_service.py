@@ -4,6 +4,7 @@ import asyncio
 import random
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from edge_broker.memory import DIGEST_MAX
@@ -239,5 +240,26 @@ def test_an_agent_that_moved_takes_its_sums_along_and_a_silent_one_does_not() ->
             await hand.send(topics.AGENT_STATUS, offline, cluster="c1", agent=hand.party.stamp.sender)
         assert members.state().curves["u"].total_weight == 10.0
         assert not members.forget("a")
+
+    run_virtual(scenario())
+
+
+def test_what_another_target_said_is_forgotten() -> None:
+    async def scenario() -> None:
+        scene = await Scene().start()
+        edge = scene.edge.service
+
+        async def appear(model: str) -> None:
+            other = msgspec.structs.replace(toy.FINGERPRINT, model=model)
+            state = presence(scene.cloud.party.stamp, "cloud", online=True, fingerprint=other)
+            await scene.cloud.send(topics.CLOUD_STATUS, state)
+
+        await appear("old")
+        await scene.doubt_and_escalate([7], 5)
+        await scene.say(verdict(scene.cloud, 1, [], 5))
+        await appear("old")
+        assert edge.memory.size == 1
+        await appear("new")
+        assert edge.memory.size == 0
 
     run_virtual(scenario())

@@ -157,8 +157,8 @@ class _Call:
         if not self.batch:
             return min(left, max(1, self._tokens_max // 2, self._tokens_max - past // READS))
         room = int(self._tokens_max / (len(self.batch) + 1) - max(past, self._past) / READS)
-        # Whoever leads is not made to wait for the padding of much longer pieces.
-        piece = min(left, room, max(self.batch[0].piece, PIECE_MIN))
+        # A short block that leads does not wait for pieces of long contexts: they go with the next call.
+        piece = min(left, room, max(self.batch[0].piece, PIECE_MIN if left <= PIECE_MIN else 0))
         fits = piece >= min(left, PIECE_MIN) and self._cost(piece, past) <= self._tokens_max
         return piece if fits else 0
 
@@ -364,7 +364,8 @@ class Batcher:
         shares = self._agent_shares[cluster]
         shares.charge(running.job.key.agent, tokens)
         running.served += tokens
-        if running.served >= QUANTUM:
+        # Not in the middle of a context: else all long ones would end together, at the very end.
+        if running.served >= QUANTUM and running.piece == running.left:
             running.turn, running.served = shares.of(running.job.key.agent), 0.0
 
     def _start_next(self, cluster: str, name: str, now_s: float, done: list[Done]) -> Running | None:

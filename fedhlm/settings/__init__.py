@@ -216,7 +216,7 @@ class Cloud(Section, frozen=True):
             le=1_048_576,
             description="Most tokens that one call of the model takes; a longer context is fed in pieces. More for a GPU.",
         ),
-    ] = 64
+    ] = 32
     batch_wait_ms: Annotated[
         WaitMs, Meta(description="Milliseconds that a block waits for others to be verified with it (`batch_max`).")
     ] = 2.0

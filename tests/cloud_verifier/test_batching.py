@@ -245,9 +245,9 @@ def test_credit_for_silence_is_bounded() -> None:
 
 def test_many_long_contexts_are_answered_one_after_the_other() -> None:
     """The first is there long before the last, and few caches are held on the way."""
-    work = batcher(cache_tokens=64 * 300 // 4)
+    work = batcher(cache_tokens=64 * 500 // 4)
     for agent in range(64):
-        work.submit(job(f"a{agent}", prompt=long_prompt(agent)))
+        work.submit(job(f"a{agent}", prompt=long_prompt(agent, 500)))
     at: list[int] = []
     for call in range(5_000):
         at += [call] * len(step(work))

@@ -37,7 +37,6 @@ from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
 
-SHARE_GROUP: Final = "cloud"
 CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
 HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE)
 PATIENCE_MAX_S: Final = 60.0  # nobody may have more work kept for longer

@@ -35,7 +35,6 @@ from fedhlm.settings import Broker
 from fedhlm.telemetry import Counters
 
 NAME: Final = "client"
-CONNECT_S: Final = 10.0
 AWAY_S: Final = 5.0
 HOLE_S: Final = 5.0
 PATIENCE_S: Final = 120.0

@@ -73,14 +73,8 @@ def quantise(q: NDArray[np.float64], k: int, resolution: int) -> LatticeLaw:
     return LatticeLaw(support, counts)
 
 
-def coded_bits(vocab_size: int, k: int, resolution: int) -> float:
-    """log2 C(V, k) + log2 C(resolution + k - 1, k - 1): the information in a lattice law."""
-    k = min(k, vocab_size)
-    return math.log2(math.comb(vocab_size, k)) + math.log2(math.comb(resolution + k - 1, k - 1))
-
-
 def coded_bytes(vocab_size: int, k: int, resolution: int) -> int:
-    """Bytes of `encode_lattice`: the whole number next above `coded_bits`."""
+    """Bytes of `encode_lattice`: the whole number next above the information in a law, log2 of how many there are."""
     k = min(k, vocab_size)
     laws = math.comb(vocab_size, k) * math.comb(resolution + k - 1, k - 1)
     return ((laws - 1).bit_length() + 7) // 8

@@ -21,23 +21,11 @@ def _check(releases: int, delta: float) -> None:
         raise ValueError(f"delta must be a probability in (0, 1) (got {delta!r})")
 
 
-def epsilon_of(sigma: float, releases: int, delta: float) -> float:
-    """epsilon that `releases` releases with noise sigma cost at this delta; 0 < delta < 1.
-
-    One release has rho = SENSITIVITY^2 / (2 sigma^2); rho adds up, whatever earlier releases were (Bun and Steinke,
-    propositions 1.6 and 1.7); epsilon = rho + 2 sqrt(rho ln(1/delta)) (proposition 1.3).
-    """
-    _check(releases, delta)
-    if not sigma > 0.0:
-        return math.inf
-    rho = releases * SENSITIVITY**2 / (2.0 * sigma**2)
-    return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta))
-
-
 def sigma_for(epsilon: float, delta: float, releases: int) -> float:
     """The standard deviation of the noise, in tokens, that makes `releases` releases (epsilon, delta)-private.
 
-    The inverse of `epsilon_of`. A token that forgetting lets fade is part of every later release: count them all.
+    One release has rho = SENSITIVITY^2 / (2 sigma^2); rho adds up, whatever earlier releases were (Bun and Steinke,
+    propositions 1.6 and 1.7); epsilon = rho + 2 sqrt(rho ln(1/delta)) (proposition 1.3), solved for sigma. A token that forgetting lets fade is part of every later release: count them all.
     """
     _check(releases, delta)
     if not (math.isfinite(epsilon) and epsilon > 0.0):

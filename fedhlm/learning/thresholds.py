@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhlm.learning.curve import BINS, Bins, Curve, isotonic, midpoints, upper_edges
+from fedhlm.learning.curve import BINS, Bins, Curve, isotonic, upper_edges
 
 KEEP_NONE: Final = -1.0
 TRUST: Final = 0.5  # confidence of the limits beyond which what others say is not believed
@@ -31,12 +31,6 @@ def _as_pairs(pairs: Pairs) -> Pairs:
             f"pairs must be rows of (u, beta) within [0, 1] (got values from {array.min():g} to {array.max():g})"
         )
     return array
-
-
-def paper_loss(pairs: Pairs, tau: float, gamma: float, lam: float) -> float:
-    """L = sum over pairs of sigmoid(gamma (u - tau)) ((1 - beta)^2 + lam), FedHLM eq. (4); pairs (n, 2): u, beta."""
-    u, beta = _as_pairs(pairs).T
-    return float((_sigmoid(gamma * (u - tau)) * ((1.0 - beta) ** 2 + lam)).sum())
 
 
 def paper_gradient(pairs: Pairs, tau: float, gamma: float, lam: float) -> float:
@@ -209,25 +203,6 @@ def tau_of_price(m: Bins, price: float) -> float:
     dear = np.flatnonzero(m > price)
     kept = int(dear[0]) if dear.size else BINS
     return float(upper_edges()[kept - 1]) if kept else KEEP_NONE
-
-
-def calibrated_objective(curve: Curve, tau: float, price: float) -> float:
-    """E[price 1{u > tau} + h 1{u <= tau}] in units of harm, with E[h | u] from the isotonic fit.
-
-    A bin counts as kept when its upper edge is <= tau.
-    """
-    kept = upper_edges() <= tau
-    return float(shares(curve) @ np.where(kept, isotonic(curve), price))
-
-
-def calibrated_gradient(curve: Curve, tau: float, price: float, gamma: float) -> float:
-    """d/dtau of the same with a sigmoid of steepness gamma for the step, all of a bin at its middle.
-
-    Unlike [5] it has both signs. The logistic density is log-concave and m - price changes sign once, so this does
-    too: every start descends to the same tau.
-    """
-    s = _sigmoid(gamma * (midpoints() - tau))
-    return gamma * float((shares(curve) * s * (1.0 - s)) @ (isotonic(curve) - price))
 
 
 def tau_of_budget(own: Curve, m: Bins, rho: float, delta: float) -> float:

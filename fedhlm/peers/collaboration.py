@@ -18,11 +18,6 @@ FORGETTING: Final = 0.999
 PRIOR_WEIGHT: Final = 1.0
 
 
-def expected_cost(p_hit: float, c_p2p: float, c_llm: float) -> float:
-    """Mean cost of a token that asks its peers first and the LLM after a miss, eq. (12)."""
-    return (1.0 - p_hit) * (c_p2p + c_llm) + p_hit * c_p2p
-
-
 def worthwhile(p_hit: float, error: float, *, c_p2p: float, c_llm: float, c_error: float = 0.0) -> bool:
     """Whether asking first costs at most what escalating at once costs.
 
@@ -114,11 +109,6 @@ class Collaboration:
     def audited(self, *, wrong: bool) -> None:
         """The LLM gave its verdict on a hit."""
         self._wrong.see(float(wrong), self._forgetting)
-
-    def passed_over(self) -> None:
-        """An uncertain token was escalated without asking. What was learned about peers fades, so they are tried again."""
-        self._hits.fade(self._forgetting)
-        self._wrong.fade(self._forgetting)
 
     def asks(self, prices: Prices) -> bool:
         """Whether the next uncertain token should ask the peers first; True while the bytes of either way are unknown."""

@@ -127,17 +127,6 @@ def _float32(array: Any) -> NDArray[np.float32]:
     return array.astype(np.float32)
 
 
-def cosine(keys: NDArray[np.int8], key: Key) -> NDArray[np.float32]:
-    """Cosine of every row of `keys` (n, dims) with `key` (dims,); (n,) float32, 0 where either is all zeros."""
-    rows, one = keys.astype(np.float32), key.astype(np.float32)
-    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows) * (one @ one))  # (n,)
-    similarity: NDArray[np.float32] = np.divide(
-        rows @ one, lengths, out=np.zeros(len(rows), np.float32), where=lengths > 0.0
-    )
-    similarity.clip(-1.0, 1.0, out=similarity)  # rounding may pass 1
-    return similarity
-
-
 def unpack_key(data: bytes, dims: int = DIMS) -> Key:
     """The key whose `tobytes()` is `data`; (dims,) int8.
 

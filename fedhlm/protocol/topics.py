@@ -15,7 +15,6 @@ from fedhlm.protocol import messages
 DEFAULT_ROOT: Final = "fedhlm/1"
 
 Role = Literal["agent", "edge", "cloud", "client"]
-Reader = Role
 
 
 class Topic(msgspec.Struct, frozen=True, kw_only=True):

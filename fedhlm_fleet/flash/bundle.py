@@ -22,7 +22,6 @@ PROJECT: Final = "fedhlm"
 NEEDED: Final = (PROJECT, "pip", "numpy", "onnxruntime", "tokenizers", "aiomqtt", "msgspec")
 # The Pythons of Debian 12, Ubuntu 24.04 and Debian 13 (Raspberry Pi OS Trixie).
 PYTHONS: Final = ("3.11", "3.12", "3.13")
-DEFAULT_PYTHON: Final = "3.13"
 MACHINE: Final = "aarch64"
 # glibc 2.35 is Ubuntu 22.04's, the oldest that is served; a wheel for an older one runs there as well.
 _GLIBC_MINORS: Final = range(17, 36)

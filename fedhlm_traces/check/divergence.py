@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from fedhlm.protocol.messages import Note
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 # Of one life: what follows rests on the first, so more of them tell nothing new.
 DIVERGENCES_MAX: Final = 10
@@ -53,19 +53,6 @@ def plain(divergences: Iterable[Divergence]) -> str:
     return "\n".join(
         "\n".join([_headline(d), *(f"  {word:<5} {text}" for word, text in d.lines if text)]) for d in divergences
     )
-
-
-def rich(divergences: Iterable[Divergence]) -> "RenderableType":
-    """The same in colours for a terminal."""
-    from rich.console import Group
-    from rich.text import Text
-
-    styles = {"then": "green", "now": "red", "why": "dim"}
-    parts = []
-    for d in divergences:
-        parts.append(Text(_headline(d), style="bold"))
-        parts += [Text(f"  {word:<5} ") + Text(text, style=styles[word]) for word, text in d.lines if text]
-    return Group(*parts)
 
 
 def _headline(d: Divergence) -> str:

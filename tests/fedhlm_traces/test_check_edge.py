@@ -1,6 +1,5 @@
 """An edge's journal is decided again alike by the code that made it, and otherwise by any other, with the reason in words."""
 
-import io
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -17,7 +16,7 @@ from fedhlm.learning.robust import Pooled
 from fedhlm.learning.thresholds import PaperUpdate
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Escalation, Hints, RoutedVerdict, VerdictBatch
-from fedhlm_traces.check.divergence import plain, rich
+from fedhlm_traces.check.divergence import plain
 from fedhlm_traces.check.edge import check_edge
 from fedhlm_traces.check.journals import PartJournal
 from tests.fedhlm_traces.recorded import lives_of, record
@@ -198,14 +197,3 @@ def test_a_journal_without_its_beginning_is_passed_over_in_words() -> None:
     assert "without the beginning" in outcome.skipped[0]
     broken = [msgspec.structs.replace(life.notes[0], data=b"\x80"), *life.notes[1:]]
     assert "not one of this version" in check_edge(msgspec.structs.replace(life, notes=broken)).skipped[0]
-
-
-def test_divergences_can_be_shown_in_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
-    life = edges("exact", 0)[0]
-    relay_newer(monkeypatch)
-    divergences = check_edge(life).divergences
-    shown = io.StringIO()
-    Console(width=400, file=shown).print(rich(divergences))
-    assert shown.getvalue().split() == plain(divergences).split()

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedhlm.decoding.laws import (
-    coded_bits,
     coded_bytes,
     decode_full,
     decode_lattice,
@@ -23,6 +22,12 @@ from fedhlm.decoding.laws import (
     top_k_size,
 )
 from fedhlm.errors import ProtocolError
+
+
+def coded_bits(vocab_size: int, k: int, resolution: int) -> float:
+    """log2 C(V, k) + log2 C(resolution + k - 1, k - 1): the information in a lattice law."""
+    k = min(k, vocab_size)
+    return math.log2(math.comb(vocab_size, k)) + math.log2(math.comb(resolution + k - 1, k - 1))
 
 
 def random_law(seed: int, size: int) -> NDArray[np.float64]:

@@ -8,11 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.learning.curve import BINS, Curve
-from fedhlm.learning.privacy import SENSITIVITY, epsilon_of, noised, sigma_for
+from fedhlm.learning.privacy import SENSITIVITY, noised, sigma_for
 
 EPSILON = st.floats(0.05, 20.0)
 DELTA = st.floats(1e-9, 0.1)
 RELEASES = st.integers(1, 1_000)
+
+
+def epsilon_of(sigma: float, releases: int, delta: float) -> float:
+    """epsilon that `releases` releases with noise sigma cost at this delta; 0 < delta < 1.
+
+    One release has rho = SENSITIVITY^2 / (2 sigma^2); rho adds up, whatever earlier releases were (Bun and Steinke,
+    propositions 1.6 and 1.7); epsilon = rho + 2 sqrt(rho ln(1/delta)) (proposition 1.3).
+    """
+    if not sigma > 0.0:
+        return math.inf
+    rho = releases * SENSITIVITY**2 / (2.0 * sigma**2)
+    return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta))
 
 
 @given(EPSILON, DELTA, RELEASES)
@@ -93,7 +105,7 @@ def test_no_noise_no_privacy_and_bad_settings() -> None:
     with pytest.raises(ValueError, match="releases must be"):
         sigma_for(1.0, 1e-5, 0)
     with pytest.raises(ValueError, match="delta must be"):
-        epsilon_of(1.0, 1, 1.0)
+        sigma_for(1.0, 1.0, 1)
     with pytest.raises(ValueError, match="epsilon must be"):
         sigma_for(0.0, 1e-5, 1)
     with pytest.raises(ValueError, match="sigma must be"):

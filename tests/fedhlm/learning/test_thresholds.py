@@ -16,14 +16,11 @@ from fedhlm.learning.thresholds import (
     OPTIMISERS,
     PaperSettings,
     PaperUpdate,
-    calibrated_gradient,
-    calibrated_objective,
     cluster_mean,
     global_mean,
     mean_allowed,
     mean_control,
     paper_gradient,
-    paper_loss,
     shares,
     tau_of_budget,
     tau_of_price,
@@ -32,6 +29,35 @@ from fedhlm.learning.thresholds import (
 UNIT = st.floats(0.0, 1.0)
 PAIRS = st.lists(st.tuples(UNIT, UNIT), max_size=20).map(lambda rows: np.array(rows, np.float64).reshape(-1, 2))
 NO_PAIRS = np.empty((0, 2))
+
+
+def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1.0 / (1.0 + np.exp(-np.clip(x, -700.0, 700.0)))
+
+
+def calibrated_objective(curve: Curve, tau: float, price: float) -> float:
+    """E[price 1{u > tau} + h 1{u <= tau}] in units of harm, with E[h | u] from the isotonic fit.
+
+    A bin counts as kept when its upper edge is <= tau.
+    """
+    kept = upper_edges() <= tau
+    return float(shares(curve) @ np.where(kept, isotonic(curve), price))
+
+
+def calibrated_gradient(curve: Curve, tau: float, price: float, gamma: float) -> float:
+    """d/dtau of the same with a sigmoid of steepness gamma for the step, all of a bin at its middle.
+
+    Unlike [5] it has both signs. The logistic density is log-concave and m - price changes sign once, so this does
+    too: every start descends to the same tau.
+    """
+    s = sigmoid(gamma * (midpoints() - tau))
+    return gamma * float((shares(curve) * s * (1.0 - s)) @ (isotonic(curve) - price))
+
+
+def paper_loss(pairs: NDArray[np.float64], tau: float, gamma: float, lam: float) -> float:
+    """L = sum over pairs of sigmoid(gamma (u - tau)) ((1 - beta)^2 + lam), FedHLM eq. (4); pairs (n, 2): u, beta."""
+    u, beta = np.asarray(pairs).T
+    return float((sigmoid(gamma * (u - tau)) * ((1.0 - beta) ** 2 + lam)).sum())
 
 
 @given(PAIRS, st.floats(-1.0, 2.0), st.floats(0.01, 1e4), st.floats(0.0, 10.0))

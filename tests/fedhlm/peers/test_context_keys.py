@@ -10,11 +10,22 @@ from numpy.typing import NDArray
 
 from fedhlm.decoding.decoder import load_info
 from fedhlm.errors import ModelError, ProtocolError
-from fedhlm.peers.context_keys import DIMS, PROJECTION_FILE, Projection, cosine, load_projection, unpack_key
+from fedhlm.peers.context_keys import DIMS, PROJECTION_FILE, Projection, load_projection, unpack_key
 from fedhlm_zoo.shipped import model_folder
 
 H = 96
 seeds = st.integers(0, 2**32 - 1)
+
+
+def cosine(keys: NDArray[np.int8], key: NDArray[np.int8]) -> NDArray[np.float32]:
+    """Cosine of every row of `keys` (n, dims) with `key` (dims,); (n,) float32, 0 where either is all zeros."""
+    rows, one = keys.astype(np.float32), key.astype(np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows) * (one @ one))  # (n,)
+    similarity: NDArray[np.float32] = np.divide(
+        rows @ one, lengths, out=np.zeros(len(rows), np.float32), where=lengths > 0.0
+    )
+    similarity.clip(-1.0, 1.0, out=similarity)  # rounding may pass 1
+    return similarity
 
 
 def hidden(seed: int, size: int = H) -> NDArray[np.float32]:

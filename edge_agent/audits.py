@@ -14,6 +14,7 @@ from edge_agent.generation import scored
 from edge_agent.learner import Measures, OpenText
 from fedhlm.decoding.ids import digest_of
 from fedhlm.protocol.messages import Fingerprint, Prime, Rider, Sampling, pack_ids
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
 
 WAIT_S: Final = 60.0  # for a message that carries it; then it goes up in one of its own
@@ -102,7 +103,7 @@ class Audits:
     def answered(self, session: int, event: Answered) -> Audit | None:
         """Take in a verdict of the target; the audit that it completes."""
         audit = self._open.get(session)
-        if audit is None or event.source != "cloud":
+        if audit is None or not SOURCES[event.source].verified:
             return None
         start = event.base - len(audit.tail.context)
         for offset in range(len(event.target_probs)):

@@ -18,6 +18,7 @@ from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
@@ -89,7 +90,7 @@ def errors_of(prompt: list[int], sampling: Sampling, result: GenerationResult) -
     settle = COUPLINGS[sampling.coupling].settle
     ids, wrong = list(prompt), 0
     for token, source in zip(result.ids, result.sources, strict=True):
-        if source != "cloud":
+        if not SOURCES[source].verified:
             wrong += settle(toy.large_logits(ids), sampling, len(ids), None, b"") != token
         ids.append(token)
     return wrong

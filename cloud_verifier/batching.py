@@ -108,7 +108,7 @@ class Running:
 
 
 @dataclass
-class _Agent:
+class _AgentQueue:
     """Blocks of one agent, by session; the session that waits longest is first."""
 
     waiting: dict[Key, deque[BlockJob]] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class _Agent:
         return next((key for key in self.waiting if key not in self.running), None)
 
 
-class _Place(NamedTuple):
+class _QueuePlace(NamedTuple):
     """A block that runs, or an agent whose next block may start, in the line of its cluster; `number` breaks ties."""
 
     turn: float
@@ -226,7 +226,7 @@ class Batcher:
         self.evicted = 0
         self._empty_cache = engine.empty_cache
         self._token_bytes = max(1, engine.token_bytes)
-        self._clusters: dict[str, dict[str, _Agent]] = {}
+        self._clusters: dict[str, dict[str, _AgentQueue]] = {}
         self._cluster_shares = Level(CLUSTER_BURST)
         self._agent_shares: dict[str, Level] = {}
         self._count = 0
@@ -258,8 +258,8 @@ class Batcher:
         queue.append(job)
         agent.waiting[job.key] = queue
 
-    def _agent(self, key: Key) -> _Agent:
-        return self._clusters.setdefault(key.cluster, {}).setdefault(key.agent, _Agent())
+    def _agent(self, key: Key) -> _AgentQueue:
+        return self._clusters.setdefault(key.cluster, {}).setdefault(key.agent, _AgentQueue())
 
     def _tidy(self, key: Key) -> None:
         """Forget an agent, and a cluster, that has nothing here."""
@@ -270,7 +270,7 @@ class Batcher:
         if not agents:
             del self._clusters[key.cluster]
 
-    def _weigh(self, agent: _Agent, job: BlockJob, sign: int) -> None:
+    def _weigh(self, agent: _AgentQueue, job: BlockJob, sign: int) -> None:
         agent.count += sign
         agent.bytes += sign * job.size_bytes
         self._count += sign
@@ -336,19 +336,19 @@ class Batcher:
         self.evicted += room.evicted
         return call.batch, done
 
-    def _lines(self) -> dict[str, list[_Place]]:
+    def _lines(self) -> dict[str, list[_QueuePlace]]:
         """Of each cluster the blocks that run and the agents that have some to start, as a heap: the next is first."""
         self._cluster_shares.advance(self._clusters)
-        lines: dict[str, list[_Place]] = {}
+        lines: dict[str, list[_QueuePlace]] = {}
         for cluster, agents in self._clusters.items():
             shares = self._agent_shares.setdefault(cluster, Level(BURST))
             shares.advance(agents)
             line = lines[cluster] = []
             for name, agent in agents.items():
                 for running in agent.running.values():
-                    line.append(_Place(running.turn, len(line), name, running))
+                    line.append(_QueuePlace(running.turn, len(line), name, running))
                 if agent.startable() is not None:
-                    line.append(_Place(shares.of(name), len(line), name, None))
+                    line.append(_QueuePlace(shares.of(name), len(line), name, None))
             heapify(line)
         self._forget_shares()
         return lines
@@ -386,7 +386,7 @@ class Batcher:
             self._tidy(key)
         return None
 
-    def _next_of(self, agent: _Agent, key: Key) -> BlockJob:
+    def _next_of(self, agent: _AgentQueue, key: Key) -> BlockJob:
         queue = agent.waiting.pop(key)
         job = queue.popleft()
         self._weigh(agent, job, -1)
@@ -394,7 +394,7 @@ class Batcher:
             agent.waiting[key] = queue  # behind the others
         return job
 
-    def _started(self, agent: _Agent, job: BlockJob, block: Block) -> Running:
+    def _started(self, agent: _AgentQueue, job: BlockJob, block: Block) -> Running:
         entry = self.sessions.entry(job.key)
         if entry is None:
             raise AssertionError(f"{job.key} was admitted without a session")

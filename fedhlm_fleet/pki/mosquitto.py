@@ -28,7 +28,7 @@ KEY: Final = "broker.key"
 DATA: Final = "/var/lib/mosquitto/"
 
 
-class Limits(NamedTuple):
+class BrokerLimits(NamedTuple):
     """Of one broker: the largest packet, what may wait for one client, and all of its memory; in bytes."""
 
     packet_bytes: int
@@ -40,10 +40,10 @@ class Limits(NamedTuple):
 _HEAD: Final = 128 * 1024
 _MIB: Final = 1024 * 1024
 # In a cluster the largest packet is a text of a client's or a block with draft laws; towards the cloud it is a batch of blocks.
-LIMITS: Final[dict[Kind, Limits]] = {
-    "cluster": Limits(2 * _MIB + _HEAD, 8 * _MIB, 256 * _MIB),
-    "cloud": Limits(BATCH_BYTES + _HEAD, 32 * _MIB, 512 * _MIB),
-    "shared": Limits(BATCH_BYTES + _HEAD, 16 * _MIB, 512 * _MIB),
+LIMITS: Final[dict[Kind, BrokerLimits]] = {
+    "cluster": BrokerLimits(2 * _MIB + _HEAD, 8 * _MIB, 256 * _MIB),
+    "cloud": BrokerLimits(BATCH_BYTES + _HEAD, 32 * _MIB, 512 * _MIB),
+    "shared": BrokerLimits(BATCH_BYTES + _HEAD, 16 * _MIB, 512 * _MIB),
 }
 
 

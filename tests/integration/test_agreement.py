@@ -12,12 +12,10 @@ import pytest
 
 import edge_agent.__main__ as agent_main
 from edge_broker.embedded import EmbeddedBroker
-from fedhlm.bus.interface import ProtocolVersion
 from fedhlm.bus.party import Stamp
 from fedhlm.config import load, presets
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.process.runtime import Runtime
-from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
@@ -148,14 +146,11 @@ def both(names: tuple[str, ...], flags: dict[str, str], *, times: int = 1) -> tu
     asked = times * tasks(Decoder.load(slm, threads=1))
     pair = shipped_pair(slm, llm)
     with pytest.MonkeyPatch.context() as patch:
-        # The same session numbers and as long sequence numbers as in the simulator; the embedded broker speaks MQTT 3.1.1,
-        # whose packets have no properties.
+        # The same session numbers and as long sequence numbers as in the simulator.
         sessions = random.Random(f"{SEED}/{AGENT}/sessions")
         numbers = SimpleNamespace(getrandbits=lambda _bits: sessions.getrandbits(63))
         patch.setattr(agent_main, "random", SimpleNamespace(SystemRandom=lambda: numbers))
         patch.setattr(agent_main, "Runtime", Worn)
-        protocol: ProtocolVersion = "3.1.1"
-        patch.setattr(LoopbackBus, "protocol", protocol)
         lived = asyncio.run(over_mqtt(names, flags, asked))
         simulation = in_virtual_time(pair, names, flags, [task for _, task in asked])
         simulated = run_virtual(simulation)

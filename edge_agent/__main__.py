@@ -5,12 +5,15 @@ import logging
 import random
 import secrets
 import sys
+from typing import Final
 
 import numpy as np
 
 from edge_agent.model import Slm, threaded
 from edge_agent.service import AgentService, ModelFacts
 from edge_agent.wiring import SmallModel, service_of
+from fedhlm.bus.silent import silent
+from fedhlm.choices import GATES
 from fedhlm.config import Loaded
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.sampling import NOISE
@@ -23,6 +26,8 @@ from fedhlm.process.state import store_of
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Prompt
 from fedhlm.telemetry import Counters
+
+INTERRUPTED: Final = 130
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +52,8 @@ async def run(
         opener(config.broker, notifier, "the broker", connect_timeout_s=limit_s)
         for limit_s in (None, config.broker.connect_timeout_s)
     )
+    if prompt is not None and GATES[config.generation.gate].alone:
+        impatient = silent  # the text needs nobody else
     alone = has_certificate(config.broker)
     async with threaded(Slm(decoder, projection)) as drafter:
         service = service_of(
@@ -103,4 +110,5 @@ def main(loaded: Loaded, prompt: str | None = None) -> int:
         loaded.config,
         loaded.config.agent.id,
         lambda counters, notifier: run(loaded, counters, prompt, notifier=notifier),
+        on_signal=0 if prompt is None else INTERRUPTED,
     )

@@ -8,10 +8,14 @@ from typing import Final, NamedTuple
 
 
 class GateTraits(NamedTuple):
-    """`verifies_all`: every token is verified, none is kept on the device's word. `by_doubt`: iff its uncertainty is above tau."""
+    """`verifies_all`: every token is verified, none is kept on the device's word. `by_doubt`: iff its uncertainty is above tau.
+
+    `alone`: nothing is ever asked of anybody, so that a text needs no broker.
+    """
 
     verifies_all: bool = False
     by_doubt: bool = False
+    alone: bool = False
 
 
 class PeerTraits(NamedTuple):
@@ -44,7 +48,7 @@ class PipelineTraits(NamedTuple):
 
 GATES: Final[dict[str, GateTraits]] = {
     "always": GateTraits(verifies_all=True),
-    "never": GateTraits(),
+    "never": GateTraits(alone=True),
     "random": GateTraits(),
     "threshold": GateTraits(by_doubt=True),
 }

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 not done as wished, 2 wrong usage or configuration, 130 in
 command that needs it, so that help and errors come at once.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,14 +15,26 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
-from fedhlm.errors import FedhlmError
+from fedhlm.errors import FedhlmError, root_of
 from fedhlm_fleet.commands import ask, doctor, flash, lab, models, pki, provision, simulate, status, trace, traces
-from fedhlm_fleet.commands.common import Keys, Seconds, Seed, Share, Tokens, needing, parse_keys, present
+from fedhlm_fleet.commands.common import (
+    OPTIONS,
+    Keys,
+    Seconds,
+    Seed,
+    Share,
+    Tokens,
+    needing,
+    parse_keys,
+    present,
+    require_text,
+)
 
 if TYPE_CHECKING:
     from fedhlm.config import Loaded
 
 USAGE_ERROR: Final = 2
+NOT_DONE: Final = 1
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 # Libraries that are imported late, where their absence would come as somebody else's error.
@@ -32,6 +45,8 @@ REGROUPING: Final = ("scipy", "sklearn", "threadpoolctl")
 def _version() -> str:
     return metadata.version("fedhlm")
 
+
+Prompt = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 
 app = App(
     name="fedhlm",
@@ -109,7 +124,7 @@ def presets() -> int:
 
 
 @app.command
-def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, prompt: str | None = None) -> int:
+def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, prompt: Prompt = None) -> int:
     """Run a device: it drafts with the small model and asks its edge.
 
     Every configuration key is also a flag: --agent.id porch --broker.url mqtt://edge:1883.
@@ -123,7 +138,9 @@ def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, pr
     prompt
         Continue this text, print the result and end; without it the agent serves prompts from the bus.
     """
-    loaded = _loaded(keys, config, preset)
+    loaded = _loaded(keys, config, preset, (*OPTIONS, "--prompt"))
+    if prompt is not None:
+        require_text("--prompt", prompt)
     with needing("agent"):
         from edge_agent.__main__ import main as run
         from fedhlm_zoo.shipped import with_agent_model
@@ -240,26 +257,49 @@ def demo(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (the process's own by default) and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end of the process
     try:
         code = app(given, result_action="return_value", exit_on_error=False, print_error=False)
         sys.stdout.flush()
-    except FedhlmError as exc:
-        return _fail(str(exc))
     except CycloptsError as exc:
         return _fail(f"{exc} (fedhlm --help lists the commands)")
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output is gone; the interpreter's own flush at exit must not complain about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except (FedhlmError, OSError, BaseExceptionGroup) as exc:
+        return _ended_by(root_of(exc) if isinstance(exc, BaseExceptionGroup) else exc)
     return code if isinstance(code, int) else 0
 
 
-def _loaded(keys: Sequence[str], file: Path | None, preset: str | None) -> "Loaded":
+def _ended_by(error: BaseException) -> int:
+    match error:
+        case FedhlmError():
+            return _fail(str(error))
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():
+            _give_up_stdout()
+            return BROKEN_PIPE
+        case OSError(errno=errno.ENOSPC | errno.EIO | errno.EDQUOT, filename=None):
+            _give_up_stdout()
+            _fail(f"standard output must be writable (got {error.strerror})")
+            return NOT_DONE
+        case OSError(strerror=str(), filename=str() | bytes()):
+            _fail(f"{os.fsdecode(error.filename)}: {error.strerror}")
+            return NOT_DONE
+        case _:
+            raise error
+
+
+def _give_up_stdout() -> None:
+    """What is still buffered cannot be written; the interpreter's own flush at exit must not complain about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _loaded(keys: Sequence[str], file: Path | None, preset: str | None, options: Sequence[str] = OPTIONS) -> "Loaded":
     from fedhlm.config import load
 
-    return load(file=file, preset=preset, flags=parse_keys(keys))
+    return load(file=file, preset=preset, flags=parse_keys(keys, options))
 
 
 def _fail(reason: str) -> int:

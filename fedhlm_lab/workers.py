@@ -5,6 +5,8 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 from fedhlm.process.leash import leash
@@ -16,7 +18,10 @@ Value = TypeVar("Value")
 def across(function: Callable[[Argument], Value], arguments: Iterable[Argument], jobs: int) -> Iterator[Value]:
     """`function` of each argument, in `jobs` processes; values come as they are ready. In this process if `jobs` is 1."""
     if jobs == 1:
-        yield from map(function, arguments)
+        for argument in arguments:
+            with uninterrupted():
+                value = function(argument)
+            yield value
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=leash, initargs=(os.getpid(),)) as pool:
@@ -41,3 +46,26 @@ def across(function: Callable[[Argument], Value], arguments: Iterable[Argument],
         finally:
             # Of an interrupted run nobody waits for what has not begun.
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, which it would fail; a second one does not."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # others see to it
+        yield
+        return
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            signal.default_int_handler(number, frame)
+        asked = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt

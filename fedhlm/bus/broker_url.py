@@ -56,12 +56,25 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ConfigError: another scheme, no host, a bad port, unknown query keys, TLS files without TLS.
         """
+        try:
+            return cls._parsed(text, files, key)
+        except ConfigError as exc:
+            # Such a sign ends the address too early, and what follows it may be half of a password.
+            if re.search(r"[/?#\[\]]", text.partition("://")[2].rpartition("@")[0]):
+                wanted = (
+                    f"{_EXPECTED}, with /, ?, #, [ and ] in user and password percent-encoded (%2F, %3F, %23, %5B, %5D)"
+                )
+                raise ConfigError(key, exc.value, wanted) from None
+            raise
+
+    @classmethod
+    def _parsed(cls, text: str, files: TlsFiles | None, key: str) -> Self:
         shown = _without_secrets(text)
         try:
             parts = urlsplit(text)
             port = parts.port
-        except ValueError as exc:
-            raise ConfigError(key, shown, f"{_EXPECTED}, the port an integer in 1..65535") from exc
+        except ValueError:  # whose own words may hold the password
+            raise ConfigError(key, shown, f"{_EXPECTED}, the port an integer in 1..65535") from None
         if parts.scheme not in _PORTS or not parts.hostname or port == 0:
             raise ConfigError(key, shown, _EXPECTED)
         if parts.path not in ("", "/") or parts.fragment:

@@ -122,13 +122,22 @@ class Party:
         journal: JournalWriter | None = None,
         on_refused: OnRefused | None = None,
     ) -> None:
-        self.bus = bus
         self.stamp = stamp
         self.counters = counters
         self.root = root
         self.journal = journal
         self.on_refused = on_refused
-        counters.follow(
+        self.bus = bus
+
+    @property
+    def bus(self) -> Bus:
+        """The connection; what each counts is added to the party's counters."""
+        return self._bus
+
+    @bus.setter
+    def bus(self, bus: Bus) -> None:
+        self._bus = bus
+        self.counters.follow(
             bus.statistics,
             reconnects="reconnects",
             sent_messages="messages_out",

@@ -111,8 +111,10 @@ def opener(
     return open_bus
 
 
-def serve(config: settings.Config, name: str, main: Callable[[Counters, Notifier], Awaitable[int]]) -> int:
-    """Run a service until it ends or SIGINT or SIGTERM asks it to; its exit status, 0 after a signal.
+def serve(
+    config: settings.Config, name: str, main: Callable[[Counters, Notifier], Awaitable[int]], *, on_signal: int = 0
+) -> int:
+    """Run a service until it ends or SIGINT or SIGTERM asks it to; its exit status, `on_signal` after a signal.
 
     `main` hooks its links to the notifier, by which the service manager learns when it is ready.
     """
@@ -121,10 +123,12 @@ def serve(config: settings.Config, name: str, main: Callable[[Counters, Notifier
     counters = Counters()
     notifier = Notifier.of()
     with exported(counters, party=name, port=config.telemetry.metrics_port, host=config.telemetry.metrics_host):
-        return asyncio.run(_until_signal(main(counters, notifier), notifier))
+        return asyncio.run(_until_signal(main(counters, notifier), notifier, on_signal=on_signal))
 
 
-async def _until_signal(work: Awaitable[int], notifier: Notifier, rng: random.Random | None = None) -> int:
+async def _until_signal(
+    work: Awaitable[int], notifier: Notifier, rng: random.Random | None = None, *, on_signal: int = 0
+) -> int:
     task = asyncio.ensure_future(_unhurried(work, notifier, rng or random.SystemRandom()))
     loop = asyncio.get_running_loop()
     alive = loop.create_task(notifier.keep_alive(), name="notify")
@@ -143,7 +147,7 @@ async def _until_signal(work: Awaitable[int], notifier: Notifier, rng: random.Ra
         return await task
     except asyncio.CancelledError:
         if stopped:
-            return 0
+            return on_signal
         raise
     except BaseExceptionGroup as group:
         raise root_of(group) from group

@@ -146,7 +146,7 @@ def test_the_demo_s_default_is_the_default_preset() -> None:
         (["demo", "--duration", "-1"], "--duration"),
         (["config", "check", "--config"], "requires an argument"),
         (["config", "check", "home.toml"], "argument must be --key value"),
-        (["config", "check", "--generation.seed"], "--generation.seed has no value"),
+        (["config", "check", "--generation.seed"], "--generation.seed must be given a value"),
         (["config", "check", "--confg"], "did you mean --config?"),
         (["config", "check", "--generation.seed", "x"], "generation.seed must be an integer from 0"),
         (["config", "check", "--generation.sed", "1"], "did you mean generation.seed?"),

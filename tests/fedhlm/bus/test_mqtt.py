@@ -5,8 +5,10 @@ import logging
 import random
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import pytest
 import trustme
@@ -63,6 +65,18 @@ def test_bad_addresses_name_key_value_and_expectation(text: str, words: str) -> 
     with pytest.raises(ConfigError, match=r"agent\.broker must be .*") as caught:
         BrokerUrl.parse(text, key="agent.broker")
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("sign", ["#", "/", "?", "[", "]", "#/", "1#", "1/", "1?"])
+def test_a_sign_that_ends_an_address_is_to_be_encoded_in_a_password_which_is_not_shown(sign: str) -> None:
+    for password in (f"topsecret{sign}hush", f"{sign}hush", f"123{sign}hush"):
+        with pytest.raises(ConfigError, match="in user and password percent-encoded") as caught:
+            BrokerUrl.parse(f"mqtt://me:{password}@127.0.0.1:1883")
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "topsecret" not in shown
+        assert "hush" not in str(caught.value)
+        assert "127.0.0.1:1883" in shown
+        assert BrokerUrl.parse(f"mqtt://me:{quote(password, safe='')}@127.0.0.1:1883").password == password
 
 
 def test_missing_tls_files_are_named(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ async def test_a_fleet_that_works_is_in_order_and_goes_on_working(tmp_path: Path
     [
         (("agnet",), "did you mean 'agent'?"),
         (("agent", "--broker.prot", "5"), "broker.prot is not a known key: did you mean broker.protocol?"),
-        (("--broker.url",), "has no value"),
+        (("--broker.url",), "must be given a value"),
         (("agent", "edge"), "argument must be --key value"),
     ],
 )

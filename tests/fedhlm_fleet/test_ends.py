@@ -1,0 +1,138 @@
+"""However a command ends, it says so in one line: output that cannot be written, ports that are taken, bytes that are no text."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.processes import obey_interrupts
+
+PROGRAM = [sys.executable, "-m", "fedhlm_fleet.cli"]
+NOBODY = "mqtt://127.0.0.1:1"
+HALF = os.fsdecode("café".encode()[:-1])
+
+
+def run(*words: str, stdout: int | None = subprocess.PIPE, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *words], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        env={**os.environ, **environ}, errors="surrogateescape",
+    )  # fmt: skip
+
+
+def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
+    assert done.returncode == status, done
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("fedhlm: "))
+    assert "Traceback" not in done.stderr
+    return line
+
+
+@pytest.mark.parametrize("words", [("presets",), ("config", "explain"), ("--help",)], ids=" ".join)
+def test_a_full_disk_under_the_output_is_one_line(words: Sequence[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run(*words, stdout=full.fileno())
+    assert one_line(done, 1) == "fedhlm: standard output must be writable (got No space left on device)"
+
+
+def test_a_closed_output_is_no_error() -> None:
+    words = " ".join(PROGRAM)
+    done = subprocess.run(["sh", "-c", f"{words} presets >&-"], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert port in one_line(run("edge", "--edge.embedded_port", port), 2)
+        metrics = run("edge", "--edge.embedded_port", "0", "--telemetry.metrics_port", port)
+        assert f"telemetry.metrics_port must be a port that is free on 127.0.0.1 (got {port}" in one_line(metrics, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("agent", "--prompt", HALF), "--prompt"),
+        (("ask", "porch", HALF), "text"),
+        (("ask", HALF, "x"), "agent"),
+        (("agent", "--config", HALF), "file"),
+        (("agent", "--cluster.name", HALF), "cluster.name"),
+        (("config", "explain", HALF), "is not a known key"),
+        ((HALF,), "Unknown command"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else given,
+)
+def test_bytes_that_are_no_text_are_one_line(words: Sequence[str], key: str) -> None:
+    line = one_line(run(*words), 2)
+    assert key in line
+    assert "\\udcc3" in line or "\\xc3" in line
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("--promt", "--prompt"), ("--confg", "--config"), ("--prset", "--preset"), ("--prompts", "--prompt")],
+)
+def test_a_misspelt_option_gets_the_nearest(word: str, meant: str) -> None:
+    line = one_line(run("agent", word, "Oil prices rise"), 2)
+    assert line == f"fedhlm: {word} is not an option of this command: did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("option", "given"), [("--seed", str(2**64)), ("--seed", "-1"), ("--tokens", "70000"), ("--duration", "0")]
+)
+def test_a_number_out_of_range_is_refused_at_once(option: str, given: str) -> None:
+    begun_s = time.monotonic()
+    assert option in one_line(run("demo", option, given), 2)
+    assert time.monotonic() - begun_s < 30.0
+
+
+@pytest.mark.parametrize("prompt", ["Oil prices rise", "- Oil prices rise", "-", "--seed"])
+def test_a_device_that_writes_alone_needs_no_broker(prompt: str) -> None:
+    done = run(
+        "agent", "--preset", "slm-only", "--broker.url", NOBODY, "--generation.max_tokens", "4", f"--prompt={prompt}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "uplink_bytes 0;" in done.stderr
+    assert "WARNING" not in done.stderr
+
+
+def test_a_prompt_may_begin_with_a_hyphen_as_a_word_of_its_own() -> None:
+    done = run("agent", "--preset", "slm-only", "--generation.max_tokens", "4", "--prompt", "- Oil prices rise")
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_others_need_one_and_say_which() -> None:
+    done = run("agent", "--preset", "exact", "--broker.url", NOBODY, "--broker.connect_timeout_s", "1", "--prompt", "x")
+    assert "127.0.0.1:1" in one_line(done, 2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("agent", "--prompt", "x", "--broker.url", NOBODY, "--broker.connect_timeout_s", "60"),
+        ("ask", "porch", "x", "--broker.url", NOBODY, "--wait", "60"),
+        ("simulate", "--seeds", "0..9999", "--jobs", "1"),
+        ("simulate", "--seeds", "0..9999", "--jobs", "2"),
+    ],
+    ids=lambda words: " ".join((words[0], *words[-2:])),
+)
+def test_an_interrupt_ends_with_130_and_without_a_traceback(words: Sequence[str], tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[2])
+    with subprocess.Popen(
+        [*PROGRAM, *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=obey_interrupts,  # noqa: PLW1509 - no threads here
+    ) as process:  # fmt: skip
+        time.sleep(6.0)  # into the work, wherever that is
+        process.send_signal(signal.SIGINT)
+        told, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said + told
+    assert "seed " not in told, "an interrupt is no failure of a seed"

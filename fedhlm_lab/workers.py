@@ -18,9 +18,9 @@ Value = TypeVar("Value")
 def across(function: Callable[[Argument], Value], arguments: Iterable[Argument], jobs: int) -> Iterator[Value]:
     """`function` of each argument, in `jobs` processes; values come as they are ready. In this process if `jobs` is 1."""
     if jobs == 1:
-        for argument in arguments:
+        for one in arguments:
             with uninterrupted():
-                value = function(argument)
+                value = function(one)
             yield value
         return
     spawn = multiprocessing.get_context("spawn")

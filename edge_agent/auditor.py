@@ -100,8 +100,7 @@ class Auditor:
         sent = await self._party.send(
             topics.ESCALATE, message, expiry_s=ANSWER_S, cluster=self._cluster(), agent=self._party.stamp.sender
         )
-        for name, amount in (("audit_messages", 1), ("uplink_messages", 1), ("uplink_bytes", sent.packet_bytes)):
-            self._counters.add(name, amount if sent else 0)
+        self._counters.add_all(audit_messages=bool(sent), uplink_messages=bool(sent), uplink_bytes=sent.packet_bytes)
 
     async def keep(self) -> None:
         """Send what is overdue, until cancelled."""

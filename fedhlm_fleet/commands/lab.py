@@ -58,7 +58,7 @@ def coverage(
     import msgspec
 
     if json is not None and not os.access(json.resolve().parent, os.W_OK):
-        raise ConfigError("--json", str(json), "a file in a folder that can be written to expected")
+        raise ConfigError("--json", str(json), "a file in a folder that can be written to")
     with needing("lab"):
         from fedhlm_lab.studies.coverage import CoveragePlan, study
     plan = CoveragePlan(texts=texts, tokens=tokens, budget=budget, audit=audit, temperature=temperature)

@@ -9,7 +9,6 @@ from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.commands.common import Positive, Seed, Share, needing, print_facts
-from fedhlm_fleet.commands.watching import watching_study
 
 CORES: Final = os.cpu_count() or 1
 
@@ -60,6 +59,7 @@ def coverage(
     if json is not None and not os.access(json.resolve().parent, os.W_OK):
         raise ConfigError("--json", str(json), "a file in a folder that can be written to")
     with needing("lab"):
+        from fedhlm_fleet.commands.watching import watching_study
         from fedhlm_lab.studies.coverage import CoveragePlan, study
     plan = CoveragePlan(texts=texts, tokens=tokens, budget=budget, audit=audit, temperature=temperature)
     with watching_study("lives", lives) as ended:

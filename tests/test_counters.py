@@ -13,7 +13,7 @@ PACKAGES = ("fedhlm", "edge_agent", "edge_broker", "cloud_verifier")
 # Attributes that grow and are no counts of what happened, with what they are.
 NO_COUNTS = {
     "_asked": "the next request's name",
-    "_busy": "blocks that run now",
+    "_running": "blocks that run now",
     "_bytes": "what a queue holds now",
     "_count": "what a queue holds now",
     "_failures": "attempts in a row",
@@ -33,6 +33,7 @@ NO_COUNTS = {
     "_rounds": "the age of a choice of clusters",
     "count": "tokens of one request, part of its answers",
     "epoch": "names an epoch",
+    "evictions": "how often one block lost its cache; all together are evicted_caches",
     "moves": "names a connection",
     "refused": "part of the contributions that travel; the service counts refused_contributions",
     "round": "names a round",

@@ -65,8 +65,14 @@ def test_a_fleet_of_one_agent_answers(tmp_path: Path) -> None:
         asyncio.run(asyncio.wait_for(until_listening(port), WITHIN_S))
         with running(tmp_path, "cloud", *url):
             done = run(tmp_path, "agent", *url, "--preset", "exact", "--prompt", "Oil prices rise")
+            with running(tmp_path, "agent", *url, "--agent.id", "porch"):
+                asked = run(tmp_path, "ask", "porch", "Oil prices rise", "--wait", "60", "--json", *url)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 5
+    assert asked.returncode == 0, asked.stderr
+    answer = json.loads(asked.stdout)
+    assert answer["text"]
+    assert len(answer["ids"]) == len(answer["sources"]) > 0
     assert list(tmp_path.iterdir()) == []
 
 

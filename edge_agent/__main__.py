@@ -90,7 +90,8 @@ async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:
     )
     running = asyncio.create_task(service.run(), name="agent-service")
     try:
-        await service.agent.look_around(PRESENCE_S)
+        if not GATES[generation.gate].alone:
+            await service.agent.look_around(PRESENCE_S)
         result = await service.complete(prompt, show=lambda new: print(new, end="", flush=True))
     except ValueError as exc:
         raise FedhlmError(str(exc)) from exc

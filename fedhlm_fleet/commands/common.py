@@ -82,13 +82,12 @@ def require_text(key: str, given: str) -> None:
     """Refuse words of the command line that are no UTF-8; Python keeps such bytes as surrogates.
 
     Raises:
-        ConfigError: shows the bytes as escapes.
+        ConfigError: shows them as escapes.
     """
     try:
         given.encode()
     except UnicodeEncodeError as exc:
-        shown = ascii(given[max(0, exc.start - SHOWN) : exc.start + 1]).strip("'")
-        raise ConfigError(key, shown, "UTF-8 text") from exc
+        raise ConfigError(key, given[max(0, exc.start - SHOWN) : exc.start + 1], "UTF-8 text") from exc
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

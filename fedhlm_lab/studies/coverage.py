@@ -117,7 +117,7 @@ async def _live(plan: CoveragePlan, seed: int) -> DeviceLife:
             result = await agent.generate(job, prompt, nobody)
             wrong.append(wrong[-1] + errors_of(prompt, sampling, result))
             tokens.append(tokens[-1] + len(result.ids))
-            skipped += sum(s != "cloud" for s in result.sources)
+            skipped += sum(not SOURCES[s].verified for s in result.sources)
             different += result.ids != toy.large_alone(prompt, sampling, plan.tokens)
             if result.certificate is None:
                 raise ValueError("generation.audit must be above 0 (got 0): nothing is estimated without audits")

@@ -181,8 +181,8 @@ CHANGES: Final = (
     Change(
         "verification that comes back",
         "edge_agent/learner.py",
-        "risk.surely > config.budget",
-        "risk.surely > 1e9",
+        "known.standard_error > config.budget",
+        "known.standard_error > 1e9",
         _LEARNER,
     ),
     Change(

@@ -72,7 +72,7 @@ class Running:
 
     The session's `fed` ids are what the cache is to hold; the first `entry.cached` of them are in it. `piece` ids go with
     the next call. `turn` orders the blocks of a cluster, and `served` are the tokens since the turn began. `number` says
-    in which order blocks were started, `set_backs` how often this one lost its cache.
+    in which order blocks were started, `evictions` how often this one lost its cache.
     """
 
     job: BlockJob
@@ -82,7 +82,7 @@ class Running:
     number: int
     turn: float
     served: float = 0.0
-    set_backs: int = 0
+    evictions: int = 0
     piece: int = 0
     rows: list[NDArray[Any]] = field(default_factory=list)
 
@@ -192,14 +192,14 @@ class _Room:
             self._drop(self._idle.popleft())
         if self._free < piece:
             victims = [v for v in reversed(self._running) if v is not running and v not in batch and v.entry.cached]
-            victims = [v for v in victims if v.number > running.number or not v.set_backs]
+            victims = [v for v in victims if v.number > running.number or not v.evictions]
             alone = not batch and running.number == self._oldest
             if not alone and self._free + sum(v.entry.cached for v in victims) < piece:
                 return False
             for victim in victims:
                 if self._free >= piece:
                     break
-                victim.set_backs += 1
+                victim.evictions += 1
                 self._drop(victim.entry)
         self._free -= piece
         return True

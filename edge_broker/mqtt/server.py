@@ -15,9 +15,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, cast
 
-from edge_broker.mqtt import packets
+from edge_broker.mqtt import wire
 from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, SessionQueue
-from edge_broker.mqtt.packets import V5, BrokerMessage, Connect, MqttError, PacketType, Property, ReasonCode
+from edge_broker.mqtt.packets import (
+    V5,
+    VERSIONS,
+    Asked,
+    BrokerMessage,
+    Connect,
+    MqttError,
+    PacketType,
+    Property,
+    Publish,
+    ReasonCode,
+)
 from edge_broker.mqtt.routes import RetainedMessages, Routes
 from fedhlm.bus.interface import MAX_PACKET_BYTES, share_of
 from fedhlm.telemetry import warn_once
@@ -58,7 +69,7 @@ class Server:
         max_packet_bytes: int = MAX_PACKET_BYTES,
         queue_messages: int = MESSAGES_MAX,
         queue_bytes: int = BYTES_MAX,
-        versions: Collection[int] = packets.VERSIONS,
+        versions: Collection[int] = VERSIONS,
     ) -> None:
         self.versions = versions
         self.counts = Counts()
@@ -152,7 +163,7 @@ class Server:
             del self._clients[link.name]
             self._routes.forget(link.name)
 
-    def subscribe(self, link: "Link", asked: packets.Asked) -> int:
+    def subscribe(self, link: "Link", asked: Asked) -> int:
         """The granted QoS or a reason for refusing; the retained messages follow."""
         try:
             new = self._routes.subscribe(link.name, asked)
@@ -294,7 +305,7 @@ class Link(asyncio.Protocol):
         if self._ended:
             return
         if self._asked is not None and self._asked.version == V5:
-            self._write(packets.disconnect(reason, why))
+            self._write(wire.disconnect(reason, why))
         self._leave(will=will)
         self._flush()
         self._heard_s = self._server.now_s  # from now on the time to close in
@@ -330,23 +341,23 @@ class Link(asyncio.Protocol):
             raise MqttError(ReasonCode.MALFORMED, f"flags of {kind.name} are {flags:#x}")
         match kind:
             case PacketType.PUBLISH:
-                self._take(packets.read_publish(flags, body, version, self._server.now_s), version)
+                self._take(wire.read_publish(flags, body, version, self._server.now_s), version)
             case PacketType.PUBACK | PacketType.PUBREC | PacketType.PUBCOMP | PacketType.PUBREL:
-                self._answered(kind, *packets.read_answer(body, version), version)
+                self._answered(kind, *wire.read_answer(body, version), version)
             case PacketType.SUBSCRIBE:
-                number, wanted = packets.read_subscribe(body, version)
+                number, wanted = wire.read_subscribe(body, version)
                 # SUBACK first: who subscribes waits for it, and retained messages may be many.
                 place = len(self._out)
                 codes = [self._server.subscribe(self, one) for one in wanted]
-                self._write(packets.suback(number, version, codes), place)
+                self._write(wire.suback(number, version, codes), place)
             case PacketType.UNSUBSCRIBE:
-                number, patterns = packets.read_unsubscribe(body, version)
+                number, patterns = wire.read_unsubscribe(body, version)
                 codes = [self._server.unsubscribe(self, pattern) for pattern in patterns]
-                self._write(packets.unsuback(number, version, codes))
+                self._write(wire.unsuback(number, version, codes))
             case PacketType.PINGREQ:
-                self._write(packets.PINGRESP)
+                self._write(wire.PINGRESP)
             case PacketType.DISCONNECT:
-                self._leave(will=packets.read_disconnect(body, version) == ReasonCode.WITH_WILL)
+                self._leave(will=wire.read_disconnect(body, version) == ReasonCode.WITH_WILL)
                 self._flush()
                 self._transport.close()
             case _:
@@ -354,11 +365,11 @@ class Link(asyncio.Protocol):
 
     def _connect(self, body: bytes) -> None:
         try:
-            asked = packets.read_connect(body, self._server.versions)
+            asked = wire.read_connect(body, self._server.versions)
         except MqttError as exc:
             if exc.reason in (ReasonCode.UNSUPPORTED_VERSION, ReasonCode.BAD_AUTHENTICATION):
                 # A client of a version that is unknown here understands the answer of 3.1.1 best.
-                self._write(packets.connack(V5 if exc.reason is ReasonCode.BAD_AUTHENTICATION else 4, exc.reason))
+                self._write(wire.connack(V5 if exc.reason is ReasonCode.BAD_AUTHENTICATION else 4, exc.reason))
             raise
         refusal = ReasonCode.SUCCESS
         if not self._server.admits(asked):
@@ -366,13 +377,13 @@ class Link(asyncio.Protocol):
         elif not asked.client_id and asked.version != V5 and not asked.clean:
             refusal = ReasonCode.BAD_CLIENT_ID
         if refusal:
-            self._write(packets.connack(asked.version, refusal))
+            self._write(wire.connack(asked.version, refusal))
             raise MqttError(refusal, f"login refused: {refusal.name.lower()}")
         self.name = asked.client_id or f"auto-{secrets.token_hex(8)}"
         try:
             self._outbox = self._server.enter(self, asked)
         except MqttError as exc:
-            self._write(packets.connack(asked.version, exc.reason))
+            self._write(wire.connack(asked.version, exc.reason))
             raise
         self._asked, self._will = asked, asked.will
         values: list[tuple[Property, int | str]] = [
@@ -382,31 +393,31 @@ class Link(asyncio.Protocol):
         ]
         if not asked.client_id:
             values.append((Property.ASSIGNED_ID, self.name))
-        self._write(packets.connack(asked.version, ReasonCode.SUCCESS, values))
+        self._write(wire.connack(asked.version, ReasonCode.SUCCESS, values))
 
-    def _take(self, came: packets.Publish, version: int) -> None:
+    def _take(self, came: Publish, version: int) -> None:
         message, number, _ = came
         if message.qos < 2:
             self._server.publish(message, self.name)
             if message.qos:
-                self._write(packets.answer(PacketType.PUBACK, number, version))
+                self._write(wire.answer(PacketType.PUBACK, number, version))
             return
         if number not in self._received:
             if len(self._received) >= RECEIVE_MAXIMUM:
                 raise MqttError(ReasonCode.RECEIVE_MAXIMUM, f"more than {RECEIVE_MAXIMUM} messages are not released")
             self._received.add(number)
             self._server.publish(message, self.name)
-        self._write(packets.answer(PacketType.PUBREC, number, version))
+        self._write(wire.answer(PacketType.PUBREC, number, version))
 
     def _answered(self, kind: PacketType, number: int, reason: int, version: int) -> None:
         match kind:
             case PacketType.PUBREL:
                 known = number in self._received
                 self._received.discard(number)
-                self._write(packets.answer(PacketType.PUBCOMP, number, version, _of(known)))
+                self._write(wire.answer(PacketType.PUBCOMP, number, version, _of(known)))
             case PacketType.PUBREC if reason < ReasonCode.MALFORMED - 1:
                 known = self._outbox.received(number)
-                self._write(packets.answer(PacketType.PUBREL, number, version, _of(known)))
+                self._write(wire.answer(PacketType.PUBREL, number, version, _of(known)))
             case _:
                 self._outbox.acknowledged(number)
                 self._pump()
@@ -421,7 +432,7 @@ class Link(asyncio.Protocol):
         now_s = self._server.now_s
         while not self._paused and self._out_bytes < _WRITE_BYTES and (due := self._outbox.take()) is not None:
             expires_s = due.message.expires_s
-            data = packets.publish(
+            data = wire.publish(
                 due.message,
                 asked.version,
                 qos=due.qos,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_broker.mqtt import packets
-from edge_broker.mqtt.packets import V3, V5, BrokerMessage, MqttError, PacketType, ReasonCode
+from edge_broker.mqtt import wire
+from edge_broker.mqtt.packets import MAX_LENGTH, V3, V5, BrokerMessage, MqttError, PacketType, ReasonCode
 
 VERSIONS = st.sampled_from([V3, V5])
 CONNECT_5 = bytes.fromhex("00044d5154540502001e") + bytes([5, 0x11, 0, 0, 0, 9]) + b"\0\2me"
@@ -16,14 +16,14 @@ CONNECT_5 = bytes.fromhex("00044d5154540502001e") + bytes([5, 0x11, 0, 0, 0, 9])
 @given(data=st.binary(max_size=64), flags=st.integers(0, 15), version=VERSIONS)
 def test_arbitrary_bytes_are_a_packet_or_an_error_with_a_reason(data: bytes, flags: int, version: int) -> None:
     readers = (
-        lambda: packets.read_connect(data),
-        lambda: packets.read_connect(b"\0\4MQTT" + bytes([version]) + data),
-        lambda: packets.read_publish(flags, data, version, 0.0),
-        lambda: packets.read_publish(flags, b"\0\1t\0\7" + data, version, 0.0),
-        lambda: packets.read_answer(data, version),
-        lambda: packets.read_subscribe(data, version),
-        lambda: packets.read_unsubscribe(data, version),
-        lambda: packets.read_disconnect(data, version),
+        lambda: wire.read_connect(data),
+        lambda: wire.read_connect(b"\0\4MQTT" + bytes([version]) + data),
+        lambda: wire.read_publish(flags, data, version, 0.0),
+        lambda: wire.read_publish(flags, b"\0\1t\0\7" + data, version, 0.0),
+        lambda: wire.read_answer(data, version),
+        lambda: wire.read_subscribe(data, version),
+        lambda: wire.read_unsubscribe(data, version),
+        lambda: wire.read_disconnect(data, version),
     )
     for read in readers:
         with contextlib.suppress(MqttError):
@@ -44,19 +44,19 @@ def test_a_publish_comes_back_from_its_bytes(
     extras = b"\x03\0\3a/b\x08\0\1r\x26\0\1k\0\1v" if version == V5 else b""
     expires_s = float(lasts_s) if lasts_s is not None and version == V5 else None
     message = BrokerMessage(topic, payload, qos, retain, extras, expires_s)
-    data = packets.publish(message, version, qos=qos, retain=retain, number=7)
+    data = wire.publish(message, version, qos=qos, retain=retain, number=7)
     head = data[0]
     assert head >> 4 == PacketType.PUBLISH
-    length = packets.varint(len(data))
-    body = data[1 + len(packets.varint(len(data) - 1 - len(length))) :]
-    found = packets.read_publish(head & 15, body, version, 0.0)
+    length = wire.varint(len(data))
+    body = data[1 + len(wire.varint(len(data) - 1 - len(length))) :]
+    found = wire.read_publish(head & 15, body, version, 0.0)
     assert found.message == message
     assert found.number == (7 if qos else 0)
 
 
-@pytest.mark.parametrize("value", [0, 1, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, packets.MAX_LENGTH])
+@pytest.mark.parametrize("value", [0, 1, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, MAX_LENGTH])
 def test_lengths_take_one_to_four_bytes(value: int) -> None:
-    data = packets.varint(value)
+    data = wire.varint(value)
     assert sum((byte & 0x7F) << 7 * place for place, byte in enumerate(data)) == value
     assert all(byte & 0x80 for byte in data[:-1])
     assert not data[-1] & 0x80
@@ -77,13 +77,13 @@ def test_lengths_take_one_to_four_bytes(value: int) -> None:
 )
 def test_what_is_wrong_with_a_connect_has_its_reason(data: bytes, reason: ReasonCode) -> None:
     with pytest.raises(MqttError) as caught:
-        packets.read_connect(data)
+        wire.read_connect(data)
     assert caught.value.reason is reason
 
 
 def test_a_connect_of_mqtt_5_is_read_with_its_properties() -> None:
-    found = packets.read_connect(CONNECT_5)
+    found = wire.read_connect(CONNECT_5)
     assert (found.version, found.client_id, found.keep_alive_s, found.receive_maximum) == (5, "me", 30, 65_535)
     for end in range(len(CONNECT_5)):
         with pytest.raises(MqttError):
-            packets.read_connect(CONNECT_5[:end])
+            wire.read_connect(CONNECT_5[:end])

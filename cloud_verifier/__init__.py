@@ -1,1 +1,1 @@
-"""The cloud: settles escalated blocks with the large model."""
+"""The cloud: verifies escalated blocks with the LLM."""

@@ -1,4 +1,4 @@
-"""`fedhlm cloud`: load the large model and verify for every cluster on the broker."""
+"""`fedhlm cloud`: load the LLM and verify the blocks of every cluster on the broker."""
 
 import logging
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 async def run(config: Config, counters: Counters, notifier: Notifier | None = None) -> int:
-    """Serve until cancelled."""
+    """Serve until cancelled, and return exit status 0."""
     notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
@@ -36,6 +36,6 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
 
 
 def main(loaded: Loaded) -> int:
-    """Run until a signal; the exit status."""
+    """Run until a signal arrives, and return the exit status."""
     config = loaded.config
     return serve(config, NAME, lambda counters, notifier: run(config, counters, notifier))

@@ -1,9 +1,11 @@
-"""Continuous batching without I/O: many sessions' blocks driven in lockstep, one block of a session at a time.
+"""Continuous batching of many sessions, without I/O.
 
-`submit` takes work in, `take` gives out what to run next, `advance` takes the logits back. A session's next block
-starts only after its previous one is settled, because it may rest on it. A model call is bounded in tokens, so a long
-context is fed in pieces between which others are served; caches are bounded in bytes and may be dropped at any time,
-since what they held can be fed again; and who had less of the model is served first (`cloud_verifier.shares`).
+`submit` queues blocks, `take` returns the pieces to run in the next model call, and `advance` takes the logits back. A
+session runs one block at a time, because its next block may depend on the result of the previous one.
+
+A model call is bounded in tokens. A long context is therefore fed in pieces, and other blocks are served between them.
+Caches are bounded in bytes and may be evicted at any time, because their tokens can be fed again. Whoever has used the
+model least is served first (`cloud_verifier.shares`).
 """
 
 from collections import deque
@@ -24,19 +26,19 @@ from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES, Escalation
 
 WAITING_MAX: Final = 16_384
 WAITING_BYTES: Final = 64 * 1024 * 1024
-WAITING_OF_ONE: Final = 256  # blocks of one agent
+WAITING_OF_ONE: Final = 256  # blocks that wait, per agent
 BYTES_OF_ONE: Final = 2 * MAX_PAYLOAD_BYTES
 RUNNING_OF_ONE: Final = 4
 RUNNING_MAX: Final = 1_024
 BURST: Final = 256.0  # tokens of credit of an agent that was idle
 CLUSTER_BURST: Final = 1_024.0
-QUANTUM: Final = 512.0  # tokens after which a block's turn begins anew
-READS: Final = 24  # cached tokens that cost as much to read as one new token to compute (benchmarks/load.py)
-PIECE_MIN: Final = 16  # a piece smaller than this is not worth its part of a call
+QUANTUM: Final = 512.0  # tokens after which a block's place in line is computed again
+READS: Final = 24  # reading this many cached tokens costs as much as computing one (benchmarks/load.py)
+PIECE_MIN: Final = 16  # a smaller piece is not worth its share of a call
 
 
 class BlockJob(NamedTuple):
-    """An escalation as it came in; `expires_s` is on the batcher's clock."""
+    """An escalation as it arrived; `expires_s` is in seconds on the batcher's clock."""
 
     key: Key
     escalation: Escalation
@@ -44,23 +46,23 @@ class BlockJob(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """What it takes while it waits, about."""
+        """About how many bytes the job takes while it waits."""
         e = self.escalation
         context = len(e.prime.context) if e.prime else 0
         return len(e.ids) + len(e.laws) + context + (len(e.hints.branches) if e.hints else 0)
 
     def repeats(self, other: "BlockJob") -> bool:
-        """Whether it is the same block, sent again."""
+        """Whether both jobs carry the same block, which was sent again."""
         a, b = self.escalation, other.escalation
         return (self.key, a.epoch, a.base) == (other.key, b.epoch, b.base)
 
 
 Outcome = Settled | Declined
-"""What became of a block: settled, or why not."""
+"""The result of a block: a settled block, or the reason why it was declined."""
 
 
 class Done(NamedTuple):
-    """A job and what became of it."""
+    """A job and its outcome."""
 
     job: BlockJob
     outcome: Outcome
@@ -68,11 +70,14 @@ class Done(NamedTuple):
 
 @dataclass(eq=False)
 class Running:
-    """A block on its way: the generator that settles it, what it wants fed next, and how much of that is fed.
+    """A block that has been started and is not settled yet.
 
-    The session's `fed` ids are what the cache is to hold; the first `entry.cached` of them are in it. `piece` ids go with
-    the next call. `turn` orders the blocks of a cluster, and `served` are the tokens since the turn began. `number` says
-    in which order blocks were started, `evictions` how often this one lost its cache.
+    `steps` is the generator that settles the block, and `feed` is what it asks for next. The session's `fed` ids are
+    what the cache must hold, and the first `entry.cached` of them are in it. The next call feeds `piece` more ids.
+
+    `turn` orders the blocks of a cluster, and `served` counts the tokens since the turn was computed. `number` is the
+    order in which blocks were started. `evictions` counts how often this block lost its cache. `rows` collects logits,
+    each of shape (rows, V).
     """
 
     job: BlockJob
@@ -90,18 +95,18 @@ class Running:
         self.want(self.feed)
 
     def want(self, feed: Feed) -> None:
-        """Begin what the generator asks for."""
+        """Accept the generator's next request."""
         self.feed, self.rows = feed, []
         self.entry.cached = min(self.entry.cached, feed.keep)
 
     @property
     def left(self) -> int:
-        """Ids that are still to be fed."""
+        """How many ids remain to be fed."""
         return len(self.entry.state.fed) - self.entry.cached
 
     @property
     def wanted(self) -> int:
-        """Rows of logits that the next piece must give."""
+        """How many rows of logits the next piece must return."""
         end = self.entry.cached + self.piece
         first = len(self.entry.state.fed) - self.feed.rows + sum(len(rows) for rows in self.rows)
         return max(0, end - max(self.entry.cached, first))
@@ -109,7 +114,7 @@ class Running:
 
 @dataclass
 class _AgentQueue:
-    """Blocks of one agent, by session; the session that waits longest is first."""
+    """The blocks of one agent, by session. The session that has waited longest is first."""
 
     waiting: dict[Key, deque[BlockJob]] = field(default_factory=dict)
     running: dict[Key, Running] = field(default_factory=dict)
@@ -117,14 +122,17 @@ class _AgentQueue:
     bytes: int = 0
 
     def startable(self) -> Key | None:
-        """The session whose block may start next."""
+        """The session whose next block may start; None if there is none."""
         if len(self.running) >= RUNNING_OF_ONE:
             return None
         return next((key for key in self.waiting if key not in self.running), None)
 
 
 class _QueuePlace(NamedTuple):
-    """A block that runs, or an agent whose next block may start, in the line of its cluster; `number` breaks ties."""
+    """A place in a cluster's line: a running block, or an agent whose next block may start (`running` is None).
+
+    The lowest `turn` is served first, and `number` breaks ties.
+    """
 
     turn: float
     number: int
@@ -133,7 +141,7 @@ class _QueuePlace(NamedTuple):
 
 
 class _Call:
-    """One model call while it is put together; its cost is that of its rows, padded to the longest."""
+    """A model call under construction. Its cost is its number of rows times the longest row, because rows are padded."""
 
     def __init__(self, tokens_max: int, rows_max: int) -> None:
         self.batch: list[Running] = []
@@ -144,7 +152,7 @@ class _Call:
 
     @property
     def full(self) -> bool:
-        """Whether not even one token fits any more."""
+        """Whether the call has no room for even one more token."""
         return len(self.batch) >= self._rows_max or self._cost(1, 0) > self._tokens_max
 
     def _cost(self, width: int, past: int) -> float:
@@ -152,29 +160,29 @@ class _Call:
         return (len(self.batch) + 1) * (width + past / READS) if self.batch else 0.0
 
     def piece_of(self, running: Running) -> int:
-        """How many ids of a block fit; 0 where that is not worth it."""
+        """How many ids of a block fit into this call; 0 if the piece would be too small to be worth it."""
         past, left = running.entry.cached, running.left
         if not self.batch:
             return min(left, max(1, self._tokens_max // 2, self._tokens_max - past // READS))
         room = int(self._tokens_max / (len(self.batch) + 1) - max(past, self._past) / READS)
-        # A short block that leads does not wait for pieces of long contexts: they go with the next call.
+        # A short block at the head must not wait for pieces of long contexts. They go with the next call.
         piece = min(left, room, max(self.batch[0].piece, PIECE_MIN if left <= PIECE_MIN else 0))
         fits = piece >= min(left, PIECE_MIN) and self._cost(piece, past) <= self._tokens_max
         return piece if fits else 0
 
     def add(self, running: Running, piece: int) -> None:
-        """Take in a piece of a block."""
+        """Add a piece of a block to the call."""
         running.piece = piece
         self.batch.append(running)
         self._width, self._past = max(self._width, piece), max(self._past, running.entry.cached)
 
 
 class _Room:
-    """What caches take while a call is put together.
+    """The cache space that is available while a call is put together.
 
-    To make room those of idle sessions go first, the least recently used before the others, then those of running blocks,
-    the last in line first. A block that was started later takes its cache from one that was started earlier only once;
-    without that rule two blocks could drop each other's caches for ever.
+    Caches of idle sessions are evicted first, the least recently used before the others. Caches of running blocks
+    follow, the last in line first. A block can take the cache of a block that was started earlier only once. Without
+    this rule two blocks could evict each other's caches for ever.
     """
 
     def __init__(self, tokens_max: int, entries: Iterable[SessionEntry], running: Sequence[Running]) -> None:
@@ -187,7 +195,9 @@ class _Room:
         self._oldest = min((r.number for r in running), default=0)
 
     def grow(self, running: Running, piece: int, batch: Sequence[Running]) -> bool:
-        """Make room for a piece of a block; False, and no running block lost its cache, where there is none."""
+        """Make room for a piece of a block. If there is not enough room, return False and evict no running block's
+        cache.
+        """
         while self._free < piece and self._idle:
             self._drop(self._idle.popleft())
         if self._free < piece:
@@ -211,8 +221,12 @@ class _Room:
 
 
 class Batcher:
-    """Work of all sessions. `batch_max` bounds the blocks of a model call, `batch_tokens` its tokens, `cache_bytes` all
-    caches together."""
+    """Schedules the blocks of all sessions.
+
+    `batch_max` bounds the blocks in a model call, `batch_tokens` bounds its tokens, and `cache_bytes` bounds the bytes
+    of all caches together. `expired`, `overflowed` and `evicted` count blocks that expired, blocks that did not fit
+    into the queue, and caches that were evicted.
+    """
 
     def __init__(
         self, sessions: Sessions, engine: Engine, *, batch_max: int, batch_tokens: int, cache_bytes: int
@@ -234,12 +248,12 @@ class Batcher:
         self._running = 0
         self._numbers = count()
 
-    # Work comes in
+    # Incoming work
 
     def submit(self, job: BlockJob) -> None:
-        """Queue a job in place of the same block sent before.
+        """Queue a job. It replaces the same block if that was sent before.
 
-        Beyond the limits of all, or of its agent, it is dropped and counted (its sender will ask again).
+        A job beyond the limits of the queue, or of its agent, is dropped and counted. Its sender will ask again.
         """
         agent = self._agent(job.key)
         queue = agent.waiting.get(job.key, deque())
@@ -262,7 +276,7 @@ class Batcher:
         return self._clusters.setdefault(key.cluster, {}).setdefault(key.agent, _AgentQueue())
 
     def _tidy(self, key: Key) -> None:
-        """Forget an agent, and a cluster, that has nothing here."""
+        """Forget an agent that has no blocks here, and a cluster that has no agents."""
         agents = self._clusters[key.cluster]
         agent = agents[key.agent]
         if not (agent.waiting or agent.running):
@@ -276,21 +290,21 @@ class Batcher:
         self._count += sign
         self._bytes += sign * job.size_bytes
 
-    # What is here
+    # State
 
     @property
     def idle(self) -> bool:
-        """Nothing to run."""
+        """Whether there is nothing to run."""
         return not self._clusters
 
     @property
     def waiting(self) -> int:
-        """Blocks that wait."""
+        """How many blocks wait to be started."""
         return self._count
 
     @property
     def running(self) -> list[Running]:
-        """Blocks on their way."""
+        """The blocks that have been started."""
         return [
             running
             for agents in self._clusters.values()
@@ -300,15 +314,15 @@ class Batcher:
 
     @property
     def cached_bytes(self) -> int:
-        """What all caches take."""
+        """How many bytes all caches take."""
         entries = {id(entry): entry for entry in self.sessions.entries()}
         entries |= {id(running.entry): running.entry for running in self.running}
         return self._token_bytes * sum(entry.cached for entry in entries.values())
 
-    # What runs next
+    # The next call
 
     def take(self, now_s: float) -> tuple[list[Running], list[Done]]:
-        """The pieces of blocks to run in one call, and jobs that ended here."""
+        """Return the pieces of blocks to run in one call, and the jobs that ended without one. `now_s` is in seconds."""
         done: list[Done] = []
         for late in [r for r in self.running if now_s > r.job.expires_s]:
             self._give_up(late)
@@ -337,7 +351,9 @@ class Batcher:
         return call.batch, done
 
     def _lines(self) -> dict[str, list[_QueuePlace]]:
-        """Of each cluster the blocks that run and the agents that have some to start, as a heap: the next is first."""
+        """For each cluster, a heap of its running blocks and of the agents that can start one. The next in line is
+        first.
+        """
         self._cluster_shares.advance(self._clusters)
         lines: dict[str, list[_QueuePlace]] = {}
         for cluster, agents in self._clusters.items():
@@ -354,7 +370,7 @@ class Batcher:
         return lines
 
     def _forget_shares(self) -> None:
-        """What is known of clusters that are idle goes where there are many."""
+        """Forget the shares of idle clusters when there are many."""
         while len(self._agent_shares) > 2 * len(self._clusters) + 64:
             del self._agent_shares[next(name for name in self._agent_shares if name not in self._clusters)]
 
@@ -364,12 +380,12 @@ class Batcher:
         shares = self._agent_shares[cluster]
         shares.charge(running.job.key.agent, tokens)
         running.served += tokens
-        # Not in the middle of a context: else all long ones would end together, at the very end.
+        # Not in the middle of a context: otherwise all long contexts would end together, at the very end.
         if running.served >= QUANTUM and running.piece == running.left:
             running.turn, running.served = shares.of(running.job.key.agent), 0.0
 
     def _start_next(self, cluster: str, name: str, now_s: float, done: list[Done]) -> Running | None:
-        """Start an agent's next block; None where there is none that can start."""
+        """Start an agent's next block; None if no block can start. Jobs that are declined are added to `done`."""
         while (agent := self._clusters.get(cluster, {}).get(name)) is not None:
             key = agent.startable()
             if key is None or self._running >= RUNNING_MAX:
@@ -391,7 +407,7 @@ class Batcher:
         job = queue.popleft()
         self._weigh(agent, job, -1)
         if queue:
-            agent.waiting[key] = queue  # behind the others
+            agent.waiting[key] = queue  # the session goes behind the agent's others
         return job
 
     def _started(self, agent: _AgentQueue, job: BlockJob, block: Block) -> Running:
@@ -405,16 +421,16 @@ class Batcher:
         return running
 
     def request(self, running: Running) -> EngineInput:
-        """What a block wants of the model."""
+        """The model input for a block's next piece."""
         entry = running.entry
         cache = self._empty_cache if entry.cache is None else entry.cache
         ids = entry.state.fed[entry.cached : entry.cached + running.piece]
         return EngineInput(cache.truncated(entry.cached), ids, running.wanted)
 
-    # What came of it
+    # Results
 
     def advance(self, batch: Sequence[Running], outputs: Sequence[EngineOutput]) -> list[Done]:
-        """Give every block of `take` its output; the blocks that are settled now."""
+        """Give each block from `take` its output, and return the blocks that are settled now."""
         done: list[Done] = []
         for running, output in zip(batch, outputs, strict=True):
             if len(output.logits):
@@ -433,7 +449,7 @@ class Batcher:
         return done
 
     def fail(self, batch: Sequence[Running], reason: str) -> list[Done]:
-        """The model failed on this batch: forget its sessions, refuse its blocks."""
+        """Handle a model failure: forget the sessions of this batch and refuse its blocks with `reason`."""
         for running in batch:
             running.steps.close()
             self._end(running)
@@ -441,7 +457,7 @@ class Batcher:
         return [Done(r.job, RefusedBlock(reason)) for r in batch]
 
     def _give_up(self, running: Running) -> None:
-        """Nobody waits for it any more. What it has settled stays settled, and its cache is good for what is in it."""
+        """Stop a block that nobody waits for any more. What it settled stays settled, and its cache remains valid."""
         running.steps.close()
         self._end(running)
         self.expired += 1

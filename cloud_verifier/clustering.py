@@ -1,7 +1,8 @@
-"""Which agents belong together: a classifier tries to tell their tokens apart, average linkage groups the rest.
+"""Groups agents into clusters by their tokens. A classifier measures the distance, and average linkage groups.
 
-Pure: profiles and times in, assignments out. An agent moves only where its new mates are clearly nearer to it than
-its present ones. One `compute` costs at most AGENTS_MAX * (AGENTS_MAX - 1) / 2 pairs, about 10 ms each.
+Pure: profiles and times go in, assignments come out. An agent moves only if its new mates are clearly nearer to it than
+its present ones. One `compute` measures at most AGENTS_MAX * (AGENTS_MAX - 1) / 2 pairs, about 10 ms each. Source: the
+FedHLM paper, section III.
 """
 
 from collections import Counter
@@ -13,21 +14,22 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-TOKENS_MIN: Final = 64  # fewer tell nothing: chance alone would reach a distance of 0.3
+TOKENS_MIN: Final = 64  # fewer are no evidence: chance alone would reach a distance of 0.3
 TOKENS_MAX: Final = 256  # per agent and pair
-AGENTS_MAX: Final = 32  # per computation; 496 pairs
-PROFILES_MAX: Final = 512  # remembered; the one not heard from for longest is forgotten
-CLUSTERS_MAX: Final = 1_024  # names that agents can be sent to; then those where nobody lives are forgotten
+AGENTS_MAX: Final = 32  # per computation, which makes 496 pairs
+PROFILES_MAX: Final = 512  # the agent that has been silent longest is forgotten first
+CLUSTERS_MAX: Final = 1_024  # cluster names to assign agents to; beyond it, names without agents are forgotten
 FOLDS: Final = 4
-RIDGE: Final = 0.1  # scikit-learn's C: strong enough for 64 columns on a few hundred tokens
+RIDGE: Final = 0.1  # scikit-learn's C: strong enough for 64 columns and a few hundred tokens
 
 Matrix = NDArray[np.float64]
 
 
 class Sample(NamedTuple):
-    """An agent's tokens: (n, f) float32, one row a token in the order drafted; key columns, uncertainty, entropy.
+    """An agent's tokens: (n, f) float32, one row per token in the order of drafting. The columns are key and doubt.
 
-    Tokens picked from many prompts say more than as many from a few, whose subjects pass for the agent's.
+    Tokens from many prompts tell more about an agent than as many tokens from a few prompts, whose subjects would be
+    taken for the agent's.
     """
 
     features: NDArray[np.float32]
@@ -36,13 +38,15 @@ class Sample(NamedTuple):
 def distance(a: Sample, b: Sample, *, seed: int) -> float:
     """How well a linear classifier tells two agents' tokens apart: 0 is chance, 1 is never wrong.
 
-    Cross-validated accuracy of logistic regression on equally many tokens of both, as max(0, 2 accuracy - 1). Folds
-    are stretches of neighbouring tokens: tokens of one prompt resemble each other, and split between training and
-    test they would tell prompts apart instead of agents. Below TOKENS_MIN tokens on either side the answer is 0:
-    no evidence of a difference. Source: the paper, section III; a classifier two-sample test.
+    The distance is max(0, 2 accuracy - 1), with the cross-validated accuracy of logistic regression on equally many
+    tokens of both agents. Each fold is a stretch of neighbouring tokens. Tokens of one prompt resemble each other, so
+    with mixed folds the classifier would learn prompts instead of agents.
+
+    With fewer than TOKENS_MIN tokens on either side there is no evidence, and the answer is 0. Source: the FedHLM
+    paper, section III; a classifier two-sample test.
 
     Raises:
-        ValueError: the two have different numbers of columns.
+        ValueError: the two samples have different numbers of columns.
     """
     if a.features.shape[1] != b.features.shape[1]:
         raise ValueError(
@@ -53,10 +57,10 @@ def distance(a: Sample, b: Sample, *, seed: int) -> float:
 
 
 def distances(samples: Mapping[str, Sample], *, seed: int) -> tuple[tuple[str, ...], Matrix]:
-    """All pairwise distances: the names in ascending order and their symmetric (n, n) matrix.
+    """Compute all pairwise distances: the names in ascending order and their symmetric (n, n) float64 matrix.
 
     Raises:
-        ValueError: more than AGENTS_MAX samples, or different numbers of columns.
+        ValueError: there are more than AGENTS_MAX samples, or their numbers of columns differ.
     """
     if len(samples) > AGENTS_MAX:
         raise ValueError(f"samples must be of at most {AGENTS_MAX} agents (got {len(samples)})")
@@ -72,8 +76,9 @@ def distances(samples: Mapping[str, Sample], *, seed: int) -> tuple[tuple[str, .
 
 
 def agglomerate(names: Sequence[str], matrix: Matrix, *, clusters: int | None, cut: float) -> dict[str, int]:
-    """Average linkage: merge the two nearest groups while they are within `cut`, or while there are over `clusters`.
+    """Group agents by average linkage: name -> number of its group.
 
+    The two nearest groups are merged while they are within `cut`, or while there are more than `clusters` groups.
     Groups are numbered by their first name in ascending order, so the order of `names` does not matter.
 
     Raises:
@@ -87,7 +92,7 @@ def agglomerate(names: Sequence[str], matrix: Matrix, *, clusters: int | None, c
         raise ValueError(f"clusters must be at least 1, or None (got {clusters})")
     order = sorted(range(len(names)), key=lambda i: names[i])
     groups = {i: [names[k]] for i, k in enumerate(order)}
-    # In the table of merges the singletons are 0 .. n - 1 and each merge makes the next number.
+    # In the linkage table the singletons have the numbers 0 .. n - 1, and each merge gets the next number.
     for number, (left, right, height) in enumerate(_merges(matrix[np.ix_(order, order)]), start=len(names)):
         if height > cut and (clusters is None or len(groups) <= clusters):
             break
@@ -97,7 +102,7 @@ def agglomerate(names: Sequence[str], matrix: Matrix, *, clusters: int | None, c
 
 
 def assign(previous: Mapping[str, str], groups: Mapping[str, int], cluster_names: Sequence[str]) -> dict[str, str]:
-    """Give each group a cluster of its own so that as few agents as possible move; others stay where they are.
+    """Give each group its own cluster so that as few agents as possible move. Agents without a group stay.
 
     Raises:
         ValueError: there are more groups than cluster names.
@@ -119,12 +124,14 @@ def assign(previous: Mapping[str, str], groups: Mapping[str, int], cluster_names
 def worthwhile(
     names: Sequence[str], matrix: Matrix, current: Mapping[str, str], proposed: Mapping[str, str], *, margin: float
 ) -> dict[str, str]:
-    """The moves of `proposed` that pay: agent -> cluster.
+    """Select the moves of `proposed` that are worth it: agent -> cluster.
 
-    An agent moves if the mean distance to its mates falls by more than `margin`; without mates it counts as 0, so
-    nobody is moved out of a cluster of its own. A move changes whom the others live with, so those that stayed are
-    asked again until nobody moves. Only this half of the silhouette counts: two clusters that resemble each other are
-    left as they are, because joining them brings nobody nearer to its mates.
+    An agent moves if the mean distance to its mates falls by more than `margin`. Without mates this distance counts as
+    0, so an agent that is alone in its cluster never moves. A move changes the mates of others, so the check is
+    repeated for those that stayed until nobody else moves.
+
+    Only this half of the silhouette counts. Two clusters that resemble each other are not joined, because joining them
+    brings nobody nearer to its mates.
     """
     now = {name: current[name] for name in names}
     ahead = {name: proposed[name] for name in names}
@@ -137,7 +144,7 @@ def worthwhile(
 
 
 class Clusterer:
-    """The latest profile of every agent, and the assignment that follows from them. Not for two threads at once."""
+    """Keeps the latest profile of every agent and the assignment that follows. Not thread-safe."""
 
     def __init__(
         self,
@@ -152,12 +159,12 @@ class Clusterer:
         """Start without profiles.
 
         Args:
-            clusters: names that agents can be sent to; those that profiles come from are added, up to CLUSTERS_MAX.
-            columns: the number of feature columns every profile must have.
-            interval_s: least time between two computations.
-            margin: how much nearer, in distance, the new mates must be for an agent to move.
+            clusters: names that agents can be assigned to. Clusters of profiles are added, up to CLUSTERS_MAX.
+            columns: the number of feature columns that every profile must have.
+            interval_s: the least time between two computations, in seconds.
+            margin: how much nearer, in distance, the new mates of an agent must be for it to move.
             cut: groups within this distance count as alike.
-            seed: of the subsampling; same calls, same assignments.
+            seed: seed of the subsampling. The same calls give the same assignments.
         """
         self._given = frozenset(clusters)
         self._clusters = list(dict.fromkeys(clusters))
@@ -166,7 +173,7 @@ class Clusterer:
         self._margin = margin
         self._cut = cut
         self._seed = seed
-        self._profiles: dict[str, Sample] = {}  # the one noted last is at the end
+        self._profiles: dict[str, Sample] = {}  # the profile that arrived last is at the end
         self._homes: dict[str, str] = {}
         self._fresh = False
         self._last_s: float | None = None
@@ -174,14 +181,14 @@ class Clusterer:
 
     @property
     def assignment(self) -> Mapping[str, str]:
-        """Agent -> cluster, as last reported by the agent or decided here, whichever came later."""
+        """The cluster of each agent, as the agent last reported it or as decided here, whichever is later."""
         return dict(self._homes)
 
     def note_profile(self, agent: str, cluster: str, sample: Sample) -> None:
-        """Remember an agent's latest tokens (TOKENS_MAX of them) and the cluster it is in.
+        """Remember an agent's latest TOKENS_MAX tokens and its cluster.
 
         Raises:
-            ValueError: the features are not (n, columns) finite numbers; nothing is remembered.
+            ValueError: the features are not finite numbers of shape (n, columns). Nothing is remembered then.
         """
         shape = sample.features.shape
         if len(shape) != 2 or shape[1] != self._columns or not np.isfinite(sample.features).all():
@@ -200,13 +207,14 @@ class Clusterer:
         self._fresh = True
 
     def due(self, now_s: float) -> bool:
-        """Whether profiles have come in since the last computation and that is `interval_s` ago."""
+        """Whether new profiles have arrived and the last computation is at least `interval_s` seconds ago."""
         return self._fresh and (self._last_s is None or now_s - self._last_s >= self._interval_s)
 
     def compute(self, now_s: float) -> Mapping[str, str]:
-        """Group the agents that have shown enough tokens; returns the changed assignments, agent -> cluster.
+        """Group the agents that have shown enough tokens, and return the changed assignments: agent -> cluster.
 
-        Above AGENTS_MAX agents each computation looks at that many, drawn anew, and leaves the others in place.
+        If there are more than AGENTS_MAX agents, each computation draws that many at random and leaves the others in
+        place.
         """
         self._last_s, self._fresh = now_s, False
         self._rounds += 1
@@ -229,7 +237,7 @@ def _separation(a: Sample, b: Sample, seed: int) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
 
-    # Folds of equal size for both owners keep the test symmetric.
+    # Folds of equal size for both agents keep the test symmetric.
     count -= count % FOLDS
     rows = np.concatenate([_thinned(a, count, seed), _thinned(b, count, seed)])  # (2 count, f) float64
     spread = rows.std(axis=0)
@@ -244,7 +252,7 @@ def _separation(a: Sample, b: Sample, seed: int) -> float:
 
 
 def _one_thread() -> AbstractContextManager[object]:
-    """Problems this small run ten times slower on a pool of threads that wait for one another on busy cores."""
+    """Limit numerical libraries to one thread: on busy cores a thread pool makes problems this small ten times slower."""
     from threadpoolctl import threadpool_limits
 
     limits: AbstractContextManager[object] = threadpool_limits(limits=1)
@@ -252,13 +260,13 @@ def _one_thread() -> AbstractContextManager[object]:
 
 
 def _thinned(sample: Sample, count: int, seed: int) -> Matrix:
-    """`count` random rows, still in order."""
+    """Draw `count` random rows and keep their order; shape (count, f) float64."""
     kept = np.random.default_rng(seed).permutation(len(sample.features))[:count]
     return sample.features[np.sort(kept)].astype(np.float64)  # (count, f) float64
 
 
 def _merges(matrix: Matrix) -> list[tuple[int, int, float]]:
-    """Average linkage's merges in order: the numbers of the two groups and their mean distance."""
+    """The merges of average linkage in order: the numbers of the two groups and their mean distance."""
     if len(matrix) < 2:
         return []
     from scipy.cluster.hierarchy import linkage
@@ -268,7 +276,7 @@ def _merges(matrix: Matrix) -> list[tuple[int, int, float]]:
 
 
 def _mates(names: Sequence[str], matrix: Matrix, homes: Mapping[str, str]) -> Matrix:
-    """Mean distance of every agent to the others of its cluster; 0 where there are none."""
+    """The mean distance of each agent to the others of its cluster, shape (n,); 0 if it has no mates."""
     codes = np.unique([homes[name] for name in names], return_inverse=True)[1]  # (n,) int64
     together = (codes[:, None] == codes[None, :]) & ~np.eye(len(names), dtype=bool)  # (n, n) bool
     means: Matrix = (matrix * together).sum(axis=1) / np.maximum(1, together.sum(axis=1))  # (n,) float64

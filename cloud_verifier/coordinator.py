@@ -1,4 +1,4 @@
-"""What the cloud knows of the federation, without I/O: the clusters' sums, and which agents belong together."""
+"""The cloud's view of the federation, without I/O: the sums of the clusters, and the assignment of agents to clusters."""
 
 from collections.abc import Mapping
 from typing import Final, NamedTuple, Protocol
@@ -17,7 +17,7 @@ _UNCERTAINTY_SCALE: Final = 255.0
 
 
 class Grouping(Protocol):
-    """What the coordinator needs of `clustering.Clusterer`."""
+    """The methods of `clustering.Clusterer` that the coordinator uses."""
 
     def note_profile(self, agent: str, cluster: str, sample: Sample) -> None: ...
 
@@ -32,7 +32,7 @@ class _Noted(NamedTuple):
 
 
 class Coordinator:
-    """The clusters' contributions and the agents' profiles. Without a `grouping` profiles are not kept."""
+    """Holds the clusters' contributions and the agents' profiles. Without a `grouping` it keeps no profiles."""
 
     def __init__(self, members: Members, grouping: Grouping | None = None) -> None:
         self.members = members
@@ -41,15 +41,15 @@ class Coordinator:
 
     @classmethod
     def of(cls, federation: Federation) -> "Coordinator":
-        """As configured; agents are grouped every `assign_s` seconds, or never."""
+        """Create a coordinator from the settings. Agents are regrouped every `assign_s` seconds; 0 disables regrouping."""
         grouping = Clusterer((), columns=COLUMNS, interval_s=federation.assign_s) if federation.assign_s else None
         return cls(Members(federation, mean_of_clusters), grouping)
 
     def note_profile(self, cluster: str, profile: Profile) -> None:
-        """Remember an agent's latest profile until the next `regroup`.
+        """Remember an agent's latest profile until the next `prepare`.
 
         Raises:
-            ProtocolError: keys of another length than DIMS, or as many uncertainties as keys are not there.
+            ProtocolError: the keys do not have DIMS numbers each, or their number differs from that of the doubts.
         """
         if self.grouping is None:
             return
@@ -60,7 +60,9 @@ class Coordinator:
             del self._noted[next(iter(self._noted))]
 
     def prepare(self, now_s: float) -> bool:
-        """Hand the profiles over; whether `regroup` is worth calling. Not while it runs."""
+        """Hand the profiles to the grouping, and return whether `regroup` is due. Must not be called while `regroup`
+        runs.
+        """
         if self.grouping is None:
             return False
         noted, self._noted = self._noted, {}
@@ -69,22 +71,26 @@ class Coordinator:
         return self.grouping.due(now_s)
 
     def regroup(self, now_s: float) -> Mapping[str, str]:
-        """Agents that move, and where to. Takes seconds; profiles may be noted meanwhile from another thread."""
+        """Regroup the agents, and return those that move: agent -> cluster.
+
+        This takes seconds. Meanwhile another thread may call `note_profile`.
+        """
         return {} if self.grouping is None else self.grouping.compute(now_s)
 
 
 def sample_of(profile: Profile) -> Sample:
-    """The features of a profile's last TOKENS_MAX tokens: (n, COLUMNS) float32, the key within -1..1 and the uncertainty.
+    """The features of a profile's last TOKENS_MAX tokens, shape (n, COLUMNS) float32: the key, -1 to 1, and the doubt,
+    0 to 1.
 
     Raises:
-        ProtocolError: keys of another length than DIMS, or as many uncertainties as keys are not there.
+        ProtocolError: the keys do not have DIMS numbers each, or their number differs from that of the doubts.
     """
     if profile.dims != DIMS or len(profile.keys) != DIMS * len(profile.uncertainties):
         raise ProtocolError(
             f"profile.keys must be {DIMS} bytes for each of {len(profile.uncertainties)} uncertainties "
             f"(got {len(profile.keys)} bytes of {profile.dims} dims)"
         )
-    # Only as many as will be used are kept: agents are many, and a message may hold sixteen times that.
+    # Only the rows that will be used are kept: there are many agents, and a message may hold sixteen times as many.
     keys = np.frombuffer(profile.keys, np.int8).reshape(-1, DIMS)[-TOKENS_MAX:].astype(np.float32) / SCALE  # (n, DIMS)
     doubts = np.frombuffer(profile.uncertainties, np.uint8)[-TOKENS_MAX:]  # (n,)
     uncertainty = doubts.astype(np.float32) / _UNCERTAINTY_SCALE  # (n,)

@@ -1,7 +1,7 @@
-"""What a runtime must give the cloud, and nothing else: caches as values, and one batched call of a model.
+"""The interface between the cloud and a model runtime: caches as values, and one batched model call.
 
-A backend makes an `Engine` of its runtime (`cloud_verifier.backends`). Calls may be cut and batched in any way, so
-logits must not depend on how ids are cut into calls, up to rounding.
+A backend wraps its runtime in an `Engine` (`cloud_verifier.backends`). The cloud may cut ids into calls and batches in
+any way, so logits must not depend on the cut, up to rounding.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,14 +11,17 @@ from numpy.typing import NDArray
 
 
 class PrefixCache(Protocol):
-    """Keys and values of a prefix. A value: a call never changes the one it is given."""
+    """Keys and values of a prefix. It is a value: a call never changes the cache that it is given."""
 
     def truncated(self, length: int, /) -> "PrefixCache":
-        """The cache of the first `length` tokens."""
+        """Return the cache of the first `length` tokens."""
 
 
 class EngineInput(NamedTuple):
-    """Ids (at least one) to run after what `cache` holds; the logits after the last `rows` of them are wanted."""
+    """One request: run `ids` (at least one) after the tokens in `cache`.
+
+    The last `rows` of the ids need logits.
+    """
 
     cache: Any
     ids: list[int]
@@ -26,21 +29,23 @@ class EngineInput(NamedTuple):
 
 
 class EngineOutput(NamedTuple):
-    """Logits after the last `rows` ids of the request, shape (rows, V), and the cache that ends with all of its ids."""
+    """The logits after the last `rows` ids of the request, shape (rows, V), and the cache that now includes all its
+    ids.
+    """
 
     logits: NDArray[Any]
     cache: Any
 
 
 def _nothing() -> None:
-    """Nothing to give back."""
+    """Release nothing."""
 
 
 class Engine(NamedTuple):
     """A model: the cache before the first token, and `forward`, which runs several requests as one batch, in order.
 
-    A cache takes `token_bytes` for each of its tokens. `release` gives unused memory back to the system; it is called
-    when there is nothing to do.
+    A cache takes `token_bytes` bytes per token. `release` returns unused memory to the system; the cloud calls it when
+    it is idle.
     """
 
     empty_cache: Any

@@ -1,4 +1,4 @@
-"""What the cloud writes in its journal beside the bus's traffic: how it began."""
+"""The entry that the cloud adds to its journal beside the bus traffic: its state at start."""
 
 import msgspec
 
@@ -7,7 +7,7 @@ from fedhlm.settings import Federation
 
 
 class CloudStart(msgspec.Struct, frozen=True, kw_only=True):
-    """How a cloud began (note "state"): its model, its limits, its federation's settings and sums."""
+    """The state of a cloud at start (note "state"): its model, its limits, and the settings and sums of its federation."""
 
     root: str
     fingerprint: Fingerprint

@@ -1,4 +1,4 @@
-"""The cloud as a running service: escalation batches in, verdict batches out; clusters' sums in, the global state out."""
+"""The cloud as a running service: answers escalation batches with verdict batches, and pools the clusters' sums."""
 
 import asyncio
 import logging
@@ -39,16 +39,17 @@ log = logging.getLogger(__name__)
 
 CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
 HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE)
-PATIENCE_MAX_S: Final = 60.0  # nobody may have more work kept for longer
-IDLE_S: Final = 1.0  # without work, until memory is given back
+PATIENCE_MAX_S: Final = 60.0  # no block may be kept longer, in seconds
+IDLE_S: Final = 1.0  # seconds without work before memory is released
 FEDERATION_FILE: Final = "cloud.federation"
 
 
 class CloudService:
-    """Verifies and coordinates until cancelled.
+    """Verifies blocks and coordinates the federation until cancelled.
 
-    Agents are regrouped every `federation.assign_s` seconds (0: never). `to_announce` is set on every connect where the
-    broker may have lost its retained messages. What an earlier life kept is restored on construction, and the journal begins.
+    Agents are regrouped every `federation.assign_s` seconds (0: never). `to_announce` is set on every connect, because
+    the broker may have lost its retained messages. The constructor restores the state that an earlier life saved, and
+    begins the journal.
     """
 
     def __init__(
@@ -100,19 +101,21 @@ class CloudService:
 
     @property
     def bus(self) -> Bus:
-        """The connection, to be entered after `subscribe`."""
+        """The cloud's connection. Enter it after `subscribe`."""
         return self._party.bus
 
     async def subscribe(self) -> None:
-        """To be called before the bus connects, so that the cloud is not online before it hears."""
+        """Subscribe to the cloud's topics. Call this before the bus connects, so that the cloud hears everything once
+        online.
+        """
         await self._party.bus.subscribe(
             *(topic.name(self._party.root, cluster="+") for topic in CLUSTERS),
-            # Its own retained state of before a restart.
+            # The cloud's own retained state from before a restart.
             topics.CLOUD_FL_STATE.name(self._party.root),
         )
 
     async def run(self) -> None:
-        """Serve until cancelled, or until the bus is refused for good (BusError)."""
+        """Serve until cancelled, or until the broker refuses the connection for good (BusError)."""
         rounds_made = rounds.keep_rounds(
             self.coordinator.members,
             bus=self._party.bus,
@@ -137,7 +140,9 @@ class CloudService:
             await self.handle(received)
 
     async def handle(self, received: Received) -> None:
-        """Take in one message; blocks wait for `verify_next`, and what is not of a row in HEARD is counted and dropped."""
+        """Handle one message. Blocks wait for `verify_next`; messages outside the topics of HEARD are counted and
+        dropped.
+        """
         cluster = received.levels.get("cluster", "")
         match received.message if received.topic in HEARD else None:
             case EscalationBatch() as batch:
@@ -181,7 +186,7 @@ class CloudService:
             warn_once(log, what, "refused a %s: %s", what, exc)
 
     async def end_round(self) -> None:
-        """Close the round of the federation and tell the edges."""
+        """Close the federation's round and publish the result to the edges."""
         if self._party.journal is not None:
             self._party.journal.note("round", at_s=self._clock_s())
         self._counters.add("rounds")
@@ -201,7 +206,7 @@ class CloudService:
             await self.announce()
 
     async def announce(self) -> None:
-        """Publish what the broker is to retain: the state of the federation, once a round has been closed."""
+        """Publish the retained state of the federation, if a round has been closed."""
         if self.coordinator.members.told:
             await self._send_learned()
 
@@ -213,7 +218,7 @@ class CloudService:
                 continue
             try:
                 moves = await self._in_thread(self.coordinator.regroup, now)
-            except Exception:  # whatever a numerical library raises, the service lives on
+            except Exception:  # whatever a numerical library raises, the service must keep running
                 log.exception("the agents could not be regrouped")
                 continue
             for agent, cluster in sorted(moves.items()):
@@ -242,13 +247,13 @@ class CloudService:
             await self._work.wait()
 
     async def verify_next(self) -> bool:
-        """At most one model call for the blocks that wait, and the answers that follow; False when none is left."""
+        """Run at most one model call for the waiting blocks and send the answers. Return False if no blocks are left."""
         batch, done = self.batcher.take(self._clock_s())
         if batch:
             self._counters.add("batches")
             try:
                 outputs = await self._engine.forward([self.batcher.request(r) for r in batch])
-            except Exception as exc:  # whatever a model runtime raises, the service lives on
+            except Exception as exc:  # whatever a model runtime raises, the service must keep running
                 log.exception("the model failed on a batch of %d blocks", len(batch))
                 done += self.batcher.fail(batch, f"{MODEL_FAILED}: {type(exc).__name__}: {exc}")
             else:
@@ -273,7 +278,7 @@ class CloudService:
                     await self._refuse_too_large(cluster, lone)
 
     async def _refuse_too_large(self, cluster: str, message: AnyMessage) -> None:
-        """Tell the agents whose verdicts do not fit the way to them."""
+        """Refuse the blocks of agents whose verdicts exceed the broker's packet limit."""
         for answer in message.items if isinstance(message, VerdictBatch) else ():
             short = refused(self._party.stamp(), answer.verdict, self._party.why_too_large())
             batch = VerdictBatch(**self._party.stamp(), items=(RoutedVerdict(answer.agent, short),))

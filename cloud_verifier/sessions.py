@@ -1,7 +1,8 @@
-"""Which sessions the cloud holds, and what an incoming escalation means for them.
+"""The sessions that the cloud holds, and the admission of incoming escalations.
 
-Sessions are kept in order of use and bounded; one that was dropped is asked for again ("unprimed"), which costs a
-round trip and nothing else. A cache and a context may be lost at any time without changing any answer.
+The number of sessions is bounded, and the least recently used one is dropped first. If a dropped session is needed
+again, the cloud answers `unprimed`, which costs a round trip and nothing else. Losing a cache or a context never
+changes an answer.
 """
 
 from collections import Counter, OrderedDict
@@ -17,11 +18,11 @@ from fedhlm.errors import FingerprintMismatch, ProtocolError
 from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Escalation, Fingerprint, Prime, id_bytes, unpack_ids
 
-EXTEND_MAX: Final = 256  # tokens of the target's own in one answer; who wants more asks again, after the others
+EXTEND_MAX: Final = 256  # bonus tokens per answer; who wants more asks again and waits behind the others
 
 
 class Key(NamedTuple):
-    """A session belongs to one agent of one cluster; no other sender can reach it."""
+    """The key of a session. It includes cluster and agent, so that no other sender can reach the session."""
 
     cluster: str
     agent: str
@@ -29,13 +30,15 @@ class Key(NamedTuple):
 
     @property
     def owner(self) -> tuple[str, str]:
-        """Cluster and agent."""
+        """The cluster and the agent."""
         return self.cluster, self.agent
 
 
 @dataclass
 class SessionEntry:
-    """A session and the backend's cache for it (None: nothing cached), of which the first `cached` tokens are good."""
+    """A session and the backend's cache for it (None: nothing is cached). The first `cached` tokens of the cache are
+    valid.
+    """
 
     state: Session
     cache: Any = None
@@ -43,30 +46,30 @@ class SessionEntry:
 
 
 class UnprimedBlock(NamedTuple):
-    """The cloud lacks the session or the tokens before the block's base."""
+    """The cloud lacks the session, or tokens before the block's base."""
 
 
 class RefusedBlock(NamedTuple):
-    """The escalation can never be settled here."""
+    """The cloud can never settle this escalation."""
 
     reason: str
 
 
 class StaleBlock(NamedTuple):
-    """A newer epoch of the session was seen; nobody waits for an answer."""
+    """A newer epoch of the session has been seen, so nobody waits for an answer."""
 
 
 Declined = UnprimedBlock | RefusedBlock | StaleBlock
-"""Nothing is settled."""
+"""The outcomes of a block that was not settled."""
 
 Admission = Block | Declined
 
 
 class Sessions:
-    """Bounded store of sessions, least recently used dropped first.
+    """A bounded store of sessions that drops the least recently used one first.
 
-    Where it is full, an agent that holds more than a quarter of it makes room from its own: one that opens session after
-    session does not drive out the others'.
+    If the store is full and the agent of the newest session holds more than a quarter of it, that agent's own oldest
+    session is dropped. An agent that keeps opening sessions therefore cannot displace those of others.
     """
 
     def __init__(
@@ -79,24 +82,24 @@ class Sessions:
         self.mismatched = 0
         self.eos_ids = eos_ids
         self._entries: OrderedDict[Key, SessionEntry] = OrderedDict()
-        self._held: Counter[tuple[str, str]] = Counter()  # sessions by owner
+        self._held: Counter[tuple[str, str]] = Counter()  # number of sessions by owner
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def entry(self, key: Key) -> SessionEntry | None:
-        """The entry, now the most recently used one; None when it was dropped."""
+        """Return the entry and mark it as the most recently used one; None if it does not exist."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
 
     def entries(self) -> Iterable[SessionEntry]:
-        """All entries, least recently used first."""
+        """All entries, the least recently used first."""
         return self._entries.values()
 
     def forget(self, key: Key) -> None:
-        """Drop one session."""
+        """Drop one session, if it exists."""
         if self._entries.pop(key, None) is not None:
             self._held[key.owner] -= 1
             if not self._held[key.owner]:
@@ -110,7 +113,10 @@ class Sessions:
             self.evicted += 1
 
     def admit(self, key: Key, escalation: Escalation) -> Admission:
-        """Check an escalation and bring its session up to date with the prime and epoch it carries."""
+        """Check an escalation and update its session with the prime and the epoch that it carries.
+
+        The result is the decoded block, or the reason why nothing can be settled.
+        """
         try:
             return self._admit(key, escalation)
         except ProtocolError as exc:
@@ -143,7 +149,7 @@ class Sessions:
 
     def _block(self, escalation: Escalation, entry: SessionEntry | None) -> Block | RefusedBlock:
         vocab_size = self.fingerprint.vocab_size
-        # Looked at before anything is unpacked: what is too long is refused at little cost.
+        # Checked before anything is unpacked, so that an escalation that is too long is refused cheaply.
         end = escalation.base + len(escalation.ids) // id_bytes(vocab_size)
         if end > self.context_max:
             return RefusedBlock(f"escalation reaches position {end}: the model's context is {self.context_max}")
@@ -172,7 +178,7 @@ class Sessions:
             return RefusedBlock(f"sampling.coupling must be one of {', '.join(sorted(COUPLINGS))} (got {name!r})")
         if branches and not COUPLINGS[name].shared:
             return RefusedBlock(
-                f"escalation has {len(branches)} branches: sampling.coupling {name!r} tests one draft a place"
+                f"escalation.hints.branches must be empty under sampling.coupling {name!r} (got {len(branches)})"
             )
         drafts = split_laws(COUPLINGS[name], escalation.laws, len(ids) - escalation.fixed, vocab_size)
         laws = [b""] * escalation.fixed + drafts
@@ -197,7 +203,7 @@ class Sessions:
         else:
             held = entry.state.context
             shared = common_prefix(held, context)
-            if shared < len(context):  # what the device committed overrules what was settled here
+            if shared < len(context):  # what the device has committed overrides what was settled here
                 held[shared:] = context[shared:]
         self._entries.move_to_end(key)
         self._make_room(key)

@@ -1,8 +1,8 @@
-"""Who is served next, without I/O: clusters share the model equally, and the agents of each share its part.
+"""Decides who is served next, without I/O: clusters share the model equally, and agents share their cluster's part.
 
-Start-time fair queueing on two levels. Service is counted in tokens; whoever had less of it is first. A name that was
-idle comes back with at most `burst` tokens of credit, so who asks for little is served at once beside any number of
-hogs, and a name that is invented for every request gains nothing over the cluster's part.
+This is start-time fair queueing on two levels. Service is counted in tokens, and whoever has received the least is
+first. A name that was idle returns with at most `burst` tokens of credit. A light user is therefore served at once
+beside any number of heavy ones. Inventing a new name for every request gains nothing beyond the cluster's share.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,9 @@ NAMES_MAX: Final = 16_384
 
 
 class Level:
-    """Service received by name. `now` is that of the least served name that is busy; it never decreases."""
+    """The service that each name has received, in tokens. `now` is the least service of any busy name; it never
+    decreases.
+    """
 
     def __init__(self, burst: float) -> None:
         self.now = 0.0
@@ -23,17 +25,19 @@ class Level:
         return len(self._served)
 
     def of(self, name: str) -> float:
-        """What a name has received; one that was idle for long, or is new, has its whole credit."""
+        """The service of a name. A new name, or one that was idle for long, has its whole credit."""
         return max(self._served.get(name, 0.0), self.now - self._burst)
 
     def charge(self, name: str, tokens: float) -> None:
-        """A name was served."""
+        """Add `tokens` to the service of a name."""
         served = self.of(name) + tokens
         self._served.pop(name, None)
         self._served[name] = served
 
     def advance(self, busy: Iterable[str]) -> None:
-        """Time goes on to the least served of the busy names; what says no more than `of` without it is forgotten."""
+        """Move `now` to the least served busy name. Names whose entry no longer changes the result of `of` are
+        forgotten.
+        """
         self.now = max(self.now, min((self.of(name) for name in busy), default=self.now))
         if len(self._served) > NAMES_MAX // 2:
             floor = self.now - self._burst

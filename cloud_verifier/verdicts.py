@@ -1,4 +1,4 @@
-"""What the cloud says of a block, without I/O: an outcome as a verdict, and verdicts in messages of bounded size."""
+"""Turns outcomes of blocks into verdicts, and groups verdicts into messages of bounded size. No I/O."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, assert_never
@@ -20,14 +20,17 @@ from fedhlm.protocol.messages import (
     refused,
 )
 
-ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # of verdicts in one message
+ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # most bytes of verdicts in one message
 MODEL_FAILED: Final = "the cloud's model failed"  # how the reason of such a refusal begins
 
 
 def verdict_of(
     escalation: Escalation, outcome: Outcome, header: Callable[[], dict[str, Any]], *, vocab_size: int
 ) -> Verdict | None:
-    """The answer to a block; None where nobody waits for one. `header` makes the header fields of a message."""
+    """The verdict on a block; None if nobody waits for one.
+
+    `header` creates the header fields of a message.
+    """
     about: dict[str, Any] = {"session": escalation.session, "epoch": escalation.epoch, "base": escalation.base}
     match outcome:
         case Settled(accepted, ids, probs, missed):
@@ -51,7 +54,9 @@ def verdict_of(
 
 
 def portions(answers: Sequence[RoutedVerdict]) -> Iterator[tuple[RoutedVerdict, ...]]:
-    """The answers in order, in portions that one message may carry; one that is larger goes alone."""
+    """Group the answers, in order, so that each group fits one message. An answer that is too large by itself goes
+    alone.
+    """
     portion: list[RoutedVerdict] = []
     size = 0
     for answer in answers:

@@ -1,7 +1,7 @@
-"""Settling one block of drafts: pure acceptance over the target's logits.
+"""Settles one block of drafts: a pure acceptance test on the target's logits.
 
-`settle` is a generator: it yields the ids to feed and receives their logits, so it knows nothing of models, threads or
-batches, and any number of blocks can be driven in lockstep. What was settled once is never decided again.
+`settle` is a generator. It yields the ids to feed and receives their logits, so it knows nothing of models, threads or
+batches, and any number of blocks can be driven in lockstep. A token that was settled once is never decided again.
 """
 
 from collections.abc import Generator
@@ -19,20 +19,23 @@ from fedhlm.protocol.messages import Sampling
 
 @dataclass
 class Session:
-    """What the cloud holds of one generation: the law and the context settled so far (prompt included)."""
+    """The cloud's state of one generation: the sampling parameters and the context settled so far, prompt included."""
 
     sampling: Sampling
     vocab_size: int
     eos_ids: frozenset[int]
     context: list[int]
     epoch: int = 0
-    rejected_at: int | None = None  # where this epoch's drafts failed: later blocks of it follow a discarded prefix
+    rejected_at: int | None = None  # this epoch's first rejection; later blocks follow a discarded prefix
     fed: list[int] = field(default_factory=list)  # ids whose keys and values are in the cache
 
 
 class Block(NamedTuple):
-    """An escalation's content, decoded and checked: `laws` has one entry per id, empty where none travels. `branches`
-    are the drafts' alternatives, where the coupling is shared."""
+    """The content of an escalation, decoded and checked.
+
+    `laws` has one entry per id, which is empty if no law was sent. `branches` are the drafts' alternatives; only shared
+    couplings have them.
+    """
 
     base: int
     ids: list[int]
@@ -43,7 +46,9 @@ class Block(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """Keep the first `keep` cached positions, append `ids`, and give back the logits of the last `rows`, shape (rows, V)."""
+    """A request to the model: keep `keep` cached positions, append `ids`, return the last `rows` logits, shape (rows,
+    V).
+    """
 
     keep: int
     ids: list[int]
@@ -51,10 +56,10 @@ class Feed(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """The leading `accepted` ids stand; `ids` follow them; target probability of every id that was looked at.
+    """The result of a block: the first `accepted` ids are accepted, and `ids` follow them.
 
-    `missed` says of each fixed id whether the target would have emitted another token there. Only a shared coupling can
-    tell; under any other it is false.
+    `target_probs` are the target probabilities of all ids that were evaluated. `missed` tells for each fixed id whether
+    the target would have emitted another token there. Only a shared coupling can tell; under any other it is false.
     """
 
     accepted: int
@@ -64,13 +69,15 @@ class Settled(NamedTuple):
 
 
 def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Settled]:
-    """Settle a block whose base is at most the session's context (docs/algorithms.md, 2 and 6).
+    """Settle a block whose base is at most the length of the session's context (docs/algorithms.md, 2 and 6).
 
-    Fixed ids are the device's authority and overwrite; a draft is tested by the session's coupling; after the first
-    rejection nothing further of the main chain is looked at. Where the emitted token is a branch of the tree, it stands,
-    and settling continues on the main path below it (docs/algorithms.md, 6.1). One model call serves the main chain and one more
-    each change of path: nodes off the emitted text are never evaluated, and the round trip stays one. A path that
-    stands to its end is extended by `block.extend` tokens of the target, or up to its end of text.
+    Fixed ids are the device's decision and overwrite the context. A draft is tested by the session's coupling, and
+    nothing of the main chain after the first rejection is evaluated. If the emitted token is a branch of the tree, it
+    is accepted, and settling continues on the main path below it (docs/algorithms.md, 6.1).
+
+    One model call serves the main chain, and each change of path needs one more. Nodes off the emitted text are never
+    evaluated, and there is still only one round trip. A path that is accepted to its end is extended by `block.extend`
+    bonus tokens, or up to the end of the text.
     """
     context, base, fixed = session.context, block.base, block.fixed
     coupling = COUPLINGS[session.sampling.coupling]
@@ -84,7 +91,7 @@ def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Sett
         coupling.shared and token != coupling.settle(row, session.sampling, position, None, b"")
         for position, (row, token) in enumerate(looked_at[:fixed], start=base)
     ]
-    start = end = base + accepted  # tokens up to `end` are confirmed by device or target
+    start = end = base + accepted  # tokens before `end` are settled by the device or the target
     stood = accepted == len(block.ids)
     node = accepted - fixed
     if not stood:
@@ -122,12 +129,15 @@ def _overwrite(context: list[int], base: int, fixed: list[int]) -> None:
 
 
 def _run(session: Session, start: int, ids: list[int]) -> Generator[Feed, NDArray[Any], NDArray[Any]]:
-    """Logits after the context before `start` and after each of `ids`; shape (len(ids) + 1, V)."""
+    """The logits after the context before `start` and after each of `ids`; shape (len(ids) + 1, V)."""
     return (yield _feed(session, start, ids))
 
 
 def _stand(session: Session, block: Block, coupling: Coupling, rows: NDArray[Any]) -> int:
-    """How many leading ids stand. The context then holds them and, if not all do, the target's token after them."""
+    """Return how many leading ids are accepted.
+
+    Afterwards the context holds them and, if one was rejected, the target's token after them.
+    """
     for i, token in enumerate(block.ids):
         position = block.base + i
         if position == len(session.context):

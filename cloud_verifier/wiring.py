@@ -1,4 +1,4 @@
-"""How a cloud is put together: its connection, its sessions, its service. Processes, the simulator and checks all do it so."""
+"""Builds a cloud: its connection, its sessions and its service. Processes, the simulator and the checks all use it."""
 
 import asyncio
 from typing import Final, NamedTuple
@@ -19,11 +19,11 @@ from fedhlm.protocol.messages import Fingerprint, encode
 from fedhlm.settings import Config
 
 NAME: Final = "cloud"
-"""What a cloud calls itself in messages."""
+"""The cloud's name in messages."""
 
 
 class LargeModel(NamedTuple):
-    """The LLM as a cloud needs it: its engine, and what sessions must know of it; `context` in tokens."""
+    """The LLM as a cloud needs it: its engine, and what sessions must know of it. `context` is in tokens."""
 
     engine: Engine
     fingerprint: Fingerprint
@@ -32,13 +32,13 @@ class LargeModel(NamedTuple):
 
     @classmethod
     def of(cls, decoder: Decoder, engine: Engine) -> "LargeModel":
-        """A decoder's model, run by `engine`."""
+        """Describe a decoder's model, which `engine` runs."""
         info = decoder.info
         fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.name)
         return cls(engine, fingerprint, frozenset(info.eos_ids), info.context)
 
     def sessions(self, sessions_max: int) -> Sessions:
-        """Room for so many sessions."""
+        """Create an empty store for at most `sessions_max` sessions."""
         return Sessions(
             fingerprint=self.fingerprint, eos_ids=self.eos_ids, context_max=self.context, sessions_max=sessions_max
         )
@@ -53,7 +53,10 @@ def cloud_of(
     sessions: Sessions | None = None,
     coordinator: Coordinator | None = None,
 ) -> CloudService:
-    """A cloud; its `bus` is still to be entered, after `subscribe`. `sessions` and `coordinator` are made as configured."""
+    """Build a cloud. Call `subscribe`, then enter its `bus`.
+
+    `sessions` and `coordinator` are created from the settings unless they are given.
+    """
     stamp = runtime.stamp(NAME)
     status = topics.CLOUD_STATUS.name(config.broker.root)
     to_announce = asyncio.Event()

@@ -1,1 +1,1 @@
-"""Where logits come from: one module per runtime."""
+"""The backends that compute logits: one module per runtime."""

@@ -1,4 +1,4 @@
-"""The default backend: an ONNX model folder on onnxruntime."""
+"""The default backend: runs an ONNX model folder on onnxruntime."""
 
 import asyncio
 import ctypes
@@ -13,16 +13,16 @@ from fedhlm.decoding.decoder import Decoder
 
 Call = Callable[[], list[EngineOutput]]
 Wait = Callable[[Call], Awaitable[list[EngineOutput]]]
-"""How a call that computes is waited for."""
+"""How to wait for a call that computes."""
 
 
 async def at_once(call: Call) -> list[EngineOutput]:
-    """Compute here and now, while the event loop stands still."""
+    """Compute on the event loop's own thread, which blocks the loop meanwhile."""
     return call()
 
 
 def release() -> None:
-    """Let the C library give freed memory back; what is no glibc keeps it."""
+    """Ask the C library to return freed memory to the system. Only glibc can; elsewhere this does nothing."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -30,7 +30,7 @@ def release() -> None:
 
 
 def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
-    """An Engine over a decoder."""
+    """Wrap a decoder as an `Engine`; `wait` decides on which thread it computes."""
 
     async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
         def call() -> list[EngineOutput]:
@@ -44,7 +44,7 @@ def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
 
 @asynccontextmanager
 async def threaded(decoder: Decoder) -> AsyncIterator[Engine]:
-    """An Engine that computes on a worker thread of its own, which ends with the context."""
+    """Yield an `Engine` that computes on its own worker thread. The thread ends when the context exits."""
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, thread_name_prefix="llm") as pool:
         yield engine_of(decoder, lambda call: loop.run_in_executor(pool, call))

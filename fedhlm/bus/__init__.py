@@ -1,1 +1,1 @@
-"""How messages travel: the bus, MQTT, and what every party adds to both."""
+"""The message bus: its interface, the MQTT client behind it, and the endpoint that every party uses."""

@@ -1,6 +1,6 @@
-"""What aiomqtt's client lacks for `mqtt.MqttBus`: early failure, an abrupt close, messages without a task each.
+"""aiomqtt's client with what `mqtt.MqttBus` needs besides: early failure, abrupt close, messages without a task each.
 
-It reaches into aiomqtt's private side; the contract tests notice when an upgrade changes that side.
+The module uses private attributes of aiomqtt and paho. The contract tests fail when an upgrade changes them.
 """
 
 # ruff: noqa: SLF001
@@ -20,16 +20,16 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 _log: Final = logging.getLogger(__name__)
 
-# Besides a reason of the broker's, what paho says when a connection was closed without one.
+# paho's reason code for a connection that the broker closed without a DISCONNECT; brokers may also send it.
 _UNSPECIFIED: Final = 0x80
 
 
 class ClosedEarlyError(aiomqtt.MqttError):
-    """The broker closed the connection instead of answering CONNECT, as some do that do not know MQTT 5."""
+    """The broker closed the connection instead of answering CONNECT. Some brokers without MQTT 5 do this."""
 
 
 class _Complaints(logging.Logger):
-    """Keeps paho's last complaint for our own message, which says each thing once; paho would log every retry."""
+    """Stores paho's last log message, so that our own error can quote it once. paho would log it at every retry."""
 
     last: str = ""
 
@@ -41,10 +41,13 @@ class _Complaints(logging.Logger):
 class PatchedClient(aiomqtt.Client):
     """aiomqtt's client, except that a connection closed before its CONNACK fails at once, not after the timeout.
 
-    `connack` holds the properties of the broker's answer, `goodbye` the reason code of its DISCONNECT (both MQTT 5), and
-    `cut_by_broker` is true where it ended the connection, with a reason or without.
-    `on_refused` is told the topic and the reason of a message that the broker does not take (MQTT 5, from QoS 1 on).
-    `opened` is set when paho's thread, which opens the connection and cannot be stopped, has ended.
+    Attributes:
+        connack: properties of the broker's CONNACK (MQTT 5).
+        goodbye: reason code of the broker's DISCONNECT (MQTT 5).
+        cut_by_broker: whether the broker ended the connection, with a reason or without.
+        opened: set when paho's thread has ended, which opens the connection and cannot be stopped.
+
+    `on_refused` is called with the topic of a message that the broker rejects and the reason (MQTT 5, QoS 1 and 2).
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class PatchedClient(aiomqtt.Client):
     def _on_publish(
         self, client: paho.Client, userdata: object, mid: int, reason_code: ReasonCode, properties: Properties
     ) -> None:
-        # paho forgets the message after this call.
+        # paho discards the message after this call.
         if (
             self._on_refused is not None
             and reason_code.is_failure
@@ -110,25 +113,25 @@ class PatchedClient(aiomqtt.Client):
 
     def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
         def register() -> None:
-            # aiomqtt takes the socket's number now and asks for the loop's attention later. By then the socket may be
-            # closed and its number another's, who would be left with our writer in place of its own.
+            # aiomqtt reads the file descriptor now and registers the writer later. By then the socket may be closed and
+            # another socket may have the same descriptor: our writer would replace the writer of that socket.
             if sock.fileno() >= 0:
                 self._loop.add_writer(sock.fileno(), write)
 
         def write() -> None:
             try:
                 client.loop_write()
-            except Exception as exc:  # noqa: BLE001 - whatever it is, the link is broken
+            except Exception as exc:  # noqa: BLE001 - any exception means that the link is broken
                 if not self._disconnected.done():
                     self._disconnected.set_exception(exc)
 
         self._loop.call_soon_threadsafe(register)
 
     def acknowledge_at_once(self) -> None:
-        """Acknowledge what comes without the kernel's delay of 40 ms; before connecting, and before `read_ahead`.
+        """Acknowledge incoming data without the kernel's delay of 40 ms. Call before connecting, before `read_ahead`.
 
-        A broker with Nagle's algorithm (mosquitto without set_tcp_nodelay) sends a small packet, and keeps the next one until
-        the first is acknowledged. The option holds until the kernel thinks better of it, hence after every read. Linux only.
+        A broker with Nagle's algorithm (mosquitto without set_tcp_nodelay) holds each small packet back until the one
+        before it is acknowledged. The kernel may clear the option at any time, so every read sets it again. Linux only.
         """
         option = getattr(socket, "TCP_QUICKACK", None)
         paho_client = self._client
@@ -144,7 +147,10 @@ class PatchedClient(aiomqtt.Client):
         paho_client._sock_recv = receive_and_acknowledge  # type: ignore[method-assign]
 
     def read_ahead(self, size_bytes: int = 16_384) -> None:
-        """Read many packets with one system call; paho makes four for each. Before connecting, for who receives thousands a second."""
+        """Read up to `size_bytes` with one system call, where paho makes four calls per packet.
+
+        Call before connecting. It is meant for a client that receives thousands of messages a second.
+        """
         paho_client = self._client
         receive, read_packet = paho_client._sock_recv, paho_client.loop_read
         buffer = bytearray()
@@ -157,7 +163,7 @@ class PatchedClient(aiomqtt.Client):
             return taken
 
         def read_all(max_packets: int = 1) -> MQTTErrorCode:
-            # What is in our buffer makes the socket readable no more.
+            # The event loop does not see the bytes in our buffer, so read until it is empty.
             code = read_packet(max_packets)
             while buffer and code == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 code = read_packet(max_packets)
@@ -167,12 +173,15 @@ class PatchedClient(aiomqtt.Client):
         paho_client.loop_read = read_all  # type: ignore[method-assign]
 
     def set_tcp_timeout(self, seconds: float) -> None:
-        """How long opening the connection may take; before connecting."""
+        """Set the longest time in seconds that opening the TCP connection may take. Call before connecting."""
         self._client.connect_timeout = seconds
 
 
 def funnel(take: Callable[[aiomqtt.Message], None]) -> type[asyncio.Queue[aiomqtt.Message]]:
-    """A queue type for aiomqtt that hands every message on at once: no task per message, and drops are ours to count."""
+    """Make a queue type for aiomqtt that passes every message to `take` at once.
+
+    No task is needed per message, and the bus counts the dropped messages itself.
+    """
 
     class Funnel(asyncio.Queue[aiomqtt.Message]):
         def put_nowait(self, item: aiomqtt.Message) -> None:
@@ -182,13 +191,13 @@ def funnel(take: Callable[[aiomqtt.Message], None]) -> type[asyncio.Queue[aiomqt
 
 
 async def watch(client: aiomqtt.Client) -> None:
-    """Wait for the end of the link: the funnel never yields a message, only MqttError at a disconnect."""
+    """Wait until the link ends. The funnel yields no message here; a disconnect raises MqttError."""
     async for _ in client.messages:
         pass
 
 
 async def enter_quietly(client: aiomqtt.Client) -> aiomqtt.MqttError | None:
-    """Connect; the error is returned, so that the task never fails."""
+    """Connect, and return the error instead of raising it, so that the task never fails."""
     try:
         await client.__aenter__()
     except aiomqtt.MqttError as exc:
@@ -197,7 +206,7 @@ async def enter_quietly(client: aiomqtt.Client) -> aiomqtt.MqttError | None:
 
 
 def drop(client: aiomqtt.Client) -> None:
-    """Close the socket if it is still open, without a DISCONNECT; aiomqtt has no way to do this."""
+    """Close the socket if it is still open, without a DISCONNECT. aiomqtt offers no way to do this."""
     client._client._sock_close()
     if client._disconnected.done() and not client._disconnected.cancelled():
         client._disconnected.exception()
@@ -205,7 +214,7 @@ def drop(client: aiomqtt.Client) -> None:
 
 @lru_cache(maxsize=256)
 def publish_properties(content_type: str | None, expiry_s: int | None) -> Properties:
-    """MQTT 5 properties of a PUBLISH; never change what is returned, it is shared."""
+    """Return the MQTT 5 properties of a PUBLISH. The object is cached and shared: do not change it."""
     properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
     if content_type is not None:
         properties.ContentType = content_type

@@ -1,6 +1,6 @@
-"""Where a broker is and how to prove who we are: `mqtt://[user:password@]host[:port]` or `mqtts://...`.
+"""The address of a broker and our credentials: `mqtt://[user:password@]host[:port]` or `mqtts://...`.
 
-TLS files may stand in the query (`mqtts://host?ca=ca.pem&cert=me.pem&key=me.key`) or be passed beside the URL.
+TLS files are given in the query (`mqtts://host?ca=ca.pem&cert=me.pem&key=me.key`) or passed beside the URL.
 The password appears in no repr, no log line and no error message.
 """
 
@@ -14,7 +14,7 @@ import msgspec
 from fedhlm.errors import ConfigError
 
 _PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
-# What a broker's TLS alert means to the party that it refuses.
+# What each TLS alert of a broker means for the client that it rejects.
 _ALERTS: Final = {
     "certificate required": "asks for a certificate of ours: set cert and key",
     "certificate revoked": "refused our certificate: it has been revoked",
@@ -26,13 +26,13 @@ _ALERTS: Final = {
 }
 _ALERT: Final = re.compile(rf"alert ({'|'.join(_ALERTS)})\b")
 _DISTRUST: Final = re.compile(r"certificate verify failed: (.+?)(?: \(_ssl|$)")
-# A device that has just started may not know the time yet.
+# The clock of a device that has just started may be wrong, so this error may pass.
 _PASSING: Final = "not yet valid"
 _EXPECTED: Final = "mqtt://[user:password@]host[:port] or mqtts://..."
 
 
 class TlsFiles(NamedTuple):
-    """PEM files: who signs the broker (None: the system's authorities), our certificate and its key."""
+    """Paths of PEM files: the CA of the broker (None: the system's CAs), our certificate, and its key."""
 
     ca: str | None = None
     cert: str | None = None
@@ -40,7 +40,7 @@ class TlsFiles(NamedTuple):
 
 
 class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
-    """A parsed broker address; `str()` gives it back without user and password."""
+    """A parsed broker address. `str()` returns it without user and password."""
 
     host: str
     port: int
@@ -51,7 +51,7 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def parse(cls, text: str, *, files: TlsFiles | None = None, key: str = "broker.url") -> Self:
-        """Parse a URL; `files` overrides the query, `key` names the setting in errors.
+        """Parse a URL. `files` overrides the query; `key` is the name of the setting in errors.
 
         Raises:
             ConfigError: another scheme, no host, a bad port, unknown query keys, TLS files without TLS.
@@ -59,7 +59,7 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return cls._parsed(text, files, key)
         except ConfigError as exc:
-            # Such a sign ends the address too early, and what follows it may be half of a password.
+            # Such a character ends the address too early, and the text after it may be part of the password.
             if re.search(r"[/?#\[\]]", text.partition("://")[2].rpartition("@")[0]):
                 wanted = (
                     f"{_EXPECTED}, with /, ?, #, [ and ] in user and password percent-encoded (%2F, %3F, %23, %5B, %5D)"
@@ -73,7 +73,7 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
         try:
             parts = urlsplit(text)
             port = parts.port
-        except ValueError:  # whose own words may hold the password
+        except ValueError:  # its own message may contain the password
             raise ConfigError(key, shown, f"{_EXPECTED}, the port an integer in 1..65535") from None
         if parts.scheme not in _PORTS or not parts.hostname or port == 0:
             raise ConfigError(key, shown, _EXPECTED)
@@ -107,7 +107,7 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
         return f"BrokerUrl({str(self)!r})"
 
     def ssl_context(self, *, key: str = "broker.url") -> ssl.SSLContext | None:
-        """The TLS settings, None without TLS. Reads the files.
+        """Read the TLS files and return the TLS settings; None without TLS.
 
         Raises:
             ConfigError: a file is missing or is not a certificate or key.
@@ -129,7 +129,7 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def tls_refusal(error: str) -> str | None:
-    """What an error says of certificates, as the end of a sentence on the broker; None when time alone may mend it."""
+    """Describe a certificate error, as a predicate that follows "broker URL"; None when a later attempt may succeed."""
     if (alert := _ALERT.search(error)) is not None:
         return _ALERTS[alert[1]]
     if (distrust := _DISTRUST.search(error)) is not None and _PASSING not in distrust[1]:
@@ -138,7 +138,7 @@ def tls_refusal(error: str) -> str | None:
 
 
 class _ClosingSocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails; paho would leave it to the garbage collector."""
+    """A socket that closes itself when the handshake fails. paho would leave it to the garbage collector."""
 
     def do_handshake(self, block: bool = False) -> None:
         try:

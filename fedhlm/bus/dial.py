@@ -1,4 +1,4 @@
-"""Opening a connection to a broker: MQTT 5 or 3.1.1, within the broker's limits; refusals are told from troubles."""
+"""Opens connections to a broker: MQTT 5 or 3.1.1, within the broker's limits, telling final from passing errors."""
 
 import asyncio
 import logging
@@ -30,9 +30,10 @@ _FINAL_REFUSALS: Final = {133: "client id not valid", 134: "bad user name or pas
 
 
 class Dialler:
-    """Makes connections of one client id to one broker. `limits` are those of the last one, or what was learnt since.
+    """Opens connections of one client id to one broker.
 
-    Messages go to `take`, and `on_refused` is told what the broker does not take. `greedy` reads many packets at once.
+    `limits` are the broker's limits of the last connection, lowered by what was learnt since. Incoming messages go to
+    `take`. `on_refused` is called for messages that the broker rejects. `greedy` reads many packets per system call.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class Dialler:
         self._ever_connected = False
 
     def learn_largest(self, packet_bytes: int) -> None:
-        """From now on the broker takes no larger packet than this, whatever it says."""
+        """Lower the largest packet to `packet_bytes` from now on, whatever the broker states."""
         self._learnt_max = packet_bytes
         self.limits = self.limits.at_most(packet_bytes)
 
     async def connect(self, group: asyncio.TaskGroup) -> PatchedClient:
-        """A connected client of the newest protocol that the broker takes.
+        """Return a connected client that speaks the newest protocol version the broker accepts.
 
         Raises:
-            BusError: before the first success: the broker refuses us for good.
-            aiomqtt.MqttError: it may be there later.
+            BusError: the broker rejects the connection for good. Only before the first successful connection.
+            aiomqtt.MqttError: the connection failed for now; a later attempt may succeed.
         """
         candidates: tuple[ProtocolVersion, ...] = ("5", "3.1.1") if self.protocol is None else (self.protocol,)
         for version in candidates:
@@ -82,7 +83,7 @@ class Dialler:
             if (refusal := tls_refusal(str(error))) is not None:
                 if not self._ever_connected:
                     raise BusError(f"broker {self._url} {refusal}") from error
-                # The loss of the link was told before it, and this is the reason why it will not come back by itself.
+                # The loss of the link has been logged already. This is the reason why it will not recover by itself.
                 warn_once(_log, f"{self._client_id} {refusal}", "%s: %s %s", self._client_id, self._url, refusal)
                 raise error
             code = getattr(getattr(error, "rc", None), "value", None)
@@ -116,7 +117,7 @@ class Dialler:
             properties=_offer() if five else None,
             max_inflight_messages=MAX_IN_FLIGHT,
             tls_context=self._ssl,
-            # Our packets are small and wanted now: with Nagle's algorithm each could wait for the peer's delayed ACK.
+            # Our packets are small and urgent. With Nagle's algorithm each could wait for the peer's delayed ACK.
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         client.pending_calls_threshold = 2 * MAX_IN_FLIGHT
@@ -127,7 +128,7 @@ class Dialler:
         return client
 
     async def _enter(self, client: PatchedClient, group: asyncio.TaskGroup) -> aiomqtt.MqttError | None:
-        """Connect; the error, if any, is returned. Cancelling waits while paho's thread opens the connection."""
+        """Connect and return the error, if any. A cancellation waits until paho's thread has opened the connection."""
         attempt = group.create_task(enter_quietly(client), name=f"bus {self._client_id} connect")
         try:
             error = await asyncio.shield(attempt)
@@ -145,7 +146,7 @@ class Dialler:
 
 
 def _offer() -> Properties:
-    """What we take ourselves: a broker drops for us what is larger."""
+    """CONNECT properties that tell the broker our largest packet: it drops larger ones for us."""
     properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
     properties.MaximumPacketSize = MAX_PACKET_BYTES
     return properties

@@ -1,7 +1,7 @@
-"""The bus as every part sees it: publish, subscribe, deliveries, presence; no I/O in this module.
+"""The interface of the bus: publish, subscribe, deliveries and presence; no I/O in this module.
 
-`mqtt.MqttBus` is the real one, `loopback.LoopbackBus` the one in memory; both keep the contract tested in
-tests/fedhlm/bus/test_bus_contract.py. Publishing never waits for the network: what does not fit is dropped and counted.
+`mqtt.MqttBus` implements it over a broker, `loopback.LoopbackBus` in memory. tests/fedhlm/bus/test_bus_contract.py
+tests both. Publishing never waits for the network: a message that does not fit is dropped and counted.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ MAX_TOPIC_BYTES: Final = 65_535
 DEFAULT_MAX_OUTGOING: Final = 1_024
 DEFAULT_MAX_INCOMING: Final = 4_096
 MAX_INCOMING_BYTES: Final = 64 * 1024 * 1024
-# Topic, properties and packet header of the largest payload.
+# The largest payload plus room for topic, properties and packet header.
 MAX_PACKET_BYTES: Final = MAX_PAYLOAD_BYTES + 128 * 1024
 
 LinkHook = Callable[[bool], None]
 
 
 class Delivery(NamedTuple):
-    """One message that came in; `retain` is true for state kept by the broker from before the subscription."""
+    """One incoming message. `retain` is true for state that the broker kept from before the subscription."""
 
     topic: str
     payload: bytes
@@ -36,7 +36,7 @@ class Delivery(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """A presence message, published retained at QoS 1: the birth of a party or its last will."""
+    """A presence message, published retained at QoS 1: the birth message of a party or its last will."""
 
     topic: str
     payload: bytes
@@ -44,7 +44,7 @@ class Retained(NamedTuple):
 
 @dataclass(slots=True)
 class BusStatistics:
-    """Running counts of one bus. Bytes are those of MQTT PUBLISH packets; drops are messages that were given up."""
+    """Running counts of one bus. Bytes are the sizes of MQTT PUBLISH packets; dropped messages never arrive."""
 
     messages_in: int = 0
     messages_out: int = 0
@@ -56,7 +56,7 @@ class BusStatistics:
 
 
 class Bus(Protocol):
-    """What a service may do with the network. Entering connects, leaving publishes the will and disconnects."""
+    """A connection to the bus, as a context manager: entering connects, leaving publishes the will and disconnects."""
 
     @property
     def connected(self) -> bool:
@@ -68,11 +68,11 @@ class Bus(Protocol):
 
     @property
     def protocol(self) -> ProtocolVersion | None:
-        """The MQTT version that is spoken; None before the first connection."""
+        """The MQTT version in use; None before the first connection."""
 
     @property
     def max_packet_bytes(self) -> int | None:
-        """The largest PUBLISH packet that travels; None while nothing is known. A larger one is dropped and counted."""
+        """The largest PUBLISH packet in bytes; None while unknown. A larger packet is dropped and counted."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -83,23 +83,39 @@ class Bus(Protocol):
     async def publish(
         self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
     ) -> bool:
-        """Enqueue one message; False when it was dropped because the queue is full or the bus is closed."""
+        """Enqueue one message. False when it was dropped: queue full, bus closed, or packet too large.
+
+        Args:
+            topic: full topic name.
+            payload: encoded message.
+            qos: MQTT quality of service, 0 to 2.
+            retain: whether the broker keeps the message for later subscribers.
+            expiry_s: seconds after which the message is dropped if it has not been sent; None for never.
+
+        Raises:
+            ValueError: the topic name is malformed.
+        """
 
     async def subscribe(self, *filters: str) -> None:
         """Subscribe at QoS 1, now if connected and again after every reconnect.
 
         Raises:
-            BusError: the broker refuses a filter.
+            ValueError: a filter is malformed.
+            BusError: the broker rejects a filter.
         """
 
     def deliveries(self) -> AsyncIterator[Delivery]:
-        """Incoming messages for one consumer; ends when the bus is closed, raises BusError when it was refused."""
+        """Incoming messages for one consumer. Ends when the bus is closed.
+
+        Raises:
+            BusError: the broker rejects the connection for good.
+        """
 
     async def wait_connected(self) -> None:
         """Return once connected.
 
         Raises:
-            BusError: the broker refuses for good, or the bus is closed.
+            BusError: the broker rejects the connection for good, or the bus is closed.
         """
 
 
@@ -112,7 +128,7 @@ def publish_wire_bytes(
     expiry_s: float | None = None,
     content_type: str | None = None,
 ) -> int:
-    """Size of one PUBLISH packet: fixed header, topic, packet id, properties (MQTT 5 only) and payload."""
+    """Size of one PUBLISH packet in bytes: fixed header, topic, packet id, properties (MQTT 5 only) and payload."""
     body = 2 + len(topic.encode()) + (2 if qos else 0) + payload_bytes
     if protocol == "5":
         properties = 0 if expiry_s is None else 5
@@ -123,23 +139,31 @@ def publish_wire_bytes(
 
 
 def varint_bytes(value: int) -> int:
-    """Bytes of MQTT's variable-length integer: seven bits each."""
+    """Size of a variable-length integer of MQTT in bytes; each byte holds seven bits."""
     return max(1, math.ceil(value.bit_length() / 7))
 
 
 def expiry_seconds(expiry_s: float) -> int:
-    """The whole seconds that travel in MQTT 5's message expiry: rounded up, because 0 would mean expired."""
+    """Round a time in seconds up to MQTT 5's message expiry, at least 1, because 0 would mean expired."""
     return min(max(1, math.ceil(expiry_s)), 2**32 - 1)
 
 
 def check_topic(topic: str) -> None:
-    """Refuse a topic name that no broker takes; that is a bug of the caller, so a ValueError."""
+    """Check a topic name.
+
+    Raises:
+        ValueError: no broker accepts the name. This is a bug of the caller.
+    """
     if not topic or len(topic.encode()) > MAX_TOPIC_BYTES or any(c in topic for c in "+#\0"):
         raise ValueError(f"topic must be 1..{MAX_TOPIC_BYTES} bytes without '+', '#' and NUL (got {topic!r})")
 
 
 def check_filter(pattern: str) -> None:
-    """Refuse a malformed subscription filter: `+` and `#` fill a whole level, `#` only the last one."""
+    """Check a subscription filter: `+` and `#` take a whole level, and `#` only the last one.
+
+    Raises:
+        ValueError: the filter is malformed.
+    """
     levels = share_of(pattern)[1].split("/")
     malformed = any(("#" in level and level != "#") or ("+" in level and level != "+") for level in levels)
     if not pattern or malformed or "#" in levels[:-1] or "\0" in pattern or len(pattern.encode()) > MAX_TOPIC_BYTES:
@@ -147,7 +171,11 @@ def check_filter(pattern: str) -> None:
 
 
 def share_of(pattern: str) -> tuple[str | None, str]:
-    """Split `$share/group/filter` into group and filter; the group of an ordinary filter is None."""
+    """Split `$share/group/filter` into group and filter; the group of an ordinary filter is None.
+
+    Raises:
+        ValueError: group or filter is missing, or the group holds a wildcard.
+    """
     if not pattern.startswith("$share/"):
         return None, pattern
     group, _, rest = pattern.removeprefix("$share/").partition("/")
@@ -157,7 +185,7 @@ def share_of(pattern: str) -> tuple[str | None, str]:
 
 
 def topic_matches(levels: list[str], topic: str) -> bool:
-    """Whether a filter, split at its slashes, covers a topic; names that begin with `$` hide from wildcards."""
+    """Whether a filter, split at its slashes, matches a topic. A first wildcard matches no topic that begins with `$`."""
     names = topic.split("/")
     if topic.startswith("$") and levels[0] in ("+", "#"):
         return False
@@ -170,9 +198,9 @@ def topic_matches(levels: list[str], topic: str) -> bool:
 
 
 class Inbox:
-    """Bounded queue between a transport and the one consumer of `deliveries`; the newest is dropped when full.
+    """Bounded queue between a transport and the one consumer of `deliveries`. When full, it drops the newest message.
 
-    It is full with `limit` messages, or with `limit_bytes` of payload; one message always has room.
+    It is full at `limit` messages or at `limit_bytes` of topics and payloads. An empty queue takes any message.
     """
 
     def __init__(self, limit: int, statistics: BusStatistics, *, limit_bytes: int = MAX_INCOMING_BYTES) -> None:
@@ -203,7 +231,7 @@ class Inbox:
         return True
 
     def close(self, error: BusError | None = None) -> None:
-        """End the iteration once the queue is empty, with `error` if given. The first call decides."""
+        """End the iteration once the queue is empty, and raise `error` there if given. Only the first call counts."""
         if not self._closed:
             self._closed, self._error = True, error
             self._wake()

@@ -1,7 +1,7 @@
-"""A part's journal: what it took in and what it decided, in its own order, published in pieces (docs/checking.md).
+"""The journal of a part: its inputs and decisions in their order, published in pieces (docs/checking.md).
 
-With it `fedhlm replay --check` feeds the same inputs to the same code later, without broker, model or clock. Notes that
-the bus has no room for are lost, and the running number of the next ones says so.
+`fedhlm replay --check` feeds the inputs to the same code later, without broker, model or clock. Notes for which the
+bus has no room are lost; a gap in the running numbers shows the loss.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ WAITING_BYTES: Final = 8 * 1024 * 1024
 
 
 class JournalPiece(NamedTuple):
-    """Consecutive notes of one journal, as fields of a `Journal` message; `number` is that of the first."""
+    """Consecutive notes of one journal, as fields of a `Journal` message; `number` is the number of the first note."""
 
     life: int
     number: int
@@ -25,7 +25,7 @@ class JournalPiece(NamedTuple):
 
 
 class JournalWriter:
-    """Notes of one life of a part, waiting to be published. `life` tells this life from the part's others."""
+    """Collects the notes of one life of a part until they are published. `life` is the id of this life."""
 
     def __init__(self, life: int, clock_s: Callable[[], float]) -> None:
         self.clock_s = clock_s
@@ -36,7 +36,10 @@ class JournalWriter:
         self._full = asyncio.Event()
 
     def note(self, kind: Kind, subject: str = "", data: bytes = b"", *, at_s: float | None = None) -> None:
-        """Add a note, at `at_s` on the part's monotonic clock (None: now); the oldest goes where too much waits."""
+        """Add a note with the time `at_s` on the part's monotonic clock, in seconds (None: now).
+
+        The oldest notes are dropped when more than WAITING_BYTES are waiting.
+        """
         self._notes.append(Note(self.clock_s() if at_s is None else at_s, kind, subject, data))
         self._bytes += len(data)
         while self._bytes > WAITING_BYTES:
@@ -46,7 +49,7 @@ class JournalWriter:
             self._full.set()
 
     async def due(self) -> None:
-        """Return after FLUSH_S seconds, or sooner where much is waiting."""
+        """Return after FLUSH_S seconds, or as soon as enough notes for a full piece are waiting."""
         try:
             async with asyncio.timeout(FLUSH_S):
                 await self._full.wait()
@@ -54,7 +57,7 @@ class JournalWriter:
             pass
 
     def pieces(self) -> Iterator[JournalPiece]:
-        """Hand out all that waits, oldest first, in pieces that a message may carry."""
+        """Remove all waiting notes and yield them, oldest first, in pieces that fit into a message."""
         self._full.clear()
         while self._notes:
             notes: list[Note] = []

@@ -1,4 +1,4 @@
-"""What a broker takes, as its CONNACK says (MQTT 5, section 3.2.2.3) or as its behaviour showed."""
+"""The limits of a broker, as stated in its CONNACK (MQTT 5, section 3.2.2.3) or learnt from its behaviour."""
 
 from typing import Any, NamedTuple, Self
 
@@ -6,7 +6,7 @@ from fedhlm.bus import reasons
 
 
 class Limits(NamedTuple):
-    """Largest packet in bytes (None: not known), messages under way at once, highest QoS, and whether it retains."""
+    """Largest packet in bytes (None: unknown), most messages in flight, highest QoS, and whether it retains."""
 
     max_packet_bytes: int | None = None
     receive_maximum: int = 65_535
@@ -15,7 +15,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, properties: Any) -> Self:
-        """The limits of a CONNACK's properties; None for MQTT 3.1.1, which has none."""
+        """Read the limits from the properties of a CONNACK; pass None for MQTT 3.1.1, which has no properties."""
         return cls(
             getattr(properties, "MaximumPacketSize", None),
             getattr(properties, "ReceiveMaximum", 65_535),
@@ -24,7 +24,10 @@ class Limits(NamedTuple):
         )
 
     def without(self, refusal: int | None) -> Self:
-        """What a refusal of our CONNECT says besides: the last will is sent with the connection, before any limit is told."""
+        """Lower the limits after a rejected CONNECT, whose reason code is `refusal`.
+
+        The last will travels in the CONNECT itself, before the broker can state a limit on QoS or retained messages.
+        """
         if refusal == reasons.QOS_UNAVAILABLE and self.max_qos:
             return self._replace(max_qos=0)
         if refusal == reasons.RETAIN_UNAVAILABLE and self.retains:
@@ -32,6 +35,6 @@ class Limits(NamedTuple):
         return self
 
     def at_most(self, packet_bytes: int) -> Self:
-        """The same with no larger packets than this."""
+        """Return these limits with packets of at most `packet_bytes`."""
         known = self.max_packet_bytes
         return self._replace(max_packet_bytes=packet_bytes if known is None else min(known, packet_bytes))

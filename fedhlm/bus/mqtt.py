@@ -1,7 +1,7 @@
-"""The bus over a real broker: MQTT 5, or 3.1.1 where the broker lacks 5, on aiomqtt.
+"""The bus over a broker, on aiomqtt: MQTT 5, or 3.1.1 where the broker does not support 5.
 
-Messages wait in one bounded queue while the link is down and go out in order when it is back; what was under way is
-sent again, so a message may arrive twice. Before the first connection a refusal is final, later everything is retried.
+While the link is down, messages wait in a bounded queue; afterwards they are sent in order. Messages in flight are sent
+again, so a message may arrive twice. A rejection is final before the first connection; later, every error is retried.
 """
 
 import asyncio
@@ -43,19 +43,22 @@ from fedhlm.telemetry import warn_once
 _log: Final = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S: Final = 2.0
-PACKET_HEAD_BYTES: Final = 64  # more than a PUBLISH of ours has besides topic and payload
+PACKET_HEAD_BYTES: Final = 64  # an upper bound on what a PUBLISH of ours holds besides topic and payload
 
 _FIRST_FAILURE_CODE: Final = 128
 
 
 class MqttBus:
-    """One connection to one broker, kept alive; see `bus.Bus`.
+    """One connection to one broker that reconnects by itself; it implements `interface.Bus`.
 
-    `client_id` is stable and unique per party. `birth` is published retained after every connect; `will` by the broker
-    when we are lost and by us on a clean exit. With `connect_timeout_s` entering waits that long for the broker and
-    raises BusError after it; without, entering returns after the first attempt and the bus keeps trying.
-    `content_type` (MQTT 5) is for foreign readers; it adds its length to every message, so ours goes without.
-    With a `tap` every message goes there and none to `deliveries`: under MQTT 5 as published (QoS, retain flag, properties).
+    `client_id` is stable and unique per party. `birth` is published retained after every connect. `will` is published
+    by the broker when the connection is lost, and by us on a clean exit.
+
+    With `connect_timeout_s`, entering waits that many seconds for the broker and then raises BusError. Without it,
+    entering returns after the first attempt, and the bus keeps trying.
+
+    `content_type` (MQTT 5) is for foreign readers. It lengthens every message, so our own parts do not set it. With a
+    `tap`, every message goes to it and none to `deliveries`; under MQTT 5 it keeps its QoS, retain flag and properties.
     """
 
     def __init__(
@@ -124,12 +127,12 @@ class MqttBus:
 
     @property
     def protocol(self) -> ProtocolVersion | None:
-        """The protocol in use; None until a broker has answered."""
+        """The MQTT version in use; None until a broker has answered."""
         return self._dial.protocol
 
     @property
     def max_packet_bytes(self) -> int | None:
-        """The largest packet that the broker takes, as it said or as was learnt; None while nothing is known."""
+        """The largest packet in bytes that the broker accepts, as stated or learnt; None while unknown."""
         return self._dial.limits.max_packet_bytes
 
     async def __aenter__(self) -> Self:
@@ -198,10 +201,10 @@ class MqttBus:
         return True
 
     async def wait_backlog(self, at_most: int) -> None:
-        """Return once no more than `at_most` messages wait or are under way.
+        """Return once at most `at_most` messages are waiting or in flight.
 
         Raises:
-            BusError: the broker refused, or the bus is closed.
+            BusError: the broker rejects the connection for good, or the bus is closed.
         """
         while len(self._outbox) > at_most:
             if self._failure is not None:
@@ -283,7 +286,7 @@ class MqttBus:
             _log.log(logging.WARNING if first else logging.DEBUG, "%s: no link, trying again: %s", self, exc)
 
     async def _serve(self, client: PatchedClient) -> None:
-        """Use a fresh connection until it breaks (MqttError) or the bus is closed and everything is sent."""
+        """Use a fresh connection until it breaks (MqttError), or until the bus is closed and everything is sent."""
         try:
             async with asyncio.TaskGroup() as link:
                 watcher = link.create_task(watch(client), name=f"bus {self.client_id} watch")
@@ -306,7 +309,7 @@ class MqttBus:
                 error = error.exceptions[0]
             raise error from None
         finally:
-            # Without a DISCONNECT the broker publishes the will, which is right whenever we did not do it ourselves.
+            # Without a DISCONNECT the broker publishes the will, as it should unless we have published it ourselves.
             drop(client)
             self._set_link(None)
             self._requeue(client)
@@ -319,13 +322,13 @@ class MqttBus:
             done.update(pending)
 
     async def _subscribe(self, client: aiomqtt.Client, filters: list[str]) -> dict[str, str]:
-        """Subscribe at QoS 1, a tap under MQTT 5 at 2; the refused filters with their reasons."""
+        """Subscribe at QoS 1 (a tap under MQTT 5 at QoS 2) and return the rejected filters with their reasons."""
         if self._dial.protocol == "5":
             tapped = self._tap is not None
             options = SubscribeOptions(qos=2 if tapped else 1, retainAsPublished=tapped)
             reply = await client.subscribe([(pattern, options) for pattern in filters])
         else:
-            # Some brokers of 3.1.1 deliver everything with the subscription's QoS, and 2 costs them four packets a message.
+            # Some brokers deliver every message of 3.1.1 with the subscription's QoS; 2 costs four packets a message.
             reply = await client.subscribe([(pattern, 1) for pattern in filters])
         codes: list[int | ReasonCode] = [*reply]
         refused: dict[str, str] = {}
@@ -335,7 +338,7 @@ class MqttBus:
         return refused
 
     async def _send_all(self, client: aiomqtt.Client, link: asyncio.TaskGroup) -> None:
-        """Send what is queued, several at a time and in order, until the bus closes and the queue is empty."""
+        """Send queued messages in order, several at a time, until the bus closes and the queue is empty."""
         places = min(MAX_IN_FLIGHT, self._dial.limits.receive_maximum)
         window = asyncio.Semaphore(places)
         while True:
@@ -403,7 +406,7 @@ class MqttBus:
         await client.publish(item.topic, item.payload, qos=qos, retain=retain, properties=properties)
 
     def _too_large(self, item: Outgoing, expiry_s: float | None) -> bool:
-        """Whether the broker would end the connection for this message; it is counted and said then."""
+        """Whether the packet is larger than the broker accepts. Such a message is counted as dropped and logged."""
         largest = self._dial.limits.max_packet_bytes
         if largest is None or item.size + PACKET_HEAD_BYTES <= largest:
             return False
@@ -430,7 +433,7 @@ class MqttBus:
         warn_once(_log, f"{self.client_id} {topic}", "%s: the broker refused a message on %s: %s", self, topic, reason)
 
     def _requeue(self, client: PatchedClient) -> None:
-        """Put what was under way back in front; what the broker ends connections for is given up."""
+        """Put messages in flight back in front, except the one for which the broker ends connections."""
         too_large = client.goodbye == reasons.TOO_LARGE
         self._broke_under = self._outbox.under_way > 0
         given_up, refused = self._outbox.broken(by_broker=client.cut_by_broker, too_large=too_large)

@@ -1,4 +1,4 @@
-"""What waits to be sent, what is under way, and what a broken link leaves of both; no I/O."""
+"""The queue of outgoing messages: those waiting, those in flight, and both after a broken link; no I/O."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -6,15 +6,20 @@ from typing import Final
 
 from paho.mqtt.properties import Properties
 
-# After so many breaks a message that was under way in each of them is sent alone; if the link breaks again, it is the cause.
+# A message that was in flight at this many broken links is sent alone. If the link breaks again, it is the cause.
 SUSPECT_BREAKS: Final = 2
-# What a broker without a stated limit refuses may be refused for other reasons; below this it says nothing about sizes.
+# A broker that states no limit may reject a message for other reasons than its size. Only a rejected message of at
+# least this size lowers the limit.
 TELLING_BYTES: Final = 16_384
 
 
 @dataclass(slots=True)
 class Outgoing:
-    """One message. Nobody wants it after `deadline_s` (loop time); `breaks` counts the links that broke under it."""
+    """One outgoing message.
+
+    It is dropped after `deadline_s`, in seconds of the event loop's clock. `breaks` counts the links that the broker
+    ended while the message was in flight.
+    """
 
     topic: str
     payload: bytes
@@ -26,7 +31,7 @@ class Outgoing:
 
     @property
     def suspect(self) -> bool:
-        """Whether it may be what the broker ends connections for."""
+        """Whether this message may be why the broker ends connections."""
         return self.breaks >= SUSPECT_BREAKS
 
     @property
@@ -36,7 +41,7 @@ class Outgoing:
 
 
 class Outbox:
-    """Messages in order, at most `limit` waiting; those under way are numbered."""
+    """Messages in order, with at most `limit` waiting. Messages in flight are numbered."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -49,41 +54,41 @@ class Outbox:
 
     @property
     def waiting(self) -> int:
-        """How many have not been begun."""
+        """How many messages wait to be sent."""
         return len(self._waiting)
 
     @property
     def under_way(self) -> int:
-        """How many are being sent."""
+        """How many messages are in flight."""
         return len(self._under_way)
 
     @property
     def next(self) -> Outgoing | None:
-        """The one to be sent next."""
+        """The message to send next; None when none waits."""
         return self._waiting[0] if self._waiting else None
 
     def put(self, item: Outgoing) -> bool:
-        """Add a message; False when there is no room."""
+        """Add a message; False when the queue is full."""
         if len(self._waiting) >= self._limit:
             return False
         self._waiting.append(item)
         return True
 
     def begin(self) -> tuple[int, Outgoing]:
-        """Take the next one under way."""
+        """Move the next message into flight and return it with its number."""
         self._number += 1
         item = self._under_way[self._number] = self._waiting.popleft()
         return self._number, item
 
     def done(self, number: int) -> None:
-        """It has arrived, or is given up."""
+        """Forget a message in flight: it was acknowledged or dropped."""
         self._under_way.pop(number, None)
 
     def broken(self, *, by_broker: bool, too_large: bool = False) -> tuple[list[Outgoing], Outgoing | None]:
-        """The link broke: what was under way goes back in front, except what is given up. QoS 0 is not worth a second attempt.
+        """Put messages in flight back at the front after the link broke. Messages of QoS 0 are dropped.
 
-        Returns the messages that are given up, and among them the one that the broker does not take: the largest when it
-        said `too_large`, or a suspect that was sent alone.
+        `by_broker`: the broker ended the link. `too_large`: it said that a packet was too large. Returns the dropped
+        messages, and among them the one that the broker rejects: the largest at `too_large`, or a suspect sent alone.
         """
         items = list(self._under_way.values())
         self._under_way.clear()
@@ -99,7 +104,7 @@ class Outbox:
         return [item for item in items if not item.qos or item is refused], refused
 
     def clear(self) -> int:
-        """Give up all that waits; how many those were."""
+        """Drop all waiting messages and return their number."""
         count = len(self._waiting)
         self._waiting.clear()
         return count

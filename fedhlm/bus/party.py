@@ -1,7 +1,6 @@
-"""What every service does with the bus: stamp, send, receive and refuse.
+"""An endpoint on the bus: adds headers to outgoing messages and validates incoming ones.
 
-A payload that is not a message of its topic, or that claims another sender than its topic's, is counted and dropped;
-the service lives on.
+A payload that is no valid message of its topic, or names another sender than its topic does, is counted and dropped.
 """
 
 import logging
@@ -32,10 +31,10 @@ _SEQUENCE_END: Final = 2**31
 
 
 class Received(NamedTuple):
-    """A valid message, its row of the topic table and the levels of its topic's name.
+    """A valid message, its row of the topic table, and the levels of its topic's name.
 
-    `retained`: the broker has kept it from before the subscription. `wire_bytes` is the size of its PUBLISH packet, 0
-    where it did not come over a bus.
+    `retained` is true for a message that the broker kept from before the subscription. `wire_bytes` is the size of its
+    PUBLISH packet; it is 0 for a message that did not come over a bus.
     """
 
     topic: Topic
@@ -51,9 +50,9 @@ OnRefused = Callable[[Delivery, ProtocolError], Awaitable[None]]
 class Sent(NamedTuple):
     """Bytes of a PUBLISH packet: as it travelled, and with a header of fixed size. False where nothing was sent.
 
-    Decisions count the second: a replayed journal gives the same, although its messages have other times and numbers.
-    `too_large` are the message, or those parts of it, that the broker does not take: they were dropped, and whoever waits
-    for an answer is to be told (`Party.why_too_large`).
+    Decisions use `comparable_bytes`, which a replayed journal gives again although its messages have other times and
+    numbers. `too_large` lists the message, or the parts of it, that are larger than the broker accepts. They were
+    dropped, and the sender must tell the client that waits for an answer (`Party.why_too_large`).
     """
 
     packet_bytes: int = 0
@@ -65,7 +64,7 @@ class Sent(NamedTuple):
 
 
 class Stamp:
-    """Makes the header fields of a party's messages; `wall_s` is Unix time in seconds."""
+    """Makes the header fields of a party's messages. `wall_s` returns the Unix time in seconds."""
 
     def __init__(self, sender: str, wall_s: Callable[[], float] = time.time) -> None:
         self.sender = sender
@@ -73,7 +72,7 @@ class Stamp:
         self._sequence = 0
 
     def __call__(self) -> dict[str, Any]:
-        """Fields for one message; the sequence number grows by one."""
+        """Return the header fields of one message. The sequence number grows by one at every call."""
         self._sequence = (self._sequence + 1) % _SEQUENCE_END
         return {
             "version": SCHEMA_VERSION,
@@ -95,7 +94,7 @@ def presence(
     fingerprint: Fingerprint | None = None,
     upstream: Fingerprint | None = None,
 ) -> Presence:
-    """A party's state, to be published retained or left as a last will."""
+    """Make a presence message, to be published retained or left with the broker as a last will."""
     return Presence(
         **stamp(),
         role=role,
@@ -107,9 +106,9 @@ def presence(
 
 
 class Party:
-    """One service's view of one bus. With a `journal` it notes what it sends and receives.
+    """The endpoint of one part on one bus. With a `journal` it notes what it sends and receives.
 
-    `on_refused` is told of every delivery that was no valid message of its topic, and why.
+    `on_refused` is called with every delivery that is no valid message of its topic, and with the error.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class Party:
 
     @property
     def bus(self) -> Bus:
-        """The connection; what each counts is added to the party's counters."""
+        """The connection. The counts of every connection in turn are added to the party's counters."""
         return self._bus
 
     @bus.setter
@@ -149,9 +148,10 @@ class Party:
         )
 
     async def send(self, topic: Topic, message: AnyMessage, *, expiry_s: float | None = None, **levels: str) -> Sent:
-        """Publish as the topic's row says; what was sent, which is nothing when the bus had no room (counted).
+        """Publish a message with the QoS and retain flag of its topic, and return what was sent.
 
-        A list of items that is larger than the broker takes goes in parts; an item that is larger alone is dropped (counted).
+        Nothing is sent when the bus has no room; the message is then counted as dropped. A list of items that is larger
+        than the broker accepts is sent in parts. A single item that is too large is dropped and counted.
         """
         name = topic.name(self.root, **levels)
         largest = self.bus.max_packet_bytes
@@ -170,7 +170,7 @@ class Party:
         return Sent(sum(s.packet_bytes for s in sent), sum(s.comparable_bytes for s in sent), tuple(refused))
 
     def why_too_large(self) -> str:
-        """What to tell whoever waits for the answer to a message that was too large."""
+        """The error text for whoever waits for the answer to a message that was too large."""
         return f"the message is larger than the broker takes ({self.bus.max_packet_bytes} bytes)"
 
     def _packet_bytes(self, topic: Topic, name: str, size: int, expiry_s: float | None) -> int:
@@ -192,14 +192,14 @@ class Party:
         return Sent(packet_bytes, comparable)
 
     async def publish_journal(self, topic: Topic, levels: Mapping[str, str]) -> None:
-        """Send all notes that wait under the topic's `levels`; nothing where no journal is kept."""
+        """Publish all waiting notes under the topic's `levels`. Without a journal this does nothing."""
         for piece in self.journal.pieces() if self.journal is not None else ():
             await self.send(topic, Journal(**self.stamp(), **piece._asdict()), expiry_s=None, **levels)
 
     async def keep_journal(self, topic: Topic, levels: Callable[[], Mapping[str, str]]) -> None:
-        """Publish the journal until cancelled; return at once where none is kept.
+        """Publish the journal until cancelled. Without a journal this returns at once.
 
-        `levels` are the topic's at the moment of publishing. What waits when the task is cancelled is published too.
+        `levels` returns the topic's levels at the moment of publishing. A cancelled task first publishes what waits.
         """
         try:
             while self.journal is not None:
@@ -209,7 +209,7 @@ class Party:
             await self.publish_journal(topic, levels())
 
     async def received(self) -> AsyncIterator[Received]:
-        """Valid messages in order of arrival; ends when the bus is closed."""
+        """Yield valid messages in order of arrival. Ends when the bus is closed."""
         async for delivery in self.bus.deliveries():
             try:
                 received = self.read(delivery.topic, delivery.payload)
@@ -232,10 +232,11 @@ class Party:
             yield received._replace(retained=delivery.retain, wire_bytes=size)
 
     def read(self, name: str, payload: bytes) -> Received:
-        """A message and where it belongs.
+        """Decode a payload that came on the topic `name`.
 
         Raises:
-            ProtocolError: no topic of ours, no message of it, or one of another sender than the topic's.
+            ProtocolError: the topic is not in the table, the payload is no message of it, or the sender or role does
+                not match the topic.
         """
         found = lookup(name, self.root)
         if found is None:

@@ -1,4 +1,4 @@
-"""Messages that a broker does not take whole, divided where that can be; no I/O."""
+"""Splits messages that are larger than the broker accepts; no I/O."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,10 @@ Listing = EscalationBatch | VerdictBatch | VerifiedTokens | UncertainTokens
 def divided(
     message: AnyMessage, fits: Callable[[AnyMessage], bool], header: Callable[[], dict[str, Any]]
 ) -> tuple[list[AnyMessage], list[AnyMessage]]:
-    """What may travel, in order, and what cannot because one item alone is too large.
+    """Split a message into parts that fit, in order. Also return the parts that cannot be split and do not fit.
 
-    A message that fits is left as it is. Of the others the first half keeps its header; `header` makes one for every other part.
+    A message that fits is returned unchanged. Otherwise the first part keeps the header of the message, and `header`
+    makes the header of every further part.
     """
     if fits(message):
         return [message], []

@@ -1,10 +1,10 @@
-"""Why a broker ends a connection (MQTT 5, section 3.14.2.1), in words, and what to do about it."""
+"""The reason codes with which a broker ends a connection (MQTT 5, section 3.14.2.1), with words and advice."""
 
 from typing import Final, NamedTuple
 
 
 class Reason(NamedTuple):
-    """Words for a reason code, and advice; empty where waiting is all that can be done."""
+    """Words for a reason code, and advice. The advice is empty where one can only wait."""
 
     words: str
     advice: str = ""
@@ -56,6 +56,6 @@ REASONS: Final[dict[int, Reason]] = {
 
 
 def described(code: int) -> str:
-    """A reason code as a phrase with its number and the advice."""
+    """Describe a reason code: its words, its number and the advice."""
     reason = REASONS.get(code, Reason("a reason of its own", "look at the broker's log"))
     return f"{reason.words} (reason code 0x{code:02X})" + (f"; {reason.advice}" if reason.advice else "")

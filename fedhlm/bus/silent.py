@@ -1,4 +1,4 @@
-"""A bus without a broker, for a part that writes alone: what is published is dropped, and nothing is ever delivered."""
+"""A bus without a broker, for a part that runs alone: it drops what is published and delivers nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,7 +9,7 @@ from fedhlm.bus.interface import BusStatistics, Delivery, LinkHook, ProtocolVers
 
 
 class SilentBus:
-    """Says of every message that it was taken. It is never connected, so that nobody waits for an answer over it."""
+    """A bus that accepts every message. It is never connected, so that no part waits for an answer."""
 
     def __init__(self) -> None:
         self._statistics = BusStatistics()
@@ -17,22 +17,22 @@ class SilentBus:
 
     @property
     def connected(self) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     @property
     def statistics(self) -> BusStatistics:
-        """Counts of nothing."""
+        """Counts that stay 0."""
         return self._statistics
 
     @property
     def protocol(self) -> ProtocolVersion | None:
-        """None is spoken."""
+        """Always None."""
         return None
 
     @property
     def max_packet_bytes(self) -> int | None:
-        """No limit."""
+        """None: there is no limit."""
         return None
 
     async def __aenter__(self) -> Self:
@@ -46,25 +46,25 @@ class SilentBus:
     async def publish(
         self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
     ) -> bool:
-        """Drop the message; True, because nothing is amiss."""
+        """Drop the message and return True."""
         return True
 
     async def subscribe(self, *filters: str) -> None:
-        """Hear nothing."""
+        """Do nothing."""
 
     async def deliveries(self) -> AsyncIterator[Delivery]:
-        """Nothing, until the bus is closed."""
+        """Yield nothing, and end when the bus is closed."""
         nothing: tuple[Delivery, ...] = ()
         await self._closed.wait()
         for delivery in nothing:
             yield delivery
 
     async def wait_connected(self) -> None:
-        """Return at once: there is nothing to wait for."""
+        """Return at once, although the bus is never connected."""
 
 
 def silent(
     *, client_id: str, birth: Retained | None = None, will: Retained | None = None, on_link: LinkHook | None = None
 ) -> SilentBus:
-    """Opens silent buses where others open connections; nobody is told who they are."""
+    """Open a silent bus, with the signature of the function that opens connections. The arguments are ignored."""
     return SilentBus()

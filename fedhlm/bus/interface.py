@@ -185,7 +185,7 @@ def share_of(pattern: str) -> tuple[str | None, str]:
 
 
 def topic_matches(levels: list[str], topic: str) -> bool:
-    """Whether a filter, split at its slashes, matches a topic. A first wildcard matches no topic that begins with `$`."""
+    """Whether a filter, split at its slashes, matches a topic. A leading wildcard does not match a leading `$`."""
     names = topic.split("/")
     if topic.startswith("$") and levels[0] in ("+", "#"):
         return False

@@ -1,1 +1,1 @@
-"""What travels on the bus: messages, topics, fingerprints."""
+"""The protocol of the bus: messages, topics, fingerprints."""

@@ -1,7 +1,7 @@
-"""The identity that an agent and a cloud must share before a verdict means anything.
+"""The fingerprint that an agent and a cloud compare before they work together.
 
-Tokenizer, vocabulary and noise have to be equal: with any of them different, the same ids or the same seed stand for
-something else on the other side. The model travels for information; the two sides run different ones by design.
+Tokenizer, vocabulary and noise must be equal. Otherwise the same id or the same seed means something else on the other
+side. The model name is for information only: the two sides run different models by design.
 """
 
 from typing import Final
@@ -15,10 +15,10 @@ SHARED_FIELDS: Final = ("tokenizer", "vocab_size", "noise")
 
 
 def fingerprint_of(tokenizer_digest: str, vocab_size: int, *, noise: str, model: str) -> Fingerprint:
-    """The fingerprint of one party; `model` is cut to what a message may carry.
+    """Make the fingerprint of one party. `model` is cut to the 128 characters that a message may carry.
 
     Raises:
-        ModelError: a field is outside what a message may carry.
+        ModelError: another field is outside the limits of a message.
     """
     try:
         return msgspec.convert((tokenizer_digest, vocab_size, noise, model[:128]), Fingerprint)
@@ -30,10 +30,10 @@ def fingerprint_of(tokenizer_digest: str, vocab_size: int, *, noise: str, model:
 
 
 def check_agreement(ours: Fingerprint, theirs: Fingerprint) -> None:
-    """Compare all that both ends must share.
+    """Compare the fields that both ends must share.
 
     Raises:
-        FingerprintMismatch: the first field that differs, with both values.
+        FingerprintMismatch: a field differs; the error names the first one, with both values.
     """
     for field in SHARED_FIELDS:
         mine, other = getattr(ours, field), getattr(theirs, field)

@@ -1,8 +1,10 @@
-"""Every message on the bus: frozen structs in one tagged union, one encoder, one decoder.
+"""Every message on the bus: frozen structs in one tagged union, with one encoder and one decoder.
 
-Structs travel as msgpack arrays (tag first, fields in order), so field order is part of the protocol and a change
-of it raises SCHEMA_VERSION. Token ids and probabilities travel as raw little-endian bytes and are length-checked
-before use. A payload that breaks a limit or a type is a ProtocolError; nothing else escapes from `decode`.
+Structs travel as msgpack arrays: first the tag, then the fields in order. The order of fields is therefore part of the
+protocol, and changing it raises SCHEMA_VERSION.
+
+Token ids and probabilities travel as raw little-endian bytes, whose length is checked before use. For a payload that
+breaks a limit or a type, `decode` raises ProtocolError and nothing else.
 """
 
 from typing import Annotated, Any, Final, Literal
@@ -57,7 +59,7 @@ Refusal = Literal["invalid", "taken", "busy", "late"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What every message carries: schema version, who sent it, the sender's running number, when (Unix time, ms)."""
+    """The header of every message: schema version, sender, the sender's running number, Unix time in milliseconds."""
 
     version: Annotated[int, Meta(ge=1, le=255)]
     sender: Name
@@ -66,7 +68,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Fingerprint(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What both ends of a session must share (tokenizer, vocabulary, noise) and, for information, the model."""
+    """Tokenizer, vocabulary size and noise, which both ends of a session must share; and the model, for information."""
 
     tokenizer: Annotated[str, Meta(max_length=64)]
     vocab_size: Annotated[int, Meta(ge=2, lt=2**24)]
@@ -75,7 +77,7 @@ class Fingerprint(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The target law of one generation. Temperature 0 is greedy; `coupling` is a key of `couplings.COUPLINGS`."""
+    """Sampling parameters of one generation. Temperature 0 is greedy; `coupling` is a key of `couplings.COUPLINGS`."""
 
     seed: Seed
     temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.8
@@ -84,9 +86,10 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class Presence(Message, tag=1, frozen=True):
-    """Retained state of a party; its last will is the same message with `online` false.
+    """Retained state of a party. Its last will is the same message with `online` false.
 
-    `upstream` is the fingerprint of the cloud as the edge knows it; None for an agent, and while no cloud is seen.
+    `upstream` is the cloud's fingerprint as the edge knows it. It is None for an agent, and while the edge sees no
+    cloud.
     """
 
     role: Literal["agent", "edge", "cloud"]
@@ -97,9 +100,10 @@ class Presence(Message, tag=1, frozen=True):
 
 
 class Prompt(Message, tag=2, frozen=True):
-    """Ask an agent for a generation. None leaves a choice to the agent's own configuration.
+    """A client's request for a generation. For fields that are None the agent uses its own configuration.
 
-    The request is pointless `patience_ms` after its arrival: a span, because the clocks of client and device may differ.
+    The agent drops the request `patience_ms` after its arrival. The field is a span and no time of day, because the
+    clocks of client and device may differ.
     """
 
     request: Name
@@ -114,12 +118,14 @@ class Prompt(Message, tag=2, frozen=True):
 
 
 class Output(Message, tag=3, frozen=True):
-    """Committed tokens of one request, in order and never taken back.
+    """Committed tokens of one request, in order. They are never taken back.
 
-    `position` counts generated tokens before this message; `sources` has one entry per id of `ids`. The last message
-    of a request has `finish` set; `error` explains the finish reasons "error" and "cancelled". `client` is the sender of
-    the prompt. A request that was not served carries a `refusal`: "invalid" values, a request name that is "taken" by
-    another prompt, an agent that is too "busy", or one that came to it too "late".
+    `position` is the number of generated tokens before this message. `sources` has one entry per id of `ids`. The last
+    message of a request has `finish` set; `error` explains the finish reasons "error" and "cancelled". `client` is the
+    sender of the prompt.
+
+    An output that rejects a request carries a `refusal`: a value is "invalid", the request name is "taken" by another
+    prompt, the agent is too "busy", or the request came too "late".
     """
 
     request: Name
@@ -135,7 +141,7 @@ class Output(Message, tag=3, frozen=True):
 
 
 class Prime(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Everything a cloud needs to begin or re-create a session: the law, and the ids before the block's base."""
+    """All that a cloud needs to open a session or open it again: sampling, fingerprint, ids before the base."""
 
     sampling: Sampling
     fingerprint: Fingerprint
@@ -143,9 +149,10 @@ class Prime(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Rider(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A block of another session that travels with an escalation: committed ids that are to be scored, and nothing else.
+    """An audit that travels inside the escalation of another session: committed ids that the cloud is to score.
 
-    The fields are those of `Escalation`. The edge takes riders off and sends them on as blocks of their own.
+    The fields have the meaning they have in `Escalation`. The edge takes riders out and sends them on as separate
+    blocks.
     """
 
     session: Session
@@ -157,10 +164,11 @@ class Rider(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Hints(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a block may carry besides its ids.
+    """Optional parts of a block.
 
-    With `similarity` set, the edge may settle the drafts from verified neighbours that are at least so near (cosine) and
-    of which `votes` agree. `branches` holds the alternatives of a tree draft (`fedhlm.decoding.tree`). `riders` are audits.
+    With `similarity` set, the edge may settle the drafts from verified tokens whose context keys have at least this
+    cosine and of which `votes` agree. `branches` holds the branches of a tree draft (`fedhlm.decoding.tree`). `riders`
+    are audits.
     """
 
     similarity: Unit | None = None
@@ -170,14 +178,16 @@ class Hints(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Escalation(Message, tag=4, frozen=True):
-    """A block of drafted tokens to be settled, idempotent by (session, epoch, base).
+    """A block of drafted tokens to be verified. It is idempotent by (session, epoch, base).
 
-    `base` is the number of context tokens (prompt included) that both ends hold; `ids` follow it, of which the first
-    `fixed` are committed already (ingest and score, never replace) and the rest are drafts. `extend` asks for that many
-    tokens of the LLM's own after an accepted block. `laws` holds the draft laws where the coupling needs them.
-    `before` is what stands before the block: the prime, or the digest of the `base` ids (`fedhlm.decoding.ids`). A cloud that
-    holds other ones, because it was restarted or an answer of its was lost, asks for the prime.
-    The deadline is `patience_ms` after the sending: a span, because a device's clock may be wrong by years.
+    `base` is the number of context tokens before the block, prompt included. `ids` follow them. The first `fixed` ids
+    are committed already: the cloud scores them and never replaces them. The rest are drafts. `extend` is the number of
+    bonus tokens that the agent asks for. `laws` holds the draft laws where the coupling needs them.
+
+    `before` is the prime, or the digest of the `base` ids before the block (`fedhlm.decoding.ids`). A cloud whose
+    context has another digest, because it was restarted or one of its verdicts was lost, asks for the prime.
+
+    The deadline is `patience_ms` after the sending. It is a span, because a device's clock may be wrong by years.
     """
 
     session: Session
@@ -192,7 +202,7 @@ class Escalation(Message, tag=4, frozen=True):
     hints: Hints | None = None
 
     def parts(self) -> "tuple[Escalation, ...]":
-        """This block without its riders, and each rider as a block of its own."""
+        """Return this block without its riders, then each rider as a separate block."""
         if self.hints is None or not self.hints.riders:
             return (self,)
         bare = replace(self.hints, riders=())
@@ -210,24 +220,27 @@ class Escalation(Message, tag=4, frozen=True):
 
     @property
     def prime(self) -> Prime | None:
-        """The prime, where the block carries one."""
+        """The prime; None where the block carries a digest or nothing."""
         return self.before if isinstance(self.before, Prime) else None
 
     @property
     def digest(self) -> int | None:
-        """The digest of the ids before the block, where they do not travel."""
+        """The digest of the ids before the block; None where the block carries a prime or nothing."""
         return self.before if isinstance(self.before, int) else None
 
 
 class Verdict(Message, tag=5, frozen=True):
-    """Answer to one escalation, by the same (session, epoch, base).
+    """The answer to the escalation with the same (session, epoch, base).
 
-    `accepted` counts the leading ids that stand (fixed ones included); `ids` continue after them: the replacement of a
-    rejected draft, or the LLM's own tokens after a fully accepted block. `target_probs` (float16) is the target
-    probability of each escalated id that was looked at, from which the agent computes beta. `missed` has one bit (the
-    first id is the lowest bit of the first byte) for each fixed id: set where the target would have emitted another token.
-    Of a verdict from a peer or neighbour the cloud knows nothing yet. A status other than
-    "settled" decides nothing: "unprimed" asks for the same block with `prime`, "refused" says why in `reason`.
+    `accepted` is the number of accepted ids, fixed ones included. `ids` follow them: the resampled token in place of a
+    rejected draft, or the bonus tokens after a fully accepted block.
+
+    `target_probs` (float16) holds the target probability of each id that was looked at; the agent computes beta from
+    it. `missed` has one bit per fixed id, which is set where the target would have emitted another token. The first id
+    is the lowest bit of the first byte.
+
+    A verdict from a peer or neighbour has not been seen by the cloud yet. A status other than "settled" decides
+    nothing: "unprimed" asks for the same block with a prime, and "refused" gives its reason in `reason`.
     """
 
     session: Session
@@ -243,39 +256,39 @@ class Verdict(Message, tag=5, frozen=True):
 
 
 def refused(header: dict[str, Any], block: Escalation | Verdict, reason: str) -> Verdict:
-    """The verdict that settles nothing of a block, or in place of a verdict on it, and says why."""
+    """Make a verdict of status "refused" on a block, or in place of another verdict on it."""
     about: dict[str, Any] = {"session": block.session, "epoch": block.epoch, "base": block.base}
     return Verdict(**header, **about, status="refused", reason=reason[:MAX_REASON])
 
 
 class RoutedEscalation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One escalation inside a batch, with the agent it came from."""
+    """One escalation of a batch, with the agent that sent it."""
 
     agent: Name
     escalation: Escalation
 
 
 class RoutedVerdict(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One verdict inside a batch, with the agent it goes to."""
+    """One verdict of a batch, with the agent that it is for."""
 
     agent: Name
     verdict: Verdict
 
 
 class EscalationBatch(Message, tag=6, frozen=True):
-    """One message from an edge to the cloud for many agents."""
+    """Escalations of several agents, sent by their edge to the cloud."""
 
     items: Annotated[tuple[RoutedEscalation, ...], Meta(max_length=MAX_BATCH)]
 
 
 class VerdictBatch(Message, tag=7, frozen=True):
-    """The cloud's answers to one edge."""
+    """Verdicts for several agents, sent by the cloud to their edge."""
 
     items: Annotated[tuple[RoutedVerdict, ...], Meta(max_length=MAX_BATCH)]
 
 
 class Uncertain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One doubtful draft: where it stands, its uncertainty, and the int8 key of its context (`fedhlm.peers.context_keys`)."""
+    """A draft to be verified: position, token, doubt, and int8 context key (`fedhlm.peers.context_keys`)."""
 
     position: Position
     token: TokenId
@@ -284,9 +297,9 @@ class Uncertain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
 
 class UncertainTokens(Message, tag=8, frozen=True):
-    """What an agent doubts, sent to its cluster before the block that escalates it.
+    """Doubtful drafts of an agent, sent to its cluster before the block that escalates them.
 
-    `space` names what the keys were made with; keys of different spaces cannot be compared.
+    `space` names the projection and tokenizer of the keys. Keys of different spaces cannot be compared.
     """
 
     session: Session
@@ -295,21 +308,21 @@ class UncertainTokens(Message, tag=8, frozen=True):
 
 
 class Verified(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The token that the cloud settled in the context with this key."""
+    """A verified token: the context key, and the token that the cloud settled in that context."""
 
     key: Key
     token: TokenId
 
 
 class VerifiedTokens(Message, tag=9, frozen=True):
-    """What the cloud settled in a cluster, for its agents' caches and for the neighbour clusters' edges."""
+    """Verified tokens of a cluster, for the caches of its agents and for the edges of other clusters."""
 
     space: Space
     items: Annotated[tuple[Verified, ...], Meta(max_length=MAX_BATCH)]
 
 
 class PaperThreshold(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A threshold on its way (FedHLM eqs 6-8): the tokens behind it, the control variate and the local steps taken."""
+    """A threshold of FedHLM (eqs 6-8), with its number of tokens, its control variate and its number of local steps."""
 
     threshold: Unit
     count: Count
@@ -318,10 +331,10 @@ class PaperThreshold(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
 
 
 class Contribution(Message, tag=10, frozen=True):
-    """What a member has learnt: an agent to its edge, an edge to the cloud.
+    """What a member has learnt, sent by an agent to its edge or by an edge to the cloud.
 
-    `curves` are the member's whole sums by measure (`fedhlm.learning.curve.Curve`), so a repeated or lost message changes
-    nothing that the next one does not mend. `members` counts the agents behind it.
+    `curves` holds all sums of the member by measure (`fedhlm.learning.curve.Curve`). The next message therefore makes
+    up for a repeated or lost one. `members` is the number of agents behind it.
     """
 
     round: Count
@@ -331,7 +344,7 @@ class Contribution(Message, tag=10, frozen=True):
 
 
 class Learned(Message, tag=11, frozen=True):
-    """Retained state of the federation: an edge's to its agents, the cloud's to the edges."""
+    """Retained state of the federation, published by an edge for its agents and by the cloud for the edges."""
 
     round: Count
     members: Count
@@ -341,7 +354,7 @@ class Learned(Message, tag=11, frozen=True):
 
 
 class Profile(Message, tag=12, frozen=True):
-    """A sample of an agent's tokens for clustering: keys of `dims` int8 each, and one uncertainty (uint8 of 255) each."""
+    """A sample of an agent's tokens for clustering. Each has a key of `dims` int8 and a doubt, as uint8 in 1/255."""
 
     agent: Name
     dims: Annotated[int, Meta(ge=1, le=MAX_KEY)]
@@ -350,15 +363,15 @@ class Profile(Message, tag=12, frozen=True):
 
 
 class Assignment(Message, tag=13, frozen=True):
-    """Which cluster an agent belongs to from now on."""
+    """The cluster that an agent belongs to from now on."""
 
     cluster: Name
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One line of a journal: monotonic time of its part in seconds, and what came in or was decided (docs/checking.md).
+    """One entry of a journal: an input or a decision, and its monotonic time in seconds (docs/checking.md).
 
-    `subject` is a topic's name, or says what `data` holds.
+    `subject` is the name of a topic, or says what `data` holds.
     """
 
     at_s: float
@@ -368,7 +381,7 @@ class Note(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class Journal(Message, tag=14, frozen=True):
-    """What a part took in and decided, in its own order: notes `number`, `number` + 1, ... of this `life` of it."""
+    """Consecutive notes of a part's journal: numbers `number`, `number` + 1, ... of the life `life`."""
 
     life: Session
     number: Annotated[int, Meta(ge=0, lt=2**53)]
@@ -376,7 +389,7 @@ class Journal(Message, tag=14, frozen=True):
 
 
 class Cancel(Message, tag=15, frozen=True):
-    """End a request of the same sender: the agent stops writing, and its last output has the finish "cancelled"."""
+    """Cancel a request of the same sender. The agent stops, and its last output has the finish reason "cancelled"."""
 
     request: Name
 
@@ -405,25 +418,26 @@ _decoder: Final[msgspec.msgpack.Decoder[AnyMessage]] = msgspec.msgpack.Decoder(A
 
 
 def encode(message: AnyMessage) -> bytes:
-    """Serialise to msgpack."""
+    """Encode a message as msgpack."""
     return _encoder.encode(message)
 
 
 def comparable_bytes(message: Message, payload_bytes: int) -> int:
-    """What an encoded message of `payload_bytes` would take with a running number and a time of usual size.
+    """Size in bytes of an encoded message of `payload_bytes`, with a running number and a time of usual size.
 
-    Equal for equal content, whenever it is sent and however much was sent before it. Messages inside a batch have
-    headers of their own, which count as they are.
+    Messages of equal content have equal sizes, whenever and after however many messages they are sent. The headers of
+    messages inside a batch are counted as they are.
     """
     varying = len(_encoder.encode(message.sequence)) + len(_encoder.encode(message.sent_ms))
     return payload_bytes - varying + _USUAL_BYTES
 
 
 def decode(payload: bytes) -> AnyMessage:
-    """Parse any message.
+    """Decode a payload into a message.
 
     Raises:
-        ProtocolError: too large, not msgpack, not a known message, a field out of range, or another schema version.
+        ProtocolError: the payload is too large, not msgpack or not a known message, has a field out of range, or has
+            another schema version.
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"payload must be at most {MAX_PAYLOAD_BYTES} bytes (got {len(payload)})")
@@ -437,14 +451,16 @@ def decode(payload: bytes) -> AnyMessage:
 
 
 def id_bytes(vocab_size: int) -> int:
-    """Bytes per token id on the wire: 2 up to a vocabulary of 65,536, else 3."""
+    """Bytes per token id on the wire: 2 for a vocabulary of at most 65,536 tokens, else 3."""
     return 2 if vocab_size <= 1 << 16 else 3
 
 
 def pack_ids(ids: "list[int] | tuple[int, ...]", vocab_size: int) -> bytes:
-    """Token ids as little-endian integers of `id_bytes(vocab_size)` bytes each.
+    """Encode token ids as little-endian integers of `id_bytes(vocab_size)` bytes each.
 
-    An id outside the vocabulary is the caller's bug: ValueError, or OverflowError for a negative one.
+    Raises:
+        ValueError: an id is at or above `vocab_size`. This is a bug of the caller.
+        OverflowError: an id is negative, which is a bug of the caller too.
     """
     wide = np.asarray(ids, dtype="<u4")  # (n,)
     if wide.size and int(wide.max()) >= vocab_size:
@@ -453,7 +469,7 @@ def pack_ids(ids: "list[int] | tuple[int, ...]", vocab_size: int) -> bytes:
 
 
 def unpack_ids(data: bytes, vocab_size: int) -> list[int]:
-    """Inverse of `pack_ids`.
+    """Decode the bytes of `pack_ids`.
 
     Raises:
         ProtocolError: the length is not a whole number of ids, or an id is outside the vocabulary.
@@ -471,24 +487,24 @@ def unpack_ids(data: bytes, vocab_size: int) -> list[int]:
 
 
 def pack_bits(bits: "list[bool]") -> bytes:
-    """One bit each, the first in the lowest bit of the first byte; trailing zero bytes are left out."""
+    """Encode one bit per value. The first is the lowest bit of the first byte; trailing zero bytes are left out."""
     return np.packbits(np.asarray(bits, bool), bitorder="little").tobytes().rstrip(b"\0")
 
 
 def unpack_bits(data: bytes, count: int) -> list[bool]:
-    """The first `count` bits of `pack_bits`; what was left out is false."""
-    # Padded here: unpackbits leaves the result uninitialised where there is no byte at all.
+    """Decode the first `count` bits of `pack_bits`. Bits that were left out are False."""
+    # Pad here, because unpackbits leaves its result uninitialised when the input is empty.
     padded = np.frombuffer(data.ljust((count + 7) // 8, b"\0"), np.uint8)
     return [bool(bit) for bit in np.unpackbits(padded, bitorder="little")[:count]]
 
 
 def pack_probs(probs: NDArray[Any]) -> bytes:
-    """Probabilities in [0, 1], shape (n,), as little-endian float16."""
+    """Encode probabilities in [0, 1], shape (n,), as little-endian float16."""
     return np.asarray(probs, dtype="<f2").tobytes()
 
 
 def unpack_probs(data: bytes) -> NDArray[np.float64]:
-    """Inverse of `pack_probs`; shape (n,).
+    """Decode the bytes of `pack_probs`; shape (n,).
 
     Raises:
         ProtocolError: an odd number of bytes, or a value that is not a probability.

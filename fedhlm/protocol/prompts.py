@@ -1,4 +1,4 @@
-"""What a prompt may hold, field by field, in words; and what can be read of one that cannot be served."""
+"""The limits of each field of a prompt, in words, and the error for a prompt that cannot be decoded."""
 
 import re
 from typing import Any, Final, NamedTuple
@@ -29,10 +29,10 @@ _SHOWN: Final = 64  # characters of a value that an error shows
 
 
 def check(key: str, value: object) -> None:
-    """Check a field of a prompt to be sent, or a level of its topic; `key` is one of EXPECTED.
+    """Check a field of a prompt before it is sent, or a level of its topic. `key` is a key of EXPECTED.
 
     Raises:
-        ConfigError: the value is out of range, of another type, or no Unicode text.
+        ConfigError: the value is out of range, has another type, or is no valid Unicode text.
     """
     try:
         msgspec.convert(value, _TYPES[key])
@@ -43,7 +43,7 @@ def check(key: str, value: object) -> None:
 
 
 class Unusable(NamedTuple):
-    """A prompt that cannot be served: who asked under which name, and what is wrong with it."""
+    """An invalid prompt: the name of the request, its sender (None: unreadable), and what is wrong."""
 
     request: str
     client: str | None
@@ -51,7 +51,7 @@ class Unusable(NamedTuple):
 
 
 def unusable(payload: bytes) -> Unusable | None:
-    """What can be told to the client of a payload that is no valid Prompt; None where its request has no readable name."""
+    """Find out what is wrong with a payload that is no valid Prompt; None where its request name cannot be read."""
     try:
         raw = msgspec.msgpack.decode(payload, type=list[msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

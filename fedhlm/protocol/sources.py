@@ -1,11 +1,18 @@
-"""Who settled a token, by the names that outputs and verdicts carry, and what is true of each."""
+"""The sources of committed tokens, as outputs and verdicts name them, and the properties of each."""
 
 from typing import Final, NamedTuple
 
 
 class SourceTraits(NamedTuple):
-    """`verified`: the LLM settled it. `by_peers`: other agents' verified tokens did; `from_afar`: those of other clusters.
-    `kept`: the gate kept the draft. `unreachable`: it was kept because no verdict came in time."""
+    """Properties of a source.
+
+    Attributes:
+        verified: the LLM settled the token.
+        by_peers: verified tokens of other agents settled it.
+        from_afar: those agents belong to other clusters.
+        kept: the gate kept the draft.
+        unreachable: the draft was committed because no verdict came in time.
+    """
 
     verified: bool = False
     by_peers: bool = False

@@ -1,7 +1,6 @@
-"""The one table of topics: what travels where, how, and who may write and read it.
+"""The table of topics: payload, QoS, retain flag, publishers and subscribers of each.
 
-Everything about topics is derived from TABLE: building and parsing names, subscription filters, access control files
-and the documentation's table.
+Names, subscription filters, access control files and the table in the documentation are all derived from TABLE.
 """
 
 import re
@@ -18,7 +17,7 @@ Role = Literal["agent", "edge", "cloud", "client"]
 
 
 class Topic(msgspec.Struct, frozen=True, kw_only=True):
-    """One row: `{cluster}` and `{agent}` in `pattern` stand for one level each."""
+    """One row of the table. `{cluster}` and `{agent}` in `pattern` stand for one level each."""
 
     pattern: str
     payload: type[messages.AnyMessage]
@@ -29,11 +28,11 @@ class Topic(msgspec.Struct, frozen=True, kw_only=True):
     purpose: str
 
     def name(self, root: str = DEFAULT_ROOT, **levels: str) -> str:
-        """The full topic name, or a filter when a level is given as ``+``."""
+        """Return the full topic name, or a filter when a level is given as ``+``."""
         return f"{root}/{self.pattern.format(**levels)}"
 
     def parse(self, name: str, root: str = DEFAULT_ROOT) -> dict[str, str] | None:
-        """The levels of `name` when it belongs to this row, else None."""
+        """Return the levels of a full topic name; None when it does not match this row."""
         if not name.startswith(f"{root}/"):
             return None
         matched = self._regex.fullmatch(name, len(root) + 1)
@@ -49,7 +48,7 @@ _REGEXES: Final[dict[str, re.Pattern[str]]] = {}
 
 def _regex_of(pattern: str) -> re.Pattern[str]:
     if pattern not in _REGEXES:
-        # A level is a party's name, so that no hostile one reaches a file name or a log.
+        # A level must be a valid party name, so that no hostile text reaches a file name or a log.
         _REGEXES[pattern] = re.compile(re.sub(r"\{(\w+)\}", rf"(?P<\1>{messages.NAME_PATTERN})", pattern))
     return _REGEXES[pattern]
 
@@ -292,7 +291,7 @@ TABLE: Final = (
 
 
 def lookup(name: str, root: str = DEFAULT_ROOT) -> tuple[Topic, dict[str, str]] | None:
-    """The row and levels of a full topic name; None for a name that is not ours."""
+    """Find the row and the levels of a full topic name; None when no row matches."""
     for topic in TABLE:
         levels = topic.parse(name, root)
         if levels is not None:
@@ -301,10 +300,10 @@ def lookup(name: str, root: str = DEFAULT_ROOT) -> tuple[Topic, dict[str, str]] 
 
 
 def decode_for(topic: Topic, payload: bytes) -> messages.AnyMessage:
-    """Decode a payload and check that its type is the row's.
+    """Decode a payload and check that it has the topic's type.
 
     Raises:
-        ProtocolError: not a message, or a message of another type.
+        ProtocolError: the payload is not a message, or a message of another type.
     """
     message = messages.decode(payload)
     if type(message) is not topic.payload:
@@ -313,7 +312,7 @@ def decode_for(topic: Topic, payload: bytes) -> messages.AnyMessage:
 
 
 def markdown() -> str:
-    """The table as Markdown, as it stands in docs/protocol.md."""
+    """Return the table as Markdown, as shown in docs/protocol.md."""
     lines = [
         "| topic under the root | payload | QoS | retained | who publishes | who subscribes | what for |",
         "|" + "---|" * 7,

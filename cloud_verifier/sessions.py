@@ -178,7 +178,7 @@ class Sessions:
             return RefusedBlock(f"sampling.coupling must be one of {', '.join(sorted(COUPLINGS))} (got {name!r})")
         if branches and not COUPLINGS[name].shared:
             return RefusedBlock(
-                f"escalation.hints.branches must be empty under sampling.coupling {name!r} (got {len(branches)})"
+                f"escalation.hints.branches must be empty under sampling.coupling {name!r} (got {len(branches)} branches)"
             )
         drafts = split_laws(COUPLINGS[name], escalation.laws, len(ids) - escalation.fixed, vocab_size)
         laws = [b""] * escalation.fixed + drafts

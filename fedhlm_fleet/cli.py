@@ -1,7 +1,7 @@
-"""The `fedhlm` command: parses, dispatches, and turns what users can act on into one line and an exit code.
+"""The `fedhlm` command: parses the command line, runs the command, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 not done as wished, 2 wrong usage or configuration, 130 interrupted. Whatever is heavy is imported by the
-command that needs it, so that help and errors come at once.
+Exit codes: 0 success, 1 failure, 2 wrong usage or configuration, 130 interrupted. Each command imports its own heavy
+libraries, so that help and errors appear at once.
 """
 
 import errno
@@ -37,7 +37,7 @@ USAGE_ERROR: Final = 2
 NOT_DONE: Final = 1
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
-# Libraries that are imported late, where their absence would come as somebody else's error.
+# Libraries that are imported late: a child process would report a missing one as an error of its own.
 DEMO: Final = ("onnxruntime", "tokenizers")
 REGROUPING: Final = ("scipy", "sklearn", "threadpoolctl")
 
@@ -55,7 +55,7 @@ app = App(
     help="Hybrid language models over MQTT: devices draft, the cloud's model settles what is doubtful.",
     help_format="plaintext",
 )
-config_app = App(name="config", help="Look at the configuration.")
+config_app = App(name="config", help="Check and explain the configuration.")
 app.command(config_app)
 app.command(ask.ask)
 app.command(models.app)
@@ -73,16 +73,16 @@ app.command(provision.app)
 
 @config_app.command(name="check")
 def config_check(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
-    """Print the merged configuration and where each value comes from.
+    """Print the merged configuration and the source of each value.
 
-    Every key is also a flag: --generation.seed 7.
+    Every configuration key is also a flag: --generation.seed 7.
 
     Parameters
     ----------
     config
         TOML file.
     preset
-        Shipped preset or path of a preset file.
+        Name of a shipped preset, or path of a preset file.
     """
     from fedhlm.config import check
 
@@ -92,16 +92,16 @@ def config_check(*keys: Keys, config: Path | None = None, preset: str | None = N
 
 @config_app.command(name="explain")
 def config_explain(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
-    """Explain a key, a section or a preset: what it does, its limits, its default, and the value it has now.
+    """Explain a key, a section or a preset: what it does, its limits, its default and its current value.
 
-    fedhlm config explain generation.budget; without a name all keys are listed. Every key is also a flag.
+    fedhlm config explain generation.budget; without a name, list all keys. Every configuration key is also a flag.
 
     Parameters
     ----------
     config
         TOML file.
     preset
-        Shipped preset or path of a preset file.
+        Name of a shipped preset, or path of a preset file.
     """
     from fedhlm.explain import explain
 
@@ -112,7 +112,7 @@ def config_explain(*keys: Keys, config: Path | None = None, preset: str | None =
 
 @app.command
 def presets() -> int:
-    """List the shipped presets and what each promises."""
+    """List the shipped presets and what each one promises."""
     from fedhlm import config
     from fedhlm.settings import DEFAULT_PRESET
 
@@ -125,7 +125,7 @@ def presets() -> int:
 
 @app.command
 def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, prompt: Prompt = None) -> int:
-    """Run a device: it drafts with the small model and asks its edge.
+    """Run an agent, which drafts with the small model and sends drafts to its edge to be verified.
 
     Every configuration key is also a flag: --agent.id porch --broker.url mqtt://edge:1883.
 
@@ -134,9 +134,9 @@ def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, pr
     config
         TOML file.
     preset
-        Shipped preset or path of a preset file.
+        Name of a shipped preset, or path of a preset file.
     prompt
-        Continue this text, print the result and end; without it the agent serves prompts from the bus.
+        Continue this text, print the result and exit. Without it, the agent serves requests from the bus.
     """
     loaded = _loaded(keys, config, preset, (*OPTIONS, "--prompt"))
     if prompt is not None:
@@ -150,7 +150,7 @@ def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, pr
 
 @app.command
 def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
-    """Run a cluster's edge, with its own MQTT broker when broker.url is empty.
+    """Run the edge of a cluster; it starts its own MQTT broker when broker.url is empty.
 
     Every configuration key is also a flag: --cluster.name home --edge.upstream.url mqtt://cloud:1883.
 
@@ -159,7 +159,7 @@ def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> 
     config
         TOML file.
     preset
-        Shipped preset or path of a preset file.
+        Name of a shipped preset, or path of a preset file.
     """
     loaded = _loaded(keys, config, preset)
     with needing("edge"):
@@ -170,7 +170,7 @@ def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> 
 
 @app.command
 def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
-    """Run the verifier with the large model.
+    """Run the cloud, which verifies drafts with the large model.
 
     Every configuration key is also a flag: --broker.url mqtt://localhost:1883 --cloud.threads 4.
 
@@ -179,7 +179,7 @@ def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) ->
     config
         TOML file.
     preset
-        Shipped preset or path of a preset file.
+        Name of a shipped preset, or path of a preset file.
     """
     loaded = _loaded(keys, config, preset)
     with needing("cloud"):
@@ -206,38 +206,38 @@ def demo(
     json: Path | None = None,
     record: Path | None = None,
 ) -> int:
-    """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled what at which price.
+    """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled the tokens at what cost.
 
-    After the run the same few prompts are asked under this preset, exact, fedhlm and hlm, in one table.
+    After the run, one table compares this preset with exact, fedhlm and hlm on the same few prompts.
 
     Parameters
     ----------
     preset
-        Shipped preset or path of a preset file.
+        Name of a shipped preset, or path of a preset file.
     prompts
-        Text file with one title a line, or .jsonl with title, text and topic; the shipped news by default.
+        Text file with one title per line, or .jsonl file with title, text and topic; by default the shipped news.
     tokens
         Tokens per prompt.
     seed
-        Seed of all generations.
+        Seed of the whole run.
     broker
-        URL of an MQTT broker to use; by default the demo starts its own.
+        URL of an MQTT broker; by default the demo starts its own.
     duration
-        Seconds after which no new prompt of the run is begun; the comparison comes after it.
+        Seconds after which the run starts no new prompt; the comparison follows.
     budget
-        Error allowed per token, for presets with a learnt threshold; by default the preset's own.
+        Allowed error per token, for presets with a learnt threshold; by default the preset's own.
     alpha
-        Dirichlet concentration that shares out the news over the agents: 0.1 gives each few topics, 10 nearly all alike;
-        by default all agents share one list.
+        Dirichlet concentration of the topics over the agents: with 0.1 each agent has few topics, with 10 nearly the
+        same mix as the others. By default all agents share one list.
     temperature
-        Of the continued texts; topics are always asked for at 0.
+        Temperature of the continued texts; questions for a topic always use 0.
     json
-        File for the results.
+        JSON file to write the results to.
     record
-        File for a recording of all that passes over the broker, journals included; nothing is compared then.
+        File to record all messages to, journals included; there is no comparison then.
     """
     with needing("agent,edge,cloud"):
-        present(*DEMO)  # what its children need
+        present(*DEMO)  # the child processes need them
         from fedhlm_fleet.demo.run import run
     return run(
         preset=preset,
@@ -255,9 +255,9 @@ def demo(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line (the process's own by default) and return its exit code."""
+    """Run one command line, by default that of the process, and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if sys.stdout is None:  # closed by whoever started us
+    if sys.stdout is None:  # the parent process has closed it
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end of the process
     try:
         code = app(given, result_action="return_value", exit_on_error=False, print_error=False)
@@ -292,7 +292,7 @@ def _ended_by(error: BaseException) -> int:
 
 
 def _give_up_stdout() -> None:
-    """What is still buffered cannot be written; the interpreter's own flush at exit must not complain about it."""
+    """Send the rest of the buffer to /dev/null, so that the interpreter's flush at exit raises no second error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""`fedhlm ask`: put a question to one agent, and print its answer as it comes."""
+"""`fedhlm ask`: send a request to one agent, and print its answer as it arrives."""
 
 import asyncio
 import json as jsons
@@ -44,34 +44,34 @@ def ask(
 ) -> int:
     """Ask an agent to continue a text, and print what it writes: fedhlm ask AGENT TEXT.
 
-    A TEXT of - is read from standard input. Text that nobody has verified stands in [unverified: ...].
+    If TEXT is -, it is read from standard input. Unverified text is printed as [unverified: ...].
     Every configuration key is also a flag: --broker.url mqtt://edge:1883.
-    Exit code 0: the whole text came; 1: it did not; 130: interrupted, and the request is cancelled.
+    Exit code 0: the answer is complete; 1: it is not; 130: interrupted, and the request is cancelled.
 
     Parameters
     ----------
     cluster
-        The agent's cluster; by default that of the configuration, or else the one in which the agent is online.
+        Cluster of the agent; by default the configured one, or else the one in which the agent is online.
     tokens
-        Most tokens to write.
+        Maximum number of tokens to write.
     seed
-        Seed of the text; by default each request has its own.
+        Seed of the text; by default a new one for each request.
     temperature
-        0 to 10; by default the agent's own.
+        Sampling temperature, 0 to 10; by default the agent's own.
     top_p
-        Above 0 and up to 1; by default the agent's own.
+        Nucleus probability, above 0 and up to 1; by default the agent's own.
     stop
         End the text before this string; may be given several times.
     preset
-        Shipped preset; by default the agent's own.
+        Name of a shipped preset; by default the agent's own.
     deadline
-        Seconds within which the whole answer must come.
+        Seconds within which the whole answer must arrive.
     wait
         Seconds to wait for an agent that is offline.
     config
         TOML file with the broker's keys.
     json
-        Print one JSON object instead: text, ids, sources, finish, statistics.
+        Print one JSON object instead of the text: text, ids, sources, finish, statistics.
     """
     from fedhlm.config import load
     from fedhlm.telemetry import configure_logging
@@ -96,10 +96,10 @@ def ask(
 
 
 def read_words(words: Sequence[str]) -> tuple[str, str, list[str]]:
-    """The agent, the text, and the flags of configuration keys among the words of a command line.
+    """Split the arguments into the agent, the text, and the flags for configuration keys.
 
     Raises:
-        FedhlmError: there are more or fewer words than an agent and a text, or an unknown option.
+        FedhlmError: there are not exactly two words, agent and text, or an option is unknown.
     """
     plain: list[str] = []
     keys: list[str] = []
@@ -120,10 +120,10 @@ def read_words(words: Sequence[str]) -> tuple[str, str, list[str]]:
 
 
 def read_text() -> str:
-    """All of standard input.
+    """Read all of standard input.
 
     Raises:
-        ConfigError: it is no UTF-8.
+        ConfigError: the input is not UTF-8.
     """
     try:
         return sys.stdin.buffer.read().decode("utf-8")
@@ -137,7 +137,7 @@ async def _ask(
     from fedhlm.client import Client
 
     client = Client(loaded.config.broker, cluster=cluster, name=NAME, away_s=away_s)
-    answer = client.ask(agent, text, **asked)  # what is wrong with it shows without a broker
+    answer = client.ask(agent, text, **asked)  # validated before anything connects to a broker
     try:
         async with client, answer:
             return await _told(answer, json=json)
@@ -168,7 +168,7 @@ async def _told(answer: "Answer", *, json: bool) -> int:
 
 
 def as_json(result: "Result", failure: FedhlmError | None) -> str:
-    """An answer as one line of JSON; `error` is there when it did not come whole."""
+    """Format an answer as one line of JSON; it has an `error` if the answer is incomplete."""
     shown: dict[str, Any] = {
         "text": result.text,
         "ids": result.ids,
@@ -182,14 +182,14 @@ def as_json(result: "Result", failure: FedhlmError | None) -> str:
 
 
 class Marks:
-    """Puts marks around text that nobody has verified, as it streams; `unverified` counts its tokens."""
+    """Marks unverified text in a stream; `unverified` counts its tokens."""
 
     def __init__(self) -> None:
         self.unverified = 0
         self._open = False
 
     def put(self, piece: "Piece") -> str:
-        """What to print for a piece; text that comes after its ids is marked as they were."""
+        """Return what to print for a piece; text that follows its ids keeps their mark."""
         count = piece.sources.count("unverified")
         self.unverified += count
         mark = ""
@@ -199,5 +199,5 @@ class Marks:
         return mark + piece.text
 
     def end(self) -> str:
-        """What to print after the last piece."""
+        """Return what to print after the last piece."""
         return _CLOSE if self._open else ""

@@ -1,4 +1,4 @@
-"""What the groups of commands share: checked types of parameters, keys as flags, a clear word where a library is absent."""
+"""What the commands share: validated parameter types, configuration keys as flags, and hints for missing libraries."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +16,14 @@ Tokens = Annotated[int, Parameter(validator=Number(gte=1, lte=65_536))]  # messa
 Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
 Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
-SHOWN: Final = 32  # characters before a byte that is no text
-OPTIONS: Final = ("--config", "--preset", "--help")  # of every command that takes keys
+SHOWN: Final = 32  # characters shown before a byte that is not UTF-8
+OPTIONS: Final = ("--config", "--preset", "--help")  # every command that takes keys has them
 Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 
 @contextmanager
 def needing(extra: str) -> Iterator[None]:
-    """Say which extra to install when a library is absent."""
+    """Turn the error of a missing library into one that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as exc:
@@ -43,10 +43,10 @@ def needing(extra: str) -> Iterator[None]:
 
 
 def present(*libraries: str) -> None:
-    """See that libraries are installed, without the time that importing them takes.
+    """Check that libraries are installed, without importing them.
 
     Raises:
-        ModuleNotFoundError: names the first that is absent.
+        ModuleNotFoundError: names the first library that is missing.
     """
     for library in libraries:
         if find_spec(library) is None:
@@ -54,12 +54,12 @@ def present(*libraries: str) -> None:
 
 
 def parse_keys(tokens: Sequence[str], options: Sequence[str] = OPTIONS) -> dict[str, str]:
-    """`--generation.seed 7` or `--generation.seed=7` as dotted keys with their text; a hyphen in a name stands for `_`.
+    """Parse `--generation.seed 7` or `--generation.seed=7` into dotted keys and texts; a hyphen in a key becomes `_`.
 
-    `options` are those of the command itself, which a misspelt one is compared with.
+    `options` are the command's own options, from which the error for a misspelt option makes its suggestion.
 
     Raises:
-        FedhlmError: a word that is no flag, a flag without value, or one that is neither a key nor an option.
+        FedhlmError: a word is not a flag, a flag has no value, or a flag is a misspelt option.
     """
     found: dict[str, str] = {}
     rest = list(tokens)
@@ -79,10 +79,10 @@ def parse_keys(tokens: Sequence[str], options: Sequence[str] = OPTIONS) -> dict[
 
 
 def require_text(key: str, given: str) -> None:
-    """Refuse words of the command line that are no UTF-8; Python keeps such bytes as surrogates.
+    """Reject an argument that is not UTF-8; Python keeps such bytes as surrogates.
 
     Raises:
-        ConfigError: shows them as escapes.
+        ConfigError: the message shows the bytes as escapes.
     """
     try:
         given.encode()
@@ -91,7 +91,7 @@ def require_text(key: str, given: str) -> None:
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
-    """One fact a line, aligned."""
+    """Print one fact per line, with the values aligned."""
     width = max(map(len, facts))
     for label, fact in facts.items():
         print(f"{label:<{width}}  {fact}")

@@ -1,4 +1,4 @@
-"""`fedhlm doctor`: examine a part where it stands."""
+"""`fedhlm doctor`: check a part on the machine on which it runs."""
 
 import difflib
 import time
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, json: bool = False) -> int:
-    """Examine an agent, an edge or a cloud on this machine: fedhlm doctor edge --config edge.toml.
+    """Check an agent, an edge or a cloud on this machine: fedhlm doctor edge --config edge.toml.
 
-    Every configuration key is also a flag. Exit code 0: nothing failed; 1: a check failed.
+    Without a role, check an agent. Every configuration key is also a flag.
+    Exit code 0: no check failed; 1: a check failed.
 
     Parameters
     ----------
     config
         TOML file of the part.
     preset
-        Shipped preset or path of a preset file.
+        Name of a shipped preset, or path of a preset file.
     json
         Print one JSON object instead of text.
     """

@@ -1,4 +1,4 @@
-"""`fedhlm flash`: flags and words around fedhlm_fleet.flash; what is written where, and what to do with it."""
+"""`fedhlm flash`: the command line of fedhlm_fleet.flash."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -49,62 +49,63 @@ def flash(
     dry_run: Flag = False,
     yes: Flag = False,
 ) -> int:
-    """Make cards with Raspberry Pi OS boot into a running agent, without internet.
+    """Prepare SD cards or images of Raspberry Pi OS that boot into a running agent, without internet.
 
     Parameters
     ----------
     image
-        Image of Raspberry Pi OS (64 bit, Trixie), changed in place; with --out or --device it is copied there first (.img or
-        .img.xz).
+        Image of Raspberry Pi OS (64 bit, Trixie), .img or .img.xz. It is changed in place, or with --out or
+        --device copied there first.
     boot
-        Folder where a card's boot partition is mounted.
+        Folder where the boot partition of a card is mounted.
     device
-        Card with Raspberry Pi OS, such as /dev/sdX. A disk that is mounted, in use or not removable is refused.
+        Card with Raspberry Pi OS, such as /dev/sdX. A disk that is mounted, in use or not removable is rejected.
     out
         File for the changed copy of --image, or a folder for AGENT.img.
     csv
-        Many cards: a line of column names (agent, and any of these flags with _ for -), then a line each; empty cells take
-        the flags' values.
+        CSV file for many cards: a line of column names (agent, and any of these flags with _ for -), then one line per
+        card. An empty cell takes the value of the flag.
     agent
-        The device's name, agent.id.
+        Name of the device, agent.id.
     cluster
-        Its cluster, cluster.name.
+        Name of its cluster, cluster.name.
     broker
-        Its broker, mqtts://HOST[:PORT].
+        URL of its broker, mqtts://HOST[:PORT].
     hostname
-        Host name; the agent's name by default.
+        Host name; by default the agent's name.
     user
-        Who may log in with --ssh-key.
+        User who may log in with --ssh-key.
     ssh_key
-        File of a public key; without one nobody can log in.
+        File with a public key; without one nobody can log in.
     wifi_ssid
         Name of the Wi-Fi network.
     wifi_password_file
-        File with its password; without one the network is open. Only the key derived from it goes onto the card.
+        File with the Wi-Fi password; without one the network is open. Only the key derived from it is written to the
+        card.
     wifi_country
         Country code, such as DE.
     pki
-        Folder of `fedhlm pki`: the agent's certificate is taken from it, or made where it has none.
+        Folder of `fedhlm pki`: the agent's certificate is taken from there, and issued if there is none.
     cert
-        Certificate in PEM, instead of --pki.
+        Certificate of the agent in PEM, instead of --pki.
     key
-        Its key.
+        Private key of --cert.
     ca
-        Who signed the broker's and this certificate.
+        Certificate of the authority that signed the broker's certificate and --cert.
     config
         TOML file with further keys of the agent.
     bundle
-        Folder in which wheels are kept for the device; filled by pip when it is empty.
+        Folder that keeps the wheels for the device; pip fills it when it is empty.
     wheels
-        Folder of wheels that is taken as it is, without any network.
+        Folder of wheels to use as it is, without network access.
     model
         Model folder to use instead of the shipped one.
     python
-        Python of the image: 3.13 is Trixie's, 3.11 Bookworm's.
+        Python version of the image: 3.13 for Trixie, 3.11 for Bookworm.
     manifest
-        Also write the made images as a list for Raspberry Pi Imager (.rpi-imager-manifest).
+        File for a list of the images that Raspberry Pi Imager reads (.rpi-imager-manifest).
     dry_run
-        Say what would be written; nothing is, and no certificate is made.
+        Print what would be written; write nothing, and issue no certificate.
     yes
         Write to --device without asking.
     """
@@ -146,15 +147,17 @@ def flash(
 
 
 def given(**values: str | Path | None) -> dict[str, str]:
-    """What was given on the command line, as text by name."""
+    """Return the values that were given on the command line, as text by name."""
     return {name: str(value) for name, value in values.items() if value}
 
 
 def tls_of(party: "BatchDevice", pki: Path | None, now: datetime, *, issue: bool) -> "Tls | None":
-    """The certificate of a device from its files or the PKI, or None where its broker asks for none.
+    """Return the certificate of a device, from its files or the PKI.
+
+    None: its broker does not use TLS, or neither files nor a PKI were given.
 
     Raises:
-        FedhlmError: there is none that can be used.
+        FedhlmError: no certificate can be used.
     """
     from fedhlm_fleet.flash.plan import Tls
 
@@ -166,9 +169,9 @@ def tls_of(party: "BatchDevice", pki: Path | None, now: datetime, *, issue: bool
     if party.certificate is not None:
         cert, key, ca = party.certificate
         return credentials.from_files(cert, key, ca, agent=agent, now=now)
-    assert pki is not None  # noqa: S101  one of the two is given, see above
+    assert pki is not None  # noqa: S101  one of the two is given, as checked above
     found = credentials.from_pki(pki, agent, party.device.cluster, now=now, issue=issue)
-    # In a dry run nothing is issued: texts of about the size that a certificate will have.
+    # A dry run issues nothing: these texts are about as long as a certificate will be.
     return found or Tls(b"*" * 650, b"*" * 750, b"*" * 241)
 
 

@@ -1,4 +1,4 @@
-"""`fedhlm lab`: studies, each with its figures on the terminal and in a file."""
+"""`fedhlm lab`: studies, which print their figures and can write them to a file."""
 
 import os
 from pathlib import Path
@@ -28,31 +28,31 @@ def coverage(
     jobs: Positive = CORES,
     json: Path | None = None,
 ) -> int:
-    """Count how often the certificate of a device is wrong, and how soon it is below the budget.
+    """Measure how often the certificate of a device is wrong, and how soon its limit falls below the budget.
 
-    Each life is a device on toy models that learns under the preset `budget`. Exit status 1 when the truth was above the
-    limit in more lives than the confidence allows.
+    Each life is one device with toy models that learns under the preset `budget`. Exit code 1: the true harm was above
+    the limit in more lives than the confidence allows.
 
     Parameters
     ----------
     lives
-        Devices, one after the other from `seed` on.
+        Number of lives; their seeds count up from `seed`.
     texts
-        Texts of each.
+        Texts per life.
     tokens
-        Tokens of each text.
+        Tokens per text.
     seed
-        Of the first life.
+        Seed of the first life.
     budget
-        Error allowed per token.
+        Allowed error per token.
     audit
-        Chance of an audit for each token that nothing else scored.
+        Probability of an audit for each token that nothing else scored.
     temperature
-        Of the texts.
+        Temperature of the texts.
     jobs
-        Processes.
+        Number of parallel processes.
     json
-        File for the figures.
+        JSON file to write the figures to.
     """
     import msgspec
 

@@ -1,4 +1,4 @@
-"""`fedhlm models`: train, export, quantise, inspect and measure."""
+"""`fedhlm models`: train, export, quantise, inspect and measure models."""
 
 from pathlib import Path
 from typing import Literal
@@ -13,18 +13,18 @@ app = App(name="models", help="Train, export, quantise and inspect models.")
 
 @app.command(name="export")
 def models_export(source: str, out: Path, *, tokenizer: Path | None = None, name: str | None = None) -> int:
-    """Export a Hugging Face causal language model to ONNX, compared with torch.
+    """Export a causal language model of Hugging Face to ONNX, and compare its output with torch.
 
     Parameters
     ----------
     source
-        Model directory or hub id.
+        Model folder or hub id.
     out
         Folder to write.
     tokenizer
         Folder or file with tokenizer.json, for a source that has none.
     name
-        Name of the model; by default that of the source.
+        Name of the model; by default the name of the source.
     """
     with needing("models"):
         from fedhlm_zoo.export import export
@@ -45,7 +45,7 @@ def models_quantise(
     out
         Folder to write.
     mode
-        int8-dynamic is for drafting; a cloud model takes one of the weights-only modes.
+        int8-dynamic for a model that drafts; one of the weights-only modes for a model of the cloud.
     """
     with needing("models"):
         from fedhlm_zoo.quantise import quantise
@@ -70,14 +70,14 @@ def models_info(folder: Path) -> int:
 
 @app.command(name="train")
 def models_train(runs: Path, *, data: Path | None = None, until: str | None = None) -> int:
-    """Train the default pair stage by stage; what an earlier call finished is kept, what it began goes on.
+    """Train the default pair of models stage by stage; finished stages are kept, and an interrupted one is resumed.
 
     Parameters
     ----------
     runs
-        Working folder.
+        Folder for the training runs.
     data
-        Folder with ag_news/ and news_text/; by default FEDHLM_DATA, ./data or the hub.
+        Folder with ag_news/ and news_text/; by default FEDHLM_DATA, ./data, or a download from the hub.
     until
         Last stage to run.
     """
@@ -109,13 +109,13 @@ def models_release(
     out
         Folder for the two model folders.
     data
-        Folder with ag_news/; by default FEDHLM_DATA, ./data or the hub.
+        Folder with ag_news/; by default FEDHLM_DATA, ./data, or a download from the hub.
     articles
-        Size of a random sample of the test split; all of it by default.
+        Size of a random sample of the test split; by default the whole split.
     prompts
         Number of titles that the LLM continues.
     threads
-        Threads of the models while they are measured.
+        Number of threads of each model while it is measured.
     """
     from fedhlm.telemetry import configure_logging
 
@@ -137,24 +137,24 @@ def models_evaluate(
     tokenizer: Path | None = None,
     threads: Positive = 1,
 ) -> int:
-    """Measure topic accuracy and perplexity on the AG News test split and, with a target, how often both agree.
+    """Measure topic accuracy and perplexity on the AG News test split and, with --target, how often both models agree.
 
     Parameters
     ----------
     folder
-        Exported model or Hugging Face directory.
+        Exported model or Hugging Face folder.
     target
-        Large model whose continuations the first one is to predict.
+        Large model whose continuations the first model predicts.
     data
-        Folder with ag_news/; by default FEDHLM_DATA, ./data or the hub.
+        Folder with ag_news/; by default FEDHLM_DATA, ./data, or a download from the hub.
     articles
-        Size of a random sample; all of the split by default.
+        Size of a random sample; by default the whole split.
     prompts
         Number of titles that the target continues.
     tokenizer
-        Folder with tokenizer.json, for a Hugging Face directory without one.
+        Folder with tokenizer.json, for a Hugging Face folder without one.
     threads
-        Threads of an exported model.
+        Number of threads of an exported model.
     """
     with needing("models"):
         from fedhlm_zoo import evaluate

@@ -1,4 +1,4 @@
-"""`fedhlm pki`: flags and words around fedhlm_fleet.pki; what was made, where it lies, and what to do next."""
+"""`fedhlm pki`: the command line of fedhlm_fleet.pki; it prints what was made, where it is, and what to do next."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,19 +22,19 @@ Days = Annotated[int, Parameter(validator=Number(gte=1, lte=36_500))]
 Port = Annotated[int | None, Parameter(validator=Number(gte=1, lte=65_535))]
 PKI: Final = Path("pki")
 
-app = App(name="pki", help="Certificates of a fleet, and brokers that trust them.")
+app = App(name="pki", help="Issue certificates for a fleet, and configure brokers that trust them.")
 
 
 @app.command
 def init(folder: Path = PKI, /, *, days: Days = 3_650, name: str = "fedhlm CA") -> int:
-    """Make a certificate authority; one that is there already is left as it is.
+    """Create a certificate authority (CA); an existing one is left as it is.
 
     Parameters
     ----------
     folder
-        Where it is kept. Its ca.key makes certificates: keep the folder off the devices and brokers.
+        Folder of the CA. Its ca.key signs certificates: keep the folder off the devices and brokers.
     days
-        How long the CA is good.
+        Days for which the CA is valid.
     name
         Common name of the CA.
     """
@@ -63,25 +63,25 @@ def issue(
     if_missing: Flag = False,
     pki: Path = PKI,
 ) -> int:
-    """Make a key and a certificate for a party and say where they are and which keys to set.
+    """Issue a private key and a certificate for a party, and print where they are and which configuration keys to set.
 
     Parameters
     ----------
     name
-        The party: agent.id, edge-CLUSTER, cloud, or any name for a broker, client or observer.
+        Name of the party: agent.id, edge-CLUSTER, cloud, or any name for a broker, client or observer.
     role
-        What its certificate is for; an observer reads all topics and writes none.
+        Role of the certificate; an observer reads all topics and writes none.
     cluster
-        Its cluster; agents and clients may have several, a client without one reaches all.
+        Cluster of the party; agents and clients may have several, and a client without one reaches all.
     dns
         Host names and addresses by which parties reach this broker.
     days
-        How long the certificate is good, though no longer than the CA.
+        Days for which the certificate is valid, but no longer than the CA.
     renew
-        Replace the certificate of a name; what is not given stays. The former one stays good until it expires or is
-        revoked.
+        Replace the certificate of a name; flags that are not given keep their values. The former certificate stays
+        valid until it expires or is revoked.
     if_missing
-        Where the name has a certificate that is good, leave it and succeed.
+        Do nothing and succeed if the name has a valid certificate.
     pki
         Folder of the CA.
     """
@@ -105,14 +105,14 @@ def issue(
 
 @app.command
 def revoke(name: str, /, *, superseded: Flag = False, pki: Path = PKI) -> int:
-    """Take back all certificates of a name, for a device that is lost; brokers refuse it once they have the new list.
+    """Revoke all certificates of a name, such as a lost device; brokers reject it once they have the new list.
 
     Parameters
     ----------
     name
-        The party.
+        Name of the party.
     superseded
-        All but its newest certificate, after a renewal.
+        Revoke all but the newest certificate, after a renewal.
     pki
         Folder of the CA.
     """
@@ -129,14 +129,14 @@ def revoke(name: str, /, *, superseded: Flag = False, pki: Path = PKI) -> int:
 
 @app.command(name="list")
 def list_(*, pki: Path = PKI, json: Flag = False) -> int:
-    """Show who has which certificate until when, and until when the CA and its revocation list are good.
+    """List all certificates with their end dates and states, and the end dates of the CA and its revocation list.
 
     Parameters
     ----------
     pki
         Folder of the CA.
     json
-        For programs: one JSON array.
+        Print one JSON array instead of the table.
     """
     with needing("operator"):
         from fedhlm_fleet.pki import authority
@@ -165,7 +165,7 @@ def list_(*, pki: Path = PKI, json: Flag = False) -> int:
 
 @app.command
 def crl(*, pki: Path = PKI) -> int:
-    """Make the revocation list anew; brokers refuse everybody when theirs has passed its end.
+    """Renew the revocation list; a broker whose list has expired rejects every connection.
 
     Parameters
     ----------
@@ -195,34 +195,34 @@ def mosquitto(
     root: str | None = None,
     pki: Path = PKI,
 ) -> int:
-    """Write a mosquitto broker's configuration, access rights, certificates and revocation list to a folder.
+    """Write the configuration, ACL, certificates and revocation list of a mosquitto broker to a folder.
 
-    To be run again after every issue and revoke; the broker takes the changes on SIGHUP.
+    Run it again after every issue and revoke; the broker loads the changes on SIGHUP.
 
     Parameters
     ----------
     out
         Folder to write.
     cluster
-        The broker of this cluster.
+        Configure the broker of this cluster.
     cloud
-        The broker between edges and cloud.
+        Configure the broker between the edges and the cloud.
     all
-        One broker for everything.
+        Configure one broker for everything.
     plain
-        For development: no certificates, everybody may do everything, reachable from this machine only.
+        Configure a broker for development: no certificates, no access rules, reachable from this machine only.
     broker
-        Name of the broker's certificate, where several were issued.
+        Name of the broker's certificate, if several were issued.
     port
-        Port to listen on: 8883, or 1883 with --plain.
+        Port to listen on; by default 8883, or 1883 with --plain.
     bind
-        Address to listen on; every one by default, 127.0.0.1 with --plain.
+        Address to listen on; by default all addresses, or 127.0.0.1 with --plain.
     at
-        The folder's path as the broker sees it, for a container: /mosquitto/config.
+        Path of the folder as the broker sees it, for a container: /mosquitto/config.
     data
         Folder of the broker's own state.
     root
-        First levels of all topics, as broker.root; its default where it is not given.
+        First levels of all topics; by default that of broker.root.
     pki
         Folder of the CA.
     """

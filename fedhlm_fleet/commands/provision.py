@@ -1,4 +1,4 @@
-"""`fedhlm provision`: flags and words around fedhlm_fleet.flash.provision."""
+"""`fedhlm provision`: the command line of fedhlm_fleet.flash.provision."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from fedhlm_fleet.commands.flash import Flag, Python, given, tls_of
 
 Port = Annotated[int | None, Parameter(validator=Number(gte=1, lte=65_535))]
 
-app = App(name="provision", help="Make machines ready that already run.")
+app = App(name="provision", help="Set up an agent on a machine that is already running.")
 
 
 @app.command
@@ -37,45 +37,48 @@ def ssh(
     identity: Path | None = None,
     dry_run: Flag = False,
 ) -> int:
-    """Install an agent as a service on a machine over ssh (Jetson, Ubuntu, Debian); again, it changes only what differs.
+    """Install an agent as a service on a machine over ssh (Jetson, Ubuntu, Debian).
+
+    If the machine already has this very installation, nothing is changed.
 
     Parameters
     ----------
     host
-        [USER@]HOST as ssh knows it, or a name of ~/.ssh/config. The user is root or may use sudo without a password.
+        [USER@]HOST, or a name from ~/.ssh/config. The user must be root, or be allowed sudo without a password.
     agent
-        The device's name, agent.id.
+        Name of the device, agent.id.
     cluster
-        Its cluster, cluster.name.
+        Name of its cluster, cluster.name.
     broker
-        Its broker, mqtts://HOST[:PORT].
+        URL of its broker, mqtts://HOST[:PORT].
     pki
-        Folder of `fedhlm pki`: the agent's certificate is taken from it, or made where it has none.
+        Folder of `fedhlm pki`: the agent's certificate is taken from there, and issued if there is none.
     cert
-        Certificate in PEM, instead of --pki.
+        Certificate of the agent in PEM, instead of --pki.
     key
-        Its key.
+        Private key of --cert.
     ca
-        Who signed the broker's and this certificate.
+        Certificate of the authority that signed the broker's certificate and --cert.
     config
         TOML file with further keys of the agent, such as agent.providers.
     bundle
-        Folder in which wheels are kept for this kind of machine; filled by pip when it is empty. By default
+        Folder that keeps the wheels for this kind of machine; pip fills it when it is empty. By default
         bundle-MACHINE-PYTHON.
     wheels
-        Folder of wheels that is taken as it is, without any network.
+        Folder of wheels to use as it is, without network access.
     model
         Model folder to use instead of the shipped one.
     python
-        Version of --interpreter; the machine's own otherwise.
+        Python version of --interpreter; by default the machine's own.
     interpreter
-        A Python to send along, where the machine's is older than 3.11 (Ubuntu 22.04): .tar.gz with python/bin/python3.
+        Python to install with the agent, for a machine whose own is older than 3.11 (Ubuntu 22.04): a .tar.gz with
+        python/bin/python3.
     port
         Port of the ssh server.
     identity
-        Key file for ssh.
+        Private key file for ssh.
     dry_run
-        Ask the machine what it is and say what would be done.
+        Query the machine and print what would be done; change nothing.
     """
     from fedhlm_fleet.flash import batch, provision
     from fedhlm_fleet.flash import bundle as bundles

@@ -1,4 +1,4 @@
-"""`fedhlm simulate`: whole fleets in virtual time under faults, each step held against the invariants."""
+"""`fedhlm simulate`: whole fleets under faults in virtual time, with the invariants checked at every step."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ALL: Final = "all"
 LINES_EVERY_S: Final = 60.0
-SHRUNK_MAX: Final = 3  # failing seeds; the others are named only
+SHRUNK_MAX: Final = 3  # failing seeds that are shrunk; the others are only named
 
 
 def simulate(
@@ -46,48 +46,49 @@ def simulate(
     jobs: Positive = 1,
     json: Path | None = None,
 ) -> int:
-    """Run whole fleets on toy models in virtual time, and check every message and token.
+    """Simulate whole fleets of toy models in virtual time, and check every message and token.
 
-    A seed decides everything: prompts, faults, and every message's fate. Exit status 1 when an invariant does not hold; the
-    failing run is saved as a trace.
+    The seed decides everything: prompts, faults, and the fate of every message. Exit code 1: an invariant was violated;
+    the failing run is saved as a trace.
 
     Parameters
     ----------
     agents
-        Devices, dealt out to the clusters in turn.
+        Number of agents, assigned to the clusters in turn.
     clusters
-        Clusters, each with an edge.
+        Number of clusters, each with one edge.
     preset
-        Presets, separated by commas, or "all"; they take turns with the seeds.
+        Presets, separated by commas, or "all"; the seeds use them in turn.
     link
-        Profile of each agent's link: lan, lora-like, lte, nb-iot, satellite, wifi or a .toml file; several take turns, "all" too.
+        Profiles of the agents' links, separated by commas: lan, lora-like, lte, nb-iot, satellite, wifi, a .toml file,
+        or "all"; the seeds use them in turn.
     upstream
         Profile of each edge's link to the cloud.
     faults
-        Kinds separated by commas, each with =AMOUNT or without: drop, duplicate, reorder, spikes, partition, crash, crash-disk,
-        skew, slow, full; or "all" or "none".
+        Kinds of faults, separated by commas, each optionally with =AMOUNT: drop, duplicate, reorder, spikes, partition,
+        crash, crash-disk, skew, slow, full; or "all" or "none".
     seeds
-        One seed, or A..B with both ends.
+        One seed, or A..B, both included.
     prompts
-        Prompts of each agent.
+        Prompts per agent.
     tokens
-        Tokens of each prompt.
+        Tokens per prompt.
     temperature
-        Of all texts.
+        Temperature of all texts.
     deadline
         Seconds of virtual time after which tokens are committed unverified.
     set
-        KEY=VALUE of a setting over the preset's; may be given again and again.
+        Setting KEY=VALUE that overrides the preset; may be given several times.
     shrink
-        Look for the smallest schedule that fails the same way.
+        Search for the smallest schedule that fails in the same way.
     out
         Folder for the traces of failing seeds.
     again
-        Run the scenario saved in this trace, and nothing else.
+        Run only the scenario that is saved in this trace.
     jobs
-        Processes.
+        Number of parallel processes.
     json
-        File for the figures.
+        JSON file to write the figures to.
     """
     from rich.console import Console
 
@@ -147,7 +148,7 @@ def _sweep(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Parts warn of what faults do to them; here that is what they are there for."""
+    """Silence the logs: the parts warn about the faults, which are injected on purpose."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -158,7 +159,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _shown(ended: "Iterator[SeedDone]", count: int, console: "Console") -> "Iterator[Iterator[SeedDone]]":
-    """A bar on a terminal, a line now and then elsewhere."""
+    """Show a bar on a terminal, an occasional line elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     with Progress(
@@ -180,7 +181,7 @@ def _shown(ended: "Iterator[SeedDone]", count: int, console: "Console") -> "Iter
 
 
 def _tell(plan: "SweepPlan", failure: "Failure", console: "Console", out: Path, *, shrinks: bool) -> None:
-    """Say how a seed failed, make it small if wished, and save it."""
+    """Print how a seed failed, shrink its schedule on request, and save it."""
     from fedhlm_lab.sim.shrink import shrink
 
     scenario, violation = plan.scenario(failure.seed), failure.violation

@@ -1,4 +1,4 @@
-"""`fedhlm status`: who is on the bus."""
+"""`fedhlm status`: the parts on a broker."""
 
 import asyncio
 import secrets
@@ -27,13 +27,14 @@ def status(
 ) -> int:
     """Show which parts are on a broker, their software and models, and whether they reach one another.
 
-    The connection's other keys are flags too: --broker.ca ca.pem. Exit status 1 says that a part is offline or lacks a link.
-    A cluster's broker knows its edge and agents, the cloud's broker the cloud.
+    The broker of a cluster knows its edge and agents; the broker of the cloud knows the cloud.
+    The other broker keys are flags too: --broker.ca ca.pem.
+    Exit code 1: a part is missing, offline, out of reach, or of another version.
 
     Parameters
     ----------
     broker
-        URL of the broker, as broker.url.
+        URL of the broker; sets broker.url.
     json
         Print one JSON object instead of text.
     config
@@ -75,7 +76,7 @@ def _table(found: "Sequence[PartStatus]") -> "Table":
 
 
 def age(seconds: float) -> str:
-    """A span in its largest whole unit: 5 s, 3 min, 2 h, 4 d."""
+    """Format a time span in its largest whole unit: 5 s, 3 min, 2 h, 4 d."""
     for unit, size_s in (("d", _DAY_S), ("h", 3_600.0), ("min", 60.0)):
         if seconds >= size_s:
             return f"{seconds / size_s:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""`fedhlm trace`: look into recordings, count what they cost, cut, merge, export and import them."""
+"""`fedhlm trace`: show, count, cut, merge, export and import recordings."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedhlm_traces.edit import Selection
     from fedhlm_traces.file import Header, Record, Trace
 
-app = App(name="trace", help="Look into recordings, count, cut, merge, export and import them.")
+app = App(name="trace", help="Show, count, cut, merge, export and import recordings.")
 
 From = Annotated[Moment, Parameter(name="--from", show_default=False)]
 Hyphen = Annotated[Path, Parameter(allow_leading_hyphen=True)]
@@ -39,30 +39,30 @@ def show(
     limit: Positive | None = None,
     root: str | None = None,
 ) -> int:
-    """Print a line for every message or, with --story, for every token that was generated.
+    """Print a line for each message or, with --story, for each generated token.
 
     Parameters
     ----------
     file
-        Recording; its further parts follow by themselves.
+        Recording; the further files of a rotated one are found automatically.
     topics
         Subscription filters, with or without the root; by default all topics.
     from_
-        Second of the recording to begin at.
+        Second of the recording at which to begin.
     until
-        Second of the recording to end before.
+        Second of the recording before which to end.
     agent
-        What this agent sent, got or was spoken of in.
+        Only messages that this agent sent or received, or that mention it.
     request
-        What belongs to this request.
+        Only messages that belong to this request.
     story
-        Tell of each token who drafted it, how doubtful it was, who settled it and after what time.
+        For each token, print who drafted it, its doubt, who settled it and after what time.
     tokenizer
-        Folder with the tokenizer.json of the recorded models; by default the shipped one where it is theirs.
+        Folder with the tokenizer.json of the recorded models; by default the shipped one, if the models use it.
     limit
-        Most messages, or with --story requests, to print.
+        Maximum number of messages, or with --story of requests, to print.
     root
-        First levels of the topics, where the recording names others.
+        First levels of the topics, if they differ from those that the recording names.
     """
     from fedhlm_fleet.commands.trace_show import belonging, messages_told, stories_told
 
@@ -90,24 +90,24 @@ def stats(
     json: Flag = False,
     root: str | None = None,
 ) -> int:
-    """Count messages and bytes by topic, cluster and agent, and what a generated token cost.
+    """Count messages and bytes by topic, cluster and agent, and print the cost of a generated token.
 
     Parameters
     ----------
     file
-        Recording; its further parts follow by themselves.
+        Recording; the further files of a rotated one are found automatically.
     topics
         Subscription filters, with or without the root; by default all topics.
     from_
-        Second of the recording to begin at.
+        Second of the recording at which to begin.
     until
-        Second of the recording to end before.
+        Second of the recording before which to end.
     agent
-        What this agent sent, got or was spoken of in.
+        Only messages that this agent sent or received, or that mention it.
     json
-        Print JSON.
+        Print one JSON object instead of text.
     root
-        First levels of the topics, where the recording names others.
+        First levels of the topics, if they differ from those that the recording names.
     """
     import msgspec
 
@@ -137,22 +137,22 @@ def cut(
     until: Seconds | None = None,
     agent: str = "",
 ) -> int:
-    """Write a part of a recording to a new one; times stay as they are.
+    """Write a part of a recording to a new file; the times stay as they are.
 
     Parameters
     ----------
     file
         Recording.
     out
-        File to write; an existing one is refused.
+        File to write; it must not exist yet.
     topics
         Subscription filters, with or without the root; by default all topics.
     from_
-        Second of the recording to begin at.
+        Second of the recording at which to begin.
     until
-        Second of the recording to end before.
+        Second of the recording before which to end.
     agent
-        What this agent sent, got or was spoken of in.
+        Only messages that this agent sent or received, or that mention it.
     """
     from fedhlm_traces import edit
     from fedhlm_traces.file import read
@@ -166,12 +166,12 @@ def cut(
 
 @app.command
 def merge(*files: Path) -> int:
-    """Write recordings of one root as one, in order of time: A B ... OUT.
+    """Merge recordings that have the same root into one, in order of time: A B ... OUT.
 
     Parameters
     ----------
     files
-        Recordings and, last, the file to write; an existing one is refused.
+        Recordings and, last, the file to write, which must not exist yet.
     """
     from fedhlm_traces import edit
 
@@ -198,7 +198,7 @@ def export(
     agent: str = "",
     root: str | None = None,
 ) -> int:
-    """Print a recording as JSON lines with all fields of all messages, or as CSV with a row a message.
+    """Export a recording as JSON lines with all fields of all messages, or as CSV with one row per message.
 
     Parameters
     ----------
@@ -207,17 +207,17 @@ def export(
     format
         jsonl keeps everything; csv has the fields that fit in a table.
     out
-        File to write; an existing one is refused. By default the standard output.
+        File to write; it must not exist yet. By default standard output.
     topics
         Subscription filters, with or without the root; by default all topics.
     from_
-        Second of the recording to begin at.
+        Second of the recording at which to begin.
     until
-        Second of the recording to end before.
+        Second of the recording before which to end.
     agent
-        What this agent sent, got or was spoken of in.
+        Only messages that this agent sent or received, or that mention it.
     root
-        First levels of the topics, where the recording names others.
+        First levels of the topics, if they differ from those that the recording names.
     """
     from fedhlm_traces.decoded import protocol_of
     from fedhlm_traces.export import FORMATS
@@ -240,18 +240,18 @@ def export(
 
 @app.command(name="import")
 def import_(plain: Hyphen, out: Path, *, root: str | None = None, lossy: Flag = False) -> int:
-    """Make a recording of the output of mosquitto_sub -F '%j' or %J, or of the lossless format in docs/traces.md.
+    """Import the output of mosquitto_sub -F '%j' or %J, or the lossless format of docs/traces.md, as a recording.
 
     Parameters
     ----------
     plain
-        File with a line of JSON for every message; - is the standard input.
+        File with one line of JSON per message; - for standard input.
     out
-        File to write; an existing one is refused.
+        File to write; it must not exist yet.
     root
-        First levels of the topics; by default found out from the messages.
+        First levels of the topics; by default derived from the messages.
     lossy
-        Take what is left of payloads that mosquitto_sub cut or rewrote.
+        Keep the remains of payloads that mosquitto_sub cut or rewrote.
     """
     from fedhlm_traces.edit import save
     from fedhlm_traces.mosquitto import LineTally, lines_of, recording, records
@@ -298,12 +298,12 @@ def _selected(
 
 
 def _note_lost(trace: "Trace") -> None:
-    """Say what an unclean end has cost."""
+    """Print how much of a recording was lost because it did not end cleanly."""
     if trace.lost_bytes:
         what = f"{trace.paths[0]}: {trace.lost_bytes:,} bytes hold no whole frame, their messages are lost"
         print(f"fedhlm: {what}", file=sys.stderr)
 
 
 def _say(line: str) -> None:
-    """Print a line; what others have put into names and texts must not steer a terminal."""
+    """Print a line without control characters, so that names and texts from others cannot control the terminal."""
     print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))

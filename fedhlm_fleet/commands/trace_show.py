@@ -1,4 +1,4 @@
-"""What `fedhlm trace show` prints: groups of lines, one for a message or a story each."""
+"""The output of `fedhlm trace show`: one group of lines for each message or story."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +23,7 @@ _TOPIC_WIDTH: Final = 34
 def messages_told(
     records: Iterable[Record], header: Header, wanted: Callable[[Seen], bool]
 ) -> Iterator[tuple[str, ...]]:
-    """Of every message that is wanted when, where, what, how large, and what it says."""
+    """Yield a line for each wanted message: time, topic, kind, size and content."""
     vocabularies = Vocabularies(header)
     for record in records:
         seen = look(record, header.root)
@@ -39,10 +39,10 @@ def messages_told(
 
 
 def belonging(trace: Trace, header: Header, request: str) -> Callable[[Seen], bool]:
-    """Whether a message belongs to a request ("": to any), found out by reading the recording once before.
+    """Return a predicate: does a message belong to this request ("": any request)? Reads the recording once.
 
     Raises:
-        TraceError: no such request.
+        TraceError: the recording has no such request.
     """
     if not request:
         return lambda _: True
@@ -61,10 +61,10 @@ def _no_request(request: str) -> TraceError:
 def stories_told(
     records: Iterable[Record], header: Header, agent: str, request: str, tokenizer: Path | None
 ) -> Iterator[tuple[str, ...]]:
-    """The stories of an agent's requests, or of the one named; "" for all.
+    """Yield the stories of an agent's requests, or of one request; "" stands for all.
 
     Raises:
-        TraceError: no such request, or a tokenizer that cannot be read.
+        TraceError: the recording has no such request, or the tokenizer cannot be read.
     """
     builder = Stories(header)
     text = _Texts(builder.vocabularies.fingerprints, tokenizer)
@@ -84,7 +84,7 @@ def stories_told(
 
 
 class _Texts:
-    """Texts of token ids: of the given tokenizer, else of the shipped one for the agents that use the same."""
+    """Texts of token ids, from the given tokenizer, or else from the shipped one for agents that use it."""
 
     def __init__(self, fingerprints: Mapping[str, Fingerprint], folder: Path | None) -> None:
         self._fingerprints = fingerprints
@@ -100,7 +100,7 @@ class _Texts:
             print(f"fedhlm: token ids only: {exc}", file=sys.stderr)
 
     def of(self, agent: str) -> Text:
-        """The texts of an agent's tokens."""
+        """Return the function that gives the texts of an agent's tokens."""
         fingerprint = self._fingerprints.get(agent)
         same = fingerprint is not None and fingerprint.tokenizer == self._digest
         return self._text if self._given or same else no_text

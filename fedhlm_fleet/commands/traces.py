@@ -1,4 +1,4 @@
-"""`fedhlm record` and `fedhlm replay`: flags, signals, what is shown meanwhile and the figures at the end."""
+"""`fedhlm record` and `fedhlm replay`: flags, signals, progress, and the figures at the end."""
 
 import asyncio
 import contextlib
@@ -37,25 +37,25 @@ def record(
     rotate: str | None = None,
     config: Path | None = None,
 ) -> int:
-    """Record the bus: every message with its time, QoS and properties, until a signal or for a time.
+    """Record every message on the bus with its time, QoS and properties, for a time or until a signal.
 
-    The connection's other keys are flags too: --broker.ca ca.pem --broker.username me (the password comes from
-    FEDHLM_BROKER__PASSWORD or the file). Exit status 1 says that messages were dropped.
+    The other broker keys are flags too: --broker.ca ca.pem --broker.username me (the password comes from
+    FEDHLM_BROKER__PASSWORD or the file). Exit code 1: messages were dropped.
 
     Parameters
     ----------
     out
-        File to write; an existing one is refused.
+        File to write; it must not exist yet.
     broker
-        URL of the broker, as broker.url.
+        URL of the broker; sets broker.url.
     topics
         Subscription filters; by default everything under the root.
     duration
         Seconds to record; by default until SIGINT or SIGTERM.
     root
-        First levels of all topics, as broker.root.
+        First levels of all topics; sets broker.root.
     rotate
-        Size from which a new file is begun (100MB): NAME.0001.EXT and so on.
+        File size (100MB) at which a new file begins: NAME.0001.EXT and so on.
     config
         TOML file.
     """
@@ -65,7 +65,7 @@ def record(
     from fedhlm_traces.record import record as run
 
     section = loaded.config.broker
-    # What the preset says of generations has nothing to do with a recording.
+    # The preset's settings concern generations, not the recording.
     chosen = {key: value for key, value, source in loaded.rows() if not source.startswith(("default", "preset"))}
     with watching_record() as show:
         summary = asyncio.run(
@@ -101,32 +101,32 @@ def replay(
     update: Path | None = None,
     config: Path | None = None,
 ) -> int:
-    """Publish a recording again, at its own pace; or decide it again and compare.
+    """Publish a recording again at its own pace; or, with --check, replay its inputs through today's code and compare.
 
-    Retained messages are published retained, as recorded, and stay on the broker.
+    Retained messages are published as retained messages, and stay on the broker.
 
     Parameters
     ----------
     file
-        Recording; its further parts follow by themselves.
+        Recording; the further files of a rotated one are found automatically.
     broker
-        URL of the broker, as broker.url.
+        URL of the broker; sets broker.url.
     speed
-        1 is the recorded pace, 10 ten times as fast, max as fast as the broker takes it.
+        1 for the recorded pace, 10 for ten times as fast, max for as fast as the broker allows.
     topics
         Subscription filters; by default all topics.
     rebase_time
-        Stamp the messages as sent now; deadlines are spans and count from there.
+        Set the sending times of the messages to now; deadlines, which are time spans, count from there.
     rename
-        New names: cluster=home:barn agent=porch:attic, in topics and messages.
+        New names in topics and messages: cluster=home:barn agent=porch:attic.
     loop
-        Begin again at the end, until a signal.
+        Start again at the end, until a signal.
     from_
-        Second of the recording to begin at.
+        Second of the recording at which to begin.
     until
-        Second of the recording to end before.
+        Second of the recording before which to end.
     check
-        Needs no broker: feed the recorded inputs to this part's decisions, and exit with 1 where they differ.
+        Replay the recorded inputs through this part's code, without a broker, and exit with 1 if a decision differs.
     update
         With --check, write the recording with today's decisions to this file.
     config
@@ -177,10 +177,10 @@ def replay(
 
 
 def parse_size(text: str) -> int:
-    """`100MB`, `1.5 GB`, `4096`: bytes, in powers of 1000.
+    """Parse a size such as `100MB`, `1.5 GB` or `4096` into bytes; units are powers of 1000.
 
     Raises:
-        TraceError: no size, or none of at least one byte.
+        TraceError: the text is not a size, or the size is below one byte.
     """
     matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
     size = int(float(matched[1]) * _UNITS[matched[2]]) if matched else 0
@@ -190,10 +190,10 @@ def parse_size(text: str) -> int:
 
 
 def parse_speed(text: str) -> float:
-    """A factor; infinite for `max`.
+    """Parse a speed factor; `max` is infinite.
 
     Raises:
-        TraceError: neither.
+        TraceError: the text is neither `max` nor a finite number above 0.
     """
     if text == "max":
         return math.inf
@@ -220,7 +220,7 @@ def _loaded(keys: tuple[str, ...], file: Path | None, broker: str | None, root: 
 
 
 async def _until_signal(work: Callable[[asyncio.Event], Awaitable[_T]], duration_s: float | None = None) -> _T:
-    """Run `work` with an event that SIGINT, SIGTERM or the end of the duration sets."""
+    """Run `work` with an event that is set by SIGINT, by SIGTERM, or at the end of the duration."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -232,7 +232,7 @@ async def _until_signal(work: Callable[[asyncio.Event], Awaitable[_T]], duration
 
 
 def _extent(records: "Iterable[Record]") -> tuple[float, int]:
-    """The last moment in seconds, and how many there are."""
+    """Return the time of the last record in seconds, and the number of records."""
     end_s, count = 0.0, 0
     for entry in records:
         end_s = max(end_s, entry.at_s)

@@ -1,4 +1,7 @@
-"""What `fedhlm record` and `fedhlm replay` show: a line or bar that moves on a terminal, lines now and then elsewhere, figures."""
+"""Progress and final figures of `fedhlm record`, `fedhlm replay` and the studies.
+
+Progress is a live line or bar on a terminal, and an occasional line elsewhere.
+"""
 
 import contextlib
 import time
@@ -19,7 +22,7 @@ _REDRAW_EVERY_S: Final = 0.1
 
 
 class _Pace:
-    """Lets something happen no more often than every so many seconds."""
+    """Limits an action to once in `every_s` seconds."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s, self._last_s = every_s, time.monotonic()
@@ -34,7 +37,7 @@ class _Pace:
 
 @contextlib.contextmanager
 def watching_study(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar over `total` things that end one by one; lines now and then where there is no terminal. On stderr."""
+    """Show on stderr how many of `total` items are done: a bar on a terminal, an occasional line elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         pace, count = _Pace(_LINE_EVERY_S), 0
@@ -55,7 +58,7 @@ def watching_study(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def watching_record() -> Iterator[Callable[[Summary], None]]:
-    """A line that moves on a terminal, one now and then elsewhere."""
+    """Show the progress of a recording: a live line on a terminal, an occasional line elsewhere."""
     console = Console()
 
     def line(summary: Summary) -> str:
@@ -81,7 +84,7 @@ def watching_record() -> Iterator[Callable[[Summary], None]]:
 
 @contextlib.contextmanager
 def watching_replay(count: int, *, loop: bool) -> Iterator[Callable[[Played], None]]:
-    """A bar on a terminal, a line now and then elsewhere; `count` messages are one turn."""
+    """Show the progress of a replay, of which one turn has `count` messages: a bar on a terminal, lines elsewhere."""
     console = Console()
     pace = _Pace(_REDRAW_EVERY_S if console.is_terminal else _LINE_EVERY_S)
 
@@ -144,7 +147,7 @@ def told_replay(played: Played, count: int, end_s: float, lost_bytes: int, *, pa
 
 
 def told_bytes(count: int) -> str:
-    """A number of bytes for people: 1.2 MB."""
+    """Format a number of bytes for people: 1.2 MB."""
     size = float(count)
     for unit in ("B", "kB", "MB"):
         if size < 1_000.0:

@@ -1,1 +1,1 @@
-"""Recordings of the bus: the file, recording, replaying, telling what happened, and deciding it all again."""
+"""Recordings of the bus: file format, recording, replay, statistics, stories and checks."""

@@ -1,6 +1,6 @@
-"""One record as a person or a program wants to see it: its row of the topic table, its message, and what that says in a few words.
+"""Decode a record: its row of the topic table, its message, and a one-line summary.
 
-Pure; a payload that is no message of its topic is no error here but a fact: `Seen.error` holds the reason.
+The functions are pure. A payload that does not decode is not an error here: `Seen.error` holds the reason.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,11 +16,15 @@ from fedhlm.protocol.topics import Topic
 from fedhlm_traces.file import Header, Record
 
 GIST_CHARS: Final = 160
-_PATIENCE_S: Final = 1.0  # an expiry of any length takes the same bytes
+_PATIENCE_S: Final = 1.0  # the length of the expiry does not change its size
 
 
 class Seen(NamedTuple):
-    """A record with what it is. `topic` is None for a name that is not ours, `message` where `error` says why there is none."""
+    """A decoded record.
+
+    `topic` is None when the topic is not in our table. `message` is None when the payload was refused; `error` says
+    why.
+    """
 
     record: Record
     topic: Topic | None
@@ -30,24 +34,24 @@ class Seen(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The message's type, or what takes its place."""
+        """The message's type, or "foreign" or "refused" without a message."""
         if self.message is not None:
             return type(self.message).__name__
         return "foreign" if self.topic is None else "refused"
 
     @property
     def cluster(self) -> str:
-        """The topic's cluster, "" without one."""
+        """The cluster in the topic, or ""."""
         return self.levels.get("cluster", "")
 
     @property
     def agent(self) -> str:
-        """The topic's agent, "" without one."""
+        """The agent in the topic, or ""."""
         return self.levels.get("agent", "")
 
     @property
     def agents(self) -> frozenset[str]:
-        """All agents that the message is from, for or about."""
+        """All agents that sent the message, receive it, or appear in it."""
         found = {self.agent, self.message.sender if self.message is not None else ""}
         if isinstance(self.message, messages.EscalationBatch | messages.VerdictBatch):
             found |= {item.agent for item in self.message.items}
@@ -60,7 +64,7 @@ def _lookup(name: str, root: str) -> tuple[Topic, dict[str, str]] | None:
 
 
 def look(record: Record, root: str) -> Seen:
-    """Decode a record as the parts would: by its topic's row, and from no other sender than the topic's."""
+    """Decode a record as a part would: check its topic, its payload and, on an agent's topic, the sender."""
     found = _lookup(record.topic, root)
     if found is None:
         return Seen(record, None, {}, None, f"not a topic of {root}")
@@ -76,9 +80,10 @@ def look(record: Record, root: str) -> Seen:
 
 
 def wire_bytes(seen: Seen, protocol: ProtocolVersion = "5") -> int:
-    """Size of the PUBLISH packet as its sender sent it.
+    """Size in bytes of the PUBLISH packet as its sender sent it.
 
-    What is ours has the QoS of its row whatever the recorder subscribed with, and of ours escalations alone expire.
+    Topics of our table have the QoS of their row, whatever QoS the recorder subscribed with. Of our messages only
+    escalations carry an expiry.
     """
     record, ours = seen.record, seen.topic is not None
     qos = seen.topic.qos if seen.topic is not None else record.qos
@@ -97,9 +102,10 @@ def wire_bytes(seen: Seen, protocol: ProtocolVersion = "5") -> int:
 
 
 def protocol_of(records: Iterable[Record], header: Header) -> ProtocolVersion:
-    """The MQTT version of a recording: the header's fact "protocol", else what its first escalation shows.
+    """Return the MQTT version of a recording: the header's fact "protocol", or what its first escalation shows.
 
-    Under MQTT 5 escalations expire, and a recording of a broker (its source is a URL) has their properties.
+    Under MQTT 5 an escalation carries an expiry. Only recordings of a broker (the source is a URL) keep such
+    properties.
     """
     known = header.facts.get("protocol")
     if known in ("5", "3.1.1"):
@@ -113,13 +119,13 @@ def protocol_of(records: Iterable[Record], header: Header) -> ProtocolVersion:
 
 
 class Vocabularies:
-    """Vocabulary sizes by agent, from the header's fingerprints and from the messages that pass by."""
+    """Vocabulary sizes by agent, learnt from the header's fingerprints and from later messages."""
 
     def __init__(self, header: Header) -> None:
         self.fingerprints: dict[str, Fingerprint] = dict(header.fingerprints)
 
     def learn(self, seen: Seen) -> None:
-        """Take note of fingerprints that a message carries."""
+        """Remember the fingerprints that a message carries."""
         match seen.message:
             case messages.Presence(sender=sender, fingerprint=Fingerprint() as fingerprint):
                 self.fingerprints[sender] = fingerprint
@@ -131,15 +137,15 @@ class Vocabularies:
                         self.fingerprints[item.agent] = item.escalation.prime.fingerprint
 
     def of(self, agent: str) -> int | None:
-        """An agent's vocabulary size; None while nothing tells."""
+        """An agent's vocabulary size, or None while it is unknown."""
         fingerprint = self.fingerprints.get(agent)
         if fingerprint is None and len({f.vocab_size for f in self.fingerprints.values()}) == 1:
-            fingerprint = next(iter(self.fingerprints.values()))  # a fleet shares its vocabulary
+            fingerprint = next(iter(self.fingerprints.values()))  # all agents share one vocabulary
         return None if fingerprint is None else fingerprint.vocab_size
 
 
 def unpacked_ids(data: bytes, vocab_size: int | None) -> list[int] | None:
-    """Token ids of a message; None where the vocabulary is not known or does not fit."""
+    """Unpack the token ids of a message; None if the vocabulary is unknown or does not fit."""
     if vocab_size is None:
         return None
     try:
@@ -149,7 +155,7 @@ def unpacked_ids(data: bytes, vocab_size: int | None) -> list[int] | None:
 
 
 def gist(seen: Seen, vocab_size: int | None = None) -> str:
-    """What a message says, on one line of at most about GIST_CHARS characters, without raw bytes."""
+    """Summarise a message on one line of at most GIST_CHARS characters, without raw bytes."""
     if seen.message is None:
         return _short(seen.error)
     say = GISTS.get(type(seen.message))
@@ -252,6 +258,6 @@ GISTS: Final[dict[type[Any], Callable[[Any, int | None], str]]] = {
 
 
 def number(value: float) -> str:
-    """A number in 0..1 as people write it in a sentence: .41, 1, 0."""
+    """Format a number in 0..1 for a sentence: .41, 1, 0."""
     text = f"{value:.2f}".rstrip("0").rstrip(".") or "0"
     return text[1:] if text.startswith("0.") else text

@@ -1,7 +1,7 @@
-"""Parts of recordings and recordings of parts: what a selection keeps, and several recordings as one in order of time.
+"""Cut a part out of a recording, and merge several recordings in order of time.
 
-Pure over streams of records but for `save`, which writes a new file or none at all. Times of records stay as they are in a cut, so
-that cuts of one recording merge to it again.
+The functions are pure over streams of records, except `save`, which writes a new file or none. A cut keeps the times
+of its records, so the cuts of one recording merge to it again.
 """
 
 import heapq
@@ -21,9 +21,11 @@ _EVER: Final = float("inf")
 
 
 class Selection(NamedTuple):
-    """From `from_s` on and before `until_s` (seconds of the recording), on one of the filters, of, for or about `agent`.
+    """Selects records by time, topic and agent.
 
-    Empty filters and an empty agent keep all.
+    `from_s` is included and `until_s` excluded, in seconds of the recording. A record must match one of the filters.
+    `agent` must have sent the message, receive it, or appear in it. Empty filters and an empty agent select
+    everything.
     """
 
     from_s: float = 0.0
@@ -32,7 +34,7 @@ class Selection(NamedTuple):
     agent: str = ""
 
     def checked(self) -> "Selection":
-        """The same.
+        """Return the selection itself if it is valid.
 
         Raises:
             TraceError: a malformed filter, or no time between the ends.
@@ -47,7 +49,7 @@ class Selection(NamedTuple):
         return self
 
     def of(self, records: Iterable[Record], root: str) -> Iterator[Record]:
-        """The records that it keeps. A filter may leave the root out: `c/#` for `fedhlm/1/c/#`."""
+        """Yield the selected records. A filter may omit the root: `c/#` for `fedhlm/1/c/#`."""
         plain = [share_of(pattern)[1] for pattern in self.filters]
         levels = [levels.split("/") for pattern in plain for levels in (pattern, f"{root}/{pattern}")]
         for record in records:
@@ -61,7 +63,9 @@ class Selection(NamedTuple):
 
 
 def merged_header(headers: Sequence[Header]) -> Header:
-    """One header for several: the earliest time, all filters, sources and fingerprints; facts that differ are kept side by side.
+    """Join headers: the earliest time, and all filters, sources and fingerprints.
+
+    A fact that differs keeps all its values.
 
     Raises:
         TraceError: formats, schemas or roots differ, or there is no header.
@@ -90,9 +94,9 @@ def merged_header(headers: Sequence[Header]) -> Header:
 
 
 def merged(recordings: Sequence[tuple[Header, Iterable[Record]]]) -> Iterator[Record]:
-    """All records in order of wall time: each recording's own clock, counted from its beginning on the wall's.
+    """Merge records in order of wall time, which is a recording's start plus the time of its record.
 
-    Records of the same moment keep the order of the recordings. Each must be in order of time itself.
+    Records of the same moment keep the order of the recordings. Each recording must be ordered by time.
     """
     created_ms = min((header.created_ms for header, _ in recordings), default=0)
 
@@ -104,7 +108,9 @@ def merged(recordings: Sequence[tuple[Header, Iterable[Record]]]) -> Iterator[Re
 
 
 def save(path: Path, header: Header, records: Iterable[Record]) -> int:
-    """Write a new recording; how many records it has. After an error nothing is left of it.
+    """Write a new recording and return its number of records.
+
+    After an error no file is left.
 
     Raises:
         TraceError: the file exists or cannot be written, or what `records` raises.
@@ -122,7 +128,7 @@ def save(path: Path, header: Header, records: Iterable[Record]) -> int:
 
 
 def cut(trace: Trace, out: Path, selection: Selection) -> int:
-    """Write what the selection keeps; how many records that is.
+    """Write the selected records and return their number.
 
     Raises:
         TraceError: a selection that cannot be, or a file that cannot be written.
@@ -131,7 +137,7 @@ def cut(trace: Trace, out: Path, selection: Selection) -> int:
 
 
 def merge(paths: Sequence[Path], out: Path) -> tuple[int, list[Trace]]:
-    """Write several recordings as one; how many records that is, and what was read.
+    """Write several recordings as one; return the number of records and the recordings read.
 
     Raises:
         TraceError: recordings that do not go together, or a file that cannot be read or written.

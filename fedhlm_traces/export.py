@@ -1,7 +1,7 @@
-"""A recording for other programs: JSON lines with every field of every message under its name, or CSV with a row a message.
+"""Export a recording as JSON lines (every field by its name) or as CSV (one row a message).
 
-Both are streams, a line at a time. In JSON bytes are base64, packed token ids are lists where the vocabulary is known, and numbers
-that JSON lacks are "nan", "inf" and "-inf"; a payload that is no message of ours comes whole as base64 with the reason.
+Both formats are streams of lines. In JSON, bytes are base64, token ids are lists if the vocabulary is known, and
+non-finite numbers are "nan", "inf" and "-inf". A payload that does not decode is base64 with the reason.
 """
 
 import csv
@@ -26,7 +26,7 @@ _PACKED: Final[dict[type[Any], str]] = {Escalation: "ids", Verdict: "ids", Prime
 
 
 def named(value: Any, vocab_size: int | None = None) -> Any:
-    """Structs as dicts of their fields, `_PACKED` ids as lists where that loses nothing, everything else as it is."""
+    """Turn structs into dicts, and `_PACKED` ids into lists where that loses nothing."""
     match value:
         case msgspec.Struct():
             fields = {name: named(getattr(value, name), vocab_size) for name in value.__struct_fields__}
@@ -43,7 +43,10 @@ def named(value: Any, vocab_size: int | None = None) -> Any:
 
 
 def as_json(seen: Seen, vocab_size: int | None) -> bytes:
-    """One line, without its end. `payload` is left out where the message's own encoding gives it again."""
+    """Return one line without its line end.
+
+    `payload` is omitted where encoding the message gives the same bytes.
+    """
     record = seen.record
     line: dict[str, Any] = {
         "at_s": record.at_s,
@@ -68,7 +71,7 @@ def as_json(seen: Seen, vocab_size: int | None) -> bytes:
 
 
 def as_row(seen: Seen, vocab_size: int | None, protocol: ProtocolVersion = "5") -> list[object]:
-    """The values of COLUMNS, "" where a message has no such field."""
+    """The values of COLUMNS; "" where a message lacks the field."""
     record = seen.record
     values: dict[str, object] = {name: getattr(seen.message, name, "") for name in _OF_MESSAGE}
     values |= {
@@ -89,13 +92,13 @@ def as_row(seen: Seen, vocab_size: int | None, protocol: ProtocolVersion = "5") 
 
 
 def json_lines(records: Iterable[Record], header: Header, _protocol: ProtocolVersion = "5") -> Iterator[str]:
-    """Lines with their ends."""
+    """JSON lines with line ends."""
     for seen, vocab_size in _seen(records, header):
         yield as_json(seen, vocab_size).decode() + "\n"
 
 
 def csv_lines(records: Iterable[Record], header: Header, protocol: ProtocolVersion = "5") -> Iterator[str]:
-    """Lines with their ends, the names of the columns first."""
+    """CSV lines with line ends; the first line names the columns."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -116,6 +119,6 @@ def _seen(records: Iterable[Record], header: Header) -> Iterator[tuple[Seen, int
 
 
 Format = Callable[[Iterable[Record], Header, ProtocolVersion], Iterator[str]]
-"""From records, their header and the MQTT version (`fedhlm_traces.decoded.protocol_of`) to lines with their ends."""
+"""Turns records, header and MQTT version (`fedhlm_traces.decoded.protocol_of`) into lines with line ends."""
 
 FORMATS: Final[dict[str, Format]] = {"jsonl": json_lines, "csv": csv_lines}

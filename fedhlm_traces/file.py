@@ -1,7 +1,8 @@
-"""The file of a recording: complete zstd frames one after the other, each holding msgpack objects, the header first.
+"""The file of a recording: a sequence of complete zstd frames that hold msgpack objects, the header first.
 
-Every flush is one frame, appended in one write and never touched again, so a file that ends anywhere loses no more than its last
-frame. A recording may go on in further parts (`part_path`), each with its own header; memory is bounded by MAX_FRAME_BYTES.
+A flush appends one frame in one write and never changes it again. A truncated file therefore loses at most its last
+frame. A recording may continue in further parts (`part_path`), each with its own header; MAX_FRAME_BYTES bounds the
+memory.
 """
 
 import contextlib
@@ -28,8 +29,8 @@ FORMAT: Final = "fedhlm-trace/1"
 FLUSH_BYTES: Final = 256 * 1024
 FLUSH_S: Final = 0.5
 SYNC_S: Final = 1.0
-# Twice the largest message of ours: a larger record is refused when it is written, a larger frame when it is read.
-_MODE: Final = 0o600  # a recording holds all that was asked and written
+# Twice the largest message of ours. Larger records are refused on writing, larger frames on reading.
+_MODE: Final = 0o600  # only the owner may read prompts and outputs
 MAX_RECORD_BYTES: Final = 32 * 1024 * 1024
 MAX_FRAME_BYTES: Final = MAX_RECORD_BYTES + FLUSH_BYTES
 
@@ -39,8 +40,9 @@ Direction = Literal["up", "down", "side", ""]
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     """What was recorded, where and by what. `part` counts the files of one recording from 0.
 
-    `source` is a broker's URL without password, "simulator", "mosquitto_sub" or the like; `fingerprints` go by sender, from the
-    Presence messages seen before the header was written; `facts` hold the configuration or scenario that made it.
+    `source` is a broker's URL without password, or a word such as "simulator" or "mosquitto_sub". `fingerprints` are
+    keyed by sender and come from the Presence messages seen before the header was written. `facts` hold the
+    configuration or scenario.
     """
 
     format: str = FORMAT
@@ -56,9 +58,10 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True):
-    """One message. `at_s` is monotonic and counts from the recording's beginning; `direction` is that of `direction_of`.
+    """One message. `at_s` is monotonic time since the recording began; see `direction_of` for `direction`.
 
-    `properties` are those of MQTT 5: expiry_s, content_type, response_topic, correlation_data, payload_format and user.
+    `properties` are those of MQTT 5: expiry_s, content_type, response_topic, correlation_data, payload_format and
+    user.
     """
 
     at_s: float
@@ -76,9 +79,9 @@ _RANKS: Final[dict[topics.Role, int]] = {"agent": 0, "edge": 1, "cloud": 2, "cli
 
 @lru_cache(maxsize=4_096)
 def direction_of(name: str, root: str = topics.DEFAULT_ROOT) -> Direction:
-    """Where a topic's messages go: "up" towards cloud or client, "down" towards the devices, "side" between equals, "" if not ours.
+    """Direction of a topic: "up" to cloud or client, "down" to devices, "side" between equals, "" if foreign.
 
-    Of several readers the first one of the topic's row counts, it is the one that the message is for.
+    If the topic's row names several readers, the first one counts: the message is meant for it.
     """
     found = topics.lookup(name, root)
     if found is None:
@@ -93,10 +96,10 @@ def part_path(path: Path, part: int) -> Path:
 
 
 class Writer:
-    """Appends records to a new file. Leaving writes what is buffered, `flush` does at any time.
+    """Appends records to a new file; leaving the context flushes the buffer.
 
-    A new part begins when the current one has `rotate_bytes`. The file is forced to the disk about once a second and at each end
-    of a part. After an error nothing more is written.
+    A new part begins when the current one has `rotate_bytes`. The file is synced to disk about once a second and at
+    the end of each part. After an error nothing more is written.
 
     Raises:
         TraceError: the file exists or cannot be written; a record is too large.
@@ -117,7 +120,7 @@ class Writer:
         self.path: Final = Path(path)
         self.records = 0
         self.payload_bytes = 0
-        self.file_bytes = 0  # of all parts
+        self.file_bytes = 0  # bytes of all parts
         self.parts = 0
         self._header = header
         self._rotate_bytes = rotate_bytes
@@ -140,7 +143,7 @@ class Writer:
         self.close()
 
     def write(self, record: Record) -> None:
-        """Buffer a record; flush when the buffer is full or old."""
+        """Buffer a record, and flush if the buffer is full or old."""
         packed = self._encoder.encode(record)
         if len(packed) > MAX_RECORD_BYTES:
             raise TraceError(f"a record must be at most {MAX_RECORD_BYTES} bytes (got {len(packed)} on {record.topic})")
@@ -157,12 +160,15 @@ class Writer:
             self.flush_if_old()
 
     def flush_if_old(self) -> None:
-        """Flush when the last time was `flush_s` ago; to be called now and then where no record may come for long."""
+        """Flush if the last flush was `flush_s` ago.
+
+        Call it now and then if records may stay away for long.
+        """
         if self._clock_s() - self._flushed_s >= self._flush_s:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is buffered as one frame, in a new part where this one is full."""
+        """Write the buffer as one frame, in a new part if this one is full."""
         self._flushed_s = self._clock_s()
         if self._file is None:
             return
@@ -177,7 +183,7 @@ class Writer:
             self._sync()
 
     def close(self) -> None:
-        """Write what is buffered and end the file; again has no effect."""
+        """Write the buffer and close the file. A second call does nothing."""
         try:
             self.flush()
         finally:
@@ -197,7 +203,10 @@ class Writer:
         self._sync()
 
     def _append(self, content: bytes) -> None:
-        """One frame in one write; what a full disk leaves of a frame is passed over by readers."""
+        """Append one frame in one write.
+
+        If a full disk truncates it, readers skip the rest.
+        """
         frame = memoryview(self._compressor.compress(content))
         with self._guarded() as file:
             while frame:
@@ -220,7 +229,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[int]:
-        """The open file; an error in the block is the end of it."""
+        """The open file; an error inside the block closes it for good."""
         if self._file is None:
             raise TraceError(f"{self.path}: nothing can be written after the end or an error")
         try:
@@ -239,7 +248,7 @@ class Writer:
 
 @contextlib.contextmanager
 def _without_sync() -> Iterator[None]:
-    """Some network disks and pipes know no fsync; that is no reason to stop."""
+    """Some network disks and pipes do not support fsync; continue without it."""
     try:
         yield
     except OSError as exc:
@@ -250,15 +259,15 @@ def _without_sync() -> Iterator[None]:
 class _Part(NamedTuple):
     path: Path
     header: Header
-    begin: int  # first byte after the header's frame
-    lost: int  # bytes after the last whole frame
+    begin: int  # offset of the first byte after the header's frame
+    lost: int  # bytes after the last complete frame
 
 
 class Trace:
-    """A recording that was read. Iterating, as often as wanted, gives the records of all parts in order.
+    """A recording opened for reading. Every iteration yields the records of all parts in order.
 
-    `lost_bytes` is what an unclean end cost, in bytes of the file, 0 when it is clean; it grows when iterating meets a frame whose
-    checksum is wrong, after which the rest of that part is passed over.
+    `lost_bytes` counts the bytes that an unclean end made unreadable, 0 for a clean file. It grows when an iteration
+    meets a frame with a wrong checksum; the rest of that part is skipped.
     """
 
     def __init__(self, parts: tuple[_Part, ...], lost_bytes: int) -> None:
@@ -268,7 +277,7 @@ class Trace:
 
     @property
     def header(self) -> Header:
-        """The first part's."""
+        """The header of the first part."""
         return self._parts[0].header
 
     @property
@@ -278,7 +287,7 @@ class Trace:
 
     @property
     def lost_bytes(self) -> int:
-        """Bytes of all files that hold no whole frame."""
+        """Bytes of all files that belong to no complete frame."""
         return sum(self._lost.values()) + self._lost_elsewhere
 
     def __iter__(self) -> Iterator[Record]:
@@ -300,7 +309,7 @@ class Trace:
 
 
 def read(path: str | Path) -> Trace:
-    """Open a recording: all parts from the first on, or one later part alone.
+    """Open a recording: the first part with all later ones, or one later part alone.
 
     Raises:
         TraceError: no readable file, not a recording, of another format or schema, or a part of another recording.
@@ -315,7 +324,7 @@ def read(path: str | Path) -> Trace:
         try:
             part = _open_part(following)
         except _CutHeader:
-            lost += following.stat().st_size  # killed at the very moment of rotation
+            lost += following.stat().st_size  # the recorder was killed while it began this part
             break
         if part.header != msgspec.structs.replace(first.header, part=len(parts)):
             raise TraceError(f"{following} must be part {len(parts)} of {path} (it belongs to another recording)")
@@ -324,7 +333,7 @@ def read(path: str | Path) -> Trace:
 
 
 class _CutHeader(TraceError):
-    """A file that ends before its header does."""
+    """A file that ends inside its header."""
 
 
 def _open_part(path: Path) -> _Part:
@@ -373,7 +382,7 @@ def _header(content: bytes | None, path: Path) -> Header:
 
 
 def _unpacker(content: bytes) -> Iterator[Any]:
-    limit = len(content) + 1  # 0 would mean the library's own, larger one
+    limit = len(content) + 1  # 0 would mean the library's own larger default
     unpacker: Any = msgpack.Unpacker(max_buffer_size=limit, raw=False, strict_map_key=True)
     unpacker.feed(content)
     yield from unpacker
@@ -382,7 +391,10 @@ def _unpacker(content: bytes) -> Iterator[Any]:
 
 
 def _unpack(content: bytes, place: str) -> Iterator[Record]:
-    """The records of a frame whose checksum was right, so that anything wrong here is another program's doing."""
+    """Unpack the records of a frame whose checksum is right.
+
+    An error here means that another program wrote the frame.
+    """
     try:
         for fields in _unpacker(content):
             yield msgspec.convert(fields, Record)

@@ -1,4 +1,7 @@
-"""Subscription filters that do not overlap: brokers deliver a message once for every filter that covers it."""
+"""Subscription filters that do not overlap.
+
+A broker may deliver a message once for every filter that matches it.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,7 @@ from fedhlm.errors import TraceError
 
 
 def distinct(filters: Sequence[str]) -> tuple[str, ...]:
-    """The filters without those that another one covers, in their order.
+    """Drop filters that another one covers, and keep the order.
 
     Raises:
         TraceError: a malformed filter, or two of which neither covers the other though some topic falls under both.
@@ -31,7 +34,7 @@ def _levels(pattern: str) -> list[str]:
 
 
 def _covers(wide: list[str], narrow: list[str]) -> bool:
-    """Whether every topic of `narrow` is one of `wide`; wildcards do not reach names that begin with `$`."""
+    """Whether `wide` matches every topic of `narrow`; a leading wildcard does not match `$` topics."""
     if narrow[0].startswith("$") and wide[0] in ("+", "#"):
         return False
     for i, level in enumerate(wide):
@@ -43,7 +46,7 @@ def _covers(wide: list[str], narrow: list[str]) -> bool:
 
 
 def _overlap(a: list[str], b: list[str]) -> bool:
-    """Whether some topic falls under both."""
+    """Whether some topic matches both filters."""
     heads = {a[0], b[0]}
     if heads & {"+", "#"} and any(head.startswith("$") for head in heads):
         return False

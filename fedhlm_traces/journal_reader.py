@@ -1,6 +1,7 @@
-"""An agent's journal read for its story: of every committed token the draft that stood there, its doubt, and the gate's decision.
+"""Read an agent's journal for its stories: each committed token's draft, its doubt and the gate's decision.
 
-Pure. A session of which a note is missing is not told at all: half of its decisions would be attributed to the wrong tokens.
+The functions are pure. A session with a missing note is not told at all, because its decisions would be attributed to
+the wrong tokens.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from fedhlm.protocol.messages import Journal, Note
 
 @dataclass
 class ToldGeneration:
-    """A generation as its agent noted it; `drafts` go by index of the generated token, without those that had no draft."""
+    """One generation as its agent noted it.
+
+    `drafts` are keyed by the index of the generated token; tokens without a draft are absent.
+    """
 
     session: int
     prompt_tokens: int
@@ -29,18 +33,18 @@ class JournalReader:
     """Reads the pieces of one agent's journal in order of arrival."""
 
     def __init__(self) -> None:
-        self._next: tuple[int, int] | None = None  # life, number
+        self._next: tuple[int, int] | None = None  # life and number of the next note
         self._told: ToldGeneration | None = None
         self._tail: dict[int, Judged] = {}
         self._count = 0
 
     def read(self, journal: Journal) -> Iterator[ToldGeneration]:
-        """Generations that ended in this piece."""
+        """Return the generations that ended in this piece."""
         place = journal.life, journal.number
         if self._next is not None and self._next[0] == place[0] and place[1] < self._next[1]:
-            return  # a piece that came twice
+            return  # a duplicate
         if place != self._next:
-            self._told = None  # something is missing in between
+            self._told = None  # notes are missing
         self._next = journal.life, journal.number + len(journal.notes)
         for note in journal.notes:
             try:
@@ -75,12 +79,12 @@ class JournalReader:
             if judged is not None:
                 told.drafts[self._count] = judged
                 if judged.token != token.token:
-                    self._tail.clear()  # a rejection: what followed was drafted in vain
+                    self._tail.clear()  # a rejection discards all later drafts
             self._count += 1
 
 
 def _request_of(payload: bytes) -> str:
-    """The request of an output, "" for any other message."""
+    """The request of an output; "" for any other message."""
     try:
         message = messages.decode(payload)
     except ProtocolError:

@@ -1,7 +1,7 @@
-"""Recordings made by `mosquitto_sub`: lines of JSON to records, and an honest count of those that lost bytes on the way.
+"""Read recordings made by `mosquitto_sub`: turn JSON lines into records and count the lines that lost bytes.
 
-`-F %j` and `%J` hold a payload as text: `%j` cuts it at its first zero byte, `%J` cannot hold what is no JSON and leaves an empty
-line. `payloadlen` tells. LOSSLESS is the format that keeps every payload, in hexadecimal.
+`-F %j` and `%J` hold a payload as text. `%j` cuts it at the first zero byte, and `%J` leaves an empty line if it is
+not JSON; `payloadlen` shows both. LOSSLESS is the format that keeps every payload, in hexadecimal.
 """
 
 import json
@@ -37,12 +37,15 @@ _PROPERTIES: Final = {
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object whose names may come twice, as user properties do."""
+    """A JSON object that may repeat names, as user properties do."""
 
 
 @dataclass
 class LineTally:
-    """Lines read. `lossy` lines lost bytes of their payload, of `unreadable` ones nothing is left; the first of both by number."""
+    """Counts the lines read, and remembers the first bad one of each kind.
+
+    `lossy` lines lost bytes of their payload. From `unreadable` lines nothing could be recovered.
+    """
 
     lines: int = 0
     lossy: int = 0
@@ -51,7 +54,7 @@ class LineTally:
 
     @property
     def lost(self) -> int:
-        """Lines that do not give their message as it was."""
+        """Lines that do not give the message as it was sent."""
         return self.lossy + self.unreadable
 
     def __str__(self) -> str:
@@ -62,11 +65,11 @@ class LineTally:
 
 
 class _Unreadable(ValueError):
-    """A line that is no message."""
+    """A line that is not a message."""
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a file without their ends.
+    """Yield the lines of a file without line ends.
 
     Raises:
         TraceError: a line longer than any recorded message's.
@@ -80,9 +83,9 @@ def lines_of(file: BinaryIO) -> Iterator[bytes]:
 
 
 def records(lines: Iterable[bytes], tally: LineTally, *, lossy: bool = False) -> Iterator[Record]:
-    """Records of the lines in order, on the clock of their time stamps; at_s never goes back.
+    """Yield the lines' records in order, on the clock of their time stamps; `at_s` never decreases.
 
-    With `lossy` what is left of a payload is taken, and lines without any are passed over.
+    With `lossy`, damaged payloads are kept as they are and lines without a payload are skipped.
 
     Raises:
         TraceError: at the end, when lines lost bytes and `lossy` is not set.
@@ -93,7 +96,7 @@ def records(lines: Iterable[bytes], tally: LineTally, *, lossy: bool = False) ->
         tally.lines += 1
         try:
             record, whole = _parsed(line)
-        except (ValueError, RecursionError):  # of our own, of the text's encoding, of the JSON or of a number
+        except (ValueError, RecursionError):  # ours, or an error of the encoding, the JSON or a number
             tally.unreadable += 1
         else:
             tally.lossy += not whole
@@ -113,8 +116,8 @@ def records(lines: Iterable[bytes], tally: LineTally, *, lossy: bool = False) ->
 
 
 def _parsed(line: bytes) -> tuple[Record, bool]:
-    """A record with Unix time for at_s, and whether its payload is whole."""
-    # What is no UTF-8 stands in the output of %j as it is, and comes back by the same way.
+    """Return a record with Unix time as `at_s`, and whether its payload is complete."""
+    # %j prints bytes that are not UTF-8 as they are; this decoding restores them.
     text = line.decode("utf-8", "surrogateescape")
     fields = json.loads(text, object_pairs_hook=_Pairs)
     if not isinstance(fields, _Pairs):
@@ -131,7 +134,7 @@ def _parsed(line: bytes) -> tuple[Record, bool]:
 
 
 def _seconds(stamp: object) -> float:
-    """Unix time of `%U`, of `%j` (2026-11-21T06:12:13.956164Z+0000) or of `%I` (the same without fraction)."""
+    """Unix time of `%U`, of `%j` (2026-11-21T06:12:13.956164Z+0000) or of `%I` (the same without a fraction)."""
     if isinstance(stamp, int | float) and 0 <= stamp < 2**33:
         return float(stamp)
     if not isinstance(stamp, str):
@@ -155,13 +158,13 @@ def _payload(given: dict[str, Any], text: str) -> tuple[bytes, bool]:
     if isinstance(value, str):
         payload = value.encode("utf-8", "surrogateescape")
         return payload, len(payload) == expected
-    # %J: JSON inside JSON, written anew by mosquitto_sub; of the same length it is taken for the same.
+    # %J: mosquitto_sub rewrites the payload's JSON. If the length is equal, the payload counts as complete.
     payload = _source_of_payload(text).encode("utf-8", "surrogateescape")
     return payload, len(payload) == expected
 
 
 def _source_of_payload(text: str) -> str:
-    """The payload's own JSON in a line of %J, which comes last, after the properties."""
+    """The payload's own JSON in a line of %J: the last value, after the properties."""
     before = _BEFORE_PROPERTIES.search(text)
     if before is None:
         raise _Unreadable
@@ -187,7 +190,9 @@ def _properties(given: object) -> dict[str, Any]:
 
 
 def recording(found: Iterator[Record], root: str | None) -> tuple[Header, Iterator[Record]]:
-    """A header and the records with their directions. Without `root` it is found out from the messages, if there are any of ours.
+    """Return a header and the records with their directions.
+
+    Without `root` the root is guessed from the messages.
 
     Raises:
         TraceError: there is no record at all, or what the records raise.
@@ -206,7 +211,7 @@ def recording(found: Iterator[Record], root: str | None) -> tuple[Header, Iterat
 
 
 def guess_root(head: Iterable[Record]) -> str:
-    """The root under which a record is a message of its topic; the default where there is none."""
+    """The root under which some record is a message of ours, or the default root."""
     for record in head:
         levels = record.topic.split("/")
         for count in range(1, len(levels)):

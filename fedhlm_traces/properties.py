@@ -1,7 +1,7 @@
-"""MQTT 5 properties of a PUBLISH as a plain dict, for recordings, and back.
+"""Convert the MQTT 5 properties of a PUBLISH to a plain dict and back.
 
-Keys: expiry_s, content_type, response_topic, correlation_data (bytes), payload_format (0 bytes, 1 UTF-8), user (list of pairs).
-What belongs to one connection only (topic alias, subscription identifier) is left out.
+Keys: expiry_s, content_type, response_topic, correlation_data (bytes), payload_format (0 bytes, 1 UTF-8), user (list
+of pairs). Properties of a single connection (topic alias, subscription identifier) are dropped.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _NAMES: Final = {
 
 
 def properties_of(properties: Properties | None) -> dict[str, Any]:
-    """What a delivery carried; nothing under MQTT 3.1.1."""
+    """The properties of a delivery; empty under MQTT 3.1.1."""
     if properties is None or properties.isEmpty():  # type: ignore[no-untyped-call]
         return {}
     found = {ours: getattr(properties, theirs) for theirs, ours in _NAMES.items() if hasattr(properties, theirs)}
@@ -34,7 +34,9 @@ def properties_of(properties: Properties | None) -> dict[str, Any]:
 
 
 def paho_properties(properties: Mapping[str, Any]) -> Properties | None:
-    """Inverse of `properties_of`, but for the expiry, which the bus counts down itself; unknown keys are left out.
+    """Invert `properties_of`, without the expiry, which the bus counts down itself.
+
+    Unknown keys are ignored.
 
     Raises:
         TraceError: a value that MQTT cannot carry.

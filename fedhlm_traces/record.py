@@ -1,7 +1,7 @@
-"""Recording a bus: one subscriber that writes down every message, its state first, until it is told to stop.
+"""Record a bus: a subscriber that writes every message to a file until it is told to stop.
 
-The network side only stamps and queues; a thread packs, compresses and writes, so that a slow disk holds up no message before the
-bounded queue is full. What finds no room is dropped, counted and shown.
+The event loop only stamps and queues messages. A thread packs, compresses and writes them, so a slow disk delays
+nothing until the bounded queue is full. Messages that do not fit are dropped, counted and shown.
 """
 
 import asyncio
@@ -34,14 +34,15 @@ _log: Final = logging.getLogger(__name__)
 MAX_WAITING: Final = 65_536
 MAX_WAITING_BYTES: Final = 64 * 1024 * 1024
 TAKE_EVERY_S: Final = 0.1
-# The header names the fingerprints among the retained messages, so it waits until no more of those come, at most this long.
+# The header lists the fingerprints in retained messages. It is written when no more of those arrive, or after this
+# time.
 HEADER_QUIET_S: Final = 0.25
 HEADER_WAIT_S: Final = 2.0
-_PROPERTIES_ROOM_BYTES: Final = 128 * 1024  # topic, properties and frame of the largest record
+_PROPERTIES_ROOM_BYTES: Final = 128 * 1024  # topic, properties and framing of the largest record
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """What a recording has got so far. `dropped` found no room in the queue or was too large."""
+    """Progress of a recording. `dropped` messages did not fit the queue or were too large."""
 
     messages: int = 0
     payload_bytes: int = 0
@@ -53,12 +54,12 @@ class Summary(msgspec.Struct, kw_only=True):
 
     @property
     def rate(self) -> float:
-        """Messages a second."""
+        """Messages per second."""
         return self.messages / self.duration_s if self.duration_s else 0.0
 
 
 class Recorder:
-    """Takes deliveries on the loop and writes them in a thread; see `record`."""
+    """Queues deliveries on the event loop and writes them in a thread; see `record`."""
 
     def __init__(
         self,
@@ -86,7 +87,8 @@ class Recorder:
     def take(self, message: aiomqtt.Message) -> None:
         """Stamp and queue one delivery.
 
-        Brokers of MQTT 3.1.1 hide the retain flag, and some deliver with the subscription's QoS; for our own topics the table knows both.
+        MQTT 3.1.1 brokers hide the retain flag, and some deliver with the subscription's QoS. For topics of ours the
+        table gives both.
         """
         topic, qos, retain = message.topic.value, message.qos, message.retain
         if message.properties is None and (row := _row(topic, self._header.root)) is not None:
@@ -94,7 +96,7 @@ class Recorder:
         self.keep(topic, bytes(message.payload), qos=qos, retain=retain, properties=properties_of(message.properties))
 
     def keep(self, topic: str, payload: bytes, *, qos: int, retain: bool, properties: dict[str, Any]) -> None:
-        """Queue one message as received now; drop and count it where there is no room."""
+        """Queue a message received now; drop and count it if the queue is full."""
         summary = self.summary
         full = len(self._waiting) >= self._max_waiting or self._waiting_bytes + len(payload) > self._max_waiting_bytes
         if full or len(payload) > MAX_RECORD_BYTES - _PROPERTIES_ROOM_BYTES:
@@ -113,7 +115,7 @@ class Recorder:
             self._note_fingerprint(topic, payload)
 
     async def run(self, stop: asyncio.Event, *, show: Callable[[Summary], None] = lambda _: None) -> None:
-        """Write until `stop` is set; everything that came before is in the file then.
+        """Write until `stop` is set and everything queued before is in the file.
 
         Raises:
             TraceError: the file exists or cannot be written; what was written before can be read.
@@ -161,7 +163,7 @@ class Recorder:
         except ProtocolError:
             return
         if isinstance(message, Presence) and topics.lookup(topic, self._header.root) is not None:
-            # An edge has none of its own; it knows its cloud's.
+            # An edge has no model; it announces its cloud's.
             fingerprint = message.fingerprint or message.upstream
             if fingerprint is not None:
                 self._fingerprints[message.sender] = fingerprint
@@ -177,9 +179,9 @@ async def record(
     facts: dict[str, Any] | None = None,
     show: Callable[[Summary], None] = lambda _: None,
 ) -> Summary:
-    """Record what the filters cover (by default everything under the root) until `stop` is set.
+    """Record the messages that the filters match (by default all under the root) until `stop` is set.
 
-    A lost connection is made again; what passed meanwhile is not in the recording, and retained messages come a second time.
+    A lost connection is made again. Messages sent meanwhile are missing, and retained messages come a second time.
 
     Raises:
         TraceError: the file exists or cannot be written, or the filters overlap.
@@ -214,7 +216,7 @@ async def record(
         show(summary)
 
     async with bus:
-        # Begun here, so that the time of connecting is not part of the recording; nothing comes before the subscription.
+        # Started here, so that connecting is not part of the recording; nothing arrives before the subscription.
         recorder = Recorder(out, header, rotate_bytes=rotate_bytes)
         await bus.subscribe(*wanted)
         await recorder.run(stop, show=shown)

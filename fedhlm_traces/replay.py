@@ -1,6 +1,6 @@
-"""Replaying a recording: every message at its time, in order, with the recorded QoS, retain flag and properties.
+"""Replay a recording: publish every message at its time, with its QoS, retain flag and properties.
 
-The schedule is absolute, so that a late message delays no later one. Retained messages are published retained, as recorded, and
+The schedule is absolute, so a late message does not delay later ones. Retained messages are published as retained and
 stay on the broker.
 """
 
@@ -25,9 +25,9 @@ from fedhlm_traces.properties import paho_properties
 from fedhlm_traces.rewrite import Renames, rebased, renamed
 
 MAX_OUTGOING: Final = 1_024
-# Between the last message of a turn and the first of the next one, at the recorded speed.
+# Pause between the last message of a turn and the first of the next, at recorded speed.
 LOOP_GAP_S: Final = 1.0
-# Publishing never waits while there is room, so the loop gets its turn after so many messages.
+# Publishing does not wait while the queue has room, so yield to the loop after this many messages.
 _YIELD_EVERY: Final = 64
 _LATE_MAX: Final = 1_000_000
 
@@ -35,7 +35,7 @@ Publish = Callable[[Record], Awaitable[None]]
 
 
 class ReplaySelection(msgspec.Struct, frozen=True, kw_only=True):
-    """Which records are replayed: of the filters' topics, from `from_s` on and before `until_s` of the recording."""
+    """Selects the records to replay: by topic filter, and from `from_s` on and before `until_s`."""
 
     filters: tuple[str, ...] = ()
     from_s: float = 0.0
@@ -53,7 +53,7 @@ class ReplaySelection(msgspec.Struct, frozen=True, kw_only=True):
                 raise TraceError(str(exc)) from exc
 
     def of(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The selected ones of records in the order of time."""
+        """Yield the selected records; the input must be ordered by time."""
         filters = [pattern.split("/") for pattern in self.filters]
         for record in records:
             if record.at_s >= self.until_s:
@@ -71,9 +71,9 @@ class Jitter(NamedTuple):
 
 
 class Played(msgspec.Struct, kw_only=True):
-    """What a replay has done so far; `turn` counts the times through the recording, `position_s` is where in it we are.
+    """Progress of a replay. `turn` counts the passes, and `position_s` is the position in the recording.
 
-    `dropped` were given up by the bus: their expiry passed while they waited, or they had QoS 0 when the link broke.
+    `dropped` messages were given up by the bus: they expired while waiting, or had QoS 0 when the link broke.
     """
 
     messages: int = 0
@@ -86,7 +86,7 @@ class Played(msgspec.Struct, kw_only=True):
     late_ms: "array[float]" = msgspec.field(default_factory=lambda: array("f"))  # of the first million messages
 
     def jitter(self) -> Jitter:
-        """Publish time minus due time."""
+        """Record the difference of publish time and due time."""
         if not self.late_ms:
             return Jitter(0.0, 0.0)
         p50, p99 = np.percentile(np.frombuffer(self.late_ms, np.float32), (50, 99))
@@ -100,13 +100,13 @@ class _Due(NamedTuple):
 
 
 def _schedule(turn: Callable[[], Iterator[Record]], *, loop: bool) -> Iterator[_Due]:
-    """Every message of every turn; the first message is due at once, a silent beginning is skipped."""
+    """Yield every message of every turn; the first one is due at once, so a silent beginning is skipped."""
     begin_s, number = 0.0, 1
     while True:
         first_s, last_s = None, 0.0
         for record in turn():
             first_s = record.at_s if first_s is None else first_s
-            # A clock that went back (merged recordings) must not reorder.
+            # Merged recordings may step back in time; that must not reorder messages.
             last_s = max(last_s, record.at_s - first_s)
             yield _Due(begin_s + last_s, record, number)
         if first_s is None or not loop:
@@ -123,9 +123,9 @@ async def play(
     loop: bool = False,
     played: Played | None = None,
 ) -> Played:
-    """Publish the records that `turn` gives, again and again with `loop`, at `speed` times the recorded pace.
+    """Publish the records of `turn`, repeatedly with `loop`, at `speed` times the recorded pace.
 
-    An infinite speed publishes as fast as `publish` lets us. `played` is brought up to date as it goes.
+    An infinite speed publishes as fast as `publish` allows. `played` is updated on the way.
     """
     done = played or Played()
     clock_s = asyncio.get_running_loop().time
@@ -159,7 +159,7 @@ async def replay(
     loop: bool = False,
     show: Callable[[Played], None] = lambda _: None,
 ) -> Played:
-    """Publish a recording to a broker until its end or until `stop` is set; what was published is delivered then.
+    """Publish a recording to a broker until its end or until `stop` is set, and wait for delivery.
 
     Raises:
         TraceError: nothing was selected, or a record cannot be published.

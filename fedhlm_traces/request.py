@@ -1,6 +1,7 @@
-"""One request under way: what went up, what came back, and the story of its tokens as they are committed.
+"""One request in progress: its escalations, its verdicts, and the story of its committed tokens.
 
-Pure. A verdict is matched with the output that it caused by the tokens themselves; what cannot be matched is left unknown.
+The module is pure. A verdict is matched with its output by the tokens themselves; what cannot be matched stays
+unknown.
 """
 
 from typing import Final, NamedTuple
@@ -25,12 +26,14 @@ VERDICTS_MAX: Final = 256
 
 
 class Step(msgspec.Struct, kw_only=True):
-    """One committed token; `index` counts the generated tokens of its request from 0.
+    """One committed token; `index` counts the request's generated tokens from 0.
 
-    `draft` is what the device's model wanted there, `standing` what stood in the block instead where peers had proposed it (of
-    cosine similarity 1 - `score`). `escalate` is the gate's decision. `sent`: a draft went up. `latency_s` is from the escalation
-    that first carried the token, or asked for it, to the verdict that settled it, on the recorder's clock. `target_prob` is the
-    cloud's probability of the draft; `missed` says that the cloud would have written another token than the one committed here.
+    `draft` is the SLM's own token, `standing` the peers' proposal that replaced it in the block (cosine similarity 1
+    - `score`). `escalate` is the gate's decision, `sent` whether a draft went up. `latency_s` runs on the recorder's
+    clock from the escalation that first carried or requested the token to the verdict that settled it.
+
+    `target_prob` is the cloud's probability of the draft. `missed` says that the cloud would have written another
+    token.
     """
 
     index: int
@@ -49,9 +52,10 @@ class Step(msgspec.Struct, kw_only=True):
 
 
 class Story(msgspec.Struct, kw_only=True):
-    """One request. `session`, `prompt_tokens` and `tau` are None where the recording does not tell.
+    """One request. `session`, `prompt_tokens` and `tau` are None if the recording does not tell.
 
-    `finish` None: its end is not there. `journal`: the decisions are those that the agent noted. `notes` say what is missing.
+    `finish` is None if the end is missing. With `journal` the decisions are the agent's own notes. `notes` say what
+    is missing.
     """
 
     agent: str
@@ -86,9 +90,9 @@ class _Settled(NamedTuple):
     at_s: float
     epoch: int
     base: int
-    tokens: list[int]  # from `base` on
+    tokens: list[int]  # ids from `base` on
     source: Source
-    relayed: bool  # seen on its way to the edge only
+    relayed: bool  # only seen between agent and edge
 
 
 class _Scored(NamedTuple):
@@ -98,7 +102,7 @@ class _Scored(NamedTuple):
 
 
 class Run:
-    """A request under way: its story so far, what went up, and the verdicts that were not used up."""
+    """A request in progress: its story so far, its escalations, and the verdicts not yet used."""
 
     def __init__(self, agent: str, at_s: float) -> None:
         self.story = Story(agent=agent, began_s=at_s, ended_s=at_s, steps=[], notes=[])
@@ -119,8 +123,8 @@ class Run:
         if ids is None or (relayed and known is not None):
             return
         if message.epoch == 0 and message.prime is not None:
-            self.story.prompt_tokens = message.base  # nothing is settled yet: the block follows the prompt
-        # A block that is asked for again may have grown meanwhile.
+            self.story.prompt_tokens = message.base  # nothing is settled yet, so the block follows the prompt
+        # A block that is sent again may have grown.
         sent_s = at_s if known is None else known.sent_s
         if known is None or len(ids) >= len(known.ids):
             self._blocks[key] = _EscalatedBlock(sent_s, ids, message.fixed)
@@ -149,7 +153,7 @@ class Run:
             self._scored[verdict.base + i] = _Scored(token, prob, missed[i] if i < block.fixed else None)
 
     def committed(self, output: Output, at_s: float) -> None:
-        """Take the tokens of an output that follows all before; where some are missing, a note says so."""
+        """Add the tokens of an output that follows all before; a note tells of a gap."""
         if output.position > self.count:
             self._note(f"tokens {self.count} to {output.position - 1} are not in the recording")
         self.count = output.position
@@ -175,14 +179,17 @@ class Run:
             step.uncertainty = draft.uncertainty
             step.escalate = None if draft.uncertainty is None else True
             if draft.token != step.token:
-                self._tail.clear()  # all that followed it was drafted in vain
+                self._tail.clear()  # the rejection discarded all later drafts
         if settled is not None:
-            # A verdict may write on over what was drafted and sent since: then its own block asked first.
+            # A verdict may extend past its block over tokens drafted and sent since; its own block came first.
             asked_s = self._blocks[settled.epoch, settled.base].sent_s
             step.latency_s = settled.at_s - (asked_s if draft is None else min(asked_s, draft.sent_s))
 
     def _settled_by(self, first: int, tokens: list[int], source: Source) -> _Settled | None:
-        """The verdict behind an output: tokens of one verdict are committed together, and only the newest epoch counts."""
+        """The verdict behind an output.
+
+        Tokens of one verdict are committed together, and only the newest epoch counts.
+        """
 
         def covers(settled: _Settled) -> bool:
             begin = first - settled.base

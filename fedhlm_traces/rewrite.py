@@ -1,6 +1,6 @@
-"""A record made anew before it is replayed: other names of clusters and agents, another time of sending.
+"""Rewrite a record before replay: rename clusters and agents, and update the sending time.
 
-Pure functions from record to record. Only topics and messages of our table are touched; whatever cannot be decoded stays as it is.
+The functions are pure. Only topics and messages of our table change; anything that does not decode stays as it is.
 """
 
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ from fedhlm.protocol.topics import Topic
 from fedhlm_traces.file import Record
 
 _EXPECTED: Final = "cluster=OLD:NEW or agent=OLD:NEW"
-EDGE_PREFIX: Final = "edge-"  # an edge is called by its cluster
+EDGE_PREFIX: Final = "edge-"  # an edge is named after its cluster
 MAX_NAME: Final = 64
 _M = TypeVar("_M", bound=Message)
 
 
 class Renames(NamedTuple):
-    """New names by old ones; all at once, so that two parties can change places."""
+    """New names by old names, applied at once, so two parties can swap names."""
 
     cluster: Mapping[str, str] = {}
     agent: Mapping[str, str] = {}
@@ -41,7 +41,7 @@ class Renames(NamedTuple):
 
 
 def parse_renames(words: tuple[str, ...]) -> Renames:
-    """`cluster=home:barn`, `agent=porch:attic` and so on.
+    """Parse `cluster=home:barn`, `agent=porch:attic` and so on.
 
     Raises:
         TraceError: another form, what is no name, an old name twice, or two parties that would become one.
@@ -72,9 +72,9 @@ def parse_renames(words: tuple[str, ...]) -> Renames:
 
 
 def renamed(record: Record, renames: Renames, *, root: str = topics.DEFAULT_ROOT) -> Record:
-    """The record as if its parties had always had their new names: in the topic, and in payloads that carry them.
+    """Rename a record's parties in its topic and in payloads that carry names.
 
-    A sender changes where the topic or the message says whose it is. Journals keep their notes as they were written.
+    A sender is renamed if the topic or the message shows its role. Notes inside journals keep the old names.
     """
     found = topics.lookup(record.topic, root)
     if found is None:
@@ -87,14 +87,14 @@ def renamed(record: Record, renames: Renames, *, root: str = topics.DEFAULT_ROOT
     except ProtocolError:
         return replace(record, topic=topic)
     changed = _rename_inside(_rename_sender(message, row, levels, renames), renames)
-    # An unchanged message keeps its very bytes.
+    # An unchanged message keeps its exact bytes.
     return replace(record, topic=topic, payload=record.payload if changed == message else encode(changed))
 
 
 def rebased(record: Record, now_ms: int, *, root: str = topics.DEFAULT_ROOT) -> Record:
-    """The record as if it were sent now: `sent_ms` is `now_ms`, and messages inside a batch keep their distance to it.
+    """Set `sent_ms` to `now_ms`; messages in a batch keep their distance to it.
 
-    Deadlines are spans (`patience_ms`, MQTT's expiry), so that they count from the new sending by themselves.
+    Deadlines are durations (`patience_ms`, MQTT's expiry), so they start again without any change.
     """
     found = topics.lookup(record.topic, root)
     if found is None:
@@ -132,7 +132,7 @@ def _rename_inside(message: AnyMessage, renames: Renames) -> AnyMessage:
 
 
 def _rename_item(item: Any, field: str, renames: Renames) -> Any:
-    """A Routed or Answered; its message's sender goes along where it is the agent."""
+    """Rename an item of a batch, and its message's sender if that is the agent."""
     new = renames.agent.get(item.agent, item.agent)
     inner = getattr(item, field)
     if inner.sender == item.agent:

@@ -1,4 +1,4 @@
-"""Token ids as people read them: the text, where the tokenizer that made them is at hand, else the number."""
+"""Show token ids as text if their tokenizer is available, else as numbers."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,7 +13,7 @@ Spell = Callable[[int], str]
 
 
 class Spelling(NamedTuple):
-    """A tokenizer's digest (`Fingerprint.tokenizer`), and the text of a single token."""
+    """A tokenizer's digest (`Fingerprint.tokenizer`), and a function from a token id to its text."""
 
     digest: str
     text: Spell
@@ -21,7 +21,7 @@ class Spelling(NamedTuple):
 
 @lru_cache(maxsize=4)
 def spelling_of(folder: Path) -> Spelling:
-    """The spelling of a model's tokenizer.
+    """Load the spelling of a model's tokenizer.
 
     Raises:
         ModelError: the folder has no tokenizer.json.
@@ -33,7 +33,7 @@ def spelling_of(folder: Path) -> Spelling:
 
     try:
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except Exception as exc:  # the library raises nothing narrower
+    except Exception as exc:  # the library raises a plain Exception
         raise TraceError(f"{folder / TOKENIZER_FILE} is no tokenizer: {exc}") from exc
     return Spelling(
         digest, lru_cache(maxsize=65_536)(lambda token: str(tokenizer.decode([token], skip_special_tokens=False)))
@@ -41,12 +41,12 @@ def spelling_of(folder: Path) -> Spelling:
 
 
 def by_number(token: int) -> str:
-    """A token whose text nobody knows."""
+    """Show a token as its number."""
     return f"id {token}"
 
 
 def speller(tokenizer: str) -> Spell:
-    """Spells the ids of the tokenizer with this digest by the shipped one; by number where they are another's."""
+    """Return a speller: the shipped tokenizer if its digest is this one, else numbers."""
     try:
         shipped = spelling_of(model_folder("", "slm"))
     except (ModelError, ModuleNotFoundError):

@@ -1,7 +1,7 @@
-"""What a recording cost: messages and bytes by topic, cluster and agent, and per generated token.
+"""Count a recording's messages and bytes, by topic, cluster and agent, and per generated token.
 
-Pure and of bounded memory. Bytes are those of PUBLISH packets as their senders sent them; what came twice counts as traffic once
-more, but its tokens, escalations and uplink bytes count once, as in the agents' own figures.
+The module is pure and its memory bounded. Bytes are those of PUBLISH packets as sent. A duplicate adds to the
+traffic, but its tokens, escalations and uplink bytes count once, as in the agents' own figures.
 """
 
 import math
@@ -22,7 +22,7 @@ _GROWTH: Final = 1.01
 
 
 class Row(msgspec.Struct, kw_only=True):
-    """Traffic of one kind. `wire_bytes` with MQTT framing, `payload_bytes` without."""
+    """Traffic of one kind: `wire_bytes` include MQTT framing, `payload_bytes` do not."""
 
     messages: int = 0
     wire_bytes: int = 0
@@ -31,7 +31,7 @@ class Row(msgspec.Struct, kw_only=True):
     duplicates: int = 0
 
     def count(self, wire: int, payload: int, *, refused: bool, duplicate: bool) -> None:
-        """One more message."""
+        """Count one message."""
         self.messages += 1
         self.wire_bytes += wire
         self.payload_bytes += payload
@@ -40,19 +40,19 @@ class Row(msgspec.Struct, kw_only=True):
 
 
 class Latencies:
-    """Quantiles of positive times, right to one percent, in memory that does not grow with their number."""
+    """Quantiles of positive times, exact to one percent, in constant memory."""
 
     def __init__(self) -> None:
         self.count = 0
         self._buckets: Counter[int] = Counter()
 
     def see(self, seconds: float) -> None:
-        """One more time; the clock of a recording is never finer than a microsecond."""
+        """Add a time. Recordings resolve no less than a microsecond."""
         self.count += 1
         self._buckets[round(math.log(max(seconds, 1e-6), _GROWTH))] += 1
 
     def quantile_ms(self, share: float) -> float | None:
-        """The smallest time that at least this share is not above; None without any."""
+        """The smallest time such that at least this share of the times is not larger; None without any."""
         left = max(1, math.ceil(share * self.count))
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]
@@ -62,9 +62,9 @@ class Latencies:
 
 
 class PartyTraffic(Row, kw_only=True):
-    """A cluster or an agent. `uplink_bytes` are those of its escalations, `tokens` those of its outputs.
+    """Traffic of a cluster or an agent: `uplink_bytes` of its escalations, `tokens` of its outputs.
 
-    `verdicts` answered an escalation of the recording, after p50 and p99; None without any.
+    `verdicts` counts the answers to recorded escalations, with p50 and p99; both are None without any.
     """
 
     tokens: int = 0
@@ -77,14 +77,15 @@ class PartyTraffic(Row, kw_only=True):
 
     @property
     def uplink_bytes_per_token(self) -> float | None:
-        """None where no token was generated."""
+        """None if no token was generated."""
         return self.uplink_bytes / self.tokens if self.tokens else None
 
 
 class Statistics(msgspec.Struct, kw_only=True):
-    """All of it. `total` sums the topics; `requests` ended; `uplink_bytes_reported` is what agents said of those (their last outputs).
+    """All figures. `total` sums the topics, and `requests` counts the ended ones.
 
-    Per token: `bytes_per_token` of all traffic, `uplink_*` of escalations alone. None where no token was generated.
+    `uplink_bytes_reported` is the agents' own figure, from their last outputs. `bytes_per_token` covers all traffic,
+    `uplink_*` escalations only. Figures per token are None if no token was generated.
     """
 
     duration_s: float
@@ -109,7 +110,7 @@ class _Recent:
         self._order: deque[Hashable] = deque()
 
     def again(self, key: Hashable) -> bool:
-        """Whether the key was seen lately; it is from now on."""
+        """Whether the key was seen lately; remember it."""
         if key in self._known:
             return True
         self._known.add(key)
@@ -120,7 +121,7 @@ class _Recent:
 
 
 class Accounting:
-    """Feed records in order with `add`; `result` may be asked for at any time. `protocol` is the MQTT version spoken."""
+    """Feed records in order to `add`; call `result` at any time. `protocol` is the MQTT version."""
 
     def __init__(self, root: str, protocol: ProtocolVersion = "5") -> None:
         self._root, self._protocol = root, protocol
@@ -136,7 +137,7 @@ class Accounting:
         self._last_s = 0.0
 
     def add(self, record: Record) -> None:
-        """Take one record in."""
+        """Count one record."""
         self._first_s = record.at_s if self._first_s is None else self._first_s
         self._last_s = max(self._last_s, record.at_s)
         seen = look(record, self._root)
@@ -150,7 +151,7 @@ class Accounting:
             self._count(seen, wire, parties)
 
     def _duplicate(self, seen: Seen) -> bool:
-        """The same message once more; retained state comes again with every connection and is none."""
+        """Whether the message is a duplicate; retained state is exempt, as every connection brings it again."""
         message, record = seen.message, seen.record
         if message is None or seen.topic is None or seen.topic.retain:
             return False
@@ -188,7 +189,7 @@ class Accounting:
                         self._latencies.setdefault(id(party), Latencies()).see(seen.record.at_s - asked_s)
 
     def result(self) -> Statistics:
-        """What was counted up to now."""
+        """The figures so far."""
         for party in (self._total, *self._clusters.values(), *self._agents.values()):
             latencies = self._latencies.get(id(party))
             if latencies is not None:
@@ -210,7 +211,7 @@ class Accounting:
 
 
 def statistics(records: Iterable[Record], header: Header, *, protocol: ProtocolVersion = "5") -> Statistics:
-    """The accounts of a recording; `protocol` as `fedhlm_traces.decoded.protocol_of` finds it."""
+    """Count a recording; see `fedhlm_traces.decoded.protocol_of` for `protocol`."""
     accounting = Accounting(header.root, protocol)
     for record in records:
         accounting.add(record)

@@ -1,4 +1,4 @@
-"""The accounts of a recording as lines of text: totals, then tables by topic, by cluster and by agent."""
+"""Statistics of a recording as text: totals, then tables by topic, by cluster and by agent."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
@@ -9,7 +9,7 @@ _NONE: Final = "-"
 
 
 def lines_of(found: Statistics) -> Iterator[str]:
-    """All of it, for a terminal."""
+    """All lines, for a terminal."""
     total = found.total
     yield from _facts(found)
     yield ""
@@ -84,7 +84,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns two spaces apart, the first to the left, the others to the right."""
+    """Columns two spaces apart, the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         cells = [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))]

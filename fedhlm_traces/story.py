@@ -1,7 +1,8 @@
-"""From an ordered stream of records to stories: what became of every token of every request, as far as the recording tells.
+"""Build stories from an ordered stream of records: what became of every token of every request.
 
-Pure and streaming: memory is that of the requests under way. Where agents kept journals, the doubt and the gate's decision of every
-token are theirs; elsewhere the bus tells of drafts that went up and of doubts that were published. What is not known is None.
+The module is pure, and its memory is that of the requests in progress. With journals, doubts and gate decisions are
+the agents' own notes. Without them the bus shows escalated drafts and published doubts only; anything unknown is
+None.
 """
 
 from collections import OrderedDict
@@ -24,17 +25,17 @@ from fedhlm_traces.file import Header, Record
 from fedhlm_traces.journal_reader import JournalReader, ToldGeneration
 from fedhlm_traces.request import Run, Story
 
-JOURNAL_WAIT_S: Final = 5.0  # journals come in pieces every half second; a busy machine may be late
+JOURNAL_WAIT_S: Final = 5.0  # journals come in pieces every half second, and a busy machine may be late
 REMEMBERED: Final = 1_024
 
 
 class _AgentRequests:
-    """An agent's requests, one after the other: a session belongs to the request whose output ends next."""
+    """An agent's requests, one at a time: a session belongs to the request whose output ends next."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.current: Run | None = None
-        self.closed: list[Run] = []  # waiting for what the journal has to say
+        self.closed: list[Run] = []  # waiting for the journal
         self.journal = JournalReader()
         self._told: OrderedDict[int, ToldGeneration] = OrderedDict()
         self._prompts: OrderedDict[str, tuple[float, Prompt]] = OrderedDict()
@@ -43,12 +44,12 @@ class _AgentRequests:
     def asked(self, prompt: Prompt, at_s: float) -> None:
         if self._past.get(prompt.request) == prompt:
             return  # an MQTT duplicate
-        self._past.pop(prompt.request, None)  # another client, or another day, may use a name again
+        self._past.pop(prompt.request, None)  # another client, or a later run, may use the name again
         self._prompts.setdefault(prompt.request, (at_s, prompt))
         _bound(self._prompts)
 
     def in_session(self, session: int, at_s: float) -> Run | None:
-        """The run that a session belongs to; None for one that is over."""
+        """The run of a session; None if the session is over."""
         if session in self._past:
             return None
         run = self.current
@@ -67,7 +68,7 @@ class _AgentRequests:
         refusal = output.finish in ("error", "cancelled") and not output.ids and output.position == 0
         waiting = next(iter(self._prompts), output.request) != output.request
         if run is not None and refusal and run.story.request != output.request and (run.story.request or waiting):
-            self.current = None  # refused while another one is served
+            self.current = None  # refused while another request is served
             self._put_out(Run(self.name, at_s), output, cluster, at_s)
             self.current = run
             return
@@ -91,7 +92,7 @@ class _AgentRequests:
             self._close(at_s)
 
     def end(self, at_s: float) -> None:
-        """The recording is over."""
+        """End the recording."""
         if self.current is not None:
             self._close(at_s, "the recording ends before the request does")
 
@@ -113,7 +114,7 @@ class _AgentRequests:
             _bound(self._told)
 
     def finished(self, at_s: float) -> Iterator[Story]:
-        """Stories that are complete, or have waited long enough for the journal."""
+        """Yield the stories that are complete or have waited long enough for the journal."""
         waiting = []
         for run in self.closed:
             story = run.story
@@ -131,12 +132,12 @@ class _AgentRequests:
     def _note_of(self, story: Story) -> ToldGeneration | None:
         if story.session is not None:
             return self._told.get(story.session)
-        # All of it was kept on the device: only the journal knows its session.
+        # The device kept every token, so only the journal knows the session.
         return next((told for told in self._told.values() if told.request and told.request == story.request), None)
 
 
 def _join(story: Story, told: ToldGeneration) -> None:
-    """Put the agent's own notes in the place of what the bus told of drafts."""
+    """Replace what the bus showed of the drafts by the agent's own notes."""
     story.session, story.tau, story.journal = told.session, told.tau, True
     story.prompt_tokens = told.prompt_tokens
     for step in story.steps:
@@ -154,7 +155,7 @@ def _bound(memory: "OrderedDict[Any, Any]") -> None:
 
 
 class Stories:
-    """Feed records in order with `add`, and call `end` after the last one; both give the stories that are complete."""
+    """Feed records in order to `add`, then call `end`; both yield the stories that are complete."""
 
     def __init__(self, header: Header) -> None:
         self.root = header.root
@@ -163,7 +164,7 @@ class Stories:
         self._at_s = 0.0
 
     def add(self, record: Record) -> Iterator[Story]:
-        """Take one record in."""
+        """Add one record."""
         self._at_s = record.at_s
         seen = look(record, self.root)
         if seen.message is None:
@@ -175,13 +176,13 @@ class Stories:
                 yield from agent.finished(record.at_s)
 
     def end(self) -> Iterator[Story]:
-        """All that is left."""
+        """Yield all remaining stories."""
         for agent in self._agents.values():
             agent.end(self._at_s)
             yield from agent.finished(float("inf"))
 
     def _take(self, seen: Seen) -> tuple[str, ...]:
-        """Hand a message to its agent; the names of the agents that may have something to tell now."""
+        """Pass a message to its agent; return the agents that may have a story to yield now."""
         message, at_s, name = seen.message, seen.record.at_s, seen.agent
         match message:
             case Prompt():
@@ -205,7 +206,7 @@ class Stories:
             case Journal() if name:
                 self._agent(name).heard(message)
             case _:
-                return tuple(self._agents)  # time passes for all, now and then
+                return tuple(self._agents)  # time has passed for all agents
         return (name,) if name else ()
 
     def _agent(self, name: str) -> _AgentRequests:
@@ -223,7 +224,7 @@ class Stories:
 
 
 def stories(records: Iterable[Record], header: Header) -> Iterator[Story]:
-    """The stories of a recording, each as soon as it is complete, so about in the order in which requests ended."""
+    """Yield a recording's stories as they complete, about in the order in which requests end."""
     builder = Stories(header)
     for record in records:
         yield from builder.add(record)
@@ -231,7 +232,7 @@ def stories(records: Iterable[Record], header: Header) -> Iterator[Story]:
 
 
 def belongs(seen: Seen, story: Story) -> bool:
-    """Whether a message is a part of a story: its prompt and outputs, and what passed in its session while it was told."""
+    """Whether a message is part of a story: its prompt, its outputs, or a message of its session."""
     match seen.message:
         case Prompt(request=request) | Output(request=request) | Cancel(request=request):
             return seen.agent == story.agent and request == story.request

@@ -1,4 +1,4 @@
-"""Stories in words: one line for every token, such as "token 17 ' oil' drafted u=.41, escalated, replaced by ' crude' by cloud, 84 ms"."""
+"""Print stories, one line a token: "token 17 ' oil' drafted u=.41, escalated, replaced by ' crude' by cloud, 84 ms"."""
 
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -8,25 +8,25 @@ from fedhlm_traces.decoded import number
 from fedhlm_traces.request import Step, Story
 
 Text = Callable[[int], str | None]
-"""From a token id to its text; None where the vocabulary is not known."""
+"""The text of a token id; None if the vocabulary is unknown."""
 
 _BY: Final = {"cloud": "by cloud", "peer": "by peers", "neighbour": "by a neighbour cluster"}
 
 
 def no_text(_token: int) -> str | None:
-    """Ids only."""
+    """Show ids only."""
     return None
 
 
 def lines(story: Story, text: Text = no_text) -> Iterator[str]:
-    """The story's title, what is not known, and its tokens."""
+    """Yield the story's title, its notes and its tokens."""
     yield title(story)
     yield from (f"  note: {note}" for note in story.notes)
     yield from (f"  {told(step, text)}" for step in story.steps)
 
 
 def title(story: Story) -> str:
-    """Who was asked for what, and how it ended."""
+    """Which agent got which request, and how it ended."""
     place = f"{story.agent} in {story.cluster}" if story.cluster else story.agent
     facts = [
         f"{len(story.steps)} token{'' if len(story.steps) == 1 else 's'}",
@@ -41,7 +41,10 @@ def title(story: Story) -> str:
 
 
 def told(step: Step, text: Text = no_text) -> str:
-    """One token's line. The token named first is the device's own draft where it is known, else what was committed."""
+    """One token's line.
+
+    It names the device's own draft first if that is known, else the committed token.
+    """
     own = step.token if step.draft is None else step.draft
     parts = [f"token {step.index} {_name(own, text)}{_drafted(step)}"]
     if step.standing is not None:
@@ -69,9 +72,9 @@ def _similarity(step: Step) -> str:
 
 
 def _gate(step: Step) -> str:
-    """What the gate decided, as far as the recording tells."""
+    """The gate's decision, as far as the recording shows it."""
     if step.escalate:
-        # Without a verdict it was doubted, but nobody answered in time.
+        # Nobody answered in time, so there is no verdict.
         return "escalated" if not SOURCES[step.source].unreachable else "doubted"
     if not step.sent or SOURCES[step.source].kept or SOURCES[step.source].unreachable:
         return ""
@@ -95,7 +98,7 @@ def _outcome(step: Step, text: Text) -> str:
 
 
 def _scored(step: Step) -> str:
-    """What the cloud said of a token that was committed before it was asked."""
+    """The cloud's later opinion of a token committed without its verdict."""
     if step.missed is None or step.target_prob is None:
         return ""
     verdict = "would have written another" if step.missed else "agrees"

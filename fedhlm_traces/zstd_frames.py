@@ -1,6 +1,7 @@
-"""Where zstd frames begin and end in a file, and what they hold: nothing is unpacked to find an end, and nothing hostile grows.
+"""Find the ends of zstd frames without unpacking them, and unpack them within a size limit.
 
-Only frames that say their size are taken (RFC 8878; our writer's do), so that the size is refused before memory is taken for it.
+A frame must state its content size (RFC 8878), as our writer's frames do. Too large a size is refused before memory
+is allocated.
 """
 
 import os
@@ -10,7 +11,7 @@ import zstandard
 
 MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _CHECKSUM_BYTES: Final = 4
-# Bytes of the frame header after the descriptor, by its fields (RFC 8878, section 3.1.1.1).
+# Bytes of the frame header's fields after the descriptor (RFC 8878, section 3.1.1.1).
 _DICTIONARY_BYTES: Final = (0, 1, 2, 4)
 _CONTENT_SIZE_BYTES: Final = (0, 2, 4, 8)
 _RLE_BLOCK: Final = 1
@@ -18,7 +19,7 @@ _RESERVED_BLOCK: Final = 3
 
 
 def unpacked(file: BinaryIO, begin: int, end: int, *, limit: int) -> bytes | None:
-    """What a frame holds; None when it is damaged, holds more than `limit` bytes, or does not say its size."""
+    """The content of a frame; None if it is damaged, exceeds `limit` bytes, or states no size."""
     file.seek(begin)
     frame = file.read(end - begin)
     try:
@@ -31,9 +32,9 @@ def unpacked(file: BinaryIO, begin: int, end: int, *, limit: int) -> bytes | Non
 
 
 def frame_end(file: BinaryIO, begin: int, *, limit: int) -> int | None:
-    """The byte after the zstd frame that begins at `begin` (RFC 8878, section 3.1.1); None if no whole one does.
+    """Offset after the zstd frame at `begin` (RFC 8878, section 3.1.1); None without a complete frame.
 
-    One far larger than `limit` counts as none.
+    A frame far larger than `limit` counts as incomplete.
     """
     file.seek(begin)
     head = file.read(5)

@@ -1,1 +1,1 @@
-"""Recorded decisions made again: the same inputs to the code of today, and what it decides otherwise."""
+"""Replay recorded decisions through today's code and compare the results."""

@@ -1,6 +1,7 @@
-"""An agent's decisions once more: its journal's inputs into the same code, what it decides now beside what it decided.
+"""Replay an agent's journal through today's code and compare the decisions.
 
-No broker, model or clock takes part: drafts, verdicts and times come from the journal, the rest is `edge_agent.driver`.
+There is no broker, model or clock: drafts, verdicts and times come from the journal. Everything else is
+`edge_agent.driver`.
 """
 
 import asyncio
@@ -32,12 +33,12 @@ from fedhlm_traces.check.journals import PartJournal
 from fedhlm_traces.spelling import Spell, by_number
 
 DECISIONS: Final = frozenset({"plan", "judged", "sent", "dropped", "committed", "ended"})
-# What the agent itself sends; outputs are its service's, profiles are samples drawn at random.
+# What the agent itself sends. Outputs come from its service, and profiles are random samples.
 SENDS: Final = (topics.ESCALATE, topics.PEER, topics.FL_UPDATE, topics.AGENT_STATUS)
 
 
 def check_agent(life: PartJournal, spell: Spell = by_number) -> CheckOutcome:
-    """Decide again what this agent decided; `spell` makes token ids readable."""
+    """Replay this agent's decisions; `spell` makes token ids readable."""
     try:
         return asyncio.run(_AgentReplay(life, spell).replay())
     except ProtocolError as exc:
@@ -45,19 +46,19 @@ def check_agent(life: PartJournal, spell: Spell = by_number) -> CheckOutcome:
 
 
 class Book(JournalWriter):
-    """A journal that keeps its notes instead of publishing them."""
+    """A journal that keeps its notes and publishes nothing."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         super().__init__(0, clock_s)
         self.notes: list[Note] = []
 
     def note(self, kind: Kind, subject: str = "", data: bytes = b"", *, at_s: float | None = None) -> None:
-        """Keep it."""
+        """Keep the note."""
         self.notes.append(Note(self.clock_s() if at_s is None else at_s, kind, subject, data))
 
 
 class _Still:
-    """A drafter that has nothing to say: the drafts are in the journal."""
+    """A drafter without a model: the drafts are in the journal."""
 
     async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         return Drawn(0, 0.0, 0.0, b"", b"")
@@ -75,7 +76,7 @@ class _Still:
 
 
 class _OutOfNotes(Exception):
-    """The journal knows no further input for this generation."""
+    """The journal has no further input for this generation."""
 
 
 class _AgentReplay:
@@ -85,7 +86,7 @@ class _AgentReplay:
         self._at = 0  # the next note
         self._now_s = life.notes[0].at_s
         self._book = Book(lambda: self._now_s)
-        self._recorded: list[Note] = []  # decisions of the generation that runs
+        self._recorded: list[Note] = []  # decisions of the current generation
         self._from = 0  # where its decisions begin in the book
         self._outcome = CheckOutcome(notes=self._book.notes)
         born = journal.unpack(life.notes[0].data, journal.AgentStart) if life.notes[0].kind == "state" else None
@@ -141,7 +142,7 @@ class _AgentReplay:
         return self._outcome
 
     async def _take(self, note: Note) -> None:
-        """Let the agent hear a message; decisions are passed over."""
+        """Give the agent a message; skip decisions."""
         if note.kind == "round":
             self._now_s = note.at_s
             await self._agent.auditor.send_overdue()
@@ -180,29 +181,32 @@ class _AgentReplay:
             await self._agent.generate(began.job, began.prompt, _agree)
         except* _OutOfNotes:
             pass
-        while self._at < end:  # what it decided after it had ended, and what it heard
+        while self._at < end:  # messages and decisions after the generation's end
             await self._take(self._life.notes[self._at])
             self._at += 1
-        self._bus.take()  # the book has it all
+        self._bus.take()  # the book has the same messages
         self._compare(began, note, cut=end == len(self._life.notes))
 
     def _counts(self, note: Note) -> bool:
-        """Whether a note is a decision that is compared."""
+        """Whether a note is a decision to compare."""
         if note.kind not in DECISIONS:
             return False
         if note.kind not in ("sent", "dropped"):
             return True
         found = topics.lookup(note.subject, self._root)
-        noisy = self._born.federation.epsilon > 0.0  # privacy's noise is drawn anew
+        noisy = self._born.federation.epsilon > 0.0  # privacy's noise differs in every run
         return found is not None and found[0] in SENDS and not (noisy and found[0] is topics.FL_UPDATE)
 
     def _has_room(self) -> bool:
-        """Whether the bus took the message that the agent sends now: as it did then."""
+        """Whether the bus had room for the message that the agent sends now; the journal says so."""
         made = sum(self._counts(n) for n in self._book.notes[self._from :])
         return not (made < len(self._recorded) and self._recorded[made].kind == "dropped")
 
     def _compare(self, began: journal.Began, note: Note, *, cut: bool) -> None:
-        """`cut`: the journal ends with this generation, perhaps before its last decisions were published."""
+        """Compare the decisions of one generation.
+
+        With `cut` the journal ends in this generation, perhaps before its last decisions were published.
+        """
         made = [n for n in self._book.notes[self._from :] if self._counts(n)]
         self._outcome.decisions += len(self._recorded) if cut else max(len(made), len(self._recorded))
         then, now = self._recorded, made
@@ -224,7 +228,7 @@ def _agrees(then: Note, now: Note) -> bool:
 
 
 class _Telling:
-    """Says of one generation where two lists of decisions part, in words."""
+    """Describes in words where two lists of decisions of one generation diverge."""
 
     def __init__(self, began: journal.Began, spell: Spell, then: list[Note], now: list[Note]) -> None:
         self._began = began
@@ -232,7 +236,7 @@ class _Telling:
         self._then, self._now = then, now
 
     def divergence(self, name: str, at_s: float, first: int) -> Divergence:
-        """The first token that is decided otherwise; where there is none, the first decision of another kind."""
+        """The first token with another decision or, if there is none, the first other decision."""
         place = self._first_token()
         if place is not None and (first == 0 or self._kind(first) == "judged"):
             then, now = place
@@ -287,7 +291,7 @@ class _Telling:
         return f"{word} {'kept' if SOURCES[token.source].kept else f'settled by {token.source}'}: {reason}"
 
     def _place(self, first: int) -> str:
-        """How far the text was where the lists part."""
+        """The length of the text at the divergence."""
         done = sum(len(facts_of(n)) for n in self._then[:first] if n.kind == "committed")
         return f"after {done} tokens"
 
@@ -311,7 +315,7 @@ class _Telling:
                 return f"{note.kind} {_gist(note)}"
 
     def _why(self) -> str:
-        """What differs in the thresholds, which decide everything else here."""
+        """What differs in the thresholds, which determine all other decisions here."""
         then, now = self._plan(self._then), self._plan(self._now)
         config = self._began.config
         if then is None or now is None:

@@ -1,4 +1,4 @@
-"""A bus that only keeps what is published on it, and a way to run a service's methods where nothing is waited for."""
+"""A bus that only keeps what is published on it, a recorded disk, and a way to run a coroutine that never waits."""
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from types import TracebackType
@@ -10,7 +10,7 @@ from fedhlm.process.state import Store
 
 
 class Captured(NamedTuple):
-    """What was published: the topic's name, the message, and whether the bus had room for it."""
+    """A published message: its topic's name, its payload, and whether the bus had room."""
 
     name: str
     payload: bytes
@@ -18,7 +18,10 @@ class Captured(NamedTuple):
 
 
 class CapturingBus:
-    """Keeps what is published in `sent`; `has_room` is asked with the running number since the last `take`."""
+    """Keeps what is published in `sent`.
+
+    `has_room` gets the number of the message since the last `take`.
+    """
 
     def __init__(self, has_room: Callable[[int], bool]) -> None:
         self.sent: list[Captured] = []
@@ -36,11 +39,11 @@ class CapturingBus:
         will: Retained | None = None,
         on_link: LinkHook | None = None,
     ) -> Self:
-        """This bus, whatever connection is asked for: see `fedhlm.process.runtime.OpenBus`."""
+        """Return this bus for any connection; see `fedhlm.process.runtime.OpenBus`."""
         return self
 
     def take(self) -> list[Captured]:
-        """What was published since the last call."""
+        """Return what was published since the last call."""
         taken, self.sent = self.sent, []
         return taken
 
@@ -60,20 +63,23 @@ class CapturingBus:
         return self.sent[-1].room
 
     async def subscribe(self, *filters: str) -> None:
-        """There is nothing to hear."""
+        """Do nothing: nothing is delivered."""
 
     def deliveries(self) -> AsyncIterator[Delivery]:
-        """See `fedhlm.bus.interface.Bus`; what a part heard is in its journal."""
+        """See `fedhlm.bus.interface.Bus`.
+
+        The messages that a part received are in its journal.
+        """
         raise RuntimeError("nothing is delivered on a bus that only captures")
 
     async def wait_connected(self) -> None:
-        """It always is."""
+        """Return at once."""
 
 
 def recorded_store(files: Mapping[str, bytes]) -> Store:
-    """A disk as a part found it when it began; nothing is written to it.
+    """A disk as the part found it at its start; it is never written.
 
-    What is restored from it may raise ProtocolError: it cannot be used, and there is no other.
+    A snapshot that cannot be restored raises ProtocolError, because there is no other.
     """
 
     def reject(name: str, why: str) -> None:
@@ -83,7 +89,7 @@ def recorded_store(files: Mapping[str, bytes]) -> Store:
 
 
 def at_once(work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that waits for nothing.
+    """Return the result of a coroutine that never waits.
 
     Raises:
         RuntimeError: it waits for something after all.

@@ -1,7 +1,7 @@
-"""The cloud's decisions made again from its journal: the same blocks to the same model, the same sums into today's rounds.
+"""Replay a cloud's journal: the same blocks to the same model, and the same sums to today's rounds.
 
-Verdicts need the model that gave them; without it only the federation is decided again. Which agents belong together is
-found by timers and in threads, and is not compared.
+Verdicts need the model that gave them; without it only the federation is replayed. The assignment of agents to
+clusters depends on timers and threads, and is not compared.
 """
 
 import asyncio
@@ -49,16 +49,16 @@ _DUE_SLACK_S: Final = 1e-6
 
 
 class _Place(NamedTuple):
-    """Where an answer stands: the number of its note, and of its item in the batch."""
+    """Position of an answer: the number of its note and the index of its item in the batch."""
 
     note: int
     item: int
 
 
 def check_cloud(life: PartJournal, engine: Engine | None, spell: Spell = by_number) -> CheckOutcome:
-    """Decide again what this cloud decided; without an `engine` only its federation.
+    """Replay this cloud's decisions; without an `engine` only its federation.
 
-    A journal that lacks its beginning, or is of other settings than today's, is skipped as a whole.
+    A journal without its beginning, or with settings of another version, is skipped.
     """
     outcome = CheckOutcome(skipped=[life.complaint] if life.complaint else [], notes=list(life.notes))
     if life.number or not life.notes or life.notes[0].kind != "state":
@@ -75,7 +75,7 @@ def check_cloud(life: PartJournal, engine: Engine | None, spell: Spell = by_numb
 
 
 def born_of(life: PartJournal) -> journal.CloudStart:
-    """How a cloud's life began.
+    """Read how a cloud's life began.
 
     Raises:
         ProtocolError: the first note says something else, or is of another version.
@@ -107,12 +107,12 @@ class _CloudReplay:
             wall_s=lambda: self._now_s + ahead_s,
         )
         self._party = Party(bus=self._bus, stamp=Stamp(life.name, lambda: 0.0), counters=Counters(), root=born.root)
-        self._closed: list[Captured] | None = None  # what closing a round sends now; None: it has been compared
+        self._closed: list[Captured] | None = None  # what closing a round sends now; None once it has been compared
         self._counts: Counter[str] = Counter()
-        self._unsure: set[Key] = set()  # sessions of which messages are missing
+        self._unsure: set[Key] = set()  # sessions with missing messages
         self._primed: set[Key] = set()
         self._answers = self._paired()
-        self._now: dict[_Place, Verdict | None] = {}  # answers that are others now
+        self._now: dict[_Place, Verdict | None] = {}  # answers that differ now
         self._spoiled: set[Key] = set()
 
     async def replay(self) -> None:
@@ -147,7 +147,7 @@ class _CloudReplay:
     # Verdicts
 
     def _paired(self) -> dict[_Place, tuple[_Place, Verdict]]:
-        """The recorded answer to each block, by the places of both."""
+        """Find the recorded answer to each block; both are given by position."""
         asked: defaultdict[Key, list[tuple[_Place, Escalation]]] = defaultdict(list)
         given: defaultdict[Key, list[tuple[_Place, Verdict]]] = defaultdict(list)
         for number, note in enumerate(self._life.notes):
@@ -172,7 +172,7 @@ class _CloudReplay:
         return pairs
 
     def _could(self, escalation: Escalation, verdict: Verdict) -> bool:
-        """Whether a verdict looked at as many ids as the block has, and goes on after them if that was asked."""
+        """Whether an answer fits a block: the ids that it examined, and the tokens that it adds if asked."""
         ids = len(escalation.ids) // id_bytes(self._born.fingerprint.vocab_size)
         looked_at = len(verdict.target_probs) // 2
         goes_on = verdict.accepted < ids or escalation.extend > 0
@@ -238,7 +238,7 @@ class _CloudReplay:
             return
         self._now[place] = now
         if key not in self._spoiled:
-            self._spoiled.add(key)  # what follows in this session rests on it
+            self._spoiled.add(key)  # the rest of this session depends on it
             told = await self._verifier.told(key, escalation, recorded, now, self._spell)
             where = f"session {key.session} of {key.agent} in {key.cluster}, {told.where}"
             self._report(at_s, where, told.recorded, told.now, told.why)
@@ -257,7 +257,7 @@ class _CloudReplay:
         self._closed = self._bus.take()
 
     def _check_closed(self) -> None:
-        """What the last round sends now and did not send then."""
+        """Compare what the last round sends now but did not send then."""
         for sent in self._closed or []:
             self._report(self._now_s, "end of a round", "nothing", f"sent on {sent.name}", "it is told more often")
         self._closed = None
@@ -268,7 +268,7 @@ class _CloudReplay:
         if topics.CLOUD_FL_STATE.parse(note.subject, self._born.root) is None:
             return
         self._outcome.decisions += 1
-        if self._closed is None:  # a new link to the broker: the state is told again
+        if self._closed is None:  # a new link to the broker: the state is announced again
             self._bus.take()
             await self._service.announce()
             made = self._bus.take()
@@ -291,7 +291,7 @@ class _CloudReplay:
     # Output
 
     def _rewrite(self) -> None:
-        """Put what is decided now in the place of what was; what is no longer answered goes."""
+        """Replace recorded decisions by today's, and remove answers that no longer exist."""
         by_note: defaultdict[int, dict[int, Verdict | None]] = defaultdict(dict)
         for place, verdict in self._now.items():
             by_note[place.note][place.item] = verdict
@@ -334,10 +334,11 @@ def from_bus(
     eos_ids: frozenset[int] = frozenset(),
     context_max: int = MAX_CONTEXT,
 ) -> PartJournal:
-    """A cloud's verdicts from a recording without a journal: blocks and answers in the order in which the recorder heard them.
+    """Replay a cloud's verdicts without a journal, in the order in which the recorder saw blocks and answers.
 
-    Exact within each session, because one block waits for the other. `eos_ids` and `context_max` are the model's, which the
-    bus does not say. Rounds of the federation are not in it: when they were closed is in journals only.
+    This is exact within a session, because a block waits for the previous answer. `eos_ids` and `context_max` are the
+    model's, which the bus does not carry. Rounds of the federation are not compared: only journals say when they
+    closed.
 
     Raises:
         TraceError: another part than the cloud, or the records do not say which model answers.
@@ -381,7 +382,7 @@ def from_bus(
 
 
 def _ahead_s(life: PartJournal) -> float:
-    """How far the wall clock was ahead of the journal's, by the first message that this life sent."""
+    """How far the wall clock was ahead of the journal's clock, in seconds, by the first message sent in this life."""
     for note in life.notes:
         if note.kind in ("sent", "dropped"):
             try:

@@ -1,4 +1,7 @@
-"""Whether two decisions are the same: headers do not count, floats may differ where machines sum in another order."""
+"""Compare two decisions.
+
+Headers are ignored, and floats may differ by what another order of summation changes.
+"""
 
 import math
 from typing import Any, Final
@@ -24,7 +27,7 @@ _KINDS: Final[dict[str, Any]] = {
 
 
 def facts_of(note: Note) -> Any:
-    """What a note says, typed: a message for what was sent or heard.
+    """A note's content with its type: a message for what was sent or received.
 
     Raises:
         ProtocolError: the note does not hold what its kind says.
@@ -35,7 +38,10 @@ def facts_of(note: Note) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two facts are equal up to rounding; messages are compared without their headers, curves as numbers."""
+    """Whether two facts are equal up to rounding.
+
+    Messages are compared without headers, curves as numbers.
+    """
     if isinstance(a, msgspec.Struct) and isinstance(b, msgspec.Struct):
         return type(a) is type(b) and all(same(x, y) for x, y in zip(_fields(a), _fields(b), strict=True))
     if isinstance(a, float) or isinstance(b, float):

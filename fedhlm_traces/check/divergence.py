@@ -1,4 +1,4 @@
-"""A decision that is made otherwise today, and how it is shown: what was decided, what is decided now, why."""
+"""A divergence: what was decided then, what is decided now, and why."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,12 +9,15 @@ from fedhlm.protocol.messages import Note
 if TYPE_CHECKING:
     pass
 
-# Of one life: what follows rests on the first, so more of them tell nothing new.
+# Per life. Later divergences follow from the first, so more of them add nothing.
 DIVERGENCES_MAX: Final = 10
 
 
 class Divergence(NamedTuple):
-    """One decision of the part `name`, `at_s` seconds on its clock; `where` says which, e.g. "session 812, token 17"."""
+    """One divergent decision of the part `name`, `at_s` seconds into its clock.
+
+    `where` names the decision, e.g. "session 812, token 17".
+    """
 
     part: str
     name: str
@@ -26,15 +29,15 @@ class Divergence(NamedTuple):
 
     @property
     def lines(self) -> tuple[tuple[str, str], ...]:
-        """What is to be said, with a word before each."""
+        """The lines to print, each with its label."""
         return ("then", self.recorded), ("now", self.now), ("why", self.why)
 
 
 @dataclass(kw_only=True)
 class CheckOutcome:
-    """What checking one life gave: decisions compared, the first divergences, what could not be compared, in words.
+    """Result of checking one life: decisions compared, first divergences, and what was skipped.
 
-    `notes` is the journal with the same inputs and the decisions of now.
+    `notes` is the journal with the same inputs and today's decisions.
     """
 
     decisions: int = 0
@@ -43,13 +46,13 @@ class CheckOutcome:
     notes: list[Note] = field(default_factory=list)
 
     def diverge(self, divergence: Divergence) -> None:
-        """Add a divergence, if there are not too many."""
+        """Add a divergence, up to the limit."""
         if len(self.divergences) < DIVERGENCES_MAX:
             self.divergences.append(divergence)
 
 
 def plain(divergences: Iterable[Divergence]) -> str:
-    """For logs and files: a headline each, and three lines below it."""
+    """For logs and files: one headline per divergence and three lines below it."""
     return "\n".join(
         "\n".join([_headline(d), *(f"  {word:<5} {text}" for word, text in d.lines if text)]) for d in divergences
     )

@@ -1,7 +1,7 @@
-"""An edge's decisions made again from its journal: the same messages into today's service, what it sends compared.
+"""Replay an edge's journal: give the same messages to today's service and compare what it sends.
 
-What an edge does by timers is taken from the journal: when a batch or a digest left, when a round was closed, when it
-announced itself. The content of all these is decided again.
+The journal says what timers did: when a batch or digest left, when a round closed, when the edge announced itself.
+The content of these messages is decided again.
 """
 
 from collections import Counter
@@ -49,7 +49,7 @@ Name = tuple[Any, ...]
 
 
 class Decision(NamedTuple):
-    """One thing decided: where, what in words, and as a fact to compare."""
+    """One decision: its subject, its description, and a fact to compare."""
 
     where: str
     words: str
@@ -57,16 +57,16 @@ class Decision(NamedTuple):
 
 
 class ReplayStep(NamedTuple):
-    """What came in, or what a timer did, and what was sent because of it."""
+    """An incoming message or a timer's action, and the messages sent because of it."""
 
     trigger: Note
     outputs: list[Note]
 
 
 def check_edge(life: PartJournal, spell: Spell = by_number) -> CheckOutcome:
-    """Decide again what this edge decided; `spell` makes token ids readable.
+    """Replay this edge's decisions; `spell` makes token ids readable.
 
-    A journal that lacks its beginning, or is of other settings than today's, is skipped as a whole.
+    A journal without its beginning, or with settings of another version, is skipped.
     """
     outcome = CheckOutcome(skipped=[life.complaint] if life.complaint else [])
     if life.number or not life.notes or life.notes[0].kind != "state":
@@ -89,9 +89,9 @@ class _EdgeReplay:
         self._spell = spell
         self._now_s = life.notes[0].at_s
         self._wall_ms = 0
-        self._expected: list[Note] = []  # what was sent then in the step that runs
+        self._expected: list[Note] = []  # messages recorded in the current step
         self._doubts = Doubts()
-        self._spoiled: set[Name] = set()  # decided otherwise already: what follows from it is no news
+        self._spoiled: set[Name] = set()  # already divergent: consequences are not reported
         self._bus = CapturingBus(self._has_room)
         self._service = self._made(born)
         self._parties = list(dict.fromkeys((self._service.down, self._service.up)))
@@ -109,13 +109,13 @@ class _EdgeReplay:
             ),
             federation=born.federation,
         )
-        # Every message of one run is on one bus; where the roots are the same, so is all that is said.
+        # One bus carries every message of a run. If the roots are equal, the messages are too.
         open_bus = self._bus.opened
         open_up = None if born.down_root == born.up_root else open_bus
         return edge_of(config, runtime, open_down=open_bus, open_up=open_up, bridges=born.bridges)
 
     def _has_room(self, number: int) -> bool:
-        """Whether the bus took it: as it did then."""
+        """Whether the bus had room for the message, as recorded."""
         return number >= len(self._expected) or self._expected[number].kind == "sent"
 
     def replay(self) -> None:
@@ -156,7 +156,7 @@ class _EdgeReplay:
         raise error
 
     def _act(self, step: ReplayStep) -> list[Captured]:
-        """Let the service of today do this step; what it sends."""
+        """Run this step in today's service; return what it sends."""
         trigger = step.trigger
         for note in step.outputs[:1] or [trigger]:
             self._wall_ms = _sent_ms(note, self._wall_ms)
@@ -234,7 +234,7 @@ class _EdgeReplay:
         return True
 
     def _write(self, step: ReplayStep, made: Sequence[Captured]) -> None:
-        """The journal of now; what says the same as it did stays as it was, header and all."""
+        """Write today's journal; a message with equal content keeps its recorded form and header."""
         notes = self._outcome.notes
         if step.trigger.kind in ("heard", "round"):
             notes.append(step.trigger)
@@ -245,7 +245,10 @@ class _EdgeReplay:
             notes.append(old)
 
     def _decisions(self, sent: Sequence[tuple[str, bytes]]) -> Iterator[tuple[Name, Decision]]:
-        """What messages of one step decide. The first word of a name is its kind, the rest says what it is about."""
+        """The decisions in the messages of one step.
+
+        The first word of a name is its kind, the rest its subject.
+        """
         copies: Counter[Name] = Counter()
         for name, payload in sent:
             try:

@@ -1,4 +1,4 @@
-"""Why an edge or a cloud decides otherwise, in words: what was doubted, what is known of it, how two sums differ."""
+"""Explain a divergence of an edge or a cloud: doubts, evidence for them, and differences of sums."""
 
 from typing import Final, NamedTuple
 
@@ -23,7 +23,7 @@ _SUMS: Final = ("seen", "weight", "harm", "square")
 
 
 class Doubt(NamedTuple):
-    """A doubtful draft and where it stood."""
+    """A doubtful draft and its position."""
 
     agent: str
     session: int
@@ -33,7 +33,7 @@ class Doubt(NamedTuple):
 
 
 class Doubts:
-    """Every doubt that was heard, the latest at its place and of its key."""
+    """All doubts received, the latest one for each position and key."""
 
     def __init__(self) -> None:
         self._at: dict[tuple[str, int, int], Doubt] = {}
@@ -50,7 +50,7 @@ class Doubts:
         return self._by_key.get(key)
 
     def place(self, key: bytes) -> str:
-        """Where the token with this key stands."""
+        """The position of the token with this key."""
         doubt = self.of(key)
         if doubt is None:
             return "a token that nobody doubted"
@@ -60,7 +60,7 @@ class Doubts:
 def evidence(
     memory: ClusterMemory, agent: str, escalation: Escalation, *, fingerprint: Fingerprint | None, spell: Spell
 ) -> str:
-    """What speaks for answering a block at the edge, or against it: the first draft without support, or the weakest."""
+    """The evidence for or against an answer by the edge: the first unsupported draft, or the weakest support."""
     hints = escalation.hints
     if hints is None or hints.similarity is None:
         return "the block asks for no answer of the edge"
@@ -83,7 +83,7 @@ def evidence(
 
 
 def federation_words(then: Learned | Contribution | None, now: Learned | Contribution | None) -> tuple[str, str]:
-    """Where two states differ, each side in words; "nothing" for one that was not sent."""
+    """Describe where two states differ; "nothing" for a state that was not sent."""
     if then is None or now is None:
         return ("nothing" if then is None else "sent"), ("nothing" if now is None else "sent")
     a, b = (_facts(state) for state in (then, now))
@@ -125,12 +125,12 @@ def plural(count: int, thing: str) -> str:
 
 
 def place_of(agent: str, session: int, epoch: int, base: int) -> str:
-    """A block, in words."""
+    """Describe a block."""
     return f"session {session} of {agent}, epoch {epoch}, block at position {base}"
 
 
 def verdict_words(v: Verdict) -> str:
-    """What a verdict says."""
+    """Describe a verdict."""
     if v.status != "settled":
         return f"{v.status} {v.reason}".rstrip()
     more = f" and {len(v.ids)} bytes of ids" if v.ids else ""

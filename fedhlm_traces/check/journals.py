@@ -1,7 +1,7 @@
-"""From a recording's messages to the journals in it: every life of every part, its notes in the part's own order.
+"""Collect the journals in a recording: every life of every part, with its notes in order.
 
-Messages that came twice or out of order are put right by the notes' running numbers; what is missing is said, and ends the
-notes there, because what a part decides later rests on what it did before.
+The notes' running numbers put duplicates and reordered messages right. A gap is reported and ends the notes, because
+later decisions depend on earlier ones.
 """
 
 from collections.abc import Iterable
@@ -24,11 +24,11 @@ _PARTS: Final[dict[str, Part]] = {
 
 
 class PartJournal(msgspec.Struct, frozen=True, kw_only=True):
-    """One life of a part: its notes from the first on, up to its end or to the first gap.
+    """One life of a part: its notes up to its end or to the first gap.
 
-    `name` is the sender, `levels` are those of the topic's name where the journal was seen first (an agent may move), `number`
-    is that of the first note: not 0 where the recording begins in the middle of the life. `complaint` says in words what is
-    missing, and is empty where nothing is.
+    `name` is the sender. `levels` are those of the topic where the journal was first seen, as an agent may move.
+    `number` is the first note's: not 0 if the recording begins in the middle of the life. `complaint` says what is
+    missing, or is empty.
     """
 
     part: Part
@@ -41,7 +41,10 @@ class PartJournal(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def whole(self) -> bool:
-        """Whether no note is missing. What a killed part had not published yet cannot be known."""
+        """Whether no note is missing.
+
+        Notes that a killed part had not published are unknown.
+        """
         return not self.complaint
 
 
@@ -80,9 +83,9 @@ class _Pieces:
 
 
 def lives(records: Iterable[Record], root: str = topics.DEFAULT_ROOT) -> list[PartJournal]:
-    """Every life whose journal is in the records, in order of first appearance.
+    """Return every life whose journal is in the records, in order of first appearance.
 
-    What is on a journal's topic and is no journal is passed over; so is a journal without notes.
+    Messages on a journal's topic that are no journal, and journals without notes, are skipped.
     """
     found: dict[tuple[Part, str, int], _Pieces] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""The large model beside a recording: found by its fingerprint, called without waiting."""
+"""Find the large model of a recording by its fingerprint, and call it synchronously."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from fedhlm_zoo.shipped import model_folder
 
 
 def large_model(folder: Path | None = None) -> LargeModel | None:
-    """The model of `folder`, or the shipped one; None where nothing is shipped or its libraries are absent.
+    """Load the model of `folder`, or the shipped one; None if nothing is shipped or its libraries are absent.
 
     Raises:
         ModelError: `folder` is given and cannot be used.

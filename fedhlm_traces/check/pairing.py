@@ -1,4 +1,4 @@
-"""Which answer belongs to which question, where some of either may be missing but their order is the same."""
+"""Pair questions with answers when some of either are missing but both are in the same order."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -7,18 +7,21 @@ Fit = Callable[[int, int], bool]
 
 
 class Said(NamedTuple):
-    """A question or an answer: what it is about, and when it was said, as a running number of both."""
+    """A question or an answer: its subject, and its running number among both."""
 
     about: Hashable
     at: int
 
 
 def paired(questions: Sequence[Said], answers: Sequence[Said], could: Fit | None = None) -> dict[int, int]:
-    """Index of its answer for each question that has one: the same matter, later, both in order; as many as possible.
+    """Return the index of the answer to each question that has one.
 
-    Each question takes the earliest answer that it can have. `could` says of a question and an answer, by index, whether
-    their contents go together; that counts only as long as every answer finds a question so, or some cannot at all.
-    Quadratic in time only where an answer's question is missing.
+    An answer has the question's subject and comes later. Pairs keep both orders, and there are as many as possible.
+    Each question takes the earliest answer that it can have.
+
+    `could` says whether a question and an answer, given by index, fit by content. It is used only if every answer
+    then still finds a question, or if some answers cannot find one in any case. Time is quadratic only if an answer's
+    question is missing.
     """
     could = could or _always
     for fit in (could, _always):

@@ -1,4 +1,4 @@
-"""A recording decided again, part by part: what is compared, what differs, and the new recording where it is wanted."""
+"""Check a recording part by part: print what differs, and write the updated recording on request."""
 
 import sys
 from collections import Counter
@@ -58,10 +58,10 @@ CHECKS: Final[dict[str, Callable[[PartJournal, LargeModel | None], CheckOutcome]
 
 
 def check_file(file: Path, which: Which = "all", update: Path | None = None, model: Path | None = None) -> int:
-    """Decide again what the journals of a recording hold, print what differs; 1 where something does.
+    """Replay a recording's journals and print what differs; return 1 if anything does.
 
-    With `update` the same recording is written with the decisions of now. `model` is the folder of the large model; by
-    default the shipped one verifies, where it is the recorded one.
+    With `update` the recording is written again with today's decisions. `model` is the large model's folder; without
+    it the shipped model is used if it is the recorded one.
 
     Raises:
         TraceError: no journal of that part in the recording, or a file that cannot be read or written.
@@ -71,7 +71,7 @@ def check_file(file: Path, which: Which = "all", update: Path | None = None, mod
     if trace.lost_bytes:
         print(f"{file}: the last {trace.lost_bytes} bytes were lost by an unclean end", file=sys.stderr)
     if not found and which == "cloud":
-        # Verdicts follow from the blocks alone, in whatever order sessions come.
+        # Verdicts depend on the blocks alone, in any order of the sessions.
         large = large_model(model)
         eos_ids, context = (frozenset[int](), MAX_CONTEXT) if large is None else (large.eos_ids, large.context)
         found = [from_bus(read(file), "cloud", trace.header.root, eos_ids=eos_ids, context_max=context)]
@@ -106,7 +106,7 @@ def _tell(life: PartJournal, outcome: CheckOutcome) -> None:
 
 
 def _rewrite(file: Path, out: Path, journals: dict[tuple[str, int], list[Note]]) -> None:
-    """The same recording with other journals; each journal's notes are spread over the messages that held it."""
+    """Write the recording with other journals, each spread over the messages that held it."""
     places = Counter((j.sender, j.life) for _, j in _with_journals(read(file)) if j is not None)
     done = Counter[tuple[str, int]]()
     trace = read(file)

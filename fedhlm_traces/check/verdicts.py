@@ -1,7 +1,8 @@
-"""Blocks settled again as the cloud settled them, one session's after the other, and a verdict compared with the recorded one.
+"""Settle recorded blocks again, session by session, and compare the verdicts.
 
-What the journal cannot say is tried: the memory may have dropped a session before a block that primes it again, and a
-block without an answer may have been settled all the same. Where the recorded verdict follows so, it counts as decided alike.
+Some events are not in the journal: the cloud may have evicted a session before a block that primes it again, and may
+have settled a block without an answer. Each such case is tried. If the recorded verdict follows from one, it counts
+as equal.
 """
 
 import copy
@@ -49,16 +50,19 @@ _HEADER: Final[dict[str, Any]] = {"version": SCHEMA_VERSION, "sender": "edge", "
 
 
 class Verifier:
-    """The cloud's sessions of one life, decided again with `engine`."""
+    """Settles the blocks of one life's sessions again with `engine`."""
 
     def __init__(self, born: CloudStart, engine: Engine) -> None:
         self._born = born
         self._engine = engine
-        self._sessions: OrderedDict[Key, Sessions] = OrderedDict()  # one each, so that a state can be kept and put back
+        self._sessions: OrderedDict[Key, Sessions] = OrderedDict()  # one each, to restore states
         self._unanswered: dict[Key, list[Escalation]] = {}
 
     async def settle(self, key: Key, escalation: Escalation, recorded: Verdict) -> Verdict | None:
-        """What is answered now; None for a block that nobody waits for. `recorded` chooses among what may have been."""
+        """Return today's verdict, or None for an outdated block.
+
+        `recorded` selects among the histories that may have happened.
+        """
         if recorded.status == "unprimed" or (recorded.status == "refused" and recorded.reason.startswith(MODEL_FAILED)):
             self._sessions.pop(key, None)
         if recorded.status == "refused" and recorded.reason.startswith(MODEL_FAILED):
@@ -77,7 +81,7 @@ class Verifier:
         return verdict
 
     async def pass_over(self, key: Key, escalation: Escalation) -> bool:
-        """A block without an answer; whether it would get none now either, because a newer one has passed."""
+        """Pass a block without an answer; return whether today's cloud drops it too, as a newer one has passed."""
         world = copied(self._taken(key), key)
         if isinstance(world.admit(key, escalation), StaleBlock):
             self._keep(key, world, None)
@@ -88,7 +92,7 @@ class Verifier:
     async def _others(
         self, key: Key, escalation: Escalation, before: Sessions
     ) -> AsyncIterator[tuple[Sessions, Verdict | None]]:
-        """Other things that may have happened before this block."""
+        """Yield other histories that may have preceded this block."""
         if escalation.prime is not None:
             world = no_sessions(self._born)
             yield world, await self._run(world, key, escalation)
@@ -103,7 +107,7 @@ class Verifier:
 
     def _keep(self, key: Key, world: Sessions, verdict: Verdict | None) -> None:
         if verdict is not None and verdict.status == "unprimed":
-            self._sessions.pop(key, None)  # its agent primes it again, whatever was held
+            self._sessions.pop(key, None)  # its agent primes it again, whatever the cloud held
             return
         self._sessions[key] = world
         self._sessions.move_to_end(key)
@@ -114,7 +118,7 @@ class Verifier:
                 entry.cache, entry.cached = None, 0
 
     async def _run(self, world: Sessions, key: Key, escalation: Escalation) -> Verdict | None:
-        """What today's service answers to one block, beginning from `world`."""
+        """Today's verdict on one block, starting from `world`."""
         bus = CapturingBus(lambda _number: True)
         service = service_of(self._born, self._engine, bus, sessions=world)
         levels = {"cluster": key.cluster}
@@ -134,7 +138,7 @@ class Verifier:
     async def told(
         self, key: Key, escalation: Escalation, then: Verdict, now: Verdict | None, spell: Spell
     ) -> "ToldVerdicts":
-        """A divergence in words."""
+        """Describe a divergence."""
         session = self._sessions.get(key)
         entry = session.entry(key) if session is not None else None
         sampling = entry.state.sampling if entry else escalation.prime.sampling if escalation.prime else None
@@ -156,7 +160,7 @@ def large_of(born: CloudStart, engine: Engine) -> LargeModel:
 
 
 def no_sessions(born: CloudStart) -> Sessions:
-    """Room for one session, as this cloud was made."""
+    """A store for one session, with this cloud's parameters."""
     return large_of(born, _NO_MODEL).sessions(1)
 
 
@@ -169,9 +173,9 @@ def service_of(
     clock_s: Callable[[], float] = lambda: 0.0,
     wall_s: Callable[[], float] = lambda: 0.0,
 ) -> CloudService:
-    """Today's cloud with the settings and the federation that this life began with; it sends on `bus`.
+    """Today's cloud with the settings and the federation at the start of this life; it sends on `bus`.
 
-    Without an `engine` it cannot verify, and agents are never regrouped.
+    Without an `engine` it cannot verify. Agents are never assigned to other clusters.
     """
     store = recorded_store({FEDERATION_FILE: born.members})
     return cloud_of(
@@ -197,13 +201,16 @@ def _answers(payload: bytes) -> tuple[RoutedVerdict, ...]:
 
 
 def copied(sessions: Sessions, key: Key) -> Sessions:
-    """A copy to try something on; the cache is a value and stays shared."""
+    """A copy for a trial; the cache is immutable and stays shared."""
     entry = sessions.entry(key)
     return copy.deepcopy(sessions, {} if entry is None else {id(entry.cache): entry.cache})
 
 
 def agree(recorded: Verdict, now: Verdict | None) -> bool:
-    """Whether two verdicts on one block say the same; the reason of a refusal is not compared, probabilities nearly."""
+    """Whether two verdicts on one block agree.
+
+    The reason of a refusal is not compared; probabilities may differ by PROB_UNITS.
+    """
     if now is None:
         return False
     if recorded.status != now.status:
@@ -220,7 +227,7 @@ def _near(a: Verdict, b: Verdict) -> bool:
 
 
 class ToldVerdicts(NamedTuple):
-    """Both verdicts on a block in words, and why they differ."""
+    """Two verdicts on one block in words, and why they differ."""
 
     where: str
     recorded: str
@@ -240,7 +247,7 @@ class ToldVerdicts(NamedTuple):
         context: list[int],
         spell: Spell,
     ) -> "ToldVerdicts":
-        """Look for the first token that differs, and ask the model for its law there."""
+        """Find the first token that differs, and ask the model for its law there."""
         if now is None or then.status != "settled" or now.status != "settled" or sampling is None:
             where = f"block at position {escalation.base}"
             why = f"epoch {escalation.epoch}, {'with' if escalation.prime else 'without'} a prime"
@@ -276,7 +283,7 @@ def _probs(verdict: Verdict) -> list[float]:
 
 
 def _place_of_numbers(then: Verdict, now: Verdict) -> int:
-    """The first probability or missed bit that differs, where the tokens are the same."""
+    """The first probability or missed bit that differs where the tokens are equal."""
     x, y = (np.frombuffer(v.target_probs, "<i2").astype(np.int64) for v in (then, now))
     count = min(len(x), len(y))
     return int(np.flatnonzero(np.append(np.abs(x[:count] - y[:count]) > PROB_UNITS, True))[0])
@@ -309,7 +316,7 @@ def _why_probs(then: Verdict, now: Verdict, place: int) -> str:
 async def _why_law(
     engine: Engine, context: list[int], sampling: Sampling, position: int, tokens: list[int], spell: Spell
 ) -> str:
-    """What law, noise and coupling say of each of the tokens."""
+    """What law, noise and coupling say about each token."""
     if not context:
         return "nothing stands before it"
     (output,) = await engine.forward([EngineInput(engine.empty_cache, context, 1)])

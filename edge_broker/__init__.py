@@ -1,1 +1,1 @@
-"""The cluster's part: the edge service, and an embedded MQTT broker for machines without one."""
+"""The edge: serves one cluster, and can run an embedded MQTT broker on machines without one."""

@@ -1,4 +1,4 @@
-"""`fedhlm edge`: relay one cluster to the cloud, with an MQTT broker of its own when none is configured."""
+"""`fedhlm edge`: connect one cluster to the cloud. Starts an MQTT broker if none is configured."""
 
 import logging
 from contextlib import AsyncExitStack
@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 async def run(config: Config, counters: Counters, notifier: Notifier | None = None) -> int:
-    """Serve until cancelled. It is ready without the cloud, because its cluster can settle much by itself."""
+    """Serve until cancelled, and return exit status 0. The edge does not wait for the cloud, because it can answer some
+    blocks itself.
+    """
     notifier = notifier or Notifier()
     store = store_of(config.edge.state, key="edge.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
@@ -62,7 +64,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
 
 
 def same_place(below: Broker, above: Broker) -> bool:
-    """Whether both sides are one broker and one tree of topics, as far as the addresses tell."""
+    """Whether both addresses name the same broker and the same topic root, as far as the addresses tell."""
     here, there = address_of(below), address_of(above, key="edge.upstream")
     hosts = {here.host.lower(), there.host.lower()}
     near = hosts <= {"localhost", "127.0.0.1", "::1"}
@@ -70,6 +72,6 @@ def same_place(below: Broker, above: Broker) -> bool:
 
 
 def main(loaded: Loaded) -> int:
-    """Run until a signal; the exit status."""
+    """Run until a signal arrives, and return the exit status."""
     config = loaded.config
     return serve(config, name_of(config.cluster.name), lambda counters, notifier: run(config, counters, notifier))

@@ -1,6 +1,6 @@
 """An MQTT broker inside the process, for machines without one: versions 3.1.1 and 5.
 
-No persistence, no TLS: it serves a demo, a test or one machine. Without users it listens on
+It has neither persistence nor TLS, and is meant for a demo, a test or a single machine. Without users it listens on
 loopback addresses only. `python -m edge_broker.embedded --port 1883` runs it alone and prints its URL.
 """
 
@@ -17,13 +17,14 @@ from fedhlm.errors import BusError, ConfigError
 
 
 class EmbeddedBroker:
-    """A broker on `host:port`; port 0 picks a free one. `port` and `url` are final after entering.
+    """A broker on `host:port`. Port 0 picks a free port; `port` and `url` are final once the context is entered.
 
-    `users` maps names to passwords; without it everybody may connect, from this machine only. `limits` go to `Server`.
+    `users` maps names to passwords. Without users everybody on this machine may connect, and nobody else. `limits` are
+    passed to `Server`.
 
     Raises:
-        ConfigError: not an IPv4 address or localhost, or one that others can reach while there are no users.
-        BusError: on entering, the address cannot be bound.
+        ConfigError: `host` is neither an IPv4 address nor localhost, or others can reach it and there are no users.
+        BusError: the address cannot be bound (on entering).
     """
 
     def __init__(
@@ -41,12 +42,12 @@ class EmbeddedBroker:
 
     @property
     def url(self) -> str:
-        """Where clients connect; without credentials."""
+        """The URL to which clients connect, without credentials."""
         return f"mqtt://{self.host}:{self.port}"
 
     @property
     def counts(self) -> Counts:
-        """What has happened since the last start."""
+        """The broker's counts since its last start."""
         return self._server.counts if self._server is not None else Counts()
 
     async def __aenter__(self) -> Self:
@@ -59,7 +60,11 @@ class EmbeddedBroker:
         await self.stop()
 
     async def start(self) -> None:
-        """Listen. After `stop` the same port is taken again; retained messages are gone."""
+        """Start to listen. After `stop` the same port is used again, and retained messages are lost.
+
+        Raises:
+            BusError: the address cannot be bound.
+        """
         server = Server(users=self._users, **self._limits)
         try:
             await server.start(self._address, self.port)
@@ -69,14 +74,14 @@ class EmbeddedBroker:
         self.port = server.port
 
     async def stop(self) -> None:
-        """Disconnect everybody and stop listening."""
+        """Disconnect all clients and stop listening."""
         server, self._server = self._server, None
         if server is not None:
             await server.stop()
 
 
 async def serve_forever(host: str = "127.0.0.1", port: int = 0, *, ready: Callable[[str], None] | None = None) -> None:
-    """Run a broker until SIGTERM or SIGINT; `ready` is told the URL once clients can connect."""
+    """Run a broker until SIGTERM or SIGINT. `ready` is called with the URL once clients can connect."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""What an edge writes in its journal beside the bus's traffic: how it began."""
+"""The entry that an edge adds to its journal beside the bus traffic: its state at start."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ from fedhlm.settings import Federation
 
 
 class EdgeStart(msgspec.Struct, frozen=True, kw_only=True):
-    """How an edge began (note "state"): its settings, and the snapshots of its sums and of its verified tokens."""
+    """The state of an edge at start (note "state"): its settings, its sums and its verified tokens."""
 
     cluster: str
     down_root: str

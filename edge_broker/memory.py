@@ -1,7 +1,7 @@
-"""What an edge knows of contexts, without I/O: doubts of its agents, tokens that the cloud settled, here and next door.
+"""The memory of an edge, without I/O: the doubtful drafts of its agents, and tokens that the cloud verified.
 
-A doubtful draft is known by agent, session and position in the context. Answers come from verified tokens only, and
-only what the cloud settled is learnt: an answer given here teaches nothing.
+Verified tokens come from this cluster and from its neighbours. A doubtful draft is identified by agent, session and
+position. Answers come from verified tokens only. An answer that the edge gave itself is never learnt.
 """
 
 import math
@@ -28,27 +28,28 @@ from fedhlm.protocol.messages import (
 from fedhlm.protocol.sources import SOURCES
 
 SESSIONS_MAX: Final = 1_024
-DOUBTS_MAX: Final = MAX_BLOCK  # of one session
+DOUBTS_MAX: Final = MAX_BLOCK  # per session
 DOUBTS_TOTAL: Final = 65_536
-DOUBTFUL_MAX: Final = 64  # of one block; each costs a search of the whole memory
+DOUBTFUL_MAX: Final = 64  # per block; each one costs a search of the whole memory
 PENDING_MAX: Final = 4_096
 PENDING_BYTES: Final = 16 * 1024 * 1024
-LIKELIEST: Final = 0.5  # a probability above it is the largest of its law
-DIGEST_MAX: Final = 64  # verified tokens in one message to the neighbours
-DIGESTS_MAX: Final = 16  # messages' worth that wait while the bus is slow; the oldest go first
+LIKELIEST: Final = 0.5  # a token with a higher probability is the likeliest one of its law
+DIGEST_MAX: Final = 64  # verified tokens in one digest to the neighbours
+DIGESTS_MAX: Final = 16  # digests that may wait while the bus is slow; the oldest are dropped first
 
 
 class PeersAnswer(NamedTuple):
-    """All `accepted` ids of a block stand; `source` is the farthest origin of those that said so."""
+    """All `accepted` ids of a block are accepted. `source` is the farthest origin of the tokens that agreed."""
 
     accepted: int
     source: Literal["peer", "neighbour"]
 
 
 class Evidence(NamedTuple):
-    """What is known of a block's doubtful draft at a position of the context.
+    """What the memory knows of a doubtful draft at a position of the context.
 
-    `match` is None where the voters differ or are too few; `supports` says that they hold the draft and are near enough.
+    `match` is None if the nearest tokens disagree or are too few. `supports` is true if they agree with the draft and
+    are near enough.
     """
 
     position: int
@@ -79,15 +80,15 @@ _snapshots: Final = msgspec.msgpack.Decoder(_MemorySnapshot)
 
 
 class ClusterMemory:
-    """Doubts, pending blocks and verified tokens of one cluster, each bounded.
+    """The doubts, pending blocks and verified tokens of one cluster, each bounded.
 
-    `refused_keys` counts keys of another length than `dims`, or of another space than the first.
+    `refused_keys` counts context keys whose length is not `dims` or whose space is not that of the first key.
     """
 
     def __init__(self, capacity: int, *, dims: int = DIMS) -> None:
         self.dims = dims
         self.refused_keys = 0
-        self._keys = ""  # the space of all keys here
+        self._keys = ""  # the space of all keys in this memory
         self._tokens = Memory(capacity, dims)
         self._doubts: OrderedDict[tuple[str, int], dict[int, _Doubt]] = OrderedDict()
         self._doubts_held = 0
@@ -98,21 +99,21 @@ class ClusterMemory:
 
     @property
     def size(self) -> int:
-        """Verified tokens held."""
+        """How many verified tokens the memory holds."""
         return self._tokens.size
 
     @property
     def keys(self) -> str:
-        """The space of all keys here; empty before the first."""
+        """The space of all keys in this memory; empty before the first key."""
         return self._keys
 
     @property
     def waiting(self) -> int:
-        """Verified tokens that the neighbours have not been sent yet."""
+        """How many verified tokens have not been sent to the neighbours yet."""
         return len(self._digest)
 
     def belong(self, space: str) -> None:
-        """Say which tokenizer and target the tokens are of; those of others are forgotten."""
+        """Set the tokenizer and target that tokens belong to. Tokens of a former tokenizer or target are forgotten."""
         if space != self._tokens.space:
             if self._tokens.space:
                 self._tokens = Memory(self._tokens.capacity, self.dims)
@@ -120,7 +121,7 @@ class ClusterMemory:
             self._tokens.space = space
 
     def _comparable(self, message: UncertainTokens | VerifiedTokens) -> bool:
-        """Whether a message's keys are of the space that was met first; those of another projection mean nothing here."""
+        """Whether a message's keys are in the space of the first key. Keys of another projection cannot be compared."""
         self._keys = self._keys or message.space
         if message.space == self._keys:
             return True
@@ -128,7 +129,7 @@ class ClusterMemory:
         return False
 
     def doubt(self, agent: str, message: UncertainTokens) -> None:
-        """Remember the keys of an agent's doubtful drafts; a draft made anew replaces the one at its position."""
+        """Remember the keys of an agent's doubtful drafts. A new draft replaces the one at its position."""
         if not self._comparable(message):
             return
         session = (agent, message.session)
@@ -147,15 +148,17 @@ class ClusterMemory:
             self._doubts_held -= len(self._doubts.popitem(last=False)[1])
 
     def hear(self, message: VerifiedTokens) -> None:
-        """Take in what the cloud settled in a neighbour cluster."""
+        """Add tokens that the cloud verified in a neighbour cluster."""
         if self._comparable(message):
             self._remember(message.items, "neighbour")
 
     def answer(self, agent: str, escalation: Escalation, vocab_size: int) -> PeersAnswer | None:
-        """Settle a block where the agent allows it and verified neighbours agree with each of its doubtful drafts.
+        """Answer a block if the agent allows it and verified tokens support each of its doubtful drafts; else return
+        None.
 
-        Drafts that nobody doubted count as certain. None: ask the cloud. So it is also where the neighbours know
-        another token: measured, such a token is hardly ever better than the draft; and above DOUBTFUL_MAX doubts.
+        Drafts without a doubt count as certain. None means that the cloud must be asked. That includes blocks with more
+        than DOUBTFUL_MAX doubts, and blocks for which the memory knows another token: in measurements such a token was
+        hardly ever better than the draft.
         """
         source: Literal["peer", "neighbour"] | None = None
         for found in self._evidence(agent, escalation, vocab_size, used=True):
@@ -166,7 +169,9 @@ class ClusterMemory:
         return None if source is None else PeersAnswer(len(_ids(escalation.ids, vocab_size)), source)
 
     def evidence(self, agent: str, escalation: Escalation, vocab_size: int) -> list[Evidence]:
-        """What `answer` looks at, draft by draft; nothing is changed by looking. Empty where it asks the cloud unseen."""
+        """The evidence that `answer` uses, draft by draft, without side effects. Empty if `answer` asks the cloud
+        without looking.
+        """
         return list(self._evidence(agent, escalation, vocab_size, used=False))
 
     def _evidence(self, agent: str, escalation: Escalation, vocab_size: int, *, used: bool) -> Iterator[Evidence]:
@@ -184,7 +189,7 @@ class ClusterMemory:
             yield Evidence(escalation.base + i, ids[i], match, supports)
 
     def await_verdict(self, agent: str, escalation: Escalation) -> None:
-        """Remember a block that goes to the cloud, so that its verdict can be learnt from."""
+        """Remember a block that goes to the cloud, so that its verdict can be learnt."""
         name = (agent, escalation.session, escalation.epoch, escalation.base)
         self._take_pending(name)
         session, prime = (agent, escalation.session), escalation.prime
@@ -202,11 +207,11 @@ class ClusterMemory:
         return block
 
     def learn(self, agent: str, verdict: Verdict, vocab_size: int) -> tuple[Verified, ...]:
-        """What a verdict says the LLM would most likely write in doubtful contexts; each block teaches once.
+        """Learn from a verdict, and return the tokens that are new. Each block is learnt from once.
 
-        Temperature, seed and draft law are the agent's to choose, so that a token stands, or was drawn, says little. A
-        token that stands is learnt where its probability is above one half: then no other is likelier, at any
-        temperature. The one that replaced a draft is learnt where the cloud settled greedily.
+        The agent chooses temperature, seed and draft law, so acceptance by itself proves little. An accepted token is
+        learnt only if its target probability is above one half: then no other token is likelier, at any temperature.
+        The token that replaces a rejected draft is learnt only if the cloud settles greedily.
         """
         block = self._take_pending((agent, verdict.session, verdict.epoch, verdict.base))
         if block is None or verdict.status != "settled":
@@ -238,18 +243,20 @@ class ClusterMemory:
             self._greedy.popitem(last=False)
 
     def take_digest(self) -> tuple[Verified, ...]:
-        """The next at most DIGEST_MAX verified tokens for the neighbours, oldest first; empty when there are none."""
+        """Remove and return the next DIGEST_MAX verified tokens for the neighbours, oldest first; empty if there are
+        none.
+        """
         return tuple(self._digest.popleft() for _ in range(min(DIGEST_MAX, len(self._digest))))
 
     def snapshot(self) -> bytes:
-        """The verified tokens, for `restore`; doubts and pending blocks are of the moment."""
+        """The verified tokens, for `restore`. Doubts and pending blocks are not saved."""
         return msgspec.msgpack.encode(_MemorySnapshot(self._tokens.space, self._keys, self._tokens.snapshot()))
 
     def restore(self, data: bytes) -> None:
-        """Take over the verified tokens of a snapshot.
+        """Replace the verified tokens by those of a snapshot.
 
         Raises:
-            ProtocolError: not a snapshot, or one of other dimensions; nothing has changed then.
+            ProtocolError: the data is not a snapshot, or has other dimensions. Nothing changes then.
         """
         try:
             held = _snapshots.decode(data)
@@ -259,13 +266,13 @@ class ClusterMemory:
         self._keys = held.keys
 
     def _doubts_of(self, agent: str, block: Escalation | Verdict, ids: list[int]) -> dict[int, Key]:
-        """Keys of a block's drafts by index. A doubt about another token is one that a rollback has taken back."""
+        """The keys of a block's doubtful drafts, by index. A doubt about another token belongs to a rolled-back draft."""
         known = self._doubts.get((agent, block.session), {})
         found = ((i, token, known.get(block.base + i)) for i, token in enumerate(ids)) if known else ()
         return {i: doubt.key for i, token, doubt in found if doubt is not None and doubt.token == token}
 
     def _forget_doubts(self, agent: str, verdict: Verdict, *, replaced_at: int | None) -> None:
-        """Drop what lies before the block and, after a replacement, what was drafted behind it."""
+        """Forget doubts before the block and, after a rejection, doubts about the drafts that followed it."""
         known = self._doubts.get((agent, verdict.session))
         if known is not None:
             kept = {p: d for p, d in known.items() if p >= verdict.base and (replaced_at is None or p < replaced_at)}
@@ -287,7 +294,7 @@ class ClusterMemory:
 
 
 def _ids(data: bytes, vocab_size: int) -> list[int]:
-    """Token ids, or none where they are not ids of this vocabulary: the cloud says so to the agent."""
+    """Unpack token ids; empty if they are not ids of this vocabulary. The cloud then refuses the block."""
     try:
         return unpack_ids(data, vocab_size)
     except ProtocolError:
@@ -295,7 +302,7 @@ def _ids(data: bytes, vocab_size: int) -> list[int]:
 
 
 def _probs(data: bytes) -> list[float]:
-    """Target probabilities, or none where they are not ones."""
+    """Unpack target probabilities; empty if the data is malformed."""
     try:
         return [float(p) for p in unpack_probs(data)]
     except ProtocolError:

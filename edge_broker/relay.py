@@ -1,7 +1,7 @@
-"""The cluster's relay, without I/O: escalations go up in batches, verdicts go down to the agent that asked.
+"""The cluster's relay, without I/O: sends escalations up in batches, and passes verdicts down to the agents that asked.
 
-Of one session only the newest epoch is worth the way: older blocks and older answers are dropped here. Losing all of
-this state costs retries and nothing else.
+Only the newest epoch of a session matters, so blocks and verdicts of older epochs are dropped here. If all of this
+state is lost, agents retry, and nothing else happens.
 """
 
 from collections import OrderedDict
@@ -19,14 +19,14 @@ from fedhlm.protocol.messages import (
 )
 
 SESSIONS_MAX: Final = 4_096
-# The cloud refuses a larger payload as a whole, and with it the blocks of agents that asked for little.
+# The cloud refuses a payload that is too large as a whole, and with it the small blocks of other agents.
 BATCH_BYTES: Final = MAX_PAYLOAD_BYTES // 2
-_FIXED_BYTES: Final = 512  # at most, of a block besides its packed fields
+_FIXED_BYTES: Final = 512  # an upper bound of a block's bytes without its packed fields
 
 
 @dataclass
 class Relay:
-    """Pending escalations in order of arrival, and the newest epoch of every recent session."""
+    """The pending escalations in order of arrival, and the newest epoch of every recent session."""
 
     batch_max: int = MAX_BATCH
     stale_escalations: int = 0
@@ -36,7 +36,9 @@ class Relay:
     _epochs: OrderedDict[tuple[str, int], int] = field(default_factory=OrderedDict)
 
     def escalate(self, agent: str, escalation: Escalation) -> bool:
-        """Queue a block; False when a newer epoch of its session has passed. A repeated block replaces its double."""
+        """Queue a block, and return False if its epoch is outdated. A block that is sent again replaces the earlier
+        copy.
+        """
         session = (agent, escalation.session)
         newest = self._epochs.get(session, 0)
         if escalation.epoch < newest:
@@ -55,17 +57,17 @@ class Relay:
         return True
 
     def newest_epoch(self, agent: str, session: int) -> int | None:
-        """The newest epoch of a session that has passed; None for a session that is not known."""
+        """The newest epoch seen of a session; None for an unknown session."""
         return self._epochs.get((agent, session))
 
     def settle(self, agent: str, escalation: Escalation) -> None:
-        """Take a queued block out again: it was answered here."""
+        """Remove a queued block, because the edge has answered it."""
         self.pending = [r for r in self.pending if r.agent != agent or r.escalation is not escalation]
 
     def take_batch(self) -> tuple[RoutedEscalation, ...]:
-        """The next at most `batch_max` pending blocks of BATCH_BYTES together, oldest first; empty when there are none.
+        """Remove and return the next batch, oldest first: at most `batch_max` blocks and BATCH_BYTES bytes.
 
-        One block that is larger goes alone.
+        A block that is larger than BATCH_BYTES goes alone. The batch is empty if nothing is pending.
         """
         count, size = 0, 0
         for routed in self.pending[: self.batch_max]:
@@ -77,7 +79,7 @@ class Relay:
         return batch
 
     def answers(self, batch: VerdictBatch) -> list[RoutedVerdict]:
-        """The verdicts that their agents still wait for, in order."""
+        """The verdicts of the batch that their agents still wait for, in order."""
         current = [a for a in batch.items if a.verdict.epoch >= self._epochs.get((a.agent, a.verdict.session), 0)]
         self.stale_verdicts += len(batch.items) - len(current)
         return current
@@ -90,7 +92,7 @@ class Relay:
 
 
 def block_bytes(escalation: Escalation) -> int:
-    """About what a block takes on the wire; never less."""
+    """An upper bound of the bytes that a block takes on the wire."""
     context = len(escalation.prime.context) if escalation.prime else 0
     branches = len(escalation.hints.branches) if escalation.hints else 0
     return len(escalation.ids) + len(escalation.laws) + context + branches + _FIXED_BYTES

@@ -1,6 +1,7 @@
-"""The edge as a running service: one bus to its cluster, one to the cloud (they may be the same).
+"""The edge as a running service, with one bus to its cluster and one to the cloud (they may be the same).
 
-What it decides is in `relay`, `memory` (answers from verified tokens) and `fedhlm.learning.federation` (rounds).
+The decisions are made elsewhere: in `relay`, in `memory` (answers from verified tokens) and in
+`fedhlm.learning.federation` (rounds).
 """
 
 import asyncio
@@ -65,21 +66,22 @@ HEARD: Final = (
 
 
 def federation_file(cluster: str) -> str:
-    """The file that keeps what the cluster's agents contributed."""
+    """The name of the file that keeps the contributions of the cluster's agents."""
     return f"edge-{cluster}.federation"
 
 
 def memory_file(cluster: str) -> str:
-    """The file that keeps the cluster's verified tokens."""
+    """The name of the file that keeps the cluster's verified tokens."""
     return f"edge-{cluster}.memory"
 
 
 class EdgeService:
-    """Relays between a cluster and the cloud until cancelled, answers from its memory, sums what its agents learn.
+    """Serves a cluster until cancelled: relays blocks and verdicts, answers from its memory, and pools the agents'
+    sums.
 
-    `to_announce` is set whenever the edge's retained state is due; its cluster bus sets it on every connect. `bridges`
-    says that cluster and cloud have brokers of their own, so that assignments must be carried over. What an earlier life
-    kept is restored on construction, and the journal begins.
+    `to_announce` is set whenever the edge must publish its retained state; the cluster's bus sets it on every connect.
+    `bridges` says that cluster and cloud use different brokers, so that assignments must be forwarded. The constructor
+    restores the state that an earlier life saved, and begins the journal.
     """
 
     def __init__(
@@ -139,14 +141,16 @@ class EdgeService:
 
     @property
     def buses(self) -> tuple[Bus, ...]:
-        """The one or two connections, to be entered after `subscribe`."""
+        """The edge's one or two connections. Enter them after `subscribe`."""
         return tuple(dict.fromkeys((self.down.bus, self.up.bus)))
 
     async def subscribe(self) -> None:
-        """To be called before the buses connect, so that nobody hears of the edge before it hears them."""
+        """Subscribe to the edge's topics. Call this before the buses connect, so that the edge hears everything once
+        online.
+        """
         await self.down.bus.subscribe(
             *(topic.name(self.down.root, cluster=self.cluster, agent="+") for topic in BELOW),
-            # Its own retained state of before a restart.
+            # The edge's own retained state from before a restart.
             topics.FL_STATE.name(self.down.root, cluster=self.cluster),
         )
         await self.up.bus.subscribe(
@@ -158,7 +162,7 @@ class EdgeService:
         )
 
     async def run(self) -> None:
-        """Serve until cancelled, or until a bus is refused for good (BusError)."""
+        """Serve until cancelled, or until a broker refuses the connection for good (BusError)."""
         parties = [self.down] if self.up.bus is self.down.bus else [self.down, self.up]
         rounds_made = rounds.keep_rounds(
             self.members,
@@ -186,7 +190,7 @@ class EdgeService:
             await self.handle(received)
 
     async def handle(self, received: Received) -> None:
-        """Take in one message; what is not of a row in HEARD is counted and dropped."""
+        """Handle one message. Messages outside the topics of HEARD are counted and dropped."""
         match received.message if received.topic in HEARD else None:
             case Escalation() as escalation:
                 await self._escalate_parts(received.levels["agent"], escalation)
@@ -250,7 +254,8 @@ class EdgeService:
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
             vocab_size = self._vocab_size(agent)
             verified += self.memory.learn(agent, verdict, vocab_size) if vocab_size is not None else ()
-        # Before the verdicts and on the same connection, so that an agent that goes on after its verdict knows them.
+        # Sent before the verdicts and on the same connection, so that an agent knows these tokens when its verdict
+        # arrives.
         for start in range(0, len(verified), MAX_BATCH):
             items = tuple(verified[start : start + MAX_BATCH])
             message = VerifiedTokens(**self.down.stamp(), space=self.memory.keys, items=items)
@@ -264,8 +269,8 @@ class EdgeService:
             self.settled.note(agent, verdict)
             await self._send_verdict(agent, verdict)
         if self.upstream is None:
-            # The cloud is there, and its presence was lost on the way, in a full queue perhaps. A subscription brings
-            # retained state again.
+            # The cloud answers, so its presence message was lost on the way, for example in a full queue. A new
+            # subscription brings the retained message again.
             await self.up.bus.subscribe(topics.CLOUD_STATUS.name(self.up.root))
 
     async def _send_batches(self) -> None:
@@ -278,7 +283,7 @@ class EdgeService:
                 pass
 
     async def send_batch(self) -> bool:
-        """Send the blocks that have waited longest to the cloud; False when there are none."""
+        """Send the blocks that have waited longest to the cloud. Return False if there are none."""
         items = self.relay.take_batch()
         if items:
             self._counters.add("batches")
@@ -290,7 +295,7 @@ class EdgeService:
         return bool(items)
 
     async def _refuse_too_large(self, message: AnyMessage) -> None:
-        """Tell the agents whose blocks do not fit the way to the cloud."""
+        """Refuse the blocks that exceed the packet limit of the cloud's broker."""
         for routed in message.items if isinstance(message, EscalationBatch) else ():
             verdict = refused(self.down.stamp(), routed.escalation, self.up.why_too_large())
             await self._send_verdict(routed.agent, verdict)
@@ -316,7 +321,7 @@ class EdgeService:
                 pass
 
     async def send_digest(self) -> bool:
-        """Tell the neighbours the next verified tokens; False when there are none."""
+        """Send the next verified tokens to the neighbours. Return False if there are none."""
         items = self.memory.take_digest()
         if items:
             message = VerifiedTokens(**self.up.stamp(), space=self.memory.keys, items=items)
@@ -332,7 +337,7 @@ class EdgeService:
 
     def _contribute(self, agent: str, contribution: Contribution) -> None:
         cut = self.members.cut
-        # An agent speaks for one agent, whatever it says. Noise of privacy hides what it was really told.
+        # An agent speaks for one agent only, whatever it claims. Privacy noise hides what it was really told.
         check = None if self.members.federation.epsilon else partial(self.settled.check, agent)
         wall_ms = self.down.stamp.wall_ms()
         match self.members.take(agent, replace(contribution, members=1), self._clock_s(), check, wall_ms=wall_ms):
@@ -346,7 +351,7 @@ class EdgeService:
         self._counters.add("cut_contributions", self.members.cut - cut)
 
     async def end_round(self) -> None:
-        """Close the round of the federation, tell the cluster and, where it has grown, the cloud."""
+        """Close the federation's round, tell the cluster and, if the sums have grown, the cloud."""
         if self.down.journal is not None:
             self.down.journal.note("round", at_s=self._clock_s())
         for agent in self.members.age(self._clock_s()):
@@ -363,7 +368,7 @@ class EdgeService:
         await self.up.send(topics.CLOUD_FL_UPDATE, contribution, cluster=self.cluster)
 
     async def _send_learned(self, state: State) -> None:
-        # What is inherited holds the cloud's share already.
+        # Inherited sums include the cloud's share already.
         above = None if self.members.inherited_share else self.above
         learned = state.below(above, tokens=self._prior_tokens).learned(self.down.stamp())
         await self.down.send(topics.FL_STATE, learned, cluster=self.cluster)
@@ -385,7 +390,7 @@ class EdgeService:
 
     async def _assign(self, agent: str, assignment: Assignment) -> None:
         if self._assigned.get(agent) == assignment:
-            return  # heard before; where both sides are one broker after all, it is our own
+            return  # a repetition; or, if both sides are one broker after all, the edge's own message
         self._assigned[agent] = assignment
         self._assigned.move_to_end(agent)
         while len(self._assigned) > ASSIGNED_MAX:
@@ -401,7 +406,9 @@ class EdgeService:
             await self.down.send(topics.ASSIGN, self._assigned[agent], agent=agent)
 
     def _forget_if_moved(self, agent: str) -> None:
-        """Its sums are part of another cluster from now on; a merely silent agent stays with its last ones."""
+        """Drop the sums of an agent that now belongs to another cluster. An agent that is merely silent keeps its last
+        ones.
+        """
         assigned = self._assigned.get(agent)
         if assigned is None or assigned.cluster == self.cluster:
             return
@@ -438,7 +445,8 @@ class EdgeService:
         log.info("cloud is %s", "online" if state.online else "offline")
         self._to_announce.set()
         if state.online and self.members.told:
-            # A cloud that has forgotten everything need not wait for the next round; any other one knows it already.
+            # A cloud that has lost its state must not have to wait for the next round. Any other cloud knows these
+            # sums.
             await self._send_contribution(self.members.state())
 
     async def _announce(self) -> None:
@@ -447,15 +455,15 @@ class EdgeService:
             await self._to_announce.wait()
             self._to_announce.clear()
             if not await self.announce():
-                # The queue was full, and the broker would go on telling what was true before.
+                # The queue was full, so the broker still retains the former state.
                 await asyncio.sleep(ANNOUNCE_AGAIN_S)
                 self._to_announce.set()
 
     async def announce(self) -> bool:
-        """Publish what the broker is to retain; whether there was room for the edge's presence."""
+        """Publish the edge's retained messages. Return whether its presence fitted into the queue."""
         message = presence(self.down.stamp, "edge", online=True, upstream=self.upstream)
         sent = await self.down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
         if self.members.told:
-            # The broker may have lost it with a restart of its own.
+            # The broker may have lost the retained message in a restart of its own.
             await self._send_learned(self.members.state())
         return bool(sent)

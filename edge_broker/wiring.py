@@ -1,4 +1,7 @@
-"""How an edge is put together: its connections, its endpoints on them, its service. Processes, simulator and checks all do it so."""
+"""Builds an edge: its connections, its endpoints on them, and its service.
+
+Processes, the simulator and the checks all use it.
+"""
 
 import asyncio
 
@@ -13,17 +16,17 @@ from fedhlm.settings import Config
 
 
 def name_of(cluster: str) -> str:
-    """What a cluster's edge calls itself in messages."""
+    """The name of a cluster's edge in messages."""
     return f"edge-{cluster}"
 
 
 def edge_of(
     config: Config, runtime: Runtime, *, open_down: OpenBus, open_up: OpenBus | None = None, bridges: bool = False
 ) -> EdgeService:
-    """An edge for `config.cluster`; its `buses` are still to be entered, after `subscribe`.
+    """Build an edge for `config.cluster`. Call `subscribe`, then enter its `buses`.
 
-    `open_down` connects to the cluster, `open_up` to the cloud (None: over the same connection). `bridges` says that these are
-    two brokers, which do not hand each other's messages over.
+    `open_down` connects to the cluster's broker. `open_up` connects to the cloud's broker (None: one connection serves
+    both). `bridges` says that these are two brokers that do not forward each other's messages.
     """
     cluster, root = config.cluster.name, config.broker.root
     stamp = runtime.stamp(name_of(cluster))

@@ -1,4 +1,4 @@
-"""What one client is still to be sent, bounded, and what it has yet to acknowledge; no I/O."""
+"""The bounded queue of messages for one client, and the messages that it has not acknowledged yet; no I/O."""
 
 from collections import deque
 from typing import Final, Literal, NamedTuple
@@ -12,7 +12,7 @@ _NUMBERS: Final = 65_535
 
 
 class Due(NamedTuple):
-    """A message on its way to one client; `number` is its packet identifier, 0 at QoS 0."""
+    """A message on its way to one client. `number` is its packet identifier, 0 at QoS 0."""
 
     message: BrokerMessage
     qos: int
@@ -22,12 +22,15 @@ class Due(NamedTuple):
 
     @property
     def size(self) -> int:
-        """About its bytes in memory."""
+        """About how many bytes the message takes in memory."""
         return len(self.message.payload) + len(self.message.topic) + len(self.message.extras) + 64
 
 
 class SessionQueue:
-    """A queue in order. The newest is dropped when `messages_max` or `bytes_max` is reached; one message always has room."""
+    """A FIFO queue of messages.
+
+    A new message is dropped if `messages_max` or `bytes_max` would be exceeded. An empty queue accepts any message.
+    """
 
     def __init__(self, receive_maximum: int, *, messages_max: int = MESSAGES_MAX, bytes_max: int = BYTES_MAX) -> None:
         self.dropped = 0
@@ -39,7 +42,7 @@ class SessionQueue:
         self._last = 0
 
     def offer(self, due: Due) -> bool:
-        """Add a message; False when it was dropped."""
+        """Add a message. Return False if it was dropped."""
         full = len(self._waiting) >= self._messages_max or self._bytes + due.size > self._bytes_max
         if full and self._waiting:
             self.dropped += 1
@@ -49,7 +52,7 @@ class SessionQueue:
         return True
 
     def take(self) -> Due | None:
-        """The next message, with its number; None when there is none, or when acknowledgements are due first."""
+        """Remove and return the next message; None if there is none or the window of unacknowledged messages is full."""
         if not self._waiting or (self._waiting[0].qos and len(self._in_flight) >= self._window):
             return None
         due = self._waiting.popleft()
@@ -64,11 +67,11 @@ class SessionQueue:
         return due._replace(number=number)
 
     def acknowledged(self, number: int) -> bool:
-        """A PUBACK or PUBCOMP came, or a PUBREC that refuses; whether it belongs to a message."""
+        """Handle a PUBACK, a PUBCOMP or a PUBREC with an error. Return whether its number belongs to a message."""
         return self._in_flight.pop(number, None) is not None
 
     def received(self, number: int) -> bool:
-        """A PUBREC came; whether it belongs to a message, which is then to be released."""
+        """Handle a PUBREC. Return whether its number belongs to a message, which must then be released."""
         if number not in self._in_flight:
             return False
         self._in_flight[number] = "released"

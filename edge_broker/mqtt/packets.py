@@ -33,7 +33,7 @@ class PacketType(IntEnum):
 
 
 class ReasonCode(IntEnum):
-    """Reason codes that this broker sends or acts on, section 2.4."""
+    """The reason codes that this broker sends or acts on, section 2.4."""
 
     SUCCESS = 0x00
     WITH_WILL = 0x04
@@ -59,7 +59,7 @@ class ReasonCode(IntEnum):
 
 
 class MqttError(Exception):
-    """The connection must end with this reason."""
+    """A protocol error, after which the connection must end with `reason`."""
 
     def __init__(self, reason: ReasonCode, text: str) -> None:
         super().__init__(text)
@@ -67,7 +67,7 @@ class MqttError(Exception):
 
 
 class Property(IntEnum):
-    """Identifiers of properties, section 2.2.2.2."""
+    """The identifiers of properties, section 2.2.2.2."""
 
     PAYLOAD_FORMAT = 1
     MESSAGE_EXPIRY = 2
@@ -99,7 +99,11 @@ class Property(IntEnum):
 
 
 class BrokerMessage(NamedTuple):
-    """What is published. `extras` are the encoded properties that go on unchanged; `expires_s` is the broker's time."""
+    """A message to publish.
+
+    `extras` are the encoded properties that are forwarded unchanged. `expires_s` is in seconds on the broker's clock;
+    None: never.
+    """
 
     topic: str
     payload: bytes
@@ -110,7 +114,7 @@ class BrokerMessage(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """A PUBLISH as it came in; `number` is its packet identifier, 0 at QoS 0."""
+    """A PUBLISH as it was received. `number` is its packet identifier, 0 at QoS 0."""
 
     message: BrokerMessage
     number: int
@@ -118,7 +122,10 @@ class Publish(NamedTuple):
 
 
 class Connect(NamedTuple):
-    """A CONNECT. Sizes and counts are the client's limits for what it is sent; None: it names no largest packet."""
+    """A CONNECT as it was received.
+
+    `receive_maximum` and `max_packet_bytes` limit what the client may be sent (None: no limit).
+    """
 
     version: int
     client_id: str
@@ -132,7 +139,7 @@ class Connect(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """One filter of a SUBSCRIBE with its options (3.8.3.1) and subscription identifier."""
+    """One filter of a SUBSCRIBE with its options (3.8.3.1) and its subscription identifier."""
 
     pattern: str
     qos: int

@@ -1,4 +1,4 @@
-"""Who gets what: the subscriptions of all clients, and the retained messages; no I/O."""
+"""The subscriptions of all clients, and the retained messages; no I/O."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,11 @@ _CACHED_TOPICS: Final = 4_096
 
 
 class Receiver(NamedTuple):
-    """One copy for one client: the QoS that it asked for, whether the retain flag stays, its subscription identifiers."""
+    """One copy of a message for one client.
+
+    `qos` is the QoS that the client asked for, and `as_published` says whether the retain flag is kept. `no_local`
+    excludes the client's own messages. `tags` are its subscription identifiers.
+    """
 
     client: str
     qos: int
@@ -45,7 +49,10 @@ class _Matched(NamedTuple):
 
 
 class Routes:
-    """Subscriptions by filter. Of several filters of one client that cover a topic it gets one copy, at the highest QoS."""
+    """Subscriptions by topic filter.
+
+    A client with several filters that match a topic gets one copy, at the highest QoS of these filters.
+    """
 
     def __init__(self) -> None:
         self._top = _Node()
@@ -53,10 +60,10 @@ class Routes:
         self._cache: dict[str, _Matched] = {}
 
     def subscribe(self, client: str, asked: Asked) -> bool:
-        """Add or replace a subscription; whether it is new.
+        """Add or replace a subscription. Return whether it is new.
 
         Raises:
-            ValueError: a malformed filter.
+            ValueError: the filter is malformed.
         """
         check_filter(asked.pattern)
         group, plain = share_of(asked.pattern)
@@ -71,7 +78,7 @@ class Routes:
         return new
 
     def unsubscribe(self, client: str, pattern: str) -> bool:
-        """Whether there was such a subscription."""
+        """End a subscription. Return whether it existed."""
         if pattern not in self._of.get(client, ()):
             return False
         self._of[client].discard(pattern)
@@ -100,7 +107,7 @@ class Routes:
         self._of.pop(client, None)
 
     def receivers(self, topic: str, publisher: str) -> Iterator[Receiver]:
-        """Whom a message of `publisher` goes to; one member of each shared group, in turn."""
+        """The receivers of a message from `publisher`. Each shared group gets one copy; its members take turns."""
         matched = self._cache.get(topic)
         if matched is None:
             if len(self._cache) >= _CACHED_TOPICS:
@@ -161,7 +168,7 @@ class RetainedMessages:
         self._messages_max, self._bytes_max = messages_max, bytes_max
 
     def keep(self, message: BrokerMessage) -> bool:
-        """Keep a message, or forget its topic's where it is empty; False when there is no room."""
+        """Retain a message. An empty one deletes that of its topic. Return False if there is no room."""
         old = self._messages.pop(message.topic, None)
         if old is not None:
             self._bytes -= _bytes(old)
@@ -175,7 +182,7 @@ class RetainedMessages:
         return True
 
     def of(self, pattern: str, now_s: float) -> list[BrokerMessage]:
-        """What a new subscriber is shown."""
+        """The retained messages that match a filter and have not expired. `now_s` is in seconds on the broker's clock."""
         if "+" in pattern or "#" in pattern:
             levels = pattern.split("/")
             found = [message for topic, message in self._messages.items() if topic_matches(levels, topic)]

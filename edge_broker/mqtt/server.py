@@ -1,8 +1,8 @@
-"""The broker itself: connections, logins, takeovers, last wills and keep-alive over asyncio's TCP.
+"""The MQTT server: connections, logins, takeovers, last wills and keep-alive, over asyncio's TCP.
 
-A session ends with its connection. The client of a name that connects again takes the place of the former one, whose
-last will is published first, so that it never stands after the birth of its successor. What a slow client cannot be
-sent is dropped and counted.
+A session ends with its connection. A client that connects with a name in use takes over. The former connection's last
+will is published first, so that it never replaces the new connection's birth message. Messages that a slow client
+cannot take are dropped and counted.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ _WRITE_BYTES: Final = 262_144
 
 @dataclass(slots=True)
 class Counts:
-    """Running counts of a broker."""
+    """Running counts of a server."""
 
     connected: int = 0
     taken_over: int = 0
@@ -60,7 +60,11 @@ class Counts:
 
 
 class Server:
-    """Listens on an IPv4 address; with `users` a name and its password are asked for. It speaks `versions` (protocol levels)."""
+    """An MQTT server on an IPv4 address.
+
+    If `users` are given, clients must log in with a name and its password. `versions` are the protocol levels that are
+    accepted.
+    """
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class Server:
         return number
 
     async def start(self, address: str, port: int) -> None:
-        """Listen; port 0 picks a free one.
+        """Start to listen. Port 0 picks a free port.
 
         Raises:
             OSError: the address cannot be bound.
@@ -102,7 +106,7 @@ class Server:
         self._ticker = loop.create_task(self._tick(), name="broker")
 
     async def stop(self) -> None:
-        """Take no new clients, tell the old ones, and close."""
+        """Accept no new clients, disconnect the connected ones, and close."""
         self._server.close()
         self._ticker.cancel()
         links = list(self._links)
@@ -122,30 +126,30 @@ class Server:
         while True:
             await asyncio.sleep(TICK_S)
             former_s, self.now_s = self.now_s, loop.time()
-            # Where this process stood still, what the clients said meanwhile has yet to be read.
+            # If this process was stalled, messages that clients sent meanwhile are still unread.
             late_s = self.now_s - former_s - TICK_S
             for link in list(self._links):
                 link.look(self.now_s, late_s if late_s > TICK_S else 0.0)
 
-    # What links ask for
+    # Called by links
 
     def add(self, link: "Link") -> None:
-        """A TCP connection has begun."""
+        """Register a new TCP connection."""
         self._links.add(link)
 
     def remove(self, link: "Link") -> None:
-        """A TCP connection is gone."""
+        """Remove a closed TCP connection."""
         self._links.discard(link)
 
     def admits(self, asked: Connect) -> bool:
-        """Whether name and password are those of a user, or no users are set."""
+        """Whether the login is valid: name and password match a user, or there are no users."""
         if not self._users:
             return True
         expected = self._users.get(asked.username or "")
         return expected is not None and hmac.compare_digest(asked.password or b"", expected.encode())
 
     def enter(self, link: "Link", asked: Connect) -> SessionQueue:
-        """A client has logged in: whoever has its name leaves first."""
+        """Register a client that has logged in. A former client of the same name is disconnected first."""
         former = self._clients.get(link.name)
         if former is not None:
             self.counts.taken_over += 1
@@ -158,13 +162,15 @@ class Server:
         return SessionQueue(asked.receive_maximum, messages_max=self._queue_messages, bytes_max=self._queue_bytes)
 
     def leave(self, link: "Link") -> None:
-        """A client's session ends."""
+        """Remove a client whose session has ended."""
         if self._clients.get(link.name) is link:
             del self._clients[link.name]
             self._routes.forget(link.name)
 
     def subscribe(self, link: "Link", asked: Asked) -> int:
-        """The granted QoS or a reason for refusing; the retained messages follow."""
+        """Subscribe a client and send it the retained messages. Return the granted QoS, or the reason code of a
+        refusal.
+        """
         try:
             new = self._routes.subscribe(link.name, asked)
             group, pattern = share_of(asked.pattern)
@@ -177,11 +183,11 @@ class Server:
         return asked.qos
 
     def unsubscribe(self, link: "Link", pattern: str) -> int:
-        """SUCCESS, or NO_SUBSCRIPTION."""
+        """End a subscription. Return SUCCESS, or NO_SUBSCRIPTION if there was none."""
         return ReasonCode.SUCCESS if self._routes.unsubscribe(link.name, pattern) else ReasonCode.NO_SUBSCRIPTION
 
     def publish(self, message: BrokerMessage, publisher: str) -> None:
-        """Hand a message to everybody who has asked for it, and keep it where it is to be retained."""
+        """Send a message to all its subscribers, and retain it if it asks for that."""
         self.counts.received += 1
         if message.retain and not self._retained.keep(message):
             self.counts.dropped += 1
@@ -194,7 +200,7 @@ class Server:
 
 
 class Link(asyncio.Protocol):
-    """One TCP connection and, after CONNECT, its client's session."""
+    """One TCP connection and, after its CONNECT, the client's session."""
 
     def __init__(self, server: Server) -> None:
         self.name = ""
@@ -210,12 +216,12 @@ class Link(asyncio.Protocol):
         self._paused = False
         self._ended = False
         self._heard_s = server.now_s
-        self._received: set[int] = set()  # QoS 2 messages that came in and are not released
+        self._received: set[int] = set()  # received QoS 2 messages that are not released yet
 
-    # asyncio's side
+    # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A TCP connection has begun."""
+        """Set up a new TCP connection."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=_WRITE_BYTES)
         sock: socket.socket = self._transport.get_extra_info("socket")
@@ -223,23 +229,23 @@ class Link(asyncio.Protocol):
         self._server.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone: without a DISCONNECT the last will is due."""
+        """Clean up after the connection is lost. Publishes the last will unless a DISCONNECT came first."""
         self._leave(will=True)
         self._server.remove(self)
         if not self.closed.done():
             self.closed.set_result(None)
 
     def pause_writing(self) -> None:
-        """The client reads too slowly."""
+        """Stop sending, because the client reads too slowly."""
         self._paused = True
 
     def resume_writing(self) -> None:
-        """The client has read."""
+        """Resume sending."""
         self._paused = False
         self._pump()
 
     def data_received(self, data: bytes) -> None:
-        """Take in every whole packet."""
+        """Handle all complete packets in the buffer."""
         self._buffer += data
         self._heard_s = self._server.now_s
         try:
@@ -251,7 +257,7 @@ class Link(asyncio.Protocol):
             self.end(exc.reason, str(exc), will=True)
 
     def _next(self) -> tuple[int, bytes] | None:
-        """First byte and body of the next whole packet."""
+        """Remove the next complete packet from the buffer and return its first byte and body; None if it is incomplete."""
         buffer = self._buffer
         length, at = 0, 1
         while True:
@@ -263,9 +269,11 @@ class Link(asyncio.Protocol):
             if byte < 0x80:
                 break
             if at > 4:
-                raise MqttError(ReasonCode.MALFORMED, "a length has more than four bytes")
+                raise MqttError(ReasonCode.MALFORMED, "a length must have at most four bytes")
         if self._asked is None and (buffer[0] != PacketType.CONNECT << 4 or length > MAX_CONNECT_BYTES):
-            raise MqttError(ReasonCode.PROTOCOL_ERROR, "the first packet is no CONNECT of sane size")
+            raise MqttError(
+                ReasonCode.PROTOCOL_ERROR, f"the first packet must be a CONNECT of at most {MAX_CONNECT_BYTES} bytes"
+            )
         if at + length > self._server.max_packet_bytes:
             largest = self._server.max_packet_bytes
             raise MqttError(ReasonCode.TOO_LARGE, f"a packet must be at most {largest} bytes (got {at + length})")
@@ -280,7 +288,7 @@ class Link(asyncio.Protocol):
     # The session
 
     def look(self, now_s: float, late_s: float) -> None:
-        """End a client that has been silent for too long; for `late_s` nobody listened."""
+        """Disconnect a client that has been silent for too long. For `late_s` seconds the server itself did not listen."""
         self._heard_s += late_s
         limit_s = CONNECT_TIMEOUT_S if self._asked is None else self._asked.keep_alive_s * PATIENCE
         if self._ended:
@@ -291,7 +299,7 @@ class Link(asyncio.Protocol):
             self.end(ReasonCode.KEEP_ALIVE, f"nothing was heard for {limit_s:g} s", will=True)
 
     def offer(self, due: Due) -> None:
-        """A message for this client."""
+        """Queue a message for this client, or drop and count it if the queue is full."""
         counts = self._server.counts
         if not self._outbox.offer(due):
             counts.dropped += 1
@@ -301,18 +309,18 @@ class Link(asyncio.Protocol):
         self._pump()
 
     def end(self, reason: ReasonCode, why: str, *, will: bool) -> None:
-        """Close from our side; a client of MQTT 5 is told why."""
+        """Close the connection from the server's side. A client of MQTT 5 is told the reason."""
         if self._ended:
             return
         if self._asked is not None and self._asked.version == V5:
             self._write(wire.disconnect(reason, why))
         self._leave(will=will)
         self._flush()
-        self._heard_s = self._server.now_s  # from now on the time to close in
+        self._heard_s = self._server.now_s  # from here on CLOSE_S counts
         self._transport.close()
 
     def abort(self) -> None:
-        """Close without waiting for what is written."""
+        """Close at once, without sending what is still queued."""
         self._transport.abort()
 
     def _leave(self, *, will: bool) -> None:
@@ -338,7 +346,7 @@ class Link(asyncio.Protocol):
             return
         version = asked.version
         if kind is not PacketType.PUBLISH and flags != (2 if kind in _FLAGGED else 0):
-            raise MqttError(ReasonCode.MALFORMED, f"flags of {kind.name} are {flags:#x}")
+            raise MqttError(ReasonCode.MALFORMED, f"flags of {kind.name} are invalid (got {flags:#x})")
         match kind:
             case PacketType.PUBLISH:
                 self._take(wire.read_publish(flags, body, version, self._server.now_s), version)
@@ -346,7 +354,7 @@ class Link(asyncio.Protocol):
                 self._answered(kind, *wire.read_answer(body, version), version)
             case PacketType.SUBSCRIBE:
                 number, wanted = wire.read_subscribe(body, version)
-                # SUBACK first: who subscribes waits for it, and retained messages may be many.
+                # SUBACK goes first: the subscriber waits for it, and there may be many retained messages.
                 place = len(self._out)
                 codes = [self._server.subscribe(self, one) for one in wanted]
                 self._write(wire.suback(number, version, codes), place)
@@ -361,14 +369,14 @@ class Link(asyncio.Protocol):
                 self._flush()
                 self._transport.close()
             case _:
-                raise MqttError(ReasonCode.PROTOCOL_ERROR, f"{kind.name} is out of place")
+                raise MqttError(ReasonCode.PROTOCOL_ERROR, f"{kind.name} is not allowed here")
 
     def _connect(self, body: bytes) -> None:
         try:
             asked = wire.read_connect(body, self._server.versions)
         except MqttError as exc:
             if exc.reason in (ReasonCode.UNSUPPORTED_VERSION, ReasonCode.BAD_AUTHENTICATION):
-                # A client of a version that is unknown here understands the answer of 3.1.1 best.
+                # A client with an unknown version is most likely to understand the CONNACK of 3.1.1.
                 self._write(wire.connack(V5 if exc.reason is ReasonCode.BAD_AUTHENTICATION else 4, exc.reason))
             raise
         refusal = ReasonCode.SUCCESS
@@ -404,7 +412,7 @@ class Link(asyncio.Protocol):
             return
         if number not in self._received:
             if len(self._received) >= RECEIVE_MAXIMUM:
-                raise MqttError(ReasonCode.RECEIVE_MAXIMUM, f"more than {RECEIVE_MAXIMUM} messages are not released")
+                raise MqttError(ReasonCode.RECEIVE_MAXIMUM, f"at most {RECEIVE_MAXIMUM} messages may be unreleased")
             self._received.add(number)
             self._server.publish(message, self.name)
         self._write(wire.answer(PacketType.PUBREC, number, version))
@@ -422,10 +430,10 @@ class Link(asyncio.Protocol):
                 self._outbox.acknowledged(number)
                 self._pump()
 
-    # Writing
+    # Sending
 
     def _pump(self) -> None:
-        """Move on what the client can take now."""
+        """Send the messages that the client can take now."""
         asked = self._asked
         if asked is None or self._ended:
             return
@@ -443,7 +451,7 @@ class Link(asyncio.Protocol):
             )
             too_large = asked.max_packet_bytes is not None and len(data) > asked.max_packet_bytes
             if too_large or (expires_s is not None and expires_s <= now_s):
-                # Section 3.1.2.11.4: to this client it counts as sent.
+                # For this client the message counts as sent (section 3.1.2.11.4).
                 self._outbox.acknowledged(due.number)
                 self._server.counts.dropped += too_large
                 continue
@@ -454,7 +462,7 @@ class Link(asyncio.Protocol):
         self._out.insert(len(self._out) if place is None else place, data)
         self._out_bytes += len(data)
         if not self._flushing:
-            # What one turn of the loop brings goes out with one system call.
+            # All packets of one turn of the event loop go out with one system call.
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
 

@@ -1,7 +1,7 @@
 """Decodes and encodes MQTT 3.1.1 and 5 packets as a broker needs them; no I/O.
 
-Readers take a packet's body (what follows its remaining length) and raise `MqttError` with the reason code that the
-standard gives the fault. Source: OASIS MQTT 3.1.1 and 5.0; sections are cited as in 5.0.
+The readers take a packet's body, which follows its remaining length. They raise `MqttError` with the reason code that
+the standard assigns to the fault. Source: OASIS MQTT 3.1.1 and 5.0; sections are cited as in 5.0.
 """
 
 import struct
@@ -22,7 +22,7 @@ from edge_broker.mqtt.packets import (
     ReasonCode,
 )
 
-# What goes on to subscribers unchanged; the expiry goes on as well, less the time that the message has waited (3.3.2.3).
+# Properties that are forwarded unchanged. The expiry is forwarded too, less the time that the message waited (3.3.2.3).
 _FORWARDED: Final = frozenset(
     {Property.PAYLOAD_FORMAT, Property.CONTENT_TYPE, Property.RESPONSE_TOPIC, Property.CORRELATION, Property.USER}
 )
@@ -78,9 +78,9 @@ class _Body:
         try:
             found = self.binary().decode()
         except UnicodeDecodeError as exc:
-            raise MqttError(ReasonCode.MALFORMED, "a string is not UTF-8") from exc
+            raise MqttError(ReasonCode.MALFORMED, "a string must be UTF-8") from exc
         if "\0" in found:
-            raise MqttError(ReasonCode.MALFORMED, "a string holds U+0000")
+            raise MqttError(ReasonCode.MALFORMED, "a string must not contain U+0000")
         return found
 
     def varint(self) -> int:
@@ -90,7 +90,7 @@ class _Body:
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
-        raise MqttError(ReasonCode.MALFORMED, "a length has more than four bytes")
+        raise MqttError(ReasonCode.MALFORMED, "a length must have at most four bytes")
 
     def rest(self) -> bytes:
         return self.take(len(self.data) - self.at)
@@ -174,20 +174,23 @@ def _properties(body: _Body, allowed: frozenset[Property]) -> _Found:
         except ValueError as exc:
             raise MqttError(ReasonCode.MALFORMED, f"property {number} is unknown") from exc
         if key not in allowed or (key in values and key not in _REPEATED):
-            raise MqttError(ReasonCode.PROTOCOL_ERROR, f"property {key.name} is out of place")
+            raise MqttError(ReasonCode.PROTOCOL_ERROR, f"property {key.name} is not allowed here")
         values[key] = _READERS[key](inner)
         if key in _NOT_ZERO and values[key] == 0:
-            raise MqttError(ReasonCode.PROTOCOL_ERROR, f"property {key.name} is 0")
+            raise MqttError(ReasonCode.PROTOCOL_ERROR, f"property {key.name} must not be 0")
         if key in _FORWARDED:
             extras += inner.data[start : inner.at]
     return _Found(values, bytes(extras))
 
 
 def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
-    """A CONNECT (3.1). An unknown version is the error UNSUPPORTED_VERSION before anything else is looked at."""
+    """Decode a CONNECT (3.1).
+
+    An unknown version raises UNSUPPORTED_VERSION before anything else is checked.
+    """
     body = _Body(data)
     if body.binary() not in (b"MQTT", b"MQIsdp"):
-        raise MqttError(ReasonCode.MALFORMED, "not an MQTT CONNECT")
+        raise MqttError(ReasonCode.MALFORMED, "protocol name must be MQTT or MQIsdp")
     version = body.byte()
     if version not in versions:
         known = " or ".join(map(str, versions))
@@ -195,7 +198,7 @@ def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
     flags = body.byte()
     will_qos = flags >> 3 & 3
     if flags & 1 or will_qos > 2 or (not flags & 4 and flags & 0x38) or (version == V3 and flags & 0xC0 == 0x40):
-        raise MqttError(ReasonCode.MALFORMED, f"flags of CONNECT are {flags:#04x}")
+        raise MqttError(ReasonCode.MALFORMED, f"flags of CONNECT are invalid (got {flags:#04x})")
     keep_alive_s = body.short()
     found = _properties(body, _OF_CONNECT) if version == V5 else _NONE
     if Property.AUTH_METHOD in found.values:
@@ -207,13 +210,13 @@ def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
         topic, payload = body.text(), body.binary()
         check_topic(topic)
         expiry = of_will.values.get(Property.MESSAGE_EXPIRY)
-        # Its time begins when it is published: a span until then.
+        # A will expires after its publication, so this is a time span until then.
         lasts_s = float(expiry) if isinstance(expiry, int) else None
         will = BrokerMessage(topic, payload, will_qos, bool(flags & 0x20), of_will.extras, lasts_s)
     username = body.text() if flags & 0x80 else None
     password = body.binary() if flags & 0x40 else None
     if not body.done:
-        raise MqttError(ReasonCode.MALFORMED, "CONNECT is longer than its fields")
+        raise MqttError(ReasonCode.MALFORMED, "CONNECT has bytes after its last field")
     largest = found.values.get(Property.MAXIMUM_PACKET)
     return Connect(
         version,
@@ -229,20 +232,22 @@ def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
 
 
 def read_publish(flags: int, data: bytes, version: int, now_s: float) -> Publish:
-    """A PUBLISH (3.3); `flags` are the low four bits of its first byte, `now_s` is the broker's time."""
+    """Decode a PUBLISH (3.3). `flags` are the low four bits of its first byte; `now_s` is the broker's clock in
+    seconds.
+    """
     qos = flags >> 1 & 3
     if qos == 3 or (not qos and flags & 8):
-        raise MqttError(ReasonCode.MALFORMED, f"flags of PUBLISH are {flags:#03x}")
+        raise MqttError(ReasonCode.MALFORMED, f"flags of PUBLISH are invalid (got {flags:#03x})")
     body = _Body(data)
     topic = body.text()
     number = body.short() if qos else 0
     if qos and not number:
-        raise MqttError(ReasonCode.MALFORMED, "packet identifier 0")
+        raise MqttError(ReasonCode.MALFORMED, "packet identifier must be at least 1 (got 0)")
     found = _properties(body, _OF_PUBLISH) if version == V5 else _NONE
     if Property.TOPIC_ALIAS in found.values:
         raise MqttError(ReasonCode.TOPIC_ALIAS, "topic aliases were not offered")
     if Property.SUBSCRIPTION_ID in found.values:
-        raise MqttError(ReasonCode.PROTOCOL_ERROR, "a client's PUBLISH has no subscription identifier")
+        raise MqttError(ReasonCode.PROTOCOL_ERROR, "a client's PUBLISH must not have a subscription identifier")
     check_topic(topic)
     expiry = found.values.get(Property.MESSAGE_EXPIRY)
     expires_s = now_s + expiry if isinstance(expiry, int) else None
@@ -251,7 +256,7 @@ def read_publish(flags: int, data: bytes, version: int, now_s: float) -> Publish
 
 
 def read_answer(data: bytes, version: int) -> tuple[int, int]:
-    """Packet identifier and reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP (3.4 to 3.7)."""
+    """Decode a PUBACK, PUBREC, PUBREL or PUBCOMP (3.4 to 3.7) into packet identifier and reason code."""
     body = _Body(data)
     number = body.short()
     if version == V3 or body.done:
@@ -263,7 +268,7 @@ def read_answer(data: bytes, version: int) -> tuple[int, int]:
 
 
 def read_subscribe(data: bytes, version: int) -> tuple[int, list[Asked]]:
-    """Packet identifier and filters of a SUBSCRIBE (3.8); a malformed filter is left for the caller to refuse."""
+    """Decode a SUBSCRIBE (3.8) into packet identifier and filters. The caller must check the filters."""
     body = _Body(data)
     number = body.short()
     found = _properties(body, _OF_SUBSCRIBE) if version == V5 else _NONE
@@ -273,20 +278,20 @@ def read_subscribe(data: bytes, version: int) -> tuple[int, list[Asked]]:
         pattern, options = body.text(), body.byte()
         qos, handling = options & 3, options >> 4 & 3
         if qos == 3 or handling == 3 or options & (0xC0 if version == V5 else 0xFC):
-            raise MqttError(ReasonCode.MALFORMED, f"options of a subscription are {options:#04x}")
+            raise MqttError(ReasonCode.MALFORMED, f"options of a subscription are invalid (got {options:#04x})")
         shared = pattern.startswith("$share/")
         if shared and options & 4:
-            raise MqttError(ReasonCode.PROTOCOL_ERROR, "a shared subscription cannot be without local messages")
+            raise MqttError(ReasonCode.PROTOCOL_ERROR, "a shared subscription must not set No Local")
         asked.append(
             Asked(pattern, qos, bool(options & 4), bool(options & 8), handling, tag if isinstance(tag, int) else None)
         )
     if not number or not asked:
-        raise MqttError(ReasonCode.PROTOCOL_ERROR, "SUBSCRIBE without identifier or filter")
+        raise MqttError(ReasonCode.PROTOCOL_ERROR, "SUBSCRIBE must have a packet identifier and a filter")
     return number, asked
 
 
 def read_unsubscribe(data: bytes, version: int) -> tuple[int, list[str]]:
-    """Packet identifier and filters of an UNSUBSCRIBE (3.10)."""
+    """Decode an UNSUBSCRIBE (3.10) into packet identifier and filters."""
     body = _Body(data)
     number = body.short()
     if version == V5:
@@ -295,12 +300,12 @@ def read_unsubscribe(data: bytes, version: int) -> tuple[int, list[str]]:
     while not body.done:
         patterns.append(body.text())
     if not number or not patterns:
-        raise MqttError(ReasonCode.PROTOCOL_ERROR, "UNSUBSCRIBE without identifier or filter")
+        raise MqttError(ReasonCode.PROTOCOL_ERROR, "UNSUBSCRIBE must have a packet identifier and a filter")
     return number, patterns
 
 
 def read_disconnect(data: bytes, version: int) -> int:
-    """The reason code of a DISCONNECT (3.14)."""
+    """Decode a DISCONNECT (3.14) into its reason code."""
     body = _Body(data)
     if version == V3 or body.done:
         return 0
@@ -311,21 +316,25 @@ def read_disconnect(data: bytes, version: int) -> int:
 
 
 def check_topic(topic: str) -> None:
-    """A name to publish on (4.7.1): not empty and without wildcards."""
+    """Check a topic name (4.7.1), which must not be empty and has no wildcards.
+
+    Raises:
+        MqttError: the name is invalid.
+    """
     if not topic or "+" in topic or "#" in topic:
-        raise MqttError(ReasonCode.BAD_TOPIC, "a topic's name is empty or has wildcards")
+        raise MqttError(ReasonCode.BAD_TOPIC, "a topic name must not be empty or have wildcards")
 
 
-# Writing
+# Encoding
 
 
 def packet(kind: PacketType, body: bytes, flags: int = 0) -> bytes:
-    """A whole packet."""
+    """Encode a whole packet."""
     return bytes([kind << 4 | flags]) + varint(len(body)) + body
 
 
 def varint(value: int) -> bytes:
-    """Variable byte integer (1.5.5)."""
+    """Encode a variable byte integer (1.5.5)."""
     if value < 0x80:
         return bytes([value])
     found = bytearray()
@@ -337,7 +346,7 @@ def varint(value: int) -> bytes:
 
 
 def text(value: str) -> bytes:
-    """A string with its length."""
+    """Encode a string with its length."""
     data = value.encode()
     return struct.pack(">H", len(data)) + data
 
@@ -347,7 +356,7 @@ _LONGS: Final = frozenset({Property.MAXIMUM_PACKET, Property.SESSION_EXPIRY, Pro
 
 
 def properties(values: Iterable[tuple[Property, int | str]], extras: bytes = b"") -> bytes:
-    """A property section with its length."""
+    """Encode a property section with its length."""
     found = bytearray()
     for key, value in values:
         found += varint(key)
@@ -360,7 +369,7 @@ def properties(values: Iterable[tuple[Property, int | str]], extras: bytes = b""
     return varint(len(found) + len(extras)) + bytes(found) + extras
 
 
-# CONNACK's return codes of 3.1.1 (its table 3.1) for the reasons of 5.
+# The return codes of CONNACK in 3.1.1 (its table 3.1), by the reason codes of 5.
 _OLD_CODES: Final = {
     ReasonCode.SUCCESS: 0,
     ReasonCode.UNSUPPORTED_VERSION: 1,
@@ -372,7 +381,7 @@ _OLD_CODES: Final = {
 
 
 def connack(version: int, reason: ReasonCode, values: Iterable[tuple[Property, int | str]] = ()) -> bytes:
-    """The answer to CONNECT (3.2); a session is never present."""
+    """Encode a CONNACK (3.2). A session is never present."""
     if version == V5:
         return packet(PacketType.CONNACK, bytes([0, reason]) + properties(values))
     return packet(PacketType.CONNACK, bytes([0, _OLD_CODES.get(reason, 3)]))
@@ -389,7 +398,9 @@ def publish(
     now_s: float = 0.0,
     duplicate: bool = False,
 ) -> bytes:
-    """A PUBLISH for a subscriber; `tags` are its subscription identifiers."""
+    """Encode a PUBLISH for a subscriber. `tags` are its subscription identifiers; `now_s` is the broker's clock in
+    seconds.
+    """
     head = text(message.topic)
     if qos:
         head += struct.pack(">H", number)
@@ -403,7 +414,7 @@ def publish(
 
 
 def answer(kind: PacketType, number: int, version: int, reason: ReasonCode = ReasonCode.SUCCESS) -> bytes:
-    """PUBACK, PUBREC, PUBREL or PUBCOMP."""
+    """Encode a PUBACK, PUBREC, PUBREL or PUBCOMP."""
     body = struct.pack(">H", number)
     if version == V5 and reason:
         body += bytes([reason])
@@ -411,19 +422,19 @@ def answer(kind: PacketType, number: int, version: int, reason: ReasonCode = Rea
 
 
 def suback(number: int, version: int, codes: list[int]) -> bytes:
-    """The answer to SUBSCRIBE: the granted QoS, or a failure, for each filter."""
+    """Encode a SUBACK: the granted QoS, or a failure code, for each filter."""
     none = b"\0" if version == V5 else b""
     known = codes if version == V5 else [min(code, 0x80) for code in codes]
     return packet(PacketType.SUBACK, struct.pack(">H", number) + none + bytes(known))
 
 
 def unsuback(number: int, version: int, codes: list[int]) -> bytes:
-    """The answer to UNSUBSCRIBE."""
+    """Encode an UNSUBACK: a reason code for each filter in MQTT 5."""
     return packet(PacketType.UNSUBACK, struct.pack(">H", number) + (b"\0" + bytes(codes) if version == V5 else b""))
 
 
 def disconnect(reason: ReasonCode, why: str = "") -> bytes:
-    """A DISCONNECT of the broker; it exists in 5 only."""
+    """Encode a DISCONNECT from the broker, which exists in MQTT 5 only."""
     return packet(PacketType.DISCONNECT, bytes([reason]) + properties([(Property.REASON_STRING, why)] if why else []))
 
 

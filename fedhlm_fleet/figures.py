@@ -1,4 +1,4 @@
-"""The file of `--json`: tried before the work begins, written as a whole after it."""
+"""The file of `--json`: checked before the work begins, and written after it ends."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ KEY = "--json"
 
 
 def try_out(path: Path | None) -> None:
-    """See that the file can be written, and leave what is there as it is.
+    """Check that the file can be written, without changing it.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the file cannot be written.
     """
     if path is None:
         return
@@ -27,10 +27,10 @@ def try_out(path: Path | None) -> None:
 
 
 def write(path: Path | None, figures: object) -> None:
-    """Write the figures as indented JSON; without a path nothing is done.
+    """Write the figures as indented JSON; do nothing without a path.
 
     Raises:
-        ConfigError: the file cannot be written, on a full disk for instance.
+        ConfigError: the file cannot be written, for instance because the disk is full.
     """
     if path is None:
         return

@@ -1,7 +1,7 @@
-"""Child processes of a fleet on one machine: started together, watched, and all gone at the end.
+"""Child processes of a fleet on one machine: started together, watched, and all stopped at the end.
 
-Each part runs as `python -m fedhlm_fleet.cli agent|edge|cloud` in a session of its own, so that Ctrl-C reaches the parent
-alone and the parent stops them in order. A parent that is killed takes them with it (`fedhlm.process.leash`).
+Each part runs as `python -m fedhlm_fleet.cli agent|edge|cloud` in a session of its own. So Ctrl-C reaches only the
+parent, which stops the children in order. When the parent is killed, the children end too (`fedhlm.process.leash`).
 """
 
 import asyncio
@@ -16,16 +16,16 @@ from typing import Final, Self
 from fedhlm.errors import FedhlmError
 from fedhlm.process.leash import leashed
 
-STOP_S: Final = 5.0  # between the request to stop and the kill
+STOP_S: Final = 5.0  # between SIGTERM and SIGKILL
 _TAIL_LINES: Final = 8
 
 
 class PartFailed(FedhlmError):
-    """A part ended by itself; the message holds the end of its log."""
+    """A part ended unexpectedly; the message contains the end of its log."""
 
 
 class Processes:
-    """Children by name; leaving the context stops them all."""
+    """A context manager for child processes, which have names; leaving it stops them all."""
 
     def __init__(self) -> None:
         self._children: dict[str, asyncio.subprocess.Process] = {}
@@ -42,7 +42,7 @@ class Processes:
         await asyncio.shield(self.stop())
 
     async def start(self, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
-        """Start one child; `arguments` follow `python -m`, `env` is added to ours."""
+        """Start one child; `arguments` follow `python -m`, and `env` is added to the parent's environment."""
         with (self.logs / f"{name}.log").open("wb") as log:
             self._children[name] = await asyncio.create_subprocess_exec(
                 *leashed(sys.executable, "-m", *arguments),
@@ -54,14 +54,14 @@ class Processes:
             )
 
     def log_of(self, name: str) -> str:
-        """All that a child has printed."""
+        """Return everything that a child has printed."""
         return (self.logs / f"{name}.log").read_text(errors="replace")
 
     def check(self) -> None:
-        """See that every child lives.
+        """Check that every child is running.
 
         Raises:
-            PartFailed: one ended.
+            PartFailed: a child has ended.
         """
         for name, child in self._children.items():
             if child.returncode is not None:
@@ -79,7 +79,7 @@ class Processes:
         self.check()
 
     async def end(self, *names: str) -> None:
-        """Ask these children to stop, newest first, and kill those that do not; returns when all are gone."""
+        """Stop these children, newest first, and kill those that do not end in time; return when all have ended."""
         children = [self._children.pop(name) for name in reversed(self._children.copy()) if name in names]
         for child in children:
             if child.returncode is None:
@@ -93,6 +93,6 @@ class Processes:
                 await child.wait()
 
     async def stop(self) -> None:
-        """End every child, and forget their logs."""
+        """Stop all children, and delete their logs."""
         await self.end(*self._children)
         self._folder.cleanup()

@@ -1,4 +1,4 @@
-"""Who is on a broker: the parts that have announced themselves, their software and models, and the links between them."""
+"""The parts that have announced themselves on a broker: their software, their models, and the links between them."""
 
 import asyncio
 import time
@@ -16,14 +16,14 @@ from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Presence
 from fedhlm.telemetry import Counters
 
-# Retained messages come at once after a subscription; each of them makes the wait begin again.
+# Retained messages arrive right after a subscription; each of them restarts this wait.
 QUIET_S: Final = 1.0
 _ROWS: Final = (topics.CLOUD_STATUS, topics.EDGE_STATUS, topics.AGENT_STATUS)
 _ORDER: Final[Mapping[str, int]] = {"cloud": 0, "edge": 1, "agent": 2}
 
 
 class Heard(NamedTuple):
-    """A part's presence, under the cluster of its topic (empty for the cloud) and its own name."""
+    """A part's presence, with its name and the cluster of its topic (empty for the cloud)."""
 
     cluster: str
     name: str
@@ -31,8 +31,11 @@ class Heard(NamedTuple):
 
 
 class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One part; `since_s` is for how long it has been online, by its own clock, None where it is not (a last will does not know
-    when it was left behind). `wrong` is empty where all is well."""
+    """One part. `wrong` describes its problem, and is empty if there is none.
+
+    `since_s` is how long the part has been online, by its own clock. It is None for an offline part, because a last
+    will does not know when it was sent.
+    """
 
     cluster: str
     name: str
@@ -46,7 +49,7 @@ class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def listen(broker: settings.Broker, *, client_id: str) -> list[Heard]:
-    """All presences that the broker keeps, each with what its topic says.
+    """Return all retained presences of the broker, each with the names in its topic.
 
     Raises:
         BusError: the broker cannot be reached.
@@ -69,7 +72,7 @@ async def listen(broker: settings.Broker, *, client_id: str) -> list[Heard]:
 
 
 def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[PartStatus]:
-    """What each part is and lacks: the cloud first, then cluster by cluster the edge before its agents."""
+    """Return the status of each part: the cloud first, then for each cluster its edge and its agents."""
     now_s = time.time() if now_s is None else now_s
     parts = sorted(heard, key=lambda h: (h.cluster, _ORDER[h.presence.role], h.name))
     edges = {h.cluster: h.presence for h in parts if h.presence.role == "edge"}
@@ -90,7 +93,7 @@ def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[PartStat
 
 
 def missing(found: Iterable[PartStatus]) -> list[str]:
-    """What nobody has announced: a cloud behind no edge, agents without an edge; and software of several versions."""
+    """Return the problems of the whole fleet: no part at all, clusters without an edge, several software versions."""
     found = list(found)
     if not found:
         return ["no part has announced itself on this broker"]

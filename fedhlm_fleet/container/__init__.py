@@ -1,1 +1,1 @@
-"""What runs in containers beside the parts themselves: their health, their certificates, and a client."""
+"""Helpers for parts in containers: health checks, and certificates for all containers of a machine."""

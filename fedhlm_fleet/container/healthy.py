@@ -1,6 +1,7 @@
-"""`python -m fedhlm_fleet.container.healthy`: a container's health check. What the part itself last said, if that is fresh.
+"""`python -m fedhlm_fleet.container.healthy`: the health check of a container, from the part's latest status.
 
-Healthy means: the event loop turns and every broker that the part needs is connected. The last line says what is wrong.
+A part is healthy if its event loop is running and every broker that it needs is connected. The printed line says what
+is wrong.
 """
 
 import sys
@@ -14,17 +15,17 @@ FOLDER: Final = Path("/run/fedhlm")
 STATUS: Final = "status"
 SERVING: Final = "serving"
 
-# A part speaks twice in this time, or whenever something changes.
+# A part reports its status twice in this time, and whenever something changes.
 SPAN_S: Final = 20.0
 
 
 def note(folder: Path, status: str, now_s: float) -> None:
-    """Keep what a part says; `now_s` is on the machine's monotonic clock, which all processes share."""
+    """Save the status of a part; `now_s` is on the machine's monotonic clock, which all processes share."""
     replace_file(folder / STATUS, f"{now_s} {status}".encode())
 
 
 def complaint(folder: Path, now_s: float) -> str:
-    """What is wrong with the part; empty when it is well."""
+    """Return what is wrong with the part, or an empty text if it is healthy."""
     try:
         moment_s, _, status = (folder / STATUS).read_text("utf-8").partition(" ")
     except OSError:
@@ -36,7 +37,7 @@ def complaint(folder: Path, now_s: float) -> str:
 
 
 def main(folder: Path = FOLDER) -> int:
-    """Print what is wrong, or that nothing is; 0 when healthy."""
+    """Print what is wrong, or `serving`; return 0 if the part is healthy, else 1."""
     wrong = complaint(folder, time.monotonic())
     print(wrong or SERVING)
     return 1 if wrong else 0

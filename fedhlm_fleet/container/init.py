@@ -1,8 +1,9 @@
 """`python -m fedhlm_fleet.container.init`: certificates and broker configurations for the containers of one machine.
 
-What is mounted is the plan: PARTS/agents/CLUSTER/NAME, PARTS/edges/CLUSTER, PARTS/clients/CLUSTER/NAME, PARTS/brokers/CLUSTER,
-PARTS/cloud and PARTS/cloud-broker are one volume each and receive that party's files, and no other's. Running it again issues
-what is new, renews what ends soon, and leaves the rest; who was revoked stays without.
+The mounted volumes decide which parties get files: PARTS/agents/CLUSTER/NAME, PARTS/edges/CLUSTER,
+PARTS/clients/CLUSTER/NAME, PARTS/brokers/CLUSTER, PARTS/cloud and PARTS/cloud-broker. Each is one volume and receives
+the files of that party only. A second run issues missing certificates, renews those that expire soon, and leaves the
+others; revoked parties get none.
 """
 
 import argparse
@@ -26,15 +27,15 @@ CERT: Final = "party.crt"
 KEY: Final = "party.key"
 PROBE_CERT: Final = "probe.crt"
 PROBE_KEY: Final = "probe.key"
-# The check of a broker's health connects as a client of a cluster that does not exist: it may do nothing.
+# A broker's health check connects as a client of a cluster that does not exist, so it has no rights.
 NOWHERE: Final = "nowhere"
-# A folder that no image has: the engine would hand its owner and files over to the new volume.
+# No image has this folder: the container engine would copy its owner and files into the new volume.
 CONFIG_AT: Final = "/etc/fedhlm/broker"
 DATA_AT: Final = "/mosquitto/data"
 
 
 class Recipient(NamedTuple):
-    """Who gets a key, and the folder (one volume) that receives it; brokers also have a place."""
+    """A party that gets a key, and the folder (one volume) that receives it; brokers also have a place."""
 
     folder: Path
     name: str
@@ -45,14 +46,14 @@ class Recipient(NamedTuple):
 
 
 class Owners(NamedTuple):
-    """Numbers of the users that the containers run as."""
+    """User ids that the containers run as."""
 
     part: int
     broker: int
 
 
 def plan(parts: Path) -> Iterator[Recipient]:
-    """The parties that folders are there for, in a fixed order."""
+    """Yield the parties for which there are folders, in a fixed order."""
     for folder in _folders(parts / "brokers"):
         name = f"broker-{folder.name}"
         yield Recipient(
@@ -75,7 +76,7 @@ def plan(parts: Path) -> Iterator[Recipient]:
 def provide(
     pki: Path, parts: Path, *, owners: Owners, port: int, root: str = DEFAULT_ROOT, now: datetime
 ) -> Iterator[str]:
-    """Issue and deliver everything; one line for each party.
+    """Issue and deliver all certificates and broker configurations; yield one line for each party.
 
     Raises:
         FedhlmError: the PKI or a folder cannot be used.
@@ -87,7 +88,7 @@ def provide(
     brokers = [party for party in parties if party.place is not None]
     for broker in brokers:
         _issued(pki, _probe(broker), now)
-    # Brokers last: their rights name everybody who has been issued.
+    # Brokers come last: their access rules name every party that has a certificate.
     for party in (*(p for p in parties if p.place is None), *brokers):
         if party.place is None:
             _deliver(_pair(pki, party.name, CERT, KEY), party.folder, owners.part)
@@ -97,10 +98,10 @@ def provide(
 
 
 def provide_plain(parts: Path, *, owners: Owners, port: int) -> Iterator[str]:
-    """Configure brokers without certificates and rights, for development; one line for each."""
+    """Configure brokers without certificates and access rules, for development; yield one line for each."""
     for party in plan(parts):
         if party.place is not None:
-            # The container's network is closed, and its other containers are who shall reach it.
+            # Only the other containers can reach this address: the containers' network is closed.
             listener = mosquitto.Listener(port, "0.0.0.0", CONFIG_AT, DATA_AT)  # noqa: S104
             with tempfile.TemporaryDirectory() as staging:
                 mosquitto.configure_plain(Path(staging), listener=listener)
@@ -109,12 +110,12 @@ def provide_plain(parts: Path, *, owners: Owners, port: int) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, provide, print; 2 when something cannot be used."""
+    """Run the command line, and return its exit code: 0, or 2 if a folder or the PKI cannot be used."""
     parser = argparse.ArgumentParser(prog="init", description="Certificates for the containers of one machine.")
     parser.add_argument("--pki", type=Path, default=Path("/pki"), help="folder of the CA")
-    parser.add_argument("--parts", type=Path, default=Path("/parts"), help="where the volumes are mounted")
-    parser.add_argument("--part-user", type=int, default=10001, help="who reads the parts' files")
-    parser.add_argument("--broker-user", type=int, default=1883, help="who reads the brokers' files")
+    parser.add_argument("--parts", type=Path, default=Path("/parts"), help="folder where the volumes are mounted")
+    parser.add_argument("--part-user", type=int, default=10001, help="user id that owns the parts' files")
+    parser.add_argument("--broker-user", type=int, default=1883, help="user id that owns the brokers' files")
     parser.add_argument("--root", default=DEFAULT_ROOT, help="first levels of all topics")
     parser.add_argument("--plain", action="store_true", help="no TLS, for development")
     given = parser.parse_args(arguments)
@@ -142,7 +143,7 @@ def _probe(broker: Recipient) -> Recipient:
 
 
 def _issued(pki: Path, party: Recipient, now: datetime) -> str:
-    """Make sure that a party has a certificate that is good for a while; what was done."""
+    """Make sure that a party has a certificate that does not expire soon, and return what was done."""
     entry = Registry.load(pki).entries.get(party.name)
     if entry is not None and entry.role != party.role:
         raise PkiError(
@@ -152,7 +153,7 @@ def _issued(pki: Path, party: Recipient, now: datetime) -> str:
         return "was revoked and stays so; `fedhlm pki issue` gives it a new certificate"
     if entry is not None and entry.newest.not_after - now > EXPIRING:
         return f"good until {entry.newest.not_after:%Y-%m-%d}"
-    # A broker may have been given more names by hand; a renewal keeps what it has.
+    # An operator may have added host names to a broker by hand; a renewal keeps them.
     made = (
         authority.issue(pki, party.name, renew=True, now=now)
         if entry is not None
@@ -177,7 +178,7 @@ def _deliver_broker(
 
 
 def _deliver(sources: dict[str, Path], folder: Path, owner: int) -> None:
-    """Copy files, keys for their owner alone. Each is complete and owned before it has its name."""
+    """Copy files; only the owner can read a key. A file gets its name once its content and owner are set."""
     for name, source in sources.items():
         mode = PRIVATE if name.endswith(".key") else PUBLIC
         try:

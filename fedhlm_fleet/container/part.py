@@ -1,7 +1,8 @@
-"""`python -m fedhlm_fleet.container.part agent`: a part as a container's process.
+"""`python -m fedhlm_fleet.container.part agent`: a part as the process of a container.
 
-What it tells a service manager (`fedhlm.process.notify`) is received by a thread of its own process and kept for the health check.
-A part that was alive and whose event loop stops turning is ended, for the engine to start it again.
+A part reports its status to a service manager (`fedhlm.process.notify`). Here a thread of the same process receives
+these reports and saves them for the health check. If the event loop hangs, the process ends, so that the engine
+restarts it.
 """
 
 import os
@@ -15,16 +16,19 @@ from typing import Final
 
 from fedhlm_fleet.container.healthy import FOLDER, SPAN_S, note
 
-# After a pause of the whole container one span is over before the part can speak.
+# After a pause of the whole container, one span has passed before the part can report.
 SILENT_SPANS: Final = 3
 HUNG: Final = 70  # EX_SOFTWARE
 _DATAGRAM_BYTES: Final = 4_096
-_END: Final = b""  # our own word that nothing follows; a part's notices are never empty
+_END: Final = b""  # our own end mark; a part's notices are never empty
 _MICROSECONDS: Final = 1_000_000
 
 
 def listen(channel: socket.socket, folder: Path, *, span_s: float, hung: Callable[[], None]) -> None:
-    """Keep what arrives on the channel until `_END`; `hung` is called once nothing has come for SILENT_SPANS spans after the first word."""
+    """Save every status from the channel until `_END`.
+
+    Call `hung` when, after the first report, none arrives for SILENT_SPANS spans of `span_s` seconds.
+    """
     channel.settimeout(span_s)
     status, silent, heard = "starting", 0, False
     while silent < SILENT_SPANS:
@@ -44,7 +48,7 @@ def listen(channel: socket.socket, folder: Path, *, span_s: float, hung: Callabl
 
 
 def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
-    """Run one command line of `fedhlm` with its health noted in the folder; the exit code."""
+    """Run one command line of `fedhlm`, save its health in the folder, and return the exit code."""
     from fedhlm_fleet import cli
 
     path = folder / "notify"
@@ -61,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
         try:
             return cli.main(arguments)
         finally:
-            # Datagrams stay in order: once this one has been read, the part's last word has been kept.
+            # Datagrams stay in order: once this one is read, the part's last status is saved.
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as ours:
                 ours.sendto(_END, str(path))
             listener.join()
@@ -69,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
 
 def _end() -> None:
     print(f"fedhlm: the event loop has not turned for {SILENT_SPANS * SPAN_S:g} s, ending", file=sys.stderr, flush=True)
-    # Nothing that hangs can be asked to clean up; states are replaced as whole files.
+    # A hung process cannot clean up, and need not: state files are always replaced as a whole.
     os._exit(HUNG)
 
 

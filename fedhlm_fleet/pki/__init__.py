@@ -1,1 +1,1 @@
-"""Certificates of a fleet: an authority in a folder, what it issued, and brokers configured to trust exactly that."""
+"""Certificates of a fleet: a certificate authority in a folder, and brokers that trust exactly what it issued."""

@@ -1,7 +1,7 @@
-"""Who may read and write what on which broker: the topic table, applied to the parties of a registry.
+"""Access rules of the brokers: the topic table, applied to the parties of a registry.
 
-A party gets a `user` block of its own. mosquitto's `pattern` lines would hold for every certificate of the CA, so that an agent of
-one cluster could speak as itself in another; here a name that is in no block may nothing.
+Each party gets its own `user` block, and a name without a block has no rights. mosquitto's `pattern` lines would hold
+for every certificate of the CA, so that an agent of one cluster could publish under its name in another.
 """
 
 import re
@@ -20,21 +20,21 @@ Kind = Literal["cluster", "cloud", "shared"]
 
 
 class BrokerPlace(NamedTuple):
-    """Which broker it is: of one cluster, of the cloud side, or one for all."""
+    """The place of a broker: in one cluster, between edges and cloud, or shared by all."""
 
     kind: Kind
     cluster: str = ""
 
 
 class Right(NamedTuple):
-    """One line of an access control file."""
+    """One line of an access control list."""
 
     access: Literal["read", "write"]
     filter: str
 
 
 def rights(entry: Entry, place: BrokerPlace, root: str = DEFAULT_ROOT) -> list[Right]:
-    """What a party may do on a broker; nothing for one that has no business there."""
+    """Return the rights of a party on a broker; the list is empty if the party does not use this broker."""
     match entry.role:
         case "broker":
             return []
@@ -48,10 +48,10 @@ def rights(entry: Entry, place: BrokerPlace, root: str = DEFAULT_ROOT) -> list[R
 
 
 def acl(entries: Iterable[Entry], place: BrokerPlace, root: str = DEFAULT_ROOT) -> str:
-    """The access control file of a broker; parties whose newest certificate is revoked are left out.
+    """Return the access control list of a broker, without parties whose newest certificate is revoked.
 
     Raises:
-        ConfigError: a root that is more than plain levels.
+        ConfigError: the root contains other characters than those of plain levels.
     """
     if not _ROOT.fullmatch(root):
         raise ConfigError("--root", root, "levels of letters, digits, '.', '_', '~' or '-'")
@@ -67,7 +67,7 @@ def acl(entries: Iterable[Entry], place: BrokerPlace, root: str = DEFAULT_ROOT) 
 
 
 def described(place: BrokerPlace) -> str:
-    """A broker in words."""
+    """Describe a broker in words."""
     return {
         "cluster": f"the broker of cluster {place.cluster}",
         "cloud": "the cloud's broker",
@@ -76,7 +76,7 @@ def described(place: BrokerPlace) -> str:
 
 
 def _relayed(topic: Topic) -> bool:
-    # What cloud and edge both publish, the edge carries from the cloud's broker to its cluster's.
+    # The edge forwards a topic that both cloud and edge publish from the cloud's broker to its cluster's broker.
     return {"cloud", "edge"} <= set(topic.publishers)
 
 
@@ -93,14 +93,14 @@ def _of_row(topic: Topic, entry: Entry, role: Role, place: BrokerPlace, root: st
     if role in topic.publishers and not relay_only:
         found += [Right("write", name) for name in _names(topic, entry, place, root, everybody=False)]
     if role in topic.subscribers:
-        # What parties of one role tell one another is heard from all of them.
+        # On a topic between parties of one role, each party reads the messages of all others.
         among = role in topic.publishers
         found += [Right("read", name) for name in _names(topic, entry, place, root, everybody=among)]
     return found
 
 
 def _names(topic: Topic, entry: Entry, place: BrokerPlace, root: str, *, everybody: bool) -> list[str]:
-    """The filters of a row that are this party's own; with `everybody` also those of others like it."""
+    """Return a row's topic filters for this party; with `everybody`, also those for other parties of its role."""
     of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
     if place.kind == "cloud" and entry.role == "agent":
         return []

@@ -1,7 +1,8 @@
-"""A certificate authority in a folder: make it, issue, renew, revoke.
+"""A certificate authority (CA) in a folder: create it, and issue, renew and revoke certificates.
 
-ECDSA on P-256; the CA may sign certificates and revocation lists and no other CA. What is signed is in the registry before
-any file of it exists, so whatever breaks in between, everything that could be presented to a broker can be revoked.
+Keys are ECDSA on P-256. The CA may sign certificates and revocation lists, but no other CA. A certificate enters the
+registry before its files are written. So every certificate that could reach a broker can be revoked, even after a
+crash.
 """
 
 import ipaddress
@@ -32,9 +33,10 @@ ISSUED: Final = "issued"
 
 CA_DAYS: Final = 3_650
 LEAF_DAYS: Final = 365
-# Brokers refuse everybody once it has passed. It outlasts a year's certificates: who renews those in time has made a new list.
+# Brokers reject everybody once their list has expired. It outlasts certificates of a year: whoever renews those in time
+# has made a new list.
 CRL_DAYS: Final = 400
-# A device without a battery-backed clock may believe that it is yesterday.
+# The clock of a device without a battery may be a day late.
 BACKDATED: Final = timedelta(days=1)
 
 _HOST: Final = re.compile(
@@ -44,7 +46,7 @@ _ONE_CLUSTER: Final = ("edge", "broker")
 
 
 class Made(NamedTuple):
-    """The files of one party and what stands behind them. `clipped`: the CA ends sooner than was asked for."""
+    """The files of one party, and its entry in the registry. `clipped`: the CA expires before the requested end."""
 
     entry: Entry
     ca: Path
@@ -60,10 +62,10 @@ class _Signer(NamedTuple):
 
 
 def create(folder: Path, *, days: int = CA_DAYS, name: str = "fedhlm CA", now: datetime) -> bool:
-    """Make a CA, an empty registry and an empty revocation list; False, and nothing changed, where there is one.
+    """Create a CA, an empty registry and an empty revocation list; change nothing and return False if a CA exists.
 
     Raises:
-        PkiError: half of a CA is there, or the folder cannot be written.
+        PkiError: the folder contains an incomplete CA, or it cannot be written.
     """
     with files.locked(folder):
         if (folder / CA_CERT).exists():
@@ -88,7 +90,7 @@ def create(folder: Path, *, days: int = CA_DAYS, name: str = "fedhlm CA", now: d
         )
         files.write(folder / CA_KEY, _pem_of(key), mode=PRIVATE)
         _publish_crl(folder, _Signer(certificate, key), Registry.empty(), now)
-        # Last, because it says that the rest is there.
+        # The certificate is written last: its presence means that the CA is complete.
         files.write(folder / CA_CERT, certificate.public_bytes(serialization.Encoding.PEM))
         return True
 
@@ -104,14 +106,15 @@ def issue(
     renew: bool = False,
     now: datetime,
 ) -> Made:
-    """Make a key and a certificate for a party, in issued/NAME.
+    """Issue a key and a certificate for a party, in issued/NAME.
 
-    `renew` replaces what the party has; its former certificates stay good until they expire or are revoked. What is not
-    given is then as before. A name whose certificates were all revoked may be issued anew.
+    `renew` replaces the party's certificate, and keeps the values that are not given. The former certificates stay
+    valid until they expire or are revoked. A name whose newest certificate is revoked can be issued again without
+    `renew`.
 
     Raises:
-        ConfigError: a name, role, cluster or host that cannot be.
-        PkiError: the name is taken (without `renew`) or unknown (with it), or the CA is absent, expired or unreadable.
+        ConfigError: the name, role, a cluster or a host is not valid.
+        PkiError: the name is taken (without `renew`) or unknown (with it), or the CA is missing, expired or unreadable.
     """
     with files.locked(folder):
         signer = _signer(folder, now)
@@ -157,12 +160,12 @@ def issue(
 
 
 def revoke(folder: Path, name: str, *, superseded: bool = False, now: datetime) -> tuple[Issued, ...]:
-    """Take back all certificates of a name, or all but the newest; the ones that were not revoked before.
+    """Revoke all certificates of a name, or all but the newest, and return those that were not revoked before.
 
-    The revocation list is written anew in any case.
+    The revocation list is renewed in any case.
 
     Raises:
-        PkiError: nothing was issued to the name, or the CA is absent, expired or unreadable.
+        PkiError: nothing was issued to the name, or the CA is missing, expired or unreadable.
     """
     with files.locked(folder):
         signer = _signer(folder, now)
@@ -179,20 +182,20 @@ def revoke(folder: Path, name: str, *, superseded: bool = False, now: datetime) 
 
 
 def renew_crl(folder: Path, *, now: datetime) -> datetime:
-    """Write the revocation list anew; the moment until which brokers take it.
+    """Renew the revocation list, and return the time at which it expires.
 
     Raises:
-        PkiError: the CA is absent, expired or unreadable.
+        PkiError: the CA is missing, expired or unreadable.
     """
     with files.locked(folder):
         return _publish_crl(folder, _signer(folder, now), Registry.load(folder), now)
 
 
 def crl_until(folder: Path) -> datetime:
-    """Until when brokers take the revocation list that is there.
+    """Return the time at which the present revocation list expires.
 
     Raises:
-        PkiError: it is absent or garbled.
+        PkiError: the list is missing or malformed.
     """
     path = folder / CRL
     try:
@@ -205,10 +208,10 @@ def crl_until(folder: Path) -> datetime:
 
 
 def ca_certificate(folder: Path) -> x509.Certificate:
-    """The CA's certificate.
+    """Return the CA's certificate.
 
     Raises:
-        PkiError: it is absent or garbled.
+        PkiError: the certificate is missing or malformed.
     """
     path = folder / CA_CERT
     if not path.exists():
@@ -241,7 +244,7 @@ def _signer(folder: Path, now: datetime) -> _Signer:
 
 
 def _checked(name: str, role: CertificateRole, clusters: tuple[str, ...], hosts: tuple[str, ...]) -> tuple[str, ...]:
-    """The clusters of a party whose name, role and hosts can be."""
+    """Validate the name, role, clusters and hosts of a party, and return its clusters."""
     for key, value in (("NAME", name), *(("--cluster", cluster) for cluster in clusters)):
         if not re.fullmatch(NAME_PATTERN, value):
             raise ConfigError(key, value, "1..64 letters, digits, '.', '_' or '-', beginning with a letter or digit")
@@ -255,7 +258,7 @@ def _checked(name: str, role: CertificateRole, clusters: tuple[str, ...], hosts:
         raise ConfigError(
             "--cluster", " ".join(clusters), f"left out, since the {role} {name!r} belongs to all clusters"
         )
-    # The parts call themselves so, and nobody else shall be taken for them.
+    # These are the names of the parts themselves: nobody else may be mistaken for them.
     proper = {"cloud": "cloud", "edge": f"edge-{clusters[0] if clusters else ''}"}.get(role)
     if proper is not None and name != proper:
         raise ConfigError("NAME", name, f"{proper!r} for this {role}")
@@ -277,7 +280,7 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    # A last label of digits would be read as an address by those who check the name.
+    # Whoever verifies the name would take one whose last label consists of digits for an address.
     if _HOST.fullmatch(host) is None or host.rpartition(".")[2].isdigit():
         raise ConfigError("--dns", host, "a host name or IP address")
     return x509.DNSName(host)
@@ -343,7 +346,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _publish_crl(folder: Path, signer: _Signer, registry: Registry, now: datetime) -> datetime:
-    """Save the registry with the next number, then the revocation list made from it; until when that is good."""
+    """Save the registry with the next number, then the revocation list made from it; return when the list expires."""
     registry = msgspec.structs.replace(registry, crl_number=registry.crl_number + 1)
     registry.save(folder)
     until = utc(now + timedelta(days=CRL_DAYS))

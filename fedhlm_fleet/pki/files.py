@@ -1,6 +1,6 @@
-"""Files of a PKI folder: replaced as a whole or not at all, secret where they are keys, changed by one process at a time.
+"""Files of a PKI folder: replaced atomically, private if they are keys, and changed by one process at a time.
 
-Nothing here starts afresh on a file that cannot be read: who has been revoked must never be forgotten silently.
+An unreadable file is always an error and never replaced by an empty one: no revocation may be lost silently.
 """
 
 import fcntl
@@ -17,14 +17,14 @@ _FOLDER: Final = 0o755
 
 
 class PkiError(FedhlmError):
-    """A certificate cannot be made, found or used as asked."""
+    """A certificate cannot be issued, found or used as requested."""
 
 
 def write(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
-    """Replace a file: whenever the power fails, the old or the new content is there, with this mode from the start.
+    """Replace a file atomically: after a power failure it has its old or its new content. It is created with this mode.
 
     Raises:
-        PkiError: it cannot be written.
+        PkiError: the file cannot be written.
     """
     try:
         path.parent.mkdir(mode=_FOLDER, parents=True, exist_ok=True)
@@ -34,10 +34,10 @@ def write(path: Path, data: bytes, *, mode: int = PUBLIC) -> None:
 
 
 def read(path: Path, what: str) -> bytes:
-    """A file's content.
+    """Return the content of a file.
 
     Raises:
-        PkiError: it is absent or cannot be read; `what` says in words what was looked for.
+        PkiError: the file is missing or cannot be read; `what` names it in the message.
     """
     try:
         return path.read_bytes()
@@ -47,10 +47,10 @@ def read(path: Path, what: str) -> bytes:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process changes this folder; the folder is made where it is absent.
+    """Hold the lock of this folder, once no other process holds it; create the folder if it is missing.
 
     Raises:
-        PkiError: the folder cannot be made or written.
+        PkiError: the folder cannot be created or written.
     """
     try:
         folder.mkdir(mode=_FOLDER, parents=True, exist_ok=True)

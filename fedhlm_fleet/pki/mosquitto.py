@@ -1,7 +1,7 @@
-"""A mosquitto broker that trusts one PKI: its configuration, access rights and certificates in one folder.
+"""A mosquitto broker that trusts one PKI: its configuration, access rules and certificates in one folder.
 
-What runs is exactly what stands in the folder; after a change it is written again and the broker told by SIGHUP. The plain variant
-is for development: no TLS, no rights, and reachable from this machine alone unless asked otherwise.
+After a change the folder is written again, and the broker reloads it on SIGHUP. The plain variant is for development:
+it has no TLS and no access rules, and by default only this machine can reach it.
 """
 
 from datetime import datetime
@@ -29,17 +29,18 @@ DATA: Final = "/var/lib/mosquitto/"
 
 
 class BrokerLimits(NamedTuple):
-    """Of one broker: the largest packet, what may wait for one client, and all of its memory; in bytes."""
+    """Limits of one broker in bytes: its largest packet, the queue for one client, and all of its memory."""
 
     packet_bytes: int
     queued_bytes: int
     memory_bytes: int
 
 
-# Topic, properties and packet header.
+# Room for topic, properties and packet header.
 _HEAD: Final = 128 * 1024
 _MIB: Final = 1024 * 1024
-# In a cluster the largest packet is a text of a client's or a block with draft laws; towards the cloud it is a batch of blocks.
+# The largest packet in a cluster is the text of a request or a block with draft laws; towards the cloud, a batch of
+# blocks.
 LIMITS: Final[dict[Kind, BrokerLimits]] = {
     "cluster": BrokerLimits(2 * _MIB + _HEAD, 8 * _MIB, 256 * _MIB),
     "cloud": BrokerLimits(BATCH_BYTES + _HEAD, 32 * _MIB, 512 * _MIB),
@@ -48,7 +49,7 @@ LIMITS: Final[dict[Kind, BrokerLimits]] = {
 
 
 class Listener(NamedTuple):
-    """Where the broker listens and keeps its state; `at` is the folder of its files as the broker itself sees it."""
+    """Where the broker listens and keeps its state; `at` is the path of its folder as the broker sees it."""
 
     port: int
     bind: str = ""
@@ -66,13 +67,14 @@ def configure(
     root: str = DEFAULT_ROOT,
     now: datetime,
 ) -> Entry:
-    """Write mosquitto.conf, acl, ca.crt, crl.pem and the broker's pair to `out`; the broker's entry.
+    """Write the configuration of a broker, with all files that it needs, to `out`; return the broker's entry.
 
-    The revocation list is made anew first. `broker` is the certificate's name; without it the one issued for this place is taken.
+    The revocation list is renewed first. `broker` names the certificate; by default it is the one issued for this
+    place.
 
     Raises:
-        PkiError: no such broker was issued, or several, or its files or the CA cannot be used.
-        ConfigError: a root or path that a configuration cannot hold.
+        PkiError: no certificate or several were issued for this broker, or its files or the CA cannot be used.
+        ConfigError: the root or a path cannot stand in a configuration.
     """
     registry = Registry.load(folder)
     entry = _broker_of(registry, place, broker, now)
@@ -93,11 +95,11 @@ def configure(
 
 
 def configure_plain(out: Path, *, listener: Listener) -> None:
-    """Write a mosquitto.conf without TLS and rights.
+    """Write a mosquitto.conf without TLS and access rules.
 
     Raises:
-        PkiError: it cannot be written.
-        ConfigError: a path that a configuration cannot hold.
+        PkiError: the file cannot be written.
+        ConfigError: a path cannot stand in a configuration.
     """
     head = ["# Made by `fedhlm pki mosquitto --plain`, for development: whoever reaches this port may do everything."]
     lines = [*head, f"listener {listener.port} {listener.bind or '127.0.0.1'}", "allow_anonymous true"]
@@ -131,7 +133,7 @@ def _limits(listener: Listener, kind: Kind) -> list[str]:
     data = _plain_path("--data", listener.data).rstrip("/")
     limits = LIMITS[kind]
     return [
-        "# No packet of a part is larger; of what a client does not take in time so much is kept, and of everything this much.",
+        "# No part sends larger packets. The queue limits hold for each client, the memory limit for the whole broker.",
         f"max_packet_size {limits.packet_bytes}",
         f"max_inflight_messages {MAX_IN_FLIGHT}",
         f"max_queued_messages {DEFAULT_MAX_INCOMING}",

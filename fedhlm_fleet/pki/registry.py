@@ -1,6 +1,7 @@
-"""What an authority issued: to whom, in which role, for which clusters, until when, and what it took back.
+"""The registry of an authority: to whom it issued certificates, their roles, clusters and end dates, and revocations.
 
-One JSON file in the PKI folder, the source of the revocation list and of the brokers' access rights. Times are UTC.
+It is one JSON file in the PKI folder, from which the revocation list and the brokers' access rules are made. Times are
+UTC.
 """
 
 import difflib
@@ -23,7 +24,7 @@ _VERSION: Final = 1
 
 
 class Issued(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One certificate; the serial number in hexadecimal."""
+    """One certificate; `serial` is hexadecimal."""
 
     serial: str
     not_before: datetime
@@ -31,7 +32,7 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     revoked: datetime | None = None
 
     def state(self, now: datetime) -> State:
-        """What it is worth at a moment."""
+        """Return the state of the certificate at a time."""
         if self.revoked is not None:
             return "revoked"
         if now >= self.not_after:
@@ -40,7 +41,7 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A party and its certificates, oldest first. Without clusters it belongs to none, or as a client to all."""
+    """A party and its certificates, oldest first. A client without clusters belongs to all."""
 
     name: Name
     role: CertificateRole
@@ -50,30 +51,34 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def newest(self) -> Issued:
-        """The certificate whose files lie in issued/NAME."""
+        """The certificate whose files are in issued/NAME."""
         return self.certificates[-1]
 
     def usable(self, now: datetime) -> tuple[Issued, ...]:
-        """The certificates that brokers still take."""
+        """Return the certificates that brokers still accept."""
         return tuple(c for c in self.certificates if c.state(now) in ("valid", "expiring"))
 
 
 class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All entries by name; `crl_number` grows with every revocation list."""
 
-    # No defaults: what is not in a file is missing.
+    # There are no defaults: a field that is missing in the file is an error.
     version: int
     crl_number: int
     entries: dict[str, Entry]
 
     @classmethod
     def empty(cls) -> "Registry":
-        """Nothing issued yet."""
+        """Return a registry without entries."""
         return cls(version=_VERSION, crl_number=0, entries={})
 
     @classmethod
     def load(cls, folder: Path) -> "Registry":
-        """Raises PkiError: it is absent, or was not written by `save`."""
+        """Read the registry of a folder.
+
+        Raises:
+            PkiError: the file is missing, or was not written by `save`.
+        """
         path = folder / FILE
         try:
             registry = msgspec.json.decode(files.read(path, "the registry"), type=Registry)
@@ -87,18 +92,18 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return registry
 
     def save(self, folder: Path) -> None:
-        """Replace the file as a whole."""
+        """Replace the file atomically."""
         files.write(folder / FILE, msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
     def with_entry(self, entry: Entry) -> "Registry":
-        """A copy with one entry added or replaced."""
+        """Return a copy with one entry added or replaced."""
         return msgspec.structs.replace(self, entries={**self.entries, entry.name: entry})
 
     def entry(self, name: str) -> Entry:
-        """The entry of a name.
+        """Return the entry of a name.
 
         Raises:
-            PkiError: nothing was issued to it.
+            PkiError: nothing was issued to the name.
         """
         if name in self.entries:
             return self.entries[name]
@@ -108,5 +113,5 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def utc(moment: datetime) -> datetime:
-    """A moment in UTC without fractions of a second, as certificates hold it."""
+    """Convert a time to UTC without fractions of a second, as certificates store it."""
     return moment.astimezone(UTC).replace(microsecond=0)

@@ -1,1 +1,1 @@
-"""Research: the simulator, oracles, and comparisons."""
+"""Research: the simulator and the studies."""

@@ -1,4 +1,4 @@
-"""The same function over many arguments, in processes that end with this one."""
+"""Run one function over many arguments in worker processes, which end with this process."""
 
 import multiprocessing
 import os
@@ -16,7 +16,10 @@ Value = TypeVar("Value")
 
 
 def across(function: Callable[[Argument], Value], arguments: Iterable[Argument], jobs: int) -> Iterator[Value]:
-    """`function` of each argument, in `jobs` processes; values come as they are ready. In this process if `jobs` is 1."""
+    """Yield `function` of each argument as results come, from `jobs` processes.
+
+    With `jobs` 1 everything runs in this process.
+    """
     if jobs == 1:
         for one in arguments:
             with uninterrupted():
@@ -27,7 +30,7 @@ def across(function: Callable[[Argument], Value], arguments: Iterable[Argument],
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=leash, initargs=(os.getpid(),)) as pool:
 
         def submit(argument: Argument) -> Future[Value]:
-            # The first call starts the workers, which inherit what is blocked: Ctrl-C is for this process alone.
+            # The first call starts the workers, which inherit blocked signals: Ctrl-C is for this process alone.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 return pool.submit(function, argument)
@@ -44,14 +47,14 @@ def across(function: Callable[[Argument], Value], arguments: Iterable[Argument],
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         finally:
-            # Of an interrupted run nobody waits for what has not begun.
+            # After an interrupt, do not wait for jobs that have not begun.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, which it would fail; a second one does not."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # others see to it
+    """Delay Ctrl-C to the end of the block, which it would break; a second Ctrl-C is not delayed."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # another handler is in charge
         yield
         return
     asked = False

@@ -1,7 +1,7 @@
-"""Faults as data: a spec in words becomes a schedule of timed events, drawn from a seed before anything runs.
+"""Faults as data: a spec such as `drop=0.1,partition` becomes a seeded schedule of timed events.
 
-`Weather` carries a schedule out. What a link or a part is at any time follows from the events that are going on there, so
-that any subset of a schedule is a schedule too, and can be saved, run again and shrunk.
+`Weather` applies a schedule. The state of a link or a part at any time follows from the events active then. Any
+subset of a schedule is therefore a schedule, which can be saved, run again and shrunk.
 """
 
 import asyncio
@@ -23,11 +23,14 @@ from fedhlm_lab.sim.parts import Part
 PAIR: Final = "|"
 BROKER: Final = "broker"
 EVERYWHERE: Final = "*"
-_CALM_S: Final = 8.0  # the span that the default amounts are made for
+_CALM_S: Final = 8.0  # the default amounts are meant for this span
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
-    """A fault at `target` from `at_s` for `for_s` seconds: a client's link, all links (`*`), a part, or two clients (`a|b`)."""
+    """A fault at `target` from `at_s` for `for_s` seconds.
+
+    The target is a client's link, all links (`*`), a part, or two clients (`a|b`).
+    """
 
     at_s: float
     kind: str
@@ -41,7 +44,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Targets(NamedTuple):
-    """What faults can hit: clients' links, pairs of clients, and parts (the broker is one for crashes)."""
+    """Possible targets of faults: clients' links, pairs of clients, and parts (the broker only for crashes)."""
 
     links: Sequence[str]
     pairs: Sequence[str]
@@ -49,16 +52,16 @@ class Targets(NamedTuple):
 
 
 class Span(NamedTuple):
-    """How long, and how much."""
+    """The duration and amount of a fault."""
 
     for_s: float
     amount: float
 
 
 class FaultKind(NamedTuple):
-    """One kind of fault, `most` events of it in a schedule at most.
+    """One kind of fault, with at most `most` events in a schedule.
 
-    Its amount lies in `low`..`high`; events draw theirs up to the spec's, by default `amount`.
+    Amounts lie in `low`..`high`. An event draws its amount up to the spec's, by default `amount`.
     """
 
     most: int
@@ -84,7 +87,7 @@ def _error(rng: random.Random, amount: float, calm_s: float) -> Span:
 
 def _pace(rng: random.Random, amount: float, calm_s: float) -> Span:
     for_s = rng.uniform(0.05, 0.4) * calm_s
-    return Span(for_s, rng.choice((rng.uniform(0.25, 1.0) * amount, for_s)))  # slow, or not there at all
+    return Span(for_s, rng.choice((rng.uniform(0.25, 1.0) * amount, for_s)))  # slow, or gone
 
 
 def _room(rng: random.Random, amount: float, calm_s: float) -> Span:
@@ -100,7 +103,7 @@ def _agents(targets: Targets) -> Sequence[str]:
 
 
 def _linked(targets: Targets) -> Sequence[str]:
-    # Half of the time everywhere: some faults do harm only where a message and its answer meet one.
+    # Half of the events hit every link: some faults only do harm if they hit both a message and its answer.
     return (*targets.links, *len(targets.links) * (EVERYWHERE,))
 
 
@@ -142,7 +145,7 @@ KINDS: Final[dict[str, FaultKind]] = {
 
 
 def parse(spec: str) -> dict[str, float]:
-    """A spec such as `drop=0.1,partition,skew=3600`, `all`, `none`, or `all,drop=0.5`, as amounts by kind.
+    """Parse a spec such as `drop=0.1,partition,skew=3600`, `all`, `none` or `all,drop=0.5` into amounts by kind.
 
     Raises:
         ConfigError: an unknown kind, or an amount outside its limits.
@@ -172,9 +175,12 @@ def _amount(name: str, text: str) -> float:
 
 
 def schedule(amounts: dict[str, float], targets: Targets, *, seed: int, calm_s: float) -> tuple[Event, ...]:
-    """The events of one seed, in order of time. All are over at `calm_s`; times are whole milliseconds."""
+    """The events of one seed, in order of time.
+
+    All end by `calm_s`; times are whole milliseconds.
+    """
     events = []
-    for name in sorted(amounts):  # one stream for each kind, so that kinds do not move one another
+    for name in sorted(amounts):  # one stream per kind, so that kinds do not affect one another
         kind = KINDS[name]
         rng = random.Random(f"{seed}/{name}")
         places = kind.targets(targets)
@@ -187,7 +193,7 @@ def schedule(amounts: dict[str, float], targets: Targets, *, seed: int, calm_s: 
 
 
 class Weather:
-    """Carries a schedule out on a fleet. `profile_of` says what a link is without faults."""
+    """Applies a schedule to a fleet. `profile_of` gives a link without faults."""
 
     def __init__(
         self,
@@ -207,7 +213,7 @@ class Weather:
         self._going_on: defaultdict[str, list[Event]] = defaultdict(list)
 
     async def unfold(self, events: Iterable[Event]) -> None:
-        """Carry out all of them; every one is over at the end."""
+        """Apply all events and return when every one has ended."""
         turns = [(e.at_s, i, e, True) for i, e in enumerate(events)]
         turns += [(e.at_s + e.for_s, i, e, False) for _, i, e, _ in turns]
         now_s = asyncio.get_running_loop().time
@@ -267,11 +273,11 @@ class Weather:
 
 
 def _nothing(_target: object, _amount: float) -> None:
-    """Of another kind."""
+    """Do nothing: events of this kind are applied elsewhere."""
 
 
 def _more(name: str, link: LinkModel, amount: float) -> None:
-    # Independent chances: neither of two losses of a half makes sure.
+    # Independent chances: two losses of one half do not make a certain loss.
     setattr(link, name, 1.0 - (1.0 - float(getattr(link, name))) * (1.0 - amount))
 
 

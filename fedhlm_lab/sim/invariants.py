@@ -1,10 +1,10 @@
-"""What must hold at every step of a simulated fleet: a monitor that sees every message and every commit, and judges.
+"""Invariants of a simulated fleet, checked by a monitor on every message and every commit.
 
-Each token is held against the model that it is said to come from; the exact preset's text against the LLM alone. Queues
-and memories are held against the bounds that their own modules state.
+Each token is compared with the model that is its source, and the text of the preset `exact` with the LLM alone.
+Queues and memories are compared with the bounds that their own modules state.
 """
 
-# A monitor looks at what parts keep to themselves.
+# A monitor reads the private state of parts.
 # ruff: noqa: SLF001
 
 import asyncio
@@ -38,11 +38,14 @@ from fedhlm_lab.sim.scenario import Scenario
 SLACK_S: Final = 5.0  # beyond a deadline: drafting, and a timer that waits for its turn
 KEPT: Final = ("local", "peer", "neighbour")
 CHANCE: Final = 3.0  # standard deviations of a count of rare events
-DEADLINES: Final = 3.0  # a context that is asked for again begins the wait anew
+DEADLINES: Final = 3.0  # a context that is asked for again starts the wait anew
 
 
 class Violation(AssertionError):
-    """An invariant does not hold. `name` is the invariant's, `text` what happened, `at_s` the virtual time."""
+    """An invariant is violated.
+
+    `name` is the invariant, `text` what happened, `at_s` the virtual time.
+    """
 
     def __init__(self, name: str, text: str, at_s: float) -> None:
         super().__init__(f"{name}: {text} (at {at_s:.3f} s)")
@@ -52,7 +55,7 @@ class Violation(AssertionError):
 
 
 class Attempt:
-    """One generation of one life of an agent: what was committed so far, and by whom."""
+    """One generation in one life of an agent: the tokens committed so far, with their sources."""
 
     def __init__(self, agent: str, prompt: Sequence[int], job: Job, now_s: float) -> None:
         self.agent = agent
@@ -74,7 +77,7 @@ class Bound(NamedTuple):
 
 
 class Monitor:
-    """Judges one run. `failed` is done, with a Violation, as soon as one invariant does not hold."""
+    """Checks one run. `failed` completes with a Violation when the first invariant is violated."""
 
     def __init__(self, scenario: Scenario, drafter: toy.ToyDrafter) -> None:
         self.scenario = scenario
@@ -84,7 +87,7 @@ class Monitor:
         self.cancelled: set[int] = set()  # seeds of requests that the client gave up
         self.tokens: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()  # tokens that an agent or its peers settled, by agent
-        self.wrong: Counter[str] = Counter()  # of these, what the LLM would have written otherwise
+        self.wrong: Counter[str] = Counter()  # those that the LLM would have written otherwise
         self.written: Counter[str] = Counter()
         self.messages = 0
         self.rollbacks = 0
@@ -92,20 +95,20 @@ class Monitor:
         self._now_s = asyncio.get_running_loop().time
 
     def fail(self, name: str, text: str) -> None:
-        """Say that an invariant does not hold; the first one counts."""
+        """Report a violation; the first one counts."""
         if not self.failed.done():
             self.failed.set_exception(Violation(name, text, self._now_s()))
 
     # Commits
 
     def begin(self, agent: str, prompt: Sequence[int], job: Job) -> Attempt:
-        """A generation starts."""
+        """Start a generation."""
         attempt = Attempt(agent, prompt, job, self._now_s())
         self.attempts[job.sampling.seed].append(attempt)
         return attempt
 
     def commit(self, attempt: Attempt, tokens: Sequence[Committed]) -> None:
-        """Tokens were committed: each must be what its source says, after all before it, in time."""
+        """Check committed tokens: their source, their order and their time."""
         self._in_time(attempt, "the next token")
         for token in tokens:
             if attempt.over:
@@ -118,7 +121,7 @@ class Monitor:
             attempt.sources.append(token.source)
 
     def end(self, attempt: Attempt, result: GenerationResult) -> None:
-        """A generation is over: its result is what was committed, and the exact one's is the oracle's."""
+        """End a generation: its result must equal what was committed and, for `exact`, the oracle's text."""
         self._in_time(attempt, "the end")
         attempt.over = True
         self.tokens.update(result.sources)
@@ -147,7 +150,7 @@ class Monitor:
             self.wrong[attempt.agent] += settle(toy.large_logits(ids), sampling, len(ids), None, b"") != token.token
 
     def check_budget(self, liars: Collection[str]) -> None:
-        """Where a budget is promised, nobody but the liars has spent more of it than chance explains."""
+        """Check that no honest agent exceeds its budget by more than chance explains."""
         config = self.scenario.loaded.config.generation
         if (
             not choices.THRESHOLDS[config.threshold].keeps_budget
@@ -183,21 +186,21 @@ class Monitor:
             self.fail("source", f"the exact preset committed a token from {token.source}")
 
     def _expected(self, ids: list[int], sampling: Sampling, token: Committed) -> set[int]:
-        if SOURCES[token.source].by_peers:  # whatever was settled in a context like this one
+        if SOURCES[token.source].by_peers:  # whatever was settled in a similar context
             return {token.token}
         draft = self._drafter.draft_now(ids, sampling)
         if SOURCES[token.source].kept or SOURCES[token.source].unreachable:
             return {draft.token}
         logits, coupling = toy.large_logits(ids), COUPLINGS[sampling.coupling]
         settled = {coupling.settle(logits, sampling, len(ids), draft.token, draft.law)}
-        if not token.drafted:  # also where nothing was drafted: a bonus token, or one that the cloud decoded
+        if not token.drafted:  # also without a draft: a bonus token, or one that the cloud decoded
             settled.add(coupling.settle(logits, sampling, len(ids), None, b""))
         return settled
 
     # Messages
 
     def see(self, packet: Packet) -> None:
-        """A message that the broker took; an output must be what its agent committed."""
+        """Check a message that the broker took; an output must equal what its agent committed."""
         self.messages += 1
         if packet.topic.endswith("/output"):
             self._check_output(packet)
@@ -229,12 +232,12 @@ class Monitor:
     # Bounds
 
     def see_pending(self, agent: str, pending: Pending, limit: int) -> None:
-        """What the machine of a generation decides on."""
+        """Check what is pending in a generation's state machine."""
         if pending.tail > limit:
             self.fail("bounded", f"the tail of {agent} must be at most {limit} tokens (got {pending.tail})")
 
     def check_parts(self, parts: Sequence[Part]) -> None:
-        """No part ended by itself, and no queue or memory is beyond its bound."""
+        """Check that no part has ended by itself, and that no queue or memory exceeds its bound."""
         for part in parts:
             if part.failure is not None:
                 self.fail("alive", f"{part.name} ended by itself: {part.failure!r}")
@@ -246,7 +249,10 @@ class Monitor:
 
 
 def bounds(part: Part, scenario: Scenario) -> Iterator[Bound]:
-    """All that can grow in a part. What was in a queue when it shrank may stay there."""
+    """Everything that can grow in a part.
+
+    A queue that was shrunk may keep the messages that it held.
+    """
     for bus in (bus for bus in part.buses if bus._open):
         yield Bound(f"{bus.client_id} unread", bus.unread, bus.room_in)
         yield Bound(f"{bus.client_id} unsent", bus.unsent, bus.room_out)
@@ -256,7 +262,7 @@ def bounds(part: Part, scenario: Scenario) -> Iterator[Bound]:
             yield Bound("requests remembered", len(service.requests), 2 * REQUESTS_REMEMBERED)
             yield Bound("generations", len(service.agent._routes), 1)
             for queue in service.agent._routes.values():
-                yield Bound("events", queue.qsize(), EVENTS_MAX + 2)  # what it posts to itself besides
+                yield Bound("events", queue.qsize(), EVENTS_MAX + 2)  # besides what it posts to itself
             yield Bound("peers' tokens", service.agent.peers.memory.size, service.agent.peers.memory.capacity)
         case EdgeService() as service:
             held = service.memory
@@ -283,7 +289,7 @@ def bounds(part: Part, scenario: Scenario) -> Iterator[Bound]:
 
 
 def idle(part: Part) -> Iterator[Bound]:
-    """What must be empty in a fleet that has nothing to do."""
+    """What must be empty when a fleet has nothing to do."""
     for bus in (bus for bus in part.buses if bus._open):
         yield Bound(f"{bus.client_id} unread", bus.unread, 0)
         yield Bound(f"{bus.client_id} unsent", bus.unsent, 0)
@@ -302,12 +308,12 @@ def idle(part: Part) -> Iterator[Bound]:
 
 
 class WatchedAgent(AgentCore):
-    """An agent that shows the monitor what it plans and commits."""
+    """An agent that reports its plans and commits to the monitor."""
 
     monitor: Monitor
 
     def plan(self, job: Job) -> Plan:
-        """The agent's plan, its pipeline under watch."""
+        """Plan as the agent does, with the pipeline watched."""
         plan = super().plan(job)
         config = job.config.pipeline
         limit = {"async": config.window, "blocking": config.block, "tree": config.nodes, "remote": 1}[config.kind]
@@ -327,7 +333,7 @@ class WatchedAgent(AgentCore):
         *given: Any,
         **named: Any,
     ) -> GenerationResult:
-        """The agent's generation, each commit seen before anyone else hears of it."""
+        """Generate as the agent does; the monitor sees each commit first."""
         attempt = self.monitor.begin(self.name, prompt, job)
 
         async def watched(tokens: list[Committed]) -> FinishReason | None:
@@ -340,7 +346,7 @@ class WatchedAgent(AgentCore):
 
 
 def presence_topics(agents: Sequence[tuple[str, str]], clusters: int) -> list[str]:
-    """Where every part says that it is online; `agents` are (cluster, name)."""
+    """The presence topic of every part; `agents` are (cluster, name)."""
     return [
         *(topics.AGENT_STATUS.name(cluster=cluster, agent=name) for cluster, name in agents),
         *(topics.EDGE_STATUS.name(cluster=f"c{c}") for c in range(clusters)),

@@ -1,6 +1,6 @@
-"""Hostile members of a federation: real agents with valid rights, whose contributions are not what they have learnt.
+"""Hostile members of a federation: agents with valid rights that send false contributions.
 
-A lie changes the sums or the threshold of a contribution on its way out; everything else about the agent is honest.
+A lie changes the sums or the threshold of an outgoing contribution. In everything else the agent is honest.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,53 +16,53 @@ from fedhlm.settings import Generation
 
 BOAST: Final = 1e6  # tokens that a liar claims
 LARGEST_COUNT: Final = 2**31 - 1
-DRIFT: Final = 1.1  # by which a patient liar goes further each round
+DRIFT: Final = 1.1  # the factor by which a patient liar goes further each round
 
 Spoken = tuple[PaperThreshold | None, dict[str, bytes]]
 
 
 def _bin_0(curve: Curve, _round: int) -> Curve:
-    """Nearly all tokens are certain, and none was ever wrong."""
+    """Claim that nearly all tokens are certain and none was wrong."""
     told = Curve.empty()
     told.seen[0] = told.weight[0] = BOAST
     return told
 
 
 def _seen(curve: Curve, _round: int) -> Curve:
-    """Its true evidence, but nearly all decisions were about certain tokens."""
+    """Report the true evidence, but claim that nearly all decisions were about certain tokens."""
     told = curve.copy()
     told.seen[0] = BOAST
     return told
 
 
 def _bin_63(curve: Curve, _round: int) -> Curve:
-    """All is doubtful: nearly all tokens are in the last bin, and all of them were wrong."""
+    """Claim that nearly all tokens lie in the last bin of doubt, and that all were wrong."""
     told = Curve.empty()
     told.seen[-1] = told.weight[-1] = told.harm[-1] = told.square[-1] = BOAST
     return told
 
 
 def _harmless(curve: Curve, _round: int) -> Curve:
-    """No doubt ever did harm."""
+    """Claim that no token of any doubt did harm."""
     told = Curve.empty()
     told.seen[:] = told.weight[:] = BOAST / BINS
     return told
 
 
 def _harmful(curve: Curve, _round: int) -> Curve:
-    """Every token was wrong."""
+    """Claim that every token was wrong."""
     told = _harmless(curve, 0)
     told.harm[:] = told.square[:] = told.weight
     return told
 
 
 def _forgiving(curve: Curve, _round: int) -> Curve:
-    """As many tokens as it really has, where it has them, but no harm: a modest liar."""
+    """Report the true token counts, but no harm: a modest liar."""
     return Curve(curve.seen, curve.weight, np.zeros(BINS), np.zeros(BINS))
 
 
 def _drift(curve: Curve, number: int) -> Curve:
-    """A little more tokens and a little less harm in each round than in the one before."""
+    """Claim slightly more tokens and slightly less harm in each round."""
     by = min(BOAST, DRIFT**number)
     return Curve(curve.seen * by, curve.weight * by, curve.harm / by, curve.square / by)
 
@@ -79,7 +79,7 @@ LIES: Final[Mapping[str, Callable[[Curve, int], Curve]]] = {
 
 
 def lie(name: str, spoken: Spoken, number: int) -> Spoken:
-    """What a liar says in place of `spoken` in its round `number`; `name` is a key of LIES."""
+    """What a liar sends instead of `spoken` in its round `number`; `name` is a key of LIES."""
     threshold, packed = spoken
     curves = {measure: LIES[name](Curve.from_bytes(data), number).to_bytes() for measure, data in packed.items()}
     shout = None if threshold is None else PaperThreshold(1.0, LARGEST_COUNT, threshold.control, threshold.steps)
@@ -87,7 +87,7 @@ def lie(name: str, spoken: Spoken, number: int) -> Spoken:
 
 
 def tempt(learner: Learner, lie_now: Callable[[], str | None]) -> None:
-    """Let a learner contribute after every generation, and lie, as long as `lie_now` names a lie (None: it does not)."""
+    """Make a learner contribute after every generation, and lie while `lie_now` names a lie (None: no lie)."""
     due, contribution, numbers = learner.due, learner.contribution, count(1)
 
     def due_now(config: Generation, now_s: float) -> bool:

@@ -1,7 +1,7 @@
 """A model of one client's link to the broker: delay, jitter, bandwidth, loss, duplication, reordering, partition.
 
-`LinkModel` may be changed while it is in use. `Pipe` carries packets in one direction under it. Packets marked
-reliable (connecting, subscriptions, retained state) are delayed and held but never lost, as TCP would do.
+A `LinkModel` may change while it is in use; a `Pipe` carries packets in one direction under it. Packets marked
+reliable (connecting, subscriptions, retained state) are delayed and held, but never lost, as with TCP.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-# A reordered packet is late by up to this many times the ordinary delay, and at least by up to the minimum.
+# A reordered packet is late by up to this many ordinary delays, and at least by up to the minimum.
 REORDER_DELAYS: Final = 4.0
 REORDER_MIN_S: Final = 0.01
 RESENDS_MAX: Final = 8  # of one packet
@@ -38,9 +38,10 @@ class Faults:
 
 
 class LinkModel:
-    """Both directions of one link. Probabilities are per message; a rate of None is unlimited, `bytes_per_s` sets both.
+    """Both directions of one link. Probabilities are per message; a rate of None is unlimited.
 
-    `loss` loses a message; `resent` is what TCP makes of a lost packet: it comes `resend_s` later, and so does the rest.
+    `bytes_per_s` sets both rates. `loss` loses a message. `resent` is TCP's reaction to a lost packet: the packet and
+    all behind it come `resend_s` later.
     """
 
     __slots__ = (
@@ -86,7 +87,7 @@ class LinkModel:
 
     @property
     def partitioned(self) -> bool:
-        """While true nothing passes; setting it tells every bus on this link."""
+        """Whether nothing passes; setting it informs every bus on this link."""
         return self._partitioned
 
     @partitioned.setter
@@ -98,7 +99,10 @@ class LinkModel:
 
 
 class Pipe:
-    """One direction of one connection. A packet is an action to run at the other end, and its size in bytes."""
+    """One direction of one connection.
+
+    A packet is its size in bytes and an action to run at the other end.
+    """
 
     __slots__ = (
         "_busy_until_s",
@@ -136,7 +140,7 @@ class Pipe:
         self.open = True
 
     def send(self, action: Action, *, size_bytes: int, reliable: bool) -> None:
-        """Let `action` happen at the other end, if and when the link allows."""
+        """Run `action` at the other end, if and when the link allows it."""
         if not self.open:
             return
         link, rng = self._link, self._rng
@@ -163,26 +167,26 @@ class Pipe:
             arrival_s += link.resend_s
         if link.jitter_s:
             arrival_s += rng.random() * link.jitter_s
-        # Packets in order share one queue and every timer takes its head, so equal arrival times cannot swap.
+        # Ordered packets share one queue and every timer takes its head, so equal arrival times cannot swap.
         self._last_s = max(self._last_s, arrival_s)
         self._queue.append((action, reliable))
         self._schedule(self._last_s, self._arrive_next)
 
     def backlog(self) -> int:
-        """Messages that wait for bandwidth."""
+        """Number of messages that wait for bandwidth."""
         now = self._loop.time()
         while self._departures and self._departures[0] <= now:
             self._departures.popleft()
         return len(self._departures)
 
     def release(self) -> None:
-        """After a partition: deliver what was held, at once and in order."""
+        """After a partition, deliver the held packets at once and in order."""
         held, self._held = self._held, []
         for action in held:
             self.send(action, size_bytes=0, reliable=True)
 
     def close(self) -> None:
-        """Drop everything under way."""
+        """Drop everything in flight."""
         self.open = False
         self._queue.clear()
         self._held.clear()

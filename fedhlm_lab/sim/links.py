@@ -1,7 +1,7 @@
-"""Profiles of links as small TOML files: shipped ones in `fedhlm_lab/sim/links`, or the user's own.
+"""Link profiles as small TOML files: the shipped ones in `fedhlm_lab/sim/links`, or the user's own.
 
-One-way delay and jitter in milliseconds, rates in bytes per second, and the share of packets that the transport has to send
-again. A file that cannot be used is a ConfigError naming key, value and expectation.
+A profile holds one-way delay and jitter in milliseconds, rates in bytes per second, and the share of packets that the
+transport sends again. A file that cannot be used raises ConfigError with key, value and expectation.
 """
 
 import difflib
@@ -18,11 +18,11 @@ from fedhlm.errors import ConfigError, UnknownKey
 from fedhlm_lab.sim.link import LinkModel
 
 MESSAGE_BYTES: Final = 250  # an ordinary escalation or verdict with its topic's name
-RESEND_MIN_S: Final = 0.2  # the least retransmission timeout of common TCP stacks
+RESEND_MIN_S: Final = 0.2  # the smallest retransmission timeout of common TCP stacks
 
 
 class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One client's link to its broker; see the shipped files for where figures come from."""
+    """One client's link to its broker; the shipped files give the sources of their figures."""
 
     delay_ms: Annotated[float, Meta(ge=0.0, le=60_000.0)] = 0.0
     jitter_ms: Annotated[float, Meta(ge=0.0, le=60_000.0)] = 0.0
@@ -32,14 +32,14 @@ class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def round_trip_s(self) -> float:
-        """Of two ordinary messages, there and back, late as jitter may make them."""
+        """Round trip of two ordinary messages with the largest jitter, in seconds."""
         waiting_s = sum(
             MESSAGE_BYTES / rate for rate in (self.up_bytes_per_s, self.down_bytes_per_s) if rate is not None
         )
         return 2.0 * (self.delay_ms + self.jitter_ms) / 1000.0 + waiting_s
 
     def apply(self, link: LinkModel) -> None:
-        """Make a link so, without faults."""
+        """Give a link this profile, without faults."""
         link.delay_s, link.jitter_s = self.delay_ms / 1000.0, self.jitter_ms / 1000.0
         link.up_bytes_per_s, link.down_bytes_per_s = self.up_bytes_per_s, self.down_bytes_per_s
         link.resent, link.resend_s = self.resent, max(RESEND_MIN_S, self.round_trip_s)
@@ -56,12 +56,12 @@ _EXPECTED: Final = {
 
 
 def names() -> tuple[str, ...]:
-    """The shipped profiles."""
+    """Names of the shipped profiles."""
     return tuple(sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.is_file()))
 
 
 def load(wanted: str, *, key: str = "--link") -> LinkProfile:
-    """A shipped profile by its name, or the one in a .toml file.
+    """Load a shipped profile by name, or the profile in a .toml file.
 
     Raises:
         ConfigError: an unknown name, a file that cannot be read, an unknown key or a bad value; `key` names the option.

@@ -1,10 +1,11 @@
-"""The bus in memory, on the running loop's time, virtual or real: the simulator's and the tests' network.
+"""An in-memory bus on the running loop's time, virtual or real: the network of the simulator and the tests.
 
-MQTT semantics (wildcards, shared subscriptions, retained state, last wills) over a link model per client. A QoS 1
-message is one attempt here: what the link loses is lost, harsher than TCP, so the parts above must ask again.
+It has MQTT's semantics (wildcards, shared subscriptions, retained state, last wills) over one link model per client.
+A QoS 1 message is a single attempt: what the link loses is lost. That is harsher than TCP, so the parts above must
+ask again.
 """
 
-# Broker, session and client are three sides of one thing and know one another's private methods.
+# Broker, session and client are three sides of one thing and use one another's private methods.
 # ruff: noqa: SLF001
 
 import asyncio
@@ -39,7 +40,7 @@ _CONTROL_BYTES: Final = 32
 
 
 class Packet(NamedTuple):
-    """One message on its way; `deadline_s` is on the loop's clock."""
+    """A message in flight; `deadline_s` is on the loop's clock."""
 
     topic: str
     payload: bytes
@@ -53,7 +54,7 @@ class Packet(NamedTuple):
 
 
 class _Session:
-    """One connection of one bus, seen from the broker."""
+    """One connection of one bus, as the broker sees it."""
 
     __slots__ = ("bus", "down", "ended", "filters", "up")
 
@@ -75,11 +76,10 @@ class _Route(NamedTuple):
 
 
 class LoopbackBroker:
-    """The broker: routes, keeps retained messages and wills, can stop and start again.
+    """The broker: routes messages, keeps retained messages and wills, and can stop and start again.
 
-    `keepalive_s` is how long a partition lasts before both ends give the connection up; `reconnect_s` bounds the
-    random delay of a client before it connects again; without `keeps_retained` a restart forgets retained messages.
-    `tap` sees every message that the broker takes; `stream` gives the random numbers of a client's link in one direction.
+    A partition of `keepalive_s` breaks a connection. `reconnect_s` bounds a client's random delay before it connects
+    again. Without `keeps_retained` a restart loses retained messages; `tap` sees every message that the broker takes.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LoopbackBroker:
         self.reconnect_s = reconnect_s
         self.faults: Final = Faults()
         self.retained: Final[dict[str, Packet]] = {}
-        self.tap: Callable[[str, Packet], None] | None = None  # who published, and what
+        self.tap: Callable[[str, Packet], None] | None = None  # the publisher and the message
         self.stream: Callable[[str, Direction], random.Random] = lambda _client, _direction: rng
         self._cuts: dict[tuple[str, str], dict[str, None]] = {}  # with the retained topics that did not pass
         self._keeps_retained = keeps_retained
@@ -111,7 +111,7 @@ class LoopbackBroker:
         return self._running
 
     def stop(self, *, forget: bool = False) -> None:
-        """Go down: every connection breaks, no will is published. With `forget` its disk is lost too."""
+        """Stop: every connection breaks and no will is published. With `forget` the disk is lost too."""
         self._running = False
         self.faults.restarts += 1
         for session in list(self._sessions.values()):
@@ -121,7 +121,7 @@ class LoopbackBroker:
             self.retained.clear()
 
     def start(self) -> None:
-        """Come up; clients connect again after their random delays."""
+        """Start; clients connect again after their random delays."""
         self._running = True
         waiting, self._waiting = self._waiting, {}
         for bus in waiting:
@@ -134,7 +134,7 @@ class LoopbackBroker:
         self.start()
 
     def cut(self, publisher: str, reader: str) -> None:
-        """Let nothing pass from one client to another, as where brokers are bridged, until `mend`."""
+        """Let nothing pass from one client to another until `mend`, as on a broken bridge between brokers."""
         self._cuts.setdefault((publisher, reader), {})
 
     def mend(self, publisher: str, reader: str) -> None:
@@ -217,7 +217,7 @@ class LoopbackBroker:
         return route
 
     def lose(self, session: _Session) -> None:
-        """End a session abnormally: its will is published and its bus told."""
+        """End a session abnormally: publish its will and inform its bus."""
         if session.ended:
             return
         known = self._sessions.get(session.bus.client_id) is session
@@ -243,9 +243,9 @@ class LoopbackBroker:
 
 
 class LoopbackBus:
-    """A client of a LoopbackBroker; see `bus.Bus`. The parameters mean what they mean for `mqtt.MqttBus`.
+    """A client of a LoopbackBroker; see `bus.Bus`. Its parameters are those of `mqtt.MqttBus`.
 
-    `max_incoming` and `max_outgoing` may be changed while it runs: what is in a queue stays, what comes finds it full.
+    `max_incoming` and `max_outgoing` may change at run time. Queued messages stay; new ones find the queue full.
     """
 
     def __init__(
@@ -302,12 +302,12 @@ class LoopbackBus:
 
     @property
     def unread(self) -> int:
-        """Messages that came in and wait for the consumer."""
+        """Number of received messages that wait for the consumer."""
         return len(self._inbox)
 
     @property
     def unsent(self) -> int:
-        """Messages that wait for the connection, or for its bandwidth."""
+        """Number of messages that wait for the connection or for its bandwidth."""
         return len(self._outgoing) + (0 if self._session is None else self._session.up.backlog())
 
     async def __aenter__(self) -> Self:
@@ -344,7 +344,7 @@ class LoopbackBus:
         self.crash()
 
     def crash(self) -> None:
-        """Vanish without a word, as a killed process does: the broker publishes the will, the bus is closed."""
+        """Vanish like a killed process: the broker publishes the will, and the bus is closed."""
         session, self._session = self._session, None
         self._open = False
         if self._timer is not None:
@@ -402,7 +402,7 @@ class LoopbackBus:
     def _connect(self) -> None:
         self._timer = None
         if not self._open or self._session is not None or self.link.partitioned:
-            return  # healing connects
+            return  # the end of the partition connects
         if not self._broker.running:
             self._broker._wait_for_start(self)
             return
@@ -419,7 +419,7 @@ class LoopbackBus:
             self._timer = self._loop.call_later(delay_s, self._connect)
 
     def _accepted(self, session: _Session) -> None:
-        """Connected: subscribe again before anything else, then say so."""
+        """Handle the connection: subscribe again first, then report it."""
         missing = tuple(pattern for pattern in self._filters if pattern not in session.filters)
         if missing:
             self._send_filters(session, missing, partial(self._accepted, session))
@@ -443,7 +443,7 @@ class LoopbackBus:
         self._statistics.messages_out += 1
         self._statistics.bytes_out += size
         if packet.retain:
-            # Retained state must not be lost with the connection: it is sent again unless the broker has it.
+            # Retained state must survive the connection, so it is sent again unless the broker has it.
             self._unheard.append(packet)
         session.up.send(partial(self._heard, packet), size_bytes=size, reliable=packet.retain)
 
@@ -459,7 +459,7 @@ class LoopbackBus:
             self._statistics.dropped_in += 1
 
     def _lost(self, session: _Session) -> None:
-        """The broker or the keepalive ended this session."""
+        """Handle the loss of this session, ended by the broker or the keepalive."""
         if self._session is not session:
             return
         self._session = None

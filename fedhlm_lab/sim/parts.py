@@ -1,4 +1,4 @@
-"""Parts of a simulated fleet: what outlasts a part's crash (its disk), and what faults change of it (clock, pace, queues)."""
+"""Parts of a simulated fleet: the disk that outlasts a crash, and the clock, pace and queues that faults change."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ Launch = Callable[["Part"], "tuple[list[PartBus], Service]"]
 
 
 class Service(Protocol):
-    """What every part is."""
+    """The interface of every part."""
 
     async def subscribe(self) -> None: ...
 
@@ -27,7 +27,7 @@ class Service(Protocol):
 
 
 class Disk:
-    """Files in memory. A store of it writes until its part crashes: the dead write nothing."""
+    """Files in memory. A store of it stops writing when its part crashes."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -35,7 +35,7 @@ class Disk:
         self._life = 0
 
     def store(self) -> Store:
-        """The disk as one life of a part sees it."""
+        """The disk in one life of a part."""
         life = self._life
 
         def save(name: str, data: bytes) -> None:
@@ -45,15 +45,16 @@ class Disk:
         return Store(self.files.get, save, lambda name, _why: self.rejected.append(name))
 
     def unplug(self) -> None:
-        """End the life of every store given out so far."""
+        """Disconnect every store given out so far."""
         self._life += 1
 
 
 class Part:
-    """One part: it can crash and start again; `launch` makes its buses and its service anew.
+    """A part that can crash and start again; `launch` makes its buses and its service anew.
 
-    `skew_s` is its clock's error, `pace_s` the time that it takes over each message, `room` bounds its queues (None: the
-    product's own bounds), `lie` is what it tells of what it has learnt (a key of `liars.LIES`; None: the truth). `failure` is what ended its service by itself, which nothing should.
+    `skew_s` is its clock's error and `pace_s` its time per message. `room` bounds its queues (None: the product's own
+    bounds). `lie` names a false contribution in `liars.LIES` (None: the truth). `failure` is the exception that ended
+    its service; none should.
     """
 
     def __init__(self, name: str, launch: Launch | None = None) -> None:
@@ -87,7 +88,7 @@ class Part:
             bus.fit(value)
 
     def start(self) -> None:
-        """Bring the part up."""
+        """Start the part."""
         if self._launch is None:
             raise ValueError(f"part {self.name} has nothing to start")
         self.lives += 1
@@ -102,12 +103,12 @@ class Part:
             for bus in list(buses):
                 await bus.__aenter__()
             await service.run()
-        except Exception as exc:  # whatever it is, the part is dead, and whoever watches must know
+        except Exception as exc:  # whatever it is, the part is dead, and the monitor must know
             log.exception("%s ended by itself", self.name)
             self.failure = exc
 
     async def crash(self) -> None:
-        """Kill it as a power cut would: nothing is said, nothing is saved."""
+        """Kill the part as a power cut does: it says nothing and saves nothing."""
         self.disk.unplug()
         if self._task is not None:
             self._task.cancel()
@@ -119,7 +120,7 @@ class Part:
 
 
 class PartBus(LoopbackBus):
-    """The bus of a part: its consumer is as slow as the part."""
+    """The bus of a part; it delivers at the part's pace."""
 
     def __init__(self, part: Part, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -128,7 +129,7 @@ class PartBus(LoopbackBus):
         self.room_out = self.max_outgoing + OTHERS
 
     def fit(self, room: int | None) -> None:
-        """Bound both queues; `room_in` and `room_out` are what they may hold now, with what they held before."""
+        """Bound both queues; `room_in` and `room_out` include the messages already queued."""
         self.max_incoming = DEFAULT_MAX_INCOMING if room is None else room
         self.max_outgoing = DEFAULT_MAX_OUTGOING if room is None else room
         self.room_in = max(self.max_incoming, self.unread)
@@ -142,5 +143,5 @@ class PartBus(LoopbackBus):
 
 
 async def inline(work: Callable[..., Any], *given: object) -> Any:
-    """What `asyncio.to_thread` is to real time: the work takes no virtual time."""
+    """Replace `asyncio.to_thread`: run the work at once, in no virtual time."""
     return work(*given)

@@ -1,4 +1,4 @@
-"""A patient user of the client: asks again, under another name and more patiently, where an answer did not come whole."""
+"""A patient user: asks again, under another name and with more patience, when an answer is not complete."""
 
 import itertools
 from typing import Final, NamedTuple
@@ -12,7 +12,7 @@ PATIENCE_GROWS: Final = 2.0
 
 
 class ScriptedRequest(NamedTuple):
-    """What is asked of whom; `name` is unique in a run, and so is `seed`."""
+    """A request to one agent; `name` and `seed` are unique in a run."""
 
     cluster: str
     agent: str
@@ -22,9 +22,9 @@ class ScriptedRequest(NamedTuple):
 
 
 class Patient:
-    """Asks through one client, and gives up a request that brings no news for `patience_s`.
+    """Asks through one client, and gives up a request without news for `patience_s`.
 
-    `seeds` gets the seed of every name that was used.
+    `seeds` records the seed of every name used.
     """
 
     def __init__(self, client: Client, *, patience_s: float, seeds: dict[str, int]) -> None:
@@ -36,7 +36,7 @@ class Patient:
     async def ask(
         self, request: ScriptedRequest, *, max_tokens: int, temperature: float, patience_s: float | None = None
     ) -> tuple[Result, int]:
-        """Ask until the answer is whole; the answer, and how often it was asked for."""
+        """Ask until the answer is complete; return it and the number of attempts."""
         patience_s = self._patience_s if patience_s is None else patience_s
         text = ToyTokenizer().decode(request.prompt)
         for attempt in itertools.count(1):

@@ -1,4 +1,4 @@
-"""A simulated run as a trace: its messages, and in the header all that makes it again."""
+"""Save a simulated run as a trace: its messages, and in the header the scenario that repeats it."""
 
 import asyncio
 from pathlib import Path
@@ -21,7 +21,7 @@ _SCENARIO: Final = "scenario"
 
 
 def save(path: Path, scenario: Scenario) -> Violation | None:
-    """Run a scenario and write what its broker took; how it fails, if it does.
+    """Run a scenario and write what its broker took; return the violation, if any.
 
     Raises:
         TraceError: the file exists or cannot be written.

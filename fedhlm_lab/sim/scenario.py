@@ -1,4 +1,4 @@
-"""What to simulate, as plain data: the same scenario is the same run, in any process, from the command line or a file."""
+"""A scenario as plain data: it determines the run, in any process, from the command line or a file."""
 
 import shlex
 from functools import cached_property
@@ -17,10 +17,10 @@ FAULTS_S: Final = 8.0
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """A fleet, its work and its faults. Agent `i` belongs to cluster `i % clusters`.
+    """A fleet, its requests and its faults. Agent `i` belongs to cluster `i % clusters`.
 
-    `link` joins each agent to the broker, `upstream` each edge to the cloud. Faults happen before `calm_s`; after it
-    every link is good and every part is up. `settings` are KEY=VALUE over the preset's.
+    `link` joins each agent to the broker, `upstream` each edge to the cloud. Faults end by `calm_s`; after it every
+    link is good and every part is up. `settings` are KEY=VALUE over the preset's.
     """
 
     seed: int
@@ -46,9 +46,9 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """
         flags = {
             "generation.deadline_ms": str(round(self.deadline_s * 1000)),
-            "generation.wait_offline": "true",  # what is verified in the end must not hang on when somebody was away
+            "generation.wait_offline": "true",  # the final checks must not depend on who was away
             "generation.retry_ms": str(round(self.retry_s * 1000)),
-            # Drafting never pauses here: the more blocks are in flight, the more there is to go wrong.
+            # Drafting never pauses: more blocks in flight find more errors.
             "generation.pipeline.survival_floor": "0",
             **dict(setting.split("=", 1) for setting in self.settings),
         }
@@ -56,17 +56,17 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def round_trip_s(self) -> float:
-        """From an agent to the cloud and back, without faults."""
+        """Round trip from an agent to the cloud without faults, in seconds."""
         return self.link.round_trip_s + self.upstream.round_trip_s
 
     @property
     def retry_s(self) -> float:
-        """A block is sent again after this long; slow links need more patience."""
+        """A block is sent again after this time; slow links need longer."""
         return max(0.5, 2.0 * self.round_trip_s)
 
     @property
     def calm_s(self) -> float:
-        """When all faults are over: as many round trips on every link, but not less than FAULTS_S."""
+        """When all faults are over: a number of round trips on every link, and at least FAULTS_S."""
         return FAULTS_S * max(1.0, self.round_trip_s)
 
     def cluster_of(self, number: int) -> str:
@@ -78,13 +78,13 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return [f"agent-{number}" for number in range(self.agents)]
 
     def profile_of(self, client: str) -> LinkProfile:
-        """What a client's link is without faults: the edges' cluster side, the cloud and the client sit by the broker."""
+        """A client's link without faults; an edge's cluster side, the cloud and the client are next to the broker."""
         if client.startswith("agent-"):
             return self.link
         return self.upstream if client.endswith("-up") else LAN
 
     def targets(self) -> Targets:
-        """What faults can hit."""
+        """The possible targets of faults."""
         agents = self.agent_names()
         edges = [f"edge-c{c}" for c in range(self.clusters)]
         own = [(agent, f"edge-{self.cluster_of(i)}-down") for i, agent in enumerate(agents)]
@@ -101,7 +101,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         )
 
     def with_faults(self, spec: str) -> "Scenario":
-        """The same with the schedule that the seed and a spec of faults make.
+        """The same scenario with the schedule of a seed and a spec of faults.
 
         Raises:
             ConfigError: an unknown kind of fault, or an amount outside its limits.
@@ -114,7 +114,7 @@ LAN: Final = links.load("lan")
 
 
 def command(scenario: Scenario, *, link: str, upstream: str, spec: str) -> str:
-    """The shell command that runs a scenario's seed again, given the words that its links and faults came from."""
+    """The shell command that repeats a scenario's seed, given the words for its links and faults."""
     words = ["fedhlm", "simulate", "--preset", scenario.preset, "--agents", f"{scenario.agents}"]
     words += [
         "--clusters",

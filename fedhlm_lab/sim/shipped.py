@@ -1,6 +1,6 @@
-"""A pair of model folders as a fleet's pair: real models in virtual time.
+"""Run a pair of model folders in virtual time.
 
-Computing takes no virtual time but the step that is given, so runs do not depend on the machine.
+Computing takes only the given steps of virtual time, so runs do not depend on the machine.
 """
 
 import asyncio
@@ -21,21 +21,21 @@ TARGET_STEP_S: Final = 0.01
 
 
 async def drafting(work: Callable[[], Drawn | TreeDraft]) -> Any:
-    """An SLM's call, `DRAFT_STEP_S` of virtual time for each token that it draws."""
+    """An SLM's call: `DRAFT_STEP_S` of virtual time for each drafted token."""
     made = work()
     await asyncio.sleep(DRAFT_STEP_S * (1 if isinstance(made, Drawn) else len(made.chain) + len(made.branches)))
     return made
 
 
 async def verifying(call: Call) -> list[EngineOutput]:
-    """An LLM's call, `TARGET_STEP_S` of virtual time."""
+    """An LLM's call: `TARGET_STEP_S` of virtual time."""
     outputs = call()
     await asyncio.sleep(TARGET_STEP_S)
     return outputs
 
 
 def shipped_pair(slm_folder: Path, llm_folder: Path, *, threads: int = 1) -> Pair:
-    """Both folders opened; every agent gets its own cache over one SLM.
+    """Open both folders; every agent gets its own cache over one SLM.
 
     Raises:
         ModelError: a folder cannot be used.

@@ -1,7 +1,7 @@
-"""From a failing scenario to a small one that fails the same way: fewer events first, then less of everything else.
+"""Shrink a failing scenario to a small one that fails the same way: first fewer events, then less of everything else.
 
-Events are removed by delta debugging (Zeller and Hildebrandt, IEEE TSE 28(2), 2002): halves, then finer and finer parts, until no
-single event can go. Each step is a whole run, so the answer is always a scenario that was seen to fail.
+Delta debugging (Zeller and Hildebrandt, IEEE TSE 28(2), 2002) removes events: halves, then finer parts, until no
+single event can go. Each step is a whole run, so the result was seen to fail.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ Try = Callable[[Scenario], Violation | None]
 
 
 class Shrunk(NamedTuple):
-    """The smallest scenario found, how it fails, and the runs that it took."""
+    """The smallest scenario found, its violation, and the number of runs."""
 
     scenario: Scenario
     violation: Violation
@@ -28,7 +28,7 @@ class Shrunk(NamedTuple):
 
 
 def attempt(scenario: Scenario) -> Violation | None:
-    """Run a scenario; what does not hold, if anything."""
+    """Run a scenario; return the violation, if any."""
     try:
         simulate(scenario)
     except Violation as violation:
@@ -37,7 +37,7 @@ def attempt(scenario: Scenario) -> Violation | None:
 
 
 def shrink(scenario: Scenario, violation: Violation, *, runs_max: int = RUNS_MAX, run: Try = attempt) -> Shrunk:
-    """The smallest scenario that violates the same invariant, as far as `runs_max` runs find one."""
+    """Find the smallest scenario that violates the same invariant within `runs_max` runs."""
     best = _Best(scenario, violation, runs_max, run)
     changed = True
     while changed and not best.exhausted:
@@ -58,7 +58,7 @@ class _Best:
         return self.runs >= self._runs_max
 
     def take(self, candidate: Scenario) -> bool:
-        """Go on with the candidate if it fails the same way."""
+        """Accept the candidate if it fails the same way."""
         if self.exhausted:
             return False
         self.runs += 1
@@ -70,7 +70,7 @@ class _Best:
 
 
 def _fewer_events(best: _Best) -> bool:
-    """Delta debugging over the schedule; whether anything could go."""
+    """Delta debugging over the schedule; return whether any event was removed."""
     began = len(best.scenario.schedule)
     parts = 2
     while (events := best.scenario.schedule) and not best.exhausted:
@@ -86,7 +86,7 @@ def _fewer_events(best: _Best) -> bool:
 
 
 def _simpler(best: _Best, candidates: Callable[[Scenario], Iterator[Scenario]]) -> bool:
-    """Take the first candidate that fails too, again and again; whether there was one."""
+    """Accept the first candidate that fails too, repeatedly; return whether there was one."""
     changed = False
     while any(best.take(candidate) for candidate in candidates(best.scenario)):
         changed = True
@@ -94,7 +94,7 @@ def _simpler(best: _Best, candidates: Callable[[Scenario], Iterator[Scenario]]) 
 
 
 def _smaller(scenario: Scenario) -> Iterator[Scenario]:
-    """With less of one thing; events whose target is gone go with it."""
+    """Candidates with less of one thing; events with a removed target go too."""
     for name in ("clusters", "agents", "prompts", "tokens"):
         value = getattr(scenario, name)
         for smaller in sorted({1, value // 2, value - 1}):
@@ -104,7 +104,7 @@ def _smaller(scenario: Scenario) -> Iterator[Scenario]:
 
 
 def _least(event: Event) -> float:
-    """Amounts below a hundredth of the usual one make nothing clearer."""
+    """Candidates with smaller amounts; below a hundredth of the usual one they explain nothing more."""
     return 0.0 if event.amount == 0.0 else 0.01 * KINDS[event.kind].amount
 
 
@@ -115,7 +115,7 @@ def _within(scenario: Scenario, events: Sequence[Event]) -> Iterator[Event]:
 
 
 def _shorter(scenario: Scenario) -> Iterator[Scenario]:
-    """With one event of half the length, or half the amount."""
+    """Candidates with one event of half the length or half the amount."""
     for i, event in enumerate(scenario.schedule):
         for changed in (
             Event(event.at_s, event.kind, event.target, round(event.for_s / 2, 3), event.amount),

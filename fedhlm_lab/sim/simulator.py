@@ -1,8 +1,7 @@
-"""A whole fleet in virtual time: real agents, edges and cloud on toy models and a faulty loopback network.
+"""Simulate a whole fleet in virtual time: real agents, edges and cloud on toy models and a faulty loopback network.
 
-`simulate` is a function of its scenario: the same one gives the same run. A client asks every agent over the bus and asks
-again where no answer comes; when the faults are over the fleet must come to rest and answer at once. Violation says what
-did not hold.
+`simulate` is a function of its scenario. A client asks every agent over the bus, and asks again if no answer comes.
+After the faults the fleet must come to rest and answer at once; Violation names the invariant that failed.
 """
 
 import asyncio
@@ -32,7 +31,7 @@ from fedhlm_lab.sim.world import Fleet
 
 KEEPALIVE_S: Final = 1.5
 WATCH_S: Final = 1.0
-SESSIONS_MAX: Final = 3  # fewer than the agents, so that re-priming happens all the time
+SESSIONS_MAX: Final = 3  # fewer than the agents, so that sessions are primed again all the time
 COUNTERS: Final = ("rollbacks", "reprimes", "retries", "refused_messages", "dropped_messages", "assignments")
 Tap = Callable[[str, Packet], None]
 
@@ -51,17 +50,17 @@ class RunTotals(msgspec.Struct):
 
     @property
     def rollbacks(self) -> int:
-        """Tails taken back."""
+        """Number of rollbacks."""
         return self.counters["rollbacks"]
 
     @property
     def reprimes(self) -> int:
-        """Sessions that the cloud had to be given anew."""
+        """Number of sessions primed again."""
         return self.counters["reprimes"]
 
 
 class Simulation:
-    """One run. `tap` sees every message besides."""
+    """One run. `tap` sees every message."""
 
     def __init__(self, scenario: Scenario, *, tap: Tap | None = None) -> None:
         self.scenario = scenario
@@ -74,7 +73,7 @@ class Simulation:
             keeps=True,
         )
         self.fleet.broker.keepalive_s = KEEPALIVE_S
-        # Streams of their own, so that a fault that is taken out changes as little as possible elsewhere.
+        # Each has its own stream, so removing a fault changes as little as possible elsewhere.
         self.fleet.broker.stream = lru_cache(maxsize=None)(partial(_stream, scenario.seed))
         self.drafter = toy.ToyDrafter(agreement=scenario.agreement)
         self.monitor = Monitor(scenario, self.drafter)
@@ -93,11 +92,11 @@ class Simulation:
         )
         self.texts: list[list[int]] = []
         self._unanswered: set[str] = set()
-        self._relayed: set[str] = set()  # edges that verdicts came through in calm weather
+        self._relayed: set[str] = set()  # edges that verdicts passed in calm weather
         self._tap = tap
 
     def _agent(self, cluster: str, part: Part) -> tuple[list[PartBus], AgentService]:
-        """One life of an agent, as its command would begin it."""
+        """One life of an agent, as its command would start it."""
         numbers = random.Random(f"{self.scenario.seed}/{part.name}/{part.lives}")
         facts = ModelFacts(toy.ToyTokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
         return self.fleet.agent_service(
@@ -111,7 +110,7 @@ class Simulation:
         )
 
     async def run(self) -> RunTotals:
-        """From the start of all parts to the fleet at rest.
+        """Run from the start of all parts to the fleet at rest.
 
         Raises:
             Violation: an invariant does not hold.
@@ -158,18 +157,18 @@ class Simulation:
 
     @property
     def patience_s(self) -> float:
-        """How long the client waits for news before it asks again."""
+        """How long the client waits for news before it asks again, in seconds."""
         return 3.0 * max(1.0, self.scenario.round_trip_s)
 
     @property
     def answer_s(self) -> float:
-        """The bound on a request that meets no fault: sending again at its slowest, and a round trip for each token."""
+        """Longest time of a request without faults: the slowest retry, and a round trip for each token."""
         scenario = self.scenario
         return 30.0 + 16.0 * scenario.retry_s + 4.0 * scenario.tokens * (scenario.round_trip_s + STEP_S)
 
     @property
     def rest_s(self) -> float:
-        """How long after the last fault, or the last token, all is quiet."""
+        """Time after the last fault or token until the fleet is quiet."""
         return self.fleet.broker.keepalive_s + 5.0 + 10.0 * self.scenario.round_trip_s
 
     def _see(self, sender: str, packet: Packet) -> None:
@@ -186,7 +185,7 @@ class Simulation:
         loop = asyncio.get_running_loop()
         weather = asyncio.create_task(self.weather.unfold(self.scenario.schedule), name="weather")
         lives = [self._ask_all(client, cluster, name) for cluster, name in self.agents]
-        # Each agent has its prompts, those asked for again among them, and one more at the end.
+        # Each agent has its prompts, including those asked again, and one more at the end.
         limit_s = self.scenario.calm_s + 4.0 * (self.scenario.prompts + 1) * self.answer_s
         try:
             async with asyncio.timeout_at(limit_s):
@@ -216,7 +215,7 @@ class Simulation:
             await self._ask(client, ScriptedRequest(cluster, name, f"{name}-{number}", prompt, rng.getrandbits(40)))
 
     async def _ask(self, client: Patient, request: ScriptedRequest, patience_s: float | None = None) -> int:
-        """Ask until it is answered; how often."""
+        """Ask until it is answered; return the number of attempts."""
         scenario = self.scenario
         self._unanswered.add(request.name)
         answer, attempts = await client.ask(
@@ -232,7 +231,7 @@ class Simulation:
         return attempts
 
     async def _rest(self) -> None:
-        """Let requests that nobody waits for any more end, and everyone find the others again."""
+        """Let abandoned requests end, and all parts find one another again."""
         limit_s = asyncio.get_running_loop().time() + 16.0 * self.answer_s
         while any(b.size for part in self.parts for b in idle(part) if b.what in ("prompts", "generations")):
             if asyncio.get_running_loop().time() > limit_s:
@@ -256,7 +255,7 @@ class Simulation:
         return service.agent.cluster if isinstance(service, AgentService) else born
 
     async def _ask_last(self, client: Patient, cluster: str, name: str) -> None:
-        """One more prompt of every agent, now that all is well: answered at once, by the cloud where it is to be."""
+        """Send every agent one more prompt without faults: it must be answered at once, and by the cloud where due."""
         began_s = asyncio.get_running_loop().time()
         rng = random.Random(f"{self.scenario.seed}/{name}/last")
         request = ScriptedRequest(

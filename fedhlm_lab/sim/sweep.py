@@ -1,4 +1,4 @@
-"""Many seeds: over presets and links in turn, in one process or several, summed up."""
+"""Run many seeds over presets and links in turn, in one process or several, and sum the results."""
 
 import random
 from collections import Counter
@@ -19,7 +19,7 @@ BLOCK: Final = "generation.pipeline.block"
 
 
 class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run for each seed: the presets and links take turns with the seed, everything else is the same for all."""
+    """What to run for each seed: presets and links alternate with the seed, all else is equal."""
 
     presets: tuple[str, ...]
     links: tuple[str, ...]
@@ -34,7 +34,7 @@ class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
     settings: tuple[str, ...] = ()
 
     def link_of(self, seed: int) -> str:
-        """The link of a seed: the next one after each round of presets."""
+        """The link of a seed; it changes after each round of presets."""
         return self.links[seed // len(self.presets) % len(self.links)]
 
     def scenario(self, seed: int) -> Scenario:
@@ -60,12 +60,12 @@ class SweepPlan(msgspec.Struct, frozen=True, kw_only=True):
         return scenario.with_faults(self.faults)
 
     def command(self, seed: int) -> str:
-        """The shell command that runs one seed again."""
+        """The shell command that repeats one seed."""
         return command(self.scenario(seed), link=self.link_of(seed), upstream=self.upstream, spec=self.faults)
 
 
 def _variety(scenario: Scenario) -> Iterator[str]:
-    """Settings that the seed draws where nobody chose them: with small blocks more of them overtake one another."""
+    """Settings drawn from the seed where none were given; small blocks overtake one another more often."""
     pipeline = scenario.loaded.config.generation.pipeline
     drawn = random.Random(f"{scenario.seed}/block").choice((1, 2, pipeline.block))
     if (
@@ -86,12 +86,12 @@ class Failure(NamedTuple):
 
     @property
     def violation(self) -> Violation:
-        """The exception again."""
+        """Rebuild the exception."""
         return Violation(self.name, self.text, self.at_s)
 
 
 class SeedDone(NamedTuple):
-    """One seed is done: what came of it, or how it failed."""
+    """The result of one seed: its totals or its failure."""
 
     seed: int
     outcome: RunTotals | None
@@ -111,7 +111,7 @@ class Totals:
         self.failures: list[Failure] = []
 
     def add(self, ended: SeedDone) -> None:
-        """Count a seed."""
+        """Add a seed."""
         self.seeds += 1
         if ended.failure is not None:
             self.failures.append(ended.failure)
@@ -123,7 +123,7 @@ class Totals:
             self.counters.update(ended.outcome.counters)
 
     def figures(self, took_s: float) -> dict[str, object]:
-        """Everything, as plain data; `took_s` is real time."""
+        """All figures as plain data; `took_s` is real time."""
         return {
             "seeds": self.seeds,
             "failed": len(self.failures),
@@ -138,7 +138,7 @@ class Totals:
 
 
 def sweep(plan: SweepPlan, seeds: Sequence[int], *, jobs: int = 1) -> Iterator[SeedDone]:
-    """Run the seeds, in `jobs` processes; results come as they end.
+    """Run the seeds in `jobs` processes; yield results as they end.
 
     Raises:
         ConfigError: the plan cannot be used; before anything runs.

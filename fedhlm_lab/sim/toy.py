@@ -1,7 +1,7 @@
-"""A pair of toy language models whose laws depend on the last few tokens: exact, cheap, and in partial agreement.
+"""Two toy language models whose laws depend on the last few tokens: exact, cheap, and in partial agreement.
 
-They stand where the ONNX pair stands, so that whole fleets run in virtual time; `agreement` sets how much the small
-model's logits share with the large one's.
+They replace the ONNX pair, so that whole fleets run in virtual time. `agreement` is how much of the large model's
+logits the small one shares.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from fedhlm_lab.sim.world import Pair
 VOCAB_SIZE: Final = 48
 EOS_ID: Final = 0
 CONTEXT: Final = 512
-TOKEN_BYTES: Final = 256 * 2**10  # of a cache, as a large model would need: few contexts fit
+TOKEN_BYTES: Final = 256 * 2**10  # of a cache, as large as a large model's: few contexts fit
 DRAWN_MAX: Final = 4_096
 _ORDER: Final = 3  # tokens that the next law depends on
 _FIRST: Final = ord("@")
@@ -42,7 +42,7 @@ def _normal(model: int, suffix: tuple[int, ...]) -> NDArray[np.float64]:
 
 
 def large_logits(ids: Sequence[int]) -> NDArray[np.float64]:
-    """The LLM's logits after `ids`; shape (VOCAB_SIZE,). The end of text is rare."""
+    """The LLM's logits after `ids`, shape (VOCAB_SIZE,). The end of text is rare."""
     logits = _SPREAD * _normal(1, tuple(ids[-_ORDER:]))
     logits[EOS_ID] = -1.5 * _SPREAD
     return logits
@@ -54,12 +54,12 @@ def small_logits(ids: Sequence[int], agreement: float) -> NDArray[np.float64]:
 
 
 def large_alone(prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> list[int]:
-    """The oracle: what the LLM writes by itself with this seed."""
+    """The oracle: what the LLM alone writes with this seed."""
     return write(large_logits, prompt, sampling, max_tokens, eos_ids={EOS_ID}, context_max=CONTEXT)
 
 
 class ToyCache(NamedTuple):
-    """The ids seen so far are all there is to remember."""
+    """A cache: the ids seen so far."""
 
     ids: tuple[int, ...] = ()
 
@@ -81,7 +81,7 @@ def large_outputs(requests: Sequence[EngineInput]) -> list[EngineOutput]:
 
 
 async def large_forward(requests: Sequence[EngineInput], *, step_s: float = 0.02) -> list[EngineOutput]:
-    """The same, `step_s` seconds long."""
+    """One batched call of the LLM that takes `step_s` seconds."""
     await asyncio.sleep(step_s)
     return large_outputs(requests)
 
@@ -98,18 +98,18 @@ def _key(suffix: tuple[int, ...]) -> bytes:
 
 
 def key_of(ids: Sequence[int]) -> bytes:
-    """The key of a context: equal where the toy models' laws are, almost orthogonal elsewhere."""
+    """The key of a context: equal where the toy models' laws are equal, almost orthogonal elsewhere."""
     return _key(tuple(ids[-_ORDER:]))
 
 
 class Encoding(NamedTuple):
-    """What an encoded text is."""
+    """An encoded text."""
 
     ids: list[int]
 
 
 class ToyTokenizer:
-    """One character for each token; the end of text has none. It stands where a `tokenizers.Tokenizer` is needed."""
+    """One character per token, none for the end of text; replaces a `tokenizers.Tokenizer`."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """The ids of a text made by `decode`."""
@@ -133,7 +133,7 @@ def pair(agreement: float) -> Pair:
 
 
 class ToyDrafter:
-    """The SLM as an agent's Drafter, `step_s` seconds a model call."""
+    """The SLM as an agent's Drafter; a model call takes `step_s` seconds."""
 
     def __init__(self, *, agreement: float, step_s: float = 0.01) -> None:
         self._agreement = agreement
@@ -147,7 +147,10 @@ class ToyDrafter:
         return self.draft_now(ids, sampling, uncertainty)
 
     def draft_now(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
-        """The same without the time it takes. Recent ones are remembered: after a rollback much is drafted again."""
+        """Draft without taking time.
+
+        Recent drafts are remembered, because a rollback repeats much of the drafting.
+        """
         name = (tuple(ids), sampling, uncertainty)
         drawn = self._drawn.get(name)
         if drawn is None:
@@ -182,7 +185,7 @@ class ToyDrafter:
         uncertainty: str = "closed-form",
         settled: int | None = None,
     ) -> tuple[TreeDraft, int]:
-        """The same without the time it takes, and the number of model calls."""
+        """Grow a tree without taking time; also return the number of model calls."""
         wanted = list(ids)
         growth = self._trees.begin(wanted, sampling, budget, settled)
         calls = 0

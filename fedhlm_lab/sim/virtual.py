@@ -1,10 +1,10 @@
-"""An asyncio event loop on virtual time: the clock jumps to the next timer as soon as nothing else is ready.
+"""An asyncio event loop on virtual time: the clock jumps to the next timer when nothing else is ready.
 
-Sleeps cost nothing and every run of the same coroutine takes the same course. There are no sockets and no threads
-here, and a run that can never go on raises VirtualTimeError naming the tasks that wait.
+Sleeps cost nothing, and every run of a coroutine takes the same course. There are no sockets and no threads. A run
+that can never continue raises VirtualTimeError with the names of the waiting tasks.
 """
 
-# An event loop works on the private side of asyncio's handles by design.
+# An event loop uses the private side of asyncio's handles by design.
 # ruff: noqa: SLF001
 
 import asyncio
@@ -26,11 +26,13 @@ MIN_CANCELLED_TIMERS: Final = 256
 
 
 class VirtualTimeError(RuntimeError):
-    """The program did something that virtual time cannot do, or came to a standstill. Always a bug of the caller."""
+    """The program did what virtual time cannot do, or came to a standstill. It is always a bug of the caller."""
 
 
 def run_virtual(coroutine: Coroutine[Any, Any, _T], *, start: float = 0.0) -> _T:
-    """Run a coroutine to its end on a fresh virtual loop whose clock begins at `start` seconds; return its result.
+    """Run a coroutine to its end on a new virtual loop and return its result.
+
+    The clock begins at `start` seconds.
 
     Raises:
         VirtualTimeError: nothing is scheduled and the coroutine is not done, or it asked for a thread or a socket.
@@ -44,7 +46,10 @@ def run_virtual(coroutine: Coroutine[Any, Any, _T], *, start: float = 0.0) -> _T
 
 
 class VirtualLoop(AbstractEventLoop):
-    """The part of an event loop that needs no operating system. Timers of one instant run in the order of creation."""
+    """The part of an event loop that needs no operating system.
+
+    Timers of one instant run in the order of creation.
+    """
 
     def __init__(self, *, start: float = 0.0) -> None:
         self._now = start
@@ -91,7 +96,7 @@ class VirtualLoop(AbstractEventLoop):
         return handle
 
     def _timer_handle_cancelled(self, handle: TimerHandle) -> None:
-        # Timeouts that did not fire would otherwise pile up in the heap until their time comes.
+        # Cancelled timeouts would otherwise fill the heap until their time comes.
         self._cancelled += 1
         if self._cancelled > MIN_CANCELLED_TIMERS and 2 * self._cancelled > len(self._timers):
             self._timers = [entry for entry in self._timers if not entry[2].cancelled()]
@@ -184,7 +189,7 @@ class VirtualLoop(AbstractEventLoop):
         return ", ".join(f"{task.get_name()} at {_place(task)}" for task in tasks)
 
     def _wind_up(self) -> None:
-        """Cancel what is left, in the order of names, and let it end."""
+        """Cancel the remaining tasks in the order of their names, and let them end."""
         while True:
             leftovers = sorted(asyncio.all_tasks(self), key=Task.get_name)
             if not leftovers and not self._generators:
@@ -207,15 +212,15 @@ class VirtualLoop(AbstractEventLoop):
         self._timers.clear()
 
     async def shutdown_asyncgens(self) -> None:
-        """Generators are closed when the run ends."""
+        """Do nothing: generators are closed when the run ends."""
 
     async def shutdown_default_executor(self) -> None:
-        """There is no executor."""
+        """Do nothing: there is no executor."""
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if "handle" in context and isinstance(error, BaseException):
-            # A callback failed: a simulation that went on would hide it.
+            # A callback failed; a simulation that continued would hide it.
             self._failure = self._failure or error
         else:
             _log.error("%s", context.get("message"), exc_info=error)

@@ -41,9 +41,10 @@ WALL_S: Final = 1.0e9  # Unix time at the beginning of virtual time
 
 
 class Pair(NamedTuple):
-    """Two models that share a tokenizer; `context` in tokens. `drafter` makes an agent's own view of the small one.
+    """Two models with one tokenizer; `context` is in tokens.
 
-    `space` names what the small one's keys are made with; keys of different spaces are not compared.
+    `drafter` makes an agent's own view of the SLM. `space` identifies how the SLM's keys are made; keys of different
+    spaces are not compared.
     """
 
     fingerprint: Fingerprint
@@ -55,9 +56,10 @@ class Pair(NamedTuple):
 
 
 class Fleet:
-    """The parts on one broker. `sessions_max` bounds the cloud's sessions, `delay_s` is every link's one-way delay.
+    """The parts on one broker.
 
-    With `keeps` the edges and the cloud have disks.
+    `sessions_max` bounds the cloud's sessions, and `delay_s` is every link's one-way delay. With `keeps` the edges
+    and the cloud have disks.
     """
 
     def __init__(
@@ -86,11 +88,11 @@ class Fleet:
             self.nodes[f"edge-{c}"] = Part(f"edge-{c}", partial(self._edge, f"c{c}"))
 
     def wall_s(self, part: Part | None = None) -> float:
-        """The fleet's common wall clock, or a part's own."""
+        """The fleet's wall clock, or a part's own."""
         return WALL_S + asyncio.get_running_loop().time() + (0.0 if part is None else part.skew_s)
 
     def link(self, name: str) -> LinkModel:
-        """A client's link, the same one after a restart of the client."""
+        """A client's link; it stays the same when the client restarts."""
         return self.links.setdefault(name, LinkModel(delay_s=self._delay_s))
 
     def bus(
@@ -102,7 +104,7 @@ class Fleet:
         part: Part | None = None,
         client_id: str = "",
     ) -> PartBus:
-        """A new connection over that link; the client's id is the link's name by default."""
+        """A new connection over that link; its client id is by default the link's name."""
         return PartBus(
             part or Part(name),
             self.broker,
@@ -114,12 +116,12 @@ class Fleet:
         )
 
     def runtime(self, part: Part | None = None) -> Runtime:
-        """What a part has of the simulated machine that it runs on."""
+        """What the simulated machine gives to a part."""
         store = part.disk.store() if part is not None and self._keeps else None
         return Runtime(self.counters, wall_s=partial(self.wall_s, part), in_thread=inline, store=store)
 
     def opener(self, name: str, part: Part, buses: list[PartBus]) -> OpenBus:
-        """Opens the part's connections over the link of that name; they are added to `buses`."""
+        """Opens the part's connections over the link of that name, and adds them to `buses`."""
 
         def open_bus(
             *,
@@ -128,7 +130,7 @@ class Fleet:
             will: Retained | None = None,
             on_link: LinkHook | None = None,
         ) -> PartBus:
-            # The first goes by the link's name: a broker knows a client by its id, and here all parts share one.
+            # The first connection uses the link's name. All parts share one broker here, which knows clients by id.
             given = client_id if any(bus.client_id == name for bus in buses) else name
             bus = self.bus(name, will, birth, on_link=on_link, part=part, client_id=given)
             bus.fit(part.room)
@@ -138,7 +140,7 @@ class Fleet:
         return open_bus
 
     def party(self, bus: LoopbackBus, sender: str, part: Part | None = None) -> Party:
-        """A party on that bus."""
+        """An endpoint on that bus."""
         return Party(bus=bus, stamp=Stamp(sender, partial(self.wall_s, part)), counters=self.counters)
 
     def _cloud(self, part: Part) -> tuple[list[PartBus], CloudService]:
@@ -181,7 +183,7 @@ class Fleet:
         new_session: Callable[[], int],
         fingerprint: Fingerprint | None = None,
     ) -> AgentCore:
-        """A device on that bus, without a disk."""
+        """An agent on that bus, without a disk."""
         config = Config(
             agent=settings.Agent(id=name), cluster=settings.Cluster(name=cluster), federation=self.federation
         )
@@ -199,7 +201,7 @@ class Fleet:
         new_session: Callable[[], int],
         kind: Callable[..., AgentCore] = AgentCore,
     ) -> tuple[list[PartBus], AgentService]:
-        """One life of an agent, which goes by the part's name and keeps what it learns on the part's disk."""
+        """One life of an agent under the part's name, with its state on the part's disk."""
         config = replace(
             loaded.config,
             agent=replace(loaded.config.agent, id=part.name),
@@ -221,7 +223,7 @@ class Fleet:
 
     @asynccontextmanager
     async def online(self, cluster: str, name: str, drafter: Drafter) -> AsyncIterator[AgentCore]:
-        """An agent that hears its bus while the block runs, and moves when it is assigned to another cluster.
+        """An agent that reads its bus inside the block, and moves when it is assigned to another cluster.
 
         Its session numbers follow from the seed and its name.
         """
@@ -242,6 +244,6 @@ class Fleet:
 
 
 async def listen(agent: AgentCore) -> None:
-    """Hand what the bus brings to an agent."""
+    """Pass the bus's deliveries to an agent."""
     async for received in agent.party.received():
         await agent.handle(received)

@@ -1,6 +1,7 @@
-"""Every preset on the same news prompts with real models, in virtual time: the table of docs/results.md.
+"""Compare every preset on the same news prompts with real models in virtual time: the table of docs/results.md.
 
-Run: python -m fedhlm_lab.studies.compare [--presets exact budget ...] [--prompts 500] [--ag-news] [--set KEY=VALUE] [--json FILE]
+Run: python -m fedhlm_lab.studies.compare [--presets exact budget ...] [--prompts 500] [--ag-news] [--set KEY=VALUE]
+[--json FILE]
 """
 
 import argparse
@@ -39,7 +40,7 @@ AGENTS: Final = 2
 
 
 class StudyTask(NamedTuple):
-    """One request: prompt ids, its seed and limits, and the topic word that is right, if a topic is asked for."""
+    """One request: prompt ids, seed, limits and, for a topic question, the right topic word."""
 
     prompt: list[int]
     sampling: Sampling
@@ -49,7 +50,7 @@ class StudyTask(NamedTuple):
 
 @dataclass
 class FinishedTask:
-    """What became of a task under a preset."""
+    """The result of a task under a preset."""
 
     agent: str
     task: StudyTask
@@ -58,7 +59,7 @@ class FinishedTask:
 
 @dataclass
 class Line:
-    """One preset's figures. Shares and rates are per token; bytes with MQTT framing."""
+    """One preset's figures. Shares and rates are per token; bytes include MQTT framing."""
 
     preset: str
     kind: str
@@ -79,7 +80,7 @@ class Line:
 
 
 class Oracle:
-    """What the LLM (or SLM) writes alone, remembered by task: what texts are compared with."""
+    """What the LLM (or SLM) alone writes, remembered by task; texts are compared with it."""
 
     def __init__(self, folder: Path) -> None:
         self._alone = Alone.load(folder, threads=1)
@@ -87,7 +88,7 @@ class Oracle:
         self._known: dict[tuple[tuple[int, ...], Sampling, int], list[int]] = {}
 
     def write(self, task: StudyTask, coupling: str) -> list[int]:
-        """Up to `max_tokens` ids by the target side of a coupling with shared noise."""
+        """Write up to `max_tokens` ids with the target side of a coupling with shared noise."""
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, task.sampling.top_p, coupling)
         key = (tuple(task.prompt), sampling, task.max_tokens)
         if key not in self._known:
@@ -98,7 +99,7 @@ class Oracle:
 def tasks_of(
     articles: Sequence[Article], kind: str, decoder: Decoder, *, tokens: int, temperature: float
 ) -> list[StudyTask]:
-    """A task for each article: its title continued ("continue"), or its topic asked for ("topic", one greedy token)."""
+    """A task for each article: continue its title ("continue"), or name its topic ("topic", one greedy token)."""
 
     def ids(text: str) -> list[int]:
         return encode_prompt(decoder.tokenizer, text, decoder.info.bos_id)
@@ -122,14 +123,14 @@ def shuffled_test_split() -> list[Article]:
 
 
 async def nobody(_tokens: list[Committed]) -> FinishReason | None:
-    """Listen to nothing."""
+    """Ignore progress."""
     return None
 
 
 async def work(
     agent: AgentCore, config: Config, tasks: Iterator[StudyTask], eos_ids: frozenset[int], context: int
 ) -> list[FinishedTask]:
-    """One agent's share of the tasks, taken one at a time."""
+    """Process one agent's share of the tasks, one at a time."""
     done = []
     for task in tasks:
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, 1.0, config.generation.coupling)
@@ -141,7 +142,7 @@ async def work(
 async def run_fleet(
     pair: Pair, config: Config, parts: Sequence[Sequence[StudyTask]], delay_s: float
 ) -> list[FinishedTask]:
-    """All tasks through a calm fleet; the order of the answers is that of the agents."""
+    """Run all tasks through a fleet without faults; the answers are in the order of the agents."""
     fleet = Fleet(pair, seed=1, clusters=CLUSTERS, delay_s=delay_s, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
         node.start()
@@ -186,13 +187,13 @@ def line_of(preset: str, kind: str, done: Sequence[FinishedTask], large: Oracle,
 
 
 def certificate_of(done: Sequence[FinishedTask]) -> Certificate | None:
-    """The agents' newest certificates together; None where nothing was audited."""
+    """The agents' newest certificates added up; None if nothing was audited."""
     last = {d.agent: d.result.certificate for d in done if d.result.certificate is not None}
     return sum(last.values(), Certificate()) if last else None
 
 
 def observations_of(done: Sequence[FinishedTask]) -> list[Observation]:
-    """What the target said of the drafts, in order."""
+    """What the target said about the drafts, in order."""
     return [o for d in done for o in d.result.observed]
 
 
@@ -219,7 +220,7 @@ def show(lines: Sequence[Line]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fedhlm_lab.studies.compare", description="presets side by side on news prompts"
     )

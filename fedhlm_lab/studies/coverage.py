@@ -1,7 +1,7 @@
-"""Does the certificate hold? Many devices on toy models learn under the preset `budget`, and the truth is counted.
+"""Measure the certificate's coverage: many devices on toy models learn under the preset `budget`.
 
-The truth is the share of committed tokens that the device or its peers settled and the LLM, with the same seed, would
-have written otherwise: it bounds the total variation per token.
+The truth is counted. It is the share of committed tokens that the device or its peers settled and that the LLM, with
+the same seed, would have written otherwise. It bounds the total variation per token.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from fedhlm_lab.studies.compare import nobody
 from fedhlm_lab.workers import across
 
 AGREEMENT: Final = 0.85
-TOGETHER: Final = 8  # lives whose certificates are added up, as those of a fleet
+TOGETHER: Final = 8  # lives whose certificates are added up like a fleet's
 
 
 class CoveragePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What every life is: texts of so many tokens, and the settings of the preset `budget`."""
+    """What every life does: texts of so many tokens, with settings of the preset `budget`."""
 
     texts: int = 60
     tokens: int = 24
@@ -40,10 +40,10 @@ class CoveragePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceLife(msgspec.Struct, frozen=True, kw_only=True):
-    """One device: its counted errors and tokens over all texts, what it reports at the end, and what it cost.
+    """One device: its errors and tokens over all texts, its last report, and its costs.
 
-    `above`: at some look the truth over the texts accounted for was above the limit. `different`: share of texts that are
-    not the LLM's.
+    `above` says that the truth was once above the limit, over the texts accounted for. `different` is the share of
+    texts that are not the LLM's.
     """
 
     tokens: int
@@ -66,7 +66,10 @@ class DeviceLife(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CoverageFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Over all lives; `fleet_ratio` is the mean of limit / truth over groups of eight lives, None with fewer lives."""
+    """Figures over all lives.
+
+    `fleet_ratio` is the mean of limit / truth over groups of eight lives, or None with fewer lives.
+    """
 
     lives: int
     texts: int
@@ -86,7 +89,7 @@ class CoverageFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def errors_of(prompt: list[int], sampling: Sampling, result: GenerationResult) -> int:
-    """Skipped tokens that the LLM would have written otherwise."""
+    """Count the skipped tokens that the LLM would have written otherwise."""
     settle = COUPLINGS[sampling.coupling].settle
     ids, wrong = list(prompt), 0
     for token, source in zip(result.ids, result.sources, strict=True):
@@ -145,14 +148,14 @@ async def _live(plan: CoveragePlan, seed: int) -> DeviceLife:
 
 
 def live(plan: CoveragePlan, seed: int) -> DeviceLife:
-    """One agent of a calm fleet, `plan.texts` prompts long, in virtual time."""
+    """Run one agent of a fleet without faults for `plan.texts` prompts, in virtual time."""
     return run_virtual(_live(plan, seed))
 
 
 def study(
     plan: CoveragePlan, *, lives: int, seed: int = 0, jobs: int = 1, ended: Callable[[DeviceLife], object] | None = None
 ) -> CoverageFigures:
-    """Independent lives, one for each seed from `seed` on; `ended` hears of each."""
+    """Run independent lives, one per seed from `seed` on; `ended` is called with each."""
     found: list[DeviceLife] = []
     for one in across(partial(live, plan), range(seed, seed + lives), jobs):
         found.append(one)
@@ -162,7 +165,7 @@ def study(
 
 
 def figures(plan: CoveragePlan, lives: list[DeviceLife]) -> CoverageFigures:
-    """What the lives say together."""
+    """Figures over the lives."""
     confidence = load(preset="budget", environ={}).config.generation.confidence
     texts = plan.texts * len(lives)
     groups = [lives[i : i + TOGETHER] for i in range(0, len(lives) - TOGETHER + 1, TOGETHER)]

@@ -1,6 +1,7 @@
-"""What doubt says about harm, and where two ways of learning a threshold end up: u against beta, and 30 rounds.
+"""Measure harm against doubt (u against beta), and compare two ways of learning a threshold over 30 rounds.
 
-Real models on news titles; every draft is verified, so nothing is censored. Run: python -m fedhlm_lab.studies.curves [--prompts 200]
+Real models write news titles on, and every draft is verified, so nothing is censored.
+Run: python -m fedhlm_lab.studies.curves [--prompts 200]
 """
 
 import argparse
@@ -79,7 +80,7 @@ def paper_rounds(groups: Sequence[Pairs], rounds: int, settings: PaperSettings, 
 
 
 def calibrated_rounds(groups: Sequence[Pairs], rounds: int, budget: float) -> list[float]:
-    """The calibrated threshold after each round, on the pooled sums; it would have seen every token that it lets pass."""
+    """The calibrated threshold after each round, on the pooled sums, as if every kept token had been observed."""
     pooled = Curve.empty()
     trace = []
     for number in range(rounds):
@@ -90,7 +91,7 @@ def calibrated_rounds(groups: Sequence[Pairs], rounds: int, budget: float) -> li
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fedhlm_lab.studies.curves", description="u against beta, and thresholds by round"
     )

@@ -1,7 +1,7 @@
-"""What hostile members of a federation can do to the honest: fleets of toy models under the preset `budget`.
+"""Measure what hostile members of a federation do to honest ones: toy fleets under the preset `budget`.
 
-Of `n` agents of a cluster some lie in every contribution; another cluster is all honest. The truth is counted: the share
-of committed tokens that the LLM, with the same seed, would have written otherwise, and the share of tokens that the
+Some of the `n` agents of a cluster lie in every contribution; another cluster is honest. Counted are the share of
+committed tokens that the LLM, with the same seed, would have written otherwise, and the share of tokens that the
 cloud settled. Run: python -m fedhlm_lab.studies.liars [--members 2 4 8] [--lies bin-0 drift] [--generations 60]
 """
 
@@ -30,8 +30,10 @@ HONEST: Final = "none"
 
 
 class Life(NamedTuple):
-    """One honest agent: true error a token (mean over its texts), the share that was verified, messages a token sent
-    up, and the last threshold; `here` says whether the liars were in its own cluster."""
+    """One honest agent: its true error per token, verified share, messages per token, and last threshold.
+
+    The error is the mean over its texts. `here` says whether the liars were in its own cluster.
+    """
 
     here: bool
     truth: float
@@ -41,7 +43,7 @@ class Life(NamedTuple):
 
 
 class LiarsSetting(NamedTuple):
-    """A fleet: `members` agents in the cluster, `liars` of them lie by `lie`."""
+    """A fleet: `members` agents in the cluster, of which `liars` send the lie `lie`."""
 
     members: int
     liars: int
@@ -52,7 +54,7 @@ class LiarsSetting(NamedTuple):
 
 
 async def fleet_of(pair: Pair, config: Config, setting: LiarsSetting, seed: int) -> list[Life]:
-    """All agents write at once; what became of the honest ones."""
+    """Let all agents write at once; return what became of the honest ones."""
     fleet = Fleet(pair, seed=seed, clusters=2, delay_s=0.01, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
         node.start()
@@ -103,7 +105,7 @@ def study(config: Config, setting: LiarsSetting, seeds: Sequence[int], agreement
 
 
 def describe(lives: Sequence[Life]) -> str:
-    """Means over agents."""
+    """Describe means over agents."""
     if not lives:
         return "-"
     mean = {name: sum(getattr(life, name) for life in lives) / len(lives) for name in Life._fields}
@@ -114,7 +116,7 @@ def describe(lives: Sequence[Life]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; exit status 1 when the honest of some fleet are above the budget."""
+    """Run the command line; return 1 if the honest agents of some fleet exceed the budget."""
     parser = argparse.ArgumentParser(
         prog="python -m fedhlm_lab.studies.liars", description="what liars can do to the honest"
     )

@@ -1,7 +1,8 @@
-"""How often peers are right: centroid rule and verified-neighbour rule against the LLM, as curves over theta.
+"""Measure how often peers are right: the centroid rule and the verified-neighbour rule against the LLM, over theta.
 
-``python -m fedhlm_lab.studies.neighbours [--prompts N] [--items FILE]`` lets the LLM continue news titles, walks the SLM along its
-text, and asks both rules about the tokens whose uncertainty is above a percentile. One thread, a few minutes.
+``python -m fedhlm_lab.studies.neighbours [--prompts N] [--items FILE]`` lets the LLM continue news titles and runs
+the SLM along its text. Both rules are asked about the tokens whose uncertainty is above a percentile. It takes a few
+minutes on one thread.
 """
 
 import argparse
@@ -32,7 +33,7 @@ FIXED_THETA: Final = 0.8
 
 
 class TextTrace(NamedTuple):
-    """What the SLM thought along the LLM's own text, one row a token."""
+    """The SLM's state along the LLM's own text, one row per token."""
 
     prompt: NDArray[np.int64]  # (n,) number of the prompt, in the order of the run
     step: NDArray[np.int64]  # (n,) position in the continuation
@@ -43,7 +44,7 @@ class TextTrace(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """What a rule said about the uncertain tokens: cosine (nan for nothing), was it right, was the SLM's own draft right."""
+    """A rule's results on the uncertain tokens: cosine (nan without a match), and whether rule and SLM were right."""
 
     similarity: NDArray[np.float64]  # (m,)
     right: NDArray[np.bool_]  # (m,)
@@ -52,7 +53,7 @@ class Outcomes(NamedTuple):
 
 
 def trace(llm: Path, slm: Path, titles: Sequence[str], *, tokens: int, temperature: float) -> TextTrace:
-    """Run both models; the noise of prompt number i is that of seed i, for the LLM and the SLM alike."""
+    """Run both models; prompt number i uses the noise of seed i for both."""
     large, small = OnnxModel(llm), Decoder.load(slm)
     encoded = large.tokenizer.encode_batch([f"{t}\n" for t in titles], add_special_tokens=False)
     prompts = [[large.end_id, *e.ids[: large.context - tokens - 1]] for e in encoded]
@@ -60,7 +61,7 @@ def trace(llm: Path, slm: Path, titles: Sequence[str], *, tokens: int, temperatu
     rows: list[tuple[int, int, float, NDArray[np.float32], int, int]] = []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         for step, (logits, hidden) in enumerate(_walk(small, prompt, text)):
-            # Token by token as an agent runs, because a dynamic int8 model is not the same in blocks.
+            # Token by token as in an agent, because a dynamic int8 model gives other results in blocks.
             draft = perturbed_argmax(scores(logits, temperature), number, len(prompt) + step)
             rows.append((number, step, closed_form(logits, draft), hidden, draft, text[step]))
     columns = tuple(zip(*rows, strict=True))
@@ -104,7 +105,7 @@ def ask_centroid(
 
 
 class Rule(NamedTuple):
-    """What the memory holds of a verified row, and what a match makes of the agent's own row; None is no hit."""
+    """A rule: what the memory stores of a verified row, and what a match yields for the agent's row (None: no hit)."""
 
     remember: Callable[[TextTrace, int], int]
     settle: Callable[[TextTrace, int, int], int | None]
@@ -114,7 +115,7 @@ def _remember_token(run: TextTrace, row: int) -> int:
     return int(run.token[row])
 
 
-# Only the first settles a token with the neighbours' own; the others ask whether the agent's draft may stay.
+# Only the first settles a token with the neighbours' own; the others decide whether the agent's draft may stay.
 RULES: Final = {
     "neighbours' token": Rule(_remember_token, lambda run, row, token: token),
     "neighbours agree with the draft": Rule(
@@ -149,10 +150,10 @@ def ask_neighbours(
 
 
 def print_curve(title: str, outcomes: Outcomes, out: Callable[[str], object]) -> None:
-    """One line per theta: share of hits, share right among them, and what the SLM alone would have got.
+    """Print one line per theta: the share of hits, the share right among them, and the SLM's own share.
 
-    "SLM there" is its own share right on the same tokens; "SLM by u" on equally many tokens of smallest uncertainty: a
-    rule below it is worth less than a higher threshold.
+    "SLM there" is the SLM's share right on the same tokens. "SLM by u" is its share on equally many tokens of the
+    smallest uncertainty: a rule below it is worth less than a higher threshold.
     """
     out(f"\n{title}\n  theta    hits  hit share   right   SLM there   SLM by u\n")
     surest = outcomes.own[np.argsort(outcomes.u, kind="stable")]  # (m,)
@@ -167,7 +168,10 @@ def print_curve(title: str, outcomes: Outcomes, out: Callable[[str], object]) ->
 
 
 def print_at_equal_uncertainty(title: str, outcomes: Outcomes, out: Callable[[str], object]) -> None:
-    """Share of right drafts with and without a hit, per quintile of u: what a rule tells that u does not."""
+    """Print the share of right drafts with and without a hit, per quintile of u.
+
+    It shows what a rule adds to u.
+    """
     out(
         f"\n{title}, drafts right at equal uncertainty, theta {FIXED_THETA}\n  quintile of u    hits  with hit   without\n"
     )
@@ -204,7 +208,7 @@ def study(run: TextTrace, projections: dict[str, Projection], *, agents: int, pe
             print_curve(f"{name}, votes {votes}, {space} keys", outcomes, out)
             print_at_equal_uncertainty(f"{name}, votes {votes}, {space} keys", outcomes, out)
         log = run.token[uncertain].tolist()
-        # A memory larger than the log never fills: its ratio says nothing about size.
+        # A memory larger than the log never fills, so its ratio says nothing about size.
         sizes = [s for s in SIZES if s <= len(log)]
         for votes in (1, 3):
             ratios = simulate_hit_ratio(keys[uncertain], log, sizes, theta=FIXED_THETA, votes=votes)
@@ -221,7 +225,7 @@ def study(run: TextTrace, projections: dict[str, Projection], *, agents: int, pe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fedhlm_lab.studies.neighbours", description="How often are peers right?"
     )
@@ -246,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"\n== temperature {temperature} ==\n")
             run = trace(llm, slm, titles, tokens=given.tokens, temperature=temperature)
             width = run.hidden.shape[1]
-            # An uncentred space is what the published rule has in mind: raw embeddings.
+            # The published rule assumes raw embeddings: a space that is not centred.
             projections = {"fitted": load_projection(slm, width), "fallback": Projection.fallback(width, DIMS)}
             study(run, projections, agents=given.agents, percentile=given.percentile)
     except FedhlmError as exc:

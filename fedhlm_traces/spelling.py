@@ -34,7 +34,7 @@ def spelling_of(folder: Path) -> Spelling:
     try:
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     except Exception as exc:  # the library raises a plain Exception
-        raise TraceError(f"{folder / TOKENIZER_FILE} is no tokenizer: {exc}") from exc
+        raise TraceError(f"{folder / TOKENIZER_FILE} must be a tokenizer ({exc})") from exc
     return Spelling(
         digest, lru_cache(maxsize=65_536)(lambda token: str(tokenizer.decode([token], skip_special_tokens=False)))
     )

@@ -38,7 +38,7 @@ class Article(NamedTuple):
 
 
 def find_data(path: str | Path | None) -> Path | None:
-    """Return the folder that holds ``ag_news/`` and ``news_text/``: the argument, FEDHLM_DATA or ``./data``."""
+    """Return the data folder (with ``ag_news/`` or its CSV files): the argument, FEDHLM_DATA or ``./data``."""
     candidates: list[str | Path | None] = [path] if path else [os.environ.get("FEDHLM_DATA"), "data"]
     for candidate in (c for c in candidates if c):
         folder = Path(candidate)
@@ -96,7 +96,7 @@ def _load_from_hub(split: str) -> list[Article]:
 
 
 def load_news(path: str | Path | None = None, files: tuple[str, ...] = NEWS_FILES) -> list[str]:
-    """Read the unlabelled news documents (blank line between documents, one paragraph a line); empty when absent."""
+    """Read the unlabelled news documents (a blank line between documents, one paragraph a line); empty if absent."""
     folder = find_data(path)
     documents: list[str] = []
     for name in files:

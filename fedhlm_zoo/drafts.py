@@ -1,6 +1,6 @@
-"""The large model's own continuations of news titles: the text on which the small one learns to follow it.
+"""The large model's continuations of news titles: the text from which the small model learns to imitate it.
 
-Half are greedy and half drawn at DRAFT_TEMPERATURE, the two laws under which agreement is later measured.
+Half are greedy and half are sampled at DRAFT_TEMPERATURE. Agreement is later measured under these two laws.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ TYPICAL: Final = 60
 def write_drafts(
     model_dir: Path, tokenizer: Tokenizer, articles: list[Article], *, tokens: int, seed: int = 17
 ) -> Pack:
-    """Let the model in `model_dir` continue titles until about `tokens` tokens are written, titles included.
+    """Continue titles with the model in `model_dir` until about `tokens` tokens are written, titles included.
 
     Raises:
         DataMissing: no article has a title.
@@ -39,7 +39,7 @@ def write_drafts(
     order = np.random.default_rng(seed).permutation(len(titles))[: -(-tokens // TYPICAL)]
     encoded = tokenizer.encode_batch([f"{titles[i]}\n" for i in order], add_special_tokens=False)
     prompts = [[END_ID, *e.ids] for e in encoded]
-    # Half precision doubles the speed, and what is drawn is only text to learn from.
+    # Half precision doubles the speed, and the output is only training text.
     model = load_torch(model_dir).to(torch.bfloat16)
     choose = half_greedy(torch.Generator().manual_seed(seed))
     endings = continue_prompts(model, prompts, tokens=LONGEST, end_id=END_ID, choose=choose, batch=256)
@@ -50,7 +50,7 @@ def write_drafts(
 
 
 def half_greedy(generator: torch.Generator) -> Choose:
-    """Prompts with even numbers continue greedily, the others by sampling at DRAFT_TEMPERATURE."""
+    """Choose greedily for prompts with even numbers, and by sampling at DRAFT_TEMPERATURE for the others."""
 
     def choose(logits: Tensor, rows: NDArray[np.int64], _step: int) -> Tensor:
         # The exponential race draws from the softmax without normalising it.
@@ -63,7 +63,7 @@ def half_greedy(generator: torch.Generator) -> Choose:
 
 
 def mix(real: Pack, drafts: Pack, *, tokens: int, seed: int = 19) -> Pack:
-    """About `tokens` tokens, half from random documents of each; documents repeat where a pack holds fewer."""
+    """Pick about `tokens` tokens, half from random documents of each; documents repeat if a pack holds fewer."""
     parts = [_take(pack, tokens // 2, np.random.default_rng((seed, i))) for i, pack in enumerate((real, drafts))]
     lengths = [np.diff(p.starts) for p in parts]
     return Pack(

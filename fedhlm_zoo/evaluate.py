@@ -1,6 +1,6 @@
-"""Measure a model on AG News, and how well a small model predicts a large one's own continuations.
+"""Measure a model on AG News, and measure how well a small model predicts a large one's continuations.
 
-A model is a torch directory or a model folder; both give the same numbers up to rounding. Noise comes from
+A model is a torch directory or a model folder; both give the same figures up to rounding. Noise comes from
 `fedhlm.decoding.sampling`, so acceptance is that of the running system.
 """
 
@@ -37,10 +37,10 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
-    """How a draft model predicts a target's own continuations of `prompts` titles.
+    """How well a draft model predicts a target's own continuations of `prompts` titles.
 
-    `greedy` is the share of positions where both argmax are equal, on greedy continuations; `gumbel` the share where
-    both draw the same token with shared noise, on continuations at `temperature`.
+    `greedy` is the share of positions with equal argmax, on greedy continuations. `gumbel` is the share where both
+    draw the same token with shared noise, on continuations at `temperature`.
     """
 
     prompts: int
@@ -52,7 +52,7 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Model(Protocol):
-    """What the measurements need of a model."""
+    """What the measurements need from a model."""
 
     tokenizer: Tokenizer
     context: int
@@ -63,7 +63,7 @@ class Model(Protocol):
         ...
 
     def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
-        """Up to `tokens` new ids per prompt, drawn with the noise of seed = prompt number; ends with the end id."""
+        """Up to `tokens` new ids per prompt, with the noise of seed = prompt number; ends with the end id."""
         ...
 
 
@@ -105,8 +105,8 @@ class TorchModel:
 
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         while order:
-            # The longest come last; as many as fit one call at that width. Padding lies to the right, where the
-            # causal mask hides it.
+            # The longest sequences come last, and as many of them as fit share one call of that width. The padding is
+            # on the right, where the causal mask hides it.
             width = len(sequences[order[-1]])
             taken, order = order[-max(1, CALL_TOKENS // width) :], order[: -max(1, CALL_TOKENS // width)]
             ids = np.zeros((len(taken), width), np.int64)
@@ -130,7 +130,7 @@ class TorchModel:
 
 
 def open_model(folder: Path, *, tokenizer: Path | None = None, threads: int = 1) -> Model:
-    """A model folder (it has a model.json) or else a Hugging Face directory.
+    """Open a model folder (it has a model.json) or a Hugging Face directory.
 
     Raises:
         ModelError: neither.
@@ -141,7 +141,7 @@ def open_model(folder: Path, *, tokenizer: Path | None = None, threads: int = 1)
 
 
 def sample(articles: Sequence[Article], count: int | None, *, seed: int = 0) -> list[Article]:
-    """`count` articles drawn without replacement, the same for the same seed; all of them for None."""
+    """Draw `count` articles without replacement, the same for the same seed; None takes all."""
     if count is None or count >= len(articles):
         return list(articles)
     order = np.random.default_rng(seed).permutation(len(articles))[:count]
@@ -149,7 +149,7 @@ def sample(articles: Sequence[Article], count: int | None, *, seed: int = 0) -> 
 
 
 def evaluate(model: Model, articles: Sequence[Article]) -> Evaluation:
-    """Topic accuracy (the likeliest of the four topic names after ``Topic:``) and perplexity of the bodies.
+    """Measure topic accuracy (the likeliest topic name after ``Topic:``) and the perplexity of the bodies.
 
     Raises:
         ModelError: the tokenizer does not tell the four topic names apart by their first token.
@@ -188,7 +188,7 @@ def agreement(
     tokens: int = CONTINUATION,
     temperature: float = TEMPERATURE,
 ) -> Agreement:
-    """Let `target` continue the titles and count where `draft` would have written the same token.
+    """Let `target` continue the titles, and count where `draft` would have written the same token.
 
     Raises:
         ModelError: the two have different tokenizers.

@@ -1,7 +1,7 @@
-"""Turn any Hugging Face causal language model into a model folder that `fedhlm.decoding.decoder` runs.
+"""Export a Hugging Face causal language model to a model folder that `fedhlm.decoding.decoder` runs.
 
-The graph comes from optimum with its key/value cache and gains the last hidden state as an output. An export that
-does not give torch's logits is an error, not a warning.
+optimum exports the graph with its key/value cache; the last hidden state is added as an output. An export whose
+logits differ from torch's is an error, not a warning.
 """
 
 import logging
@@ -145,7 +145,7 @@ def _describe(model: Any, path: Path, name: str) -> ModelInfo:
 
 
 def compare_with_torch(model: Any, decoder: Decoder, *, seed: int = 0) -> float:
-    """Largest difference of a logit between torch and the graph: a prefill, a cached step and a cached block."""
+    """Largest difference of a logit between torch and the graph over a prefill, a cached step and a cached block."""
     import torch
 
     length = min(24, decoder.info.context)

@@ -1,6 +1,7 @@
-"""Continue many prompts at once with a torch model: equal lengths share a batch, finished rows leave it.
+"""Continue many prompts at once with a torch model.
 
-Prompts of one batch have the same length, so nothing is padded and every row gets the logits it would get alone.
+Prompts of one batch have the same length, so nothing is padded and every row gets the logits that it would get alone.
+Finished rows leave the batch.
 """
 
 import logging

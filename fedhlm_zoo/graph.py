@@ -1,4 +1,4 @@
-"""Small edits of exported ONNX graphs: the output head, the hidden state, and tables that are stored once."""
+"""Edit exported ONNX graphs: find the output head, expose the hidden state, store tied tables once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +12,13 @@ from onnx import helper, numpy_helper
 from fedhlm.decoding.decoder import HIDDEN_OUTPUT
 from fedhlm.errors import ModelError
 
-# A protobuf message ends at 2 GiB; above this, weights go to a file of their own.
+# A protobuf message ends at 2 GiB; larger weights go to a separate file.
 EXTERNAL_ABOVE_BYTES: Final = 1_500_000_000
 TIED_HEAD: Final = "tied_head"
 
 
 class Head(NamedTuple):
-    """The matrix product that makes the logits, its input value and the name of its (hidden_size, vocab_size) weight."""
+    """The matrix product that makes the logits: its node, its input, and its (hidden_size, vocab_size) weight."""
 
     node: onnx.NodeProto
     hidden: str
@@ -26,7 +26,7 @@ class Head(NamedTuple):
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, with external data beside it where it is too large for one file."""
+    """Write a graph, with external data beside it if it is too large for one file."""
     path.unlink(missing_ok=True)
     data = path.with_name(f"{path.name}_data")
     data.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ def expose_hidden(model: onnx.ModelProto) -> None:
 
 
 def tied_table(model: onnx.ModelProto) -> str | None:
-    """Name of the embedding table that equals the head's weight transposed, if the two are one in the source model."""
+    """Name of the embedding table that equals the transposed head weight, if the source model ties the two."""
     constants = initializers(model)
     weight = find_head(model).weight
     if weight not in constants:
@@ -94,7 +94,7 @@ def tied_table(model: onnx.ModelProto) -> str | None:
 
 
 def lookups(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Nodes that look rows up in a constant table of floats."""
+    """Nodes that look up rows in a constant table of floats."""
     constants = initializers(model)
     for node in model.graph.node:
         if node.op_type == "Gather" and node.input[0] in constants and len(constants[node.input[0]].dims) == 2:
@@ -102,7 +102,7 @@ def lookups(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 
 def share_tied_head(model: onnx.ModelProto) -> None:
-    """Store a tied embedding once: the head reads the table through a Transpose, folded when the graph is loaded."""
+    """Store a tied embedding once: the head reads the table through a Transpose, folded on loading."""
     table = tied_table(model)
     if table is None:
         return
@@ -113,14 +113,14 @@ def share_tied_head(model: onnx.ModelProto) -> None:
 
 
 def insert_before(model: onnx.ModelProto, anchor: onnx.NodeProto, *nodes: onnx.NodeProto) -> None:
-    """Put nodes in front of `anchor`, so that the graph stays in topological order."""
+    """Insert nodes before `anchor`, so that the graph stays in topological order."""
     at = next(i for i, node in enumerate(model.graph.node) if node is anchor or node == anchor)
     for offset, node in enumerate(nodes):
         model.graph.node.insert(at + offset, node)
 
 
 def replace(model: onnx.ModelProto, old: onnx.NodeProto, *nodes: onnx.NodeProto) -> None:
-    """Put nodes in the place of `old`."""
+    """Replace `old` by nodes."""
     insert_before(model, old, *nodes)
     model.graph.node.remove(old)
 

@@ -1,4 +1,4 @@
-"""Write and summarise ``model.json``, the description that every model folder carries."""
+"""Write and summarise ``model.json``, the description in every model folder."""
 
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,7 @@ def list_files(folder: Path) -> dict[str, FileInfo]:
 
 
 def write_info(folder: Path, info: ModelInfo) -> ModelInfo:
-    """Write ``model.json`` for the files that lie in `folder` now; return what was written."""
+    """Write ``model.json`` for the files now in `folder`; return what was written."""
     written = msgspec.structs.replace(info, files=list_files(folder))
     (folder / INFO_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(written), indent=2) + b"\n")
     return written
@@ -29,7 +29,7 @@ def graph_bytes(info: ModelInfo) -> int:
 
 
 def summary(folder: Path) -> dict[str, str]:
-    """What a person wants to know of a model folder, label by label.
+    """Summarise a model folder, label by label.
 
     Raises:
         ModelError: not a usable model folder.

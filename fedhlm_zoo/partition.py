@@ -1,6 +1,7 @@
-"""Non-IID split of labelled items over parties: each label's shares are one Dirichlet draw.
+"""Split labelled items over parties, not identically distributed: each label's shares are one Dirichlet draw.
 
-Small alpha gives every party a few labels, large alpha gives all parties the same mixture. Same arguments, same split.
+A small alpha gives every party a few labels, a large alpha gives all parties the same mixture. Equal arguments give
+equal splits.
 """
 
 import math
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 
 
 def dirichlet_partition(labels: Sequence[str], parties: int, alpha: float, seed: int) -> list[list[int]]:
-    """Give every index of `labels` to exactly one party; the lists are ascending.
+    """Assign every index of `labels` to exactly one party; the lists are ascending.
 
-    Per label, the shares over the parties are drawn from Dirichlet(alpha, ..., alpha) and the label's shuffled items
-    are cut at the rounded cumulative shares. Then each party left empty takes one random item from the party that
-    holds most (the first of them), as long as that one keeps an item itself: with at least as many items as parties
-    nobody is empty, with fewer the items lie one to a party.
+    For each label, the shares over the parties are drawn from Dirichlet(alpha, ..., alpha), and the label's shuffled
+    items are cut at the rounded cumulative shares. Then each empty party takes one random item from the party that
+    holds most (the first of them), while that one keeps an item itself.
+
+    With at least as many items as parties, no party is empty. With fewer, each item has a party of its own.
 
     Raises:
         ValueError: `parties` below 1, or `alpha` not a finite number above 0.
@@ -41,9 +43,10 @@ def dirichlet_partition(labels: Sequence[str], parties: int, alpha: float, seed:
 
 
 def skew(labels: Sequence[str], parts: Iterable[Sequence[int]]) -> float:
-    """Mean total variation between a party's label law and the law of all `labels`, over the parties that hold items.
+    """Mean total variation between a party's label law and that of all `labels`, over parties with items.
 
-    0: every party mirrors the whole; the upper end, 1 minus a label's share, is reached by parties of one label each.
+    At 0 every party mirrors the whole. The upper end, 1 minus a label's share, is reached by parties with one label
+    each.
     """
     names, codes = np.unique(np.asarray(labels, dtype=np.str_), return_inverse=True)
     overall = _law(codes, len(names))

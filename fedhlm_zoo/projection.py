@@ -1,7 +1,7 @@
-"""Fit the projection that turns a model's last hidden states into keys: mean and whitening PCA, over real text.
+"""Fit the projection from a model's last hidden states to context keys: mean and whitening PCA over real text.
 
-``python -m fedhlm_zoo.projection FOLDER [--texts FILE.jsonl | --articles N [--data FOLDER]]`` writes it into a model folder
-and lists it in the folder's ``model.json``.
+``python -m fedhlm_zoo.projection FOLDER [--texts FILE.jsonl | --articles N [--data FOLDER]]`` writes the projection
+into a model folder and lists it in the folder's ``model.json``.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from fedhlm_zoo.prompts import load_items
 
 log = logging.getLogger(__name__)
 
-# Directions with less variance than this share of the largest are noise: whitening must not blow them up.
+# Directions with less variance than this share of the largest are noise, which whitening must not amplify.
 EIGENVALUE_FLOOR: Final = 1e-3
 
 
 def fit(decoder: Decoder, sequences: Iterable[Sequence[int]], *, dims: int = DIMS) -> Projection:
     """Mean and whitening matrix of the hidden states at every position of the id sequences.
 
-    The `dims` directions of largest variance, each divided by its standard deviation, eigenvalues floored at
-    EIGENVALUE_FLOOR of the largest. Sequences longer than the context are cut, empty ones skipped.
+    They keep the `dims` directions of largest variance, each divided by its standard deviation. Eigenvalues are
+    floored at EIGENVALUE_FLOOR of the largest. Sequences longer than the context are cut, empty ones skipped.
 
     Raises:
         ModelError: the graph gives no hidden state, is narrower than `dims`, or there are not more positions than `dims`.
@@ -64,7 +64,7 @@ def _whitening(covariance: NDArray[np.float64], dims: int) -> NDArray[np.float32
     values, vectors = values[::-1][:dims], vectors[:, ::-1][:, :dims]  # (dims,), (width, dims)
     if not values[0] > 0.0:
         raise ModelError("all hidden states are equal: nothing to fit a projection on")
-    # An eigenvector's sign is arbitrary: the largest entry is made positive so that a fit can be repeated.
+    # An eigenvector's sign is arbitrary; the largest entry is made positive, so that a fit can be repeated.
     vectors = vectors * np.sign(vectors[np.argmax(np.abs(vectors), axis=0), np.arange(dims)])
     scaled: NDArray[np.float64] = vectors / np.sqrt(np.maximum(values, EIGENVALUE_FLOOR * values[0]))
     return scaled.astype(np.float32)
@@ -88,7 +88,7 @@ def write_projection(folder: Path, projection: Projection) -> FileInfo:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fedhlm_zoo.projection", description="Fit a model folder's key space."
     )

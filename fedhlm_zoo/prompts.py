@@ -1,4 +1,4 @@
-"""News items as prompts: 200 written for this project, or a file of your own. Needs neither torch nor onnx.
+"""News items as prompts: 200 written for this project, or a file of the user's. Needs neither torch nor onnx.
 
 A file has one JSON object a line with the keys title, text and topic; blank lines are skipped.
 """
@@ -27,7 +27,7 @@ _decoder: Final = msgspec.json.Decoder(Item)
 
 
 def load_items(path: str | Path | None = None) -> tuple[Article, ...]:
-    """Read news items; None gives the 200 that ship with the project, topics in turn.
+    """Read news items; None returns the 200 that ship with the project, the topics in turn.
 
     Raises:
         DataMissing: the file cannot be read, a line is not an item (its number is given), or there is none.

@@ -1,7 +1,7 @@
-"""Make a model folder smaller: int8 arithmetic for the SLM, compact weights with fp32 arithmetic for the LLM.
+"""Quantise a model folder: int8 arithmetic for the SLM, compact weights with fp32 arithmetic for the LLM.
 
-A tied embedding is stored once in every mode. Only ``int8-dynamic`` makes logits depend on how tokens are cut into
-blocks: its activation scale is taken over all tokens of a call.
+Every mode stores a tied embedding once. Only ``int8-dynamic`` makes logits depend on how tokens are cut into blocks,
+because its activation scale covers all tokens of a call.
 """
 
 import shutil
@@ -26,16 +26,16 @@ MODES: Final[tuple[str, ...]] = get_args(Mode)
 # Seven bits: on x86 without VNNI the sum of two u8 x s8 products must fit 16 bits.
 DYNAMIC_LEVELS: Final = 63
 LEVELS: Final = 127
-# The input of an MLP's last product has outliers that one scale for all channels cannot hold: quantising it costs a
+# The input of an MLP's last product has outliers that one scale for all channels cannot hold. Quantising it costs a
 # trained 2.6 M model three points of agreement with itself, more than all other products together.
 WIDE_RANGE: Final = ("mlp/down_proj", "mlp/c_proj", "mlp/fc2", "mlp/fc_out", "dense_4h_to_h")
 
-# Constants that stand for a matrix, and the nodes that make it from them under its own name.
+# Constants that store a matrix, and the nodes that rebuild it under its own name.
 Rebuild = Callable[[NDArray[Any], str], tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]]
 
 
 class Quantised(msgspec.Struct, frozen=True, kw_only=True):
-    """What a quantisation did; sizes are those of graph and weights."""
+    """The result of a quantisation; sizes are those of graph and weights."""
 
     mode: str
     before_bytes: int
@@ -137,7 +137,7 @@ def _share_int8_table(model: onnx.ModelProto, table: str) -> None:
 
 
 def quantise_rows(weight: NDArray[Any], levels: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round each row of `weight` (rows, columns) to `levels` steps either side of zero.
+    """Round each row of `weight` (rows, columns) to `levels` steps on either side of zero.
 
     Returns:
         int8 values (rows, columns) and scales (rows, 1) float32; their product is near `weight`.
@@ -150,8 +150,8 @@ def quantise_rows(weight: NDArray[Any], levels: int) -> tuple[NDArray[np.int8], 
 def _compact(rebuild: Rebuild) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
     """A mode that stores every matrix compactly, with nodes that rebuild it in fp32.
 
-    The nodes read constants only, so onnxruntime folds them once when the graph is loaded: products then run in
-    fp32, as fast and as block-invariant as before.
+    The nodes read constants only, so onnxruntime folds them once on loading. The products then run in fp32, as fast
+    and as block-invariant as before.
     """
 
     def run(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -174,8 +174,8 @@ def _as_fp16(weight: NDArray[Any], name: str) -> tuple[dict[str, NDArray[Any]], 
 
 
 def _as_int8(weight: NDArray[Any], name: str) -> tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]:
-    # A product's weight is (inputs, outputs) and a table is (entries, width); the longer axis of either gets the scales
-    # unless the matrix is square, where outputs do.
+    # A product's weight is (inputs, outputs) and a table is (entries, width). The scales go along the longer axis, or
+    # along the outputs if the matrix is square.
     by_row = weight.shape[0] > weight.shape[1]
     values, scales = quantise_rows(weight if by_row else weight.T, LEVELS)
     constants: dict[str, NDArray[Any]] = {

@@ -1,4 +1,4 @@
-"""How the shipped pair was made: the stages in order, each a training run that can be stopped and resumed."""
+"""The recipe of the shipped pair: its stages in order, each a training run that can be stopped and resumed."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 VOCAB_SIZE: Final = 4096
 DRAFT_TOKENS: Final = 700_000
-# The unlabelled documents whose style is nearest to the labelled ones; the others serve the tokenizer only.
+# The unlabelled documents closest in style to the labelled ones; the others serve the tokenizer only.
 NEWS_OF_PRETRAINING: Final = ("bbc_news", "onestopenglish_adv")
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """One training run; `start_from` and `teacher` name earlier stages, `data` the text it reads."""
+    """One training run; `start_from` and `teacher` name earlier stages, `data` the text that it reads."""
 
     name: str
     config: TrainConfig
@@ -74,7 +74,7 @@ def run_recipe(
     draft_tokens: int = DRAFT_TOKENS,
     until: str | None = None,
 ) -> dict[str, Path]:
-    """Run the stages in order; what an earlier call finished under `runs` is kept, what it began goes on.
+    """Run the stages in order; keep what an earlier call finished under `runs`, and resume what it began.
 
     Args:
         runs: working folder; gets the tokenizer, the tokenised text and one folder per stage.

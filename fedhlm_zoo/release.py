@@ -1,4 +1,4 @@
-"""From finished training runs to the artefacts that ship: export, quantise, measure before and after, write the cards."""
+"""Make the shipped models from finished training runs: export, quantise, measure, write the cards."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ FIGURES_FILE: Final = "figures.json"
 
 
 class Shipped(NamedTuple):
-    """One model of the pair: its folder's name, which is also its last stage, and how it is quantised."""
+    """One model of the pair: the name of its folder and last stage, and its quantisation."""
 
     name: str
     mode: str

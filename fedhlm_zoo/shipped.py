@@ -1,6 +1,7 @@
-"""The models that come with an installation: where they are, and a configuration that names them.
+"""The models shipped with an installation: where they are, and settings that name them.
 
-Parts do not look for models: whoever starts a part hands it a folder. An image may carry one of the two, or none.
+Parts do not search for models: whoever starts a part gives it a folder. An image may carry one of the two models, or
+none.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ ARTEFACTS: Final = Path(__file__).with_name("artefacts")
 
 
 def model_folder(configured: str, shipped: Model) -> Path:
-    """The configured model folder, or the shipped one when none is.
+    """Return the configured model folder, or the shipped one if none is configured.
 
     Raises:
         ModelError: nothing is configured and this installation carries no models.
@@ -32,7 +33,7 @@ def model_folder(configured: str, shipped: Model) -> Path:
 
 
 def with_agent_model(loaded: Loaded) -> Loaded:
-    """The same settings, with the shipped SLM where `agent.model` is empty.
+    """The same settings, with the shipped SLM if `agent.model` is empty.
 
     Raises:
         ModelError: see `model_folder`.
@@ -42,7 +43,7 @@ def with_agent_model(loaded: Loaded) -> Loaded:
 
 
 def with_cloud_model(loaded: Loaded) -> Loaded:
-    """The same settings, with the shipped LLM where `cloud.model` is empty.
+    """The same settings, with the shipped LLM if `cloud.model` is empty.
 
     Raises:
         ModelError: see `model_folder`.

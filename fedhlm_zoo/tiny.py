@@ -1,6 +1,6 @@
 """Tiny randomly initialised models of several architectures, to try every command without a download.
 
-They speak a byte tokenizer (each byte its own id after the end-of-text id 0), so any text round-trips.
+They use a byte tokenizer: each byte has its own id after the end-of-text id 0, so any text round-trips.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def _gpt2() -> Any:
 
 
 _IDS: Final[dict[str, Any]] = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0}
-# The wide initial range gives laws far from uniform, so that a wrong mask or position shows in the logits.
+# The wide initial range makes laws far from uniform, so that a wrong mask or position shows in the logits.
 _SHAPE: Final[dict[str, Any]] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -10,7 +10,10 @@ END_OF_TEXT: Final = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE of `vocab_size` entries; id 0 is the end-of-text token. Any text round-trips exactly."""
+    """Train a byte-level BPE of `vocab_size` entries; id 0 is the end-of-text token.
+
+    Any text round-trips exactly.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

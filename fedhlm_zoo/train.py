@@ -1,7 +1,7 @@
-"""Train a causal LM on news, or distil a small one from a large one, on whatever cores there are.
+"""Train a causal LM on news, or distil a small one from a large one, on the available cores.
 
-A run is a folder: tokenised data, checkpoints, a loss log and at the end a Hugging Face model directory. A run that
-was stopped goes on from its last checkpoint; the order of the data is a function of the seed and the step alone.
+A run is a folder with tokenised data, checkpoints, a loss log and finally a Hugging Face model directory. A stopped
+run resumes from its last checkpoint. The order of the data depends on the seed and the step alone.
 """
 
 import json
@@ -49,7 +49,10 @@ SHAPES: Final = {
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One training run. `steps` of `batch` sequences of `length` tokens; learning rate constant, then linear to zero."""
+    """One training run: `steps` of `batch` sequences of `length` tokens.
+
+    The learning rate warms up, stays constant, and then decays linearly to zero.
+    """
 
     shape: Shape
     steps: int
@@ -68,7 +71,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Pack(msgspec.Struct, frozen=True):
-    """Tokenised documents back to back, with the loss weight of every token."""
+    """Tokenised documents in one array, with the loss weight of every token."""
 
     ids: NDArray[np.uint16]  # (tokens,)
     weights: NDArray[np.float16]  # (tokens,)
@@ -84,7 +87,7 @@ class Pack(msgspec.Struct, frozen=True):
 
 
 def pack_documents(tokenizer: Tokenizer, articles: list[Article], news: list[str]) -> Pack:
-    """Tokenise; every document begins with the end-of-text id, and the topic name weighs TOPIC_WEIGHT in the loss."""
+    """Tokenise; each document begins with the end-of-text id, and the topic name weighs TOPIC_WEIGHT in the loss."""
     bodies = [a.document for a in articles] + news
     encoded = tokenizer.encode_batch(bodies, add_special_tokens=False)
     lengths = np.array([0] + [len(e.ids) + 1 for e in encoded])
@@ -125,7 +128,7 @@ def batches(pack: Pack, config: TrainConfig, first_step: int) -> Iterator[tuple[
 
 
 def new_model(shape: Shape, vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """Randomly initialised Llama with tied embeddings."""
+    """A randomly initialised Llama with tied embeddings."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -187,10 +190,10 @@ def train(
     start_from: Path | None = None,
     teacher_dir: Path | None = None,
 ) -> Path:
-    """Train until `config.steps`, resuming from ``run/checkpoint.pt`` when it is there; return the model directory.
+    """Train until `config.steps`, resuming from ``run/checkpoint.pt`` if it exists; return the model directory.
 
-    With `teacher_dir` the loss is the cross-entropy of the student under the teacher's law (its gradient is that of
-    the forward KL divergence); else the next-token loss. `start_from` gives initial weights.
+    With `teacher_dir` the loss is the student's cross-entropy under the teacher's law, whose gradient is that of the
+    forward KL divergence. Without it the loss is that of the next token. `start_from` gives initial weights.
     """
     if config.batch % config.micro_batch:
         raise ConfigError("train.batch", config.batch, f"a multiple of micro_batch ({config.micro_batch})")

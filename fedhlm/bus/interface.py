@@ -90,7 +90,8 @@ class Bus(Protocol):
             payload: encoded message.
             qos: MQTT quality of service, 0 to 2.
             retain: whether the broker keeps the message for later subscribers.
-            expiry_s: seconds after which the message is dropped if it has not been sent; None for never.
+            expiry_s: seconds after which the message is dropped if it still waits here or, under MQTT 5, at the broker;
+                None for never.
 
         Raises:
             ValueError: the topic name is malformed.

@@ -1,1 +1,1 @@
-"""A model's next-token law, and how the laws of two models are coupled."""
+"""Decoding: model inference, sampling, doubt, and the couplings between the laws of draft and target."""

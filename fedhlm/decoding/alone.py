@@ -1,4 +1,4 @@
-"""One model that writes by itself: the oracle that every comparison with "the LLM alone" uses."""
+"""Decoding with one model alone: the oracle of every comparison with "the LLM alone"."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from fedhlm.decoding.text import encode_prompt
 from fedhlm.protocol.messages import Sampling
 
 LogitsAfter = Callable[[list[int]], NDArray[Any]]
-"""The logits of the token after these ids, shape (V,)."""
+"""Returns the logits of the token after the given ids, shape (V,)."""
 
 
 def write(
@@ -24,9 +24,9 @@ def write(
     eos_ids: Collection[int],
     context_max: int,
 ) -> list[int]:
-    """At most `max_tokens` ids after the prompt, by the target side of the sampling's coupling.
+    """Generate at most `max_tokens` ids after the prompt, with the target side of the coupling in `sampling`.
 
-    The text ends with the first id of `eos_ids`, or where prompt and text fill the context of `context_max` tokens.
+    The text ends with the first id of `eos_ids`, or when prompt and text fill the context of `context_max` tokens.
     """
     settle = COUPLINGS[sampling.coupling].settle
     ids = list(prompt)
@@ -39,7 +39,7 @@ def write(
 
 
 class Alone:
-    """A model folder that writes by itself: what the preset `exact` must equal when the model is the cloud's."""
+    """Generates text with one model folder. With the cloud's model it gives what the preset `exact` must equal."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -54,15 +54,15 @@ class Alone:
         return cls(Decoder.load(folder, threads=threads))
 
     def encode(self, text: str) -> list[int]:
-        """Prompt ids, with the begin-of-text id."""
+        """Return the ids of a prompt, after the begin-of-text id if the model has one."""
         return encode_prompt(self.decoder.tokenizer, text, self.decoder.info.bos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids."""
+        """Return the text of generated ids."""
         return str(self.decoder.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def write(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> list[int]:
-        """See `write`; the model's end-of-text ids and its context end the text."""
+        """Generate ids as the function `write` does, with the end-of-text ids and the context of the model."""
         info, cache = self.decoder.info, self.decoder.empty_cache()
 
         def logits_after(ids: list[int]) -> NDArray[Any]:

@@ -1,7 +1,7 @@
-"""Couplings: how device and cloud agree on a token, so that the output follows the target law (docs/algorithms.md, 2).
+"""Couplings: rules by which a draft is accepted or rejected, so that the output follows the target law.
 
-A coupling is a few functions in a dict literal. What it leaves on the wire is bytes that `split_laws` has checked
-before `settle` sees them.
+docs/algorithms.md, section 2, describes them. A coupling is a row of functions in the table COUPLINGS. `split_laws`
+checks the draft laws that arrive before `settle` reads them.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ PUBLISHED_K: Final = 30  # k* of CU-HLM's offline truncation
 
 
 class Draft(NamedTuple):
-    """A drafted token, its probability under the law it was drawn from, and that law's bytes if they must travel."""
+    """A draft, its probability under the law that it was drawn from, and the encoded law if the coupling sends it."""
 
     token: int
     prob: float
@@ -53,23 +53,23 @@ class Draft(NamedTuple):
 
 
 class Coupling(NamedTuple):
-    """How device and cloud agree on a token.
+    """How a draft and the target's token are drawn together.
 
     `draft(logits, sampling, position)` runs on the device. `settle(logits, sampling, position, draft, law)` runs in the
-    cloud and returns the emitted token: the draft was accepted iff it is that token. With draft None (nothing was
-    drafted there) it returns the target's own token.
+    cloud and returns the emitted token: the draft is accepted iff it is that token. With draft None, which is a
+    position without a draft, it returns the target's own token. Logits have shape (V,).
 
-    `law_size(laws, vocab_size)` is the bytes of the first law in a buffer of laws, and `check(law, vocab_size)` looks
-    at one of that size; both raise ProtocolError where `settle` could not use it.
+    `law_size(laws, vocab_size)` returns the bytes of the first law in a buffer of laws. `check(law, vocab_size)` checks
+    one law of that size. Both raise ProtocolError where `settle` could not use the law.
 
-    `harm(draft_prob, target_prob, missed)` in [0, 1] is what committing the draft unverified costs, `missed` being that
-    the target would have emitted another token with this seed. Where a rejected draft is resampled from the residual,
-    one step's TV(out, p) equals E[(1 - g) beta] with g the probability of being verified. Where the noise is shared it
-    is bounded by the probability of a skipped mismatch, so there the harm is the mismatch itself (docs/algorithms.md, 3).
+    `harm(draft_prob, target_prob, missed)` is the harm in [0, 1] of committing the draft without verification. `missed`
+    says that the target would have emitted another token with this seed. Where a rejected draft is resampled from the
+    residual, TV(out, p) of one step equals E[(1 - g) beta], where g is the probability of verification. Under shared
+    noise TV(out, p) is at most the probability of a kept mismatch, so the harm is the mismatch (docs/algorithms.md, 3).
 
-    `shared`: the emitted token is a function of seed and target alone, so any proposal may stand in for the draft.
-    `greedy`: it is the target's likeliest token, whatever the seed. `alone` is the coupling under which the target by itself
-    writes what this one's texts are compared with.
+    `shared` says that the emitted token depends on seed and target only, so that any proposal may replace the draft.
+    `greedy` says that it is the target's likeliest token, whatever the seed. `alone` is the coupling under which the
+    oracle writes the texts that this coupling's texts are compared with.
     """
 
     draft: Callable[[Logits, Sampling, int], Draft]
@@ -83,12 +83,12 @@ class Coupling(NamedTuple):
 
 
 def split_laws(coupling: Coupling, laws: bytes, count: int, vocab_size: int) -> list[bytes]:
-    """The `count` laws that travelled one behind the other, each checked.
+    """Split a buffer of `count` concatenated laws and check each of them.
 
     Raises:
-        ProtocolError: they do not fit exactly, or one of them is no law.
+        ProtocolError: the length does not fit `count` laws, or one of them is not valid.
     """
-    rest = memoryview(laws)  # slices without copies: a block may hold thousands of laws
+    rest = memoryview(laws)  # slices without copying, as a block may hold thousands of laws
     parts: list[bytes] = []
     for _ in range(count):
         try:
@@ -111,32 +111,32 @@ def split_laws(coupling: Coupling, laws: bytes, count: int, vocab_size: int) -> 
 
 
 def rejection_probability(draft_prob: float, target_prob: float) -> float:
-    """beta = max(0, 1 - p(d)/q(d)), FedHLM eq. (3); 0 when q(d) is 0."""
+    """beta = max(0, 1 - p(d)/q(d)), FedHLM eq. (3); 0 where q(d) is 0."""
     return max(0.0, 1.0 - target_prob / draft_prob) if draft_prob > 0.0 else 0.0
 
 
 def acceptance(draft_prob: float, target_prob: float) -> float:
-    """min(1, p(d)/q(d)); where q(d) is 0 the draft stands iff the target can emit it."""
+    """The probability of acceptance, min(1, p(d)/q(d)); where q(d) is 0, it is 1 iff p(d) is above 0."""
     return min(1.0, target_prob / draft_prob) if draft_prob > 0.0 else float(target_prob > 0.0)
 
 
 def residual(p: Law, q: Law) -> Law:
-    """max(0, p - q), not normalised: what a rejected draft is replaced from; shape (V,), all 0 where p equals q."""
+    """max(0, p - q), from which a rejected draft is resampled; not normalised; shape (V,), all 0 where p equals q."""
     return np.maximum(0.0, p - q)
 
 
 def _accept_or_resample(p: Law, q: Law, sampling: Sampling, position: int, draft: int) -> int:
-    """The result follows p if the draft was drawn from q."""
+    """Accept the draft or resample it from the residual. The result follows p if the draft was drawn from q."""
     if uniform(sampling.seed, position, ACCEPT_STREAM) < acceptance(float(q[draft]), float(p[draft])):
         return draft
     rest = residual(p, q)
     if rest.sum() <= 0.0:
-        return draft  # p equals q up to rounding: nothing is left to resample
+        return draft  # p equals q up to rounding, so the residual is empty
     return inverse_cdf(rest, uniform(sampling.seed, position, RESAMPLE_STREAM))
 
 
 def _settle_by(decode: Callable[[bytes, int], Law]) -> Callable[[Logits, Sampling, int, int | None, bytes], int]:
-    """Test the draft against the law that `decode` reads."""
+    """Make a `settle` that accepts or rejects the draft by the law that `decode` reads."""
 
     def settle(logits: Logits, sampling: Sampling, position: int, draft: int | None, encoded: bytes) -> int:
         p = law(logits, sampling)
@@ -174,7 +174,7 @@ def _settle_greedy(logits: Logits, _sampling: Sampling, _position: int, _draft: 
 
 def _draft_full(logits: Logits, sampling: Sampling, position: int) -> Draft:
     encoded = encode_full(law(logits, sampling))
-    # The draft comes from the law that travels, which keeps HLM exact.
+    # The draft is drawn from the law that is sent, after rounding. This keeps HLM exact.
     return _draft_from(decode_full(encoded, len(logits)), encoded, sampling, position)
 
 
@@ -188,7 +188,7 @@ def _decode_lattice(data: bytes, vocab_size: int) -> Law:
 
 
 Truncation = Callable[[Law, Logits, int, float], int]
-"""k from the law sorted from the likeliest token down, the logits, the draft and its probability."""
+"""Returns k from the law in falling order, shape (V,), the logits, shape (V,), the draft and its probability."""
 
 
 def _offline(ordered: Law, _logits: Logits, _token: int, _prob: float) -> int:
@@ -200,10 +200,10 @@ def _online(ordered: Law, logits: Logits, token: int, prob: float) -> int:
 
 
 def _draft_published(k_of: Truncation) -> Callable[[Logits, Sampling, int], Draft]:
-    """CU-HLM as published: the draft is drawn from q, but tested against x-hat, what the server makes of q's top k.
+    """CU-HLM as published: the draft is drawn from q, but accepted by x-hat, which the server rebuilds from q's top k.
 
-    Therefore biased, by at most TV(out, p) <= TV(q, x-hat): the test maps x-hat to p, and no map widens the distance
-    of two laws. Drawing from x-hat instead would be exact; it is kept as published, for comparison.
+    The output is therefore biased, by TV(out, p) <= TV(q, x-hat): acceptance and resampling map x-hat to p, and no map
+    widens the distance of two laws. Drawing from x-hat would be exact. The published form is kept for comparison.
     """
 
     def draft(logits: Logits, sampling: Sampling, position: int) -> Draft:

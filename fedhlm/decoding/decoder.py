@@ -1,8 +1,10 @@
-"""One causal language model on onnxruntime, with a key/value cache that can be cut and continued.
+"""A causal language model on onnxruntime, with a key/value cache that can be truncated and continued.
 
 A model folder holds ``model.onnx`` (and its external data), ``tokenizer.json`` and ``model.json``. A cache is a value:
-`forward` never changes the one it is given. Logits do not depend on how tokens are cut into blocks or batches, up to
-rounding. onnxruntime and tokenizers are imported by `Decoder.load` only.
+`forward` never changes the cache that it is given.
+
+Up to rounding, logits do not depend on how tokens are split into blocks or batches. Only `Decoder.load` imports
+onnxruntime and tokenizers.
 """
 
 import hashlib
@@ -28,7 +30,7 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 INFO_FILE: Final = "model.json"
 HIDDEN_OUTPUT: Final = "hidden"
 CPU: Final = "CPUExecutionProvider"
-# Hashing gigabytes at every start would cost more than loading them; larger folders are checked by size only.
+# Hashing gigabytes at every start would take longer than loading them. Larger folders are checked by file size only.
 HASH_UP_TO_BYTES: Final = 64 * 1024 * 1024
 
 _DTYPES: Final[dict[str, Any]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -42,7 +44,7 @@ class FileInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``model.json``: what a model folder holds. `context` is the longest sequence the model was made for."""
+    """The contents of ``model.json``. `context` is the longest sequence that the model supports, in tokens."""
 
     name: str
     architecture: str
@@ -66,7 +68,7 @@ class Cache(NamedTuple):
     arrays: tuple[NDArray[Any], ...]
 
     def truncated(self, length: int) -> "Cache":
-        """The cache of the first `length` tokens; self when that is all of them.
+        """Return the cache of the first `length` tokens; self when that is all of them.
 
         Raises:
             ValueError: `length` is negative or more than the cache holds.
@@ -79,7 +81,7 @@ class Cache(NamedTuple):
 
 
 class DecoderInput(NamedTuple):
-    """Token ids (at least one) to run after what `cache` holds; the last `rows` of them want logits (None: all)."""
+    """Token ids (at least one) to run after the tokens of `cache`, with logits for the last `rows` ids (None: all)."""
 
     cache: Cache
     ids: Sequence[int]
@@ -87,15 +89,15 @@ class DecoderInput(NamedTuple):
 
     @property
     def wanted(self) -> int:
-        """How many rows of logits are wanted."""
+        """The number of rows of logits that are wanted."""
         return len(self.ids) if self.rows is None else self.rows
 
 
 class DecoderOutput(NamedTuple):
-    """One row for each id that wants logits, and the cache that ends with the last id.
+    """One row for each id for which logits are wanted, and the cache up to the last id.
 
-    `logits` is (rows, vocab_size) float32; `hidden` is the output head's input, (rows, hidden_size) float32, or None
-    where the graph does not give it. Where no request of a call wants logits, the output head is not computed.
+    `logits` is (rows, vocab_size) float32. `hidden` is the input of the output head, (rows, hidden_size) float32; it is
+    None where the graph has no such output. Where no request of a call wants logits, the output head is not computed.
     """
 
     logits: NDArray[np.float32]
@@ -110,7 +112,7 @@ def file_digest(path: Path) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """First 16 hex digits of the SHA-256 of the folder's ``tokenizer.json``: equal where token ids mean the same.
+    """First 16 hex digits of the SHA-256 of the folder's ``tokenizer.json``. Equal digests mean equal token ids.
 
     Raises:
         ModelError: the file cannot be read.
@@ -122,10 +124,10 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def load_info(folder: Path) -> ModelInfo:
-    """Read ``model.json`` and check that the folder's files are there, whole and unchanged.
+    """Read ``model.json`` and check that the files of the folder are complete and unchanged.
 
     Raises:
-        ModelError: names the file that is missing, malformed or different, and what was expected.
+        ModelError: a file is missing, malformed or different; the error names the file and what was expected.
     """
     if not folder.is_dir():
         raise ModelError(
@@ -158,7 +160,7 @@ def load_info(folder: Path) -> ModelInfo:
 
 
 def usable_providers(wanted: Sequence[str], *, available: Sequence[str]) -> list[str]:
-    """Those of `wanted` that this build of onnxruntime has, in their order, and the processor last; warns once of the others."""
+    """Return the `wanted` providers that are `available`, in their order, then the CPU. Warn once about the others."""
     _tell_missing(wanted, available)
     kept = dict.fromkeys(name for name in wanted if name in available)
     return [*kept, *(() if CPU in kept else (CPU,))]
@@ -171,7 +173,7 @@ def _tell_missing(wanted: Sequence[str], there: Sequence[str]) -> None:
 
 
 class Decoder:
-    """A loaded model. Calls block for as long as the model computes, and one Decoder serves one thread at a time."""
+    """A loaded model. Calls block while the model computes. Only one thread may use a Decoder at a time."""
 
     def __init__(
         self, *, session: Any, info: ModelInfo, tokenizer: "Tokenizer", digest: str, to_fetches: Any = None
@@ -180,7 +182,7 @@ class Decoder:
         self.tokenizer = tokenizer
         self.tokenizer_digest = digest
         self._session = session
-        self._to_fetches = to_fetches  # the runtime's options to compute only what is fetched
+        self._to_fetches = to_fetches  # run options of onnxruntime: compute only what is fetched
         inputs = {i.name: i for i in session.get_inputs()}
         outputs = [o.name for o in session.get_outputs()]
         names = [f"{layer}.{part}" for layer in range(info.layers) for part in ("key", "value")]
@@ -214,15 +216,16 @@ class Decoder:
 
     @classmethod
     def load(cls, folder: Path, *, threads: int = 1, providers: Sequence[str] = (), keeps_memory: bool = True) -> Self:
-        """Open a model folder; `threads` is the number of cores one call may use.
+        """Load a model folder.
 
-        Without `keeps_memory` what a call took is given back after it: large calls are slower then.
-
-        Of `providers` (onnxruntime's names, in order of preference) those are used that are there, and the processor for the rest;
-        what is not there is told in one warning.
+        Args:
+            folder: the model folder. threads: the number of cores that one call may use. providers: names of
+            onnxruntime's providers in order of preference. Absent ones are left out with one warning;
+                the CPU takes their place.
+            keeps_memory: whether memory is kept between calls. Without it, large calls are slower.
 
         Raises:
-            ModelError: the folder is not a usable model; the message names the file and the expectation.
+            ModelError: the folder is not a usable model; the error names the file and what was expected.
         """
         import onnxruntime
         from tokenizers import Tokenizer
@@ -233,7 +236,7 @@ class Decoder:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as exc:  # the tokenizers package raises bare Exception
             raise ModelError(f"{folder / TOKENIZER_FILE} is not a tokenizer: {exc}") from exc
-        # What stands in a prompt is text: nobody ends it, or begins another one, by writing a control token's name.
+        # A prompt is text: the name of a control token in it must not become that control token.
         tokenizer.encode_special_tokens = True
         if (entries := tokenizer.get_vocab_size()) > info.vocab_size:
             raise ModelError(f"{folder / TOKENIZER_FILE} has {entries} entries: the model has {info.vocab_size}")
@@ -242,14 +245,14 @@ class Decoder:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = keeps_memory
-        # Waiting threads sleep: several parties share the cores of one small machine.
+        # Waiting threads sleep, because several parts may share the cores of one small machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         usable = usable_providers(providers, available=onnxruntime.get_available_providers())
         try:
             session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=usable)
         except Exception as exc:  # onnxruntime's exception classes share no base below Exception
             raise ModelError(f"{folder / GRAPH_FILE} cannot be loaded by onnxruntime: {exc}") from exc
-        # A build may have a provider whose driver or device is absent: onnxruntime leaves it out then by itself.
+        # onnxruntime itself leaves out a provider whose driver or device is absent.
         _tell_missing(usable, session.get_providers())
         to_fetches = onnxruntime.RunOptions()
         to_fetches.only_execute_path_to_fetches = True
@@ -257,20 +260,20 @@ class Decoder:
 
     @property
     def token_bytes(self) -> int:
-        """What one token takes in a cache."""
+        """Bytes of one token in a cache."""
         info = self.info
         item_bytes = int(np.dtype(self._cache_dtype).itemsize)
         return 2 * info.layers * info.kv_heads * info.head_dim * item_bytes
 
     def empty_cache(self) -> Cache:
-        """The cache before the first token."""
+        """Return the cache before the first token."""
         return self._empty
 
     def forward(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:
-        """Run every request's ids after its cache; several requests share one run of the graph.
+        """Run the ids of each request after its cache. Several requests share one run of the graph if it has a mask.
 
         Raises:
-            ValueError: a request has no ids, an id outside the vocabulary, or ends beyond `info.context`.
+            ValueError: a request has no ids, has an id outside the vocabulary, or ends beyond `info.context`.
         """
         for cache, ids, _ in requests:
             if not ids:
@@ -279,13 +282,13 @@ class Decoder:
                 raise ValueError(f"ids must be in 0..{self.info.vocab_size - 1} (got {min(ids)}..{max(ids)})")
             if cache.length + len(ids) > self.info.context:
                 raise ValueError(f"{cache.length} + {len(ids)} tokens: the context holds {self.info.context}")
-        # Without a mask and positions a graph counts padding as text, so such graphs run one request at a time.
+        # A graph without mask and positions reads padding as text, so it runs one request at a time.
         if len(requests) > 1 and self._has_mask and self._has_positions:
             return self._run_padded(requests)
         return [self._run_one(request) for request in requests]
 
     def _outputs(self, feeds: dict[str, NDArray[Any]], *, rows: int, batch: int) -> tuple[Any, Any, list[Any]]:
-        """Logits, hidden states and cache arrays; without rows only the last are computed."""
+        """Return logits, hidden states and cache arrays. Without `rows` only the cache arrays are computed."""
         if rows:
             outputs = self._session.run(self._output_names, feeds)
             return outputs[0], outputs[-1] if self._has_hidden else None, outputs[1 : 1 + len(self._past_names)]

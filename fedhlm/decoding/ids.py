@@ -1,4 +1,4 @@
-"""Token id sequences, wherever two of them have to be compared."""
+"""Comparison of token id sequences."""
 
 import zlib
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def digest_of(ids: Sequence[int]) -> int:
-    """CRC-32 of a sequence, four little-endian bytes an id: two that differ have the same one once in 2**32."""
+    """CRC-32 of a sequence, with four little-endian bytes per id. Different sequences collide once in 2**32."""
     return zlib.crc32(np.asarray(ids, "<u4").tobytes())
 
 

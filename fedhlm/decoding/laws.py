@@ -1,7 +1,7 @@
-"""How a draft law travels: in full at 16 bits, as a bit-exactly packed lattice point, or as CU-HLM's top k at 8 bits.
+"""Encodings of a draft law: in full at 16 bits, as a packed lattice point, or as CU-HLM's top k at 8 bits.
 
-Every decoder gives a dense law that sums to 1, or raises ProtocolError. Which law the draft is drawn from is the
-coupling's business.
+Each `decode` function returns a law that sums to 1, or raises ProtocolError. The coupling decides from which law the
+draft is drawn.
 """
 
 import math
@@ -16,27 +16,27 @@ from fedhlm.protocol.messages import id_bytes, pack_ids, unpack_ids
 U_TV_LIMIT: Final = 0.1  # theta of CU-HLM's online truncation
 BETA_SLOPE: Final = 0.82  # beta = a u + b, U-HLM's regression
 BETA_INTERCEPT: Final = -0.06
-_LEVELS: Final = 255  # an 8-bit probability counts these
+_LEVELS: Final = 255  # an 8-bit probability is a multiple of 1 / 255
 _K_MAX: Final = 0xFFFF
 
 Law = NDArray[np.float64]  # (V,) probabilities
 
 
 def encode_full(q: Law) -> bytes:
-    """All V probabilities as float16, 2 V bytes (HLM, U-HLM)."""
+    """Encode all V probabilities, shape (V,), as float16 in 2 V bytes (HLM, U-HLM)."""
     return np.asarray(q, "<f2").tobytes()
 
 
 def decode_full(data: bytes, vocab_size: int) -> Law:
-    """The law both ends use: the float16 values, renormalised; shape (V,).
+    """Decode the law that both ends use: the float16 values, renormalised; shape (V,).
 
     Raises:
-        ProtocolError: wrong length, a negative or non-finite value, or no mass.
+        ProtocolError: the length is wrong, a value is negative or not finite, or all values are 0.
     """
     if len(data) != 2 * vocab_size:
         raise ProtocolError(f"draft law must be {2 * vocab_size} bytes (got {len(data)})")
     halves = np.frombuffer(data, "<f2")  # (V,)
-    # Looked at before any arithmetic: a signalling NaN would warn there.
+    # Check before any arithmetic, in which a signalling NaN would cause a warning.
     if not bool(np.isfinite(halves).all()) or float(halves.min()) < 0.0 or float(halves.max()) == 0.0:
         raise ProtocolError("draft law has a negative or non-finite probability, or no mass")
     values = halves.astype(np.float64)
@@ -44,22 +44,23 @@ def decode_full(data: bytes, vocab_size: int) -> Law:
 
 
 class LatticeLaw(NamedTuple):
-    """q-hat = counts / counts.sum() on `support`, which is sorted; both (k,) int64."""
+    """The law q-hat = counts / counts.sum() on the sorted `support`; both are (k,) int64."""
 
     support: NDArray[np.int64]
     counts: NDArray[np.int64]
 
     def dense(self, vocab_size: int) -> NDArray[np.float64]:
-        """All V probabilities; shape (vocab_size,)."""
+        """Return all V probabilities; shape (vocab_size,)."""
         law = np.zeros(vocab_size)
         law[self.support] = self.counts / self.counts.sum()
         return law
 
 
 def quantise(q: NDArray[np.float64], k: int, resolution: int) -> LatticeLaw:
-    """The lattice point of the k likeliest tokens' law: round, then repair the sum where rounding erred most.
+    """Round q, shape (V,), to a lattice point on its k likeliest tokens.
 
-    TV(q, q-hat) <= (1 - q(S)) + k / (4 resolution), S being the support.
+    Counts are rounded first. Their sum is then corrected where rounding was farthest off. With S the support,
+    TV(q, q-hat) <= (1 - q(S)) + k / (4 resolution).
     """
     k = min(k, q.size)
     support = np.sort(np.argsort(-q, kind="stable")[:k])
@@ -67,33 +68,33 @@ def quantise(q: NDArray[np.float64], k: int, resolution: int) -> LatticeLaw:
     counts = np.floor(wanted + 0.5).astype(np.int64)
     surplus = int(counts.sum()) - resolution
     if surplus:
-        # Too much is taken where it was rounded up most, too little is given where it was rounded down most.
+        # A surplus is taken from the counts that were rounded up most; a deficit goes to those rounded down most.
         error = (counts - wanted) * np.sign(surplus)
         counts[np.argsort(-error, kind="stable")[: abs(surplus)]] -= int(np.sign(surplus))
     return LatticeLaw(support, counts)
 
 
 def coded_bytes(vocab_size: int, k: int, resolution: int) -> int:
-    """Bytes of `encode_lattice`: the whole number next above the information in a law, log2 of how many there are."""
+    """Bytes of `encode_lattice`: log2 of the number of laws, rounded up to whole bytes."""
     k = min(k, vocab_size)
     laws = math.comb(vocab_size, k) * math.comb(resolution + k - 1, k - 1)
     return ((laws - 1).bit_length() + 7) // 8
 
 
 def encode_lattice(law: LatticeLaw, vocab_size: int) -> bytes:
-    """The law's number among all laws of its V, k and resolution, little-endian."""
+    """Encode the number of the law among all laws of its V, k and resolution, little-endian."""
     k, resolution = len(law.support), int(law.counts.sum())
-    # Stars and bars: counts that sum to the resolution are a choice of k - 1 bars among resolution + k - 1 places.
+    # Stars and bars: counts that sum to the resolution correspond to k - 1 bars among resolution + k - 1 places.
     bars = np.cumsum(law.counts[:-1] + 1) - 1
     number = _rank(law.support) * math.comb(resolution + k - 1, k - 1) + _rank(bars)
     return number.to_bytes(coded_bytes(vocab_size, k, resolution), "little")
 
 
 def check_lattice(data: bytes, vocab_size: int, k: int, resolution: int) -> tuple[int, int]:
-    """The numbers of the subset and of the composition, without unpacking them.
+    """Read the numbers of the support and of the counts, without unpacking them.
 
     Raises:
-        ProtocolError: the wrong length, or a number that is no law's.
+        ProtocolError: the length is wrong, or no law has this number.
     """
     k = min(k, vocab_size)
     if len(data) != (expected := coded_bytes(vocab_size, k, resolution)):
@@ -105,7 +106,11 @@ def check_lattice(data: bytes, vocab_size: int, k: int, resolution: int) -> tupl
 
 
 def decode_lattice(data: bytes, vocab_size: int, k: int, resolution: int) -> LatticeLaw:
-    """Inverse of `encode_lattice`; raises as `check_lattice` does."""
+    """Decode the bytes of `encode_lattice`.
+
+    Raises:
+        ProtocolError: as in `check_lattice`.
+    """
     subset, composition = check_lattice(data, vocab_size, k, resolution)
     k = min(k, vocab_size)
     bars = np.array([-1, *_unrank(composition, resolution + k - 1, k - 1), resolution + k - 1])
@@ -113,12 +118,12 @@ def decode_lattice(data: bytes, vocab_size: int, k: int, resolution: int) -> Lat
 
 
 def _rank(chosen: NDArray[np.int64]) -> int:
-    """Number of a sorted subset in the combinatorial number system."""
+    """The number of a sorted subset in the combinatorial number system."""
     return sum(math.comb(int(c), i) for i, c in enumerate(chosen, start=1))
 
 
 def _unrank(number: int, size: int, count: int) -> list[int]:
-    """The sorted `count`-subset of range(size) with this number."""
+    """The sorted subset of range(size) that has `count` elements and this number."""
     chosen: list[int] = []
     high = size
     for i in range(count, 0, -1):
@@ -136,17 +141,17 @@ def _unrank(number: int, size: int, count: int) -> list[int]:
 
 
 def online_k(ordered: Law, *, draft_prob: float, uncertainty: float) -> int:
-    """CU-HLM's k of one token: the smallest with U_TV <= 0.1 (its eqs. 23-26), the draft's u standing for the LLM.
+    """CU-HLM's k of one token: the smallest k with U_TV <= 0.1 (its eqs. 23-26). The draft's u stands for the LLM.
 
     U_TV = sum_{i>k} |q_i - mean of the tail| / ((1 - q_d) l(-1) + q_d l(-beta_d)), l(z) = ln(1 + e^z),
-    beta_d = clip(a u + b, 0, 1). `ordered` is q sorted from the likeliest token down, shape (V,); `draft_prob` is q_d.
+    beta_d = clip(a u + b, 0, 1). `ordered` is q in falling order, shape (V,); `draft_prob` is q_d; `uncertainty` is u.
     """
     size = ordered.size
     k = np.arange(1, size)  # (V-1,) k = V truncates nothing
     mass = np.cumsum(ordered)  # (V,)
-    mean = np.maximum(0.0, mass[-1] - mass[:-1]) / (size - k)  # (V-1,) of the tail behind each k
+    mean = np.maximum(0.0, mass[-1] - mass[:-1]) / (size - k)  # (V-1,) mean of the tail after each k
     above = np.maximum(k, np.searchsorted(-ordered, -mean))  # (V-1,) tokens likelier than that mean
-    # What lies above the mean exceeds it by as much as the rest falls short of it.
+    # The values above the mean exceed it by as much as the others fall short of it.
     distance = 2.0 * (mass[above - 1] - mass[:-1] - (above - k) * mean)  # (V-1,)
     beta = min(1.0, max(0.0, BETA_SLOPE * uncertainty + BETA_INTERCEPT))
     weight = (1.0 - draft_prob) * math.log1p(math.exp(-1.0)) + draft_prob * math.log1p(math.exp(-beta))
@@ -155,16 +160,16 @@ def online_k(ordered: Law, *, draft_prob: float, uncertainty: float) -> int:
 
 
 def encode_top_k(q: Law, support: NDArray[np.int64]) -> bytes:
-    """CU-HLM's pairs for the ids of `support`, shape (k,), 1 <= k < 65536: u16 k, the ids, then q at 8 bits each."""
+    """Encode CU-HLM's pairs for the ids of `support`, shape (k,), 1 <= k < 65536: u16 k, the ids, q at 8 bits each."""
     levels = np.floor(q[support] * _LEVELS + 0.5).astype(np.uint8)  # (k,)
     return len(support).to_bytes(2, "little") + pack_ids(support.tolist(), q.size) + levels.tobytes()
 
 
 def top_k_size(laws: bytes | memoryview, vocab_size: int) -> int:
-    """Bytes of the first `encode_top_k` in a buffer of them.
+    """Bytes of the first law of `encode_top_k` in a buffer of such laws.
 
     Raises:
-        ProtocolError: the buffer is too short to say.
+        ProtocolError: the buffer is shorter than 2 bytes.
     """
     if len(laws) < 2:
         raise ProtocolError(f"draft law must be at least 2 bytes (got {len(laws)})")
@@ -172,12 +177,13 @@ def top_k_size(laws: bytes | memoryview, vocab_size: int) -> int:
 
 
 def decode_top_k(data: bytes, vocab_size: int) -> Law:
-    """x-hat, what the server makes of it (CU-HLM eq. 16): the top k as sent, the rest of the mass spread evenly.
+    """Decode x-hat (CU-HLM eq. 16): the top k as sent, and the rest of the mass spread evenly; shape (V,).
 
-    Rounding may have pushed the top above 1: it is scaled down to it then, and without a tail also up. Shape (V,).
+    If rounding has lifted the mass of the top k above 1, it is scaled to 1. Where k = V it is always scaled to 1.
 
     Raises:
-        ProtocolError: wrong length, k outside 1..V, an id outside the vocabulary or twice, no mass and no tail.
+        ProtocolError: the length is wrong, k is outside 1..V, an id is outside the vocabulary or occurs twice, or k = V
+            and all values are 0.
     """
     if len(data) != (expected := top_k_size(data, vocab_size)):
         raise ProtocolError(f"draft law must be {expected} bytes (got {len(data)})")

@@ -1,7 +1,8 @@
-"""Target laws and keyed noise.
+"""Next-token laws and keyed noise.
 
-All randomness is a function of (seed, position): a counter-based generator and IEEE-754 operations that every
-platform rounds alike, so device and cloud draw the same noise, and a position visited twice draws it twice.
+All randomness is a function of (seed, position). It comes from a counter-based generator and from IEEE-754 operations
+that every platform rounds in the same way. Device and cloud therefore draw the same noise, and so does a second visit
+to a position.
 """
 
 import math
@@ -14,23 +15,23 @@ from numpy.typing import NDArray
 from fedhlm.protocol.messages import Sampling
 
 NOISE: Final = "philox-gumbel/1"
-COLDEST: Final = 1e-6  # a lower temperature tells logits apart that differ by rounding, and at last divides to infinity
+COLDEST: Final = 1e-6  # a lower temperature would separate logits that differ by rounding only, or overflow
 
 Logits = NDArray[Any]  # (V,) floating
 Law = NDArray[np.float64]  # (V,) probabilities
 
 _LN2: Final = 0.6931471805599453
 _SQRT_HALF: Final = 0.7071067811865476
-_ROUGH_ERROR: Final = 1e-9  # far above the error of any platform's log, far below what separates two tokens
-# Streams are part of the noise: a number once given keeps its meaning.
+_ROUGH_ERROR: Final = 1e-9  # far above the error of any platform's log, far below the usual distance of two tokens
+# The numbers of the streams are part of the noise. They must never change their meaning.
 _GUMBEL, DRAFT_STREAM, ACCEPT_STREAM, RESAMPLE_STREAM, GATE_STREAM, DOUBT_STREAM, AUDIT_STREAM = range(7)
 _local = threading.local()
 _EMPTY_BUFFER: Final = np.zeros(4, np.uint64)
 
 
 def _raw(seed: int, position: int, stream: int, count: int) -> NDArray[np.uint64]:
-    # One Philox key per seed; position and stream are upper words of the counter, so no two draws overlap.
-    # Setting the state of one generator per thread takes a quarter of the time of building a generator.
+    # Each seed has its own Philox key. Position and stream are upper words of the counter, so no two draws overlap.
+    # Setting the state of a generator takes a quarter of the time of building one, so each thread keeps its generator.
     try:
         philox: np.random.Philox = _local.philox
     except AttributeError:
@@ -50,14 +51,14 @@ def _raw(seed: int, position: int, stream: int, count: int) -> NDArray[np.uint64
 
 
 def _open_unit(raw: NDArray[np.uint64]) -> NDArray[np.float64]:
-    # 52 bits plus a half: exact in float64, never 0 and never 1.
+    # 52 bits plus one half are exact in float64, and never 0 or 1.
     return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def portable_ln(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Natural logarithm of positive numbers, bit-equal on every IEEE-754 platform, within 2 ulp of the true value.
 
-    The platform's own log may differ in its last bit; here only frexp, +, -, * and / are used.
+    Only frexp, +, -, * and / are used, because the logarithms of two platforms may differ in their last bit.
     """
     mantissa, exponent = np.frexp(x)
     low = mantissa < _SQRT_HALF
@@ -76,24 +77,24 @@ def _gumbel_of(raw: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def gumbel(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
-    """Standard Gumbel noise of one position; shape (vocab_size,)."""
+    """Standard Gumbel noise at one position; shape (vocab_size,)."""
     return _gumbel_of(_raw(seed, position, _GUMBEL, vocab_size))
 
 
 def uniforms(seed: int, position: int, stream: int, count: int) -> NDArray[np.float64]:
-    """Numbers in the open unit interval; shape (count,)."""
+    """Uniform numbers in the open unit interval; shape (count,)."""
     return _open_unit(_raw(seed, position, stream, count))
 
 
 def uniform(seed: int, position: int, stream: int) -> float:
-    """One number in the open unit interval, the first of `uniforms`."""
+    """One uniform number in the open unit interval, the first one of `uniforms`."""
     return float(uniforms(seed, position, stream, 1)[0])
 
 
 def scores(logits: Logits, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:
-    """Unnormalised log-law after temperature and top-p; -inf outside the kept set; shape (V,).
+    """Unnormalised log-law after temperature and top-p; shape (V,), -inf for tokens that top-p removes.
 
-    Temperature 0, or one below COLDEST, keeps the largest logit alone (the lowest id among equals).
+    A temperature below COLDEST keeps only the largest logit, and the lowest id among equal ones.
     """
     wide = np.asarray(logits, np.float64)
     if temperature < COLDEST:
@@ -122,15 +123,15 @@ def law(logits: Logits, sampling: Sampling) -> Law:
 
 
 def probability(log_law: NDArray[np.float64], token: int) -> float:
-    """One entry of the law whose unnormalised logarithm is given, without the others."""
+    """The probability of one token under a law whose unnormalised logarithm is given, shape (V,)."""
     peak = log_law.max()
     return float(np.exp(log_law[token] - peak) / np.exp(log_law - peak).sum())
 
 
 def perturbed_argmax(log_law: NDArray[np.float64], seed: int, position: int) -> int:
-    """argmax(log_law + gumbel(seed, position, V)), computing the noise only of tokens that can win.
+    """argmax(log_law + gumbel(seed, position, V)). Noise is computed only for tokens that can win.
 
-    The platform's own log finds the winner; portable noise is computed where it cannot tell two tokens apart.
+    The platform's logarithm finds the winner. Portable noise decides between tokens that it cannot separate.
     """
     raw = _raw(seed, position, _GUMBEL, log_law.size)
     favourite = int(np.argmax(log_law))
@@ -145,6 +146,6 @@ def perturbed_argmax(log_law: NDArray[np.float64], seed: int, position: int) -> 
 
 
 def inverse_cdf(q: Law, u: float) -> int:
-    """The token at quantile u of a law; only tokens with positive probability are returned."""
+    """The token at quantile u of a law, shape (V,), which need not sum to 1. Its probability is always positive."""
     cumulative = np.cumsum(q)
     return int(min(np.searchsorted(cumulative, u * cumulative[-1], side="right"), np.flatnonzero(q)[-1]))

@@ -1,4 +1,4 @@
-"""Text at the program's edge: prompts to ids, committed ids to text that never splits a character, up to a stop string."""
+"""Conversion between text and ids. Generated text never splits a character and ends at a stop string."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -9,13 +9,13 @@ _BROKEN: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 def encode_prompt(tokenizer: "Tokenizer", text: str, bos_id: int | None) -> list[int]:
-    """Ids of a prompt, after the model's begin-of-text id if it has one."""
+    """Return the ids of a prompt, after the begin-of-text id if the model has one."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids if bos_id is None else [bos_id, *ids]
 
 
 class TextStream:
-    """Decodes a growing list of ids; bytes of an unfinished character wait for the next push."""
+    """Decodes a growing list of ids. The bytes of an incomplete character wait for the next push."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
@@ -24,11 +24,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All of the text so far, unfinished characters included."""
+        """The whole text so far, incomplete characters included."""
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def push(self, ids: list[int], *, last: bool = False) -> str:
-        """The text that `ids` add; with `last` nothing is held back."""
+        """Add ids and return the text that they add. With `last` nothing is held back."""
         self._ids += ids
         text = self.text
         if not last:
@@ -39,10 +39,10 @@ class TextStream:
 
 
 class StoppedText:
-    """A text that ends before its first stop string, and never lets a part of one out.
+    """A text that ends before its first stop string, and never shows a part of a stop string.
 
-    The first stop is the one that is complete first; of those that are complete with the same character it is the longest,
-    because its text begins first. So it does not matter how the ids were grouped.
+    The first stop string is the one that is complete first. Of several that are complete at the same character, it is
+    the longest. The result therefore does not depend on how the ids were grouped.
     """
 
     def __init__(self, stream: TextStream, stop: tuple[str, ...]) -> None:
@@ -52,9 +52,9 @@ class StoppedText:
         self.stopped = False
 
     def push(self, ids: list[int]) -> tuple[int, str]:
-        """How many of the ids belong to the text, and the text that may be shown now.
+        """Add ids. Return how many of them belong to the text, and the text that may be shown now.
 
-        The last one that belongs is the one that completes a stop string.
+        The id that completes a stop string is the last one that belongs to the text.
         """
         if self.stopped:
             return 0, ""
@@ -73,7 +73,7 @@ class StoppedText:
         return len(ids), shown
 
     def rest(self) -> str:
-        """What was held back, once the generation is over."""
+        """Return the text that was held back. Call it when the generation is over."""
         return "" if self.stopped else self._held + self._stream.push([], last=True)
 
     def _overlap(self, stop: str) -> int:

@@ -1,7 +1,7 @@
-"""Tree drafts: a main chain of tokens and branches beside it, as a value, as bytes, and as something to walk.
+"""Tree drafts: a main chain of tokens with branches, and their encoding.
 
-Node 0 is the root, the position before the first draft; nodes 1..L are the main chain; branches follow in the order in
-which they travel. A parent comes before its child. Of equal children of one node the first counts.
+Node 0 is the root, which is the position before the first draft. Nodes 1..L are the main chain. The branches follow in
+the order in which they are sent. A parent comes before its children. Of equal children of a node the first counts.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ PARENT_MAX: Final = 2 ** (8 * PARENT_BYTES) - 1
 
 
 class Branch(NamedTuple):
-    """A side node: the number of the node it continues, and its token."""
+    """A node beside the main chain: the number of its parent node, and its token."""
 
     parent: int
     token: int
 
 
 class Tree:
-    """Where each node's alternatives lead. `chain` are the main chain's tokens, `branches` the side nodes' numbers L+1 on.
+    """A tree draft. `chain` holds the tokens of nodes 1..L, and `branches` the nodes from L+1 on.
 
     Raises:
-        ValueError: a parent that does not come before its child.
+        ValueError: a parent does not come before its child.
     """
 
     def __init__(self, chain: Sequence[int], branches: Sequence[Branch] = ()) -> None:
         self.chain = tuple(chain)
         self.branches = tuple(branches)
-        self.tokens = (*self.chain, *(b.token for b in branches))  # of node n at n - 1
+        self.tokens = (*self.chain, *(b.token for b in branches))  # the token of node n is at index n - 1
         self._children: list[dict[int, int]] = [{} for _ in range(len(self.tokens) + 1)]  # token -> node
         depths = [0] * (len(self.tokens) + 1)
         parents = (*range(len(self.chain)), *(b.parent for b in branches))
@@ -46,11 +46,11 @@ class Tree:
         self.depth = max(depths)
 
     def child(self, node: int, token: int) -> int | None:
-        """The node that continues `node` with `token`; None where the tree has none."""
+        """The child of `node` with this token; None where there is none."""
         return self._children[node].get(token)
 
     def chain_below(self, node: int) -> list[int]:
-        """The nodes of the main path below `node`: always the first child, which the sender thinks the likeliest."""
+        """The nodes below `node` along first children, which the sender considers the likeliest."""
         path: list[int] = []
         while children := self._children[node]:
             node = next(iter(children.values()))
@@ -58,10 +58,10 @@ class Tree:
         return path
 
     def below(self, steps: int) -> "Tree":
-        """What is left of the tree once the first `steps` tokens of the main chain are settled.
+        """Return the subtree that remains when the first `steps` tokens of the main chain are accepted.
 
         Raises:
-            ValueError: `steps` is not within the main chain.
+            ValueError: `steps` is negative or larger than the length of the main chain.
         """
         length = len(self.chain)
         if not 0 <= steps <= length:
@@ -76,10 +76,10 @@ class Tree:
 
 
 def pack_branches(branches: Sequence[Branch], vocab_size: int) -> bytes:
-    """All tokens (see `pack_ids`), then all parents as little-endian uint16.
+    """Encode all tokens (see `pack_ids`), then all parents as little-endian uint16.
 
     Raises:
-        ValueError: more than BRANCHES_MAX branches, or a number that does not fit: the caller's bug.
+        ValueError: there are more than BRANCHES_MAX branches, or a number does not fit. This is a bug of the caller.
     """
     parents = [b.parent for b in branches]
     if len(branches) > BRANCHES_MAX or not all(0 <= p <= PARENT_MAX for p in parents):
@@ -90,11 +90,12 @@ def pack_branches(branches: Sequence[Branch], vocab_size: int) -> bytes:
 
 
 def unpack_branches(data: bytes, vocab_size: int, chain_length: int) -> tuple[Branch, ...]:
-    """Inverse of `pack_branches` for a main chain of `chain_length` tokens.
+    """Decode the bytes of `pack_branches` for a main chain of `chain_length` tokens.
 
     Raises:
-        ProtocolError: another length than whole branches, too many, an id outside the vocabulary, or a parent that does
-            not come before its child.
+        ProtocolError: the length is not a whole number of branches, there are too many, an id is outside the
+        vocabulary,
+            or a parent does not come before its child.
     """
     width = id_bytes(vocab_size) + PARENT_BYTES
     count, rest = divmod(len(data), width)

@@ -1,6 +1,6 @@
-"""Uncertainty of a drafted token: how often a softened copy of the law would have drawn another one.
+"""The doubt u of a draft: how unsure the SLM is of it.
 
-All forms look at the model's own logits, before temperature and top-p. One run uses one form: m(u) is fitted to it.
+All forms use the model's own logits, before temperature and top-p. A run uses one form, because m(u) is fitted to it.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,20 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _QUADRATURE: Final = TEMPERATURE_MAX * (_NODES + 1.0) / 2.0  # (16,) float64 inside (0, 2)
 _SHARES: Final = _WEIGHTS / 2.0  # (16,) sums to 1
 SAMPLE_TEMPERATURES: Final = TEMPERATURE_MAX * np.arange(1, K_SAMPLES + 1) / K_SAMPLES  # (20,) float64 on (0, 2]
-# Larger temporaries go back to the system after every call, and touching them anew costs more than the arithmetic.
+# Larger temporary arrays return to the system after every call. Allocating them again costs more than the arithmetic.
 _TILE_ELEMENTS: Final = 32_768
 
 Uncertainty = Callable[[NDArray[Any], int, Sampling, int], float]
-"""From logits, shape (V,), a drafted token, the sampling and the position to u in [0, 1]."""
+"""Returns u in [0, 1] for logits of shape (V,), a draft, the sampling and the position."""
 
 
 def agreement(logits: NDArray[Any], token: int, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
-    """softmax(z/T)_token for each T, in float32 inside; shape (len(temperatures),), values in [0, 1]."""
+    """softmax(z/T)_token for each T, computed in float32; shape (len(temperatures),), values in [0, 1]."""
     lead = np.asarray(logits, np.float32) - np.float32(logits[token])  # (V,)
     coldness = np.asarray(1.0 / temperatures, np.float32)[:, None]  # (n, 1)
     rows = max(1, _TILE_ELEMENTS // lead.size)
     shares = np.empty(temperatures.size)  # (n,)
-    with np.errstate(over="ignore"):  # a hopeless token at a low temperature: 1 / inf is the answer
+    with np.errstate(over="ignore"):  # for a very unlikely token at a low temperature, 1 / inf is the right answer
         for start in range(0, temperatures.size, rows):
             odds = lead * coldness[start : start + rows]  # (rows, V) float32
             np.exp(odds, out=odds)
@@ -42,23 +42,23 @@ def agreement(logits: NDArray[Any], token: int, temperatures: NDArray[np.float64
 def closed_form(logits: NDArray[Any], token: int) -> float:
     """u = 1 - E_T[softmax(z/T)_d] with T uniform on (0, 2], by 16-node Gauss-Legendre quadrature; in [0, 1].
 
-    The mean of U-HLM's K-sample disagreement, without its sampling noise.
+    This is the mean of U-HLM's K-sample disagreement, without the sampling noise. `logits` has shape (V,).
     """
     return float(min(1.0, max(0.0, 1.0 - float(_SHARES @ agreement(logits, token, _QUADRATURE)))))
 
 
 def k_sample(logits: NDArray[Any], token: int, sampling: Sampling, position: int) -> float:
-    """U-HLM's form: the share of K = 20 draws, the k-th from softmax(z / T_k) with T_k = 2 k / K, that are not `token`.
+    """U-HLM's form: the share of K = 20 draws that are not `token`; draw k is from softmax(z / T_k) with T_k = 2 k / K.
 
-    A draw by inverse CDF with `token` first in line is `token` iff its uniform falls below the token's probability, so
-    no other probability is needed. The uniforms are keyed by (seed, position).
+    When the inverse CDF starts with `token`, a draw is `token` iff its uniform number is below the token's probability.
+    No other probability is therefore needed. The uniform numbers are keyed by (seed, position).
     """
     draws = uniforms(sampling.seed, position, DOUBT_STREAM, K_SAMPLES)  # (20,)
     return float(np.mean(draws >= agreement(logits, token, SAMPLE_TEMPERATURES)))
 
 
 def entropy(logits: NDArray[Any]) -> float:
-    """H(softmax(z)) / ln V, FedHLM's step 2 scaled to [0, 1]; 0 for a vocabulary of one."""
+    """H(softmax(z)) / ln V, which is FedHLM's step 2 scaled to [0, 1]; 0 for a vocabulary of one token."""
     if len(logits) == 1:
         return 0.0
     lead = np.asarray(logits, np.float64) - float(np.max(logits))  # (V,)

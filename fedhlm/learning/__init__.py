@@ -1,1 +1,1 @@
-"""What is learnt from verdicts: curves, thresholds, the error budget, and the federation that pools them."""
+"""Learning from verdicts: curves, thresholds, the certificate of the error budget, and the federation."""

@@ -1,8 +1,8 @@
-"""The certificate: error per token of what skipping let through, estimated, and limited from above and below at all times.
+"""The certificate: R-hat, the estimated harm per token of kept tokens, with anytime-valid upper and lower limits.
 
-X_t in [0, 1] is the harm of token t, 0 where the target settled it; mu_t is its mean given everything before t. Both limits
-are for the plain mean of the mu_t over the tokens so far. They hold however the threshold moves, and certificates of several
-devices add up to that of all of them (docs/algorithms.md, section 3).
+X_t in [0, 1] is the harm of token t; it is 0 where the target settled the token. mu_t is its mean given everything
+before t. Both limits are for the plain mean of the mu_t over the tokens so far. They hold however the threshold moves.
+The certificates of several devices add up to the certificate of all of them (docs/algorithms.md, section 3).
 """
 
 import math
@@ -16,27 +16,27 @@ from numpy.typing import NDArray
 
 from fedhlm.errors import ProtocolError
 
-# Slopes and their weights are fixed in advance: the first serves the first hundred texts, the last ones thousands of them.
+# Slopes and weights are fixed in advance. The first slope is best for the first hundred texts, the last for thousands.
 SLOPES: Final = np.array([0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625])  # (K,) float64
 _LOG_WEIGHTS: Final = np.log([0.5, 0.2, 0.1, 0.1, 0.05, 0.05])  # (K,) float64, of weights that sum to 1
 AUDIT_LEAST: Final = 0.21
-"""The least chance of an audit, for each token of a tail: above the largest slope, so that every factor is positive."""
-_ALWAYS: Final = 64  # a tail of so many tokens is audited without a coin
-_STEPS: Final = 60  # of bisection; each halves the interval
+"""The least chance of an audit per token of a tail. It is above the largest slope, so that every factor is positive."""
+_ALWAYS: Final = 64  # a tail of this many tokens is always audited
+_STEPS: Final = 60  # steps of bisection, each of which halves the interval
 
 Sums = NDArray[np.float64]  # (K,) one logarithm per slope
 
 
 def audit_probability(chance: float, tail: int) -> float:
-    """The probability that a tail of `tail` unscored tokens is audited: as if each token tossed a coin of `chance`.
+    """The probability that a tail of `tail` unscored tokens is audited, as if each token tossed a coin of `chance`.
 
-    It may depend on the finished text, because it is known when the coin is tossed.
+    The probability may depend on the finished text, because the coin is tossed when the text is finished.
     """
     return 1.0 if tail >= _ALWAYS else -math.expm1(tail * math.log1p(-chance)) if chance < 1.0 else float(tail > 0)
 
 
 class CertificateState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A certificate on its way or at rest: tokens, texts, harm (the sum behind R-hat), its square, and the log-sums."""
+    """A certificate to send or to store: tokens, texts, harm (the sum behind R-hat), its square, and the log-sums."""
 
     tokens: Annotated[float, Meta(ge=0.0, le=1e15)]
     texts: Annotated[float, Meta(ge=0.0, le=1e15)]
@@ -47,19 +47,21 @@ class CertificateState(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
 
 
 class Certificate:
-    """Evidence about the error per token, in constant memory.
+    """Evidence about the harm per token, in constant memory.
 
-    For each slope l the log-sums are those of the factors prod (1 - l X_t) and prod (1 + l X_t) over the scored tokens. A tail
-    that a coin of probability p decides on adds 1 + (prod (1 -+ l X_t) - 1) / p where it came up and nothing where it did
-    not: on average over the coin the product itself. With exp(l n mu) and exp(-l n mu) the weighted sums are
-    supermartingales that start at 1, because 1 - x <= exp(-x).
+    For each slope l the log-sums are the logarithms of prod (1 - l X_t) and prod (1 + l X_t) over the scored tokens. A
+    tail that is audited with probability p contributes the factor 1 + (prod (1 -+ l X_t) - 1) / p if it is audited and
+    1 otherwise. The mean of this factor over the coin is the product itself.
+
+    Multiplied by exp(l n mu) and exp(-l n mu), the weighted sums are supermartingales that start at 1, because
+    1 - x <= exp(-x).
     """
 
     def __init__(self) -> None:
         self.tokens = 0.0
         self.texts = 0.0
         self._harm = 0.0  # unbiased for the sum of the X_t
-        self._square = 0.0  # of each text's part of it
+        self._square = 0.0  # sum over texts of the squared harm of a text
         self._upper = np.zeros(SLOPES.size)  # (K,) float64
         self._lower = np.zeros(SLOPES.size)  # (K,) float64
 
@@ -72,18 +74,18 @@ class Certificate:
         *,
         probability: float = 1.0,
     ) -> None:
-        """Take in one finished text.
+        """Add one finished text.
 
         Args:
-            tokens: committed tokens, whoever settled them; a text without any changes nothing.
-            scored: harm of each skipped token that was scored whatever the audit's coin said.
-            tail: skipped tokens that only an audit scores.
-            audited: harm of each of them if the coin came up, None if it did not.
-            probability: of the coin.
+            tokens: the number of committed tokens, whoever settled them. A text without tokens changes nothing.
+            scored: the harm of each kept token that was scored whatever the audit's coin said.
+            tail: the number of kept tokens that only an audit scores.
+            audited: the harm of each token of the tail; None if it was not audited.
+            probability: the probability of the audit.
 
         Raises:
-            ValueError: a harm outside [0, 1], a tail that is not what `audited` holds, more skipped than committed tokens,
-                or a probability below that of AUDIT_LEAST for the tail.
+            ValueError: a harm is outside [0, 1], `audited` does not hold `tail` values, more tokens were kept than
+                committed, or the probability is below that of AUDIT_LEAST for the tail.
         """
         if tail < 0 or len(scored) + tail > tokens:
             raise ValueError(f"scored and tail must be at most {tokens} tokens (got {len(scored)} and {tail})")
@@ -109,22 +111,23 @@ class Certificate:
 
     @property
     def estimate(self) -> float:
-        """R-hat: the unbiased estimate of the mean harm per token; 0 before the first."""
+        """R-hat, the unbiased estimate of the mean harm per token; 0 before the first text."""
         return self._harm / self.tokens if self.tokens else 0.0
 
     @property
     def standard_error(self) -> float:
-        """Of `estimate`, with texts as the independent units; 0 before the second text."""
+        """The standard error of `estimate`, with texts as the independent units; 0 before the second text."""
         if self.texts < 2.0:
             return 0.0
         spread = max(0.0, self._square - self._harm**2 / self.texts)
         return math.sqrt(spread * self.texts / (self.texts - 1.0)) / self.tokens
 
     def limit(self, confidence: float) -> float:
-        """The error per token is at most this, with `confidence` at all times at once; in [0, 1], 1 without evidence.
+        """The anytime-valid upper limit of the harm per token, in [0, 1]; 1 without evidence.
 
-        The mu at which the supermartingale of `upper` reaches 1 / delta (Ville): with delta = 1 - confidence it is larger
-        there, at any time, with probability at most delta.
+        With the probability `confidence`, the true harm per token is below the limit at all times at once. The limit is
+        the mu at which the supermartingale of `upper` reaches 1 / delta, where delta = 1 - confidence. By Ville's
+        inequality it ever reaches this value at the true mu with a probability of at most delta.
         """
         if not self.tokens:
             return 1.0
@@ -132,7 +135,7 @@ class Certificate:
         return _root(lambda mu: _log_sum(exponents + SLOPES * self.tokens * mu), _log_odds(confidence))
 
     def floor(self, confidence: float) -> float:
-        """The error per token is at least this, with `confidence` at all times at once; in [0, 1], 0 without evidence."""
+        """The anytime-valid lower limit of the harm per token, in [0, 1]; 0 without evidence. See `limit`."""
         goal = _log_odds(confidence)
         exponents = self._lower + _LOG_WEIGHTS  # (K,)
         if not self.tokens or _log_sum(exponents) <= goal:
@@ -140,7 +143,7 @@ class Certificate:
         return _root(lambda mu: -_log_sum(exponents - SLOPES * self.tokens * mu), -goal)
 
     def __add__(self, other: "Certificate") -> "Certificate":
-        """The evidence of both: products of supermartingales that do not know of each other are one."""
+        """Add the evidence of two devices. The product of independent supermartingales is a supermartingale."""
         both = Certificate()
         both.tokens, both.texts = self.tokens + other.tokens, self.texts + other.texts
         both._harm, both._square = self._harm + other._harm, self._square + other._square
@@ -148,16 +151,16 @@ class Certificate:
         return both
 
     def figures(self) -> dict[str, float]:
-        """What others need for the limit of a sum, by name: tokens, texts, harm and the log-sums `upper_0`, `upper_1`, ..."""
+        """Named numbers that give the limit of a sum: tokens, texts, harm and the log-sums `upper_0`, `upper_1`, ..."""
         named = {f"upper_{k}": float(value) for k, value in enumerate(self._upper)}
         return {"tokens": self.tokens, "texts": self.texts, "harm": self._harm, **named}
 
     @classmethod
     def of_figures(cls, figures: Mapping[str, float]) -> Self:
-        """Inverse of `figures`; `floor` and `standard_error` of it promise nothing.
+        """Make a certificate from the numbers of `figures`. Its `floor` and `standard_error` are not valid.
 
         Raises:
-            ProtocolError: a figure is missing or impossible.
+            ProtocolError: a number is missing or impossible.
         """
         try:
             upper = tuple(figures[f"upper_{k}"] for k in range(SLOPES.size))
@@ -167,11 +170,11 @@ class Certificate:
         return cls.of(CertificateState(*kept, 0.0, upper, (0.0,) * SLOPES.size))
 
     def copy(self) -> "Certificate":
-        """Another one with the same evidence."""
+        """Return a copy with the same evidence."""
         return self + Certificate()
 
     def state(self) -> CertificateState:
-        """All there is to keep or to send."""
+        """Return the state to store or to send."""
         return CertificateState(
             self.tokens,
             self.texts,
@@ -183,10 +186,10 @@ class Certificate:
 
     @classmethod
     def of(cls, state: CertificateState) -> Self:
-        """Inverse of `state`.
+        """Make a certificate from a state.
 
         Raises:
-            ProtocolError: log-sums that no texts of so many tokens can have.
+            ProtocolError: the state has log-sums of the wrong number, sign or size, or more texts than tokens.
         """
         upper, lower = (np.array(sums) for sums in (state.upper, state.lower))  # (K,) float64
         if upper.shape != SLOPES.shape or lower.shape != SLOPES.shape:
@@ -209,7 +212,7 @@ def _harms(values: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _factor(slopes: Sums, harms: NDArray[np.float64], probability: float) -> Sums:
-    """ln(1 + (prod (1 + l h) - 1) / p) for each slope l."""
+    """ln(1 + (prod (1 + l h) - 1) / p) for each slope l; shape (K,)."""
     product = np.log1p(np.outer(slopes, harms)).sum(axis=1)  # (K,) its logarithm
     return np.asarray(product if probability == 1.0 else np.log1p(np.expm1(product) / probability))
 
@@ -226,7 +229,7 @@ def _log_sum(exponents: Sums) -> float:
 
 
 def _root(rising: Callable[[float], float], goal: float) -> float:
-    """The smallest mu in [0, 1] at which a rising function reaches `goal`, or 1; never too small."""
+    """The smallest mu in [0, 1] at which a rising function reaches `goal`, or 1. The result is rounded up."""
     low, high = 0.0, 1.0
     for _ in range(_STEPS):
         middle = (low + high) / 2.0

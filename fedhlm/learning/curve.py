@@ -1,8 +1,7 @@
-"""What is known of harm given a score in [0, 1]: sums per bin, and the curve m(score) = E[harm | score] fitted to them.
+"""The learnt curve m(score) = E[harm | score] for scores in [0, 1], and the sums per bin to which it is fitted.
 
-The score is the uncertainty u, or 1 - cosine similarity; harm is beta in [0, 1], or a mismatch, 0 or 1. Sums of
-clients add exactly, so an edge and a cloud pool them by addition and a silent client changes nothing. A fit is
-never optimistic where nothing was observed.
+The score is the doubt u, or 1 - cosine similarity. Harm is beta in [0, 1], or a mismatch, which is 0 or 1. The sums of
+members can be added, so an edge and a cloud pool them by addition. Where nothing was observed, a fit is pessimistic.
 """
 
 import math
@@ -20,15 +19,18 @@ Bins = NDArray[np.float64]  # (BINS,)
 
 _BITMAP_BYTES: Final = BINS // 8
 _FLOAT32_SLACK: Final = 1.0 + 1e-6
-# Sums beyond this are no one's token counts; the cap keeps float32 finite.
+# No member has counted this many tokens. The cap keeps float32 finite.
 _LARGEST_SUM: Final = 1e30
 
 
 def bin_of(score: float) -> int:
-    """The bin of a score: 0 for [0, 1/64], then (j/64, (j + 1)/64], so 1.0 is in the last.
+    """The bin of a score: bin 0 is [0, 1/64], and bin j is (j/64, (j + 1)/64].
 
-    Closed on the right, because a token is kept iff its score is <= the threshold and thresholds are upper edges.
-    Scores beside [0, 1] (a cosine's rounding, an obtuse angle) count as the nearer end; ValueError for NaN.
+    Bins are closed on the right, because thresholds are upper edges and a token is kept iff its score is at most the
+    threshold. A score outside [0, 1], such as a rounded cosine, counts as the nearer end.
+
+    Raises:
+        ValueError: the score is NaN.
     """
     if math.isnan(score):
         raise ValueError("score must be a number in [0, 1] (got nan)")
@@ -47,7 +49,10 @@ def midpoints() -> Bins:
 
 @dataclass(eq=False, slots=True)
 class Curve:
-    """Sums per bin, each (BINS,) float64: gate decisions seen, sum of w, of w h and of w h^2 over scored tokens."""
+    """Sums per bin, each (BINS,) float64: gate decisions seen, and sums of w, w h and w h^2 over scored tokens.
+
+    w is the weight of a token and h its harm.
+    """
 
     seen: Bins
     weight: Bins
@@ -59,13 +64,21 @@ class Curve:
         return cls(*np.zeros((4, BINS)))  # four (BINS,) float64
 
     def see(self, score: float, count: float = 1.0) -> None:
-        """Counts gate decisions, whether or not their harm will ever be known."""
+        """Count gate decisions, whether or not their harm will be known.
+
+        Raises:
+            ValueError: `count` is negative or not finite, or the score is NaN.
+        """
         if not (math.isfinite(count) and count >= 0.0):
             raise ValueError(f"count must be finite and not negative (got {count!r})")
         self.seen[bin_of(score)] += count
 
     def add(self, score: float, harm: float, weight: float = 1.0) -> None:
-        """Adds one scored token; ValueError if harm is outside [0, 1] or weight negative or not finite."""
+        """Add one scored token.
+
+        Raises:
+            ValueError: harm is outside [0, 1], weight is negative or not finite, or the score is NaN.
+        """
         if not 0.0 <= harm <= 1.0:
             raise ValueError(f"harm must be a number in [0, 1] (got {harm!r})")
         if not (math.isfinite(weight) and weight >= 0.0):
@@ -76,13 +89,21 @@ class Curve:
         self.square[j] += weight * harm * harm
 
     def scaled(self, factor: float) -> Self:
-        """A copy with every sum times factor >= 0."""
+        """Return a copy whose sums are multiplied by a factor >= 0.
+
+        Raises:
+            ValueError: the factor is negative or not finite.
+        """
         if not (math.isfinite(factor) and factor >= 0.0):
             raise ValueError(f"factor must be finite and not negative (got {factor!r})")
         return type(self)(self.seen * factor, self.weight * factor, self.harm * factor, self.square * factor)
 
     def decayed(self, factor: float) -> Self:
-        """A copy that has forgotten: every sum times a factor in [0, 1]."""
+        """Return a copy whose sums have decayed by a factor in [0, 1].
+
+        Raises:
+            ValueError: the factor is outside [0, 1].
+        """
         if not 0.0 <= factor <= 1.0:
             raise ValueError(f"factor must be a number in [0, 1] (got {factor!r})")
         return self.scaled(factor)
@@ -104,11 +125,14 @@ class Curve:
         return float(self.weight.sum())
 
     def rows(self) -> NDArray[np.float64]:
-        """The sums as one array, shape (BINS, 4): seen, weight, harm, square; a copy."""
+        """Return a copy of the sums as one array, shape (BINS, 4): seen, weight, harm, square."""
         return np.stack([self.seen, self.weight, self.harm, self.square], axis=1)  # (BINS, 4) float64
 
     def flaw(self) -> str | None:
-        """What makes these sums impossible, or None: shape, finiteness, sign, square <= harm <= weight."""
+        """Say what makes these sums impossible; None if they are valid.
+
+        Sums have the shape (BINS,), are finite and not negative, and square <= harm <= weight in each bin.
+        """
         sums = {"seen": self.seen, "weight": self.weight, "harm": self.harm, "square": self.square}
         for name, values in sums.items():
             if values.shape != (BINS,):
@@ -122,9 +146,9 @@ class Curve:
         return None
 
     def to_bytes(self) -> bytes:
-        """A bitmap of the non-empty bins, then four little-endian float32 for each of them; 8 to 1,032 bytes.
+        """Encode a bitmap of the non-empty bins, then four little-endian float32 for each of them; 8 to 1,032 bytes.
 
-        Rounding to float32 keeps order, so valid sums stay valid.
+        Rounding to float32 preserves order, so valid sums stay valid.
         """
         rows = np.minimum(self.rows(), _LARGEST_SUM).astype("<f4")  # (BINS, 4) float32
         used = rows.any(axis=1)  # (BINS,) bool
@@ -132,10 +156,10 @@ class Curve:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Inverse of `to_bytes` up to float32.
+        """Decode the bytes of `to_bytes`, at the precision of float32.
 
         Raises:
-            ProtocolError: wrong length, or sums no client can have (see `flaw`).
+            ProtocolError: the length is wrong, or the sums are impossible (see `flaw`).
         """
         if len(data) < _BITMAP_BYTES:
             raise ProtocolError(f"curve must be at least {_BITMAP_BYTES} bytes (got {len(data)})")
@@ -144,7 +168,7 @@ class Curve:
         if len(data) != expected:
             raise ProtocolError(f"curve must be {expected} bytes, as its bitmap says (got {len(data)})")
         rows = np.zeros((BINS, 4))  # (BINS, 4) float64
-        with np.errstate(invalid="ignore"):  # a signalling NaN is refused below, not warned about
+        with np.errstate(invalid="ignore"):  # a signalling NaN is rejected below and needs no warning
             rows[used] = np.frombuffer(data, "<f4", offset=_BITMAP_BYTES).reshape(-1, 4)
         curve = cls(*rows.T.copy())
         if (flaw := curve.flaw()) is not None:
@@ -157,18 +181,22 @@ class Curve:
 def isotonic(curve: Curve) -> Bins:
     """m(score): the non-decreasing fit of harm/weight by weighted least squares (pool adjacent violators).
 
-    Shape (BINS,), in [0, 1]. An empty bin takes the value of the next non-empty one to its right, the largest that
-    monotony allows, and 1 if there is none: with no evidence at all m is 1 everywhere and nothing is worth keeping.
-    The fit is a mean, not a limit: a handful of lucky tokens gives a low curve. `shrunk(curve, Curve.empty(), kappa)`
-    adds kappa tokens of harm 1 to each bin first.
+    Shape (BINS,), in [0, 1]. An empty bin takes the value of the next non-empty bin to its right, which is the largest
+    value that keeps m non-decreasing. It is 1 if there is none. Without evidence m is 1 everywhere.
+
+    The fit is a mean and no limit: a few lucky tokens give a low curve. `shrunk(curve, Curve.empty(), kappa)` adds
+    kappa tokens of harm 1 to each bin first.
     """
     return _monotone(curve.harm, curve.weight)
 
 
 def shrunk(own: Curve, cluster: Curve, kappa: float) -> Bins:
-    """m of one client, drawn to its cluster: (W_k m_k + kappa m_cluster) / (W_k + kappa) per bin, isotonic again.
+    """m of one device, shrunk towards its cluster: (W_k m_k + kappa m_cluster) / (W_k + kappa) per bin, made isotonic.
 
-    Shape (BINS,). kappa is how many own tokens of a bin weigh as much as the cluster; 0 ignores the cluster.
+    Shape (BINS,). kappa is the number of own tokens in a bin that weigh as much as the cluster; 0 ignores the cluster.
+
+    Raises:
+        ValueError: kappa is negative or not finite.
     """
     if not (math.isfinite(kappa) and kappa >= 0.0):
         raise ValueError(f"kappa must be finite and not negative (got {kappa!r})")
@@ -176,7 +204,7 @@ def shrunk(own: Curve, cluster: Curve, kappa: float) -> Bins:
 
 
 def _monotone(harm: Bins, weight: Bins) -> Bins:
-    # Blocks of (harm, weight, first bin); a block whose ratio is not above its left neighbour's joins it.
+    # Blocks of (harm, weight, first bin). A block is merged into its left neighbour if its ratio is not above the latter's.
     blocks: list[tuple[float, float, int]] = []
     for j in np.flatnonzero(weight > 0.0).tolist():
         block = (float(harm[j]), float(weight[j]), j)
@@ -198,9 +226,9 @@ def _monotone(harm: Bins, weight: Bins) -> Bins:
 
 
 def affine(curve: Curve) -> tuple[float, float]:
-    """(a, b) of the weighted least-squares line harm = a score + b through the bins' middles (U-HLM's form).
+    """(a, b) of the weighted least-squares line harm = a score + b through the midpoints of the bins (U-HLM's form).
 
-    (0, mean harm) when all tokens lie in one bin, (0, 1) when there are none.
+    The result is (0, mean harm) when all tokens are in one bin, and (0, 1) when there are none.
     """
     total = curve.total_weight
     if total <= 0.0:
@@ -213,14 +241,14 @@ def affine(curve: Curve) -> tuple[float, float]:
 
 
 def correlation(curve: Curve) -> float:
-    """Pearson's r of score (at its bin's middle) and harm, from the sums; 0 when either does not vary."""
+    """Pearson's r of score (the midpoint of its bin) and harm, from the sums; 0 when either does not vary."""
     total = curve.total_weight
     if total <= 0.0:
         return 0.0
     score = midpoints() - float(midpoints() @ curve.weight) / total
     score_spread = float(curve.weight @ score**2)
     harm_spread = float(curve.square.sum()) - float(curve.harm.sum()) ** 2 / total
-    # Below rounding of the subtraction there is no spread to speak of.
+    # A spread below the rounding error of the subtraction counts as none.
     if score_spread <= 1e-12 * total or harm_spread <= 1e-12 * total:
         return 0.0
     return float(np.clip(float(curve.harm @ score) / math.sqrt(score_spread * harm_spread), -1.0, 1.0))

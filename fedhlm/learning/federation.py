@@ -1,7 +1,7 @@
-"""A round of learning among members, agents at an edge or clusters at the cloud, without I/O.
+"""A round of learning among members, which are agents at an edge or clusters at the cloud; no I/O.
 
-Members send whole sums, so the pool is a sum over everyone's latest message: repetition, loss and silence change nothing
-that the next message does not mend. What breaks a limit is refused, counted and never kept.
+Members send all their sums, so the pool is made of the latest contribution of every member. The next contribution makes
+up for repeated and lost ones. A contribution that breaks a limit is rejected and counted, and never kept.
 """
 
 import logging
@@ -26,33 +26,39 @@ from fedhlm.telemetry import warn_once
 log = logging.getLogger(__name__)
 
 MEMBERS_MAX: Final = 4_096
-CONTROL_MAX: Final = 1e12  # of a control variate: a mean gradient on [0, 1], whose sums must stay finite
-OVERTAKEN_S: Final = 300.0  # no message overtakes another that was taken so long ago
+CONTROL_MAX: Final = 1e12  # largest control variate: it is a mean gradient on [0, 1], and sums must stay finite
+OVERTAKEN_S: Final = 300.0  # no message arrives this long after one that was sent later
 FUTURE_MS: Final = 86_400_000
-LEAP: Final = 65_536  # rounds, more than a month of them
+LEAP: Final = 65_536  # rounds; more than a month of them
 _COUNT_END: Final = 2**31
 _VERSION: Final = 1
 
 Check = Callable[[PaperThreshold | None, Mapping[str, Curve], Mapping[str, Curve] | None], Claim]
-"""What of a contribution's threshold and curves is possible, given the member's known curves (`settled.Settled.check`)."""
+"""Cuts a contribution's threshold and curves to what is possible, given the member's known curves.
+
+`settled.SettledTokens.check` is such a function.
+"""
 
 Mean = Callable[[Sequence[PaperUpdate], Sequence[PaperUpdate]], float | None]
 Taken = Literal["taken", "duplicate", "refused"]
 
 
 def mean_of_agents(fresh: Sequence[PaperUpdate], _known: Sequence[PaperUpdate]) -> float | None:
-    """FedHLM eq. (7): the threshold of those who contributed to this round, weighted by their tokens."""
+    """FedHLM eq. (7): the mean threshold of the members that contributed to this round, weighted by their tokens."""
     return cluster_mean(fresh)
 
 
 def mean_of_clusters(_fresh: Sequence[PaperUpdate], known: Sequence[PaperUpdate]) -> float | None:
-    """FedHLM eq. (8): the plain mean of all clusters' thresholds."""
+    """FedHLM eq. (8): the plain mean of the thresholds of all clusters."""
     return global_mean([update.threshold for update in known])
 
 
 def guarded(updates: Sequence[PaperUpdate], trim: float) -> list[PaperUpdate]:
-    """What the published averages are made of: no count far from the median one, and, from five updates on, neither
-    thresholds nor controls among the share `trim` at either end."""
+    """Make updates safe for the published averages.
+
+    Counts are cut near the median count. From five updates on, thresholds and controls are winsorised: the share `trim`
+    at either end is moved to the nearest value that is kept.
+    """
     most = near_median([float(update.count) for update in updates])
     thresholds = winsorised([update.threshold for update in updates], trim=trim)
     controls = winsorised([update.control for update in updates], trim=trim)
@@ -63,7 +69,7 @@ def guarded(updates: Sequence[PaperUpdate], trim: float) -> list[PaperUpdate]:
 
 
 class State(NamedTuple):
-    """What a federation knows: curves by measure and a threshold; `members` counts agents."""
+    """What a federation knows: curves by measure, and a threshold. `members` is the number of agents."""
 
     round: int
     members: int
@@ -73,16 +79,16 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, message: Learned) -> "State":
-        """What a message says.
+        """Read the state from a message.
 
         Raises:
-            ProtocolError: a curve or the control is impossible.
+            ProtocolError: a curve or the control variate is impossible.
         """
         check_threshold(message.threshold)
         return cls(message.round, message.members, message.refused, message.threshold, _curves(message))
 
     def learned(self, header: Mapping[str, Any]) -> Learned:
-        """As the retained state that goes down; `header` is a stamp."""
+        """Make the retained message for the members. `header` holds the header fields."""
         return Learned(
             **header,
             round=self.round,
@@ -93,16 +99,17 @@ class State(NamedTuple):
         )
 
     def contribution(self, header: Mapping[str, Any]) -> Contribution:
-        """As the contribution of all members together, one floor up."""
+        """Make the contribution of all members together, for the cloud."""
         return Contribution(
             **header, round=self.round, members=self.members, threshold=self.threshold, curves=self._packed()
         )
 
     def below(self, above: "State | None", *, tokens: float) -> "State":
-        """This state for members that may also learn from what others know.
+        """Return this state with what the pool above knows from other members.
 
-        The curves above are added without what this state gave to them, scaled down to `tokens` scored tokens where they
-        have more; its threshold and control take the place of this one's.
+        The share that this state contributed is subtracted from the curves of `above`. The rest is scaled down to at
+        most `tokens` scored tokens and added. The threshold of `above`, where it has one, replaces the threshold of
+        this state.
         """
         if above is None:
             return self
@@ -126,15 +133,16 @@ class _Member(NamedTuple):
         return None if t is None else PaperUpdate(t.threshold, t.count, t.control, t.steps)
 
     def repeats(self, other: Contribution) -> bool:
-        """Whether `other` is the same message once more."""
+        """Whether `other` is a duplicate of this message."""
         mine = self.message
         return (mine.round, mine.sequence, mine.sent_ms) == (other.round, other.sequence, other.sent_ms)
 
     def precedes(self, other: Contribution) -> bool:
-        """Whether `other` was made later.
+        """Whether `other` was made later than this message.
 
-        Rounds count, and a lower round that is younger by its sender's clock comes from one that restarted and lost
-        its count. Where a clock went back, a higher round needs a higher sequence number.
+        A higher round is later if its time or its sequence number is higher too; the sequence number decides where the
+        sender's clock went back. A lower round with a later time is later as well: its sender has restarted and lost
+        its count of rounds.
         """
         mine = self.message
         younger = other.sent_ms > mine.sent_ms
@@ -157,10 +165,10 @@ _saved: Final = msgspec.msgpack.Decoder(_Saved)
 
 
 class Members:
-    """The latest contribution of every member, and the rounds made from them.
+    """The latest contribution of every member, and the rounds that are made from them.
 
-    A round is due after `round_updates` new contributions, or `round_s` seconds after the first. Above MEMBERS_MAX the
-    member silent for longest is forgotten. `refused` counts by reason.
+    A round is due after `round_updates` new contributions, or `round_s` seconds after the first one. Above MEMBERS_MAX
+    members, the one that has been silent for longest is forgotten. `refused` counts rejected contributions by reason.
     """
 
     def __init__(self, federation: Federation, mean: Mean) -> None:
@@ -169,11 +177,11 @@ class Members:
         self.cut = 0
         self._born: set[str] = set()
         self._heard_s: dict[str, float] = {}
-        self._silent_before: dict[str, float] = {}  # of members in an earlier life of this party
+        self._silent_before: dict[str, float] = {}  # seconds of silence of members in an earlier life of this part
         self._now_s = -math.inf  # the latest time that was seen
         self.federation = federation
         self._mean = mean
-        self._members: dict[str, _Member] = {}  # the one silent for longest first
+        self._members: dict[str, _Member] = {}  # the member that has been silent for longest comes first
         self._fresh: set[str] = set()
         self._first_s: float | None = None
         self._told = False
@@ -186,7 +194,7 @@ class Members:
 
     @property
     def fresh(self) -> int:
-        """Members that contributed since the last round."""
+        """The number of members that contributed since the last round."""
         return len(self._fresh)
 
     @property
@@ -196,7 +204,7 @@ class Members:
 
     @property
     def told(self) -> bool:
-        """Whether a round was made here, or restored from disk: there is a state to tell those who ask again."""
+        """Whether a round was made or restored from disk, so that there is a state to publish again."""
         return self._told
 
     def take(
@@ -208,11 +216,14 @@ class Members:
         *,
         wall_ms: int | None = None,
     ) -> Taken:
-        """Keep a member's contribution if it is valid and later than the one that is known.
+        """Keep a member's contribution if it is valid and later than the known one.
 
-        What `check` finds impossible in it is cut; `cut` counts such contributions. `wall_ms` is Unix time here: what was
-        sent far in the future is refused, and so is a leap of rounds. One that comes after a new birth (`born`), or so
-        long after the known one that nothing can have overtaken it, need not be later.
+        `check` cuts impossible claims; `cut` counts such contributions. `wall_ms` is the Unix time of this part in
+        milliseconds. A contribution is rejected if its time is more than a day ahead of it, or if its round is more
+        than LEAP above the known one.
+
+        A contribution need not be later than the known one if the member was started again (`born`), or if it was
+        silent for more than OVERTAKEN_S seconds. `now_s` is monotonic time in seconds.
         """
         self._see(now_s)
         known = self._members.get(name)
@@ -259,7 +270,7 @@ class Members:
         return "taken"
 
     def forget(self, name: str) -> bool:
-        """Drop a member, because it contributes elsewhere now; whether it was known."""
+        """Drop a member that contributes elsewhere now. Returns whether it was known."""
         self._fresh.discard(name)
         self._born.discard(name)
         self._heard_s.pop(name, None)
@@ -268,24 +279,24 @@ class Members:
         return known
 
     def born(self, name: str) -> None:
-        """A member was started again: its next contribution counts, whatever its clock and its count say."""
+        """Note that a member was started again. Its next contribution counts, whatever its time and round."""
         if name in self._members:
             self._born.add(name)
 
     def silent_s(self, name: str) -> float:
-        """For how long a member has said nothing, as far as this party was there to hear it."""
+        """Seconds for which nothing was heard of a member. Only time in which this part was running counts."""
         heard_s = self._heard_s.get(name)
         return 0.0 if heard_s is None else self._now_s - heard_s
 
     def _see(self, now_s: float) -> None:
-        """Time goes on."""
+        """Set the time, and turn silences of an earlier life into times of this one."""
         self._now_s = max(now_s, self._now_s)
         for name, silent_s in self._silent_before.items():
             self._heard_s.setdefault(name, self._now_s - silent_s)
         self._silent_before.clear()
 
     def age(self, now_s: float) -> list[str]:
-        """Drop the members that have been silent for longer than `federation.silence_s`; their names."""
+        """Drop the members that have been silent for longer than `federation.silence_s`. Returns their names."""
         self._see(now_s)
         old = [name for name in self._members if self.silent_s(name) > self.federation.silence_s]
         for name in old:
@@ -294,18 +305,19 @@ class Members:
         return old
 
     def touch(self, now_s: float) -> None:
-        """Make a round due within `round_s`, for a reason from outside."""
+        """Make a round due within `round_s`, without a new contribution."""
         if self._first_s is None:
             self._first_s = now_s
 
     def inherit(self, message: Learned) -> bool:
-        """Start from the retained state that an earlier life of this party left behind; whether it was taken.
+        """Start from the retained state of an earlier life of this part. Returns whether it was used.
 
-        It stands for the members that have not contributed again yet, and fades as they do, so that a restart never
-        makes the pool poorer. Once a round was made or restored here it is only an echo.
+        The state stands for the members that have not contributed again yet, and loses weight as they contribute. A
+        restart therefore does not lose what the pool knew. Once this part has made or restored a round, the retained
+        state is its own and is ignored.
 
         Raises:
-            ProtocolError: a curve or the control is impossible.
+            ProtocolError: a curve or the control variate is impossible.
         """
         if self._told or self._inherited is not None or not message.members:
             return False
@@ -315,7 +327,7 @@ class Members:
         return True
 
     def due_s(self) -> float | None:
-        """When the next round is due, on the clock of `take`; None while there is nothing new."""
+        """The time at which the next round is due, on the clock of `take`; None while there is nothing new."""
         if self._first_s is None:
             return None
         return -math.inf if self.fresh >= self.federation.round_updates else self._first_s + self.federation.round_s
@@ -326,7 +338,7 @@ class Members:
         return at_s is not None and now_s >= at_s
 
     def close(self) -> State:
-        """End the round: the state that follows from it."""
+        """End the round and return the new state."""
         fresh, known = self._updates(self._fresh), self._updates(self._members)
         fresh, known = guarded(fresh, self.federation.trim), guarded(known, self.federation.trim)
         mean = self._mean(fresh, known)
@@ -355,7 +367,7 @@ class Members:
         held = self._inherited.curves if self._inherited is not None and share else {}
         curves: dict[str, Curve] = {}
         refused = sum(self.refused.values())
-        # More measures than a message holds can only come from liars: those that most members speak of stay.
+        # Only dishonest members send more measures than a message holds. Keep those that most members contribute.
         names = sorted({*by_measure, *held}, key=lambda m: (-len(by_measure.get(m, ())), m not in held, m))
         for measure in names[:MAX_CURVES]:
             pooled = pool(
@@ -373,14 +385,14 @@ class Members:
 
     @property
     def inherited_share(self) -> float:
-        """How much of the inherited state still stands for absent members, from 1 down to 0."""
+        """The share of the inherited state that stands for members that have not contributed again, from 1 to 0."""
         if self._inherited is None:
             return 0.0
         counted = sum(member.message.members for member in self._members.values())
         return max(0.0, 1.0 - counted / max(1, self._inherited.members))
 
     def snapshot(self) -> bytes:
-        """Everything but the counts of what was refused, for `restore`."""
+        """Encode everything except the counts of rejected contributions, for `restore`."""
         inherited = None
         if self._inherited is not None and self.inherited_share:
             header = {"version": SCHEMA_VERSION, "sender": "self", "sequence": 0, "sent_ms": 0}
@@ -392,11 +404,12 @@ class Members:
         )
 
     def restore(self, data: bytes) -> None:
-        """Take over what `snapshot` described.
+        """Replace the members and rounds by those of a snapshot.
 
         Raises:
-            ProtocolError: the bytes are no snapshot of this version, or hold what `take` would refuse; nothing has
-                changed then.
+            ProtocolError: the bytes are no snapshot of this version, or hold something that `take` would reject.
+            Nothing
+                has changed then.
         """
         try:
             saved = _saved.decode(data)
@@ -409,13 +422,13 @@ class Members:
         for threshold in (saved.threshold, *(message.threshold for _, message in saved.members)):
             check_threshold(threshold)
         members = {name: _Member(message, _curves(message)) for name, message in saved.members[-MEMBERS_MAX:]}
-        # Clocks of two processes have nothing in common: what was silent then goes on being silent from now.
+        # The monotonic clocks of two processes are unrelated, so earlier silences continue from now.
         self._now_s = -math.inf
         self._heard_s = {}
         self._silent_before = {name: max(0.0, saved.silent_s.get(name, 0.0)) for name in members}
         self._inherited = None if saved.inherited is None else State.of(saved.inherited)
         self._members, self.round, self._threshold = members, saved.round, saved.threshold
-        # One who kept nothing has nothing to tell, and hears what was retained.
+        # A part without members or rounds on disk has no state to publish, and inherits the retained one.
         self._told = bool(members or saved.round or saved.inherited is not None)
 
     def _updates(self, names: "set[str] | dict[str, _Member]") -> list[PaperUpdate]:
@@ -424,10 +437,10 @@ class Members:
 
 
 def check_threshold(threshold: PaperThreshold | None) -> None:
-    """What the type alone does not say.
+    """Check what the type alone does not ensure.
 
     Raises:
-        ProtocolError: the control variate is not finite, or larger than any.
+        ProtocolError: the control variate is not finite, or beyond CONTROL_MAX.
     """
     if threshold is not None and not abs(threshold.control) <= CONTROL_MAX:
         raise ProtocolError(f"threshold.control must be a number within +-{CONTROL_MAX:g} (got {threshold.control})")
@@ -438,7 +451,7 @@ def _curves(message: Contribution | Learned) -> dict[str, Curve]:
 
 
 def _without(whole: Curve, part: Curve | None) -> Curve:
-    """What others gave to a pool; never more than that, where the part has grown since or the pool was trimmed."""
+    """Subtract a member's part from a pool. Sums stay valid where the part has grown since, or the pool was trimmed."""
     if part is None:
         return whole
     seen, weight, harm, square = np.maximum(0.0, whole.rows() - part.rows()).T  # (BINS,) each

@@ -1,7 +1,8 @@
-"""Gaussian noise on a client's curve sums before they leave, with a stated (epsilon, delta) over all releases.
+"""Gaussian noise on the sums of a curve before a device sends them, with (epsilon, delta)-privacy over all releases.
 
-Neighbours differ in one token, which changes (seen, weight, harm, square) of one bin by at most 1 each: an L2 norm of
-at most 2, as long as no weight exceeds 1. Accounting: zero-concentrated differential privacy (Bun and Steinke 2016).
+Neighbouring data sets differ in one token. It changes each of (seen, weight, harm, square) of one bin by at most 1, an
+L2 norm of at most 2, as long as no weight exceeds 1. The accounting is that of zero-concentrated differential privacy
+(Bun and Steinke 2016).
 """
 
 import math
@@ -24,8 +25,13 @@ def _check(releases: int, delta: float) -> None:
 def sigma_for(epsilon: float, delta: float, releases: int) -> float:
     """The standard deviation of the noise, in tokens, that makes `releases` releases (epsilon, delta)-private.
 
-    One release has rho = SENSITIVITY^2 / (2 sigma^2); rho adds up, whatever earlier releases were (Bun and Steinke,
-    propositions 1.6 and 1.7); epsilon = rho + 2 sqrt(rho ln(1/delta)) (proposition 1.3), solved for sigma. A token that forgetting lets fade is part of every later release: count them all.
+    One release has rho = SENSITIVITY^2 / (2 sigma^2), and rho adds up over releases, whatever the earlier ones were
+    (Bun and Steinke, propositions 1.6 and 1.7). The equation epsilon = rho + 2 sqrt(rho ln(1/delta)) (proposition 1.3)
+    is solved for sigma. A token is part of every release after it, even when forgetting fades it, so all releases
+    count.
+
+    Raises:
+        ValueError: `epsilon` is not finite and positive, `delta` is not in (0, 1), or `releases` is below 1.
     """
     _check(releases, delta)
     if not (math.isfinite(epsilon) and epsilon > 0.0):
@@ -36,10 +42,13 @@ def sigma_for(epsilon: float, delta: float, releases: int) -> float:
 
 
 def noised(curve: Curve, sigma: float, rng: np.random.Generator) -> Curve:
-    """The curve with independent N(0, sigma^2) on every sum of every bin, clipped back to sums a client can have.
+    """Add independent N(0, sigma^2) noise to every sum of every bin, and clip the result to valid sums.
 
-    Empty bins get noise too, else which bins are empty would leak. Clipping reads only noised sums, so it costs no
-    privacy; it lifts sums near zero by up to 0.4 sigma on average, and harm, cut at weight, is not quite unbiased.
+    Empty bins get noise too; otherwise it would leak which bins are empty. Clipping reads only noised sums, so it costs
+    no privacy. It lifts sums near zero by up to 0.4 sigma on average, and harm, clipped at weight, is slightly biased.
+
+    Raises:
+        ValueError: sigma is negative or not finite.
     """
     if not (math.isfinite(sigma) and sigma >= 0.0):
         raise ValueError(f"sigma must be finite and not negative (got {sigma!r})")

@@ -1,7 +1,7 @@
-"""Pooling of clients' curves, and averaging of their thresholds, such that a few liars move the result little.
+"""Robust pooling of members' curves and averaging of their thresholds: a few dishonest members move the result little.
 
-Weight is capped per client, near what the median client has, and the harm ratio of a bin is a trimmed mean or a median
-of the clients' ratios there. Sums that no client can have are refused, and the refused are named.
+The weight of a member is capped near that of the median member. The harm ratio of a bin is a trimmed mean or a median
+of the members' ratios in that bin. Impossible sums are rejected.
 """
 
 import math
@@ -14,27 +14,32 @@ from numpy.typing import NDArray
 from fedhlm.learning.curve import Curve
 
 ENOUGH: Final = 5
-NEAR: Final = 4.0  # times the median client's: the most that one client counts for
+NEAR: Final = 4.0  # a member counts for at most this many times what the median member counts for
 
 
 class Pooled(NamedTuple):
-    """The pooled sums, and the names whose contribution was refused, sorted."""
+    """The pooled sums, and the sorted names of the members whose contribution was rejected."""
 
     curve: Curve
     refused: tuple[str, ...]
 
 
 def trimmed_count(count: int, trim: float) -> int:
-    """How many of `count` sorted values are cut at each end: floor(trim count), but one or two always remain."""
+    """The number of values to cut at each end of `count` sorted values: floor(trim count), leaving at least one or two.
+
+    Raises:
+        ValueError: `trim` is outside [0, 0.5].
+    """
     if not 0.0 <= trim <= 0.5:
         raise ValueError(f"trim must be a share in [0, 0.5] (got {trim!r})")
     return max(0, min(int(trim * count), (count - 1) // 2))
 
 
 def robust_mean(values: Sequence[float] | NDArray[np.float64], *, trim: float) -> float | None:
-    """Mean of finite values without the trimmed ones at each end; trim 0.5 is the median; None without finite values.
+    """Trimmed mean of the finite values; None if there are none.
 
-    With at most `trimmed_count` liars it lies between the least and the largest honest value.
+    `trim` is the share cut at each end, and 0.5 gives the median. With at most `trimmed_count` dishonest values, it
+    lies between the least and the largest honest value.
     """
     array = np.asarray(values, np.float64)
     order = np.sort(array[np.isfinite(array)])
@@ -42,20 +47,20 @@ def robust_mean(values: Sequence[float] | NDArray[np.float64], *, trim: float) -
         return None
     cut = trimmed_count(order.size, trim)
     kept = order[cut : order.size - cut]
-    return float(np.clip(kept.mean(), kept[0], kept[-1]))  # rounding may carry a mean past equal values
+    return float(np.clip(kept.mean(), kept[0], kept[-1]))  # rounding may move the mean of equal values off them
 
 
 def near_median(sizes: Sequence[float]) -> float:
-    """The most that a client may count for beside clients of these sizes: NEAR times the lower median of those above 0.
+    """The most that a member may count for: NEAR times the lower median of the sizes above 0; infinite without any.
 
-    As long as fewer than half of them lie, it is at most NEAR times what some honest client has. Infinite without any.
+    As long as fewer than half of the members are dishonest, it is at most NEAR times the size of some honest member.
     """
     known = sorted(size for size in sizes if size > 0.0)
     return NEAR * known[(len(known) - 1) // 2] if known else math.inf
 
 
 def winsorised(values: Sequence[float], *, trim: float, enough: int = ENOUGH) -> list[float]:
-    """The values, those that trimming would cut moved to the nearest that it keeps; below `enough` values as they are."""
+    """Move values that trimming would cut to the nearest value that it keeps. Fewer than `enough` stay unchanged."""
     if len(values) < enough:
         return list(values)
     order, cut = sorted(values), trimmed_count(len(values), trim)
@@ -63,10 +68,10 @@ def winsorised(values: Sequence[float], *, trim: float, enough: int = ENOUGH) ->
 
 
 def capped(curve: Curve, weight_cap: float, seen_cap: float | None = None) -> Curve:
-    """The curve scaled down so that its total weight is at most weight_cap, and its decisions at most seen_cap.
+    """Scale a curve down to a total weight of at most `weight_cap` and at most `seen_cap` decisions.
 
-    Decisions have a factor of their own: they only set the shares of the bins, and a client may not set those alone. None
-    caps them as the weight.
+    Decisions have a cap of their own, because they set the shares of the bins, which no member may set alone. With None
+    they have the cap of the weight.
     """
     most_seen = weight_cap if seen_cap is None else seen_cap
     weight = min(1.0, weight_cap / curve.total_weight) if curve.total_weight > 0.0 else 1.0
@@ -82,30 +87,33 @@ def pool(
     enough: int = ENOUGH,
     agents: Mapping[str, int] | None = None,
 ) -> Pooled:
-    """One curve from many clients, each with at most weight_cap total weight, and near the median client's.
+    """Pool the curves of many members, each with a total weight of at most `weight_cap` and near the median member's.
 
-    A client that speaks for several `agents` (by name, one where it is missing) may have as many times the weight that
-    a client of one agent may have; the median is that of the weights per agent (`near_median`).
+    `agents` gives the number of agents of a member by name, 1 where it is missing. A member of several agents may have
+    that many times the weight of a member of one agent. The median is that of the weights per agent (`near_median`).
 
-    In a bin where at least `enough` clients have weight, harm is the pooled weight times the trimmed mean (trim is the
-    share cut at each end, 0.5 the median) of the clients' ratios harm/weight, and the second moment alike. In other
-    bins sums are added.
+    In a bin where at least `enough` members have weight, harm is the pooled weight times the trimmed mean of the
+    members' ratios harm/weight. `trim` is the share cut at each end, and 0.5 gives the median. The second moment is
+    pooled in the same way. In the other bins, sums are added.
 
-    How far f liars move a bin's ratio, with n clients in it and c = trimmed_count(n, trim): f <= c leaves it within the
-    honest clients' range. Where sums are added, and the honest have weight W there, by at most f cap / (W + f cap).
-    Anywhere the weight and the decisions of a bin move by at most f cap, where cap is the smaller of weight_cap and NEAR
-    times the median client's; a majority of liars sets the median.
+    Let f members be dishonest, n members have weight in a bin, and c = trimmed_count(n, trim). If f <= c, the bin's
+    ratio stays within the range of the honest members. Where sums are added and honest members have weight W in the
+    bin, it moves by at most f cap / (W + f cap). Weight and decisions of any bin move by at most f cap. Here cap is the
+    smaller of `weight_cap` and NEAR times the median member's weight, which a dishonest majority can set.
 
-    Trimming pulls a skewed sample towards its typical value: when clients have few tokens in a bin and harm is rare,
-    a trimmed mean, and more so a median, is below the mean. Of 20 clients with harm 0 or 1 and mean 0.1, trim 0.2
-    and the median find 0.05 and 0.01 at 3 tokens each in the bin, 0.09 and 0.09 at 10. So cut no more than the liars
-    one expects.
+    Trimming moves the mean of a skewed sample towards its typical value. When members have few tokens in a bin and harm
+    is rare, a trimmed mean is below the mean, and a median even more so. Of 20 members with harm 0 or 1 and mean 0.1,
+    trim 0.2 and the median give 0.05 and 0.01 at 3 tokens each in the bin, and 0.09 and 0.09 at 10 tokens. Do not cut
+    more than the expected share of dishonest members.
+
+    Raises:
+        ValueError: `weight_cap` is not finite and positive, or `trim` is outside [0, 0.5].
     """
     if not (math.isfinite(weight_cap) and weight_cap > 0.0):
         raise ValueError(f"weight_cap must be finite and positive (got {weight_cap!r})")
     trimmed_count(1, trim)
     refused = tuple(sorted(name for name, curve in contributions.items() if curve.flaw() is not None))
-    # Sorted, because float sums depend on their order and edges must agree whoever spoke first.
+    # Sorted, because float sums depend on their order and the result must not depend on the order of arrival.
     names = sorted(contributions.keys() - set(refused))
     heads = {name: max(1, (agents or {}).get(name, 1)) for name in names}
     weight_near = near_median([contributions[name].total_weight / heads[name] for name in names])
@@ -129,6 +137,6 @@ def pool(
         if ratio is not None and moment is not None:
             ratio = min(1.0, ratio)
             total.harm[j] = ratio * total.weight[j]
-            # E[h]^2 <= E[h^2] <= E[h]; a liar, or noise, may report a moment below its ratio's square.
+            # E[h]^2 <= E[h^2] <= E[h]. A dishonest member, or noise, may report a moment below the square of its ratio.
             total.square[j] = min(ratio, max(ratio * ratio, moment)) * total.weight[j]
     return Pooled(total, refused)

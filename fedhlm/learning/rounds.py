@@ -1,4 +1,4 @@
-"""The timer of a federation: it makes a round when one is due, and sleeps until there is something to do."""
+"""The timer of a federation: it closes a round when one is due."""
 
 import asyncio
 import logging
@@ -23,21 +23,22 @@ async def keep_rounds(
     clock_s: Callable[[], float],
     publish: Callable[[], Awaitable[None]],
 ) -> None:
-    """Call `publish`, which closes the round, whenever one is due; `changed` is to be set after each contribution.
+    """Call `publish`, which closes the round, whenever a round is due.
 
-    Rounds wait for the bus: a party that starts again hears its own retained state before it writes a new one.
+    The caller sets `changed` after each contribution. Rounds wait for the connection, so that a restarted part receives
+    its own retained state before it writes a new one.
     """
     while True:
         due_s = members.due_s()
         if due_s is not None and clock_s() >= due_s:
             try:
                 await bus.wait_connected()
-            except BusError:  # closed; whoever reads from it says why
+            except BusError:  # the bus is closed; the task that reads from it raises the reason
                 return
             number = members.round
             await publish()
             if members.round == number:
-                # It would be due again at once, and for ever.
+                # The round would be due again at once, without end.
                 warn_once(log, "not closed", "round %d was published and not closed", number + 1)
                 await asyncio.sleep(NOT_CLOSED_S)
             continue

@@ -1,7 +1,7 @@
-"""What an edge saw settled for each of its agents, and what a contribution may claim because of it, without I/O.
+"""Checks a contribution against the verdicts that passed the edge; no I/O.
 
-Every verdict passes an edge, so it knows how many tokens the target scored for an agent, and how many of them it would
-have written otherwise. Sums beyond that are cut, harm that is missing is put back.
+Every verdict passes an edge. It therefore knows how many tokens the target scored for an agent, and for how many of
+them the target would have emitted another token. Larger sums are cut, and missing harm is added.
 """
 
 import math
@@ -15,23 +15,23 @@ from fedhlm.learning.curve import Curve
 from fedhlm.protocol.messages import PaperThreshold, Verdict
 
 AGENTS_MAX: Final = 4_096
-SLACK_TOKENS: Final = 256.0  # that passed while this edge, or its disk, was away
-SLACK_SHARE: Final = 0.25  # the same, of what the agent had before
-HARM_SHARE: Final = 0.5  # of the harm that passed: an agent does not learn from verdicts that came too late
+SLACK_TOKENS: Final = 256.0  # tokens that may have passed while this edge, or its disk, was absent
+SLACK_SHARE: Final = 0.25  # the same, as a share of what the agent had before
+HARM_SHARE: Final = 0.5  # the share of passed harm that must be claimed: agents do not learn from late verdicts
 HARM_ERRORS: Final = (
-    3.0  # standard errors: under couplings with a residual harm is an expectation, what passed is a draw
+    3.0  # standard errors: under couplings with a residual, harm is an expectation and what passed is a draw
 )
 
 
 class Sums(NamedTuple):
-    """Scored tokens, and how many of them were wrong."""
+    """The number of scored tokens, and the number of wrong ones among them."""
 
     tokens: float = 0.0
     harm: float = 0.0
 
 
 class Claim(NamedTuple):
-    """A contribution's threshold and curves as they may be; `cut` says in words what they were not."""
+    """A contribution's threshold and curves after the check. `cut` lists in words what was changed."""
 
     threshold: PaperThreshold | None
     curves: Mapping[str, Curve]
@@ -41,14 +41,15 @@ class Claim(NamedTuple):
 class _Account:
     def __init__(self) -> None:
         self.passed = Sums()
-        self.before: Sums | None = None  # what it had when this edge first heard of it; None: not yet heard
+        self.before: Sums | None = None  # the agent's sums when this edge first heard of it; None: not yet heard
         self.counted = 0.0  # tokens that had passed at its latest contribution
 
 
 class SettledTokens:
-    """Accounts of at most AGENTS_MAX agents, the one silent for longest dropped first.
+    """Accounts of at most AGENTS_MAX agents. The agent that has been silent for longest is dropped first.
 
-    A measure whose name begins with one of `uncertainties` is about an agent's own drafts; harm is known of these alone.
+    A measure whose name begins with one of `uncertainties` is about an agent's own drafts. Harm is checked for these
+    only.
     """
 
     def __init__(self, uncertainties: Collection[str]) -> None:
@@ -56,7 +57,7 @@ class SettledTokens:
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
 
     def note(self, agent: str, verdict: Verdict) -> None:
-        """A verdict passes."""
+        """Count a verdict that passes to an agent."""
         scored = len(verdict.target_probs) // 2
         if verdict.status != "settled" or not scored:
             return
@@ -66,7 +67,7 @@ class SettledTokens:
         account.passed = Sums(account.passed.tokens + scored, account.passed.harm + wrong)
 
     def forget(self, agent: str) -> None:
-        """Close an account: the agent is another one, or elsewhere."""
+        """Close an account, because the agent has moved or its name belongs to another agent."""
         self._accounts.pop(agent, None)
 
     def check(
@@ -76,7 +77,7 @@ class SettledTokens:
         curves: Mapping[str, Curve],
         known: Mapping[str, Curve] | None = None,
     ) -> Claim:
-        """What of an agent's contribution is possible; `known` are its sums of before this edge's life, if any."""
+        """Cut an agent's contribution to what is possible. `known` holds its curves from before this edge's life."""
         account = self._account(agent)
         if account.before is None:
             account.before = self.sums(known) if known else _history(self.sums(curves), account.passed)
@@ -113,7 +114,7 @@ class SettledTokens:
         return account
 
     def sums(self, curves: Mapping[str, Curve]) -> Sums:
-        """The tokens of the drafts' curves together; of the largest curve where none is about drafts."""
+        """Sum up the curves about drafts; where there is none, take the largest curve."""
         drafts = [curve for name, curve in curves.items() if self._of_drafts(name)]
         if drafts:
             return Sums(sum(c.total_weight for c in drafts), sum(float(c.harm.sum()) for c in drafts))
@@ -134,14 +135,14 @@ class SettledTokens:
 
 
 def _history(claimed: Sums, passed: Sums) -> Sums:
-    """What an agent that was not known here must have had before, if it says the truth."""
+    """The earlier sums of an agent that is new to this edge, taking its claim as true."""
     if claimed.tokens <= passed.tokens + SLACK_TOKENS:
         return Sums()
     return Sums(claimed.tokens - passed.tokens, max(0.0, claimed.harm - passed.harm))
 
 
 def _with_harm(curves: Mapping[str, Curve], missing: float) -> dict[str, Curve]:
-    """So much more harm, spread over the tokens without any."""
+    """Add `missing` harm to the curves, spread over the tokens without harm."""
     room = sum(curve.total_weight - float(curve.harm.sum()) for curve in curves.values())
     share = min(1.0, missing / room) if room > 0.0 else 0.0
     made = {}

@@ -1,8 +1,10 @@
-"""Two ways to a threshold tau; a token is kept iff u <= tau, so KEEP_NONE sends everything.
+"""Two ways to learn the threshold tau. A token is kept iff u <= tau, so KEEP_NONE sends everything.
 
-Published (FedHLM [4]-[8], verbatim, guarded where [7] divides by zero): the gradient [5] is never positive, so under
-fedavg and fednova tau only rises, at last to 1 where nothing is sent, or freezes when no token is sent any more.
-Calibrated: keep what costs less than its price, or as much as a budget of harm allows, from the curve of `rejection`.
+Published: FedHLM, eqs. [4]-[8], verbatim, except for a guard where [7] divides by zero. The gradient [5] is never
+positive. Under fedavg and fednova tau therefore only rises, up to 1, or stays when no token is sent any more.
+
+Calibrated: from the learnt curve (`learning.curve`), keep what costs less than its price, or as much as a budget
+allows.
 """
 
 import math
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from fedhlm.learning.curve import BINS, Bins, Curve, isotonic, upper_edges
 
 KEEP_NONE: Final = -1.0
-TRUST: Final = 0.5  # confidence of the limits beyond which what others say is not believed
+TRUST: Final = 0.5  # confidence of the own limits that bound how far the curve of others counts
 
 Pairs = NDArray[np.float64]  # (n, 2): u and beta of the transmitted tokens
 
@@ -34,17 +36,29 @@ def _as_pairs(pairs: Pairs) -> Pairs:
 
 
 def paper_gradient(pairs: Pairs, tau: float, gamma: float, lam: float) -> float:
-    """dL/dtau, FedHLM eq. (5): a sum of products of factors >= 0 with a minus before it, hence never positive."""
+    """dL/dtau, FedHLM eq. (5). It is never positive: all factors are >= 0 and the sign is minus.
+
+    `pairs` is (n, 2): u and beta of the transmitted tokens.
+
+    Raises:
+        ValueError: a value of `pairs` is outside [0, 1].
+    """
     u, beta = _as_pairs(pairs).T
     s = _sigmoid(gamma * (u - tau))
     return -gamma * float((s * (1.0 - s) * ((1.0 - beta) ** 2 + lam)).sum())
 
 
 class PaperSettings(NamedTuple):
-    """Constants of the published rule. The paper states none but lam (0.01, read from Fig. 5).
+    """Constants of the published rule. The paper states only lam (0.01, read from Fig. 5).
 
-    gamma: steepness of [4]; learning_rate / (1 + decay t) is eta in round t; mu: pull of FedProx;
-    optimiser: a key of OPTIMISERS; local_steps: gradient steps (fednova: passes over the tokens) per round.
+    Attributes:
+        gamma: steepness of [4].
+        learning_rate: eta in round t is learning_rate / (1 + decay t).
+        decay: see `learning_rate`.
+        lam: weight of the regulariser.
+        mu: weight of FedProx's proximal term.
+        optimiser: a key of OPTIMISERS.
+        local_steps: gradient steps per round (fednova: passes over the tokens).
     """
 
     gamma: float = 10.0
@@ -56,15 +70,15 @@ class PaperSettings(NamedTuple):
     local_steps: int = 1
 
     def rate(self, round_number: int) -> float:
-        """eta of a round, diminishing as the paper's convergence argument asks (section IV-E)."""
+        """eta of a round. It diminishes, as the paper's convergence proof requires (section IV-E)."""
         return self.learning_rate / (1.0 + self.decay * round_number)
 
 
 class PaperUpdate(NamedTuple):
-    """A client's answer: its threshold, n_k of [7], its control variate (scaffold) and the steps it took."""
+    """The update of a client: its threshold, n_k of [7], its control variate (scaffold) and its number of steps."""
 
     threshold: float
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls here
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not used here
     control: float
     steps: int
 
@@ -85,7 +99,7 @@ def fedavg(
     round_number: int,
     settings: PaperSettings,
 ) -> PaperUpdate:
-    """[6]: tau <- tau - eta dL/dtau, local_steps times."""
+    """FedHLM eq. (6): tau <- tau - eta dL/dtau, repeated `local_steps` times."""
     if len(pairs) == 0:
         return PaperUpdate(local, 0, client_control, 0)
     tau, rate = local, settings.rate(round_number)
@@ -103,7 +117,7 @@ def fedprox(
     round_number: int,
     settings: PaperSettings,
 ) -> PaperUpdate:
-    """[6] on L + mu/2 (tau - global)^2 (Li et al. 2020, eq. 2): the pull may lower a tau above the global one."""
+    """FedHLM eq. (6) on L + mu/2 (tau - global)^2 (Li et al. 2020, eq. 2). It may lower a tau above the global one."""
     if len(pairs) == 0:
         return PaperUpdate(local, 0, client_control, 0)
     tau, rate = local, settings.rate(round_number)
@@ -122,9 +136,10 @@ def scaffold(
     round_number: int,
     settings: PaperSettings,
 ) -> PaperUpdate:
-    """[6] with gradient - c_k + c; the new c_k is the mean gradient of the steps (Karimireddy et al. 2020, option II).
+    """FedHLM eq. (6) with gradient - c_k + c (Karimireddy et al. 2020, option II).
 
-    Their (start - end) / (K eta) is that mean as long as tau is not clipped; the mean itself stays right when it is.
+    The new c_k is the mean gradient of the steps. It equals the paper's (start - end) / (K eta) as long as tau is not
+    clipped, and stays right when tau is clipped.
     """
     if len(pairs) == 0 or settings.local_steps == 0:
         return PaperUpdate(local, 0, client_control, 0)
@@ -145,10 +160,10 @@ def fednova(
     round_number: int,
     settings: PaperSettings,
 ) -> PaperUpdate:
-    """One step per token, then the move divided by the number of steps (Wang et al. 2020, eq. 7).
+    """One step per token, then the move divided by the number of tokens (Wang et al. 2020, eq. 7).
 
-    A client with more tokens takes more steps; normalised, it no longer moves further for that. The effective number
-    of steps, which theirs leaves free, is local_steps, so that [7] needs no change.
+    A client with more tokens takes more steps, but normalised it moves no further. The effective number of steps, which
+    the paper leaves free, is `local_steps`, so that [7] needs no change.
     """
     steps = len(pairs) * settings.local_steps
     if steps == 0:
@@ -172,13 +187,13 @@ OPTIMISERS: Final[dict[str, Optimiser]] = {
 
 
 def cluster_mean(updates: Sequence[PaperUpdate]) -> float | None:
-    """Mean threshold weighted by n_k, [7]; None when no client sent a token: keep the old one."""
+    """The mean threshold weighted by n_k, FedHLM eq. (7); None when no client sent a token, to keep the old one."""
     total = sum(update.count for update in updates)
     return _clip(sum(update.count * update.threshold for update in updates) / total) if total > 0 else None
 
 
 def global_mean(thresholds: Sequence[float]) -> float | None:
-    """Plain mean over clusters, [8]; None when no cluster has one: keep the old one."""
+    """The plain mean over clusters, FedHLM eq. (8); None when no cluster has a threshold, to keep the old one."""
     return _clip(sum(thresholds) / len(thresholds)) if thresholds else None
 
 
@@ -188,7 +203,10 @@ def mean_control(updates: Sequence[PaperUpdate]) -> float:
 
 
 def shares(curve: Curve) -> Bins:
-    """Share of gate decisions in each bin; of scored weight if none were counted, uniform if nothing was; (BINS,)."""
+    """The share of gate decisions in each bin, shape (BINS,).
+
+    It is the share of scored weight if no decisions were counted, and uniform if there is no weight either.
+    """
     for sums in (curve.seen, curve.weight):
         if (total := float(sums.sum())) > 0.0:
             return np.asarray(sums / total)
@@ -196,9 +214,9 @@ def shares(curve: Curve) -> Bins:
 
 
 def tau_of_price(m: Bins, price: float) -> float:
-    """The largest edge such that m of its bin and of all below is <= price; KEEP_NONE if there is none.
+    """The largest upper edge such that m is at most `price` in its bin and all bins below; KEEP_NONE if there is none.
 
-    price is c/w, what a transmission costs in units of harm; m is non-decreasing, (BINS,).
+    `price` is the cost of a transmission in units of harm. `m` is non-decreasing, shape (BINS,).
     """
     dear = np.flatnonzero(m > price)
     kept = int(dear[0]) if dear.size else BINS
@@ -206,12 +224,17 @@ def tau_of_price(m: Bins, price: float) -> float:
 
 
 def tau_of_budget(own: Curve, m: Bins, rho: float, delta: float) -> float:
-    """The largest edge tau with E[h 1{u <= tau}] + margin <= rho, or KEEP_NONE.
+    """The largest upper edge tau with E[h 1{u <= tau}] + margin <= rho; KEEP_NONE if there is none.
 
-    The expectation is the sum of share_j m_j over the bins kept, the margin that of `mean_allowed` (confidence 1 - delta
-    at one tau). Shares and the number of scored tokens are those of `own`, a device's own decisions, so a device without
-    evidence sends everything and earns the right to skip. m may come from others: it counts as far as `own` does not
-    contradict it, that is within the limits of the expectation that `own` alone gives, at confidence TRUST.
+    The expectation is the sum of share_j m_j over the kept bins. The margin is that of `mean_allowed`, with confidence
+    1 - delta at one tau.
+
+    Shares and the number of scored tokens come from `own`, the device's own decisions. A device without evidence
+    therefore sends everything. `m`, shape (BINS,), may come from others. It counts only within the limits that `own`
+    alone gives for the expectation, at confidence TRUST.
+
+    Raises:
+        ValueError: `delta` is not in (0, 1).
     """
     if not 0.0 < delta < 1.0:
         raise ValueError(f"delta must be a probability in (0, 1) (got {delta!r})")
@@ -220,16 +243,16 @@ def tau_of_budget(own: Curve, m: Bins, rho: float, delta: float) -> float:
         return KEEP_NONE
     mine = np.cumsum(shares(own) * isotonic(own))  # (BINS,) expected harm per token up to each edge
     risk = np.clip(np.cumsum(shares(own) * m), *mean_limits(mine, count, 1.0 - TRUST))  # (BINS,)
-    known = np.flatnonzero(own.weight)[-1]  # beyond the most doubtful token that was scored nothing is known
+    known = np.flatnonzero(own.weight)[-1]  # nothing is known beyond the most doubtful scored token
     allowed = np.flatnonzero(risk[: known + 1] <= mean_allowed(rho, count, delta))
     return float(upper_edges()[allowed[-1]]) if allowed.size else KEEP_NONE
 
 
 def mean_limits(means: Bins, count: float, delta: float) -> tuple[Bins, Bins]:
-    """Lower and upper limit of the true mean for each observed mean of `count` values in [0, 1], (BINS,) each.
+    """Lower and upper limits of the true mean for each observed mean of `count` values in [0, 1], shape (BINS,) each.
 
-    Each holds with probability 1 - delta for one mean (Hoeffding 1963, theorem 1, as in `mean_allowed`); the lower one
-    is never above the mean, the upper one never below.
+    Each limit holds with probability 1 - delta for one mean (Hoeffding 1963, theorem 1, as in `mean_allowed`). The
+    lower limit is never above the mean, and the upper one never below.
     """
     bound = math.log(1.0 / delta) / count
     observed = np.clip(means, 0.0, 1.0)
@@ -245,7 +268,7 @@ def mean_limits(means: Bins, count: float, delta: float) -> tuple[Bins, Bins]:
 
 
 def _divergences(p: Bins, q: Bins) -> Bins:
-    """KL(p, q) of coins in nats, (BINS,); infinite where q rules out what p has."""
+    """KL(p, q) of Bernoulli laws in nats, shape (BINS,); infinite where q excludes an outcome that p has."""
     with np.errstate(divide="ignore", invalid="ignore"):
         head = np.where(p > 0.0, p * np.log(p / q), 0.0)
         tail = np.where(p < 1.0, (1.0 - p) * np.log((1.0 - p) / (1.0 - q)), 0.0)
@@ -253,16 +276,16 @@ def _divergences(p: Bins, q: Bins) -> Bins:
 
 
 def mean_allowed(limit: float, count: float, delta: float) -> float:
-    """The largest mean of `count` independent values in [0, 1] whose upper confidence limit is still `limit`; -1: none.
+    """The largest mean of `count` independent values in [0, 1] with an upper confidence limit of `limit`; -1: none.
 
-    By Chernoff's bound in Hoeffding's form (1963, theorem 1): with probability 1 - delta the true mean exceeds `limit`
-    only if count x KL(mean, limit) <= ln(1/delta). For rare harm it needs a fraction of the evidence that bounds
-    with an additive term of order 1/count need.
+    By Chernoff's bound in Hoeffding's form (1963, theorem 1), with probability 1 - delta the true mean exceeds `limit`
+    only if count x KL(mean, limit) <= ln(1/delta). For rare harm, this needs only a fraction of the evidence that
+    bounds with an additive term of order 1/count need.
     """
     if limit >= 1.0:
         return 1.0
     bound = math.log(1.0 / delta) / count
-    if -math.log1p(-limit) < bound:  # not even a mean of 0 is evidence enough
+    if -math.log1p(-limit) < bound:  # even a mean of 0 is not enough evidence
         return -1.0
     low, high = 0.0, limit
     for _ in range(50):
@@ -272,6 +295,6 @@ def mean_allowed(limit: float, count: float, delta: float) -> float:
 
 
 def _kl(p: float, q: float) -> float:
-    """Divergence of two coins, in nats; 0 < q < 1."""
+    """KL divergence of two Bernoulli laws in nats; 0 < q < 1."""
     head = p * math.log(p / q) if p > 0.0 else 0.0
     return head + ((1.0 - p) * math.log((1.0 - p) / (1.0 - q)) if p < 1.0 else 0.0)

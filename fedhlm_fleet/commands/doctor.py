@@ -62,7 +62,7 @@ def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, 
 
 
 def _subject(role: "Role", file: Path | None, preset: str | None, flags: dict[str, str]) -> "Subject":
-    """A configuration that cannot be used is a finding; what is wrong on the command line is the caller's error."""
+    """Return the part to check. An invalid configuration file becomes a finding, an invalid flag an error."""
     from fedhlm.config import load
     from fedhlm_fleet.doctor.finding import Subject
 

@@ -1,1 +1,1 @@
-"""What is wrong with a part where it stands, and what to do about it: `fedhlm doctor`."""
+"""`fedhlm doctor`: find problems of a part on its machine, and say how to fix them."""

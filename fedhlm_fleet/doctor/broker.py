@@ -1,6 +1,7 @@
-"""Checks of one broker step by step: name, port, TLS, our certificate, login, rights. Each knows its broker by its key.
+"""Checks of one broker, step by step: host name, port, TLS, own certificate, login, rights, delay.
 
-Nothing here disturbs a running part: another client id, empty lists under our own name, topics that nobody hears.
+Each check takes the broker's configuration key, `broker` or `edge.upstream`. The checks do not disturb a running part:
+they use another client id, and publish only empty lists or on topics to which nobody subscribes.
 """
 
 import secrets
@@ -29,9 +30,10 @@ ECHO_S: Final = 1.5
 SESSION: Final = 0
 BURST: Final = 3
 BURSTS: Final = 4
-# Linux acknowledges after 40 ms; on a link with more jitter than this the smallest of several bursts is still below.
+# Linux delays acknowledgements by 40 ms. The fastest of several bursts stays below this limit even on a link with
+# jitter.
 HELD_MS: Final = 25.0
-STRANGER: Final = "doctor-"  # begins the names that nobody has
+STRANGER: Final = "doctor-"  # prefix of names that no part has
 
 _LOGIN_ADVICE: Final = {
     133: "shorten the part's name",
@@ -42,12 +44,12 @@ _LOGIN_ADVICE: Final = {
 
 
 def section_of(subject: Subject, key: str) -> Broker:
-    """The section `broker` or `edge.upstream`."""
+    """Return the section `broker` or `edge.upstream`."""
     return subject.config.broker if key == "broker" else subject.config.edge.upstream
 
 
 def address_of(subject: Subject, key: str) -> BrokerUrl:
-    """Where that broker is; an edge without URL has its own, the others look on this machine.
+    """Return the address of a broker. Without a URL, an edge uses its own broker, and other parts one on this machine.
 
     Raises:
         ConfigError: the URL or a file cannot be used.
@@ -62,7 +64,7 @@ def address_of(subject: Subject, key: str) -> BrokerUrl:
 
 
 def host_name(subject: Subject, key: str) -> Remark:
-    """The name service knows the broker's host."""
+    """Check that the name service knows the broker's host."""
     address = address_of(subject, key)
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
@@ -77,7 +79,7 @@ def host_name(subject: Subject, key: str) -> Remark:
 
 
 def port(subject: Subject, key: str) -> Remark:
-    """Somebody listens there."""
+    """Check that the broker's port accepts connections."""
     address = address_of(subject, key)
     own = subject.role == "edge" and not section_of(subject, key).url
     begun_s = perf_counter()
@@ -102,17 +104,17 @@ def port(subject: Subject, key: str) -> Remark:
 
 
 def certificate(subject: Subject, key: str) -> Remark:
-    """The broker proves who it is."""
+    """Check the broker's certificate."""
     return tls.broker_certificate(address_of(subject, key), key, timeout_s=STEP_S, now_s=subject.wall_s())
 
 
 def own_certificate(subject: Subject, key: str) -> Remark:
-    """We can prove who we are."""
+    """Check the part's own certificate."""
     return tls.own_certificate(address_of(subject, key), key, now_s=subject.wall_s())
 
 
 def login(subject: Subject, key: str) -> Remark:
-    """The broker takes us; the session stays open for later checks."""
+    """Check that the broker accepts a login; the session stays open for later checks."""
     address, section = address_of(subject, key), section_of(subject, key)
     name = client_id("doctor", subject.name, secrets.token_hex(8), root=section.root)
     probe = Probe(address, name, key=f"{key}.url", wait_s=STEP_S, wall_s=subject.wall_s)
@@ -143,7 +145,10 @@ def login(subject: Subject, key: str) -> Remark:
 
 
 class Trial(NamedTuple):
-    """A message that harms nobody, where we may publish and where we may not; `echo`: we hear it ourselves."""
+    """Two harmless messages: one on a topic where the part may publish, one where it may not.
+
+    `echo`: the part receives the first one itself.
+    """
 
     ours: str
     message: AnyMessage
@@ -153,7 +158,7 @@ class Trial(NamedTuple):
 
 
 def trial_of(subject: Subject, key: str, stranger: str) -> Trial:
-    """What this part can try out on that broker. `stranger` is a name that nobody has."""
+    """Return the messages with which this part can test its rights; `stranger` is a name that no part has."""
     cluster, root = subject.config.cluster.name, section_of(subject, key).root
     ours, theirs = Stamp(subject.name), Stamp(stranger)
     space = subject.model.space if subject.model else ""
@@ -166,7 +171,7 @@ def trial_of(subject: Subject, key: str, stranger: str) -> Trial:
             echo=True,
         )
     if subject.role == "cloud":
-        # A cloud may answer any cluster; speaking to an agent is the edges' business.
+        # A cloud may answer any cluster, but only an edge may publish to an agent.
         return Trial(
             topics.CLOUD_VERDICT.name(root, cluster=stranger),
             VerdictBatch(**ours(), items=()),
@@ -196,7 +201,7 @@ def _verdict(stamp: Stamp) -> Verdict:
 
 
 def filters_of(subject: Subject, key: str) -> list[str]:
-    """What this part hears on that broker, from the topic table."""
+    """Return the subscriptions of this part on that broker, from the topic table."""
     cluster, root = subject.config.cluster.name, section_of(subject, key).root
     both = subject.role == "edge" and not subject.config.edge.upstream.url
     found = []
@@ -211,7 +216,7 @@ def filters_of(subject: Subject, key: str) -> list[str]:
 
 
 def rights(subject: Subject, key: str) -> Remark:
-    """What the broker's access rules let us do: hear our topics, publish under our name, and under no other."""
+    """Check the access rules: the part can subscribe to its topics, and publish under its own name only."""
     try:
         return _rights(subject, key)
     except LostError:
@@ -253,7 +258,7 @@ def _rights(subject: Subject, key: str) -> Remark:
 
 
 def delay(subject: Subject, key: str) -> Remark:
-    """Whether the broker sends small packets at once: several answers in a row take hardly longer than one."""
+    """Check that the broker sends small packets at once: several answers take hardly longer than one."""
     probe = subject.probes[key]
     try:
         one_s, several_s = (min(probe.burst_s(count) for _ in range(BURSTS)) for count in (1, BURST))

@@ -1,4 +1,4 @@
-"""Which checks there are for each part, in their order, what each needs, and how long it may take."""
+"""The checks of each part in their order, with the checks that each one needs and its deadline."""
 
 from functools import partial
 from typing import Final
@@ -7,20 +7,21 @@ from fedhlm_fleet.doctor import broker, local, machine, others
 from fedhlm_fleet.doctor.finding import Check, Subject
 
 CONFIGURED: Final = "configuration"
-# Reading and hashing a large model folder from a card, loading it, and measuring.
+# Deadlines for reading and hashing a large model folder from an SD card, for loading and measuring, and for the
+# network.
 MODEL_S: Final = 5.0
 SPEED_S: Final = 9.0
 NETWORK_S: Final = 4.0
 
 
 def _broker(key: str) -> tuple[Check, ...]:
-    """From the name to the rights: each step needs the one before."""
+    """Return the checks of one broker, from the host name to the delay; most need an earlier one."""
     return (
         Check(f"{key} host", partial(broker.host_name, key=key), (CONFIGURED,), NETWORK_S),
         Check(f"{key} port", partial(broker.port, key=key), (f"{key} host",), NETWORK_S),
         Check(f"{key} TLS", partial(broker.certificate, key=key), (f"{key} port",), NETWORK_S),
         Check(f"{key} own cert", partial(broker.own_certificate, key=key), (CONFIGURED,), NETWORK_S),
-        # After TLS, whose errors say more than a broken login.
+        # The login comes after TLS, whose errors are more precise than those of a failed login.
         Check(f"{key} login", partial(broker.login, key=key), (f"{key} TLS",), 2 * NETWORK_S),
         Check(f"{key} rights", partial(broker.rights, key=key), (f"{key} login",), 2 * NETWORK_S),
         Check(f"{key} delay", partial(broker.delay, key=key), (f"{key} rights",), 2 * NETWORK_S),
@@ -63,7 +64,7 @@ _CLOUD: Final = (
 
 
 def _edge(up: str) -> tuple[Check, ...]:
-    """An edge with one broker for both sides, or with a second one towards the cloud."""
+    """Return the checks of an edge that uses one broker for both sides, or a second one towards the cloud."""
     return (
         *_MACHINE,
         _MEMORY,
@@ -76,6 +77,6 @@ def _edge(up: str) -> tuple[Check, ...]:
 
 
 def checks_of(subject: Subject) -> tuple[Check, ...]:
-    """The checks of this part."""
+    """Return the checks of this part."""
     has_two = subject.loaded is not None and bool(subject.config.edge.upstream.url)
     return {"agent": _AGENT, "cloud": _CLOUD, "edge": _edge("edge.upstream" if has_two else "broker")}[subject.role]

@@ -1,4 +1,7 @@
-"""What a check says, what it is told, and how a check is described. A check returns ok(), warn(), fail() or skip()."""
+"""The data of the checks: their input, their results and their description.
+
+A check returns ok(), warn(), fail() or skip().
+"""
 
 import os
 import platform
@@ -26,7 +29,7 @@ ROLES: Final[tuple[Role, ...]] = ("agent", "edge", "cloud")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One check's result. `advice` is what to do; it is empty where nothing is to be done. `seconds` is what it took."""
+    """The result of one check. `advice` says what to do, and may be empty; `seconds` is how long the check took."""
 
     name: str
     level: Level
@@ -36,7 +39,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Remark(NamedTuple):
-    """A finding before it has its check's name."""
+    """A finding without the name of its check."""
 
     level: Level
     found: str
@@ -44,27 +47,27 @@ class Remark(NamedTuple):
 
 
 def ok(found: str) -> Remark:
-    """All is well."""
+    """Report that all is well."""
     return Remark("ok", found)
 
 
 def warn(found: str, advice: str) -> Remark:
-    """It works, and could be better or will not work for ever."""
+    """Report something that works, but could be better or will fail later."""
     return Remark("warn", found, advice)
 
 
 def fail(found: str, advice: str) -> Remark:
-    """The part cannot work, or not as it should."""
+    """Report that the part cannot work, or not as it should."""
     return Remark("fail", found, advice)
 
 
 def skip(found: str) -> Remark:
-    """Not looked at, and why."""
+    """Report that something was not checked, and why."""
     return Remark("skip", found)
 
 
 class CheckedModel(NamedTuple):
-    """The model folder of this part, after its check. `space` names the keys made with it; empty without a projection."""
+    """The part's checked model folder. `space` names the space of its context keys, empty without a projection."""
 
     folder: Path
     info: "ModelInfo"
@@ -74,10 +77,10 @@ class CheckedModel(NamedTuple):
 
 @dataclass
 class Subject:
-    """The part that is examined and where it stands; checks leave here what later ones need.
+    """The part to check and its environment; checks store here what later ones need.
 
-    `requires` gives our own requirements, `version` the installed version of a distribution. `proc` and `cgroup` are the
-    kernel's folders.
+    `requires` returns the requirements of fedhlm, `version` the installed version of a distribution. `proc` and
+    `cgroup` are the kernel's folders.
     """
 
     role: Role
@@ -95,14 +98,14 @@ class Subject:
 
     @property
     def config(self) -> Config:
-        """The configuration; checks that use it need the check `configuration`."""
+        """The configuration; a check that uses it must need the check `configuration`."""
         if self.loaded is None:
             raise self.problem or AssertionError("neither a configuration nor its error")
         return self.loaded.config
 
     @property
     def sources(self) -> dict[str, str]:
-        """Where each key of the configuration comes from."""
+        """The source of each configuration key."""
         return {} if self.loaded is None else self.loaded.sources
 
     @property
@@ -114,14 +117,14 @@ class Subject:
         return names[self.role]
 
     def close(self) -> None:
-        """End all sessions."""
+        """Close all sessions."""
         for probe in self.probes.values():
             probe.close()
         self.probes.clear()
 
 
 class Check(NamedTuple):
-    """A check: it runs when all of `needs` were ok or worth a warning, and has `deadline_s` seconds."""
+    """A check; it runs if all of `needs` ended with ok or warn, and has `deadline_s` seconds."""
 
     name: str
     run: Callable[[Subject], Remark]

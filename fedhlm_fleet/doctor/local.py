@@ -1,4 +1,4 @@
-"""Checks of what this part has on its machine: configuration, key files, state folder, model, runtime, decode speed."""
+"""Checks of the part on its machine: configuration, key files, state folder, model, runtime, decode speed."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ CPU: Final = "CPUExecutionProvider"
 DISK_FAIL_MIB: Final = 8
 DISK_WARN_MIB: Final = 64
 WRITTEN_BYTES: Final = 256 * 1024
-# Below these nobody wants to wait: people read some seven tokens a second, and a cloud verifies for many agents.
+# Minimum tokens/s: people read about seven tokens a second, and a cloud verifies for many agents.
 FLOORS: Final[dict[Role, float]] = {"agent": 10.0, "cloud": 30.0}
 MEASURED_S: Final = 1.5
 _DISK_ADVICE: Final = {
@@ -36,7 +36,7 @@ MEASURED_TOKENS: Final = 128
 
 
 class PartKeys(NamedTuple):
-    """The keys that agent, edge and cloud have alike."""
+    """The configuration keys that agent, edge and cloud have in common."""
 
     model: str
     state: str
@@ -44,7 +44,7 @@ class PartKeys(NamedTuple):
 
 
 def part_of(subject: Subject) -> PartKeys:
-    """This part's own section; an edge has no model."""
+    """Return the keys of this part's section; an edge has no model."""
     config = subject.config
     parts = {
         "agent": PartKeys(config.agent.model, config.agent.state, config.agent.threads),
@@ -55,14 +55,14 @@ def part_of(subject: Subject) -> PartKeys:
 
 
 def brokers_of(subject: Subject) -> dict[str, Broker]:
-    """The brokers that this part connects to, by the key of their section."""
+    """Return the brokers to which this part connects, by the key of their section."""
     config = subject.config
     up = config.edge.upstream
     return {"broker": config.broker, **({"edge.upstream": up} if subject.role == "edge" and up.url else {})}
 
 
 def configuration(subject: Subject) -> Remark:
-    """Whether it can be read, and what is legal in it and still will not work."""
+    """Check that the configuration can be read, and that its combination of broker URLs works."""
     if subject.problem is not None:
         return fail(str(subject.problem), "correct this key; `fedhlm config check` shows all keys and their sources")
     config = subject.config
@@ -83,7 +83,7 @@ def configuration(subject: Subject) -> Remark:
 
 
 def key_files(subject: Subject) -> Remark:
-    """Private keys, and files that hold a password, are for their owner alone."""
+    """Check that only the owner can read private keys and files with a password."""
     paths: dict[str, str] = {}
     for section, broker in brokers_of(subject).items():
         if broker.url and (key := broker.address(key=f"{section}.url").files.key):
@@ -109,7 +109,7 @@ def key_files(subject: Subject) -> Remark:
 
 
 def state_folder(subject: Subject) -> Remark:
-    """Written for real: a full disk or one that the kernel has made read-only shows in no permission bit."""
+    """Check the state folder by writing to it: permission bits do not show a full or read-only disk."""
     key = f"{subject.role}.state"
     configured = part_of(subject).state
     if not configured:
@@ -139,8 +139,8 @@ def state_folder(subject: Subject) -> Remark:
 
 
 def model(subject: Subject) -> Remark:
-    """The model folder: complete, unchanged, and able to take part."""
-    from fedhlm_zoo.shipped import model_folder  # an edge's image has no models, and no package of them
+    """Check that the model folder is complete and unchanged, and that its model can be used."""
+    from fedhlm_zoo.shipped import model_folder  # the image of an edge has no models, and not this package
 
     part = part_of(subject)
     key = f"{subject.role}.model"
@@ -159,7 +159,7 @@ def model(subject: Subject) -> Remark:
 
 
 def providers(subject: Subject) -> Remark:
-    """Where onnxruntime computes: the providers that are asked for against those that this build has."""
+    """Check that this build of onnxruntime has the configured execution providers."""
     try:
         import onnxruntime
     except ImportError as exc:
@@ -180,7 +180,7 @@ def _short(names: Iterable[str]) -> str:
 
 
 def speed(subject: Subject) -> Remark:
-    """Tokens a second, one by one, as a device drafts and as a cloud verifies in the worst case."""
+    """Measure the decode speed in tokens/s, one token at a time, as a device drafts and a cloud verifies at worst."""
     if subject.model is None:
         raise AssertionError("the check `model` comes before")
     begun_s = perf_counter()

@@ -15,16 +15,16 @@ from fedhlm_fleet.doctor.finding import Remark, Role, Subject, fail, ok, skip, w
 MIB: Final = 1024 * 1024
 PYTHON_MIN: Final = (3, 11)
 ARCHITECTURES: Final = {"x86_64": "avx2", "amd64": "avx2", "aarch64": "asimd", "arm64": "asimd"}  # and what int8 needs
-# What speeds up int8 products where it is there: dot products of four bytes at once.
+# Optional instructions that speed up int8 products: dot products of four bytes at once.
 DOT_PRODUCTS: Final = {"avx2": ("avx_vnni", "avx512_vnni"), "asimd": ("asimddp",)}
-# Resident memory of each part without its model, measured at the demo's fleet and rounded up.
+# Resident memory of each part without its model, measured in the demo and rounded up.
 NEED_MIB: Final[dict[Role, int]] = {"agent": 128, "edge": 96, "cloud": 256}
 _REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+)\s*([<>=!~,.\w\s]*?)\s*(?:;\s*(.*))?")
 _TIME_ERROR: Final = 5  # adjtimex: the clock is not synchronised
 
 
 def system(subject: Subject) -> Remark:
-    """A 64-bit kernel under a 64-bit Python: there is no onnxruntime for anything else."""
+    """Check for a 64-bit kernel and a 64-bit Python, which onnxruntime requires."""
     bits = struct.calcsize("P") * 8
     release = f"{os.uname().sysname} {os.uname().release}"
     advice = (
@@ -38,7 +38,7 @@ def system(subject: Subject) -> Remark:
 
 
 def processor(subject: Subject) -> Remark:
-    """Vector instructions for int8 arithmetic."""
+    """Check for the vector instructions that int8 arithmetic uses."""
     text = (subject.proc / "cpuinfo").read_text("utf-8", "replace")
     lines = [line for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
     flags = set(lines[0].partition(":")[2].split()) if lines else set()
@@ -52,7 +52,7 @@ def processor(subject: Subject) -> Remark:
 
 
 def python(_: Subject) -> Remark:
-    """The interpreter's version."""
+    """Check the Python version."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] < PYTHON_MIN:
         return fail(
@@ -62,7 +62,7 @@ def python(_: Subject) -> Remark:
 
 
 def libraries(subject: Subject) -> Remark:
-    """Installed versions against the requirements of this part's extra."""
+    """Check the installed versions against the requirements of this part's extra."""
     try:
         requirements = subject.requires()
     except metadata.PackageNotFoundError:
@@ -94,7 +94,7 @@ def _wanted(marker: str | None, role: Role) -> bool:
 
 
 def satisfies(version: str, limits: str) -> bool:
-    """Whether a release number keeps limits such as `>=2.5.1,<3`; what follows the numbers is not looked at."""
+    """Return whether a version satisfies limits such as `>=2.5.1,<3`; suffixes after the numbers are ignored."""
     compare = {
         ">=": lambda a, b: a >= b,
         "<=": lambda a, b: a <= b,
@@ -120,9 +120,9 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def clock(subject: Subject) -> Remark:
-    """Whether the clock is kept by somebody, and not before the time at which this software was installed.
+    """Check that the clock is synchronised, and later than the installation of this software.
 
-    Certificates need the date; deadlines on the bus are spans, which a wrong clock does not hurt.
+    Certificates need the right date. Deadlines on the bus are time spans, which a wrong clock does not affect.
     """
     now_s = subject.wall_s()
     shown = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now_s))
@@ -147,10 +147,10 @@ def _synchronised() -> bool | None:
 
 
 def memory(subject: Subject) -> Remark:
-    """Memory that is left, under the limit of our control group too, against what the part and its model take."""
+    """Check that the free memory, also within the limit of the control group, is enough for the part and its model."""
     need = NEED_MIB[subject.role]
     if subject.model is not None:
-        # The graph is read, and its weights are unpacked beside it.
+        # The graph is read into memory, and its weights are unpacked into a second copy.
         need += 2 * sum(file.bytes for file in subject.model.info.files.values()) // MIB
     try:
         lines = (subject.proc / "meminfo").read_text("ascii").splitlines()

@@ -1,4 +1,4 @@
-"""Checks of who else is on the bus: edge and cloud present, models that fit together, clocks that agree."""
+"""Checks of the other parts on the bus: edge and cloud are online, models fit together, clocks agree."""
 
 from typing import Final
 
@@ -16,7 +16,7 @@ _UNLIKE: Final = "give both sides models with one tokenizer: copy the pair's mod
 
 
 def _presences(subject: Subject, key: str, topic: topics.Topic, *, wait_s: float = RETAINED_S) -> dict[str, Presence]:
-    """The last presence on each topic name of this row; waits only while there is none."""
+    """Return the last presence on each topic of this row; wait only until there is one."""
     probe, root = subject.probes[key], section_of(subject, key).root
 
     def is_one(heard: HeardMessage) -> bool:
@@ -36,7 +36,7 @@ def _presences(subject: Subject, key: str, topic: topics.Topic, *, wait_s: float
 
 
 def edge(subject: Subject) -> Remark:
-    """For an agent: its cluster's edge is there, and the cloud behind it."""
+    """Check, for an agent, that its cluster's edge is online and sees the cloud."""
     cluster = subject.config.cluster.name
     found = list(_presences(subject, "broker", topics.EDGE_STATUS).values())
     if not found:
@@ -57,7 +57,7 @@ def edge(subject: Subject) -> Remark:
 
 
 def cloud(subject: Subject) -> Remark:
-    """For an edge: the cloud is there."""
+    """Check, for an edge, that the cloud is online."""
     found = list(_presences(subject, _up(subject), topics.CLOUD_STATUS).values())
     if not found:
         return fail(
@@ -73,7 +73,7 @@ def _up(subject: Subject) -> str:
 
 
 def agreement_of_agent(subject: Subject) -> Remark:
-    """This agent's tokenizer, vocabulary and noise are the cloud's, as its edge tells them."""
+    """Compare this agent's tokenizer, vocabulary and noise with those of the cloud, which its edge announces."""
     theirs = [p.upstream for p in _presences(subject, "broker", topics.EDGE_STATUS).values()]
     if subject.model is None or not theirs or theirs[-1] is None:
         return skip("the edge tells no fingerprint of the cloud")
@@ -81,7 +81,7 @@ def agreement_of_agent(subject: Subject) -> Remark:
 
 
 def agreement_of_edge(subject: Subject) -> Remark:
-    """The cloud's fingerprint against those of the cluster's agents."""
+    """Compare the cloud's fingerprint with those of the cluster's agents."""
     clouds = [p.fingerprint for p in _presences(subject, _up(subject), topics.CLOUD_STATUS).values()]
     if not clouds or clouds[-1] is None:
         return skip("the cloud tells no fingerprint")
@@ -99,7 +99,7 @@ def agreement_of_edge(subject: Subject) -> Remark:
 
 
 def agreement_of_cloud(subject: Subject) -> Remark:
-    """Whether a running cloud has this model; a broker with access rules hides its presence from the cloud itself."""
+    """Compare this model with a running cloud's, whose presence a broker with access rules hides from the cloud."""
     subject.probes["broker"].subscribe(topics.CLOUD_STATUS.name(subject.config.broker.root))
     found = [p.fingerprint for p in _presences(subject, "broker", topics.CLOUD_STATUS).values() if p.online]
     if not found or found[-1] is None or subject.model is None:
@@ -116,9 +116,10 @@ def _compared(ours: Fingerprint, theirs: Fingerprint, whose: str) -> Remark:
 
 
 def clocks(subject: Subject) -> Remark:
-    """Other parties' clocks, by what they sent while we listened; and nobody's message may come from our future.
+    """Compare the clocks of other parties with this one, by the sending times of their messages.
 
-    A fresh message bounds their clock from both sides, by its way here; a retained one from one side only.
+    A fresh message bounds the difference on both sides, up to its travel time. A retained message bounds it on one side
+    only: it cannot come from the future.
     """
     fresh: list[float] = []
     ahead = 0.0

@@ -1,6 +1,6 @@
-"""A short MQTT session of the doctor's own, which sees what the bus hides: the reason code of every single answer.
+"""A short MQTT session of the doctor, which shows what the bus hides: the reason code of every answer.
 
-It has a client id of its own, no last will and a clean start, so that a running part is not disturbed.
+It has its own client id, no last will and a clean start, so that it does not disturb a running part.
 """
 
 import socket
@@ -23,7 +23,7 @@ _PAHO: Final[dict[ProtocolVersion, Any]] = {"5": paho.MQTTv5, "3.1.1": paho.MQTT
 
 
 class HeardMessage(NamedTuple):
-    """A message that came, and our clock's time then."""
+    """A received message, with the local time of its arrival."""
 
     topic: str
     payload: bytes
@@ -32,11 +32,11 @@ class HeardMessage(NamedTuple):
 
 
 class LostError(BusError):
-    """The broker ended a session that it had begun."""
+    """The broker closed an established session."""
 
 
 class RefusedError(BusError):
-    """The broker answered CONNECT, with a no."""
+    """The broker rejected the CONNECT."""
 
     def __init__(self, reason: str, code: int) -> None:
         super().__init__(reason)
@@ -63,8 +63,8 @@ class Probe:
         """Connect with the newest of `versions` that the broker speaks.
 
         Raises:
-            RefusedError: the broker says no.
-            BusError: it does not answer, or hangs up.
+            RefusedError: the broker rejects the connection.
+            BusError: the broker does not answer, or closes the connection.
         """
         for version in versions:
             self.version = version
@@ -104,7 +104,7 @@ class Probe:
         self._until(lambda: self._connected is not None or self._gone is not None)
 
     def subscribe(self, *filters: str) -> dict[str, str]:
-        """Subscribe at QoS 1; the refused filters with the broker's reasons.
+        """Subscribe at QoS 1; return the refused filters with the broker's reasons.
 
         Raises:
             BusError: no answer.
@@ -113,10 +113,10 @@ class Probe:
         return {p: str(r) for p, r in zip(filters, reasons, strict=True) if r.value >= FIRST_FAILURE}
 
     def publish(self, topic: str, payload: bytes) -> str | None:
-        """Publish at QoS 1, not retained; the broker's reason for refusing, None where it says none.
+        """Publish at QoS 1, not retained; return the broker's reason for refusing, or None.
 
         Raises:
-            BusError: no answer.
+            BusError: the broker does not answer.
         """
 
         def send(client: paho.Client) -> tuple[Any, int | None]:
@@ -127,14 +127,14 @@ class Probe:
         return str(reason) if reason.value >= FIRST_FAILURE else None
 
     def burst_s(self, count: int) -> float:
-        """Seconds until the last of `count` requests is answered that go out with one TCP segment.
+        """Send `count` requests in one TCP segment, and return the seconds until the last one is answered.
 
-        They end subscriptions that there are none of, so nothing comes of them. The answers are several segments, and our
-        kernel acknowledges late, as that of most clients does: a broker with Nagle's algorithm waits for it before the second
-        answer. Linux only; elsewhere the requests are several segments as well.
+        The requests end subscriptions that do not exist, so they have no effect. The answers are several segments, and
+        the kernel delays its acknowledgements, as for most clients. A broker with Nagle's algorithm waits for that
+        acknowledgement before it sends the second answer. Only Linux sends the requests in one segment.
 
         Raises:
-            BusError: no answer.
+            BusError: the broker does not answer.
         """
         client = self._client
         sock = None if client is None else client.socket()
@@ -158,12 +158,12 @@ class Probe:
         return took_s
 
     def wait_for(self, wanted: Callable[[HeardMessage], bool], wait_s: float) -> HeardMessage | None:
-        """The first wanted message of those that came or come in time."""
+        """Return the first wanted message among those received so far or within `wait_s` seconds, or None."""
         self._until(lambda: any(map(wanted, self.heard)), wait_s)
         return next(filter(wanted, list(self.heard)), None)
 
     def close(self) -> None:
-        """Say goodbye; safe to call twice."""
+        """Disconnect; safe to call twice."""
         client, self._client = self._client, None
         if client is not None:
             client.disconnect()

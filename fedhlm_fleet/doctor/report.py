@@ -1,4 +1,4 @@
-"""Findings for people (80 columns, colours on a terminal only) and for programs (JSON, described in docs/doctor.md)."""
+"""Output of findings, as text with colours on a terminal, or as JSON (described in docs/doctor.md)."""
 
 import textwrap
 from collections import Counter
@@ -20,7 +20,7 @@ _ARROW: Final = "-> "
 
 
 def show(finding: Finding, console: Console) -> None:
-    """Print one finding: mark, name, what was found, and below it what to do."""
+    """Print one finding: its level, its name, what was found and, below, what to do."""
     style = MARKS[finding.level]
     indent = _MARK_WIDTH + _NAME_WIDTH
     width = max(console.width - indent, _TEXT_MIN)
@@ -34,19 +34,19 @@ def show(finding: Finding, console: Console) -> None:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many of each level, in words."""
+    """Return the number of findings of each level, in words."""
     counts = Counter(finding.level for finding in findings)
     words: dict[Level, str] = {"ok": "in order", "warn": "worth a look", "fail": "failed", "skip": "not looked at"}
     return ", ".join(f"{counts[level]} {word}" for level, word in words.items() if counts[level])
 
 
 def failed(findings: Sequence[Finding]) -> bool:
-    """Whether any check failed."""
+    """Return whether any check failed."""
     return any(finding.level == "fail" for finding in findings)
 
 
 def as_json(subject: Subject, findings: Sequence[Finding], seconds: float) -> str:
-    """One JSON object; docs/doctor.md says what its fields are."""
+    """Return the findings as one JSON object; docs/doctor.md describes its fields."""
     counts = Counter(finding.level for finding in findings)
     report: dict[str, Any] = {
         "schema": SCHEMA,

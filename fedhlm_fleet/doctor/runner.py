@@ -1,4 +1,4 @@
-"""Runs checks one after the other: each has a deadline, none stops the others, and all together keep to a budget."""
+"""Runs checks one after the other; each has a deadline, no failure stops the others, and all share a time budget."""
 
 import queue
 import threading
@@ -19,7 +19,7 @@ def examine(
     budget_s: float = BUDGET_S,
     clock_s: Callable[[], float] = time.monotonic,
 ) -> Iterator[Finding]:
-    """The findings in the order of the checks, each as soon as it is known."""
+    """Yield the findings in the order of the checks, each as soon as it is known."""
     ends_s = clock_s() + budget_s
     levels: dict[str, Level] = {}
     for check in checks:
@@ -38,7 +38,7 @@ def examine(
 
 
 def _within(check: Check, subject: Subject, deadline_s: float) -> Remark:
-    """Run in a thread that is left behind when it hangs: a name server or a dying disk cannot be interrupted."""
+    """Run a check in a thread, and abandon it if it hangs: a wait for a name server or disk cannot be interrupted."""
     answer: queue.SimpleQueue[Remark] = queue.SimpleQueue()
     threading.Thread(target=lambda: answer.put(_safely(check, subject)), name=check.name, daemon=True).start()
     try:

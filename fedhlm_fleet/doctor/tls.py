@@ -1,4 +1,4 @@
-"""What TLS says: the broker's certificate by a real handshake, our own by one with ourselves in memory."""
+"""TLS checks: of the broker's certificate by a handshake with it, of our own certificate by a handshake in memory."""
 
 import socket
 import ssl
@@ -9,8 +9,8 @@ from fedhlm.bus.broker_url import BrokerUrl
 from fedhlm_fleet.doctor.finding import Remark, fail, ok, skip, warn
 
 WARN_DAYS: Final = 30
-ALERT_S: Final = 0.3  # a broker that dislikes our certificate says so after the handshake
-# OpenSSL's X509_V_ERR numbers, as far as there is something to advise.
+ALERT_S: Final = 0.3  # a broker that rejects our certificate sends its alert after the handshake
+# Advice for some of OpenSSL's X509_V_ERR numbers.
 ADVICE: Final = {
     9: "it is not valid yet: set this machine's clock (timedatectl)",
     10: "it has expired: issue the broker's certificate anew and restart the broker; is this machine's clock right?",
@@ -23,7 +23,7 @@ ADVICE: Final = {
 
 
 def broker_certificate(address: BrokerUrl, key: str, *, timeout_s: float, now_s: float) -> Remark:
-    """Shake hands with the broker and look at the dates of its certificate.
+    """Do a TLS handshake with the broker, and check the dates of its certificate.
 
     Raises:
         ConfigError: a certificate file cannot be used.
@@ -51,7 +51,7 @@ def broker_certificate(address: BrokerUrl, key: str, *, timeout_s: float, now_s:
                         f"it may want a certificate: set {key}.cert and {key}.key",
                     )
             except TimeoutError:
-                pass  # a broker says nothing before it is asked
+                pass  # a broker sends nothing before it gets a request
     except ssl.SSLCertVerificationError as exc:
         advice = ADVICE.get(exc.verify_code, "issue the broker's certificate anew")
         return fail(
@@ -68,7 +68,7 @@ def broker_certificate(address: BrokerUrl, key: str, *, timeout_s: float, now_s:
 
 
 def own_certificate(address: BrokerUrl, key: str, *, now_s: float) -> Remark:
-    """Our certificate as a broker would see it: pair, chain and dates.
+    """Check our certificate as a broker would: its key, its chain and its dates.
 
     Raises:
         ConfigError: a certificate file cannot be used.
@@ -82,7 +82,8 @@ def own_certificate(address: BrokerUrl, key: str, *, now_s: float) -> Remark:
     if files.ca is not None:
         server.load_verify_locations(files.ca)
     server.verify_mode = ssl.CERT_REQUIRED if files.ca is not None else ssl.CERT_NONE
-    # We play the broker with the same certificate, which is not made for that; only the other direction counts.
+    # The server side uses the same certificate, which is not issued for servers; only the client's certificate is
+    # checked.
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         facts = _handshake(server, context)

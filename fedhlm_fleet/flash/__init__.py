@@ -1,1 +1,1 @@
-"""Devices made ready: cards that boot into a running agent without internet, and machines provisioned over ssh."""
+"""Set-up of devices: SD cards that boot into a running agent without internet, and running machines over ssh."""

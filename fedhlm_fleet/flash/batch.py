@@ -1,6 +1,6 @@
-"""Cards from orders: one from the command line, many from a CSV file whose empty cells take the command line's values.
+"""Orders for cards: one from the command line, or many from a CSV file, with the command line's values as defaults.
 
-All orders are read and checked before the first card is touched. One card that fails does not stop the others.
+All orders are validated before the first card is written. A card that fails does not stop the others.
 """
 
 import csv
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 
 class BatchDevice(NamedTuple):
-    """A device, its configuration so far, and its own certificate files (certificate, key, CA) if it has them."""
+    """A device, its configuration so far, and its own certificate files (certificate, key, CA), if given."""
 
     device: Device
     settings: Mapping[str, Any]
@@ -38,7 +38,7 @@ class BatchDevice(NamedTuple):
 
 
 class Order(NamedTuple):
-    """A device and where its card is."""
+    """A device and the place of its card."""
 
     party: BatchDevice
     boot: Path | None
@@ -48,19 +48,19 @@ class Order(NamedTuple):
 
     @property
     def device(self) -> Device:
-        """Who it is for."""
+        """The device that gets the card."""
         return self.party.device
 
     @property
     def place(self) -> Path:
-        """What is written."""
+        """The folder, disk or image that is written."""
         place = self.boot or self.disk or self.out or self.image
         assert place is not None  # noqa: S101  order_of has seen to it
         return place
 
 
 class WrittenCard(NamedTuple):
-    """A card that was made: its files, their bytes, and how long it took."""
+    """A written card: the number of its files, their size in bytes, and the time that writing took."""
 
     order: Order
     files: int
@@ -69,11 +69,11 @@ class WrittenCard(NamedTuple):
 
 
 def party_of(values: Mapping[str, str]) -> BatchDevice:
-    """One device from the values of COLUMNS; absent and empty mean the same.
+    """Build a device from the values of COLUMNS; an empty value counts as missing.
 
     Raises:
-        ConfigError: a value that is missing or cannot be used.
-        FlashError: a file that cannot be read.
+        ConfigError: a value is missing or not valid.
+        FlashError: a file cannot be read.
     """
     given = {name: value for name, value in values.items() if value}
     for name in ("agent", "cluster", "broker"):
@@ -107,11 +107,11 @@ def party_of(values: Mapping[str, str]) -> BatchDevice:
 
 
 def order_of(values: Mapping[str, str]) -> Order:
-    """One order from the values of COLUMNS; absent and empty mean the same.
+    """Build an order from the values of COLUMNS; an empty value counts as missing.
 
     Raises:
-        ConfigError: a value that is missing or cannot be used.
-        FlashError: a file that cannot be read.
+        ConfigError: a value is missing or not valid.
+        FlashError: a file cannot be read.
     """
     given = {name: value for name, value in values.items() if value}
     party = party_of(given)
@@ -130,10 +130,10 @@ def order_of(values: Mapping[str, str]) -> Order:
 
 
 def read(path: Path, defaults: Mapping[str, str]) -> list[Order]:
-    """The orders of a CSV file with a line of column names.
+    """Read the orders of a CSV file whose first line has the column names.
 
     Raises:
-        FlashError: all that is wrong, each with its line.
+        FlashError: the message lists every error with its line.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -161,7 +161,7 @@ def read(path: Path, defaults: Mapping[str, str]) -> list[Order]:
         except FedhlmError as exc:
             wrong.append(f"line {line}: {exc}")
             continue
-        # Under one cluster's broker two devices of one name would end each other's connections.
+        # Two devices with one name would close each other's connections to the cluster's broker.
         for what, key in (("agent", order.device.agent), ("target", str(order.place))):
             if (first := seen.setdefault((what, key), line)) != line:
                 wrong.append(f"line {line}: {what} {key!r} is that of line {first} already")
@@ -177,7 +177,7 @@ def make(order: Order, installed: Payload, say: Say, *, clock_s: Callable[[], fl
     """Write one card.
 
     Raises:
-        FlashError: it cannot be written, or must not be.
+        FlashError: the card cannot or must not be written.
     """
     begun_s = clock_s()
     parts = cloudinit.card(order.device, installed)
@@ -190,7 +190,7 @@ def make(order: Order, installed: Payload, say: Say, *, clock_s: Callable[[], fl
 def make_all(
     orders: Sequence[Order], payload_of: Callable[[Order], Payload], say: Say
 ) -> tuple[list[WrittenCard], int]:
-    """Write all cards, a line about each; those that were made, and how many were not."""
+    """Write all cards, with a line about each; return those that were written, and how many failed."""
     done: list[WrittenCard] = []
     for number, order in enumerate(orders, 1):
         head = f"[{number}/{len(orders)}] {order.device.agent}"
@@ -207,7 +207,7 @@ def make_all(
 
 
 def described(order: Order, installed: Payload) -> Iterator[str]:
-    """What would be written, for human eyes: secrets by name and size only."""
+    """Describe what would be written; secrets appear by name and size only."""
     parts = cloudinit.card(order.device, installed)
     yield f"{order.device.agent} of {order.device.cluster}: {len(parts)} files to {order.place}"
     for part in parts:
@@ -232,14 +232,14 @@ def _target(order: Order, parts: Sequence[PlannedFile], say: Say) -> Iterator[Ta
                 _copy(order.image, device, say)
         yield BootPartition(order.disk)
     elif order.out is not None and order.image is not None:
-        # Renamed when complete: half an image never looks like one.
+        # The file is renamed when it is complete, so that nobody takes a partial image for a whole one.
         partial = order.out.with_name(f".{order.out.name}.part")
         try:
             if order.image.suffix != ".xz":
                 require_room(BootPartition(order.image), parts)
             order.out.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                # The card's certificate and Wi-Fi key will be in it.
+                # The file will contain the card's private key and Wi-Fi key.
                 os.fchmod(file.fileno(), 0o600)
                 _copy(order.image, file, say)
             yield BootPartition(partial)
@@ -274,7 +274,7 @@ def _copy(image: Path, to: IO[bytes], say: Say) -> None:
 
 
 def _inherited(cells: Iterable[str], defaults: Mapping[str, str]) -> dict[str, str]:
-    # A line with a place of its own does not take the command line's as well.
+    # A line that names a place does not inherit the place of the command line.
     places = {"boot", "device", "out"}
     own = places & set(cells)
     return {name: value for name, value in defaults.items() if not (own and name in places)}
@@ -282,7 +282,7 @@ def _inherited(cells: Iterable[str], defaults: Mapping[str, str]) -> dict[str, s
 
 def _settings(path: Path, device: Device) -> dict[str, Any]:
     text = _text(path, "--config")
-    # Together with what is added to it, and as the agent will read it: an error shows here, not on the device.
+    # The file is loaded as the agent will load it, so that an error shows here and not on the device.
     own = {"agent.id": device.agent, "cluster.name": device.cluster, "broker.url": device.broker}
     preset = load(file=path, flags=own, environ={}).config.preset
     if preset not in presets():

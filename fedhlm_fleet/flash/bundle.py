@@ -1,7 +1,7 @@
-"""The offline bundle: wheels for the device's processor and Python, kept in a folder, and a model if it is not the shipped one.
+"""The offline bundle: wheels for the device's processor and Python, and a model unless it is the shipped one.
 
-pip fetches wheels for another machine when every platform tag is named to it; a folder that is complete is taken as it is, so
-that a workshop without internet flashes cards from one that was filled before. Nothing is built on a device.
+pip downloads wheels for another machine if it gets every platform tag of that machine. A complete folder is used as it
+is, so that cards can be written without internet. Nothing is built on a device.
 """
 
 import re
@@ -23,7 +23,7 @@ NEEDED: Final = (PROJECT, "pip", "numpy", "onnxruntime", "tokenizers", "aiomqtt"
 # The Pythons of Debian 12, Ubuntu 24.04 and Debian 13 (Raspberry Pi OS Trixie).
 PYTHONS: Final = ("3.11", "3.12", "3.13")
 MACHINE: Final = "aarch64"
-# glibc 2.35 is Ubuntu 22.04's, the oldest that is served; a wheel for an older one runs there as well.
+# The oldest supported system, Ubuntu 22.04, has glibc 2.35; wheels for an older glibc run there too.
 _GLIBC_MINORS: Final = range(17, 36)
 _WHEEL: Final = re.compile(
     r"(?P<name>[A-Za-z0-9_.]+)-(?P<version>[^-]+)(-\d[^-]*)?-(?P<python>[^-]+)-(?P<abi>[^-]+)-(?P<platform>[^-]+)\.whl"
@@ -43,7 +43,7 @@ _NO_SOURCE: Final = (
 
 
 def tags(python: str, machine: str = MACHINE) -> list[str]:
-    """pip's options for a Python version ("3.13") and machine, with every platform tag that the device takes."""
+    """Return pip's options for a Python version ("3.13") and machine, with all platform tags of the device."""
     digits = python.replace(".", "")
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in _GLIBC_MINORS]
     options = ["--only-binary=:all:", "--implementation", "cp", "--python-version", digits]
@@ -55,10 +55,10 @@ def tags(python: str, machine: str = MACHINE) -> list[str]:
 
 
 def wheels(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
-    """The wheels of a folder, checked: everything that an agent needs is there, and each runs on the device.
+    """Return the wheels of a folder, after checking that they are all an agent needs and run on the device.
 
     Raises:
-        FlashError: names the wheel that is missing, doubled or for another machine or Python.
+        FlashError: a wheel is missing, in the folder twice, or for another machine or Python.
     """
     if not folder.is_dir():
         raise FlashError(f"wheels: {folder} is no folder")
@@ -80,10 +80,10 @@ def wheels(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
 
 
 def fill(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
-    """Fetch what is missing into `folder` and return its wheels; no network is used where it is complete.
+    """Download the wheels into `folder`, unless they are there already, and return them.
 
     Raises:
-        FlashError: pip fails; its last words are in the message.
+        FlashError: pip fails; the message contains its last lines.
     """
     if folder.is_dir() and any(folder.glob(f"{PROJECT}-*.whl")):
         return wheels(folder, python=python, machine=machine)
@@ -102,18 +102,18 @@ def fill(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
             "download", "--dest", str(staged), "--find-links", str(staged), *pins, *tags(python, machine), wanted, "pip"
         )
         found = wheels(staged, python=python, machine=machine)
-        # The project's own wheel goes last: it says that the folder is complete.
+        # The project's own wheel is copied last: its presence means that the folder is complete.
         for wheel in sorted(found, key=lambda path: path.name.startswith(f"{PROJECT}-")):
             shutil.copyfile(wheel, folder / wheel.name)
     return wheels(folder, python=python, machine=machine)
 
 
 def parts(found: Sequence[Path], *, model: Path | None = None, interpreter: Path | None = None) -> list[PlannedFile]:
-    """The bundle's files as parts of a payload.
+    """Return the files of the bundle as parts of a payload.
 
     Raises:
-        ModelError: `model` is no usable model folder.
-        FlashError: `interpreter` is no .tar.gz.
+        ModelError: `model` is not a usable model folder.
+        ConfigError: `interpreter` is not a .tar.gz file.
     """
     listed = [PlannedFile(f"wheels/{wheel.name}", wheel) for wheel in found]
     if model is not None:
@@ -127,19 +127,19 @@ def parts(found: Sequence[Path], *, model: Path | None = None, interpreter: Path
 
 
 def shipped_units() -> dict[str, bytes]:
-    """The installer and the systemd unit and drop-ins that come with this package."""
+    """Return the installer, the systemd unit and its drop-ins, which come with this package."""
     here = resources.files("fedhlm_fleet.flash")
     return {name: here.joinpath(name).read_bytes() for name in (INSTALLER, UNIT, PLAIN, CUDA)}
 
 
 def source_folder() -> Path | None:
-    """Where this program's source lies, when it runs from there; None when it was installed from a wheel."""
+    """Return the source folder of this program, or None if it was installed from a wheel."""
     folder = Path(__file__).resolve().parents[2]
     return folder if (folder / "pyproject.toml").is_file() else None
 
 
 def _build(source: Path, copy: Path, wheels_to: Path) -> None:
-    # Built from a copy: setuptools leaves its own folders behind, and takes up what an earlier build left in them.
+    # The wheel is built from a copy: setuptools leaves build folders behind, and reuses those of earlier builds.
     ignore_top, ignore = shutil.ignore_patterns(*_NO_SOURCE), shutil.ignore_patterns("__pycache__")
     shutil.copytree(source, copy, ignore=lambda at, names: (ignore_top if Path(at) == source else ignore)(at, names))
     _pip("wheel", "--no-deps", "--wheel-dir", str(wheels_to), str(copy))
@@ -161,7 +161,7 @@ def _runs(match: re.Match[str], python: str, machine: str) -> bool:
     digits = python.replace(".", "")
     minor = int(digits[1:])
     pythons, abis, platforms = (match[group].split(".") for group in ("python", "abi", "platform"))
-    # NVIDIA's own wheels say linux_ only.
+    # NVIDIA's own wheels use plain linux_ tags.
     if not any(p == "any" or (p.startswith(("manylinux", "linux_")) and p.endswith(f"_{machine}")) for p in platforms):
         return False
     if f"cp{digits}" in pythons and {f"cp{digits}", "abi3", "none"} & set(abis):

@@ -1,7 +1,7 @@
-"""First-boot files of cloud-init (NoCloud): user-data, network-config and meta-data, which lie on a card's boot partition.
+"""First-boot files of cloud-init (NoCloud) on a card's boot partition: user-data, network-config and meta-data.
 
-Raspberry Pi OS (Trixie) reads them from /boot/firmware. What is to be installed lies in a folder beside them; a service of its own
-installs it, again at the next boot where power failed in between. `check` is our own look at their structure; cloud-init's own is
+Raspberry Pi OS (Trixie) reads them from /boot/firmware. A systemd service installs the payload from a folder beside
+them, and tries again at the next boot if the power fails. `check` validates the structure of the files without
 `cloud-init schema`.
 """
 
@@ -19,7 +19,7 @@ META_DATA: Final = "meta-data"
 HEADER: Final = "#cloud-config\n"
 SERVICE: Final = "fedhlm-install.service"
 
-# Runs at every boot where the folder is there. install.sh removes the folder when all is installed.
+# The service runs at every boot while the folder exists. install.sh removes the folder at the end.
 _SERVICE: Final = f"""[Unit]
 Description=Install FedHLM from the boot partition
 ConditionPathExists={BOOT}/{FOLDER}/{INSTALLER}
@@ -35,12 +35,12 @@ WantedBy=multi-user.target
 """
 _GROUPS: Final = "adm,dialout,sudo,video,plugdev,input,gpio,spi,i2c,netdev,render"
 _KEYS: Final = {"hostname", "manage_etc_hosts", "preserve_hostname", "ssh_pwauth", "users", "write_files", "runcmd"}
-# A network may be called "no": YAML 1.1 would make a truth value of it.
+# A network may be called "no", which YAML 1.1 would read as a boolean.
 _PLAIN: Final = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)\Z)[a-z_][a-z0-9_-]*", re.ASCII)
 
 
 def user_data(device: Device) -> dict[str, Any]:
-    """cloud-init's configuration of a device: host name, who may log in, and the service that installs the rest."""
+    """Return the user-data of a device: its host name, who may log in, and the service that installs the payload."""
     document: dict[str, Any] = {
         "hostname": device.hostname,
         "preserve_hostname": False,
@@ -56,14 +56,14 @@ def user_data(device: Device) -> dict[str, Any]:
         ],
         "runcmd": [["systemctl", "daemon-reload"], ["systemctl", "enable", "--now", "--no-block", SERVICE]],
     }
-    # Without a key the image's own user stays as it is: locked, unless the image has another idea.
+    # Without a key the user of the image stays as it is, which normally means locked.
     if device.ssh_key:
         document["users"] = [
             {
                 "name": device.user,
                 "groups": _GROUPS,
                 "shell": "/bin/bash",
-                # There is no password: sudo could not ask for one.
+                # The user has no password, so sudo cannot ask for one.
                 "lock_passwd": True,
                 "sudo": "ALL=(ALL) NOPASSWD:ALL",
                 "ssh_authorized_keys": [device.ssh_key],
@@ -71,13 +71,13 @@ def user_data(device: Device) -> dict[str, Any]:
         ]
         document["runcmd"].append(["systemctl", "enable", "--now", "--no-block", "ssh.service"])
     if device.wifi is not None:
-        # Raspberry Pi OS keeps the radio off until a country is known.
+        # Raspberry Pi OS keeps the radio off until the country is set.
         document["runcmd"].insert(0, "rfkill unblock wifi || true")
     return document
 
 
 def network_config(device: Device) -> dict[str, Any]:
-    """Netplan, version 2: the cable by DHCP, and the device's Wi-Fi. Neither delays booting when it is absent."""
+    """Return the network-config (Netplan, version 2): Ethernet with DHCP, and Wi-Fi. Neither delays the boot."""
     network: dict[str, Any] = {
         "version": 2,
         "ethernets": {"eth0": {"dhcp4": True, "dhcp6": True, "optional": True}},
@@ -96,7 +96,7 @@ def network_config(device: Device) -> dict[str, Any]:
 
 
 def meta_data(device: Device, digest: str) -> dict[str, Any]:
-    """The instance: a new `digest` makes cloud-init go through first boot again, an equal one leaves the device alone."""
+    """Return the meta-data, which names the instance: cloud-init runs first boot again only for a new `digest`."""
     return {
         "dsmode": "local",
         "instance-id": f"fedhlm-{device.hostname}-{digest}",
@@ -105,14 +105,14 @@ def meta_data(device: Device, digest: str) -> dict[str, Any]:
 
 
 def card(device: Device, payload: Payload) -> tuple[PlannedFile, ...]:
-    """Everything that goes onto a boot partition.
+    """Return all files for the boot partition.
 
     Raises:
-        FlashError: our own structural check fails.
+        FlashError: the structure of user-data is not valid.
     """
     user = user_data(device)
     check(user)
-    # The instance is named by all that first boot applies, so that a new Wi-Fi key alone is applied as well.
+    # The instance id covers everything that first boot applies, so that even a new Wi-Fi key alone takes effect.
     seeds = (
         PlannedFile(USER_DATA, (HEADER + to_yaml(user)).encode()),
         PlannedFile(NETWORK, to_yaml(network_config(device)).encode(), secret=True),
@@ -123,7 +123,7 @@ def card(device: Device, payload: Payload) -> tuple[PlannedFile, ...]:
 
 
 def masked(device: Device) -> str:
-    """The first-boot files for human eyes: no Wi-Fi key."""
+    """Return the first-boot files as text, without the Wi-Fi key."""
     network = network_config(device)
     if device.wifi is not None and device.wifi.psk:
         network["network"]["wifis"]["wlan0"]["access-points"][device.wifi.ssid]["password"] = "***"  # noqa: S105  the mask
@@ -131,10 +131,10 @@ def masked(device: Device) -> str:
 
 
 def check(document: Mapping[str, Any]) -> None:
-    """Our own check of user-data's structure; it needs no cloud-init.
+    """Check the structure of user-data, without cloud-init.
 
     Raises:
-        FlashError: names the key and what cloud-init expects there.
+        FlashError: the message names the key and what cloud-init expects there.
     """
     if unknown := sorted(document.keys() - _KEYS):
         raise FlashError(f"keys of user-data must be among {sorted(_KEYS)} (got {unknown[0]!r})")
@@ -146,7 +146,7 @@ def check(document: Mapping[str, Any]) -> None:
     for index, file in enumerate(document.get("write_files", ())):
         if not str(file.get("path", "")).startswith("/"):
             raise FlashError(f"user-data.write_files[{index}].path must be an absolute path (got {file.get('path')!r})")
-        # Unquoted, YAML would read a number with another base.
+        # YAML would read an unquoted value as a number.
         if not re.fullmatch(r"0[0-7]{3}", str(file.get("permissions", ""))):
             raise FlashError(
                 f"user-data.write_files[{index}].permissions must be text of four octal digits (got {file.get('permissions')!r})"
@@ -157,7 +157,7 @@ def check(document: Mapping[str, Any]) -> None:
 
 
 def to_yaml(document: Mapping[str, Any]) -> str:
-    """Block YAML with every text in double quotes (JSON's, which are YAML's): no value is taken for a number or a date."""
+    """Write block YAML with every text in JSON's double quotes, so that none is read as a number or a date."""
     return "\n".join(_mapping(document, 0)) + "\n"
 
 
@@ -184,7 +184,7 @@ def _entry(head: str, value: Any, depth: int) -> list[str]:
 
 
 def _text(text: str) -> str:
-    # What YAML 1.1 does not take as printable is escaped.
+    # Characters that YAML 1.1 does not count as printable are escaped.
     return "".join(c if c.isprintable() and c < "\ud800" else _escaped(c) for c in json.dumps(text, ensure_ascii=False))
 
 

@@ -1,4 +1,4 @@
-"""The certificate that a device gets: from a PKI folder, made there when it has none, or from three files. Always checked."""
+"""The certificate of a device, always validated: from a PKI folder, which issues it if needed, or from three files."""
 
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,11 +13,11 @@ from fedhlm_fleet.pki.registry import Registry
 
 
 def from_pki(folder: Path, agent: str, cluster: str, *, now: datetime, issue: bool = True) -> Tls | None:
-    """The agent's certificate; a new one where the registry has none, or None instead with `issue` off.
+    """Return the agent's certificate. If there is none, issue a new one, or without `issue` return None.
 
     Raises:
-        PkiError: the folder is no PKI, or cannot make certificates.
-        FlashError: the agent's certificate is of another role or cluster, revoked or expired.
+        PkiError: the folder is not a PKI, or cannot issue certificates.
+        FlashError: the agent's certificate has another role or cluster, or is revoked or expired.
     """
     authority.ca_certificate(folder)
     entry = Registry.load(folder).entries.get(agent)
@@ -37,10 +37,10 @@ def from_pki(folder: Path, agent: str, cluster: str, *, now: datetime, issue: bo
 
 
 def from_files(cert: Path, key: Path, ca: Path, *, agent: str, now: datetime) -> Tls:
-    """Three PEM files that belong together, to this agent, and are good at `now`.
+    """Read three PEM files, and check that they belong together and to this agent, and are valid at `now`.
 
     Raises:
-        FlashError: names the file and what is wrong with it.
+        FlashError: the message names the file and its problem.
     """
     texts = []
     for path in (ca, cert, key):

@@ -1,6 +1,6 @@
-"""Which disk may be written: a removable one that nothing uses. In doubt, none.
+"""Protection of disks: only a removable disk that nothing uses may be written.
 
-`refusal` decides on what lsblk tells and what the kernel has mounted; it opens nothing.
+`refusal` decides from the output of lsblk and the mounted devices; it opens no disk.
 """
 
 import json
@@ -19,7 +19,7 @@ _REMOVABLE: Final = ("usb", "mmc")
 
 
 class BlockDevice(NamedTuple):
-    """A disk or a part of one, as lsblk tells it. `number` is MAJOR:MINOR."""
+    """A disk or a partition, as lsblk describes it. `number` is MAJOR:MINOR."""
 
     path: str
     kind: str
@@ -34,7 +34,7 @@ class BlockDevice(NamedTuple):
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> "BlockDevice":
-        """From one of lsblk's JSON objects."""
+        """Read one of lsblk's JSON objects."""
         return cls(
             path=str(row.get("path") or f"/dev/{row['name']}"),
             kind=str(row.get("type") or ""),
@@ -49,14 +49,14 @@ class BlockDevice(NamedTuple):
         )
 
     def all(self) -> Iterator["BlockDevice"]:
-        """Itself and everything on it."""
+        """Yield the device itself and everything on it."""
         yield self
         for child in self.children:
             yield from child.all()
 
 
 def refusal(disk: BlockDevice, *, mounted: frozenset[str], needed_bytes: int = 0) -> str | None:
-    """Why a disk must not be written, or None. `mounted` are the MAJOR:MINOR numbers that the kernel has mounted."""
+    """Return why a disk must not be written, or None. `mounted` are the MAJOR:MINOR numbers of mounted devices."""
     if disk.kind != "disk":
         return f"it must be a whole disk (got type {disk.kind or 'unknown'})"
     for block in disk.all():
@@ -78,10 +78,10 @@ def refusal(disk: BlockDevice, *, mounted: frozenset[str], needed_bytes: int = 0
 
 
 def require_card(path: Path, *, needed_bytes: int = 0) -> BlockDevice:
-    """The disk at `path`, when it may be written.
+    """Return the disk at `path` if it may be written.
 
     Raises:
-        FlashError: says why not.
+        FlashError: the disk must not be written; the message says why.
     """
     try:
         is_block = stat.S_ISBLK(path.stat().st_mode)
@@ -98,7 +98,7 @@ def require_card(path: Path, *, needed_bytes: int = 0) -> BlockDevice:
 def mounted_numbers(
     mountinfo: Path = Path("/proc/self/mountinfo"), swaps: Path = Path("/proc/swaps")
 ) -> frozenset[str]:
-    """MAJOR:MINOR of every mounted file system, of the root's device and of swap."""
+    """Return MAJOR:MINOR of every mounted file system, of the root device and of swap."""
     numbers = {line.split()[2] for line in mountinfo.read_text("utf-8", "replace").splitlines() if line.strip()}
     devices = [Path("/").stat().st_dev]
     for line in swaps.read_text("utf-8", "replace").splitlines()[1:] if swaps.exists() else ():

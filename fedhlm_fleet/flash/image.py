@@ -1,7 +1,7 @@
-"""A card's boot partition, wherever it is: in an image file or on a device (by mtools, nothing is mounted), or a mounted folder.
+"""The boot partition of a card: in an image file or on a device (with mtools, without mounting), or a mounted folder.
 
-Each target tells its free room and takes parts; what an earlier flash left in FOLDER is replaced as a whole. Room is counted in
-whole clusters, and nothing is changed before it is known to suffice.
+A target reports its free space and takes files; they replace FOLDER as a whole. Space is counted in whole clusters, and
+is checked before anything changes.
 """
 
 import os
@@ -20,12 +20,13 @@ SECTOR: Final = 512
 _FAT_TYPES: Final = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
 _ENTRY: Final = struct.Struct("<B3xB3xII")  # status, type, first sector, sectors
 _FOLDER_CLUSTER: Final = 1
-# Names of more than eight letters take several entries of 32 bytes; this much is counted for each file beside its content.
+# A name of more than eight letters takes several entries of 32 bytes; each file counts with this much besides its
+# content.
 _ENTRY_BYTES: Final = 320
 
 
 class Room(NamedTuple):
-    """Free bytes, those that an earlier flash holds, and the size of a cluster."""
+    """Free bytes, bytes that an earlier flash occupies, and bytes per cluster."""
 
     free: int
     reusable: int
@@ -33,26 +34,26 @@ class Room(NamedTuple):
 
 
 class Target(Protocol):
-    """Where a card's files go."""
+    """A place for a card's files."""
 
     @property
     def label(self) -> str:
-        """What it is called in messages."""
+        """The name of the target in messages."""
         ...
 
     def room(self) -> Room:
-        """How much fits.
+        """Return the space of the target.
 
         Raises:
-            FlashError: it is no boot partition that can be used.
+            FlashError: the target is not a usable boot partition.
         """
         ...
 
     def put(self, parts: Sequence[PlannedFile]) -> None:
-        """Replace FOLDER and the files that are named.
+        """Replace FOLDER and the given files.
 
         Raises:
-            FlashError: it cannot be written.
+            FlashError: the target cannot be written.
         """
         ...
 
@@ -76,7 +77,7 @@ class Folder:
         return str(self.path)
 
     def room(self) -> Room:
-        """Free room of the file system. Raises FlashError where it is no boot partition of a Raspberry Pi."""
+        """Return the space of the file system. Raises FlashError if it is not the boot partition of a Raspberry Pi."""
         if not self.path.is_dir():
             raise FlashError(f"--boot must be the folder of a mounted boot partition (got {str(self.path)!r})")
         if not any((self.path / name).is_file() for name in ("cmdline.txt", "config.txt")):
@@ -86,7 +87,7 @@ class Folder:
         return Room(found.f_bavail * found.f_frsize, held, found.f_frsize)
 
     def put(self, parts: Sequence[PlannedFile]) -> None:
-        """Copy the parts; secret ones are readable by their owner only, as far as the file system knows of owners."""
+        """Copy the parts; only the owner can read secret ones, if the file system supports owners."""
         try:
             shutil.rmtree(self.path / FOLDER, ignore_errors=True)
             _lay_out(self.path, parts)
@@ -96,7 +97,7 @@ class Folder:
 
 
 class BootPartition:
-    """The FAT boot partition of an image file or device, by mtools."""
+    """The FAT boot partition of an image file or device, accessed with mtools."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -107,7 +108,7 @@ class BootPartition:
         return str(self.path)
 
     def room(self) -> Room:
-        """Free room of the first FAT partition. Raises FlashError where there is none, or the image ends before it does."""
+        """Return the space of the first FAT partition. Raises FlashError if it is missing or incomplete."""
         cluster = self._cluster()
         listing = _mtool("mdir", "-i", self._drive(), "::/", image=self.path)
         free = "".join(c for line in listing.splitlines() if line.endswith("bytes free") for c in line if c.isdigit())
@@ -120,7 +121,7 @@ class BootPartition:
         return Room(int(free), held, cluster)
 
     def put(self, parts: Sequence[PlannedFile]) -> None:
-        """Copy the parts by mcopy. FAT knows no owners: install.sh moves secrets to where only root reads."""
+        """Copy the parts with mcopy. FAT has no owners: install.sh moves secrets to a place that only root can read."""
         drive = self._drive()
         with tempfile.TemporaryDirectory(prefix="fedhlm-card-") as scratch:
             staged = Path(scratch)
@@ -149,7 +150,7 @@ class BootPartition:
 
 
 def boot_partition(path: Path) -> Partition:
-    """The first FAT partition of a disk with a master boot record.
+    """Return the first FAT partition of a disk with a master boot record.
 
     Raises:
         FlashError: the file cannot be read, is compressed, has no partition table or no FAT partition, or ends too early.
@@ -178,17 +179,17 @@ def boot_partition(path: Path) -> Partition:
 
 
 def needed_bytes(parts: Sequence[PlannedFile], cluster: int) -> int:
-    """Room that parts take in whole clusters, with their names and folders."""
+    """Return the space in bytes that the parts take in whole clusters, with their names and folders."""
     folders = {parent for part in parts for parent in Path(part.path).parents if parent != Path()}
     content = sum(-(-part.size // cluster) * cluster for part in parts)
     return content + _FOLDER_CLUSTER * len(folders) * cluster + _ENTRY_BYTES * len(parts)
 
 
 def require_room(target: Target, parts: Sequence[PlannedFile]) -> int:
-    """The room that `parts` take on a target.
+    """Check that the parts fit on a target, and return the space in bytes that they take.
 
     Raises:
-        FlashError: they do not fit; says how much is missing.
+        FlashError: the parts do not fit; the message has the needed and the free space.
     """
     room = target.room()
     needed = needed_bytes(parts, room.cluster)
@@ -205,7 +206,7 @@ def _lay_out(top: Path, parts: Sequence[PlannedFile], *, link: bool = False) -> 
         path = top / part.path
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(part.source, Path):
-            # mcopy follows links, and a card of 70 MB need not be written twice.
+            # mcopy follows links, which saves a second copy of about 70 MB.
             if link:
                 path.symlink_to(part.source.resolve())
             else:
@@ -221,9 +222,9 @@ def _mtool(program: str, *arguments: str, image: Path) -> str:
     found = shutil.which(program)
     if found is None:
         raise FlashError(f"{program} is not installed: sudo apt install mtools")
-    # mtools would ask questions, and complain of sizes that Raspberry Pi OS's image has by design.
+    # Without these, mtools asks questions, and rejects sizes that the image of Raspberry Pi OS has by design.
     environ = {**os.environ, "MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8", "MTOOLSRC": os.devnull}
-    done = subprocess.run(  # noqa: S603  the program is known, the arguments are no shell's
+    done = subprocess.run(  # noqa: S603  the program is known, and no shell reads the arguments
         [found, *arguments], env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
     )
     if done.returncode:

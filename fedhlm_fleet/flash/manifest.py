@@ -1,6 +1,7 @@
-"""A manifest for Raspberry Pi Imager: the made images as a list from which a person picks one and writes it to a card.
+"""A manifest for Raspberry Pi Imager: a list of images, from which a person picks one and writes it to a card.
 
-Its fields are those of Imager's os-list schema. `init_format` is "none": Imager must not lay its own first-boot files over ours.
+The fields are those of Imager's os-list schema. `init_format` is "none", so that Imager does not replace our first-boot
+files.
 """
 
 import base64
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 from fedhlm_fleet.flash.plan import FlashError
 
-# 64-bit models, by the tags of Imager's own device list.
+# Tags of the 64-bit models in Imager's device list.
 DEVICES: Final = ("pi5-64bit", "pi4-64bit", "pi3-64bit")
 _ICON: Final = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><rect width="40" height="40" rx="8" fill="#234"/>'
@@ -22,7 +23,7 @@ _ICON: Final = (
 
 
 def entry(image: Path, *, agent: str, cluster: str, made: datetime) -> dict[str, Any]:
-    """One image as an entry of the list.
+    """Return an image as an entry of the list.
 
     Raises:
         FlashError: the image cannot be read.
@@ -49,10 +50,10 @@ def entry(image: Path, *, agent: str, cluster: str, made: datetime) -> dict[str,
 
 
 def write(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Write the list; Imager opens files whose name ends in .rpi-imager-manifest, or takes one by --repo.
+    """Write the list; Imager opens files that end in .rpi-imager-manifest, or the one that --repo names.
 
     Raises:
-        FlashError: it cannot be written.
+        FlashError: the list cannot be written.
     """
     try:
         path.write_text(json.dumps({"os_list": list(entries)}, indent=2) + "\n", "utf-8")

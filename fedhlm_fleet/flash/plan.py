@@ -1,7 +1,7 @@
-"""What a device gets, as data: who it is, which files it is given, and which of them are secret. No I/O.
+"""The data of a device: its names, the files that it gets, and which of them are secret.
 
-A payload is what `install.sh` finds beside it, on a card's boot partition or in a folder sent over ssh. Its `digest` names its
-content, whatever the moment it was made: equal digests mean that there is nothing to install.
+A payload is the set of files beside `install.sh`, on a card's boot partition or in a folder sent over ssh. Its `digest`
+covers the content but not the time of making: with equal digests there is nothing to install.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ _PSK: Final = re.compile(r"[0-9a-fA-F]{64}")
 
 
 class FlashError(FedhlmError):
-    """A card, image, bundle or machine cannot be made ready as asked."""
+    """A card, image, bundle or machine cannot be set up as requested."""
 
 
 class Wifi(msgspec.Struct, frozen=True, kw_only=True):
-    """A WPA network. `psk` is the key derived from the password (64 hex digits), or "" for an open one."""
+    """A Wi-Fi network. `psk` is the WPA key derived from the password (64 hex digits), or "" for an open network."""
 
     ssid: str
     psk: str = ""
@@ -52,7 +52,7 @@ class Wifi(msgspec.Struct, frozen=True, kw_only=True):
         """Derive the key; a password of 64 hex digits is the key itself (IEEE 802.11i, H.4).
 
         Raises:
-            ConfigError: a name, password or country that no access point can have; the password is not shown.
+            ConfigError: the name, password or country is not valid; the message does not show the password.
         """
         if not 1 <= len(ssid.encode()) <= 32 or not ssid.isprintable():
             raise ConfigError("--wifi-ssid", ssid, "1..32 bytes of text")
@@ -83,7 +83,7 @@ class Tls(NamedTuple):
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One device: its place in the fleet, its network, and who may log in (nobody without an ssh key)."""
+    """A device: its place in the fleet, its network, and the user who may log in (nobody without an ssh key)."""
 
     agent: str
     cluster: str
@@ -105,10 +105,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         ssh_key: str = "",
         wifi: Wifi | None = None,
     ) -> "Device":
-        """A checked device; its host name is that of the agent where none is given.
+        """Validate the values and return the device; its host name is by default made from the agent's name.
 
         Raises:
-            ConfigError: a name, address or key that cannot be used.
+            ConfigError: a name, address or key is not valid.
         """
         for flag, name in (("--agent", agent), ("--cluster", cluster)):
             if not _NAME.fullmatch(name):
@@ -131,12 +131,12 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def uses_tls(self) -> bool:
-        """Whether its broker asks for certificates."""
+        """Whether its broker uses TLS."""
         return BrokerUrl.parse(self.broker, key="--broker").tls
 
 
 class PlannedFile(NamedTuple):
-    """A file of a payload or card: where it goes, its bytes or the file that has them, whether it is to be kept from sight."""
+    """A file of a payload or card: its path, its bytes or the file that has them, and whether it is secret."""
 
     path: str
     source: bytes | Path
@@ -147,12 +147,12 @@ class PlannedFile(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
 
     @property
     def sha256(self) -> str:
-        """Digest of the content, hex."""
+        """SHA-256 of the content in hexadecimal."""
         if isinstance(self.source, bytes):
             return hashlib.sha256(self.source).hexdigest()
         with self.source.open("rb") as file:
@@ -160,7 +160,7 @@ class PlannedFile(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """The files of FOLDER, and the digest that names them."""
+    """The files of FOLDER, and the digest of their content."""
 
     parts: tuple[PlannedFile, ...]
     digest: str
@@ -175,10 +175,12 @@ def payload(
     units: Mapping[str, bytes],
     made_s: int,
 ) -> Payload:
-    """All that is installed on a device. `settings` is its configuration file so far; `made_s` is now, in Unix seconds.
+    """Return all files to install on a device.
+
+    `settings` is its configuration file so far; `made_s` is the present time in Unix seconds.
 
     Raises:
-        ConfigError: the broker asks for certificates and none are given.
+        ConfigError: the broker uses TLS, and no certificate is given.
     """
     if device.uses_tls and tls is None:
         raise ConfigError("--pki", None, f"a PKI folder for {device.broker}, or --cert, --key and --ca given")
@@ -208,7 +210,7 @@ def payload(
 
 
 def configured(device: Device, settings: Mapping[str, Any], *, model: str = "") -> dict[str, Any]:
-    """The device's configuration file: `settings`, with its own names and addresses over them."""
+    """Return the device's configuration: `settings`, with the device's names and addresses in place of theirs."""
     merged: dict[str, Any] = {
         key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()
     }

@@ -1,7 +1,7 @@
-"""A machine that already runs, made ready over ssh by the same payload and installer as a card.
+"""Set-up of a running machine over ssh, with the same payload and installer as a card.
 
-The machine is asked what it is, `python_for` and `obstacle` decide, and one more connection sends the payload and installs it. ssh is the
-system's own, in batch mode: it asks nothing, and trusts and logs in as the operator has set it up.
+One connection queries the machine, `python_for` and `obstacle` decide, and a second one sends and installs the payload.
+The system's own ssh runs in batch mode: it asks nothing, and uses the operator's keys and known hosts.
 """
 
 import io
@@ -17,7 +17,7 @@ from fedhlm_fleet.flash.bundle import PYTHONS
 from fedhlm_fleet.flash.plan import FlashError, Payload, PlannedFile
 
 MACHINES: Final = ("aarch64", "x86_64")
-# numpy's and onnxruntime's wheels ask for it.
+# The wheels of numpy and onnxruntime require it.
 LEAST_GLIBC: Final = (2, 28)
 LEAST_SYSTEMD: Final = 247
 _SSH_FAILED: Final = 255
@@ -33,7 +33,7 @@ echo "systemd=$(systemctl --version 2>/dev/null | head -n 1 | cut -d ' ' -f 2)"
 echo "sudo=$(if [ "$(id -u)" = 0 ]; then echo root; elif sudo -n true 2>/dev/null; then echo yes; else echo no; fi)"
 echo "installed=$(readlink "${FEDHLM_ROOT:-}/opt/fedhlm" | sed 's/^fedhlm-//')"
 """
-# Everything is unpacked where only the user can read it, and is gone afterwards whatever happens.
+# The files are unpacked where only the user can read them, and are removed afterwards in any case.
 _INSTALL: Final = f"""
 set -eu
 umask 077
@@ -48,7 +48,7 @@ Run = Callable[[str, IO[bytes] | None], str]
 
 
 class Host(NamedTuple):
-    """What a machine is; "" is not there. `installed` is the digest of the payload that it has."""
+    """The properties of a machine; "" means that one is missing. `installed` is the digest of the installed payload."""
 
     machine: str
     python: str
@@ -60,10 +60,10 @@ class Host(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Host":
-        """From what PROBE prints.
+        """Parse the output of PROBE.
 
         Raises:
-            FlashError: something else was printed.
+            FlashError: a property is missing in the output.
         """
         found = dict(line.partition("=")[::2] for line in text.splitlines() if "=" in line)
         if missing := [name for name in cls._fields if name not in found]:
@@ -72,10 +72,11 @@ class Host(NamedTuple):
 
 
 def python_for(host: Host, *, wanted: str | None, interpreter: bool) -> str:
-    """The version of Python that the bundle is for: the interpreter's that is sent along, or the machine's own.
+    """Return the Python version of the bundle: that of the interpreter sent along, or the machine's own.
 
     Raises:
-        FlashError: the machine's is too old or too new, and none is sent along.
+        ConfigError: an interpreter is sent along, and its version is not given.
+        FlashError: the machine's version is not supported, and no interpreter is sent along.
     """
     if interpreter:
         if wanted is None:
@@ -90,7 +91,7 @@ def python_for(host: Host, *, wanted: str | None, interpreter: bool) -> str:
 
 
 def obstacle(host: Host) -> str | None:
-    """Why nothing can be installed on this machine, or None."""
+    """Return why nothing can be installed on this machine, or None."""
     if host.machine not in MACHINES:
         return f"its system must be a 64-bit one, {' or '.join(MACHINES)} (got {host.machine})"
     try:
@@ -107,10 +108,10 @@ def obstacle(host: Host) -> str | None:
 
 
 def over_ssh(host: str, *, port: int | None = None, identity: str = "") -> Run:
-    """A function that runs a shell command on `host` and returns what it prints.
+    """Return a function that runs a shell command on `host` and returns its output.
 
     Raises (the function):
-        FlashError: ssh fails, or the command does; with its last words.
+        FlashError: ssh or the command fails; the message contains the end of its error output.
     """
     program = shutil.which("ssh")
     if program is None:
@@ -121,7 +122,7 @@ def over_ssh(host: str, *, port: int | None = None, identity: str = "") -> Run:
     options += ["-i", identity] if identity else []
 
     def run(command: str, stdin: IO[bytes] | None) -> str:
-        done = subprocess.run(  # noqa: S603  no shell here; the one over there gets commands of this module
+        done = subprocess.run(  # noqa: S603  no local shell; the remote one gets commands of this module
             [program, *options, "--", host, command],
             stdin=stdin if stdin is not None else subprocess.DEVNULL,
             capture_output=True,
@@ -138,10 +139,10 @@ def over_ssh(host: str, *, port: int | None = None, identity: str = "") -> Run:
 
 
 def probe(run: Run) -> Host:
-    """Ask a machine what it is.
+    """Query the properties of a machine.
 
     Raises:
-        FlashError: it cannot be asked, or cannot be used; says why.
+        FlashError: the machine cannot be reached or cannot be used; the message says why.
     """
     host = Host.parse(run(PROBE, None))
     if reason := obstacle(host):
@@ -150,10 +151,10 @@ def probe(run: Run) -> Host:
 
 
 def install(run: Run, host: Host, payload: Payload) -> bool:
-    """Send and install; False, and nothing sent, where the machine has this very payload.
+    """Send and install the payload; send nothing and return False if the machine already has this payload.
 
     Raises:
-        FlashError: it fails; what ran before goes on running.
+        FlashError: the installation fails; the former installation keeps running.
     """
     if host.installed == payload.digest:
         return False

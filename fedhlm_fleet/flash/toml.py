@@ -1,4 +1,4 @@
-"""TOML written: scalars, arrays of scalars and tables of tables, which is all that a configuration has. `tomllib` reads it back."""
+"""Writing TOML: scalars, arrays of scalars and nested tables, which are all that a configuration has."""
 
 import json
 import re
@@ -9,10 +9,10 @@ _BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def encode(table: Mapping[str, Any]) -> str:
-    """A document that `tomllib.loads` turns into an equal table.
+    """Write a document that `tomllib.loads` reads back as an equal table.
 
     Raises:
-        TypeError: a value that is neither text, number, truth value, list of such, nor a table.
+        TypeError: a value is not text, a number, a boolean, a list of these, or a table.
     """
     return "\n".join(_lines(table, ())).strip("\n") + "\n"
 
@@ -31,7 +31,7 @@ def _key(key: str) -> str:
 
 
 def _text(text: str) -> str:
-    # JSON's escapes are TOML's, apart from DEL, which TOML wants escaped.
+    # TOML has the same escapes as JSON, but requires DEL to be escaped too.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -141,7 +141,10 @@ class _QueuePlace(NamedTuple):
 
 
 class _Call:
-    """A model call under construction. Its cost is its number of rows times the longest row, because rows are padded."""
+    """A model call under construction.
+
+    Its cost is its number of rows times the longest row, because rows are padded.
+    """
 
     def __init__(self, tokens_max: int, rows_max: int) -> None:
         self.batch: list[Running] = []
@@ -195,8 +198,9 @@ class _Room:
         self._oldest = min((r.number for r in running), default=0)
 
     def grow(self, running: Running, piece: int, batch: Sequence[Running]) -> bool:
-        """Make room for a piece of a block. If there is not enough room, return False and evict no running block's
-        cache.
+        """Make room for a piece of a block.
+
+        If there is not enough room, return False and evict no running block's cache.
         """
         while self._free < piece and self._idle:
             self._drop(self._idle.popleft())
@@ -322,7 +326,10 @@ class Batcher:
     # The next call
 
     def take(self, now_s: float) -> tuple[list[Running], list[Done]]:
-        """Return the pieces of blocks to run in one call, and the jobs that ended without one. `now_s` is in seconds."""
+        """Return the pieces of blocks to run in one call, and the jobs that ended without one.
+
+        `now_s` is in seconds.
+        """
         done: list[Done] = []
         for late in [r for r in self.running if now_s > r.job.expires_s]:
             self._give_up(late)
@@ -351,8 +358,9 @@ class Batcher:
         return call.batch, done
 
     def _lines(self) -> dict[str, list[_QueuePlace]]:
-        """For each cluster, a heap of its running blocks and of the agents that can start one. The next in line is
-        first.
+        """For each cluster, a heap of its running blocks and of the agents that can start one.
+
+        The next in line is first.
         """
         self._cluster_shares.advance(self._clusters)
         lines: dict[str, list[_QueuePlace]] = {}

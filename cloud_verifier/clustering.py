@@ -252,7 +252,10 @@ def _separation(a: Sample, b: Sample, seed: int) -> float:
 
 
 def _one_thread() -> AbstractContextManager[object]:
-    """Limit numerical libraries to one thread: on busy cores a thread pool makes problems this small ten times slower."""
+    """Limit numerical libraries to one thread.
+
+    On busy cores a thread pool makes problems this small ten times slower.
+    """
     from threadpoolctl import threadpool_limits
 
     limits: AbstractContextManager[object] = threadpool_limits(limits=1)

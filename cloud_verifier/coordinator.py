@@ -1,4 +1,4 @@
-"""The cloud's view of the federation, without I/O: the sums of the clusters, and the assignment of agents to clusters."""
+"""The cloud's view of the federation, without I/O: the clusters' sums, and the assignment of agents."""
 
 from collections.abc import Mapping
 from typing import Final, NamedTuple, Protocol
@@ -41,7 +41,10 @@ class Coordinator:
 
     @classmethod
     def of(cls, federation: Federation) -> "Coordinator":
-        """Create a coordinator from the settings. Agents are regrouped every `assign_s` seconds; 0 disables regrouping."""
+        """Create a coordinator from the settings.
+
+        Agents are regrouped every `assign_s` seconds; 0 disables regrouping.
+        """
         grouping = Clusterer((), columns=COLUMNS, interval_s=federation.assign_s) if federation.assign_s else None
         return cls(Members(federation, mean_of_clusters), grouping)
 
@@ -60,8 +63,9 @@ class Coordinator:
             del self._noted[next(iter(self._noted))]
 
     def prepare(self, now_s: float) -> bool:
-        """Hand the profiles to the grouping, and return whether `regroup` is due. Must not be called while `regroup`
-        runs.
+        """Hand the profiles to the grouping, and return whether `regroup` is due.
+
+        Must not be called while `regroup` runs.
         """
         if self.grouping is None:
             return False
@@ -79,8 +83,9 @@ class Coordinator:
 
 
 def sample_of(profile: Profile) -> Sample:
-    """The features of a profile's last TOKENS_MAX tokens, shape (n, COLUMNS) float32: the key, -1 to 1, and the doubt,
-    0 to 1.
+    """The features of a profile's last TOKENS_MAX tokens, shape (n, COLUMNS) float32.
+
+    The columns are the key, -1 to 1, and the doubt, 0 to 1.
 
     Raises:
         ProtocolError: the keys do not have DIMS numbers each, or their number differs from that of the doubts.

@@ -29,9 +29,7 @@ class EngineInput(NamedTuple):
 
 
 class EngineOutput(NamedTuple):
-    """The logits after the last `rows` ids of the request, shape (rows, V), and the cache that now includes all its
-    ids.
-    """
+    """The logits after the last `rows` ids, shape (rows, V), and the cache that now includes all ids of the request."""
 
     logits: NDArray[Any]
     cache: Any

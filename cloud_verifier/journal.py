@@ -7,7 +7,7 @@ from fedhlm.settings import Federation
 
 
 class CloudStart(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of a cloud at start (note "state"): its model, its limits, and the settings and sums of its federation."""
+    """The state of a cloud at start (note "state"): its model, its limits, and its federation's settings and sums."""
 
     root: str
     fingerprint: Fingerprint

@@ -105,8 +105,9 @@ class CloudService:
         return self._party.bus
 
     async def subscribe(self) -> None:
-        """Subscribe to the cloud's topics. Call this before the bus connects, so that the cloud hears everything once
-        online.
+        """Subscribe to the cloud's topics.
+
+        Call this before the bus connects, so that the cloud hears everything once online.
         """
         await self._party.bus.subscribe(
             *(topic.name(self._party.root, cluster="+") for topic in CLUSTERS),
@@ -140,8 +141,9 @@ class CloudService:
             await self.handle(received)
 
     async def handle(self, received: Received) -> None:
-        """Handle one message. Blocks wait for `verify_next`; messages outside the topics of HEARD are counted and
-        dropped.
+        """Handle one message.
+
+        Blocks wait for `verify_next`; messages outside the topics of HEARD are counted and dropped.
         """
         cluster = received.levels.get("cluster", "")
         match received.message if received.topic in HEARD else None:
@@ -247,7 +249,10 @@ class CloudService:
             await self._work.wait()
 
     async def verify_next(self) -> bool:
-        """Run at most one model call for the waiting blocks and send the answers. Return False if no blocks are left."""
+        """Run at most one model call for the waiting blocks and send the answers.
+
+        Return False if no blocks are left.
+        """
         batch, done = self.batcher.take(self._clock_s())
         if batch:
             self._counters.add("batches")

@@ -36,8 +36,9 @@ class Key(NamedTuple):
 
 @dataclass
 class SessionEntry:
-    """A session and the backend's cache for it (None: nothing is cached). The first `cached` tokens of the cache are
-    valid.
+    """A session and the backend's cache for it (None: nothing is cached).
+
+    The first `cached` tokens of the cache are valid.
     """
 
     state: Session
@@ -178,7 +179,8 @@ class Sessions:
             return RefusedBlock(f"sampling.coupling must be one of {', '.join(sorted(COUPLINGS))} (got {name!r})")
         if branches and not COUPLINGS[name].shared:
             return RefusedBlock(
-                f"escalation.hints.branches must be empty under sampling.coupling {name!r} (got {len(branches)} branches)"
+                f"escalation.hints.branches must be empty under sampling.coupling {name!r} "
+                f"(got {len(branches)} branches)"
             )
         drafts = split_laws(COUPLINGS[name], escalation.laws, len(ids) - escalation.fixed, vocab_size)
         laws = [b""] * escalation.fixed + drafts

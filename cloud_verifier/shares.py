@@ -12,8 +12,9 @@ NAMES_MAX: Final = 16_384
 
 
 class Level:
-    """The service that each name has received, in tokens. `now` is the least service of any busy name; it never
-    decreases.
+    """The service that each name has received, in tokens.
+
+    `now` is the least service of any busy name; it never decreases.
     """
 
     def __init__(self, burst: float) -> None:
@@ -35,8 +36,9 @@ class Level:
         self._served[name] = served
 
     def advance(self, busy: Iterable[str]) -> None:
-        """Move `now` to the least served busy name. Names whose entry no longer changes the result of `of` are
-        forgotten.
+        """Move `now` to the least served busy name.
+
+        Names whose entry no longer changes the result of `of` are forgotten.
         """
         self.now = max(self.now, min((self.of(name) for name in busy), default=self.now))
         if len(self._served) > NAMES_MAX // 2:

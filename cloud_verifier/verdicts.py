@@ -54,8 +54,9 @@ def verdict_of(
 
 
 def portions(answers: Sequence[RoutedVerdict]) -> Iterator[tuple[RoutedVerdict, ...]]:
-    """Group the answers, in order, so that each group fits one message. An answer that is too large by itself goes
-    alone.
+    """Group the answers, in order, so that each group fits one message.
+
+    An answer that is too large by itself goes alone.
     """
     portion: list[RoutedVerdict] = []
     size = 0

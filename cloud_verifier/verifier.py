@@ -46,8 +46,9 @@ class Block(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """A request to the model: keep `keep` cached positions, append `ids`, return the last `rows` logits, shape (rows,
-    V).
+    """A request to the model.
+
+    Keep the first `keep` cached positions, append `ids`, and return the logits of the last `rows` ids, shape (rows, V).
     """
 
     keep: int

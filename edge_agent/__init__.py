@@ -1,1 +1,1 @@
-"""The device: drafts tokens, doubts them, asks, and commits."""
+"""The agent: drafts tokens with the SLM, has doubtful drafts verified, and commits the text."""

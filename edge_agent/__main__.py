@@ -1,4 +1,4 @@
-"""`fedhlm agent`: load the small model and serve prompts from the bus, or one prompt from the command line."""
+"""`fedhlm agent`: load the SLM and serve prompts from the bus, or one prompt from the command line."""
 
 import asyncio
 import logging
@@ -31,13 +31,17 @@ INTERRUPTED: Final = 130
 
 log = logging.getLogger(__name__)
 
-PRESENCE_S = 3.0  # a broker sends what it keeps at once; on a satellite link that takes a second
+PRESENCE_S = 3.0  # seconds; the broker sends retained messages at once, which takes a second over a satellite link
 
 
 async def run(
     loaded: Loaded, counters: Counters, prompt: str | None = None, *, notifier: Notifier | None = None
 ) -> int:
-    """Serve until cancelled, or until `prompt` is answered; exit status 1 when its answer is an error."""
+    """Serve until cancelled, or until `prompt` is answered. Return exit status 0.
+
+    Raises:
+        FedhlmError: the answer to `prompt` is an error.
+    """
     notifier = notifier or Notifier()
     config = loaded.config
     folder = configured_folder(config.agent.model, key="agent.model")
@@ -47,13 +51,13 @@ async def run(
     projection = load_projection(folder, info.hidden_size)
     store = store_of(config.agent.state, key="agent.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
-    # A service waits for its broker as long as it takes; a command line, or a second connection, does not.
+    # A service waits for its broker without limit. A command line, or a second connection, does not.
     patient, impatient = (
         opener(config.broker, notifier, "the broker", connect_timeout_s=limit_s)
         for limit_s in (None, config.broker.connect_timeout_s)
     )
     if prompt is not None and GATES[config.generation.gate].alone:
-        impatient = silent  # the text needs nobody else
+        impatient = silent  # this gate needs neither edge nor cloud
     alone = has_certificate(config.broker)
     async with threaded(Slm(decoder, projection)) as drafter:
         service = service_of(
@@ -79,7 +83,7 @@ async def run(
 
 
 async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:
-    """Serve one prompt of the command line and print its text as it is committed."""
+    """Serve the command line's prompt and print its text as it is committed."""
     generation = loaded.config.generation
     prompt = Prompt(
         **service.agent.party.stamp(),
@@ -106,7 +110,7 @@ async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:
 
 
 def main(loaded: Loaded, prompt: str | None = None) -> int:
-    """Run until a signal, or until `prompt` is answered; the exit status."""
+    """Run until a signal arrives, or until `prompt` is answered, and return the exit status."""
     return serve(
         loaded.config,
         loaded.config.agent.id,

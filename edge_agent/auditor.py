@@ -1,4 +1,4 @@
-"""Audits on the bus: they ride in the agent's escalations, or go up alone where nothing has carried them in time."""
+"""Sends audits over the bus: as riders of the agent's escalations, or alone if no escalation carried them in time."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fedhlm.telemetry import Counters
 
 
 class Auditor:
-    """Sends one device's audits and tells its learner and peers what came of them."""
+    """Sends the audits of one device, and tells its learner and its peers the results."""
 
     def __init__(
         self,
@@ -39,16 +39,16 @@ class Auditor:
         self._changed = asyncio.Event()
 
     def wait(self, audit: Audit) -> None:
-        """Let an audit wait for a message."""
+        """Queue an audit until an escalation carries it."""
         self._give_up(self.audits.wait(audit))
         self._changed.set()
 
     def riders(self) -> tuple[Rider, ...]:
-        """What the escalation that goes up now carries."""
+        """The riders for the escalation that is sent now. They count as sent."""
         return tuple(audit.rider(self._fingerprint) for audit in self.audits.riders(self._clock_s()))
 
     def hear(self, session: int, event: Event) -> bool:
-        """Take in an answer to an audit's session; False where there is none."""
+        """Handle the answer to an audit. Return False if `session` has no audit."""
         if session not in self.audits:
             return False
         match event:
@@ -76,7 +76,7 @@ class Auditor:
             self._learner.audited(audit.text, None)
 
     async def send_overdue(self) -> None:
-        """Send audits that no other message has carried in time in one of their own; give up what nobody answers."""
+        """Send the audits that no escalation has carried in time, and give up those that nobody answers."""
         now = self._clock_s()
         if self._party.journal is not None:
             self._party.journal.note("round", "audits", at_s=now)
@@ -103,7 +103,7 @@ class Auditor:
         self._counters.add_all(audit_messages=bool(sent), uplink_messages=bool(sent), uplink_bytes=sent.packet_bytes)
 
     async def keep(self) -> None:
-        """Send what is overdue, until cancelled."""
+        """Send overdue audits until cancelled."""
         while True:
             wake_s = self.audits.wake_s()
             try:
@@ -115,7 +115,7 @@ class Auditor:
 
 
 def audit_of(turn: Turn, measures: Measures, text: OpenText, now_s: float) -> Audit:
-    """The audit of a generation that has ended, whose text waits for it."""
+    """Create the audit of a generation that has ended. `text` waits for its result."""
     job, result = turn.job, turn.result
     return Audit(
         turn.session,

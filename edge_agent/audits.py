@@ -1,7 +1,7 @@
-"""Audits: ends of finished texts that wait for a message that goes up anyway, and what the target says of them.
+"""The open audits of a device: ends of finished texts that wait for a message to ride in, and for the target's scores.
 
-Pure bookkeeping: what is due, what has been said, what is given up. An audit that nobody answers ends all the same, and
-its tokens count as wrong (docs/budget.md).
+Pure bookkeeping: which audits are due, which tokens are scored, which audits are given up. If nobody answers an audit,
+it ends all the same, and its tokens count as wrong (docs/budget.md).
 """
 
 from collections import OrderedDict
@@ -17,16 +17,20 @@ from fedhlm.protocol.messages import Fingerprint, Prime, Rider, Sampling, pack_i
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
 
-WAIT_S: Final = 60.0  # for a message that carries it; then it goes up in one of its own
-ANSWER_S: Final = 20.0  # for the verdict
+WAIT_S: Final = 60.0  # seconds to wait for a message that carries the audit; then it is sent alone
+ANSWER_S: Final = 20.0  # seconds to wait for the verdict
 TRIES: Final = 4
-OPEN_MAX: Final = 64  # the oldest is given up beyond
-RIDERS_MAX: Final = 8  # in one message
+OPEN_MAX: Final = 64  # beyond this number the oldest audit is given up
+RIDERS_MAX: Final = 8  # per message
 
 
 @dataclass
 class Audit:
-    """One tail that the coin chose. `text` is what the learner waits for; the rest is what a verdict is read with."""
+    """The audit of one tail that the coin has chosen.
+
+    `text` is the learner's account that waits for the result. `harm` is the coupling's. `due_s` and `sent_s` are in
+    seconds on the agent's clock. `scores` holds the observations so far, by place in the tail.
+    """
 
     session: int
     tail: Tail
@@ -48,7 +52,7 @@ class Audit:
         return len(self.scores) == len(self.tail.tokens)
 
     def rider(self, fingerprint: Fingerprint) -> Rider:
-        """The tail as it travels: fixed ids of its session, with the prime where the cloud may not hold it any more."""
+        """The tail as it is sent: fixed ids, with a prime if the cloud may not hold the session any more."""
         vocab_size, context = fingerprint.vocab_size, self.tail.context
         primed = self.primed and self.tries == 0
         before: Prime | int = (
@@ -59,7 +63,7 @@ class Audit:
 
 
 class Audits:
-    """The audits of one device that are not over, oldest first."""
+    """The open audits of one device, oldest first."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[int, Audit] = OrderedDict()
@@ -71,26 +75,26 @@ class Audits:
         return session in self._open
 
     def wait(self, audit: Audit) -> list[Audit]:
-        """Begin to wait for a message; what is given up to make room."""
+        """Add an audit. Return the audits that are given up to make room."""
         audit.primed = audit.tail.primed
         self._open[audit.session] = audit
         return [self._open.popitem(last=False)[1] for _ in range(len(self._open) - OPEN_MAX)]
 
     def riders(self, now_s: float) -> list[Audit]:
-        """What the message that goes up now should carry; it counts as sent."""
+        """The audits that the message sent at `now_s` must carry. They count as sent."""
         found = [a for a in self._open.values() if a.sent_s is None][:RIDERS_MAX]
         for audit in found:
             audit.sent_s, audit.due_s = now_s, now_s + ANSWER_S
         return found
 
     def wake_s(self) -> float:
-        """When the next audit is due to go up alone, or its answer is overdue; infinity without any."""
+        """When the next audit must be sent alone, or its answer is overdue; infinity if there is none."""
         return min((a.due_s for a in self._open.values()), default=float("inf"))
 
     def overdue(self, now_s: float) -> tuple[bool, list[Audit]]:
-        """Whether a message should go up for audits alone, and which audits are given up.
+        """Return whether audits must be sent alone now, and which audits are given up.
 
-        One whose answer is overdue is sent again, with its whole context.
+        An audit whose answer is overdue is sent again with its whole context.
         """
         given_up: list[Audit] = []
         for audit in [a for a in self._open.values() if a.due_s <= now_s]:
@@ -101,7 +105,7 @@ class Audits:
         return any(a.sent_s is None and a.due_s <= now_s for a in self._open.values()), given_up
 
     def answered(self, session: int, event: Answered) -> Audit | None:
-        """Take in a verdict of the target; the audit that it completes."""
+        """Add the scores of a verdict. Return the audit if it is complete now. Only the target's verdicts count."""
         audit = self._open.get(session)
         if audit is None or not SOURCES[event.source].verified:
             return None
@@ -114,15 +118,15 @@ class Audits:
         return self._open.pop(session) if audit.complete else None
 
     def unprimed(self, session: int) -> None:
-        """The cloud does not hold the session: the next message carries the whole context."""
+        """Note that the cloud does not hold the session. The next message carries the whole context."""
         if (audit := self._open.get(session)) is not None:
             audit.sent_s, audit.primed, audit.tries = None, False, audit.tries + 1
 
     def moved(self) -> None:
-        """The device is in another cluster, whose cloud sessions begin anew."""
+        """Note that the agent has moved to another cluster, where the cloud holds none of its sessions."""
         for audit in self._open.values():
             audit.primed = False
 
     def refused(self, session: int) -> Audit | None:
-        """The cloud will never score it; the audit that is over."""
+        """Remove and return an audit that the cloud refused to score."""
         return self._open.pop(session, None)

@@ -1,8 +1,9 @@
-"""The agent's connection: a bus that is replaced by another one when the agent has moved to another cluster.
+"""The agent's connection: a bus that is replaced when the agent moves to another cluster.
 
-A last will is fixed when a connection begins. The new connection hears everything before the old one is closed, so
-that nothing is missed between them; what is heard twice is told apart by those who hear it. Where a certificate is one
-connection (mosquitto's `use_username_as_clientid`), the new one would end the old one: there it follows the old one's end.
+A connection's last will cannot be changed, so a move needs a new connection. The new one subscribes to everything
+before the old one is closed, so that no message is lost. Receivers recognise messages that arrive twice. If the broker
+allows one connection per certificate (mosquitto's `use_username_as_clientid`), the new connection would end the old
+one; then the old one is closed first.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +15,10 @@ from fedhlm.bus.party import Party
 
 
 class Connection:
-    """Enters and leaves the party's bus. `open_bus` makes one whose birth and last will are in the given cluster.
+    """Enters and leaves the bus of a party.
 
-    `alone` says that the broker may allow one connection at a time.
+    `open_bus` creates a bus whose birth message and last will name the given cluster. `alone` says that the broker may
+    allow only one connection at a time.
     """
 
     def __init__(self, party: Party, open_bus: Callable[[str], Bus], cluster: str, *, alone: bool = False) -> None:
@@ -35,10 +37,10 @@ class Connection:
         await self._party.bus.__aexit__(kind, error, trace)
 
     async def replace(self, cluster: str, filters: Sequence[str]) -> None:
-        """End the connection, then go on with another one.
+        """Close the connection, then open one for `cluster`.
 
         Raises:
-            BusError: the broker does not answer in time, or refuses; the party's bus is closed then.
+            BusError: the broker does not answer in time, or refuses. The party's bus is closed then.
         """
         bus = self._open_bus(cluster)
         await bus.subscribe(*filters)
@@ -47,7 +49,7 @@ class Connection:
         await bus.__aenter__()
 
     async def successor(self, cluster: str, filters: Sequence[str]) -> Bus:
-        """A second bus, connected and subscribed; to be adopted, or closed.
+        """Open a second bus for `cluster`, connected and subscribed. The caller must adopt or close it.
 
         Raises:
             BusError: the broker does not answer, or refuses.
@@ -57,6 +59,6 @@ class Connection:
         return await bus.__aenter__()
 
     async def adopt(self, bus: Bus, cluster: str) -> None:
-        """Go on with a successor, and close the former bus once it has sent what it holds."""
+        """Use a successor from now on, and close the former bus after it has sent what it holds."""
         former, self._party.bus, self.cluster = self._party.bus, bus, cluster
         await former.__aexit__(None, None, None)

@@ -1,6 +1,6 @@
-"""The agent as a running service: feeds the generation machine with its model, its bus and its timers.
+"""The agent as a running service: connects the generation machine with its model, its bus and its timers.
 
-Prompts are served one after the other; each generation has its own session, and verdicts find it by that number.
+Prompts are served one after the other. Each generation has its own session, whose number routes its verdicts.
 """
 
 import asyncio
@@ -80,12 +80,12 @@ LEARNER_FILE: Final = "learner"
 
 
 class AgentCore:
-    """Runs generations over one bus, in `cluster` until it is assigned to another one.
+    """Runs generations over one bus, in `cluster` until the agent is assigned to another one.
 
-    `new_session` gives numbers below 2**63 that do not repeat among recent ones. With a `sampler` the cloud is shown
-    samples of what this agent drafts; `make_peers` makes an empty view of a cluster; `saver` keeps the `learner`. A `guest`
-    writes beside the service of its name: it takes no prompts, tells no presence and contributes nothing. Time comes from
-    `clock_s` (the loop's by default), and events from `next_event`, so that a journal can take their place.
+    `new_session` returns numbers below 2**63 that do not repeat among recent ones. `sampler` collects samples of the
+    drafts for the cloud. `make_peers` creates an empty view of a cluster, and `saver` saves the `learner`. A `guest` of
+    the same name serves no prompts, announces no presence and contributes nothing. A journal's replay replaces
+    `clock_s` (the loop's by default) and `next_event`.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class AgentCore:
         self.peers = make_peers()
         self.link_up = True
         self.upstream: Fingerprint | None = None
-        self.absent = ""  # who is missing above, as far as anybody says
+        self.absent = ""  # what is missing upstream, as far as known; empty: nothing
         self._looked = asyncio.Event()
         self._drafter = drafter
         self._counters = party.counters
@@ -139,11 +139,11 @@ class AgentCore:
 
     @property
     def cluster(self) -> str:
-        """The cluster that the agent speaks to now."""
+        """The agent's current cluster."""
         return self.membership.cluster
 
     def plan(self, job: Job) -> Plan:
-        """The machine's plan for a job, with the thresholds learnt so far; names are checked by the settings' types."""
+        """Create the plan of a job with the current thresholds. The settings' types have checked all names."""
         config, sampling = job.config, job.sampling
         measures = measures_of(config, sampling)
         pipeline = config.pipeline
@@ -175,17 +175,17 @@ class AgentCore:
         )
 
     async def save(self) -> None:
-        """Keep what was learnt, once a round: the disk of a small device does not last for ever."""
+        """Save the learner, at most once per round, to spare the flash memory of small devices."""
         if self.learner.round != self._saved_round:
             self._saved_round = self.learner.round
             await self._saver.save()
 
     def flush(self) -> None:
-        """Keep what was learnt, and wait for the disk: the last thing that an agent does."""
+        """Save the learner and wait until it is on disk. Call this last."""
         self._saver.flush()
 
     def note_start(self, federation: Federation, consensus: Consensus) -> None:
-        """Begin the journal, if one is kept: what this agent is made of, and what it has learnt in earlier lives."""
+        """Begin the journal, if one is kept, with the agent's settings and what it has learnt in earlier lives."""
         self._notes.start(
             lambda: AgentStart(
                 name=self.name,
@@ -200,15 +200,15 @@ class AgentCore:
         )
 
     async def subscribe(self) -> None:
-        """Ask for prompts and verdicts, the edge's presence, what the cluster knows, and assignments to another one."""
+        """Subscribe to prompts, verdicts, the edge's presence, the cluster's knowledge, and assignments."""
         await self.membership.subscribe()
 
     async def handle(self, received: Received) -> bool:
-        """Take in a message of one of these topics, prompts excepted; False when it is none."""
+        """Handle one message, unless it is a prompt. Return False if its type is not expected here."""
         message, cluster = received.message, received.levels.get("cluster", self.cluster)
         here = cluster == self.cluster
         if not here and isinstance(message, Learned | VerifiedTokens | UncertainTokens):
-            return True  # of a cluster that it has left, or not yet come to
+            return True  # of a cluster that the agent has left, or has not joined yet
         try:
             match message:
                 case Verdict():
@@ -235,22 +235,22 @@ class AgentCore:
         return True
 
     def _moved(self, edge: Presence) -> None:
-        """Begin in another cluster: what described the old one's agents is dropped, what the cloud verified stays true."""
+        """Start in another cluster. Knowledge about the old cluster's agents is dropped; verified tokens are kept."""
         self._counters.add("assignments")
         self.auditor.audits.moved()
         self.peers.centroid = self._make_peers().centroid
-        self.learner.cluster = {}  # until the new one's retained state, which follows the subscription
+        self.learner.cluster = {}  # until the retained state of the new cluster arrives
         self.on_edge(edge)
 
     def on_verdict(self, verdict: Verdict) -> None:
-        """Hand a verdict to its generation; one whose text has ended says only that somebody answers again."""
+        """Pass a verdict to its generation. If that has ended, the verdict only shows that the link is up."""
         queue = self._routes.get(verdict.session)
         if queue is None:
             if not (
                 verdict.session in self.auditor.audits and self.auditor.hear(verdict.session, self._event(verdict))
             ):
                 self._counters.add("late_verdicts")
-            # A device that writes alone may end every text before the answer to its probe is there.
+            # An agent that works offline may end every text before the answer to its probe arrives.
             self._set_link_up()
             return
         event = self._event(verdict)
@@ -261,7 +261,7 @@ class AgentCore:
         self._post(queue, event)
 
     def on_edge(self, state: Presence) -> None:
-        """The edge, or the cloud behind it, came or went."""
+        """Handle a change of presence of the edge or of the cloud behind it."""
         self.upstream = state.upstream if state.online else None
         if self.upstream is not None:
             self._set_link_up()
@@ -272,7 +272,7 @@ class AgentCore:
         self._looked.set()
 
     async def look_around(self, within_s: float) -> None:
-        """Wait for the edge's state, which its broker keeps; where none comes in time, there is no edge."""
+        """Wait at most `within_s` seconds for the edge's retained presence. Without one the edge counts as missing."""
         try:
             async with asyncio.timeout(within_s):
                 await self._looked.wait()
@@ -280,21 +280,21 @@ class AgentCore:
             self._miss(f"no edge has announced itself in cluster {self.cluster}")
 
     def _miss(self, who: str) -> None:
-        """From now on no new text waits for an answer, unless it is told to; one that is being written waits for its deadline."""
+        """Note who is missing. Unless configured to, new texts do not wait for answers; running ones may still wait."""
         if who != self.absent:
             log.warning("%s: what it should verify is marked unverified until it does", who)
         self.absent = who
 
     def _set_link_up(self) -> None:
         if self.absent:
-            log.info("cluster %s is answered again", self.cluster)
+            log.info("cluster %s can have tokens verified again", self.cluster)
         self.absent = ""
         self.link_up = True
         for queue in self._routes.values():
             self._post(queue, LinkUp())
 
     def cancel(self, reason: FinishReason) -> None:
-        """End every running generation."""
+        """End all running generations."""
         for queue in self._routes.values():
             self._post(queue, Cancelled(reason))
 
@@ -322,10 +322,10 @@ class AgentCore:
         prompt: list[int],
         on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
     ) -> GenerationResult:
-        """Generate from prompt ids; `on_commit` gets tokens as they are committed and may end the generation.
+        """Generate from prompt ids. `on_commit` receives tokens as they are committed, and may end the generation.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no room in the model's context.
+            ValueError: the prompt is empty, or leaves no room in the model's context.
         """
         now = began = self._clock_s()
         session = self._new_session()
@@ -356,8 +356,8 @@ class AgentCore:
                     result.round_trips += isinstance(event, Answered)
                     actions = []
                     if place != self.cluster:
-                        # Sessions belong to clusters. Without this a cloud that held the session for an earlier stay
-                        # might go on from a context that was settled otherwise since.
+                        # Sessions belong to clusters. A cloud that still held this session from an earlier stay might
+                        # continue from an outdated context.
                         place = self.cluster
                         actions += machine.handle(Unprimed(machine.epoch), now)
                     actions += machine.handle(event, now)
@@ -394,7 +394,7 @@ class AgentCore:
                 self._notes.write("ended", Ended(reason, error))
 
     async def _learn(self, turn: Turn, now_s: float) -> None:
-        """Take the generation into account, and contribute when a round is due."""
+        """Learn from a finished generation, and contribute if a round is due."""
         job, result, tail = turn.job, turn.result, turn.result.ended.tail
         config, measures = job.config, measures_of(job.config, job.sampling)
         learner = self.learner
@@ -408,7 +408,7 @@ class AgentCore:
             tau=result.tau,
             escalation_bytes=result.escalation_bytes,
             escalated=result.escalated,
-            # Tossed for the finished text, whose tail gives the coin its probability.
+            # Drawn for the finished text, because the audit probability depends on its tail.
             coin=uniform(job.sampling.seed, 0, AUDIT_STREAM),
         )
         if text is not None:
@@ -431,7 +431,7 @@ class AgentCore:
         number = self.learner.round
         ended = self.learner.contribution(config, now_s)
         if ended is None:
-            warn_once(log, "releases", "contributes no more: federation.releases are used up")
+            warn_once(log, "releases", "contributions have ended: all federation.releases are used")
             return
         threshold, curves = ended
         message = Contribution(**self.party.stamp(), round=number, members=1, threshold=threshold, curves=curves)
@@ -465,7 +465,7 @@ class AgentCore:
     async def _draft(self, action: DraftNext, turn: Turn) -> None:
         ids, position = action.ids, len(action.ids)
         sampling, uncertainty, queue = turn.plan.sampling, turn.job.config.uncertainty, turn.queue
-        # At most one draft is under way, and the machine would wait for a lost one for ever: no limit applies here.
+        # At most one draft is pending, and the machine would wait for a lost one for ever. So EVENTS_MAX is ignored.
         if not action.levels:
             drawn = await self._drafter.draft(ids, sampling, uncertainty)
             chain = [_drafted(action.revision, position, drawn)]
@@ -480,7 +480,7 @@ class AgentCore:
                 turn.sample.see(drafted.position, drafted.key, drafted.uncertainty)
 
     async def _publish_doubts(self, turn: Turn, action: Escalate) -> None:
-        """Tell the cluster what is doubtful, before the block that escalates it, where that is worth its bytes."""
+        """Publish the block's doubtful drafts to the cluster before the block is sent, if that is worth its bytes."""
         job = turn.job
         coin = uniform(job.sampling.seed, 1, AUDIT_STREAM)
         if not action.uncertain or not self.peers.asks(job.config, coin):

@@ -1,4 +1,4 @@
-"""What goes into a generation machine and what comes out of it: plan, events and actions, without behaviour."""
+"""The input and output types of a generation machine: plan, events and actions, without behaviour."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,10 @@ from fedhlm.protocol.messages import FinishReason, Sampling, Source, Uncertain
 
 
 class Drafted(NamedTuple):
-    """The model's answer to a Draft: a token for `position`, its probability, uncertainty, the law's bytes and its key."""
+    """The model's answer to `DraftNext`: a token for `position`, with its probability and its doubt (0 to 1).
+
+    `law` is the encoded draft law if the coupling sends it, and `key` is the context key; both may be empty.
+    """
 
     revision: int
     position: int
@@ -22,7 +25,7 @@ class Drafted(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """The model's answer to a Draft of a tree: its main chain, and the alternatives (`fedhlm.decoding.tree`)."""
+    """The model's answer to `DraftNext` for a tree: its main chain and its branches (`fedhlm.decoding.tree`)."""
 
     revision: int
     position: int
@@ -31,10 +34,10 @@ class Grown(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """What peers say of a doubtful draft: a token, `score` = 1 - cosine similarity in [0, 1], and what to do with it.
+    """What peers propose for a doubtful draft: a token, and `score` = 1 - cosine similarity, in [0, 1].
 
-    `adopt`: the token takes the draft's place; with a `source` it is settled by it, else verified like any draft.
-    What is not adopted is compared with the verdict only.
+    With `adopt`, the token takes the draft's place. If it has a `source`, that source settles it; otherwise it is
+    verified like any draft. A proposal that is not adopted is only compared with the verdict.
     """
 
     token: int
@@ -44,11 +47,11 @@ class Proposal(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What stays fixed during a generation; times in seconds, `context_max` and `max_tokens` in tokens.
+    """The constants of a generation. Times are in seconds, `context_max` and `max_tokens` in tokens.
 
-    `consult` asks the peers about a draft that the gate does not keep. `harm(draft_prob, target_prob, missed)` is what
-    a committed draft costs (`fedhlm.decoding.couplings`). With `similarity` the edge may settle, by `votes` neighbours. `tau` is the gate's
-    threshold, for the record.
+    `consult` asks the peers about a draft that the gate does not keep. `harm(draft_prob, target_prob, missed)` is the
+    harm of a committed draft (`fedhlm.decoding.couplings`). With a `similarity` the edge may answer blocks, by `votes`
+    neighbours. `tau` is the gate's threshold, for the record.
     """
 
     sampling: Sampling
@@ -67,7 +70,7 @@ class Plan(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """A verdict, decoded and range-checked; `missed` has an entry for each fixed id."""
+    """A verdict, decoded and range-checked. `missed` has one entry per fixed id."""
 
     epoch: int
     base: int
@@ -75,42 +78,45 @@ class Answered(NamedTuple):
     ids: list[int]
     target_probs: list[float]
     source: Source
-    missed: list[bool] = []  # noqa: RUF012 - never changed
+    missed: list[bool] = []  # noqa: RUF012 - never modified
 
 
 class Unprimed(NamedTuple):
-    """The cloud has lost the session, or never had it."""
+    """The cloud does not hold the session."""
 
     epoch: int
 
 
 class Refused(NamedTuple):
-    """The cloud will never settle this session."""
+    """The cloud can never settle this session."""
 
     reason: str
 
 
 class LinkUp(NamedTuple):
-    """Someone upstream is there to answer. (That nobody is shows at the deadline, and only then is text unverified.)"""
+    """The edge and the cloud can be reached again.
+
+    There is no opposite event: a lost link shows at the deadline, and only then are tokens unverified.
+    """
 
 
 class Cancelled(NamedTuple):
-    """Stop now; what is committed stays."""
+    """Stop now. Committed tokens stay."""
 
     reason: FinishReason
 
 
 class Tick(NamedTuple):
-    """Time passed."""
+    """Time has passed."""
 
 
 Event = Drafted | Grown | Answered | Unprimed | Refused | LinkUp | Cancelled | Tick
 
 
 class DraftNext(NamedTuple):
-    """Ask the model for the token after `ids` or, with `levels` above 0, for a tree of at most so many levels.
+    """Ask the model for the token after `ids` or, if `levels` is above 0, for a tree of at most that many levels.
 
-    The first `settled` ids are the prompt's and the target's.
+    The first `settled` ids belong to the prompt or were settled by the target.
     """
 
     revision: int
@@ -120,9 +126,10 @@ class DraftNext(NamedTuple):
 
 
 class Escalate(NamedTuple):
-    """Send a block; `context` is the prime's, None when the cloud holds the session; `uncertain` are its doubted drafts.
+    """Send a block.
 
-    `digest` is that of all ids before `base`, None where `context` holds them.
+    `context` is that of the prime; None if the cloud holds the session. `digest` is the digest of all ids before
+    `base`; None if `context` contains them. `uncertain` are the doubtful drafts of the block.
     """
 
     epoch: int
@@ -139,7 +146,7 @@ class Escalate(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """One token, for good. `drafted` is false where the text comes from elsewhere than the device's own model."""
+    """One committed token. `drafted` is false if the token does not come from the device's own model."""
 
     token: int
     source: Source
@@ -147,7 +154,7 @@ class Committed(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """Tokens that follow all committed before."""
+    """Commit tokens; they follow all tokens committed before."""
 
     tokens: list[Committed]
 
@@ -155,9 +162,9 @@ class Commit(NamedTuple):
 class Observation(NamedTuple):
     """What the target said of one drafted token.
 
-    `harm` is that of the device's own draft, of uncertainty `uncertainty` (None: the verdict does not tell); `match` is
-    (score, harm) of what peers proposed. `skipped`: it was committed without a verdict, by `source`, at the price
-    `committed_harm`. `audit`: it was scored by the audit alone.
+    `harm` is that of the device's own draft (None: the verdict does not tell). `match` is the score and the harm of the
+    peers' proposal. `skipped` says that the token was committed without a verdict, by `source`, which cost
+    `committed_harm`. `audit` says that only the audit scored it.
     """
 
     uncertainty: float
@@ -171,9 +178,10 @@ class Observation(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Who settles a draft, for the record: `token` stands in its place at `position`, `own` is the device's draft.
+    """Who settles a draft, for the record. `token` stands at `position`, and `own` is the device's draft.
 
-    `escalate`: those above; else `source`. `score` is that of what peers proposed (`Proposal`), None without.
+    If `escalate`, the draft is sent up; otherwise `source` settles it. `score` is that of the peers' `Proposal`; None
+    without one.
     """
 
     position: int
@@ -186,13 +194,13 @@ class Judged(NamedTuple):
 
 
 class Observe(NamedTuple):
-    """Feedback for the learner."""
+    """Observations for the learner."""
 
     observations: list[Observation]
 
 
 class Token(NamedTuple):
-    """A token of the sequence that the cloud has not verified; `source` says who settles it unless it is escalated."""
+    """A token that the cloud has not verified. `source` settles it unless `escalate` is true."""
 
     token: int
     prob: float
@@ -201,15 +209,15 @@ class Token(NamedTuple):
     escalate: bool
     drafted_s: float
     key: bytes
-    own: int  # the device's own draft, where peers replaced it
+    own: int  # the device's own draft, which peers may have replaced
     source: Source = "local"
     match: Proposal | None = None
 
 
 class Tail(NamedTuple):
-    """The committed tokens at the end of a text that no verdict has scored: `context` stands before them.
+    """The committed tokens at the end of a text that no verdict has scored. `context` precedes them.
 
-    `primed`: the cloud holds the session in this `epoch`, as far as is known.
+    `primed` says that the cloud holds the session in this `epoch`, as far as is known.
     """
 
     epoch: int = 0
@@ -219,7 +227,7 @@ class Tail(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The generation is over, and leaves `tail` for an audit."""
+    """The generation is over. `tail` is left for an audit."""
 
     reason: FinishReason
     error: str = ""

@@ -1,4 +1,4 @@
-"""Who settles a drafted token: True sends it up, False keeps it on the device."""
+"""The gates: decide which drafted tokens must be verified."""
 
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -6,11 +6,12 @@ from typing import Final, NamedTuple
 from fedhlm.decoding.sampling import GATE_STREAM, uniform
 
 Gate = Callable[[float, int], bool]
-"""From the uncertainty of a draft, in [0, 1], and its position to whether it must be settled elsewhere."""
+"""Maps the doubt of a draft, 0 to 1, and its position to whether the draft must be verified (True) or is kept (False).
+"""
 
 
 class Settings(NamedTuple):
-    """`threshold` and `probability` in [0, 1]; the seed of the generation."""
+    """The settings of a gate: `threshold` and `probability` in [0, 1], and the seed of the generation."""
 
     threshold: float
     probability: float
@@ -18,17 +19,17 @@ class Settings(NamedTuple):
 
 
 def always(_settings: Settings) -> Gate:
-    """Every token is verified."""
+    """Verify every token."""
     return lambda _uncertainty, _position: True
 
 
 def never(_settings: Settings) -> Gate:
-    """No token is verified."""
+    """Verify no token."""
     return lambda _uncertainty, _position: False
 
 
 def threshold(settings: Settings) -> Gate:
-    """Verify iff u > tau (U-HLM, FedHLM section IV-B)."""
+    """Verify a token iff u > tau (U-HLM; FedHLM section IV-B)."""
     return lambda uncertainty, _position: uncertainty > settings.threshold
 
 

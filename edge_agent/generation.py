@@ -1,8 +1,8 @@
 """One generation as a pure state machine: events in, actions out, no I/O (docs/algorithms.md, 6).
 
-The sequence is a committed context followed by a speculative tail. Within one epoch it only grows, so a verdict is
-read against it by position alone; a rollback begins a new epoch, and answers of older epochs are dropped unread.
-Committed tokens are never taken back.
+The sequence is a committed context followed by a speculative tail. Within an epoch it only grows, so a position is
+enough to apply a verdict. A rollback begins a new epoch, and verdicts of older epochs are dropped. Committed tokens are
+never taken back.
 """
 
 import math
@@ -45,7 +45,7 @@ RETRY_CAP: Final = 8  # the wait between two sends of an unanswered block double
 
 @dataclass
 class Tally:
-    """What happened so far, in tokens and events."""
+    """Counts of tokens and events so far."""
 
     drafted: int = 0
     discarded: int = 0
@@ -60,10 +60,10 @@ class Tally:
 
 @dataclass
 class GenerationMachine:
-    """The machine. Call `start` once, then `handle` with every event; `wake_s` says when a Tick is due.
+    """The state machine. Call `start` once, then `handle` with every event. `wake_s` says when a Tick is due.
 
     Raises:
-        ValueError: an empty prompt, or one that fills the model's context.
+        ValueError: the prompt is empty, or fills the model's context.
     """
 
     plan: Plan
@@ -78,41 +78,42 @@ class GenerationMachine:
             raise ValueError("prompt must be at least 1 token (got none)")
         if len(self.context) >= self.plan.context_max:
             raise ValueError(
-                f"prompt must be shorter than the model's context of {self.plan.context_max} tokens (got {len(self.context)})"
+                f"prompt must be shorter than the model's context of {self.plan.context_max} tokens "
+                f"(got {len(self.context)})"
             )
         self.prompt_length = len(self.context)
         self.end = min(self.prompt_length + self.plan.max_tokens, self.plan.context_max)
-        self.verified = self.prompt_length  # tokens that both ends hold
-        self._skipped: list[Token] = []  # committed without a verdict: the context from `verified` on
+        self.verified = self.prompt_length  # number of tokens that both ends hold
+        self._skipped: list[Token] = []  # tokens committed without a verdict: the context from `verified` on
         self._tail: list[Token] = []
-        self._sent = self.verified  # how far the sequence went up in this epoch
-        self._asked = self.verified  # how far verdicts are due
+        self._sent = self.verified  # end of what was sent in this epoch
+        self._asked = self.verified  # end of what verdicts are expected for
         self._primed = False
         self._drafting = False
-        self._early: dict[int, Answered] = {}  # peers' answers by base, until what is before their blocks is settled
-        self._tree = Tree([])  # what the tail is the main chain of, or the end of it
-        self._cut: FinishReason | None = None  # the caller has enough text
-        self._revision = 0  # counts rewritings of the tail, so that a draft of the old one is known
+        self._early: dict[int, Answered] = {}  # peers' answers by base; they wait for earlier drafts
+        self._tree = Tree([])  # the tree whose main chain, or the end of it, is the tail
+        self._cut: FinishReason | None = None  # why the caller ended the text
+        self._revision = 0  # counts changes of the tail, so that drafts for an old one are recognised
         self._waiting_since = 0.0
         self._retry_at = 0.0
         self._retry_delay = self.plan.retry_s
 
     @property
     def length(self) -> int:
-        """Tokens of context and tail."""
+        """The length of context and tail together, in tokens."""
         return len(self.context) + len(self._tail)
 
     @property
     def awaiting(self) -> bool:
-        """A block is out whose verdict would bring news."""
+        """Whether a verdict that brings news is expected."""
         return self._asked > self.verified
 
     def start(self, now: float) -> list[Action]:
-        """The first actions."""
+        """Return the first actions."""
         return self._go_on([], now)
 
     def wake_s(self) -> float:
-        """When the next Tick is due, on the clock of `now`; infinity when only an event can bring news."""
+        """When the next Tick is due, on the clock of `now`; infinity if only an event can change anything."""
         due = [float("inf")]
         if self.awaiting:
             due.append(self._retry_at)
@@ -124,7 +125,7 @@ class GenerationMachine:
         return min(due)
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Advance by one event at time `now` (seconds, monotonic)."""
+        """Handle one event at time `now`, in seconds on a monotonic clock, and return the actions that follow."""
         if self.finished:
             return []
         actions: list[Action] = []
@@ -180,7 +181,7 @@ class GenerationMachine:
         ]
 
     def _judged(self, draft: Drafted, now: float) -> Token:
-        """Who settles a draft: the device, its peers, or those above."""
+        """Decide who settles a draft: the device, its peers, or the edge and the cloud."""
         escalate = self.plan.gate(draft.uncertainty, draft.position)
         token = Token(
             draft.token, draft.prob, draft.uncertainty, draft.law, escalate, now, key=draft.key, own=draft.token
@@ -196,7 +197,7 @@ class GenerationMachine:
     def _on_answer(self, event: Answered, actions: list[Action], now: float) -> None:
         self._set_link(True, now)
         if not SOURCES[event.source].verified and event.base > len(self.context) and event.epoch == self.epoch:
-            self._early[event.base] = event  # says nothing of the open drafts before its block
+            self._early[event.base] = event  # it says nothing about the open drafts before its block
             return
         self._read_answer(event, actions, now)
         while (base := next((b for b in self._early if b <= len(self.context)), None)) is not None:
@@ -215,7 +216,7 @@ class GenerationMachine:
             self._take_draft(event.source, committed)
         known = self._take_on(event, committed, now)
         if not verified:
-            self._sent = self._asked = self.verified  # the cloud knows nothing of it yet
+            self._sent = self._asked = self.verified  # the cloud has not seen these tokens yet
             self._wait_anew(now)
         elif known > self.verified:
             self._advance(known, now)
@@ -223,12 +224,12 @@ class GenerationMachine:
             actions.append(Commit(committed))
 
     def _take_on(self, event: Answered, committed: list[Committed], now: float) -> int:
-        """Commit the ids that follow the accepted ones; how far both ends agree afterwards."""
+        """Commit the ids that follow the accepted ones. Return up to where both ends agree afterwards."""
         known = event.base + event.accepted
         for token in event.ids:
             if known < len(self.context):
                 if self.context[known] != token:
-                    self.tally.conflicts += 1  # committed here before the answer came: ours stands
+                    self.tally.conflicts += 1  # committed before the answer came, and never taken back
                     break
             elif self._ended():
                 break
@@ -297,7 +298,7 @@ class GenerationMachine:
             self._waiting_since = self._retry_at = now
             self._retry_delay = self.plan.retry_s
         elif not up and self.link_up and self._tail:
-            self._new_epoch()  # the tail is about to be committed: answers under way come too late
+            self._new_epoch()  # the tail is about to be committed, so answers on their way come too late
         self.link_up = up
 
     def _go_on(self, actions: list[Action], now: float) -> list[Action]:
@@ -317,7 +318,7 @@ class GenerationMachine:
         return actions
 
     def _commit_undisputed(self, actions: list[Action]) -> None:
-        """Commit what no verdict is waited for: tokens the gate keeps, and every token while the link is down."""
+        """Commit tokens that need no verdict: those that the gate keeps, and all tokens while the link is down."""
         committed: list[Committed] = []
         while self._tail and not (self._tail[0].escalate and self.link_up):
             token = self._tail.pop(0)
@@ -328,7 +329,7 @@ class GenerationMachine:
             actions.append(Commit(committed))
 
     def _unsent(self) -> list[Token]:
-        """Tail tokens that have not gone up, if one of them must."""
+        """The tail tokens that have not been sent, if one of them must be verified."""
         unsent = self._tail[max(0, self._sent - len(self.context)) :]
         return unsent if any(t.escalate for t in unsent) else []
 
@@ -345,7 +346,7 @@ class GenerationMachine:
         )
 
     def _stopped(self, newest: int | None) -> bool:
-        """Whether the sequence ends with an end of text; `newest` is the tail's last token."""
+        """Whether the sequence ends with an end-of-text token. `newest` is the last token of the tail."""
         if newest is None:
             return len(self.context) > self.prompt_length and self.context[-1] in self.plan.eos_ids
         return newest in self.plan.eos_ids
@@ -370,7 +371,7 @@ class GenerationMachine:
             if self.plan.pipeline.must_send(self._pending(now)):
                 self._send(actions, now, self._sent)
         elif not self.awaiting and any(t.escalate for t in self._skipped):
-            self._send(actions, now, self.verified)  # a probe: its answer says that the link is back
+            self._send(actions, now, self.verified)  # a probe, whose answer shows that the link is up again
 
     def _send(self, actions: list[Action], now: float, base: int) -> None:
         fixed = self.context[base:]
@@ -408,7 +409,7 @@ class GenerationMachine:
         )
 
     def _branches(self) -> tuple[Branch, ...]:
-        """The alternatives to what is left of a tree's main chain; none where the tail is no such chain."""
+        """The branches below what is left of a tree's main chain; none if the tail is not such a chain."""
         steps = len(self._tree.chain) - len(self._tail)
         return self._tree.below(steps).branches if steps >= 0 else ()
 
@@ -435,10 +436,10 @@ def scored(
     skipped: bool,
     audit: bool = False,
 ) -> Observation:
-    """What a verdict says of the token at `offset` of its block; `harm` is the coupling's."""
+    """What a verdict says of the token at `offset` of its block. `harm` is the coupling's."""
     missed = offset >= event.accepted or (offset < len(event.missed) and event.missed[offset])
     replacement = event.ids[0] if offset == event.accepted and event.ids else None
-    right = replacement if missed else token.token  # what the target emits, where the verdict tells
+    right = replacement if missed else token.token  # what the target emits, if the verdict tells
     target_prob = event.target_probs[offset]
 
     def harm_of(candidate: int) -> float | None:

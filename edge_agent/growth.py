@@ -1,7 +1,7 @@
-"""Growing a tree draft: which nodes the model looks at next, and when another one no longer pays (docs/algorithms.md, 6.1).
+"""Grows a tree draft: decides which nodes the model evaluates next, and when to stop (docs/algorithms.md, 6.1).
 
-Pure: logits come in, the tree comes out. How probable a candidate is to stand is learnt from the texts that the target
-settled on earlier trees. `grow` drives any model; time is an argument.
+Pure: logits go in, the tree comes out. The acceptance probability of a candidate is learnt from the target's texts on
+earlier trees. `grow` drives any model, and time is an argument.
 """
 
 from bisect import insort
@@ -17,15 +17,15 @@ from fedhlm.decoding.sampling import gumbel, scores
 from fedhlm.decoding.tree import Branch
 from fedhlm.protocol.messages import Sampling
 
-RANKS: Final = 8  # candidates of a node that are ranked
-SLACK: Final = 0.25  # a leaf at least this share as probable as the best one is looked at in the same model call
+RANKS: Final = 8  # ranked candidates per node
+SLACK: Final = 0.25  # a leaf at least this share as probable as the best one joins its model call
 FORGETTING: Final = 0.998  # weight of a settled token after the next one: about 500 of them count
 PRIOR_TEMPERATURE: Final = 0.6
 PRIOR_TOKENS: Final = 20.0
 PRIOR_FIRST: Final = 0.72
 PRIOR_DELAY_S: Final = 0.1
-DELAY_WEIGHT: Final = 0.1  # of the newest block in the running mean of the delay
-LOSS_MAX: Final = 10.0  # nats: one token far off shall not decide
+DELAY_WEIGHT: Final = 0.1  # weight of the newest block in the running mean of the delay
+LOSS_MAX: Final = 10.0  # nats: a single outlier must not decide
 _TEMPERATURES: Final = np.array([0.25, 0.35, 0.45, 0.6, 0.75, 1.0, 1.4, 2.0])  # (temperatures,)
 _PRIOR_LOSSES: Final = (
     PRIOR_TOKENS * np.log(_TEMPERATURES / PRIOR_TEMPERATURE) ** 2
@@ -35,8 +35,12 @@ Logits = NDArray[Any]  # (V,) floating
 
 
 class TreeLimits(NamedTuple):
-    """Limits of one tree: `nodes` (main chain included), `width` children of a node, `levels` below the root, `batch`
-    nodes in a model call. `delay_s` from sending a block to its verdict; `send_s` is what each node adds to it."""
+    """The limits of one tree.
+
+    `nodes` includes the main chain. A node has at most `width` children, the tree has at most `levels` below the root,
+    and a model call evaluates at most `batch` nodes. `delay_s` is the time from sending a block to its verdict, and
+    `send_s` is what each node adds to it.
+    """
 
     nodes: int
     width: int
@@ -47,35 +51,39 @@ class TreeLimits(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Best first: tokens, and their perturbed log-probabilities up to a constant, shape (candidates,) float64."""
+    """Candidate tokens, best first.
+
+    `scores` are their perturbed log-probabilities up to a constant, shape (candidates,) float64.
+    """
 
     tokens: tuple[int, ...]
     scores: NDArray[np.float64]
 
 
 class Acceptance:
-    """How probably the target emits each candidate: softmax(scores / T), with T learnt by maximum likelihood.
+    """The probability that the target emits each candidate: softmax(scores / T), with T learnt by maximum likelihood.
 
-    The score's distance to the next one says much more than the rank: measured on the shipped pair at temperature 0.8 the
-    first candidate stands in 0.40 of the narrowest eighth and in 0.99 of the widest (log-loss 0.88 nats against 1.08 for
-    rank frequencies). "None of them" takes part with the last one's score.
+    The distance of a score to the next one says much more than its rank. Measured on the shipped pair of models at
+    temperature 0.8, the first candidate is accepted in 0.40 of the narrowest eighth and in 0.99 of the widest. The
+    log-loss is 0.88 nats, against 1.08 for rank frequencies. The outcome "none of them" takes part with the score of
+    the last candidate.
     """
 
     def __init__(self) -> None:
-        self._losses = _PRIOR_LOSSES.copy()  # (temperatures,) nats, forgetting
-        self.first = PRIOR_FIRST  # how often the first candidate stood, forgetting
+        self._losses = _PRIOR_LOSSES.copy()  # nats per temperature, with forgetting
+        self.first = PRIOR_FIRST  # how often the first candidate was accepted, with forgetting
 
     @property
     def temperature(self) -> float:
-        """The T in use."""
+        """The temperature T in use."""
         return float(_TEMPERATURES[int(np.argmin(self._losses))])
 
     def probabilities(self, ranked: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of each candidate, from its scores in descending order; same shape, sums to less than 1."""
+        """The probability of each candidate, from scores in descending order; same shape, sums to less than 1."""
         return np.exp(self._log_shares(ranked)[int(np.argmin(self._losses)), :-1])
 
     def learn(self, ranked: NDArray[np.float64], rank: int | None) -> None:
-        """The target emitted the candidate number `rank` (from 0), or none of them."""
+        """Learn that the target emitted candidate number `rank` (from 0), or none of them (None)."""
         own = self._log_shares(ranked)[:, -1 if rank is None else rank]
         self._losses = FORGETTING * self._losses + np.minimum(-own, LOSS_MAX)
         self.first = FORGETTING * self.first + (1.0 - FORGETTING) * (rank == 0)
@@ -87,10 +95,10 @@ class Acceptance:
 
 
 class Growth:
-    """A tree that grows best first: `leaves` says what to look at, `add` takes what was found there.
+    """A tree that grows best first: `leaves` selects the nodes to evaluate, and `add` takes their candidates.
 
-    Node 0 is the root. The `nodes` most probable nodes are kept; as no node is more probable than its parent, they are a
-    tree, and the best one of its size among those looked at.
+    Node 0 is the root. The most probable nodes are kept, `nodes` at most. No node is more probable than its parent, so
+    the kept nodes form a tree. It is the best one of its size among the evaluated nodes.
     """
 
     def __init__(self, budget: TreeLimits, acceptance: Acceptance, stop_ids: frozenset[int] = frozenset()) -> None:
@@ -99,21 +107,22 @@ class Growth:
         self._acceptance = acceptance
         self._stop_ids = stop_ids
         self.parents = [0]
-        self._reach = [1.0]  # probability that the target's text passes each node
-        self._ranked: dict[int, Candidates] = {}  # of the nodes that were looked at
+        self._reach = [1.0]  # probability that the target's text passes through each node
+        self._ranked: dict[int, Candidates] = {}  # of the evaluated nodes
         self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node
         self._kept: list[tuple[float, int]] = []  # (-reach, node), the best first
 
     @property
     def expected(self) -> float:
-        """Expected tokens of a round trip: those of the tree that stand, and the target's own one after them."""
+        """The expected tokens per round trip: the accepted ones of the tree, and the target's own token after them."""
         return 1.0 - sum(loss for loss, _ in self._kept)
 
     def leaves(self, elapsed_s: float, node_s: float) -> list[int]:
-        """The nodes to look at in one model call; none when the tree is done.
+        """The nodes to evaluate in the next model call; none if the tree is finished.
 
-        Growing stops when the next node's share of a token per second is below that of the tree so far: expected tokens
-        over the time since growing began (`elapsed_s`) and the delay. `node_s` is the time that a node takes.
+        Growth stops when the next node yields fewer tokens per second than the tree so far. The rate of the tree is its
+        expected tokens over `elapsed_s`, the time since growth began, plus the delay. `node_s` is the time that one
+        node takes.
         """
         if 0 not in self._ranked:
             return [0]
@@ -123,7 +132,7 @@ class Growth:
             return []
         top = self._reach[best[0]]
         full = len(self._kept) == budget.nodes
-        gain = top * self._acceptance.first + (self._kept[-1][0] if full else 0.0)  # less what would drop out
+        gain = top * self._acceptance.first + (self._kept[-1][0] if full else 0.0)  # less what would be dropped
         if gain <= 0.0 or gain * (elapsed_s + budget.delay_s) < self.expected * (node_s + budget.send_s):
             return []
         return [node for node in best if self._reach[node] >= SLACK * top][: budget.batch]
@@ -133,7 +142,7 @@ class Growth:
         return len(path) < self.budget.levels and path[-1] not in self._stop_ids
 
     def add(self, node: int, candidates: Candidates) -> None:
-        """Put the best candidates below a node."""
+        """Add the best candidates as children of a node."""
         self._ranked[node] = candidates
         shares = self._acceptance.probabilities(candidates.scores)
         for token, share in list(zip(candidates.tokens, shares, strict=True))[: self.budget.width]:
@@ -149,7 +158,7 @@ class Growth:
         del self._kept[self.budget.nodes :]
 
     def trim(self, elapsed_s: float) -> None:
-        """Drop the improbable nodes that take more of the round's time to send than they repay; one stays at least."""
+        """Drop improbable nodes whose time to send is not worth it. At least one node stays."""
         expected, time_s = 1.0, elapsed_s + self.budget.delay_s
         for count, (loss, _) in enumerate(self._kept):
             if count and -loss * time_s < expected * self.budget.send_s:
@@ -159,8 +168,8 @@ class Growth:
             time_s += self.budget.send_s
 
     def tree(self) -> tuple[list[int], list[Branch]]:
-        """The main chain's nodes (as numbered here) and the branches (as numbered in `fedhlm.decoding.tree`)."""
-        kept = [node for _, node in self._kept]  # parents first, and of siblings the likelier first
+        """The main chain's nodes (numbered as here) and the branches (numbered as in `fedhlm.decoding.tree`)."""
+        kept = [node for _, node in self._kept]  # parents before children, and of siblings the more probable first
         heirs: dict[int, int] = {}
         for node in kept:
             heirs.setdefault(self.parents[node], node)
@@ -177,7 +186,7 @@ class Growth:
         return chain, branches
 
     def learn(self, settled: Sequence[int]) -> None:
-        """The target's text from the root on; what it says about nodes that were looked at is learnt."""
+        """Learn from the target's text after the root, as far as its nodes were evaluated."""
         node: int | None = 0
         for token in settled:
             if node is None or node not in self._ranked:
@@ -188,15 +197,18 @@ class Growth:
 
 
 class Trees:
-    """The trees of one device, one after the other: what the target's text says of one is learnt before the next."""
+    """The trees of one device, one after the other. The target's text on one tree is learnt before the next begins."""
 
     def __init__(self, stop_ids: frozenset[int]) -> None:
         self.acceptance = Acceptance()
         self._stop_ids = stop_ids
-        self._last: tuple[list[int], Sampling, Growth] | None = None  # the last tree and what it grew below
+        self._last: tuple[list[int], Sampling, Growth] | None = None  # the ids before the last tree, and its growth
 
     def begin(self, ids: list[int], sampling: Sampling, budget: TreeLimits, settled: int | None) -> Growth:
-        """A tree below `ids`, whose first `settled` (None: all) are the prompt's or the target's."""
+        """Begin a tree below `ids`.
+
+        The first `settled` ids (None: all) belong to the prompt or were settled by the target.
+        """
         if self._last is not None:
             root, of_tree, growth = self._last
             text = ids[:settled]
@@ -208,19 +220,22 @@ class Trees:
 
 
 class Delay:
-    """Running mean of the time from sending a block to its verdict, in seconds, where one block is out at a time."""
+    """A running mean of the time from sending a block to its verdict, in seconds. One block is on its way at a time."""
 
     def __init__(self) -> None:
         self.mean_s = PRIOR_DELAY_S
         self._out: tuple[Hashable, float | None] | None = None
 
     def sent(self, block: Hashable, now_s: float) -> None:
-        """A block went up. One that went up twice is not measured: its verdict may answer either (Karn's rule)."""
+        """Note that a block was sent.
+
+        A block that was sent twice is not measured, as its verdict is ambiguous (Karn's rule).
+        """
         repeated = self._out is not None and self._out[0] == block
         self._out = block, None if repeated else now_s
 
     def heard(self, block: Hashable, now_s: float) -> None:
-        """A verdict came."""
+        """Note that a verdict has arrived."""
         if self._out is not None and self._out[0] == block:
             if self._out[1] is not None:
                 self.mean_s += DELAY_WEIGHT * (now_s - self._out[1] - self.mean_s)
@@ -228,13 +243,14 @@ class Delay:
 
 
 def ranking(sampling: Sampling) -> Callable[[Logits, int], Candidates]:
-    """Ranks a position's tokens as the shared coupling of `sampling` would draft them: the first is its draft.
+    """Return a function that ranks a position's tokens as the shared coupling of `sampling` would draft them.
 
-    By ln q + g under gumbel; by the logits under greedy, and at temperature 0, where g is 0 and the law has one token.
+    The first candidate is the coupling's draft. Under gumbel the order is by ln q + g. Under greedy, and at temperature
+    0, it is by the logits, because g is 0 there and the law has one token.
     """
     plain = sampling.temperature == 0.0 or COUPLINGS[sampling.coupling].greedy
 
-    @cache  # every node of a level has the same noise
+    @cache  # all nodes of a level share the same noise
     def noise(position: int, vocab_size: int) -> NDArray[np.float64]:
         return gumbel(sampling.seed, position, vocab_size)
 
@@ -260,8 +276,11 @@ def grow(
     node_s: float,
     clock_s: Callable[[], float],
 ) -> None:
-    """Grow until it no longer pays. `evaluate` gives the logits after each of the nodes; the root's next token is at
-    `position`."""
+    """Grow a tree until another node no longer pays.
+
+    `evaluate` returns the logits after each of the given nodes, each of shape (V,). The first token below the root has
+    the position `position`.
+    """
     rank = ranking(sampling)
     began_s = clock_s()
     while leaves := growth.leaves(clock_s() - began_s, node_s):

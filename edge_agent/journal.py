@@ -1,4 +1,4 @@
-"""What an agent writes in its journal beside the bus's traffic, and how it is read back: facts, events, decisions."""
+"""The entries that an agent adds to its journal beside the bus traffic: facts, events and decisions."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -31,7 +31,7 @@ _EVENTS: Final[dict[str, Any]] = {
 
 
 class AgentStart(msgspec.Struct, frozen=True, kw_only=True):
-    """How an agent began (note "state"): what it is made of, and its learner's snapshot (empty: it knew nothing)."""
+    """The state of an agent at start (note "state"): its settings and its learner's snapshot, which may be empty."""
 
     name: str
     cluster: str
@@ -44,7 +44,7 @@ class AgentStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Began(msgspec.Struct, frozen=True, kw_only=True):
-    """A generation begins (note "began"): everything that its plan is made from, besides what the agent has learnt."""
+    """The start of a generation (note "began"): all inputs of its plan except what the agent has learnt."""
 
     session: int
     protocol: str
@@ -58,7 +58,7 @@ class Began(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def job(self) -> Job:
-        """The generation that was asked for."""
+        """The job of the generation."""
         return Job(self.config, self.sampling, self.max_tokens, self.context_max, self.eos_ids)
 
 
@@ -77,50 +77,50 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
 
 
 def pack(fact: AgentStart | Began | Planned | Ended | Judged | list[Committed] | Event) -> bytes:
-    """The data of a note."""
+    """Encode the data of a note."""
     return msgspec.msgpack.encode(fact)
 
 
 def unpack(data: bytes, kind: Any) -> Any:
-    """Inverse of `pack`.
+    """Decode the data of a note; the inverse of `pack`.
 
     Raises:
-        ProtocolError: the data is of another kind or of another version of the settings.
+        ProtocolError: the data is of another kind, or of another version of the settings.
     """
     try:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ProtocolError(f"a note of {len(data)} bytes does not hold what it says: {exc}") from exc
+        raise ProtocolError(f"note of {len(data)} bytes cannot be decoded: {exc}") from exc
 
 
 def unpack_event(name: str, data: bytes) -> Event:
-    """The event of a "fed" note, whose subject is `name`.
+    """Decode the event of a "fed" note, whose subject is `name`.
 
     Raises:
-        ProtocolError: an unknown event, or data of another one.
+        ProtocolError: the event is unknown, or the data does not match it.
     """
     if name not in _EVENTS:
         raise ProtocolError(f"event must be one of {', '.join(sorted(_EVENTS))} (got {name!r})")
     try:
         event: Event = _EVENTS[name].decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ProtocolError(f"a note of {len(data)} bytes does not hold the event {name}: {exc}") from exc
+        raise ProtocolError(f"note of {len(data)} bytes cannot be decoded as event {name}: {exc}") from exc
     return event
 
 
 class Notes:
-    """The journal of an agent, if its party keeps one; else every method does nothing."""
+    """Writes the journal of an agent. Every method does nothing if its party keeps no journal."""
 
     def __init__(self, party: Party) -> None:
         self._party = party
 
     def start(self, fact: Callable[[], AgentStart]) -> None:
-        """The first note of all."""
+        """Write the first note, the agent's state."""
         if self._party.journal is not None:
             self._party.journal.note("state", "agent", pack(fact()))
 
     def began(self, session: int, job: Job, prompt: list[int], *, link_up: bool, now_s: float) -> None:
-        """A generation begins."""
+        """Note that a generation begins."""
         if self._party.journal is not None:
             protocol = self._party.bus.protocol or "5"
             fact = Began(session=session, protocol=protocol, link_up=link_up, prompt=list(prompt), **job._asdict())
@@ -129,6 +129,6 @@ class Notes:
     def write(
         self, kind: Kind, fact: Planned | Ended | Judged | list[Committed] | Event, at_s: float | None = None
     ) -> None:
-        """Anything else."""
+        """Write any other note."""
         if self._party.journal is not None:
             self._party.journal.note(kind, type(fact).__name__, pack(fact), at_s=at_s)

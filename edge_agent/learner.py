@@ -1,7 +1,7 @@
 """What a device learns about its doubts, and what its cluster told it: curves of harm, the threshold, the error budget.
 
-Everything here is a function of what was observed; messages are made and read, but not sent. A measure names what a
-curve is about (uncertainty, coupling, greedy or sampled), so that different ways of generating never mix.
+Everything here is a function of observations. Messages are encoded and decoded, but not sent. A measure names what a
+curve is about (form of doubt, coupling, greedy or sampled), so that different ways of generating never mix.
 """
 
 import math
@@ -28,30 +28,31 @@ from fedhlm.settings import Federation, Generation
 
 PAIRS_MAX: Final = 65_536
 SPACE: Final = "learner/2"
-SLACK_MEMORY: Final = 0.95  # of what was counted, a generation later
-SLACK_EVIDENCE: Final = 10.0  # skipped tokens
-SLACK_RISE: Final = 1.03  # a generation
+SLACK_MEMORY: Final = 0.95  # weight of the counts after one more generation
+SLACK_EVIDENCE: Final = 10.0  # least number of skipped tokens
+SLACK_RISE: Final = 1.03  # largest rise per generation
 
 
 class Measures(NamedTuple):
-    """The names of the curves that a generation feeds: of its own drafts, of its peers' proposals."""
+    """The measures of a generation's two curves: that of its own drafts, and that of its peers' proposals."""
 
     draft: str
     peers: str
 
 
 def measures_of(config: Generation, sampling: Sampling) -> Measures:
-    """What belongs to a configuration and a request."""
+    """The measures that belong to a configuration and a request."""
     law = f"{sampling.coupling}/{'greedy' if sampling.temperature == 0.0 else 'sampled'}"
     return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}")
 
 
 @dataclass(eq=False)
 class OpenText:
-    """A finished text on its way into a certificate, which takes texts in their order.
+    """A finished text that is about to enter a certificate. A certificate takes texts in their order.
 
-    `scored` holds the harm of its skipped tokens that verdicts scored; `tail` more wait for the audit that `probability`
-    decided on, whose harms are `audited` as soon as it is over. `over` is true from the start where the coin said no.
+    `scored` holds the harm of skipped tokens that verdicts scored. `tail` more tokens wait for the audit, which happens
+    with `probability`; their harms become `audited`. `over` is true from the start if the coin decided against an
+    audit.
     """
 
     measure: str
@@ -64,9 +65,10 @@ class OpenText:
 
 
 class Slack:
-    """How many tokens below tau there are for each that is skipped: a block verifies for nothing what follows a doubt.
+    """The slack: how many tokens are below tau for each one that is really skipped.
 
-    The factor rises slowly, because a higher tau leaves less to verify, and falls at once.
+    The others travel in a block that goes up anyway, so they are verified at no cost. The factor rises slowly, because
+    a higher tau leaves less to verify, and falls at once.
     """
 
     def __init__(self) -> None:
@@ -75,7 +77,7 @@ class Slack:
         self._skipped = 0.0
 
     def update(self, *, eligible: int, skipped: int) -> None:
-        """Counts of one generation."""
+        """Add the counts of one generation."""
         self._eligible = SLACK_MEMORY * self._eligible + eligible
         self._skipped = SLACK_MEMORY * self._skipped + skipped
         if self._skipped >= SLACK_EVIDENCE:
@@ -83,7 +85,7 @@ class Slack:
 
 
 class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """A learner on disk."""
+    """A learner as it is saved."""
 
     space: str
     round: Count
@@ -97,17 +99,17 @@ class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class Learner:
-    """One device's knowledge. `rng` makes the noise of privacy; it is not used without."""
+    """The knowledge of one device. `rng` draws the privacy noise, and is not used without privacy."""
 
     def __init__(self, federation: Federation, rng: np.random.Generator) -> None:
         self.round = 0
         self.curves: defaultdict[str, Curve] = defaultdict(Curve.empty)
         self.cluster: dict[str, Curve] = {}
-        self.threshold: float | None = None  # the published rule's; None before its first round
+        self.threshold: float | None = None  # that of the published rule (`paper-fl`); None before its first round
         self._global_threshold: float | None = None
         self._control = 0.0
         self._server_control = 0.0
-        self._pairs: list[tuple[float, float]] = []  # (u, beta) of this round's transmitted tokens
+        self._pairs: list[tuple[float, float]] = []  # (u, beta) of the tokens transmitted in this round
         self._certificates: defaultdict[str, Certificate] = defaultdict(Certificate)
         self._open: deque[OpenText] = deque()
         self._slack: defaultdict[str, Slack] = defaultdict(Slack)
@@ -120,15 +122,15 @@ class Learner:
         self._round_began_s: float | None = None  # the first generation begins the first round
 
     def observe(self, measures: Measures, config: Generation, observations: Sequence[Observation]) -> None:
-        """Take in what the target said of drafted tokens."""
+        """Learn what the target said of drafted tokens."""
         draft, peers = self.curves[measures.draft], self.curves[measures.peers]
         for seen in observations:
-            if not seen.audit:  # the decision was counted when the text ended
+            if not seen.audit:  # otherwise the decision was counted when the text ended
                 draft.see(seen.uncertainty)
             if seen.harm is not None:
                 draft.add(seen.uncertainty, seen.harm)
             if choices.PEERS[config.peers].asked:
-                # A token that peers had no say in counts where no threshold reaches, so that shares are of all tokens.
+                # A token without a proposal counts where no threshold reaches, so that shares refer to all tokens.
                 score, harm = seen.match or (1.0, 1.0)
                 if not seen.audit:
                     peers.see(score)
@@ -149,9 +151,9 @@ class Learner:
         escalated: int,
         coin: float,
     ) -> OpenText | None:
-        """One generation is over: account for its skipped tokens; the text that waits for an audit, where one is due.
+        """Account for the skipped tokens of a finished generation. Return its text if an audit is due.
 
-        `coin` is uniform in (0, 1). Tokens that were committed because the link was gone are always audited.
+        `coin` is uniform in (0, 1). Tokens that were committed because the link was down are always audited.
         """
         self._tokens += tokens
         self._escalation_bytes += escalation_bytes
@@ -176,13 +178,13 @@ class Learner:
         return None if text.over else text
 
     def audited(self, text: OpenText, harms: Sequence[float] | None) -> None:
-        """The audit of a text is over. None: nobody answered, and every token of it counts as wrong; nothing is hoped."""
+        """Finish the audit of a text. `harms` None means that nobody answered; then every token counts as wrong."""
         text.audited = [1.0] * text.tail if harms is None else list(harms)
         text.over = True
         self._fold()
 
     def _fold(self) -> None:
-        """Texts enter the certificate in their order, so that what came after one never decides about it."""
+        """Add texts to their certificates in order, so that later texts cannot influence earlier ones."""
         while self._open and self._open[0].over:
             text = self._open.popleft()
             self._certificates[text.measure].add(
@@ -190,15 +192,15 @@ class Learner:
             )
 
     def certificate(self, measures: Measures, config: Generation) -> Certificate | None:
-        """The evidence about the error per token, as far as texts are accounted for; None where nothing is audited."""
+        """The certificate of the error per token, over all texts accounted for; None if auditing is disabled."""
         return None if config.audit == 0.0 else self._certificates[measures.draft].copy()
 
     def tau(self, measures: Measures, config: Generation) -> float:
-        """The threshold on the uncertainty for the next generation; KEEP_NONE verifies everything."""
+        """The threshold on the doubt for the next generation. KEEP_NONE verifies everything."""
         return THRESHOLDS[config.threshold](self, measures, config)
 
     def similarity(self, measures: Measures, config: Generation) -> float | None:
-        """The cosine from which peers may settle a token; None: never, there is no evidence that it is safe."""
+        """The cosine from which peers may settle a token; None: never, because there is no evidence that it is safe."""
         consensus = config.consensus
         if not choices.PEERS[config.peers].asked:
             return None
@@ -212,49 +214,48 @@ class Learner:
         return None if share == KEEP_NONE else max(consensus.similarity, 1.0 - share)
 
     def calibrated(self, measures: Measures, config: Generation) -> float:
-        """The most that the budget, or the price of a transmission, allows to keep (docs/algorithms.md, 4.2)."""
+        """The threshold that the budget, or the price of a transmission, allows (docs/algorithms.md, 4.2)."""
         own, evidence = self._evidence(measures.draft)
         m = shrunk(own, evidence, config.learning.shrinkage)
         return OBJECTIVES[config.learning.objective](self, measures, config, own, m)
 
     def tau_by_price(self, _measures: Measures, config: Generation, _own: Curve, m: NDArray[np.float64]) -> float:
-        """The most that is worth its price: what a transmission costs against the harm that it prevents."""
+        """The threshold below which a transmission costs more than the harm that it prevents."""
         return tau_of_price(m, self.price(config))
 
     def tau_by_budget(self, measures: Measures, config: Generation, own: Curve, m: NDArray[np.float64]) -> float:
-        """The most that keeps the error below the budget, the share of peers' errors left out."""
+        """The highest threshold that keeps the error within the budget, less the peers' share of it."""
         if self._overdrawn(measures, config):
             return KEEP_NONE
         share = 1.0 - config.consensus.error_share if choices.PEERS[config.peers].asked else 1.0
         return tau_of_budget(own, m, self._allowed(measures, config) * share, self._delta(config))
 
     def price(self, config: Generation) -> float:
-        """c/w: what escalating a token costs, by the bytes measured here, in units of a wrong token."""
+        """c/w: the price of escalating a token, by the bytes measured here, in units of a wrong token."""
         learning = config.learning
         measured = self._escalation_bytes / self._escalated if self._escalated else 0.0
         return (measured + learning.round_trip_bytes) / learning.harm_bytes
 
     def _overdrawn(self, measures: Measures, config: Generation) -> bool:
-        """Whether the estimate is above the budget by more than it errs: then all is verified until it is not."""
+        """Whether R-hat exceeds the budget by more than two standard errors. While it does, everything is verified."""
         known = self.certificate(measures, config)
         return known is not None and known.estimate - 2.0 * known.standard_error > config.budget
 
     def _allowed(self, measures: Measures, config: Generation) -> float:
-        """What the kept tokens' curve may cost: the budget, loosened by tokens that are verified although they could be
-        kept."""
+        """The harm per kept token that the curve may allow: the budget times the slack."""
         return min(1.0, config.budget * self._slack[measures.draft].factor)
 
     def _delta(self, config: Generation) -> float:
         return 1.0 - config.confidence
 
     def _evidence(self, measure: str) -> tuple[Curve, Curve]:
-        """This device's curve and the larger of it and its cluster's."""
+        """This device's curve, and the larger one of it and its cluster's."""
         own = self.curves[measure]
         cluster = self.cluster.get(measure)
         return own, own if cluster is None or cluster.total_weight < own.total_weight else cluster
 
     def due(self, config: Generation, now_s: float) -> bool:
-        """Whether this round's contribution should go out."""
+        """Whether this round's contribution must be sent."""
         if self._round_began_s is None:
             self._round_began_s = now_s
         learning = config.learning
@@ -264,7 +265,7 @@ class Learner:
         )
 
     def contribution(self, config: Generation, now_s: float) -> tuple[PaperThreshold | None, dict[str, bytes]] | None:
-        """End a round: its threshold and the sums to send; None when the releases that privacy allows are used up."""
+        """End a round. Return its threshold and the encoded curves to send; None if no privacy releases are left."""
         federation = self._federation
         if federation.epsilon > 0.0 and self._releases >= federation.releases:
             return None
@@ -313,10 +314,10 @@ class Learner:
         return PaperThreshold(update.threshold, update.count, update.control, update.steps)
 
     def learned(self, state: Learned) -> None:
-        """Take over what the cluster knows.
+        """Adopt what the cluster knows.
 
         Raises:
-            ProtocolError: a curve that is none, or an impossible control; nothing is changed then.
+            ProtocolError: a curve is malformed, or a control is impossible. Nothing changes then.
         """
         check_threshold(state.threshold)
         curves = {name: Curve.from_bytes(data) for name, data in state.curves.items()}
@@ -326,7 +327,7 @@ class Learner:
             self._server_control = state.threshold.control
 
     def snapshot(self) -> bytes:
-        """All there is to keep over a restart."""
+        """Encode everything that must survive a restart."""
         return msgspec.msgpack.encode(
             Snapshot(
                 SPACE,
@@ -342,7 +343,7 @@ class Learner:
         )
 
     def _settled(self) -> dict[str, CertificateState]:
-        """The certificates as if every audit that is still open had found nothing but wrong tokens."""
+        """The certificates as they would be if all tokens of open audits were wrong."""
         settled = {name: known.copy() for name, known in self._certificates.items()}
         for text in self._open:
             harms = text.audited if text.over else [1.0] * text.tail
@@ -351,10 +352,10 @@ class Learner:
         return {name: known.state() for name, known in settled.items()}
 
     def restore(self, data: bytes) -> None:
-        """Take back what `snapshot` gave.
+        """Restore the state that `snapshot` saved.
 
         Raises:
-            ProtocolError: not a snapshot of this version; nothing is changed then.
+            ProtocolError: the data is not a snapshot of this version. Nothing changes then.
         """
         try:
             kept = msgspec.msgpack.decode(data, type=Snapshot)
@@ -362,7 +363,7 @@ class Learner:
             cluster = {name: Curve.from_bytes(raw) for name, raw in kept.cluster.items()}
             certificates = {name: Certificate.of(state) for name, state in kept.certificates.items()}
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as exc:
-            raise ProtocolError(f"not a learner's snapshot: {exc}") from exc
+            raise ProtocolError(f"learner's snapshot cannot be decoded: {exc}") from exc
         for control in (kept.control, kept.server_control):
             check_threshold(PaperThreshold(0.0, 0, control))
         if kept.space != SPACE:

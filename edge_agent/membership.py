@@ -1,7 +1,8 @@
-"""Which cluster an agent belongs to: what it hears there, and its presence; it moves while it runs.
+"""The cluster that an agent belongs to: its subscriptions, its presence, and moves while it runs.
 
-An agent hears its new cluster before it says that it is there, and goes on hearing the prompts and verdicts of those
-it left. It moves only to a cluster whose edge it has seen at work, so that a wrong assignment strands nobody.
+An agent subscribes in its new cluster before it announces itself there. It keeps its subscriptions to prompts and
+verdicts in the clusters that it left. It moves only to a cluster whose edge it has seen online, so a wrong assignment
+cannot strand it.
 """
 
 import logging
@@ -21,7 +22,10 @@ _PERSONAL: Final = (topics.PROMPT, topics.CANCEL, topics.VERDICT)
 
 
 class Membership:
-    """The clusters in an agent's life; `cluster` is the one that it speaks to. A `guest` leaves prompts and presence alone."""
+    """The clusters that an agent visits. `cluster` is the current one.
+
+    A `guest` neither subscribes to prompts nor announces its presence.
+    """
 
     def __init__(self, *, party: Party, cluster: str, fingerprint: Fingerprint, guest: bool = False) -> None:
         self.cluster = cluster
@@ -36,7 +40,7 @@ class Membership:
         self._considered: set[str] = {cluster}
 
     def filters(self) -> tuple[str, ...]:
-        """All that the agent hears now."""
+        """All topic filters of the agent now."""
         root, name = self._party.root, self._name
         elsewhere = [] if self.wanted is None else [topics.EDGE_STATUS.name(root, cluster=self.wanted)]
         left = [topic.name(root, cluster=c, agent=name) for c in self._visited for topic in self._personal]
@@ -51,21 +55,22 @@ class Membership:
         )
 
     async def subscribe(self) -> None:
-        """Hear all of it."""
+        """Subscribe to all filters."""
         await self._party.bus.subscribe(*self.filters())
 
     async def assigned(self, cluster: str) -> None:
-        """Look for the edge of an assigned cluster; its presence decides.
+        """Look for the edge of an assigned cluster. The agent moves when the edge's presence arrives.
 
         Raises:
-            ProtocolError: the broker refuses to show it, or there were more than CLUSTERS_MAX assignments elsewhere.
+            ProtocolError: the broker refuses the subscription, or there were more than CLUSTERS_MAX other assignments.
         """
         if cluster == self.cluster:
             self.wanted = None
             return
         if cluster not in self._considered and len(self._considered) >= CLUSTERS_MAX:
             raise ProtocolError(
-                f"assignment.cluster must be one of at most {CLUSTERS_MAX} clusters in a life (got {cluster!r} beyond them)"
+                f"assignment.cluster must be one of at most {CLUSTERS_MAX} clusters in a life "
+                f"(got {cluster!r} beyond them)"
             )
         self._considered.add(cluster)
         self.wanted = cluster
@@ -78,10 +83,10 @@ class Membership:
             ) from exc
 
     async def seen(self, cluster: str, edge: Presence) -> bool:
-        """Move to the wanted cluster if this is its edge, and the cloud behind it; whether the agent moved.
+        """Move to the wanted cluster if this is its edge and the cloud is behind it. Return whether the agent moved.
 
         Raises:
-            ProtocolError: the broker refuses what the agent must hear there; it stays.
+            ProtocolError: the broker refuses a subscription there. The agent stays.
         """
         if cluster != self.wanted or not edge.online or edge.upstream is None:
             return False
@@ -97,7 +102,7 @@ class Membership:
         self.moves += 1
         log.info("agent %s moves from cluster %s to %s", self._name, left, cluster)
         if not self._guest:
-            # In this order, so that it is never nowhere.
+            # In this order, so that the agent is never absent from all clusters.
             await self._announce(cluster, online=True)
             await self._announce(left, online=False)
         return True
@@ -108,7 +113,7 @@ class Membership:
 
 
 def birth_and_will(stamp: Stamp, fingerprint: Fingerprint, cluster: str, root: str) -> tuple[Retained, Retained]:
-    """What a connection says of the agent in this cluster: at its beginning, and at its end."""
+    """The birth message and the last will of a connection for this agent in this cluster."""
     name = topics.AGENT_STATUS.name(root, cluster=cluster, agent=stamp.sender)
     birth, will = (encode(_presence(stamp, fingerprint, online=online)) for online in (True, False))
     return Retained(name, birth), Retained(name, will)

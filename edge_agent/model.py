@@ -1,4 +1,4 @@
-"""The device's SLM: drafts the token after a list of ids, on one worker thread, reusing the cached common prefix."""
+"""The device's SLM: drafts the token after a list of ids on a worker thread, and reuses the cached common prefix."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,13 +20,16 @@ from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.peers.context_keys import Projection
 from fedhlm.protocol.messages import Sampling
 
-PRIOR_NODE_S: Final = 0.002  # what a node costs until it is measured
-NODE_WEIGHT: Final = 0.1  # of the newest tree in the running mean of what a node costs
+PRIOR_NODE_S: Final = 0.002  # seconds per node until one is measured
+NODE_WEIGHT: Final = 0.1  # weight of the newest tree in the running mean of the seconds per node
 
 
 class Drawn(NamedTuple):
-    """A drafted token, its probability, its uncertainty in [0, 1], the bytes of the draft law if they travel, and the
-    key of its context (`fedhlm.peers.context_keys`), empty where the model has no projection."""
+    """A drafted token with its probability and its doubt (0 to 1).
+
+    `law` is the encoded draft law if the coupling sends it. `key` is the context key (`fedhlm.peers.context_keys`);
+    empty if the model has no projection.
+    """
 
     token: int
     prob: float
@@ -36,7 +39,7 @@ class Drawn(NamedTuple):
 
 
 class TreeDraft(NamedTuple):
-    """A tree draft: its main chain, its branches (`fedhlm.decoding.tree`), and the expected tokens of its round trip."""
+    """A tree draft: main chain, branches (`fedhlm.decoding.tree`), and the expected tokens of its round trip."""
 
     chain: list[Drawn]
     branches: tuple[Branch, ...]
@@ -44,7 +47,7 @@ class TreeDraft(NamedTuple):
 
 
 class Drafter(Protocol):
-    """What the agent needs of a model."""
+    """The interface between the agent and a model."""
 
     async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """Draw the token after `ids` (at least one) from the draft side of the sampling's coupling.
@@ -63,12 +66,13 @@ class Drafter(Protocol):
     ) -> TreeDraft:
         """Draft a tree below `ids` (at least one) under a shared coupling.
 
-        The first `settled` ids (None: all) are the target's text or the prompt: what they say about the last tree is learnt.
+        The first `settled` ids (None: all) belong to the prompt or were settled by the target. What they say about the
+        last tree is learnt.
         """
 
 
 class Slm:
-    """A decoder and the prefix it holds. Not for two threads at once. With a `projection` drafts carry keys."""
+    """A decoder and its cached prefix. Not thread-safe. With a `projection` drafts carry context keys."""
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class Slm:
         self._cache: Cache = decoder.empty_cache()
 
     def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
-        """See `Drafter.draft`; blocks while the model computes."""
+        """See `Drafter.draft`. Blocks while the model computes."""
         wanted = list(ids)
         result = self.decoder.forward([self._request(wanted)])[0]
         self._ids, self._cache = wanted, result.cache
@@ -101,7 +105,7 @@ class Slm:
         uncertainty: str = "closed-form",
         settled: int | None = None,
     ) -> TreeDraft:
-        """See `Drafter.grow`; blocks while the model computes."""
+        """See `Drafter.grow`. Blocks while the model computes."""
         wanted = list(ids)
         room = max(1, self.decoder.info.context - len(wanted))
         budget = budget._replace(levels=min(budget.levels, room))
@@ -119,7 +123,7 @@ class Slm:
             ]
             held.update(zip(nodes, self.decoder.forward(requests), strict=True))
             if nodes == [0]:
-                ready_s = self._clock_s()  # the root's own time is that of the settled text before it
+                ready_s = self._clock_s()  # the root's time is spent on the settled text before it
             return [held[node].logits[-1] for node in nodes]
 
         grow(growth, evaluate, sampling=sampling, position=len(wanted), node_s=self.node_s, clock_s=self._clock_s)
@@ -136,7 +140,7 @@ class Slm:
         return TreeDraft(drawn, tuple(branches), growth.expected)
 
     def _request(self, wanted: list[int]) -> DecoderInput:
-        # The last id is always fed: its logits are the ones that are needed.
+        # The last id is always fed, because its logits are needed.
         keep = min(common_prefix(self._ids, wanted), len(wanted) - 1)
         return DecoderInput(self._cache.truncated(keep), wanted[keep:])
 
@@ -153,11 +157,11 @@ class Slm:
 
 
 Wait = Callable[[Callable[[], Any]], Awaitable[Any]]
-"""How a call that computes is waited for; gives what the call returns."""
+"""How to wait for a call that computes; returns what the call returns."""
 
 
 class SlmDrafter:
-    """An Slm as a Drafter, by a way to wait for its calls."""
+    """Makes a `Drafter` of an `Slm`. `wait` decides on which thread it computes."""
 
     def __init__(self, slm: Slm, wait: Wait) -> None:
         self._slm = slm
@@ -185,7 +189,7 @@ class SlmDrafter:
 
 @asynccontextmanager
 async def threaded(slm: Slm) -> AsyncIterator[Drafter]:
-    """A Drafter that computes on a worker thread of its own, so that the event loop owns sockets only."""
+    """Yield a `Drafter` that computes on its own worker thread, so that the event loop is free for I/O."""
     loop = asyncio.get_running_loop()
     pool = ThreadPoolExecutor(1, thread_name_prefix="slm")
     try:

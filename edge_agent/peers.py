@@ -1,6 +1,6 @@
 """What an agent knows from its peers, and whether asking them pays (docs/algorithms.md, 5).
 
-Peers are asked without a message: their keys and the tokens that the cloud settled have come by subscription before.
+Asking peers takes no message: their keys, and the tokens that the cloud settled, have arrived by subscription.
 """
 
 from collections import defaultdict
@@ -20,7 +20,10 @@ EXPLORED_SHARE: Final = 1 / 32
 
 
 class Peers:
-    """One agent's view of its cluster. `clock_s` is monotonic; `space` names what keys are made with."""
+    """One agent's view of its cluster.
+
+    `clock_s` is monotonic, in seconds; `space` names the space of its context keys.
+    """
 
     def __init__(
         self, name: str, clock_s: Callable[[], float], *, size: int, max_age_s: float, space: str = ""
@@ -36,10 +39,10 @@ class Peers:
             raise ProtocolError(f"message.space must be {self.space!r}, or keys cannot be compared (got {space!r})")
 
     def hear_doubts(self, message: UncertainTokens) -> None:
-        """Another agent's, or this one's, doubted drafts.
+        """Add the doubtful drafts of another agent, or of this one.
 
         Raises:
-            ProtocolError: a key of the wrong length, or made with another model.
+            ProtocolError: a key has the wrong length, or belongs to another model.
         """
         self._check(message.space)
         keys = [unpack_key(item.key) for item in message.items]
@@ -47,36 +50,39 @@ class Peers:
             self.centroid.add(message.sender, *keys)
 
     def hear_verified(self, message: VerifiedTokens) -> None:
-        """What the cloud settled in this cluster.
+        """Add tokens that the cloud verified in this cluster.
 
         Raises:
-            ProtocolError: a key of the wrong length, or made with another model.
+            ProtocolError: a key has the wrong length, or belongs to another model.
         """
         self._check(message.space)
         for key, token in [(unpack_key(item.key), item.token) for item in message.items]:
             self.memory.add(key, token, "peer")
 
     def asks(self, config: Generation, coin: float) -> bool:
-        """Whether publishing doubts pays now, by measured bytes (FedHLM [13] with the wrong-hit term).
+        """Whether publishing doubts pays now, by measured bytes (FedHLM, equation 13, with a term for wrong hits).
 
-        `coin` in [0, 1]: one generation in a few publishes anyway, else a cluster that gave up would never learn better.
+        `coin` is uniform in [0, 1]. One generation in a few publishes anyway, because a cluster that stopped could not
+        find out that it pays again.
         """
         if not choices.PEERS[config.peers].asked:
             return False
         learning, consensus = config.learning, config.consensus
         known = self.collaboration[config.peers]
-        # A round trip is worth bytes; they are added to those of an escalated token.
+        # A round trip is priced in bytes, which are added to those of an escalated token.
         escalated = known.llm_bytes
         saved = 1.0 if not escalated else (escalated + learning.round_trip_bytes) / escalated
         prices = Prices(consensus.lan_price, saved, learning.harm_bytes)
         return coin < EXPLORED_SHARE or known.asks(prices)
 
     def consult(self, config: Generation, similarity: float | None) -> Callable[[Drafted], Proposal | None]:
-        """A plan's `consult`: peers settle a draft that they agree with from `similarity` on (None: never).
+        """Return the `consult` function of a plan.
 
-        Where the gate keeps nothing unverified, or they know another token, a proposal is a better draft and no more:
-        measured, an agreeing neighbour is right far more often than one that would replace the draft. Hits are counted
-        at the configured similarity while there is none that is known to be safe.
+        Peers settle a draft that they agree with from `similarity` on (None: never).
+
+        If the gate keeps nothing unverified, or the peers know another token, a proposal is only a better draft. In
+        measurements an agreeing neighbour was right far more often than one that would replace the draft. While no
+        similarity is known to be safe, hits are counted at the configured one.
         """
         look = RULES[config.peers]
         consensus = config.consensus
@@ -100,7 +106,7 @@ class Peers:
         return ask if choices.PEERS[config.peers].asked else _nobody
 
     def learn(self, config: Generation, seen: Observation, similarity: float | None) -> None:
-        """What the target said of a hit, whether it was used or only counted."""
+        """Learn whether a hit was right, no matter whether it was used or only counted."""
         theta = config.consensus.similarity if similarity is None else similarity
         if seen.match is not None and seen.match[0] <= 1.0 - theta:
             self.collaboration[config.peers].audited(wrong=seen.match[1] > 0.0)
@@ -115,13 +121,13 @@ def _none(_peers: Peers, _draft: Drafted, _votes: int, _theta: float) -> Match |
 
 
 def _centroid(peers: Peers, draft: Drafted, _votes: int, _theta: float) -> Match | None:
-    """The draft stands where its key is near the centroid of the other agents' (FedHLM eqs 9-10)."""
+    """Accept the draft if its key is near the centroid of the other agents' keys (FedHLM, equations 9 and 10)."""
     similarity = peers.centroid.similarity(peers.name, unpack_key(draft.key))
     return None if similarity is None else Match(draft.token, similarity, "peer")
 
 
 def _neighbour(peers: Peers, draft: Drafted, votes: int, theta: float) -> Match | None:
-    """The token that the cloud settled in the nearest known contexts, where they agree."""
+    """The token that the cloud settled in the nearest known contexts, if they agree."""
     return peers.memory.nearest(unpack_key(draft.key), votes, theta=theta)
 
 

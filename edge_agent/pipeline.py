@@ -1,12 +1,15 @@
-"""When to draft on and when to send: the choices that tell blocking from asynchronous verification."""
+"""The pipelines: when to draft and when to send. They distinguish blocking from asynchronous verification."""
 
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
 
 class Pending(NamedTuple):
-    """What a pipeline decides on: lengths in tokens, the age in seconds, uncertainty of the newest draft in [0, 1],
-    and the estimated probability that the whole tail stands."""
+    """The state that a pipeline decides on: lengths in tokens, age in seconds.
+
+    `uncertainty` is the doubt of the newest draft, 0 to 1. `survival` is the estimated probability that the whole tail
+    will be accepted.
+    """
 
     tail: int
     unsent: int
@@ -18,8 +21,11 @@ class Pending(NamedTuple):
 
 
 class PipelineRules(NamedTuple):
-    """`may_draft` and `must_send` look at what is pending; `extend` is how many tokens of its own the cloud adds to a
-    fully accepted block; a draft is sent at the latest `flush_age_s` after it was made. With `grow` a draft is a tree."""
+    """The rules of a pipeline.
+
+    `may_draft` and `must_send` decide by what is pending. `extend` is the number of bonus tokens after a fully accepted
+    block. A draft is sent at most `flush_age_s` seconds after it was made. With `grow` a draft is a tree.
+    """
 
     may_draft: Callable[[Pending], bool]
     must_send: Callable[[Pending], bool]
@@ -29,9 +35,12 @@ class PipelineRules(NamedTuple):
 
 
 class PipelineLimits(NamedTuple):
-    """Window: drafts ahead of the last verdict. Block: drafts per message. A draft above `flush_uncertainty`, or one
-    that waited `flush_age_s`, sends the block early. Below `survival_floor` drafting pauses, and what is there is sent.
-    `bonus` asks for a token of the LLM's own after each block."""
+    """The settings of a pipeline.
+
+    `window` is the number of drafts ahead of the last verdict, and `block` the number of drafts per message. A draft
+    whose doubt is above `flush_uncertainty`, or that waited `flush_age_s` seconds, sends the block early. Below
+    `survival_floor` drafting pauses, and the pending drafts are sent. `bonus` asks for a bonus token after each block.
+    """
 
     window: int
     block: int
@@ -42,12 +51,12 @@ class PipelineLimits(NamedTuple):
 
 
 def expected_rejection(uncertainty: float) -> float:
-    """m(u) = clip(0.82 u - 0.06), the line that U-HLM (arXiv 2412.12687) fitted; in [0, 1]."""
+    """m(u) = clip(0.82 u - 0.06, 0, 1), the line fitted in U-HLM (arXiv 2412.12687)."""
     return min(1.0, max(0.0, 0.82 * uncertainty - 0.06))
 
 
 def blocking(limits: PipelineLimits) -> PipelineRules:
-    """Draft a block, send it, wait for its verdict."""
+    """Draft a block, send it, and wait for its verdict."""
     return PipelineRules(
         may_draft=lambda p: not p.awaiting and p.unsent < limits.block,
         must_send=lambda p: not p.awaiting and p.unsent > 0 and (p.unsent >= limits.block or p.ended),
@@ -56,7 +65,7 @@ def blocking(limits: PipelineLimits) -> PipelineRules:
 
 
 def asynchronous(limits: PipelineLimits) -> PipelineRules:
-    """Draft on while verdicts are under way (docs/algorithms.md, 6)."""
+    """Draft on while verdicts are on their way (docs/algorithms.md, 6)."""
     return PipelineRules(
         may_draft=lambda p: p.tail < limits.window and p.survival >= limits.survival_floor,
         must_send=lambda p: (
@@ -76,7 +85,7 @@ def asynchronous(limits: PipelineLimits) -> PipelineRules:
 
 
 def remote(limits: PipelineLimits) -> PipelineRules:
-    """Draft nothing: the cloud decodes `block` tokens at each request."""
+    """Draft nothing. The cloud decodes `block` tokens per request."""
     return PipelineRules(
         may_draft=lambda _p: False,
         must_send=lambda p: not p.awaiting,
@@ -85,7 +94,10 @@ def remote(limits: PipelineLimits) -> PipelineRules:
 
 
 def tree(_limits: PipelineLimits) -> PipelineRules:
-    """Grow a tree, send it, wait for its verdict (docs/algorithms.md, 6.1). The tree's own limits end its growth."""
+    """Grow a tree, send it, and wait for its verdict (docs/algorithms.md, 6.1).
+
+    The tree's own limits end its growth.
+    """
     return PipelineRules(
         may_draft=lambda p: not p.awaiting and p.unsent == 0,
         must_send=lambda p: not p.awaiting and p.unsent > 0,

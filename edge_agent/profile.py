@@ -1,7 +1,8 @@
-"""A sample of what an agent drafts, by which the cloud tells who writes of the same things; pure.
+"""A sample of an agent's drafts, from which the cloud tells which agents write about similar things; pure.
 
-Few tokens of many prompts: those of one prompt resemble each other and say little about the agent. A prompt's tokens
-stay together and in order, because the cloud's cross-validation cuts the sample into stretches.
+The sample has a few tokens from each of many prompts, because tokens of one prompt resemble each other and say little
+about the agent. A prompt's tokens stay together and in order, because the cloud's cross-validation cuts the sample into
+stretches.
 """
 
 from collections import deque
@@ -11,13 +12,13 @@ import numpy as np
 
 from fedhlm.peers.context_keys import DIMS
 
-ROWS_MAX: Final = 256  # tokens of a profile
-PROMPT_ROWS: Final = 8  # of which one prompt gives at most so many
-FRESH_MIN: Final = 64  # new ones since the last profile that make another one worth its bytes
+ROWS_MAX: Final = 256  # tokens per profile
+PROMPT_ROWS: Final = 8  # tokens per prompt, at most
+FRESH_MIN: Final = 64  # new tokens since the last profile that make another one worth its bytes
 
 
 class PromptSample:
-    """A reservoir over the drafts of one prompt: every position is kept with equal probability."""
+    """A reservoir sample of one prompt's drafts: every position is kept with equal probability."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
@@ -26,7 +27,7 @@ class PromptSample:
         self._rows: dict[int, tuple[bytes, float]] = {}
 
     def see(self, position: int, key: bytes, uncertainty: float) -> None:
-        """Take in a draft; one that replaces a rolled-back draft takes its place. Without a key there is nothing to see."""
+        """Add a draft, or replace a rolled-back one at the same position. A draft without a key is ignored."""
         if len(key) != DIMS:
             return
         if position > self._last:
@@ -43,14 +44,14 @@ class PromptSample:
 
     @property
     def rows(self) -> list[tuple[bytes, float]]:
-        """The keys and uncertainties kept, in order of position."""
+        """The kept keys and doubts, in order of position."""
         return [row for _, row in sorted(self._rows.items())]
 
 
 class Sampler:
-    """The latest prompts' samples, ROWS_MAX tokens at most. `rng` chooses among a prompt's tokens.
+    """The samples of the latest prompts, at most ROWS_MAX tokens. `rng` chooses among a prompt's tokens.
 
-    Only the latest, because what an agent is asked changes, and its cluster should follow.
+    Older prompts are dropped, because prompts change over time, and an agent's cluster should follow.
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
@@ -60,15 +61,15 @@ class Sampler:
 
     @property
     def due(self) -> bool:
-        """Whether FRESH_MIN tokens have come since the last profile."""
+        """Whether FRESH_MIN tokens have arrived since the last profile."""
         return self._fresh >= FRESH_MIN
 
     def begin(self) -> PromptSample:
-        """An empty sample for a prompt; give it to `end` when the prompt is answered."""
+        """Begin the sample of a prompt. Pass it to `end` when the prompt is answered."""
         return PromptSample(self._rng)
 
     def end(self, sample: PromptSample) -> None:
-        """Add a prompt's sample; the oldest prompts make room."""
+        """Add a prompt's sample. The oldest prompts make room."""
         rows = sample.rows
         if not rows:
             return
@@ -78,7 +79,7 @@ class Sampler:
             self._prompts.popleft()
 
     def take(self) -> dict[str, Any]:
-        """Fields of a Profile: `dims`, `keys` (n times dims int8) and `uncertainties` (n uint8 of 255)."""
+        """The fields of a `Profile`: `dims`, `keys` (n * dims int8) and `uncertainties` (n uint8, doubt times 255)."""
         self._fresh = 0
         rows = [row for prompt in self._prompts for row in prompt]
         doubts = np.clip([doubt for _, doubt in rows], 0.0, 1.0)  # (n,) float64

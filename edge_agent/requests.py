@@ -1,4 +1,4 @@
-"""Which prompts an agent serves, which it refuses and why: a pure memory of names, places in the queue and cancellations."""
+"""The prompts that an agent serves or refuses: their names, their order, and cancellations. No I/O."""
 
 from collections import OrderedDict
 from typing import Final, NamedTuple, TypeVar
@@ -6,15 +6,15 @@ from typing import Final, NamedTuple, TypeVar
 from fedhlm.protocol.messages import Cancel, FinishReason, Prompt, Refusal
 
 PROMPTS_MAX: Final = 256
-CLIENT_MAX: Final = 192  # of one client; the rest of the places is for the others
+CLIENT_MAX: Final = 192  # per client, so that the other places are left for others
 REQUESTS_REMEMBERED: Final = 1_024
 
 
 class RoutedPrompt:
-    """A prompt, and the cluster through which it came and its output goes.
+    """A prompt, and the cluster through which it came and to which its output goes.
 
-    `limit_s` is when its client stops waiting, on the agent's clock; `count` are the tokens that were put out, and `answered`
-    says that the last output is out as well.
+    `limit_s` is when the client stops waiting, in seconds on the agent's clock. `count` is the number of tokens
+    published, and `answered` says that the last output has been published.
     """
 
     def __init__(self, cluster: str, prompt: Prompt, now_s: float = 0.0) -> None:
@@ -27,7 +27,7 @@ class RoutedPrompt:
 
 
 class End(NamedTuple):
-    """How a request ends that is not served, or not to its end."""
+    """How a request ends that is not served, or not completely."""
 
     finish: FinishReason
     error: str
@@ -40,29 +40,29 @@ LATE_TEXT: Final = End("cancelled", "its deadline passed before the text was who
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
-_Mark = tuple[str, int, int]  # a prompt's sender, its running number and its time: equal in an MQTT duplicate alone
+_Mark = tuple[str, int, int]  # sender, sequence number and time of a prompt: equal only for an MQTT duplicate
 
 
 class Requests:
-    """The requests of an agent called `agent`: those that wait or are served, and the names of earlier ones."""
+    """The requests of the agent `agent`: those that wait or are being served, and the names of earlier ones."""
 
     def __init__(self, agent: str) -> None:
-        self.open: dict[str, RoutedPrompt] = {}  # in the order of their coming
-        self._served: OrderedDict[str, None] = OrderedDict()  # clients, the one whose turn was longest ago first
+        self.open: dict[str, RoutedPrompt] = {}  # in order of arrival
+        self._served: OrderedDict[str, None] = OrderedDict()  # clients, the one that was served longest ago first
         self._agent = agent
         self._names: OrderedDict[str, _Mark] = OrderedDict()
         self._withdrawn: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def __len__(self) -> int:
-        """Names and cancellations that are remembered."""
+        """How many names and cancellations are remembered."""
         return len(self._names) + len(self._withdrawn)
 
     def knows(self, prompt: Prompt) -> bool:
-        """Whether this very prompt came before: MQTT may bring one twice."""
+        """Whether this same prompt has arrived before, since MQTT may deliver it twice."""
         return self._names.get(prompt.request) == _mark(prompt)
 
     def admit(self, request: RoutedPrompt) -> End | None:
-        """Take a new request in; or say how it ends at once."""
+        """Add a new request, or return how it ends at once."""
         prompt = request.prompt
         if prompt.request in self._names:
             return End("error", f"request name {prompt.request} is in use: choose another one", "taken")
@@ -71,13 +71,13 @@ class Requests:
         if len(self.open) >= PROMPTS_MAX:
             return End("error", f"agent {self._agent} has {PROMPTS_MAX} prompts waiting: ask later", "busy")
         _remember(self._names, prompt.request, _mark(prompt))
-        if self._withdrawn.pop((prompt.sender, prompt.request), 0) is None:  # it overtook its prompt
+        if self._withdrawn.pop((prompt.sender, prompt.request), 0) is None:  # the cancellation overtook its prompt
             return CANCELLED
         self.open[prompt.request] = request
         return None
 
     def take_turn(self) -> RoutedPrompt | None:
-        """The one whose turn it is: clients take turns, and the prompts of one are served in the order of their coming."""
+        """The next request to serve. Clients take turns, and each client's prompts are served in order of arrival."""
         oldest: dict[str, RoutedPrompt] = {}
         for request in self.open.values():
             oldest.setdefault(request.prompt.sender, request)
@@ -90,7 +90,7 @@ class Requests:
         return oldest[client]
 
     def cancel(self, message: Cancel) -> RoutedPrompt | None:
-        """The open request that ends with this; None where there is none of this client's."""
+        """The open request that a client cancels; None if there is none of this client."""
         request = self.open.get(message.request)
         if request is not None and request.prompt.sender == message.sender:
             return request
@@ -99,7 +99,7 @@ class Requests:
         return None
 
     def close(self, request: RoutedPrompt) -> None:
-        """It has had its last output."""
+        """Remove a request that has had its last output."""
         request.over = True
         if self.open.get(request.prompt.request) is request:
             del self.open[request.prompt.request]

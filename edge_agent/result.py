@@ -1,4 +1,4 @@
-"""A generation that is asked for, and what became of it."""
+"""A requested generation and its result."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fedhlm.settings import Generation
 
 
 class Job(NamedTuple):
-    """A generation to be: the merged configuration, its law, its limits in tokens."""
+    """A requested generation: its merged configuration, its sampling parameters, and its limits in tokens."""
 
     config: Generation
     sampling: Sampling
@@ -24,11 +24,11 @@ class Job(NamedTuple):
 
 @dataclass
 class GenerationResult:
-    """One finished generation: ids with who settled each, why it ended, and what it cost.
+    """A finished generation: its ids, who settled each of them, why it ended, and what it cost.
 
-    `uplink_bytes` go to the cloud; `cluster_bytes` are for the peers and the federation. `escalation_bytes` are those to
-    the cloud again, with headers of fixed size: what decisions count. `tau` and `similarity` are the
-    thresholds that it ran with.
+    `uplink_bytes` go to the cloud, and `cluster_bytes` to the peers and the federation. `escalation_bytes` are the
+    uplink's bytes with headers of fixed size, on which decisions are based. `tau` and `similarity` are the thresholds
+    that were used.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -47,33 +47,33 @@ class GenerationResult:
     tau: float = 1.0
     similarity: float | None = None
     observed: list[Observation] = field(default_factory=list)
-    ended: Finish = Finish("error")  # noqa: RUF009 - never changed
+    ended: Finish = Finish("error")  # noqa: RUF009 - never modified
     certificate: Certificate | None = None
     confidence: float = 0.95
     wall_s: float = 0.0
 
     def commit(self, tokens: Sequence[Committed]) -> None:
-        """Take in tokens that are now for good."""
+        """Add committed tokens."""
         self.ids += [t.token for t in tokens]
         self.sources += [t.source for t in tokens]
         self.drafted += [t.drafted for t in tokens]
 
     def keep(self, count: int) -> None:
-        """Drop what was committed after the first `count` tokens, where the text ended earlier."""
+        """Drop all tokens after the first `count`, if the text ended earlier."""
         for kept in (self.ids, self.sources, self.drafted):
             del kept[count:]
 
     def summary(self) -> str:
-        """The request in one line of a log: why it ended, its tokens by who settled them, its time and its bytes."""
+        """A summary for the log, in one line: why it ended, its tokens by source, its time and its bytes."""
         by_source = ", ".join(f"{count} {source}" for source, count in sorted(Counter(self.sources).items()))
         why = f" ({' '.join(self.error.split())})" if self.error else ""
         return (
-            f"{self.finish}{why}, {len(self.ids)} tokens{f' ({by_source})' if by_source else ''}, {self.wall_s * 1000.0:.0f} ms,"
-            f" {self.uplink_bytes:,} bytes up, {self.cluster_bytes:,} to the cluster"
+            f"{self.finish}{why}, {len(self.ids)} tokens{f' ({by_source})' if by_source else ''}, "
+            f"{self.wall_s * 1000.0:.0f} ms, {self.uplink_bytes:,} bytes up, {self.cluster_bytes:,} to the cluster"
         )
 
     def statistics(self) -> dict[str, float]:
-        """Figures for the last message of a request."""
+        """Statistics for the last message of a request."""
         by_source = {f"tokens_{source}": float(count) for source, count in Counter(self.sources).items()}
         betas = [o.beta for o in self.observed if SOURCES[o.source].kept]
         figures = by_source | {

@@ -1,4 +1,4 @@
-"""Prompts from the bus to outputs on the bus: one request at a time, each answered with committed tokens as they come."""
+"""Serves prompts from the bus, one at a time, and publishes committed tokens as they come."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens than this
+TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens
 RENEW_AGAIN_S: Final = 30.0
 
 
@@ -35,7 +35,7 @@ def _line(text: str) -> str:
 
 
 class ModelFacts(NamedTuple):
-    """What the service must know of the SLM besides how to draft."""
+    """What the service must know of the SLM, apart from drafting. `context` is in tokens."""
 
     tokenizer: "Tokenizer"
     bos_id: int | None
@@ -44,7 +44,7 @@ class ModelFacts(NamedTuple):
 
 
 class AgentService:
-    """Serves prompts until cancelled. By `connection` the broker is told the truth of an agent that has moved."""
+    """Serves prompts until cancelled. After a move, `connection` gives the broker a last will in the new cluster."""
 
     def __init__(
         self,
@@ -67,11 +67,14 @@ class AgentService:
         agent.party.on_refused = self._answer_unusable
 
     async def subscribe(self) -> None:
-        """To be called before the bus connects, so that the agent is not online before it hears prompts."""
+        """Subscribe to the agent's topics.
+
+        Call this before the bus connects, so that the agent hears prompts once online.
+        """
         await self.agent.subscribe()
 
     async def run(self) -> None:
-        """Serve until cancelled, or until the bus is refused for good (BusError)."""
+        """Serve until cancelled, or until the broker refuses the connection for good (BusError)."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive(), name="agent-receive")
@@ -89,7 +92,7 @@ class AgentService:
     async def _receive(self) -> None:
         party = self.agent.party
         bus = None
-        while bus is not party.bus:  # a closed bus ends its messages; a new one may have taken its place
+        while bus is not party.bus:  # a closed bus ends its messages; a new bus may have replaced it
             bus = party.bus
             async for received in party.received():
                 if isinstance(received.message, Prompt):
@@ -105,7 +108,7 @@ class AgentService:
                     self._moved.set()
 
     async def _renew(self) -> None:
-        """After a move, go on with a connection whose last will is in the new cluster."""
+        """After each move, replace the connection by one whose last will is in the new cluster."""
         while True:
             await self._moved.wait()
             self._moved.clear()
@@ -129,20 +132,20 @@ class AgentService:
         bus = await connection.successor(cluster, filters)
         adopted = False
         try:
-            # Between two generations, so that no output overtakes another on the way.
+            # Between two generations, so that outputs stay in order.
             async with self._turn:
                 if cluster == membership.cluster:
                     adopted = True
                     await connection.adopt(bus, cluster)
-                    await self.agent.subscribe()  # what was added since
+                    await self.agent.subscribe()  # filters that were added meanwhile
         finally:
-            if not adopted:  # it has moved on meanwhile, and is asked to come again
+            if not adopted:  # the agent has moved again, and `_moved` is set again
                 await bus.__aexit__(None, None, None)
 
     async def _accept(self, prompt: Prompt, cluster: str, *, retained: bool) -> None:
-        if retained:  # it was asked at some other time, and would be asked at every start again
+        if retained:  # it was asked at another time, and would be answered at every start
             self._counters.add("refused_messages")
-            warn_once(log, "retained", "passed over the retained prompt %s of %s", prompt.request, prompt.sender)
+            warn_once(log, "retained", "ignored the retained prompt %s of %s", prompt.request, prompt.sender)
             return
         if self.requests.knows(prompt):
             self._counters.add("duplicate_messages")
@@ -162,12 +165,12 @@ class AgentService:
             return
         if request is self._current:
             self.agent.cancel("cancelled")
-            request.over = True  # also before the first token, and between two of them
+            request.over = True  # also before the first token, and between two tokens
         else:
             await self._end(request, CANCELLED)
 
     async def _answer_unusable(self, delivery: Delivery, _error: ProtocolError) -> None:
-        """Tell a client whose request has a readable name that nothing comes of it."""
+        """Tell the client that its request is unusable, if the request's name is readable."""
         levels = topics.PROMPT.parse(delivery.topic, self.agent.party.root)
         found = None if levels is None or delivery.retain else unusable(delivery.payload)
         if levels is None or found is None:
@@ -202,7 +205,7 @@ class AgentService:
                     await self._complete_in_turn(request)
             except (FedhlmError, ValueError) as exc:
                 await self._end(request, End("error", str(exc)))
-            except Exception as exc:  # one request's failure must not end the service
+            except Exception as exc:  # the failure of one request must not end the service
                 log.exception("request %s failed", request.prompt.request)
                 await self._end(request, End("error", f"{type(exc).__name__}: {exc}"))
             finally:
@@ -210,7 +213,7 @@ class AgentService:
                 self.requests.close(request)
 
     async def _end(self, request: RoutedPrompt, end: End) -> None:
-        """The last output of a request that has had none; what goes wrong after it is for the log alone."""
+        """Publish the last output of a request. If it has been published already, only log the error."""
         self.requests.close(request)
         if request.answered:
             log.error("after the end of request %s: %s", request.prompt.request, end.error)
@@ -223,13 +226,13 @@ class AgentService:
     async def complete(
         self, prompt: Prompt, show: Callable[[str], object] | None = None, *, cluster: str | None = None
     ) -> GenerationResult:
-        """Serve one prompt; `show` gets the text as well, as it is committed. One after the other.
+        """Serve one prompt. `show` receives the text as it is committed. Calls are served one after the other.
 
         The output goes to `cluster`, through which the prompt came (None: the agent's own).
 
         Raises:
-            ConfigError: an unknown preset.
-            ValueError: a prompt without tokens, or longer than the model's context.
+            ConfigError: the preset is unknown.
+            ValueError: the prompt has no tokens, or is longer than the model's context.
         """
         return await self._complete_in_turn(RoutedPrompt(cluster or self.agent.cluster, prompt), show)
 
@@ -263,7 +266,7 @@ class AgentService:
             return "cancelled" if request.over or now_s() >= request.limit_s else None
 
         longest = TOKEN_BYTES_MAX * self._model.context
-        if len(prompt.text) > longest:  # to encode it would hold up everything else
+        if len(prompt.text) > longest:  # encoding it would block everything else
             raise ValueError(f"prompt must be at most {longest} characters (got {len(prompt.text)})")
         ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
         result = await self.agent.generate(job, ids, publish)
@@ -286,7 +289,7 @@ class AgentService:
 
     def _sampling(self, prompt: Prompt, config: GenerationConfig) -> Sampling:
         seed = prompt.seed
-        if seed is None:  # two outputs never share their noise
+        if seed is None:  # so that two outputs never share their noise
             digest = hashlib.sha256(f"{config.seed}/{self.agent.name}/{prompt.request}".encode()).digest()
             seed = int.from_bytes(digest[:8]) >> 1
         return Sampling(

@@ -1,4 +1,4 @@
-"""One generation on its way: what belongs to it, and where its events come from."""
+"""A running generation: its state, and the source of its events."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,11 +10,11 @@ from edge_agent.result import GenerationResult, Job
 from fedhlm.protocol.messages import FinishReason
 
 NextEvent = Callable[[asyncio.Queue[Event], float], Awaitable[Event]]
-"""Waits for a generation's next event, or for the time when a Tick is due."""
+"""Waits for the next event of a generation, or until a Tick is due."""
 
 
 async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
-    """The queue's next event, or a Tick at `wake_s` on the loop's clock."""
+    """The queue's next event, or a Tick at `wake_s`, in seconds on the loop's clock."""
     if not queue.empty():
         return queue.get_nowait()
     try:
@@ -25,7 +25,7 @@ async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
 
 
 class Turn(NamedTuple):
-    """One generation on its way; `sample` collects what the cloud may see of its drafts."""
+    """A running generation. `sample` collects the drafts that the cloud may see."""
 
     session: int
     job: Job

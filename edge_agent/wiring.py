@@ -1,6 +1,6 @@
-"""How an agent is put together: its connection, what it has learnt, its view of the peers, its service.
+"""Builds an agent: its connection, its learner, its view of the peers, and its service.
 
-Processes, the simulator and the check of journals all do it so.
+Processes, the simulator and the check of journals all use it.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from fedhlm.settings import Config
 
 
 class SmallModel(NamedTuple):
-    """The SLM as an agent needs it; `space` names what its context keys are made with."""
+    """The SLM as an agent needs it. `space` names the space of its context keys."""
 
     drafter: Drafter
     fingerprint: Fingerprint
@@ -48,11 +48,13 @@ def agent_of(
     kind: Callable[..., AgentCore] = AgentCore,
     guest: bool = False,
 ) -> AgentCore:
-    """An agent `config.agent.id` in `config.cluster` on a bus, with what an earlier life learnt; its journal begins.
+    """Build the agent `config.agent.id` in `config.cluster` on a bus.
 
-    `new_session` gives numbers below 2**63 that do not repeat among recent ones; `rng` draws privacy's noise and the samples
-    that the cloud sees. `stamp` is the sender's where it has sent before. A `guest` knows what its namesake has learnt, and
-    keeps nothing itself.
+    The agent restores what an earlier life learnt, and begins its journal.
+
+    `new_session` returns numbers below 2**63 that do not repeat among recent ones. `rng` draws the privacy noise and
+    the samples for the cloud. `stamp` is given if the sender has sent before. A `guest` knows what the agent of its
+    name has learnt, and saves nothing itself.
     """
     federation, consensus, name = config.federation, config.generation.consensus, config.agent.id
     learner = Learner(federation, rng)
@@ -68,7 +70,7 @@ def agent_of(
         make_peers=lambda: Peers(
             name, runtime.clock_s, size=consensus.size, max_age_s=consensus.max_age_s, space=model.space
         ),
-        # Without a cloud that groups agents a profile would only cost its bytes.
+        # Without a cloud that groups agents, profiles would be useless.
         sampler=Sampler(rng) if federation.assign_s else None,
         clock_s=runtime.clock_s,
         next_event=next_event,
@@ -92,10 +94,10 @@ def service_of(
     guest: str = "",
     alone: bool = False,
 ) -> AgentService:
-    """An agent that serves prompts; its `connection` is still to be entered, after `subscribe`.
+    """Build an agent that serves prompts. Call `subscribe`, then enter its `connection`.
 
-    `open_next` makes the connections that follow the first, in the clusters to which the agent moves (None: as `open_bus`).
-    With a word that nobody else has as `guest` it writes beside the service of its name, which presence is left to. `alone`:
+    `open_next` opens the connections in clusters to which the agent moves (None: like `open_bus`). A non-empty `guest`,
+    which must be unique, makes the agent generate beside the service of its name, which keeps the presence. For `alone`
     see `Connection`.
     """
     config, stamp = loaded.config, runtime.stamp(loaded.config.agent.id)

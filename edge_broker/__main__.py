@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 
 
 async def run(config: Config, counters: Counters, notifier: Notifier | None = None) -> int:
-    """Serve until cancelled, and return exit status 0. The edge does not wait for the cloud, because it can answer some
-    blocks itself.
+    """Serve until cancelled, and return exit status 0.
+
+    The edge does not wait for the cloud, because it can answer some blocks itself.
     """
     notifier = notifier or Notifier()
     store = store_of(config.edge.state, key="edge.state")

@@ -153,8 +153,7 @@ class ClusterMemory:
             self._remember(message.items, "neighbour")
 
     def answer(self, agent: str, escalation: Escalation, vocab_size: int) -> PeersAnswer | None:
-        """Answer a block if the agent allows it and verified tokens support each of its doubtful drafts; else return
-        None.
+        """Answer a block if the agent allows it and verified tokens support all its doubtful drafts; else return None.
 
         Drafts without a doubt count as certain. None means that the cloud must be asked. That includes blocks with more
         than DOUBTFUL_MAX doubts, and blocks for which the memory knows another token: in measurements such a token was
@@ -169,8 +168,9 @@ class ClusterMemory:
         return None if source is None else PeersAnswer(len(_ids(escalation.ids, vocab_size)), source)
 
     def evidence(self, agent: str, escalation: Escalation, vocab_size: int) -> list[Evidence]:
-        """The evidence that `answer` uses, draft by draft, without side effects. Empty if `answer` asks the cloud
-        without looking.
+        """The evidence that `answer` uses, draft by draft, without side effects.
+
+        Empty if `answer` asks the cloud without looking.
         """
         return list(self._evidence(agent, escalation, vocab_size, used=False))
 
@@ -243,9 +243,7 @@ class ClusterMemory:
             self._greedy.popitem(last=False)
 
     def take_digest(self) -> tuple[Verified, ...]:
-        """Remove and return the next DIGEST_MAX verified tokens for the neighbours, oldest first; empty if there are
-        none.
-        """
+        """Remove and return the next DIGEST_MAX verified tokens for the neighbours, oldest first; may be empty."""
         return tuple(self._digest.popleft() for _ in range(min(DIGEST_MAX, len(self._digest))))
 
     def snapshot(self) -> bytes:
@@ -266,7 +264,10 @@ class ClusterMemory:
         self._keys = held.keys
 
     def _doubts_of(self, agent: str, block: Escalation | Verdict, ids: list[int]) -> dict[int, Key]:
-        """The keys of a block's doubtful drafts, by index. A doubt about another token belongs to a rolled-back draft."""
+        """The keys of a block's doubtful drafts, by index.
+
+        A doubt about another token belongs to a rolled-back draft.
+        """
         known = self._doubts.get((agent, block.session), {})
         found = ((i, token, known.get(block.base + i)) for i, token in enumerate(ids)) if known else ()
         return {i: doubt.key for i, token, doubt in found if doubt is not None and doubt.token == token}

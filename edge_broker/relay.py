@@ -36,8 +36,9 @@ class Relay:
     _epochs: OrderedDict[tuple[str, int], int] = field(default_factory=OrderedDict)
 
     def escalate(self, agent: str, escalation: Escalation) -> bool:
-        """Queue a block, and return False if its epoch is outdated. A block that is sent again replaces the earlier
-        copy.
+        """Queue a block, and return False if its epoch is outdated.
+
+        A block that is sent again replaces the earlier copy.
         """
         session = (agent, escalation.session)
         newest = self._epochs.get(session, 0)

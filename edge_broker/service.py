@@ -76,8 +76,7 @@ def memory_file(cluster: str) -> str:
 
 
 class EdgeService:
-    """Serves a cluster until cancelled: relays blocks and verdicts, answers from its memory, and pools the agents'
-    sums.
+    """Serves a cluster until cancelled: relays blocks and verdicts, answers from memory, and pools the agents' sums.
 
     `to_announce` is set whenever the edge must publish its retained state; the cluster's bus sets it on every connect.
     `bridges` says that cluster and cloud use different brokers, so that assignments must be forwarded. The constructor
@@ -145,8 +144,9 @@ class EdgeService:
         return tuple(dict.fromkeys((self.down.bus, self.up.bus)))
 
     async def subscribe(self) -> None:
-        """Subscribe to the edge's topics. Call this before the buses connect, so that the edge hears everything once
-        online.
+        """Subscribe to the edge's topics.
+
+        Call this before the buses connect, so that the edge hears everything once online.
         """
         await self.down.bus.subscribe(
             *(topic.name(self.down.root, cluster=self.cluster, agent="+") for topic in BELOW),
@@ -406,8 +406,9 @@ class EdgeService:
             await self.down.send(topics.ASSIGN, self._assigned[agent], agent=agent)
 
     def _forget_if_moved(self, agent: str) -> None:
-        """Drop the sums of an agent that now belongs to another cluster. An agent that is merely silent keeps its last
-        ones.
+        """Drop the sums of an agent that now belongs to another cluster.
+
+        An agent that is merely silent keeps its last ones.
         """
         assigned = self._assigned.get(agent)
         if assigned is None or assigned.cluster == self.cluster:

@@ -52,7 +52,7 @@ class SessionQueue:
         return True
 
     def take(self) -> Due | None:
-        """Remove and return the next message; None if there is none or the window of unacknowledged messages is full."""
+        """Remove and return the next message; None if there is none or too many are unacknowledged."""
         if not self._waiting or (self._waiting[0].qos and len(self._in_flight) >= self._window):
             return None
         due = self._waiting.popleft()

@@ -182,7 +182,10 @@ class RetainedMessages:
         return True
 
     def of(self, pattern: str, now_s: float) -> list[BrokerMessage]:
-        """The retained messages that match a filter and have not expired. `now_s` is in seconds on the broker's clock."""
+        """The retained messages that match a filter and have not expired.
+
+        `now_s` is in seconds on the broker's clock.
+        """
         if "+" in pattern or "#" in pattern:
             levels = pattern.split("/")
             found = [message for topic, message in self._messages.items() if topic_matches(levels, topic)]

@@ -168,8 +168,9 @@ class Server:
             self._routes.forget(link.name)
 
     def subscribe(self, link: "Link", asked: Asked) -> int:
-        """Subscribe a client and send it the retained messages. Return the granted QoS, or the reason code of a
-        refusal.
+        """Subscribe a client and send it the retained messages.
+
+        Return the granted QoS, or the reason code of a refusal.
         """
         try:
             new = self._routes.subscribe(link.name, asked)
@@ -257,7 +258,7 @@ class Link(asyncio.Protocol):
             self.end(exc.reason, str(exc), will=True)
 
     def _next(self) -> tuple[int, bytes] | None:
-        """Remove the next complete packet from the buffer and return its first byte and body; None if it is incomplete."""
+        """Remove the next packet from the buffer and return its first byte and body; None if it is incomplete."""
         buffer = self._buffer
         length, at = 0, 1
         while True:
@@ -288,7 +289,10 @@ class Link(asyncio.Protocol):
     # The session
 
     def look(self, now_s: float, late_s: float) -> None:
-        """Disconnect a client that has been silent for too long. For `late_s` seconds the server itself did not listen."""
+        """Disconnect a client that has been silent for too long.
+
+        For `late_s` seconds the server itself did not listen.
+        """
         self._heard_s += late_s
         limit_s = CONNECT_TIMEOUT_S if self._asked is None else self._asked.keep_alive_s * PATIENCE
         if self._ended:

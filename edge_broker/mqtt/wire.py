@@ -232,8 +232,9 @@ def read_connect(data: bytes, versions: Collection[int] = VERSIONS) -> Connect:
 
 
 def read_publish(flags: int, data: bytes, version: int, now_s: float) -> Publish:
-    """Decode a PUBLISH (3.3). `flags` are the low four bits of its first byte; `now_s` is the broker's clock in
-    seconds.
+    """Decode a PUBLISH (3.3).
+
+    `flags` are the low four bits of its first byte; `now_s` is the broker's clock in seconds.
     """
     qos = flags >> 1 & 3
     if qos == 3 or (not qos and flags & 8):
@@ -398,8 +399,9 @@ def publish(
     now_s: float = 0.0,
     duplicate: bool = False,
 ) -> bytes:
-    """Encode a PUBLISH for a subscriber. `tags` are its subscription identifiers; `now_s` is the broker's clock in
-    seconds.
+    """Encode a PUBLISH for a subscriber.
+
+    `tags` are its subscription identifiers; `now_s` is the broker's clock in seconds.
     """
     head = text(message.topic)
     if qos:

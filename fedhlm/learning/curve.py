@@ -204,7 +204,7 @@ def shrunk(own: Curve, cluster: Curve, kappa: float) -> Bins:
 
 
 def _monotone(harm: Bins, weight: Bins) -> Bins:
-    # Blocks of (harm, weight, first bin). A block is merged into its left neighbour if its ratio is not above the latter's.
+    # Blocks of (harm, weight, first bin). A block whose ratio is not above its left neighbour's is merged into it.
     blocks: list[tuple[float, float, int]] = []
     for j in np.flatnonzero(weight > 0.0).tolist():
         block = (float(harm[j]), float(weight[j]), j)

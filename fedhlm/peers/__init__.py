@@ -1,1 +1,1 @@
-"""What agents of a cluster tell each other: context keys, neighbours, and when asking pays."""
+"""Collaboration of peers: context keys, verified neighbours, and the decision whether to ask peers."""

@@ -1,7 +1,7 @@
-"""When asking peers is worth its bytes (FedHLM eqs. 12-14), from means that a device measures itself.
+"""Decides whether asking peers is worth its cost (FedHLM eqs. 12-14), from means that a device measures itself.
 
-Costs share one unit, for instance bytes or seconds of the link. The hit ratio as a function of memory size is fitted on, or
-simulated from, an access log.
+All costs share one unit, such as bytes or seconds of the link. The hit ratio as a function of memory size is fitted to
+an access log, or simulated on it.
 """
 
 from collections.abc import Sequence
@@ -12,23 +12,24 @@ from numpy.typing import NDArray
 
 from fedhlm.peers.neighbours import Memory
 
-# A hundredth of the weight is left after 4,600 observations: a few minutes of one agent.
+# A hundredth of the weight is left after 4,600 observations, which one agent makes in a few minutes.
 FORGETTING: Final = 0.999
-# Weight, in observations, of the belief that asking helps and never errs: who never asks can never learn that it does.
+# Weight, in observations, of the prior that asking always hits and never errs. Without it, an agent that never asks
+# would never learn that asking helps.
 PRIOR_WEIGHT: Final = 1.0
 
 
 def worthwhile(p_hit: float, error: float, *, c_p2p: float, c_llm: float, c_error: float = 0.0) -> bool:
-    """Whether asking first costs at most what escalating at once costs.
+    """Whether asking first costs at most as much as escalating at once (FedHLM eq. 13).
 
-    A hit saves `c_llm` and is wrong with probability `error`, which costs `c_error`: ask iff
-    p_hit (c_llm - error c_error) >= c_p2p. Equation (13) is the case error = 0.
+    A hit saves `c_llm`. It is wrong with probability `error`, which costs `c_error`. Asking is worth its cost iff
+    p_hit (c_llm - error c_error) >= c_p2p. Equation (13) is the case error = 0. All costs have the same unit.
     """
     return p_hit * (c_llm - error * c_error) >= c_p2p
 
 
 class Prices(NamedTuple):
-    """What a byte to the peers, a byte to the cloud and a wrong hit cost, in one unit; the default counts bytes alone."""
+    """Costs of a byte to the peers, a byte to the cloud and a wrong hit, in one unit. The defaults count bytes only."""
 
     p2p_byte: float = 1.0
     llm_byte: float = 1.0
@@ -36,7 +37,7 @@ class Prices(NamedTuple):
 
 
 class _Mean:
-    """A mean whose old values fade."""
+    """A mean in which old values lose weight."""
 
     def __init__(self) -> None:
         self.weight = 0.0
@@ -59,10 +60,12 @@ class _Mean:
 
 
 class Collaboration:
-    """Running means of one device and the decision that follows from them; every observation fades by `forgetting`.
+    """Running means of one device, and the decision that follows from them.
+
+    Each observation multiplies the weight of the earlier ones by `forgetting`.
 
     Raises:
-        ValueError: `forgetting` is not within (0, 1].
+        ValueError: `forgetting` is not in (0, 1].
     """
 
     def __init__(self, *, forgetting: float = FORGETTING) -> None:
@@ -76,42 +79,42 @@ class Collaboration:
 
     @property
     def hit_ratio(self) -> float:
-        """Share of lookups that were hits; 1 before the first."""
+        """The share of lookups that were hits; 1 before the first lookup."""
         return self._hits.towards(1.0)
 
     @property
     def error(self) -> float:
-        """Share of audited hits that were wrong; 0 before the first."""
+        """The share of audited hits that were wrong; 0 before the first audit."""
         return self._wrong.towards(0.0)
 
     @property
     def p2p_bytes(self) -> float | None:
-        """Mean bytes of a publication to the peers; None before the first."""
+        """Mean bytes of a publication to the peers; None before the first one."""
         return self._published.plain()
 
     @property
     def llm_bytes(self) -> float | None:
-        """Mean bytes of an escalated token; None before the first."""
+        """Mean bytes of an escalated token; None before the first one."""
         return self._escalated.plain()
 
     def published(self, payload_bytes: int) -> None:
-        """One uncertain token was published to the peers."""
+        """Record that one doubtful token was published to the peers."""
         self._published.see(payload_bytes, self._forgetting)
 
     def escalated(self, payload_bytes: float) -> None:
-        """One token went to the cloud; a block's bytes are shared among its tokens."""
+        """Record that one token went to the cloud. The bytes of a block are divided among its tokens."""
         self._escalated.see(payload_bytes, self._forgetting)
 
     def looked_up(self, *, hit: bool) -> None:
-        """The peers were asked."""
+        """Record a lookup at the peers."""
         self._hits.see(float(hit), self._forgetting)
 
     def audited(self, *, wrong: bool) -> None:
-        """The LLM gave its verdict on a hit."""
+        """Record the LLM's verdict on a hit."""
         self._wrong.see(float(wrong), self._forgetting)
 
     def asks(self, prices: Prices) -> bool:
-        """Whether the next uncertain token should ask the peers first; True while the bytes of either way are unknown."""
+        """Whether to ask the peers first about the next doubtful token; True while the bytes of a way are unknown."""
         if self.p2p_bytes is None or self.llm_bytes is None:
             return True
         return worthwhile(
@@ -124,9 +127,9 @@ class Collaboration:
 
 
 class HitRatioFit(NamedTuple):
-    """H(S) = 1 - exp(-alpha S), eq. (14), and how well it describes the points.
+    """H(S) = 1 - exp(-alpha S), FedHLM eq. (14), and the quality of its fit.
 
-    `r_squared` is 1 for a perfect fit, negative where the mean of the points describes them better than the curve, nan
+    `r_squared` is 1 for a perfect fit. It is negative where the mean of the points fits better than the curve, and nan
     where all points are equal. `worst` is the largest distance of a point from the curve.
     """
 
@@ -135,18 +138,19 @@ class HitRatioFit(NamedTuple):
     worst: float
 
     def ratio(self, size: float) -> float:
-        """H(size)."""
+        """H(size), the hit ratio of a memory of `size` entries."""
         return float(-np.expm1(-self.alpha * size))
 
 
 def fit_hit_ratio(sizes: Sequence[float], ratios: Sequence[float]) -> HitRatioFit:
-    """Least squares for the alpha of eq. (14).
+    """Fit the alpha of FedHLM eq. (14) by least squares.
 
-    alpha is sought between 1e-9 / max(sizes) and 40 / min(sizes), outside of which the curve is 0 or 1 at every size; ratios
-    that are all 0 or all 1 end at these limits.
+    alpha is sought between 1e-9 / max(sizes) and 40 / min(sizes). Outside of this range the curve is 0 or 1 at every
+    size. Ratios that are all 0 or all 1 give one of these limits.
 
     Raises:
-        ValueError: no points, unequal numbers, a size that is not positive or a ratio outside [0, 1].
+        ValueError: there are no points, or not as many sizes as ratios; a size is not positive, or a ratio is outside
+            [0, 1].
     """
     s, h = np.asarray(sizes, np.float64), np.asarray(ratios, np.float64)  # both (n,)
     if s.ndim != 1 or s.shape != h.shape or not s.size:
@@ -158,7 +162,7 @@ def fit_hit_ratio(sizes: Sequence[float], ratios: Sequence[float]) -> HitRatioFi
         residuals = -np.expm1(-np.exp(log_alpha)[:, None] * s) - h  # (alphas, n)
         return np.asarray((residuals**2).sum(axis=1))
 
-    # The sum of squares may have several valleys: each round looks at the whole of a narrower interval.
+    # The sum of squares may have several minima, so each round searches the whole of a narrower interval.
     low, high = float(np.log(1e-9 / s.max())), float(np.log(40.0 / s.min()))
     for _ in range(8):
         grid = np.linspace(low, high, 257)
@@ -174,10 +178,10 @@ def fit_hit_ratio(sizes: Sequence[float], ratios: Sequence[float]) -> HitRatioFi
 def simulate_hit_ratio(
     keys: NDArray[np.int8], tokens: Sequence[int], sizes: Sequence[int], *, theta: float, votes: int
 ) -> list[float]:
-    """Hit ratio of a memory of each of `sizes` entries on an access log, each token looked up and then remembered.
+    """Hit ratios of memories of each of `sizes` entries on an access log. Each token is looked up and then added.
 
-    `keys` is (n, dims) and `tokens` (n,), in the order of the log. A hit needs `votes` agreeing neighbours at cosine `theta`
-    or more, whether or not they hold the right token. An empty log has ratio 0.
+    `keys` is (n, dims) and `tokens` (n,), in the order of the log. A hit needs `votes` agreeing neighbours of cosine
+    `theta` or more; it counts whether or not their token is right. An empty log has ratio 0.
 
     Raises:
         ValueError: `keys` and `tokens` differ in length.

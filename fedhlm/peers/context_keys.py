@@ -1,7 +1,7 @@
-"""From the SLM's last hidden state to a key on the wire: `dims` bytes whose cosine says how alike two contexts are.
+"""Context keys: `dims` bytes, made from the SLM's last hidden state, whose cosine says how similar two contexts are.
 
-Keys compare only within one projection: the model folder's fitted one, else a fallback that every party computes alike.
-A key of zeros has no direction: it is like nothing. numpy only.
+Only keys of one projection can be compared. It is the fitted one of the model folder, or else a fallback that is the
+same for every party. A key of zeros has no direction and is similar to no other key. The module needs numpy only.
 """
 
 import hashlib
@@ -24,10 +24,13 @@ Key = NDArray[np.int8]  # (dims,)
 
 
 class Projection:
-    """Centre, project, scale to a unit vector, round to int8. `mean` is (h,) and `matrix` (h, dims), float32.
+    """Makes a key of a hidden state: centre, project, scale to a unit vector, round to int8.
 
-    Whitening, where there is any, is part of the matrix: without it a few directions of large variance decide every
-    cosine.
+    `mean` is (h,) and `matrix` (h, dims), both float32. Whitening, if any, is part of the matrix. Without it, a few
+    directions of large variance dominate every cosine.
+
+    Raises:
+        ValueError: the shapes of `mean` and `matrix` do not fit.
     """
 
     def __init__(self, mean: NDArray[np.float32], matrix: NDArray[np.float32]) -> None:
@@ -40,29 +43,29 @@ class Projection:
 
     @property
     def dims(self) -> int:
-        """Bytes of a key."""
+        """The length of a key in bytes."""
         return int(self.matrix.shape[1])
 
     @property
     def hidden_size(self) -> int:
-        """Length of the hidden state that `key` takes."""
+        """The length of the hidden state that `key` takes."""
         return int(self.matrix.shape[0])
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that are equal where keys may be compared."""
+        """16 hex digits. Keys of projections with equal digests can be compared."""
         data = np.ascontiguousarray(self.mean, "<f4").tobytes() + np.ascontiguousarray(self.matrix, "<f4").tobytes()
         return hashlib.sha256(f"{self.hidden_size} {self.dims} ".encode() + data).hexdigest()[:16]
 
     def key(self, hidden: NDArray[np.float32]) -> Key:
-        """The key of one hidden state, (dims,) int8 within -127..127; zeros for the mean itself or a non-finite state.
+        """The key of one hidden state, (dims,) int8 in -127..127; zeros for the mean itself and for a non-finite state.
 
         Raises:
             ValueError: `hidden` is not (hidden_size,).
         """
         if hidden.shape != self.mean.shape:
             raise ValueError(f"hidden state must be of shape {self.mean.shape} (got {hidden.shape})")
-        with np.errstate(invalid="ignore", over="ignore"):  # a non-finite state is answered below
+        with np.errstate(invalid="ignore", over="ignore"):  # a non-finite state is handled below
             projected = (hidden.astype(np.float64) - self.mean) @ self.matrix  # (dims,) float64
             length = float(np.sqrt(projected @ projected))
         if not 0.0 < length < float("inf"):
@@ -70,17 +73,18 @@ class Projection:
         return np.rint(projected * (SCALE / length)).astype(np.int8)  # (dims,)
 
     def save(self, folder: Path) -> Path:
-        """Write PROJECTION_FILE into a model folder; listing it in ``model.json`` is the caller's."""
+        """Write PROJECTION_FILE into a model folder and return its path. The caller lists it in ``model.json``."""
         path = folder / PROJECTION_FILE
         np.savez(path, mean=self.mean.astype("<f4"), matrix=self.matrix.astype("<f4"))
         return path
 
     @classmethod
     def fallback(cls, hidden_size: int, dims: int = DIMS) -> Self:
-        """Orthonormal directions from a fixed seed, no centring, no whitening: the same for every party.
+        """Make a projection that is the same for every party: orthonormal, from a fixed seed, not centred or whitened.
 
-        Q of the QR factorisation of a standard normal matrix from PCG64(FALLBACK_SEED), signs fixed so that R has a
-        positive diagonal. Where the hidden state is narrower than the key, the rows are orthonormal instead of the columns.
+        The matrix is Q of the QR factorisation of a standard normal matrix from PCG64(FALLBACK_SEED), with signs that
+        make the diagonal of R positive. If the hidden state is shorter than the key, the rows are orthonormal and not
+        the columns.
         """
         wide, narrow = max(hidden_size, dims), min(hidden_size, dims)
         normal = np.random.Generator(np.random.PCG64(FALLBACK_SEED)).standard_normal((wide, narrow))
@@ -91,16 +95,16 @@ class Projection:
 
 
 def load_projection(folder: Path, hidden_size: int) -> Projection:
-    """The projection of a model folder; `Projection.fallback` where the folder has none.
+    """Load the projection of a model folder; `Projection.fallback` if the folder has none.
 
     Raises:
-        ModelError: the file cannot be read, or is not a finite projection of `hidden_size` numbers.
+        ModelError: the file cannot be read, or holds no finite projection of `hidden_size` numbers.
     """
     path = folder / PROJECTION_FILE
     if not path.exists():
         return Projection.fallback(hidden_size)
     try:
-        # numpy leaves a file that it opened itself open when it is no archive.
+        # Open the file here, because numpy does not close a file that turns out to be no archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if missing := sorted({"mean", "matrix"} - set(arrays.files)):
                 raise ModelError(
@@ -128,10 +132,10 @@ def _float32(array: Any) -> NDArray[np.float32]:
 
 
 def unpack_key(data: bytes, dims: int = DIMS) -> Key:
-    """The key whose `tobytes()` is `data`; (dims,) int8.
+    """Decode a key from its bytes; (dims,) int8.
 
     Raises:
-        ProtocolError: another length than `dims`.
+        ProtocolError: the length is not `dims`.
     """
     if len(data) != dims:
         raise ProtocolError(f"key must be {dims} bytes (got {len(data)})")

@@ -1,7 +1,7 @@
-"""Consensus among agents as pure decisions on keys: the verified-neighbour rule and the published centroid rule.
+"""Consensus among agents on context keys: the verified-neighbour rule and the published centroid rule.
 
-`Memory` answers from tokens the LLM has settled elsewhere; `Centroid` compares with what the other agents think of now.
-Neither does any I/O or reads a clock. Memory takes about 0.1 ms to search 4,096 keys of 64 dimensions.
+`Memory` answers from verified tokens. `Centroid` compares a key with the recent keys of the other agents. Neither does
+any I/O, and `Centroid` gets its clock from the caller. A memory searches 4,096 keys of 64 dimensions in about 0.1 ms.
 """
 
 from collections import deque
@@ -18,16 +18,16 @@ from fedhlm.protocol.sources import SOURCES
 
 Origin = Literal["peer", "neighbour"]
 
-# Up to here a dot product of int8 keys is a whole number that float32 holds exactly, so an answer does not depend on
-# the order of the entries.
+# Up to this many dimensions, float32 holds a dot product of int8 keys exactly. Answers therefore do not depend on the
+# order of the entries.
 DIMS_MAX: Final = 1024
-# Cosines closer than this are equal: float32 rounding is smaller, the int8 rounding of a key far larger.
+# Cosines that differ by less than this are equal. Float32 rounding is smaller, the int8 rounding of keys far larger.
 TIE: Final = 1e-6
 MEMORY_VERSION: Final = 1
 
 
 class Match(NamedTuple):
-    """A token that all voters hold, the smallest cosine among them, and "peer" if all of them are peers."""
+    """The token of all voters, the smallest cosine among them, and "peer" if all of them are from the own cluster."""
 
     token: int
     similarity: float
@@ -47,13 +47,13 @@ _snapshots: Final = msgspec.msgpack.Decoder(_Snapshot)
 
 
 class Memory:
-    """Verified tokens by the key of their context: bounded, the least recently used entry goes first.
+    """A bounded memory of verified tokens by context key. When it is full, the least recently used entry is dropped.
 
-    Equal (key, token) pairs are one entry, so a message delivered twice does not vote twice. `space` names the
-    projection and tokenizer that the entries belong to; a snapshot of another space is refused.
+    Equal (key, token) pairs are one entry, so a message that is delivered twice does not vote twice. `space` names the
+    projection and tokenizer of the entries; a snapshot of another space is rejected.
 
     Raises:
-        ValueError: `capacity` is below 1, or `dims` not within 1..DIMS_MAX.
+        ValueError: `capacity` is below 1, or `dims` is not in 1..DIMS_MAX.
     """
 
     def __init__(self, capacity: int, dims: int = DIMS, *, space: str = "") -> None:
@@ -74,16 +74,16 @@ class Memory:
 
     @property
     def size(self) -> int:
-        """Entries held."""
+        """The number of entries."""
         return len(self._slots)
 
     def add(self, key: Key, token: int, origin: Origin) -> None:
-        """Remember a token as the most recent entry. A key of zeros is ignored: nothing can be near it.
+        """Add a token as the most recently used entry. A key of zeros is ignored, because it is near no other key.
 
-        An entry that is known from a peer and a neighbour counts as a peer's.
+        An entry that came from a peer and from a neighbour counts as a peer's.
 
         Raises:
-            ValueError: the key is not (dims,).
+            ValueError: the shape of the key is not (dims,).
         """
         values = self._checked(key)
         if not values.any():
@@ -101,13 +101,13 @@ class Memory:
         self._touch(np.array([slot]))
 
     def nearest(self, key: Key, votes: int, *, theta: float = -1.0) -> Match | None:
-        """What the `votes` nearest entries agree on; None when they differ, are too few, or the key is zeros.
+        """The token on which the `votes` nearest entries agree; None if they differ, are too few, or the key is zeros.
 
-        Entries as near as the last voter vote too, so the order of arrival decides nothing. The voters become
-        the most recent entries where their similarity is at least `theta`, that is, where the caller will use them.
+        Entries as near as the last voter vote too, so the order of arrival does not matter. The voters become the most
+        recently used entries if their similarity is at least `theta`, because the caller uses them then.
 
         Raises:
-            ValueError: the key is not (dims,), or `votes` is below 1.
+            ValueError: the shape of the key is not (dims,), or `votes` is below 1.
         """
         if votes < 1:
             raise ValueError(f"votes must be at least 1 (got {votes})")
@@ -127,7 +127,7 @@ class Memory:
         return Match(int(tokens[0]), similarity, "peer" if self._peers[voters].all() else "neighbour")
 
     def snapshot(self) -> bytes:
-        """All entries in the order of their use, for `restore`."""
+        """Encode all entries in the order of their last use, for `restore`."""
         order = np.argsort(self._used[: self.size])
         return msgspec.msgpack.encode(
             _Snapshot(
@@ -142,10 +142,10 @@ class Memory:
 
     @classmethod
     def restore(cls, data: bytes, capacity: int, dims: int = DIMS, *, space: str = "") -> Self:
-        """The memory that `snapshot` described; its most recent entries where `capacity` is smaller now.
+        """Make a memory from a snapshot. If `capacity` is smaller now, the most recently used entries are kept.
 
         Raises:
-            ProtocolError: the bytes are no snapshot, or one of other dimensions or of another space.
+            ProtocolError: the bytes are no snapshot, or a snapshot of other dimensions or of another space.
         """
         try:
             held = _snapshots.decode(data)
@@ -181,7 +181,7 @@ class Memory:
         return slot
 
     def _touch(self, slots: NDArray[np.int64]) -> None:
-        # Slots used together keep the order they had among themselves.
+        # Slots that are used together keep their order among themselves.
         ordered = slots[np.argsort(self._used[slots])]
         self._used[ordered] = np.arange(self._now + 1, self._now + 1 + len(ordered))
         self._now += len(ordered)
@@ -194,10 +194,10 @@ class _Agent(NamedTuple):
 
 
 class Centroid:
-    """The published rule, FedHLM eqs. (9)-(10): how close a key is to the centroid of the other agents' keys.
+    """The published rule, FedHLM eqs. (9)-(10): the similarity of a key to the centroid of the other agents' keys.
 
-    An agent is represented by the mean of its `recent` last keys. One that was silent for more than `max_age_s` is
-    forgotten, and so is the longest silent one when there are more than `max_peers`.
+    An agent is represented by the mean of its last `recent` keys. An agent that was silent for more than `max_age_s`
+    seconds is forgotten. Above `max_peers` agents, the one that has been silent for longest is forgotten.
 
     Raises:
         ValueError: `recent` or `max_peers` is below 1.
@@ -216,12 +216,12 @@ class Centroid:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """Agents that were heard of lately, the longest silent first."""
+        """The agents that are not forgotten; the one that has been silent for longest comes first."""
         self._forget()
         return tuple(self._agents)
 
     def add(self, name: str, *published: Key) -> None:
-        """Take in keys that an agent published, the newest last; at least one."""
+        """Add keys that an agent published, at least one; the newest comes last."""
         self._forget()
         known = self._agents.pop(name, None)
         keys = known.keys if known else deque[Key](maxlen=self._recent)
@@ -231,13 +231,13 @@ class Centroid:
             del self._agents[next(iter(self._agents))]
 
     def similarity(self, own: str, key: Key) -> float | None:
-        """Cosine in [-1, 1] of `key` with the centroid of all agents but `own`.
+        """The cosine in [-1, 1] of `key` and the centroid of all agents but `own`.
 
-        None where the rule says nothing, so that the token is escalated: no other agent, a centroid of zero, a key of
-        zeros.
+        It is None where the rule does not apply and the token is escalated: there is no other agent, or the centroid or
+        the key is zero.
         """
         self._forget()
-        # Sums of floats depend on their order; by name, not by who spoke last.
+        # Float sums depend on their order, so sort by name and not by arrival.
         others = [self._agents[name].mean for name in sorted(self._agents) if name != own]
         if not others:
             return None

@@ -1,1 +1,1 @@
-"""What every service does with its process: start, stop, notify, keep state."""
+"""The process of a part: start and stop, the service manager, and state on disk."""

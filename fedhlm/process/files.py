@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: whenever the power fails, the old or the new content is there."""
+"""Atomic replacement of files: after a power cut, a file has its old or its new content."""
 
 import os
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ PUBLIC: Final = 0o644
 
 @contextmanager
 def replacing(path: Path, *, mode: int = PUBLIC, owner: int | None = None) -> Iterator[BinaryIO]:
-    """A file to write the new content to; it takes the place of `path` when the block ends, and goes when it fails.
+    """Open a file for the new content of `path`. It replaces `path` when the block ends, and is removed if it fails.
 
-    The new file has `mode` from the start, whatever the umask, and belongs to user and group `owner` (None: this process's)
-    before it has its name.
+    The new file has `mode` from the start, whatever the umask. It belongs to user and group `owner` (None: those of the
+    process) before it gets its name.
 
     Raises:
-        OSError: the folder is absent, cannot be written, or is full; `path` is as it was.
+        OSError: the folder does not exist, cannot be written, or is full. `path` is unchanged.
     """
     aside = path.with_name(f"{path.name}.new")
-    aside.unlink(missing_ok=True)  # one that a crash left behind may have another mode
+    aside.unlink(missing_ok=True)  # a file that a crash left behind may have another mode
     try:
         with os.fdopen(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode), "w+b") as file:
             os.fchmod(file.fileno(), mode)
@@ -38,13 +38,13 @@ def replacing(path: Path, *, mode: int = PUBLIC, owner: int | None = None) -> It
 
 
 def replace_file(path: Path, data: bytes, *, mode: int = PUBLIC, owner: int | None = None) -> None:
-    """Replace the file's content as a whole; see `replacing`."""
+    """Replace the content of a file atomically; see `replacing`."""
     with replacing(path, mode=mode, owner=owner) as file:
         file.write(data)
 
 
 def sync(path: Path) -> None:
-    """Write a file, or the names in a folder, to the disk for good: without it even a rename may be lost."""
+    """Flush a file, or the names in a folder, to the disk. Without this, even a rename may be lost."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

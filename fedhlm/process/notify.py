@@ -1,6 +1,6 @@
-"""What a service manager is told: ready, alive, stopping, and one line of status. The protocol is systemd's sd_notify.
+"""Messages to the service manager: ready, alive, stopping, and one line of status. The protocol is systemd's sd_notify.
 
-Without NOTIFY_SOCKET everything here does nothing. A ping says that the event loop turns: it must come from the loop.
+Without NOTIFY_SOCKET nothing is sent. A ping shows that the event loop runs, so it must be sent from the loop.
 """
 
 import asyncio
@@ -14,14 +14,14 @@ from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
 
-# Where no watchdog is set, pings only stretch the time allowed for starting; twice as often as that time runs out.
+# Without a watchdog, pings only extend the time allowed for starting, each time by this many seconds.
 DEFAULT_SPAN_S: Final = 30.0
 _SEND_TIMEOUT_S: Final = 1.0
 _MICROSECONDS: Final = 1_000_000
 
 
 class Notifier:
-    """Speaks to the manager at `address` (None: to nobody). A ping is due within `watchdog_s` seconds (0: none is)."""
+    """Sends to the manager at `address` (None: no manager). It expects a ping every `watchdog_s` seconds (0: none)."""
 
     def __init__(self, address: str | None = None, watchdog_s: float = 0.0) -> None:
         self.address = address
@@ -34,7 +34,7 @@ class Notifier:
 
     @classmethod
     def of(cls, environ: Mapping[str, str] = os.environ, pid: int | None = None) -> Self:
-        """As the environment says; `pid` is ours, and a watchdog that is meant for another process is not ours."""
+        """Make a notifier from the environment. A watchdog is ignored if it is not for `pid` (None: this process)."""
         address = environ.get("NOTIFY_SOCKET") or None
         meant_for = environ.get("WATCHDOG_PID", "")
         ours = not meant_for or meant_for == str(os.getpid() if pid is None else pid)
@@ -44,19 +44,19 @@ class Notifier:
 
     @property
     def managed(self) -> bool:
-        """Whether somebody listens."""
+        """Whether there is a service manager."""
         return self.address is not None
 
     def send(self, **fields: str | int) -> bool:
-        """Send `FIELD=value` lines in one datagram; False without a manager, or when it cannot be reached (a warning)."""
+        """Send `FIELD=value` lines in one datagram. False without a manager, and with a warning if sending fails."""
         if self.address is None:
             return False
-        # One line for each field: a newline in a value would begin another one.
+        # Each field takes one line; a newline in a value would begin another field.
         text = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in fields.items())
         try:
             if self.address[0] not in "@/":
                 raise OSError(f"NOTIFY_SOCKET must be a path or @name (got {self.address!r})")
-            # An abstract socket's name begins with a zero byte, which an environment variable cannot hold.
+            # The name of an abstract socket begins with a zero byte, which an environment variable cannot hold.
             place = "\0" + self.address[1:] if self.address[0] == "@" else self.address
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
                 channel.settimeout(_SEND_TIMEOUT_S)
@@ -67,24 +67,24 @@ class Notifier:
         return True
 
     def serving(self) -> None:
-        """To be called when the service takes what comes: from now on it is ready whenever its needed links are up."""
+        """Call this when the part handles messages. From now on it is ready as soon as its needed links are up."""
         self._serving = True
         self._tell()
 
     def stopping(self) -> None:
-        """Say that the service is on its way out, as it was asked to; the last status."""
+        """Tell the manager that the part is stopping as requested. No status follows."""
         self._stopping = True
         self.send(STOPPING=1, STATUS="stopping")
 
     def ping(self) -> None:
-        """Say that we live. While the service still starts this asks for more time, so that a broker may come late."""
+        """Tell the manager that the part is alive. While it starts, ask for more time, as the broker may come late."""
         if not self.ready_sent:
             self.send(EXTEND_TIMEOUT_USEC=int(self._span_s * _MICROSECONDS))
         if self.watchdog_s:
             self.send(WATCHDOG=1)
 
     async def keep_alive(self) -> None:
-        """Ping twice within each span, until cancelled. Without a manager it ends at once."""
+        """Ping twice per span until cancelled. Without a manager this returns at once."""
         while self.managed:
             self.ping()
             await asyncio.sleep(self._span_s / 2.0)
@@ -92,10 +92,10 @@ class Notifier:
     def link(
         self, name: str, *, needed: bool = True, then: Callable[[bool], object] | None = None
     ) -> Callable[[bool], None]:
-        """A hook for `bus.LinkHook`. Ready needs every `needed` link; the status names all that are down.
+        """Return a `LinkHook` for the link `name`. The part is ready when every `needed` link is up.
 
-        Each hook of one `name` is one connection, and the link is up while any of them is. `then` is called after it with the
-        same.
+        The status names all links that are down. Each hook of one `name` is one connection, and the link is up while
+        any of its connections is up. `then` is called afterwards with the same argument.
         """
         self._links.setdefault(name, 0)
         if needed:

@@ -1,4 +1,4 @@
-"""Starting and stopping a service: logs, metrics, signals, the service manager and buses, for every part."""
+"""Start and stop of a part: logs, metrics, signals, the service manager and buses."""
 
 import asyncio
 import contextlib
@@ -22,16 +22,16 @@ from fedhlm.telemetry import Counters, configure_logging, exported
 
 log = logging.getLogger(__name__)
 
-# A broker that refuses a whole fleet must not see it come back in step: the manager's own delays have no jitter.
+# A fleet that the broker has rejected must not return all at once, and the manager's own delays have no jitter.
 EXIT_JITTER_S: Final = 10.0
 DEFAULT_URL: Final = "mqtt://127.0.0.1:1883"
 
 
 def configured_folder(value: str, *, key: str) -> Path:
-    """The folder that a setting names; `key` is the setting.
+    """Return the folder that the setting `key` names.
 
     Raises:
-        ConfigError: it is empty. A part looks for no folder by itself.
+        ConfigError: the setting is empty. A part does not search for a folder.
     """
     if not value:
         raise ConfigError(key, value, "the path of a model folder")
@@ -48,7 +48,7 @@ def bus_of(
     on_link: LinkHook | None = None,
     connect_timeout_s: float | None = None,
 ) -> MqttBus:
-    """The bus that a broker section describes; an empty URL means DEFAULT_URL. `key` names the section in errors.
+    """Make the bus that a broker section describes. An empty URL means DEFAULT_URL. `key` names the section in errors.
 
     Raises:
         ConfigError: the URL or a certificate file cannot be used.
@@ -66,7 +66,7 @@ def bus_of(
 
 
 def address_of(broker: settings.Broker, *, key: str = "broker") -> BrokerUrl:
-    """Where a broker section points; an empty URL means DEFAULT_URL.
+    """Return the address in a broker section. An empty URL means DEFAULT_URL.
 
     Raises:
         ConfigError: the URL cannot be used.
@@ -76,7 +76,7 @@ def address_of(broker: settings.Broker, *, key: str = "broker") -> BrokerUrl:
 
 
 def has_certificate(broker: settings.Broker) -> bool:
-    """Whether we log in with a certificate. Brokers made by `fedhlm pki mosquitto` then allow one connection of its name."""
+    """Whether we log in with a certificate. Brokers of `fedhlm pki mosquitto` then allow its name one connection."""
     return address_of(broker).files.cert is not None
 
 
@@ -89,7 +89,10 @@ def opener(
     key: str = "broker",
     connect_timeout_s: float | None = None,
 ) -> OpenBus:
-    """Opens buses to the broker of a section; the service manager is told of each as of `link` (see `Notifier.link`)."""
+    """Return a function that opens buses to the broker of a section. Each counts as a connection of the link `link`.
+
+    See `Notifier.link`.
+    """
 
     def open_bus(
         *,
@@ -114,9 +117,9 @@ def opener(
 def serve(
     config: settings.Config, name: str, main: Callable[[Counters, Notifier], Awaitable[int]], *, on_signal: int = 0
 ) -> int:
-    """Run a service until it ends or SIGINT or SIGTERM asks it to; its exit status, `on_signal` after a signal.
+    """Run a part until it ends or receives SIGINT or SIGTERM. Returns its exit status; after a signal, `on_signal`.
 
-    `main` hooks its links to the notifier, by which the service manager learns when it is ready.
+    `main` connects its links to the notifier, which tells the service manager when the part is ready.
     """
     secrets = (config.broker.password, config.edge.upstream.password)
     configure_logging(config.telemetry.log_level, name, secrets=secrets)
@@ -156,7 +159,7 @@ async def _until_signal(
 
 
 async def _unhurried(work: Awaitable[int], notifier: Notifier, rng: random.Random) -> int:
-    """The work; where a manager restarts us, its failure comes after a random delay."""
+    """Await the work. Under a service manager, which restarts the part, delay a failure by a random time."""
     try:
         return await work
     except (FedhlmError, BaseExceptionGroup) as exc:

@@ -1,4 +1,4 @@
-"""What a part is given by whoever runs it: a process, the simulator, or a check of its journal."""
+"""The environment in which a part runs: a process, the simulator, or the replay of its journal."""
 
 import asyncio
 import random
@@ -16,12 +16,12 @@ from fedhlm.telemetry import Counters
 
 
 def loop_s() -> float:
-    """Seconds on the running event loop's clock, which is monotonic."""
+    """The time of the running event loop's monotonic clock, in seconds."""
     return asyncio.get_running_loop().time()
 
 
 class OpenBus(Protocol):
-    """Makes a connection to one broker; the caller enters it. The broker publishes `birth` and `will` for it."""
+    """Makes a connection to one broker, which the caller enters. `birth` and `will` are its presence messages."""
 
     def __call__(
         self,
@@ -34,9 +34,10 @@ class OpenBus(Protocol):
 
 
 class Runtime(NamedTuple):
-    """Clocks, threads, disk, journal and counters of one part. `wall_s` is Unix time, `clock_s` monotonic, both in seconds.
+    """Clocks, threads, disk, journal and counters of one part.
 
-    The defaults are those of a process. Without a `store` nothing outlasts the part, without a `journal` none is published.
+    `wall_s` returns Unix time and `clock_s` monotonic time, both in seconds. The defaults are those of a process.
+    Without a `store` nothing is kept on disk, and without a `journal` none is published.
     """
 
     counters: Counters
@@ -48,18 +49,18 @@ class Runtime(NamedTuple):
 
     @classmethod
     def of_process(cls, counters: Counters, *, store: Store | None, journal: bool) -> "Runtime":
-        """That of a process of its own; with `journal` its life has a number that no other has."""
+        """Make the runtime of a process. With `journal`, the life of the part gets a random 63-bit number."""
         writer = JournalWriter(random.SystemRandom().getrandbits(63), loop_s) if journal else None
         return cls(counters, store=store, journal=writer)
 
     def stamp(self, sender: str) -> Stamp:
-        """Headers of the messages that `sender` sends from now on."""
+        """Make the stamp for the headers of `sender`'s messages."""
         return Stamp(sender, self.wall_s)
 
     def party(self, bus: Bus, stamp: Stamp, root: str = DEFAULT_ROOT) -> Party:
-        """The part's endpoint on a bus."""
+        """Make the endpoint of the part on a bus."""
         return Party(bus=bus, stamp=stamp, counters=self.counters, root=root, journal=self.journal)
 
     def saver(self, kept: Mapping[str, Kept]) -> Saver:
-        """Restores what the store has of `kept`, by file name, and saves it from then on."""
+        """Make a saver, which restores `kept`, by file name, from the store and then saves its changes."""
         return Saver(self.store, kept, in_thread=self.in_thread)

@@ -1,4 +1,4 @@
-"""What a part keeps on disk: restored when it starts, written when it has changed."""
+"""State of a part on disk: it is restored at the start and written when it has changed."""
 
 import asyncio
 import logging
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 SAVE_S: Final = 30.0
 
 InThread = Callable[..., Awaitable[Any]]
-"""Runs a function with its arguments while others go on, such as `asyncio.to_thread`."""
+"""Runs a function with its arguments without blocking the event loop, such as `asyncio.to_thread`."""
 
 
 class Kept(Protocol):
-    """Something that outlives its process. `restore` raises ProtocolError for bytes that it cannot use."""
+    """State that outlives its process. `restore` raises ProtocolError for bytes that it cannot use."""
 
     def snapshot(self) -> bytes: ...
 
@@ -27,9 +27,10 @@ class Kept(Protocol):
 
 
 class Saver:
-    """Restores `kept`, by file name, on construction, then writes what has changed; a full disk is a warning, not an end.
+    """Restores `kept`, by file name, on construction, and then writes what has changed.
 
-    What cannot be used is put aside with a warning. Without a store nothing is done. `in_thread` waits for the disk.
+    A file that cannot be used is put aside with a warning. A full disk causes a warning only. Without a store the saver
+    does nothing. `in_thread` runs the writes.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Saver:
                 _restore(store, name, part)
 
     async def keep(self) -> None:
-        """Save every SAVE_S seconds, until cancelled; without a store return at once."""
+        """Save every SAVE_S seconds until cancelled. Without a store this returns at once."""
         while self._store is not None:
             await asyncio.sleep(SAVE_S)
             await self.save()
@@ -57,7 +58,7 @@ class Saver:
             await self._in_thread(self._write, name, data)
 
     def flush(self) -> None:
-        """Write what has changed, and wait for the disk: the last thing that a part does."""
+        """Write what has changed and wait for the disk. A part calls this last."""
         for name, data in self._changed():
             self._write(name, data)
 
@@ -67,7 +68,7 @@ class Saver:
         return [(name, data) for name, data in made if self._written.get(name) != data]
 
     def _write(self, name: str, data: bytes) -> None:
-        # A write that a cancelled task left in its thread must not come after the last one, or between its lines.
+        # A write that a cancelled task left in its thread must not overwrite, or mix with, the last write.
         with self._lock:
             if self._store is None or self._newest[name] is not data:
                 return

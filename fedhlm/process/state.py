@@ -1,7 +1,7 @@
-"""Small state files that survive power cuts: written aside, synced, renamed; checked when read.
+"""Small state files that survive power cuts. They are written aside, synced and renamed, and checked when read.
 
-A file that is truncated or garbled is a warning and a fresh start, and is kept under another name. Nothing here runs in
-a thread by itself; `save` waits for the disk.
+A truncated or garbled file is kept under another name with a warning, and the part starts without it. `save` waits for
+the disk; it starts no thread of its own.
 """
 
 import errno
@@ -17,32 +17,32 @@ from fedhlm.process.files import PRIVATE, replace_file
 
 log = logging.getLogger(__name__)
 
-# A disk that is full or dying must not keep a device from its work; any other trouble is a mistake of whoever set it up.
+# A full or failing disk must not stop a device. Any other error is a mistake in its configuration.
 FAILING: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 MAGIC: Final = b"fedhlm state 1\n"
 _DIGEST_BYTES: Final = 32
 
 
 def save(folder: Path | str, name: str, payload: bytes, *, key: str = "state") -> None:
-    """Replace the file `name` as a whole: whenever the power fails, the old or the new payload is there.
+    """Replace the file `name` atomically: after a power cut it has its old or its new payload.
 
     Raises:
-        ConfigError: the folder cannot be made or written; `key` is the setting that names it.
+        ConfigError: the folder cannot be created or written. `key` is the setting that names it.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a device has learnt is nobody else's.
+        # What a device has learnt is private.
         replace_file(folder / name, MAGIC + hashlib.sha256(payload).digest() + payload, mode=PRIVATE)
     except OSError as exc:
         _refuse(key, folder, "a writable folder", f"cannot write {name}", exc)
 
 
 def load(folder: Path | str, name: str, *, key: str = "state") -> bytes | None:
-    """What `save` wrote last, or None where there is nothing or nothing usable.
+    """Return what `save` wrote last; None if there is no file or it cannot be used.
 
     Raises:
-        ConfigError: the file is there and cannot be read; `key` is the setting that names the folder.
+        ConfigError: the file exists but cannot be read. `key` is the setting that names the folder.
     """
     folder = Path(folder)
     path = folder / name
@@ -64,10 +64,10 @@ def load(folder: Path | str, name: str, *, key: str = "state") -> bytes | None:
 
 
 def put_aside(folder: Path | str, name: str, why: str, *, key: str = "state") -> None:
-    """Keep a file that cannot be used under the next free name `{name}.bad-N`, with a warning.
+    """Rename a file that cannot be used to the next free name `{name}.bad-N`, with a warning.
 
     Raises:
-        ConfigError: it cannot be renamed.
+        ConfigError: the file cannot be renamed.
     """
     folder = Path(folder)
     path = folder / name
@@ -80,7 +80,7 @@ def put_aside(folder: Path | str, name: str, why: str, *, key: str = "state") ->
 
 
 class Store(NamedTuple):
-    """State as a service needs it: payloads by name; `reject` is told of one that could not be understood."""
+    """State as a part uses it: payloads by name. `reject` puts aside a payload that cannot be used, and why."""
 
     load: Callable[[str], bytes | None]
     save: Callable[[str, bytes], None]
@@ -88,10 +88,12 @@ class Store(NamedTuple):
 
 
 def store_of(folder: str, *, key: str) -> Store | None:
-    """The store in a folder, tried out at once; None where no folder is configured. A full or failing disk is a warning.
+    """Make the store of a folder and test it with a write; None if no folder is configured.
+
+    A full or failing disk causes a warning only.
 
     Raises:
-        ConfigError: the folder cannot be made or written for another reason; `key` is the setting that names it.
+        ConfigError: the folder cannot be created or written for another reason. `key` is the setting that names it.
     """
     if not folder:
         return None

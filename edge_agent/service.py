@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens
 RENEW_AGAIN_S: Final = 30.0
+NOBODY: Final = "nobody"  # where a refusal goes whose client has no readable name
 
 
 def _line(text: str) -> str:
@@ -188,7 +189,8 @@ class AgentService:
             client=found.client,
             refusal="invalid",
         )
-        await party.send(topics.OUTPUT, message, cluster=levels["cluster"], agent=self.agent.name)
+        to = found.client or NOBODY
+        await party.send(topics.OUTPUT, message, cluster=levels["cluster"], agent=self.agent.name, client=to)
 
     async def _serve(self) -> None:
         while True:
@@ -326,4 +328,5 @@ class AgentService:
         )
         request.count += len(tokens)
         request.answered = finish is not None
-        await party.send(topics.OUTPUT, message, cluster=request.cluster, agent=self.agent.name)
+        name = self.agent.name
+        await party.send(topics.OUTPUT, message, cluster=request.cluster, agent=name, client=prompt.sender)

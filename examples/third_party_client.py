@@ -15,7 +15,7 @@ heard: queue.Queue[list] = queue.Queue()
 client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name)
 client.on_message = lambda _client, _data, message: heard.put(msgpack.unpackb(message.payload))
 client.on_subscribe = lambda *_: client.publish(f"{topic}/prompt", msgpack.packb(prompt), qos=1)
-client.on_connect = lambda *_: client.subscribe(f"{topic}/output", qos=1)
+client.on_connect = lambda *_: client.subscribe(f"{topic}/to/{name}/output", qos=1)
 # Tag 2, version 3, sender, running number, Unix time in ms; request, text, most tokens, seed, temperature, top_p, stops, preset.
 prompt = [2, 3, name, 1, int(time.time() * 1000), name, text, 32, 7, None, None, [], None]
 client.connect(host, int(port))

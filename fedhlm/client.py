@@ -19,6 +19,7 @@ from typing import Any, Final, Self
 from fedhlm.answers import Assembly, Piece, Result, failure_of
 from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import Bus
+from fedhlm.bus.own_name import own_name
 from fedhlm.bus.party import Party, Received, Stamp
 from fedhlm.errors import (
     AgentOffline,
@@ -50,7 +51,7 @@ class Client:
     `bus` is a URL (`mqtts://host`), a broker section of the settings (certificates, passwords), or a bus that is not
     entered yet. Without `cluster` an agent is looked for in all clusters. `root` are the first levels of all topics.
 
-    `name` is the sender of all prompts; the broker knows a client of ours by this name and a random number.
+    `name` is the sender of all prompts, to whom the answers go; with a certificate or a user's name it is that. The broker knows a client of ours by this name and a random number.
     `away_s`: how long an agent may be offline before that is an error, in seconds; `hole_s`: how long a missing piece may
     still come after later ones. `hear` is called with every message, those included that are nobody's answer, of what
     `subscribe` asks for besides. Time is the running loop's.
@@ -75,8 +76,10 @@ class Client:
         if isinstance(bus, str):
             bus = Broker(url=bus)
         if isinstance(bus, Broker):
-            from fedhlm.process.run import bus_of  # brings the MQTT library along
+            from fedhlm.process.run import address_of, bus_of  # brings the MQTT library along
 
+            # Answers go to the sender of the prompt, and the broker lets us hear those to the name that it knows us by.
+            name = own_name(address_of(bus)) or name
             root = root or bus.root
             # No two clients may have one id: the second would throw out the first.
             identity = client_id("client", name, _number(), root=root)
@@ -223,13 +226,13 @@ class Client:
     async def _watch(self, agent: str, cluster: str | None) -> None:
         if agent in self._heard_of:
             return
-        root, bus = self.party.root, self.party.bus
+        root, bus, me = self.party.root, self.party.bus, self.party.stamp.sender
         try:
-            await bus.subscribe(*(row.name(root, cluster="+", agent=agent) for row in _HEARD))
+            await bus.subscribe(*(row.name(root, cluster="+", agent=agent, client=me) for row in _HEARD))
         except BusError:  # a broker that shows a client its own cluster only
             if cluster is None:
                 raise
-            await bus.subscribe(*(row.name(root, cluster=cluster, agent=agent) for row in _HEARD))
+            await bus.subscribe(*(row.name(root, cluster=cluster, agent=agent, client=me) for row in _HEARD))
         self._heard_of.add(agent)
 
     def _places(self, agent: str) -> list[str]:

@@ -72,13 +72,13 @@ PROMPT: Final = Topic(
     purpose="a generation asked for over the bus",
 )
 OUTPUT: Final = Topic(
-    pattern="c/{cluster}/a/{agent}/output",
+    pattern="c/{cluster}/a/{agent}/to/{client}/output",
     payload=messages.Output,
     qos=1,
     retain=False,
     publishers=("agent",),
     subscribers=("client",),
-    purpose="committed tokens with who settled them",
+    purpose="committed tokens with who settled them, for the sender of the prompt",
 )
 CANCEL: Final = Topic(
     pattern="c/{cluster}/a/{agent}/cancel",

@@ -71,7 +71,7 @@ class Observer:
         await self.client.subscribe(
             topics.AGENT_STATUS.name(root, cluster="+", agent="+"),
             topics.EDGE_STATUS.name(root, cluster="+"),
-            topics.OUTPUT.name(root, cluster="+", agent="+"),
+            topics.OUTPUT.name(root, cluster="+", agent="+", client="+"),
         )
 
     def hear(self, received: Received) -> None:

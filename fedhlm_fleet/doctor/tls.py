@@ -6,6 +6,7 @@ import time
 from typing import Any, Final
 
 from fedhlm.bus.broker_url import BrokerUrl
+from fedhlm.bus.own_name import common_name, shown
 from fedhlm_fleet.doctor.finding import Remark, fail, ok, skip, warn
 
 WARN_DAYS: Final = 30
@@ -84,30 +85,15 @@ def own_certificate(address: BrokerUrl, key: str, *, now_s: float) -> Remark:
     server.verify_mode = ssl.CERT_REQUIRED if files.ca is not None else ssl.CERT_NONE
     # The server side uses the same certificate, which is not issued for servers; only the client's certificate is
     # checked.
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        facts = _handshake(server, context)
+        facts = shown(server, context)
     except ssl.SSLCertVerificationError as exc:
         advice = f"issue it anew: fedhlm pki issue, then put the files where {key}.cert and {key}.key point"
         return fail(f"our certificate would be refused: {exc.verify_message}", advice)
     if facts is None:
         return ok("our certificate and key belong together; without an own authority its dates are not seen")
-    name = next((value for part in facts["subject"] for field, value in part if field == "commonName"), "nameless")
+    name = common_name(facts) or "nameless"
     return _dates(facts, now_s, f"our certificate ({name})", "issue it anew in time: fedhlm pki issue")
-
-
-def _handshake(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str, Any] | None:
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = (
-        client.wrap_bio(to_client, to_server, server_side=False),
-        server.wrap_bio(to_server, to_client, server_side=True),
-    )
-    for end in (*ends, *ends):  # hello, hello and certificate, certificate, done
-        try:
-            end.do_handshake()
-        except ssl.SSLWantReadError:
-            continue
-    return ends[1].getpeercert() or None
 
 
 def _dates(facts: dict[str, Any], now_s: float, what: str, advice: str) -> Remark:

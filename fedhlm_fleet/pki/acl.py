@@ -112,4 +112,5 @@ def _names(topic: Topic, entry: Entry, place: BrokerPlace, root: str, *, everybo
     elif entry.role == "edge" and everybody and not of_cluster:
         clusters = ("+",)
     agent = "+" if entry.role != "agent" or (everybody and of_cluster) else entry.name
-    return list(dict.fromkeys(topic.name(root, cluster=cluster, agent=agent) for cluster in clusters))
+    client = entry.name if entry.role == "client" else "+"
+    return list(dict.fromkeys(topic.name(root, cluster=cluster, agent=agent, client=client) for cluster in clusters))

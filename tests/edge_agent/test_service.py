@@ -259,7 +259,7 @@ def test_who_comes_when_the_queue_is_full_is_told() -> None:
             for n in range(CLIENT_MAX + 1):
                 prompt = Prompt(**client.party.stamp(), request=f"r{n}", text=TEXT, max_tokens=1, seed=SEED)
                 await client.party.send(topics.PROMPT, prompt, cluster="c0", agent="a")
-            await client.subscribe(topics.OUTPUT.name(**PLACE))
+            await client.subscribe(topics.OUTPUT.name(**PLACE, client="client"))
             await asyncio.sleep(60.0)
             ends = [world.outputs(f"r{n}")[-1] for n in range(CLIENT_MAX + 1)]
             assert [o.refusal for o in ends[-1:]] == ["busy"]

@@ -62,7 +62,9 @@ class Actor:
 
     async def say(self, *outputs: Output) -> None:
         for output in outputs:
-            await self.party.send(topics.OUTPUT, output, cluster=self.cluster, agent=self.name)
+            await self.party.send(
+                topics.OUTPUT, output, cluster=self.cluster, agent=self.name, client=output.client or "client"
+            )
 
 
 class World:

@@ -64,7 +64,7 @@ class Actor:
     async def say(self, prompt: Prompt, position: int, **fields: Any) -> None:
         named = {"ids": (), "sources": (), "text": "", **fields}
         output = Output(**self.party.stamp(), request=prompt.request, position=position, **named)
-        await self.party.send(topics.OUTPUT, output, cluster="barn", agent="porch")
+        await self.party.send(topics.OUTPUT, output, cluster="barn", agent="porch", client=output.client or "ask")
 
 
 @asynccontextmanager

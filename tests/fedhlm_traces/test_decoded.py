@@ -83,7 +83,7 @@ def test_senseless_statistics_break_nothing(value: float) -> None:
         version=SCHEMA_VERSION, sender="a", sequence=1, sent_ms=1, request="r", position=0, ids=(), sources=(), text="", finish="length",
         statistics={"uplink_bytes": value},
     )  # fmt: skip
-    record = Record(0.0, 0, topics.OUTPUT.name(cluster="c", agent="a"), encode(output))
+    record = Record(0.0, 0, topics.OUTPUT.name(cluster="c", agent="a", client="client"), encode(output))
     assert statistics([record], HEADER).requests == 1
 
 

@@ -103,7 +103,10 @@ def test_packed_ids_are_lists_where_the_vocabulary_is_known(run: Told) -> None:
     assert first["message"]["before"]["context"][: first["message"]["base"]]
 
 
-@given(st.binary(max_size=200), st.sampled_from(["else/where", topics.OUTPUT.name(cluster="c", agent="a")]))
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(["else/where", topics.OUTPUT.name(cluster="c", agent="a", client="client")]),
+)
 def test_any_payload_comes_back_with_a_reason(payload: bytes, topic: str) -> None:
     (line,) = lines([Record(0.0, 0, topic, payload)], Header(created_ms=0, source="simulator"))
     assert restored(line) == payload
@@ -127,7 +130,8 @@ def test_a_message_in_another_encoding_is_kept_as_it_came() -> None:
     longer = plain.replace(b"\xa1x", b"\xd9\x01x")  # the same text with a longer length
     assert decode(longer) == output
     (line,) = lines(
-        [Record(0.0, 0, topics.OUTPUT.name(cluster="c", agent="a"), longer)], Header(created_ms=0, source="s")
+        [Record(0.0, 0, topics.OUTPUT.name(cluster="c", agent="a", client="client"), longer)],
+        Header(created_ms=0, source="s"),
     )
     assert line["message"]["text"] == "x"
     assert restored(line) == longer
@@ -200,5 +204,5 @@ def test_a_gist_never_lets_control_characters_through(text: str) -> None:
         finish="error",
         error=text,
     )
-    seen = look(Record(0.0, 0, topics.OUTPUT.name(cluster="c", agent="a"), encode(output)), ROOT)
+    seen = look(Record(0.0, 0, topics.OUTPUT.name(cluster="c", agent="a", client="client"), encode(output)), ROOT)
     assert gist(seen).isprintable()

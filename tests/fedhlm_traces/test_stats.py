@@ -103,8 +103,10 @@ def test_retained_state_that_comes_again_is_no_duplicate(run: Told) -> None:
 
 
 def test_refused_payloads_are_counted_where_they_came(run: Told) -> None:
-    output = topics.OUTPUT.name(cluster="c0", agent="ann")
-    forged = next(r.payload for r in run.records if r.topic == topics.OUTPUT.name(cluster="c1", agent="cid"))
+    output = topics.OUTPUT.name(cluster="c0", agent="ann", client="client")
+    forged = next(
+        r.payload for r in run.records if r.topic == topics.OUTPUT.name(cluster="c1", agent="cid", client="client")
+    )
     bad = [Record(1.0, 0, output, b"\xc1"), Record(1.0, 0, output, forged), Record(1.0, 0, "else/where", b"\xc1")]
     found = counted([*run.records, *bad])
     assert found.total.refused == found.topics[topics.OUTPUT.pattern].refused == found.agents["ann"].refused == 2

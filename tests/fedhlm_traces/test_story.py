@@ -166,7 +166,7 @@ def test_a_cloud_that_forgets_sessions_changes_no_story() -> None:
 
 def test_a_request_refused_while_another_is_served_is_a_story_of_its_own() -> None:
     run = told("exact", seed=7, prompts=1)
-    topic = topics.OUTPUT.name(cluster="c0", agent="ann")
+    topic = topics.OUTPUT.name(cluster="c0", agent="ann", client="client")
     at = next(i for i, r in enumerate(run.records) if r.topic == topics.VERDICT.name(cluster="c0", agent="ann"))
     stamp = {"version": SCHEMA_VERSION, "sender": "ann", "sequence": 9_999, "sent_ms": 1}
     refusal = Output(**stamp, request="later", position=0, ids=(), sources=(), text="", finish="error", error="busy")  # type: ignore[arg-type]
@@ -189,10 +189,11 @@ def test_what_belongs_to_a_story_is_what_its_session_and_request_say() -> None:
 
 def test_foreign_and_broken_messages_do_not_disturb() -> None:
     run = told("exact", seed=9, prompts=1)
+    foreign = topics.OUTPUT.name(cluster="c0", agent="ann", client="client")
     noise = [
         Record(0.0, 0, "else/where", b"\xff"),
         Record(0.0, 0, topics.VERDICT.name(cluster="c0", agent="ann"), b"\xc1"),
-        Record(0.0, 0, topics.OUTPUT.name(cluster="c0", agent="ann"), encode(look(run.records[0], "fedhlm/1").message)),  # type: ignore[arg-type]
+        Record(0.0, 0, foreign, encode(look(run.records[0], "fedhlm/1").message)),  # type: ignore[arg-type]
     ]
     mixed = [
         r for record in run.records for r in (record, *(msgspec.structs.replace(n, at_s=record.at_s) for n in noise))

@@ -169,7 +169,7 @@ def _output(size: int) -> Hostile:
     message = Output(
         **_header("a0"), request="r", position=0, ids=(1,) * (size // 2), sources=(), text="a" * (size // 4)
     )
-    return Hostile(topics.OUTPUT.name(cluster="c0", agent="a0"), encode(message))
+    return Hostile(topics.OUTPUT.name(cluster="c0", agent="a0", client="client"), encode(message))
 
 
 def _nested(size: int) -> Hostile:

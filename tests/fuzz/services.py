@@ -84,7 +84,7 @@ class Parts:
         grouping = clustering.Clusterer(("c0",), columns=coordinator.COLUMNS, interval_s=60.0)
         self.cloud = await self.world.cloud(grouping=grouping, assign_s=120.0).start()
         self.edge = await self.world.edge("c0").start()
-        self.client = await Hand(self.world, "client").start(topics.OUTPUT.name(cluster="+", agent="a0"))
+        self.client = await Hand(self.world, "client").start(topics.OUTPUT.name(cluster="+", agent="a0", client="+"))
         self.agent_bus = LoopbackBus(self.world.broker, client_id="a0")
         self.agent = service_of(
             self.loaded,

@@ -102,15 +102,15 @@ L = TypeVar("L", bound=Live)
 
 
 @asynccontextmanager
-async def asking(bus: MqttBus, make: Callable[[Client], L]) -> AsyncIterator[L]:
+async def asking(bus: MqttBus, make: Callable[[Client], L], *, name: str = "client") -> AsyncIterator[L]:
     """What `make` makes, with a client that shows it who is there; all parts that it started are stopped at the end."""
     systems: list[L] = []
     hear = lambda received: systems[0].hear(received)  # noqa: E731, PLW0108 - it is made later
-    async with Client(bus, hear=hear) as client:
+    async with Client(bus, name=name, hear=hear) as client:
         system = make(client)
         systems.append(system)
         await client.subscribe(
-            topics.OUTPUT.name(cluster="+", agent="+"),
+            topics.OUTPUT.name(cluster="+", agent="+", client="+" if name == "client" else name),
             topics.AGENT_STATUS.name(cluster="+", agent="+"),
             topics.EDGE_STATUS.name(cluster="+"),
         )

@@ -59,7 +59,7 @@ async def test_a_forged_output_is_found() -> None:
             lie = Output(
                 **party.stamp(), request=story.request, position=0, ids=(wrong,), sources=("cloud",), text="a lie"
             )
-            await party.send(topics.OUTPUT, lie, cluster=place.cluster, agent=place.agent)
+            await party.send(topics.OUTPUT, lie, cluster=place.cluster, agent=place.agent, client="chaos")
         await until(lambda: bool(story.violations), LIMIT_S, "the lie noticed")
 
     options = Options(seconds=LIMIT_S, faults=1, seed=SEED, clusters=1, agents=1, tokens=24, short=True)

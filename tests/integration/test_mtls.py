@@ -81,7 +81,10 @@ async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: Broke
     everything = [
         (topic, levels, topic.name(**levels))
         for topic in TABLE
-        for levels in ({"cluster": c, "agent": a} for c, a in product(("home", "barn"), ("porch", "attic")))
+        for levels in (
+            {"cluster": c, "agent": a, "client": p}
+            for c, a, p in product(("home", "barn"), ("porch", "attic"), ("desk", "guest"))
+        )
     ]
     unique = {
         name: (topic, {k: v for k, v in levels.items() if f"{{{k}}}" in topic.pattern})
@@ -303,7 +306,7 @@ async def secure_fleet(*, brokers: int, flags: dict[str, object]) -> AsyncIterat
         places = [BrokerPlace("cluster", "home"), BrokerPlace("cloud")] if brokers == 2 else [BrokerPlace("shared")]
         running = [await stack.enter_async_context(Secured(pki, place, extra=TELL_DENIALS)) for place in places]
         making = lambda client: SecureFleet(client, pki, running[0], running[-1], flags)  # noqa: E731
-        async with asking(running[0].bus("desk"), making) as fleet:
+        async with asking(running[0].bus("desk"), making, name="desk") as fleet:
             for part in ("edge", "cloud", "porch", "garden"):
                 fleet.start(part)
             await fleet.ready("porch", "garden")

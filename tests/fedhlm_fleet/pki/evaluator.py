@@ -62,7 +62,8 @@ def expected(who: Who, access: Access, topic: Topic, levels: dict[str, str], whe
         case "cloud":
             return where != "cluster"
         case "client":
-            return not who.clusters or cluster is None or cluster in who.clusters
+            near = not who.clusters or cluster is None or cluster in who.clusters
+            return near and levels.get("client") in (None, who.name)
         case "edge":
             return cluster in (None, *who.clusters) or (topic is NEIGHBOUR and access == "read")
         case _:

@@ -51,8 +51,12 @@ def test_every_row_role_cluster_and_agent_is_as_the_table_says(them: list[Who], 
     stranger = Who("agent", "nobody", CLUSTERS)
     accesses: tuple[Access, ...] = ("read", "write")
     for who, topic, access in product([*them, stranger], TABLE, accesses):
-        for cluster, agent in product(CLUSTERS, (*AGENTS, "nobody")):
-            levels = {k: v for k, v in (("cluster", cluster), ("agent", agent)) if f"{{{k}}}" in topic.pattern}
+        for cluster, agent, client in product(CLUSTERS, (*AGENTS, "nobody"), (who.name, "somebody")):
+            levels = {
+                k: v
+                for k, v in (("cluster", cluster), ("agent", agent), ("client", client))
+                if f"{{{k}}}" in topic.pattern
+            }
             name = topic.name(root, **levels)
             wanted = who is not stranger and expected(who, access, topic, levels, place.kind, place.cluster)
             assert allows(text, who.name, access, name) == wanted, (who, access, name, place)

@@ -80,7 +80,8 @@ def renamed(record: Record, renames: Renames, *, root: str = topics.DEFAULT_ROOT
     if found is None:
         return record
     row, levels = found
-    new = {level: getattr(renames, level).get(name, name) for level, name in levels.items()}
+    tables = renames._asdict()  # none for clients, which keep their names
+    new = {level: tables.get(level, {}).get(name, name) for level, name in levels.items()}
     topic = row.name(root, **new)
     try:
         message = topics.decode_for(row, record.payload)

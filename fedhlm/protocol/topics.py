@@ -17,7 +17,7 @@ Role = Literal["agent", "edge", "cloud", "client"]
 
 
 class Topic(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the table. `{cluster}` and `{agent}` in `pattern` stand for one level each."""
+    """One row of the table. `{cluster}`, `{agent}` and `{client}` in `pattern` stand for one level each."""
 
     pattern: str
     payload: type[messages.AnyMessage]

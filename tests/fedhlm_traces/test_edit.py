@@ -15,7 +15,7 @@ from fedhlm_traces.file import Header, Record, read
 
 ROOT = "fedhlm/1"
 TOPICS = (
-    f"{ROOT}/c/home/a/porch/output",
+    f"{ROOT}/c/home/a/porch/to/client/output",
     f"{ROOT}/c/home/escalate/porch",
     f"{ROOT}/cloud/fl",
     "other/thing",

@@ -16,6 +16,7 @@ from fedhlm.protocol.messages import (
     Contribution,
     Escalation,
     EscalationBatch,
+    Output,
     Presence,
     Profile,
     RoutedEscalation,
@@ -42,7 +43,7 @@ def stamp(sender: str, sent_ms: int = 1_000) -> dict[str, Any]:
 def our_records(draw: st.DrawFn) -> Record:
     row: Topic = draw(st.sampled_from(TABLE))
     message = draw(instances(row.payload))
-    levels = {"cluster": draw(names), "agent": draw(names)}
+    levels = {"cluster": draw(names), "agent": draw(names), "client": "desk"}
     # Half of the senders are those that the topic implies.
     sender = draw(st.sampled_from([message.sender, levels["agent"], f"edge-{levels['cluster']}"]))
     return Record(0.0, 0, row.name(ROOT, **levels), encode(replace(message, sender=sender)))
@@ -93,6 +94,10 @@ def escalation(sender: str) -> Escalation:
     [
         (topics.AGENT_STATUS, Presence(**stamp("porch"), role="agent", online=True, software="x")),
         (topics.EDGE_STATUS, Presence(**stamp("edge-home"), role="edge", online=True, software="x")),
+        (
+            topics.OUTPUT,
+            Output(**stamp("porch"), request="r", position=0, ids=(), sources=(), text="", client="desk"),
+        ),
         (topics.ESCALATE, escalation("porch")),
         (topics.VERDICT, verdict("edge-home")),
         (
@@ -109,9 +114,9 @@ def escalation(sender: str) -> Escalation:
     ],
 )
 def test_no_trace_of_the_old_names_remains(row: Topic, message: Any) -> None:
-    record = Record(0.0, 0, row.name(cluster="home", agent="porch"), encode(message), 1, True)
+    record = Record(0.0, 0, row.name(cluster="home", agent="porch", client="desk"), encode(message), 1, True)
     new = renamed(record, Renames({"home": "barn"}, {"porch": "attic"}))
-    assert new.topic == row.name(cluster="barn", agent="attic")
+    assert new.topic == row.name(cluster="barn", agent="attic", client="desk")
     for old in (b"home", b"porch"):
         assert old not in new.payload
     expected = encode(message).replace(b"home", b"barn").replace(b"porch", b"attic")

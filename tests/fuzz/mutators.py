@@ -67,7 +67,7 @@ def valid(rng: Rng) -> Hostile:
     made = rng.choice(COHERENT)(rng) if rng.random() < 0.5 else None
     kind = type(made) if made is not None else rng.choice(KINDS)
     row = rng.choice(ROWS[kind])
-    levels = {"cluster": rng.choice(CLUSTERS), "agent": rng.choice(AGENTS)}
+    levels = {"cluster": rng.choice(CLUSTERS), "agent": rng.choice(AGENTS), "client": "client"}
     message = made if made is not None else typed(rng, kind)
     sender = levels["agent"] if row.publishers == ("agent",) else rng.choice(("cloud", "edge-c0", "client"))
     message = msgspec.structs.replace(message, version=SCHEMA_VERSION, sender=sender)
@@ -241,7 +241,7 @@ def spoilt_topic(rng: Rng, name: str) -> str:
     match rng.randrange(4):
         case 0:
             row = rng.choice(TABLE)
-            return row.name(cluster=rng.choice((*CLUSTERS, "x")), agent=rng.choice((*AGENTS, "x")))
+            return row.name(cluster=rng.choice((*CLUSTERS, "x")), agent=rng.choice((*AGENTS, "x")), client="client")
         case 1:
             levels = name.split("/")
             levels[rng.randrange(len(levels))] = rng.choice(NASTY_TEXT)

@@ -111,7 +111,7 @@ async def test_garbage_on_every_topic_is_counted_and_survived(llm: Alone) -> Non
         for name in names:
             for payload in garbage:
                 assert await system.party.bus.publish(name, payload)
-        await system.party.bus.publish(OUTPUT.name(cluster="home", agent="porch"), b"nonsense")
+        await system.party.bus.publish(OUTPUT.name(cluster="home", agent="porch", client="client"), b"nonsense")
         answer = await system.ask(title, max_tokens=24, seed=3)
         assert list(answer.ids) == llm.write(llm.encode(title), Sampling(3), 24)
         assert all(not task.done() for task in system.tasks.values())

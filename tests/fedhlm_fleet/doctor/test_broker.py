@@ -53,7 +53,7 @@ def acl(role: Role) -> str:
         agent = "porch" if role == "agent" else "+"
         cluster = "+" if role == "cloud" else "home"
         if role in topic.publishers:
-            lines.append(f"topic write {topic.name(cluster=cluster, agent=agent)}")
+            lines.append(f"topic write {topic.name(cluster=cluster, agent=agent, client='+')}")
         if role in topic.subscribers:
             everybody = topic in (topics.PEER, topics.NEIGHBOUR)
             lines.append(

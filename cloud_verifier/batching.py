@@ -452,7 +452,7 @@ class Batcher:
             except StopIteration as stop:
                 self._end(running)
                 done.append(Done(running.job, stop.value))
-            except Exception as exc:  # noqa: BLE001 - a block that breaks its settling ends its session, not the cloud
+            except Exception as exc:  # noqa: BLE001 - a block that cannot be settled ends its session, not the cloud
                 done += self.fail([running], f"the block cannot be settled: {type(exc).__name__}: {exc}")
         return done
 

@@ -153,7 +153,7 @@ class Sessions:
         # Checked before anything is unpacked, so that an escalation that is too long is refused cheaply.
         end = escalation.base + len(escalation.ids) // id_bytes(vocab_size)
         if end > self.context_max:
-            return RefusedBlock(f"escalation reaches position {end}: the model's context is {self.context_max}")
+            return RefusedBlock(f"escalation reaches position {end}, but the model's context is {self.context_max}")
         ids = unpack_ids(escalation.ids, vocab_size)
         if escalation.fixed > len(ids):
             return RefusedBlock(
@@ -162,14 +162,14 @@ class Sessions:
         if escalation.base < 1:
             return RefusedBlock(f"escalation.base must be at least one context token (got {escalation.base})")
         if not ids and not escalation.extend:
-            return RefusedBlock("escalation has no ids and extend 0: nothing is asked")
+            return RefusedBlock("escalation has no ids and extend 0, so nothing is asked")
         chain = ids[escalation.fixed :]
         packed = escalation.hints.branches if escalation.hints else b""
         branches = unpack_branches(packed, vocab_size, len(chain))
         depth = Tree(chain, branches).depth
         end = escalation.base + escalation.fixed + depth + escalation.extend
         if end > self.context_max:
-            return RefusedBlock(f"escalation reaches position {end}: the model's context is {self.context_max}")
+            return RefusedBlock(f"escalation reaches position {end}, but the model's context is {self.context_max}")
         name = (
             escalation.prime.sampling.coupling if escalation.prime else entry.state.sampling.coupling if entry else None
         )
@@ -195,7 +195,7 @@ class Sessions:
         vocab_size = self.fingerprint.vocab_size
         if len(prime.context) != escalation.base * id_bytes(vocab_size):
             count = len(prime.context) // id_bytes(vocab_size)
-            return RefusedBlock(f"prime.context has {count} ids: escalation.base is {escalation.base}")
+            return RefusedBlock(f"prime.context has {count} ids, but escalation.base is {escalation.base}")
         context = unpack_ids(prime.context, vocab_size)
         entry = self._entries.get(key)
         if entry is None or entry.state.sampling != prime.sampling:

@@ -39,7 +39,10 @@ DIGESTS_MAX: Final = 16  # digests that may wait while the bus is slow; the olde
 
 
 class PeersAnswer(NamedTuple):
-    """All `accepted` ids of a block are accepted. `source` is the farthest origin of the tokens that agreed."""
+    """An answer from verified tokens. It accepts the whole block, which has `accepted` ids.
+
+    `source` is the farthest origin of the tokens that agreed.
+    """
 
     accepted: int
     source: Literal["peer", "neighbour"]

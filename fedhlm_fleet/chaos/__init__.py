@@ -1,1 +1,1 @@
-"""Live chaos: a fleet of real processes over a real mosquitto, broken on purpose and judged from the outside."""
+"""Chaos tests: faults are injected into a fleet of real processes and a real mosquitto, and every answer is checked."""

@@ -1,4 +1,7 @@
-"""`python -m fedhlm_fleet.chaos`: break a fleet on this machine for some minutes and say what became of it; 1 when a rule was broken."""
+"""`python -m fedhlm_fleet.chaos`: inject faults into a fleet on this machine, and check every answer.
+
+Exit code 0: every invariant held; 1: one was violated; 2: wrong usage; 130: interrupted.
+"""
 
 import asyncio
 import signal
@@ -20,7 +23,7 @@ from fedhlm_fleet.commands.common import Positive, Seed
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
 
-app = App(name="chaos", help="Break a running fleet on purpose and judge it from the outside.", help_format="plaintext")
+app = App(name="chaos", help="Inject faults into a running fleet, and check every answer.", help_format="plaintext")
 
 
 @app.default
@@ -38,36 +41,36 @@ def chaos(
     json: Path | None = None,
     logs: Path | None = None,
 ) -> int:
-    """Kill, cut, stall, throttle and delay the parts of a fleet while it writes; every invariant must hold.
+    """Kill, cut, stall, throttle and delay the parts of a fleet while it writes, and check that every invariant holds.
 
     Parameters
     ----------
     minutes
-        After which no new fault is injected.
+        Minutes after which no new fault is injected.
     faults
-        Number of faults after which the run ends earlier; 0 sets none.
+        Number of faults after which the run ends earlier; 0 for no limit.
     seed
-        Of the schedule, the prompts and the generations.
+        Seed of the schedule, the prompts and the generations.
     preset
-        Shipped preset or path of a preset file.
+        Name of a shipped preset, or path of a preset file.
     clusters
-        Clusters, each with an edge.
+        Number of clusters, each with one edge.
     agents
-        Agents in each cluster.
+        Number of agents in each cluster.
     tokens
         Tokens per request.
     persistence
-        Whether a killed broker comes back with what it had: on, off, or as the seed wills.
+        Whether a killed broker keeps its state: on, off, or both, where the seed decides each time.
     short
-        Only the plain faults.
+        Inject only the simple faults.
     json
-        File for the results.
+        JSON file to write the results to.
     logs
-        Folder for the logs of every life of every part; by default they are looked at and dropped.
+        Folder for the logs of every process; by default they are checked and deleted.
     """
     if logs is not None:
         logs.mkdir(parents=True, exist_ok=True)
-    configure_logging("ERROR", "chaos")  # the links that break here are our own doing
+    configure_logging("ERROR", "chaos")  # links break on purpose here, so warnings about them are noise
     options = Options(
         seconds=minutes * 60.0,
         faults=faults,

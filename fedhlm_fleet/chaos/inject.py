@@ -1,4 +1,4 @@
-"""Does to the running fleet what a fault says, and undoes it; the observer is told what may be lost meanwhile."""
+"""Injects faults into the running fleet and undoes them; tells the observer which messages may be lost meanwhile."""
 
 import asyncio
 import signal
@@ -12,7 +12,7 @@ from fedhlm_fleet.chaos.schedule import Fault
 
 
 class Injector:
-    """`proxies` are those between the parts and the broker, `role_of` the role of each part, both by the part's name."""
+    """Injects faults. By part name, `proxies` has the proxy between part and broker, and `role_of` the part's role."""
 
     def __init__(
         self,
@@ -30,14 +30,14 @@ class Injector:
         self._role_of = role_of
 
     def concerned(self, fault: Fault) -> set[str]:
-        """The agents whose texts a fault may delay."""
+        """Return the agents whose texts a fault may delay."""
         clusters = {name.removeprefix("edge-") for name in fault.targets if self._role_of[name] == "edge"}
         everyone = {"broker", "cloud"} & set(fault.roles)
         return {p.agent for p in self._observer.places if everyone or p.agent in fault.targets or p.cluster in clusters}
 
     async def inject(self, fault: Fault) -> None:
-        """Do it, wait as long as it lasts, undo it."""
-        # A fault of an edge or of the cloud excuses nobody: the device has to go on alone.
+        """Inject a fault, wait until its time is over, and undo it."""
+        # A fault of an edge or of the cloud excuses no lost answer: the device must go on alone.
         lossy = {p.agent for p in self._observer.places if "broker" in fault.roles or p.agent in fault.targets}
         if fault.kind not in ("throttle", "delay"):
             self._observer.disturbances.begin(lossy, time.monotonic())

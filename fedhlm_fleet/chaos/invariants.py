@@ -1,7 +1,7 @@
-"""The judge from the outside: what every answer must look like, whatever was broken meanwhile.
+"""The invariants of a chaos run: what every answer must look like, whatever the fault.
 
-A Story is one request as a client hears it. `take` checks each Output against what was heard before, `end` what the
-whole must be. Nothing here waits or does I/O; what the texts must be is in `oracle`.
+A RequestStory is one request as a client hears it. `take` checks each Output against the earlier ones, and the last one
+against the whole. This module does no I/O; `oracle` checks the tokens themselves.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from fedhlm.protocol.messages import Output, Sampling
 
-# What a healthy part never logs; refused messages, lost links and full queues are its right to mention.
+# Log lines that a healthy part never writes. Refused messages, lost links and full queues are allowed.
 LOG_PATTERN: Final = re.compile(
     r"Traceback \(most recent call last\)| ERROR | CRITICAL |never retrieved|never awaited|Exception ignored"
     r"|Task was destroyed|Segmentation fault|Fatal Python error"
@@ -21,7 +21,7 @@ LOG_CONTEXT_LINES: Final = 24
 
 
 class BrokenInvariant(NamedTuple):
-    """A broken invariant: which, of whom, and how."""
+    """A violated invariant: its rule, the part or request concerned, and what happened."""
 
     rule: str
     subject: str
@@ -32,7 +32,7 @@ class BrokenInvariant(NamedTuple):
 
 
 class HeardToken(NamedTuple):
-    """One token as it was committed."""
+    """One committed token and its source."""
 
     token: int
     source: str
@@ -42,9 +42,9 @@ class HeardToken(NamedTuple):
 class RequestStory:
     """One request. Times are seconds of one monotonic clock.
 
-    `tokens` are keyed by position; there are holes only where the broker died with outputs in its memory (`torn`).
-    `given_up` says why the client stopped waiting for the rest; what still comes is checked all the same, except
-    after its agent was killed, because a new one may begin the request again.
+    `tokens` is keyed by position. It has holes only if the broker died with outputs in its memory (`torn`). `given_up`
+    says why the client stopped waiting. Later outputs are still checked, unless the agent was killed: a new one may
+    begin the request again.
     """
 
     request: str
@@ -68,16 +68,19 @@ class RequestStory:
 
     @property
     def open(self) -> bool:
-        """Neither finished nor given up."""
+        """Whether the request is neither finished nor given up."""
         return self.finish is None and not self.given_up
 
     @property
     def last_s(self) -> float:
-        """When something of it was last heard or asked."""
+        """The time of the latest output, or else of the request."""
         return self.asked_s if self.heard_s is None else self.heard_s
 
     def take(self, output: Output, now_s: float, *, may_miss: bool) -> list[HeardToken]:
-        """Hear an output; the tokens that are new. `may_miss`: the broker may have lost some since the request was asked."""
+        """Take in an output, and return its new tokens.
+
+        `may_miss`: the broker may have lost outputs since the request was sent.
+        """
         if self.agent_killed:
             return []
         self.heard_s = now_s
@@ -139,7 +142,7 @@ class RequestStory:
         self.violations.append(BrokenInvariant(rule, f"{self.agent} {self.request}", text))
 
     def only_from(self, sources: frozenset[str]) -> bool:
-        """Whether every token, heard or lost, is from these sources, as far as can be known."""
+        """Whether every token, heard or lost, is from these sources, as far as is known."""
         heard = {t.source for t in self.tokens.values()}
         if not self.torn:
             return heard <= sources
@@ -155,9 +158,9 @@ def _short(output: Output) -> str:
 
 @dataclass
 class Disturbances:
-    """Since when whose prompts and outputs may be lost, and by what; the excuse for asking again.
+    """The times in which faults may lose the prompts and outputs of agents, which excuses the client for asking again.
 
-    A disturbance of an agent lasts until the agent is heard after the healing.
+    The disturbance of an agent lasts until the agent is heard again after the end of the fault.
     """
 
     _begun: dict[str, float] = field(default_factory=dict)
@@ -165,30 +168,30 @@ class Disturbances:
     _healed: dict[str, float] = field(default_factory=dict)
 
     def begin(self, agents: Iterable[str], now_s: float) -> None:
-        """A fault begins that may lose messages of these agents."""
+        """Begin a fault that may lose messages of these agents."""
         for agent in agents:
             self._begun.setdefault(agent, now_s)
             self._healed.pop(agent, None)
 
     def heal(self, agents: Iterable[str], now_s: float) -> None:
-        """The fault is over; each agent is excused until it is heard again."""
+        """End the fault; each agent is excused until it is heard again."""
         for agent in agents:
             if agent in self._begun:
                 self._healed[agent] = now_s
 
     def heard(self, agent: str, now_s: float) -> None:
-        """An output of the agent arrived."""
+        """Take in that an output of the agent arrived."""
         if agent in self._healed:
             del self._healed[agent]
             self._ended.setdefault(agent, []).append((self._begun.pop(agent), now_s))
 
     def since(self, agent: str, asked_s: float) -> bool:
-        """Whether a message of the agent's may have been lost since `asked_s`."""
+        """Return whether a message of the agent may have been lost since `asked_s`."""
         return agent in self._begun or any(end >= asked_s for _, end in self._ended.get(agent, []))
 
 
 def unanswered(stories: Iterable[RequestStory]) -> list[BrokenInvariant]:
-    """The stories that neither ended nor were given up for a reason."""
+    """Return a violation for each request that neither finished nor was given up."""
     return [
         BrokenInvariant("unanswered", f"{s.agent} {s.request}", f"{s.length} of {s.max_tokens} tokens, and no end")
         for s in stories
@@ -197,7 +200,7 @@ def unanswered(stories: Iterable[RequestStory]) -> list[BrokenInvariant]:
 
 
 def fresh(stories: Sequence[RequestStory], healthy: frozenset[str]) -> list[BrokenInvariant]:
-    """After the last fault: all answered, whole, and by those who settle tokens of a `healthy` fleet."""
+    """Check the requests after the last fault: answered, without holes, and with sources of a `healthy` fleet only."""
     found = unanswered(stories)
     for story in stories:
         sources = Counter(t.source for t in story.tokens.values())
@@ -209,7 +212,7 @@ def fresh(stories: Sequence[RequestStory], healthy: frozenset[str]) -> list[Brok
 
 
 def log_violations(part: str, text: str) -> list[BrokenInvariant]:
-    """What a part's log says that it should not; consecutive lines of one traceback count once."""
+    """Return a violation for each error in a part's log; the lines of one traceback count once."""
     lines = text.splitlines()
     found: list[BrokenInvariant] = []
     skip_to = 0
@@ -221,7 +224,10 @@ def log_violations(part: str, text: str) -> list[BrokenInvariant]:
 
 
 class GrowthLimits(NamedTuple):
-    """Limits on the memory of one life of a part, in bytes: ever, and from its settled size (after `settle_s`) to its last."""
+    """Limits on the memory of one process in bytes.
+
+    `ceiling` limits its peak, `growth` the increase from `settle_s` seconds after the start to the end.
+    """
 
     ceiling: int
     growth: int
@@ -229,16 +235,17 @@ class GrowthLimits(NamedTuple):
 
 
 def growth_bytes(samples: Sequence[tuple[float, int]], settle_s: float) -> int | None:
-    """How much larger the last of (seconds, resident bytes) samples are than that at `settle_s`; None: too short a life.
+    """Return how much the resident bytes grew from `settle_s` to the end, or None if the samples end before `settle_s`.
 
-    The lowest of the last tenth counts: a peak that is given back is no growth.
+    `samples` are (seconds, resident bytes). The end counts as the minimum of the last tenth, so that a temporary peak
+    is no growth.
     """
     settled = [size for at, size in samples if at - samples[0][0] >= settle_s]
     return min(settled[-max(1, len(settled) // 10) :]) - settled[0] if settled else None
 
 
 def memory_violations(part: str, samples: Sequence[tuple[float, int]], limits: GrowthLimits) -> list[BrokenInvariant]:
-    """Check the (seconds, resident bytes) samples of one life, in order."""
+    """Check the (seconds, resident bytes) samples of one process, which are in order of time."""
     peak = max((size for _, size in samples), default=0)
     grown = growth_bytes(samples, limits.settle_s)
     found = []

@@ -1,6 +1,6 @@
-"""The observer of a chaos run: asks through the client, and hears every output over its connection straight to the broker.
+"""The observer of a chaos run: sends requests with the client, and hears every output directly from the broker.
 
-It keeps a Story for each request, and asks again under a new name where a fault may have lost the prompt or the answer.
+It keeps a RequestStory for each request, and gives one up when a fault may have lost the prompt or the answer.
 """
 
 import asyncio
@@ -19,31 +19,35 @@ from fedhlm_fleet.chaos.invariants import Disturbances, RequestStory
 from fedhlm_fleet.demo.asking import Place, Task
 
 LOOK_S: Final = 0.02
-ANSWER_S: Final = 60.0  # an undisturbed request, on a slow machine, with a queue of repeated ones before it
-PATIENCE_S: Final = 2.5  # with a disturbed one: a little longer than the deadline, after which a device goes on alone
+ANSWER_S: Final = 60.0  # for an undisturbed request on a slow machine, behind a queue of repeated ones
+PATIENCE_S: Final = 2.5  # for a disturbed request: a little longer than the deadline after which a device goes on alone
 _READY_AGAIN_S: Final = 5.0
 
 
 class NotInTime(FedhlmError):
-    """A condition did not hold within its time; the message says which."""
+    """A condition did not become true in time; the message names it."""
 
 
 async def until(holds: Callable[[], bool], within_s: float, what: str) -> float:
-    """Seconds until a condition held.
+    """Wait until a condition holds, and return how many seconds that took.
 
     Raises:
-        NotInTime: it did not within `within_s`.
+        NotInTime: the condition did not hold within `within_s` seconds.
     """
     began = time.monotonic()
     while not holds():
         if time.monotonic() - began > within_s:
             raise NotInTime(f"not within {within_s:g} s: {what}")
-        await asyncio.sleep(LOOK_S)  # some conditions are about time, which has no event
+        await asyncio.sleep(LOOK_S)  # polling, because some conditions depend on the time
     return time.monotonic() - began
 
 
 class Observer:
-    """`clock_s` is monotonic. The caller sets `client`, which has `hear`, and its bus `link_changed`, as its hook."""
+    """Observes a fleet. `clock_s` is monotonic.
+
+    The caller sets `client`. It installs `hear` as the client's hook, and `link_changed` as the hook of the client's
+    bus.
+    """
 
     def __init__(self, places: list[Place], clock_s: Callable[[], float]) -> None:
         self.places = places
@@ -57,16 +61,16 @@ class Observer:
         self._clock_s = clock_s
         self._numbers = itertools.count()
         self._answers: dict[str, Answer] = {}
-        self.client: Client  # set by who makes it, before anything is asked
+        self.client: Client  # set by the caller before the first request
 
     def link_changed(self, up: bool) -> None:
-        """Without a link nothing is known of anybody."""
+        """Forget which parts are online when the link is lost."""
         if not up:
             self.online.clear()
             self.linked.clear()
 
     async def subscribe(self) -> None:
-        """Hear who is there, and every output."""
+        """Subscribe to the presence of agents and edges, and to every output."""
         root = self.client.party.root
         await self.client.subscribe(
             topics.AGENT_STATUS.name(root, cluster="+", agent="+"),
@@ -75,7 +79,7 @@ class Observer:
         )
 
     def hear(self, received: Received) -> None:
-        """Take in what the client hears."""
+        """Take in a message that the client receives."""
         match received.message:
             case Presence(role="agent") as state:
                 (self.online.add if state.online else self.online.discard)(received.levels["agent"])
@@ -86,7 +90,7 @@ class Observer:
                 self.take(output, received.levels["agent"])
 
     def take(self, output: Output, agent: str) -> None:
-        """Hear one output."""
+        """Take in one output."""
         story = self.stories.get(output.request)
         if story is None or story.agent != agent:
             self.strangers += 1
@@ -98,15 +102,15 @@ class Observer:
             self.cloud_token_s[agent] = now_s
 
     def broker_died(self) -> None:
-        """What the broker held in memory is lost; outputs of requests asked until now may have holes."""
+        """Note that the broker's memory is lost: requests sent before now may have holes in their outputs."""
         self._torn_since = self._clock_s()
 
     def broker_is_back(self) -> None:
-        """Call when it listens again."""
+        """Note that the broker accepts connections again."""
         self._torn_since = self._clock_s()
 
     def agent_died(self, agent: str) -> None:
-        """Its requests are lost, and it is not there, whatever the broker still says."""
+        """Give up an agent's requests, and count it as offline, whatever the broker's retained messages say."""
         self.online.discard(agent)
         for story in self.stories.values():
             if story.agent == agent:
@@ -118,22 +122,22 @@ class Observer:
         return self._torn_since is not None and self._torn_since >= asked_s
 
     def ready(self) -> bool:
-        """Every agent is online and every edge sees the cloud."""
+        """Return whether every agent is online and every edge sees the cloud."""
         return {p.agent for p in self.places} <= self.online and {p.cluster for p in self.places} <= self.linked
 
     def steady(self, agent: str, since_s: float, healthy: frozenset[str]) -> bool:
-        """Whether the agent has answered a request, asked since then, with tokens of these sources alone."""
+        """Return whether the agent has answered a request sent after `since_s` with tokens of these sources only."""
         return any(
             s.agent == agent and s.asked_s > since_s and s.finish is not None and not s.torn and s.only_from(healthy)
             for s in self.stories.values()
         )
 
     def writing(self, agents: set[str]) -> bool:
-        """Whether one of these agents is in the middle of an answer."""
+        """Return whether one of these agents is in the middle of an answer."""
         return any(s.agent in agents and s.open and s.tokens for s in self.stories.values())
 
     async def ask(self, place: Place, task: Task, *, top_p: float, coupling: str, temperature: float) -> RequestStory:
-        """Send one prompt."""
+        """Send one request."""
         own = temperature if task.temperature is None else task.temperature
         request = f"r{next(self._numbers)}"
         story = RequestStory(
@@ -161,7 +165,7 @@ class Observer:
         return story
 
     async def settled(self, story: RequestStory) -> None:
-        """Return when a story is answered, or given up for a reason; one that has no reason stays open after ANSWER_S."""
+        """Wait until a request is finished or given up, or until ANSWER_S, after which it stays open."""
 
         def over() -> bool:
             now_s = self._clock_s()
@@ -170,11 +174,11 @@ class Observer:
             return not story.open or now_s - story.asked_s > ANSWER_S
 
         await until(over, ANSWER_S + PATIENCE_S, f"{story.request} settled")
-        # One that was given up is cancelled by this.
+        # This cancels a request that was given up.
         await self._answers.pop(story.request).aclose()
 
     async def present(self, agent: str) -> None:
-        """Wait a moment for an agent to be online; after that it is worth asking all the same."""
+        """Wait some seconds for an agent to be online; return in any case, since asking may still help."""
         try:
             await until(lambda: agent in self.online, _READY_AGAIN_S, f"{agent} online")
         except NotInTime:

@@ -1,7 +1,7 @@
-"""What each token must be: the target's own where the cloud settled it, the small model's draft where nobody did.
+"""The oracle of a chaos run: a token settled by the cloud must be the LLM's token, an unverified one the SLM's draft.
 
-With shared noise (couplings `gumbel` and `greedy`) both are functions of seed, position and the committed text before
-them. A token's regret is how far its perturbed score stays behind the best one; rounding makes it small, not zero.
+With shared noise (couplings `gumbel` and `greedy`) both are functions of the seed, the position and the committed text.
+The regret of a token is the distance of its perturbed score from the best one; rounding makes it small, but not zero.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,23 +20,23 @@ from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Generation
 from fedhlm_fleet.chaos.invariants import BrokenInvariant, RequestStory
 
-# fp32 in another order of summation moves a logit by 1e-4 at most here. The SLM quantises its activations over all
-# tokens of a call, so how the device cut its text into calls moves its logits by some hundredths.
+# Another order of fp32 summation changes a logit by at most 1e-4 here. The SLM quantises its activations over all
+# tokens of a call, so the device's division of its text into calls changes its logits by some hundredths.
 CLOUD_REGRET: Final = 0.01
 DRAFT_REGRET: Final = 0.5
 
 
 class OracleModel(Protocol):
-    """A language model as the oracle needs it."""
+    """A language model with the methods that the oracle needs."""
 
     def encode(self, text: str) -> list[int]:
-        """Prompt ids."""
+        """Return the ids of a prompt."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids."""
+        """Return the text of generated ids."""
 
     def after(self, prompt: Sequence[int], ids: Sequence[int]) -> Sequence[Logits]:
-        """len(ids) + 1 rows of logits: after the prompt, and after each id."""
+        """Return len(ids) + 1 rows of logits: after the prompt, and after each id."""
 
 
 class FolderModel(Alone):
@@ -51,7 +51,7 @@ class FolderModel(Alone):
         self._steps = steps
 
     def after(self, prompt: Sequence[int], ids: Sequence[int]) -> Sequence[Logits]:
-        """See `Model.after`."""
+        """See `OracleModel.after`."""
         pieces = [[*prompt], *([i] for i in ids)] if self._steps else [[*prompt, *ids]]
         cache, rows = self.decoder.empty_cache(), []
         for piece in pieces:
@@ -62,7 +62,7 @@ class FolderModel(Alone):
 
 
 def perturbed(logits: Logits, sampling: Sampling, position: int) -> Logits:
-    """Scores of which the largest is the emitted token; shape (V,), -inf where top-p excludes."""
+    """Return the scores whose maximum is the emitted token; shape (V,), -inf for tokens that top-p excludes."""
     wide = np.asarray(logits, np.float64)
     if sampling.temperature == 0.0 or COUPLINGS[sampling.coupling].greedy:
         return wide
@@ -70,13 +70,13 @@ def perturbed(logits: Logits, sampling: Sampling, position: int) -> Logits:
 
 
 def regret(logits: Logits, sampling: Sampling, position: int, token: int) -> float:
-    """How much better the best token's perturbed score is; 0 for the best itself."""
+    """Return how far a token's perturbed score is below the best one; 0 for the best token itself."""
     rated = perturbed(logits, sampling, position)
     return float(rated.max() - rated[token])
 
 
 class TokenCheck(NamedTuple):
-    """Tokens of one source: whose they must be, and the regret that rounding may cause."""
+    """The check of the tokens of one source: the model whose tokens they must be, and the allowed regret."""
 
     rule: str
     model: str
@@ -87,14 +87,14 @@ CLOUD: Final = TokenCheck("oracle", "llm", CLOUD_REGRET)
 DRAFT: Final = TokenCheck("draft", "slm", DRAFT_REGRET)
 
 Checks = Mapping[str, TokenCheck | None]
-"""What tokens of each source must be; None: nothing can be said. A source that is not there may not occur."""
+"""The check for the tokens of each source; None: they cannot be checked. Tokens of other sources may not occur."""
 
 
 def checks_of(generation: Generation) -> Checks:
-    """What a preset promises of its tokens."""
+    """Return the checks that follow from a preset."""
     shared, asked = COUPLINGS[generation.coupling].shared, choices.PEERS[generation.peers].asked
     cloud = CLOUD if shared else None
-    # With peers a device may hold another token than its own draft.
+    # With peers, a device may commit another token than its own draft.
     draft = DRAFT if shared and not asked else None
     if choices.GATES[generation.gate].verifies_all and not asked:
         return {"cloud": cloud, "unverified": draft}
@@ -103,7 +103,7 @@ def checks_of(generation: Generation) -> Checks:
 
 @dataclass
 class Judgement:
-    """What came of comparing stories with the models. `regrets` are the largest seen by rule."""
+    """The result of comparing stories with the models. `regrets` has the largest regret of each rule."""
 
     tokens: dict[str, int] = field(default_factory=dict)
     unjudged: int = 0
@@ -113,9 +113,10 @@ class Judgement:
 
 
 def judge(stories: Iterable[RequestStory], models: Mapping[str, OracleModel], checks: Checks) -> Judgement:
-    """Compare every heard token with the model of its source. `models` has those that the checks name, and "llm".
+    """Compare every heard token with the model of its source, and every text with its ids.
 
-    The texts are compared with their ids as well. The tokens behind a hole are judged only where all that was lost came from the cloud as well, since they depend on it.
+    `models` has the models that the checks name, and "llm". The tokens behind a hole depend on the lost ones, so they
+    are judged only if all tokens of the story are from the cloud.
     """
     total = Judgement()
     for story in stories:
@@ -149,13 +150,13 @@ def _judge(story: RequestStory, models: Mapping[str, OracleModel], checks: Check
                 best = int(np.argmax(perturbed(rows[position], story.sampling, len(prompt) + position)))
                 text = f"position {position}: {ids[position]} where {best} was due (regret {behind:.3g})"
                 total.violations.append(BrokenInvariant(check.rule, who, text))
-                break  # what follows depends on it
+                break  # the tokens that follow depend on it
     if not story.torn and story.finish is not None and story.text != models["llm"].decode(ids):
         total.violations.append(BrokenInvariant("text", who, f"{story.text!r} is not the text of its ids"))
 
 
 def _filled(story: RequestStory, prompt: Sequence[int], llm: OracleModel) -> list[int]:
-    """The ids up to the first hole, or all of them with holes filled where that can be done."""
+    """Return the ids up to the first hole, or all ids if the holes can be filled."""
     ids: list[int] = []
     for position in range(story.length):
         if position in story.tokens:

@@ -1,7 +1,7 @@
-"""The processes of a chaos run: started, killed, started again, sampled, and all gone at the end.
+"""The processes of a chaos run: they are started, killed, restarted and sampled, and all are stopped at the end.
 
-Each life of a part has a log of its own. A part that ends without being asked to is a violation, as is a log that tells
-of an unhandled error.
+Each life of a part is one process with its own log. A part that ends unexpectedly is a violation, and so is an
+unhandled error in a log.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class MemoryUse(NamedTuple):
-    """Of all lives of a part: the largest resident set, the largest growth after settling, the longest life."""
+    """The memory of all lives of a part: the largest resident set, the largest growth, and the longest life."""
 
     peak_bytes: int
     growth_bytes: int | None
@@ -38,7 +38,7 @@ class MemoryUse(NamedTuple):
 
 @dataclass
 class ProcessLife:
-    """One process of a part. `samples` are (seconds, resident bytes)."""
+    """One process of a part. `samples` are pairs of seconds and resident bytes."""
 
     number: int
     process: asyncio.subprocess.Process
@@ -48,9 +48,10 @@ class ProcessLife:
 
 
 class Parts:
-    """Processes by the name of their part. `limits_of` gives a part's limits of memory; leaving the context kills all.
+    """A context manager for processes, by the name of their part; leaving it kills them all.
 
-    The logs go to the folder `logs`, which must be there; without one they are gone with the processes.
+    `limits_of` returns a part's memory limits. The logs are written to the existing folder `logs`; without it, they are
+    deleted at the end.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Parts:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The signals go out before anything is awaited: whoever interrupts us twice leaves no process behind.
+        # All signals are sent before the first await, so that a second interrupt leaves no process behind.
         living = [life for lives in self.lives.values() for life in lives if life.process.returncode is None]
         for life in living:
             life.killed = True
@@ -81,7 +82,7 @@ class Parts:
         self._temporary.cleanup()
 
     async def start(self, name: str, *command: str, env: Mapping[str, str] | None = None) -> None:
-        """Begin the first life of a part; an empty command begins another one with the command of the first."""
+        """Start a part; an empty command restarts it with its first command."""
         if command:
             self._commands[name] = command, env or {}
         words, added = self._commands[name]
@@ -94,12 +95,12 @@ class Parts:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **added},
-                start_new_session=True,  # Ctrl-C is for us
+                start_new_session=True,  # Ctrl-C reaches only the parent
             )
         lives.append(ProcessLife(len(lives), process, path))
 
     async def kill(self, name: str) -> None:
-        """kill -9, now; returns when the process is gone."""
+        """Send SIGKILL, and return when the process has ended."""
         life = self.lives[name][-1]
         self.check(name)
         life.killed = True
@@ -108,13 +109,13 @@ class Parts:
         await life.process.wait()
 
     def signal(self, name: str, number: int) -> None:
-        """Send a signal to a part that is there."""
+        """Send a signal to a part if it is running."""
         self.check(name)
         if self.alive(name):
             self.lives[name][-1].process.send_signal(number)
 
     async def stop(self) -> None:
-        """Ask every part to stop, in the order of their start reversed; one that does not, or says so in its status, is noted."""
+        """Stop every part, the last one first; not stopping, or a status other than 0, is a violation."""
         for name in reversed(self.lives):
             life = self.lives[name][-1]
             self.check(name)
@@ -136,7 +137,7 @@ class Parts:
                     )
 
     def check(self, name: str) -> None:
-        """Note a part that ended by itself."""
+        """Record a violation if a part has ended unexpectedly."""
         life = self.lives[name][-1]
         if life.process.returncode is not None and not life.killed:
             life.killed = True
@@ -144,22 +145,22 @@ class Parts:
             self.violations.append(BrokenInvariant("exited", name, f"status {life.process.returncode}: {tail}"))
 
     def alive(self, name: str) -> bool:
-        """Whether the newest process of a part runs."""
+        """Return whether the newest process of a part is running."""
         return self.lives[name][-1].process.returncode is None
 
     def log_of(self, life: ProcessLife) -> str:
-        """All that a process has printed."""
+        """Return everything that a process has printed."""
         return life.log.read_text(errors="replace")
 
     def sample(self) -> None:
-        """Look at the memory of every process, and that it is there."""
+        """Sample the memory of every process, and check that it is running."""
         for name, lives in self.lives.items():
             self.check(name)
             if (size := resident_bytes(lives[-1].process.pid)) is not None:
                 lives[-1].samples.append((self._clock_s(), size))
 
     def judged(self) -> list[BrokenInvariant]:
-        """Everything that is wrong with the processes, their logs and their memory up to now."""
+        """Return all violations of the processes, their logs and their memory so far."""
         found = list(self.violations)
         for name, lives in self.lives.items():
             for life in lives:
@@ -169,7 +170,7 @@ class Parts:
         return found
 
     def memory(self) -> dict[str, MemoryUse]:
-        """What the lives of each part occupied."""
+        """Return the memory use of each part over all its lives."""
         found = {}
         for name, lives in self.lives.items():
             settle_s = self._limits_of(name).settle_s
@@ -181,7 +182,7 @@ class Parts:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """The resident set of a process; None when it is gone or the system does not tell."""
+    """Return the resident bytes of a process, or None if it has ended or the system does not report them."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (OSError, IndexError):
@@ -190,7 +191,7 @@ def resident_bytes(pid: int) -> int | None:
 
 
 class BrokerPart:
-    """mosquitto as a part: always the same port, with or without what it has on disk.
+    """mosquitto as a part, always on the same port; a restart keeps or deletes its state on disk.
 
     Raises:
         FedhlmError: mosquitto is not installed.
@@ -207,19 +208,19 @@ class BrokerPart:
 
     @property
     def url(self) -> str:
-        """Where it listens itself."""
+        """The URL of the broker itself, without a proxy."""
         return f"mqtt://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        """Begin its first life."""
+        """Configure and start the broker."""
         self._disk.mkdir()
         lines = [
             f"listener {self.port} 127.0.0.1",
             "allow_anonymous true",
-            f"user {getpass.getuser()}",  # root would become another user, who may not write here
+            f"user {getpass.getuser()}",  # as root, mosquitto would change to a user without write access here
             f"persistence {str(self._persistent).lower()}",
             f"persistence_location {self._disk}/",
-            # A kill -9 must find on disk what a client was promised: every change is written.
+            # Every change is written, so that what a client was promised is on disk at a SIGKILL.
             "autosave_on_changes true",
             "autosave_interval 1",
             "log_type error",
@@ -231,17 +232,17 @@ class BrokerPart:
         await self.listening()
 
     async def restart(self, *, keep: bool) -> None:
-        """Begin another life, with an empty disk unless `keep`."""
+        """Restart the broker, without its saved state unless `keep`."""
         if not keep:
             (self._disk / "mosquitto.db").unlink(missing_ok=True)
         await self._parts.start(BROKER)
         await self.listening()
 
     async def listening(self) -> None:
-        """Return once it accepts connections.
+        """Wait until the broker accepts connections.
 
         Raises:
-            TimeoutError: it does not within LISTENING_S.
+            TimeoutError: the broker accepts none within LISTENING_S seconds.
         """
         async with asyncio.timeout(LISTENING_S):
             while True:
@@ -256,12 +257,12 @@ class BrokerPart:
 
 
 def free_port() -> int:
-    """A local port that nobody listens on now."""
+    """Return a local port on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def module(*arguments: str) -> tuple[str, ...]:
-    """The command line of a part of ours."""
+    """Return the command line of `fedhlm` with these arguments."""
     return (sys.executable, "-m", "fedhlm_fleet.cli", *arguments)

@@ -1,7 +1,7 @@
-"""A TCP proxy that makes a link bad: it stalls, cuts, refuses, throttles, delays, or leaves one side with half a connection.
+"""A TCP proxy that impairs a link: it stalls, cuts, refuses, throttles or delays, or leaves a half-open connection.
 
-What it forwards it forwards whole and in order. Conditions hold for every connection, old and new, until `heal`; `cut`
-and `half_open` act once on the connections of the moment.
+It forwards bytes completely and in order. Conditions hold for all connections, old and new, until `heal`. `cut` and
+`half_open` act once, on the present connections.
 """
 
 import asyncio
@@ -11,21 +11,21 @@ from types import TracebackType
 from typing import Final, Literal, Self
 
 READ_BYTES: Final = 16_384
-BUFFER_BYTES: Final = 256 * 1024  # what a link may hold in each direction, as a socket's buffers do
-THROTTLED_PIECES: Final = 20  # per second, so that a slow link trickles rather than hiccups
+BUFFER_BYTES: Final = 256 * 1024  # buffer of a link in each direction, as in a socket
+THROTTLED_PIECES: Final = 20  # pieces per second, so that a slow link flows evenly
 
 Side = Literal["near", "far"]
 
 
 class Conditions:
-    """What a link is like now. `bytes_per_s` 0 is unlimited."""
+    """The present conditions of a link. `bytes_per_s` 0 means no limit."""
 
     def __init__(self) -> None:
         self.flowing = asyncio.Event()
         self.heal()
 
     def heal(self) -> None:
-        """Back to a good link."""
+        """Restore a good link."""
         self.flowing.set()
         self.refusing = False
         self.delay_s = 0.0
@@ -33,7 +33,7 @@ class Conditions:
 
 
 class Proxy:
-    """Listens on a free local port and forwards to host:port; leaving the context ends every connection."""
+    """Listens on a free local port and forwards to host:port; leaving the context closes every connection."""
 
     def __init__(self, host: str, port: int) -> None:
         self._target = host, port
@@ -45,12 +45,12 @@ class Proxy:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port on which the proxy listens."""
         return self._port
 
     @property
     def connections(self) -> int:
-        """Connections that are open now."""
+        """The number of open connections."""
         return len(self._links)
 
     async def __aenter__(self) -> Self:
@@ -69,15 +69,15 @@ class Proxy:
         await self._server.wait_closed()
 
     def stall(self) -> None:
-        """Forward nothing, not even the end of a connection, and keep what comes up to BUFFER_BYTES each way."""
+        """Forward nothing, not even the end of a connection, and buffer up to BUFFER_BYTES in each direction."""
         self._conditions.flowing.clear()
 
     def delay(self, seconds: float) -> None:
-        """Let every byte arrive `seconds` after it was sent."""
+        """Delay every byte by this time."""
         self._conditions.delay_s = seconds
 
     def throttle(self, bytes_per_s: int) -> None:
-        """Let at most so many bytes a second through, in each direction of each connection."""
+        """Limit the rate in each direction of each connection."""
         self._conditions.bytes_per_s = bytes_per_s
 
     def cut(self, *, refuse: bool = False) -> None:
@@ -87,12 +87,12 @@ class Proxy:
             link.task.cancel()
 
     def half_open(self, unaware: Side) -> None:
-        """Reset one end of every connection; the `unaware` end (near: who connected to us) stays open and is not answered."""
+        """Reset one end of every connection; the `unaware` end (near: the client's) stays open, without answers."""
         for link in self._links:
             link.half_open(unaware)
 
     def heal(self) -> None:
-        """Let a good link be from now on. A half-open connection stays what it is."""
+        """Restore good conditions. A half-open connection stays half-open."""
         self._conditions.heal()
 
     def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -128,14 +128,14 @@ class _Link:
             ]
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-                if self._swallowing:  # one end is gone already; wait for the unaware one to give up
+                if self._swallowing:  # one end is closed already; wait until the unaware one gives up
                     await asyncio.wait(ways)
             finally:
                 for way in ways:
                     way.cancel()
                 await asyncio.gather(*ways, return_exceptions=True)
         except OSError:
-            pass  # nobody listens there: the caller finds its connection reset
+            pass  # the target does not accept connections, so the client's connection is reset
         finally:
             for end in self._ends.values():
                 _reset(end)
@@ -146,10 +146,10 @@ class _Link:
             self._swallowing = True
             _reset(self._ends[gone])
         else:
-            self.task.cancel()  # not yet a connection
+            self.task.cancel()  # the connection to the target is not open yet
 
     async def _forward(self, reader: asyncio.StreamReader, to: Side) -> None:
-        """One direction: reads ahead of a slow writer, so that a delay costs time and not bandwidth."""
+        """Forward one direction; reading ahead of the writer means that a delay does not reduce the bandwidth."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(BUFFER_BYTES // READ_BYTES)
 
@@ -189,7 +189,7 @@ class _Link:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with a reset rather than an orderly end."""
+    """Close a connection with a TCP reset."""
     with suppress(OSError):
         plain = writer.get_extra_info("socket")
         if plain is not None:

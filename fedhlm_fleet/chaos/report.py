@@ -1,4 +1,4 @@
-"""What a chaos run reports: faults and recoveries by kind, requests and tokens, memory, violations."""
+"""The report of a chaos run: faults and recoveries by kind, requests and tokens, memory, violations."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,11 @@ from fedhlm_fleet.chaos.parts import MemoryUse
 
 
 class Recovery(NamedTuple):
-    """A fault's sort, and the seconds from its end until all agents concerned had a token from the cloud, and until each
-    had answered a new request without an unverified one."""
+    """The recovery after one fault, in seconds from its end.
+
+    `token_s`: until all agents concerned had a token from the cloud. `steady_s`: until each had answered a new request
+    without an unverified token.
+    """
 
     fault: str
     token_s: float
@@ -22,7 +25,7 @@ class Recovery(NamedTuple):
 
 
 class Recovered(msgspec.Struct, frozen=True):
-    """All faults of one sort."""
+    """The recoveries after all faults of one kind."""
 
     faults: int
     token_median_s: float
@@ -32,7 +35,7 @@ class Recovered(msgspec.Struct, frozen=True):
 
 
 class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of one run; it is passed when there are no violations."""
+    """The figures of one run, which passes if there are no violations."""
 
     options: dict[str, Any]
     wall_s: float
@@ -93,7 +96,7 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def lines(self) -> list[str]:
-        """The report for a terminal."""
+        """Return the report as lines of text."""
         width = max((len(name) for name in self.faults), default=5)
         shown = [f"{'fault':<{width}}  count   to a token: median, worst   to a text: median, worst"]
         shown += [

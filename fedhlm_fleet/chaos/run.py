@@ -1,7 +1,7 @@
-"""A chaos run: a fleet under load, one fault after the other, and the verdict on everything that was heard.
+"""A chaos run: a fleet under load, one fault after the other, and the check of everything that the client heard.
 
-Every part has a proxy between itself and the broker; the client has none. A fault is injected while an agent that it
-concerns is writing, and the next one waits until all of those have had a token from the cloud again.
+Every part connects to the broker through a proxy; the client connects directly. A fault is injected while an agent that
+it concerns is writing. The next fault waits until every agent concerned has recovered.
 """
 
 import asyncio
@@ -34,17 +34,17 @@ from fedhlm_zoo.shipped import model_folder
 
 READY_S: Final = 90.0
 LOAD_S: Final = 60.0
-# A part that does not know of its broken link learns it from its keepalive: 30 s of silence, 30 s for the answer to a
-# ping, then a backoff. Everything else is noticed by a reset or by ten seconds without an acknowledgement, and a broker
-# that was away for three seconds is found again within one backoff of sixteen at most.
+# An unaware side of a half-open link notices it by its keepalive: 30 s of silence, 30 s for the answer to a ping, then
+# a backoff. A part notices every other fault by a reset or by ten seconds without an acknowledgement. It finds a broker
+# that was away for three seconds within one backoff of at most sixteen seconds.
 RECOVERY_S: Final = {"half-open-near": 80.0, "half-open-far": 80.0}
 RECOVERY_DEFAULT_S: Final = 40.0
-STEADY_S: Final = 20.0  # for a whole request besides; what was under way may bring a token before the fault is noticed
+STEADY_S: Final = 20.0  # extra time for a whole request; a token in flight may arrive before the fault is noticed
 FRESH_S: Final = 60.0
 SAMPLE_S: Final = 0.5
 
-# What a life of a part may occupy: the ceiling is about twice what was measured after ten minutes, the growth is what the
-# allocators of onnxruntime and Python still took after the first half minute, with room (docs/chaos.md).
+# Memory limits of a part: the ceiling is about twice the memory measured after ten minutes. The growth allows, with a
+# margin, for what the allocators of onnxruntime and Python take after the first half minute (docs/chaos.md).
 _MB: Final = 1_000_000
 LIMITS: Final = {
     "broker": GrowthLimits(100 * _MB, 20 * _MB, 30.0),
@@ -55,7 +55,7 @@ LIMITS: Final = {
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run. `faults` ends the run earlier than `seconds`; 0 sets no number. `short`: the plain faults only."""
+    """The options of a run, ending after `seconds` or `faults` faults (0: no limit); `short`: only simple faults."""
 
     seconds: float = 600.0
     faults: int = 0
@@ -74,9 +74,9 @@ Sabotage = Callable[["Chaos"], Awaitable[None]]
 
 
 class Chaos:
-    """One run. `say` gets a line for each event; `sabotage` runs beside the load, to see that the judge notices it.
+    """One run. `say` gets a line for each event; `sabotage` runs beside the load, to test that the checks notice it.
 
-    The parts' logs are kept in the folder `logs`.
+    The logs of the parts are kept in the folder `logs`.
     """
 
     def __init__(
@@ -119,11 +119,11 @@ class Chaos:
         self._stopping = False
 
     async def run(self) -> ChaosReport:
-        """Start everything, break it until the time is over, judge, and leave nothing behind.
+        """Start the fleet, inject faults until the time is over, check the answers, and stop everything.
 
         Raises:
-            FedhlmError: the run could not begin: no mosquitto, an unknown preset, no models.
-            NotInTime: the fleet was not ready.
+            FedhlmError: the run cannot begin: mosquitto, the preset or a model is missing.
+            NotInTime: the fleet was not ready in time.
         """
         began_s = time.monotonic()
         async with AsyncExitStack() as stack:
@@ -200,7 +200,7 @@ class Chaos:
         try:
             await self._faults(began_s)
             self._stopping = True
-            # Every worker's wait has a limit of its own.
+            # The waits of each worker have their own limits.
             await asyncio.gather(*working)
         finally:
             for task in working:
@@ -214,11 +214,11 @@ class Chaos:
         await sabotage(self)
 
     def _ended(self) -> bool:
-        """Whether a part is gone that nobody killed; the run is lost then."""
+        """Whether a part has ended unexpectedly, after which the run cannot go on."""
         return bool(self.parts.violations)
 
     def _tasks(self, number: int) -> Iterator[Task]:
-        """Endless requests for one agent, half of them greedy."""
+        """Yield endless requests for one agent, half of them at temperature 0."""
         rng = random.Random(f"tasks {self.options.seed} {number}")
         titles = [item.title for item in load_items()]
         while True:
@@ -274,7 +274,10 @@ class Chaos:
             )
 
     async def _recover(self, fault: Fault, concerned: set[str], healed_s: float) -> float | None:
-        """Seconds to a token from the cloud for everybody concerned, once there is a steady state; None: not in time."""
+        """Wait for a steady state, and return the seconds until all agents concerned had a token from the cloud.
+
+        None: the fleet did not recover in time.
+        """
         who = ", ".join(sorted(concerned))
         within_s = RECOVERY_S.get(fault.kind, RECOVERY_DEFAULT_S)
         try:
@@ -290,14 +293,14 @@ class Chaos:
         return took_s
 
     async def _until(self, holds: Callable[[], bool], within_s: float, what: str) -> float:
-        """`until`, but without waiting for what a lost run can no longer bring."""
+        """Wait like `until`, but return at once when the run cannot go on."""
         return await until(lambda: self._ended() or holds(), within_s, what)
 
     def _steady(self, agents: set[str], since_s: float) -> bool:
         return all(self.observer.steady(agent, since_s, self.healthy) for agent in agents)
 
     def _served(self, agents: set[str], since_s: float) -> bool:
-        # Where few tokens are verified, a text that asked for nothing in vain is as good a sign.
+        # If few tokens are verified, a text without unverified tokens is as good a sign.
         return all(
             self.observer.cloud_token_s.get(agent, 0.0) > since_s or self.observer.steady(agent, since_s, self.healthy)
             for agent in agents

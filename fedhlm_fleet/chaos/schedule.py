@@ -1,6 +1,6 @@
-"""Which fault comes when: a pure function of the seed and of who takes part.
+"""The schedule of faults: a pure function of the seed and the parts.
 
-Faults come in decks. Each deck holds every fault once, shuffled, the four plain kills of the first one before all others.
+Faults come in shuffled decks, each of which holds every fault once. In the first deck the four single kills come first.
 """
 
 import random
@@ -13,12 +13,12 @@ Kind = Literal["kill", "freeze", "cut", "stall", "throttle", "delay", "half-open
 Persistence = Literal["off", "on", "both"]
 
 ROLES: Final = ("broker", "edge", "cloud", "agent")
-LINKED: Final = ROLES[1:]  # who has a link of its own to the broker
+LINKED: Final = ROLES[1:]  # the roles that have a link to the broker
 ON_LINKS: Final[tuple[Kind, ...]] = ("cut", "stall", "throttle", "delay")
 TOGETHER: Final = (("broker", "edge"), ("broker", "cloud"), ("broker", "agent"), ("edge", "cloud"), LINKED)
 
-# Seconds that a fault lasts: (shortest, longest). A stall or a frozen process may outlast the ten seconds after which a
-# part gives up its link.
+# Duration of a fault in seconds: (minimum, maximum). A stall or a freeze may be longer than the ten seconds after which
+# a part gives up its link.
 HOLD_S: Final[Mapping[Kind, tuple[float, float]]] = {
     "kill": (0.0, 3.0),
     "freeze": (1.0, 12.0),
@@ -34,10 +34,10 @@ DELAY_S: Final = (0.05, 0.6)
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    """One fault: what happens to whom for how long.
+    """One fault: its kind, its targets, and its duration.
 
-    `roles` says what `targets` (names of parts) are. `amount` is bytes/s of a throttle and seconds of a delay. `keep`: a
-    broker that is killed comes back with its retained messages, if it runs with persistence.
+    `roles` are the roles of `targets`, which are names of parts. `amount` is the bytes/s of a throttle, or the seconds
+    of a delay. `keep`: a killed broker comes back with its retained messages, if it runs with persistence.
     """
 
     number: int
@@ -50,14 +50,14 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """What is counted as one sort of fault."""
+        """The name under which faults of this kind are counted."""
         return f"{self.kind} {'+'.join(self.roles)}"
 
 
 def schedule(
     seed: int, parts: Mapping[str, Sequence[str]], *, persistence: Persistence = "both", short: bool = False
 ) -> Iterator[Fault]:
-    """Faults without end. `parts` has the names of those in each role of ROLES; `short` leaves all but the plain ones out."""
+    """Yield endless faults. `parts` has the names of the parts in each role of ROLES; `short`: simple faults only."""
     rng = random.Random(f"chaos {seed}")
     number = 0
     while True:
@@ -84,7 +84,8 @@ def _deck(rng: random.Random, *, first: bool, short: bool) -> list[tuple[Kind, t
         others += [("kill", roles) for roles in TOGETHER]
         others += [("freeze", (role,)) for role in ROLES]
         others += [("cut", LINKED), ("stall", LINKED)]
-        # Only an unaware side that has nothing to send waits for its keepalive, which is long: one of each a deck.
+        # An unaware side with nothing to send waits for its keepalive, which takes long: so there is one of each per
+        # deck.
         others += [("half-open-near", (rng.choice(LINKED),)), ("half-open-far", (rng.choice(LINKED),))]
     rng.shuffle(kills)
     rng.shuffle(others)

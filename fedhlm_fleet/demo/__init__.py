@@ -1,1 +1,1 @@
-"""The demo: a fleet on this machine, what it is asked, and what its figures are compared with."""
+"""The demo: a fleet on this machine, its requests, its figures, and the texts for comparison."""

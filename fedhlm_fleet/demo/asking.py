@@ -1,4 +1,4 @@
-"""What the demo asks of whom, and what it tells its view of the answers."""
+"""The requests of the demo: which agent gets which request, and how the answers reach the view."""
 
 import asyncio
 import itertools
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """One request to be: a title to continue, or a whole item whose topic is asked for."""
+    """A future request: continue a title, or name the topic of a whole item."""
 
     kind: str
     text: str
@@ -41,7 +41,7 @@ class Task(msgspec.Struct, frozen=True):
 
 
 def tasks_of(articles: tuple[Article, ...], tokens: int, first_seed: int = 0) -> Iterator[Task]:
-    """For every item a continuation of its title and, where it has a topic, the question for it."""
+    """Yield for each item the continuation of its title and, if it has a topic, the question for the topic."""
     seeds = itertools.count(first_seed)
     for article in articles:
         yield Task("continue", article.title + "\n", article.topic, tokens, None, next(seeds))
@@ -50,11 +50,11 @@ def tasks_of(articles: tuple[Article, ...], tokens: int, first_seed: int = 0) ->
 
 
 def load_prompts(path: Path | None) -> tuple[Article, ...]:
-    """News items of a .jsonl file, or any other file's lines as titles; the shipped items without a path.
+    """Load news items from a .jsonl file, or titles from the lines of another file; without a path, the shipped items.
 
     Raises:
-        DataMissing: a file of items cannot be read or holds nothing.
-        ConfigError: a text file cannot be read or holds nothing.
+        DataMissing: a file of items cannot be read, or is empty.
+        ConfigError: a text file cannot be read, or is empty.
     """
     if path is None or path.suffix in (".jsonl", ".json"):
         return load_items(path)
@@ -69,7 +69,7 @@ def load_prompts(path: Path | None) -> tuple[Article, ...]:
 
 
 class Asker:
-    """Puts tasks to agents through the client, and tells the view what comes; one request at a time for each agent."""
+    """Sends tasks to agents through the client, and passes the answers to the view; one request per agent at a time."""
 
     def __init__(self, bus: Bus, places: list[Place], progress: Progress, *, root: str) -> None:
         self.client = Client(bus, name="demo", root=root, hear=self._hear, away_s=ANSWER_S)
@@ -82,7 +82,7 @@ class Asker:
         self._ready = asyncio.Event()
 
     async def wait_ready(self) -> None:
-        """Return when every agent is online and every edge sees the cloud."""
+        """Wait until every agent is online and every edge sees the cloud."""
         await self.client.subscribe(
             topics.AGENT_STATUS.name(self._root, cluster="+", agent="+"),
             topics.EDGE_STATUS.name(self._root, cluster="+"),
@@ -101,13 +101,13 @@ class Asker:
             case Learned() as state:
                 try:
                     self._progress.learned(received.levels.get("cluster", ""), state)
-                except ProtocolError:  # a curve that is none; the view goes without it
+                except ProtocolError:  # the curve is malformed; the view goes on without it
                     self.client.party.counters.add("refused_messages")
         if {p.agent for p in self.places} <= self._online and {p.cluster for p in self.places} <= self._linked:
             self._ready.set()
 
     async def ask(self, place: Place, task: Task, preset: str | None) -> Generated:
-        """Ask for one text and wait for its end; None leaves the preset to the agent's configuration."""
+        """Ask for one text and wait for its end; with None as preset, the agent uses the one of its configuration."""
         generated = Generated(
             agent=place.agent,
             task=task.kind,

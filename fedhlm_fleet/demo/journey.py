@@ -1,6 +1,6 @@
-"""What is seen of a fleet while it works, in words: who settled the tokens, what was learnt, what is left of the budget.
+"""The state of a working fleet in words: who settled the tokens, what was learnt, and the error against the budget.
 
-Fed by the retained state of the federation and by finished requests; no I/O.
+The input is the retained state of the federation and the finished requests. This module does no I/O.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ _READ_AT: Final = (0.1, 0.5, 0.9)
 
 
 class Round(NamedTuple):
-    """A state of the federation: the curve of the measure shown, and the published rule's threshold."""
+    """One published state of the federation: the learnt curve of the displayed measure, and the threshold."""
 
     number: int
     members: int
@@ -29,7 +29,11 @@ class Round(NamedTuple):
 
 
 class Journey:
-    """`measure` names the curve to show (`edge_agent.learner.measures_of`); `bars` draw it from low to high."""
+    """The state of a fleet.
+
+    `measure` names the curve to show (`edge_agent.learner.measures_of`); `bars` are the characters that draw it, from
+    low to high.
+    """
 
     def __init__(self, generation: Generation, measure: str, *, bars: str = BARS) -> None:
         self.tokens: Counter[str] = Counter()
@@ -40,19 +44,19 @@ class Journey:
         self._finished: list[Generated] = []
 
     def heard(self, sources: Sequence[str]) -> None:
-        """Committed tokens, by who settled them."""
+        """Count committed tokens by their source."""
         self.tokens.update(sources)
 
     def finished(self, generated: Generated) -> None:
-        """A request got its last output."""
+        """Take in a finished request."""
         if generated.task == "continue":
             self._finished.append(generated)
 
     def learned(self, cluster: str, state: Learned) -> None:
-        """A new state of a cluster, or with "" of all of them.
+        """Take in a new state of a cluster or, with "", of all clusters.
 
         Raises:
-            ProtocolError: its curve is none.
+            ProtocolError: the curve is malformed.
         """
         packed = state.curves.get(self._measure)
         curve = None if packed is None else Curve.from_bytes(packed)
@@ -61,11 +65,11 @@ class Journey:
 
     @property
     def learns(self) -> bool:
-        """Whether rounds of learning move what is kept."""
+        """Whether learning changes which tokens are kept."""
         return choices.THRESHOLDS[self._generation.threshold].learns
 
     def legend(self) -> list[str]:
-        """What the words of `lines` mean."""
+        """Explain the words of `lines`."""
         if not self.learns:
             return []
         read = ", ".join(f"{u:g}" for u in _READ_AT)
@@ -75,7 +79,7 @@ class Journey:
         ]
 
     def lines(self, *, brief: bool = False) -> list[str]:
-        """The state of things; each line says one thing. `brief` leaves out the single clusters."""
+        """Describe the state, one thing per line; `brief` leaves out the lines of single clusters."""
         lines = [f"tokens     {self._settled()}"]
         if self.learns:
             names = sorted(self.rounds, key=lambda name: (not name, name))
@@ -129,7 +133,7 @@ class Journey:
 
 
 def sparkline(values: Sequence[float], bars: str = BARS) -> str:
-    """Values in [0, 1], thinned to at most 16, each as a bar from low to high."""
+    """Draw values in [0, 1] as bars from low to high, averaged into at most 16 bars."""
     step = -(-len(values) // _POINTS)
     means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
     return "".join(bars[min(len(bars) - 1, int(v * len(bars)))] for v in means)

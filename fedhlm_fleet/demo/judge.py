@@ -1,4 +1,4 @@
-"""What both models write alone for the requests of a demo: the texts that its figures are compared with."""
+"""The texts that both models write alone for the requests of a demo, with which its figures are compared."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fedhlm_fleet.demo.report import Alternatives, Figures, Generated, PresetRun
 
 
 class Judge:
-    """Both models, loaded once; the same prompt under the same law is written once.
+    """Both models, loaded once; each writes only once for the same prompt and sampling.
 
     Raises:
         ModelError: a model folder cannot be used.
@@ -21,9 +21,9 @@ class Judge:
         self._known: dict[tuple[str, Sampling, int, str], Alternatives] = {}
 
     def figures(self, run: PresetRun, texts_max: int | None = None) -> Figures:
-        """A run's figures with what both models write alone beside its requests.
+        """Return the figures of a run, compared with what both models write alone for its requests.
 
-        Of continued texts only the first `texts_max`: one takes as long as fifty questions for a topic.
+        Only the first `texts_max` continued texts are compared: one takes as long as fifty questions for a topic.
         """
         continued = [i for i, request in enumerate(run.requests) if request.task == "continue"]
         left_out = set() if texts_max is None else set(continued[texts_max:])
@@ -31,7 +31,8 @@ class Judge:
         return figures(run, {i: self._alone(run.requests[i], run.generation) for i in chosen})
 
     def _alone(self, request: Generated, generation: Generation) -> Alternatives:
-        # Only gumbel and greedy texts are functions of the seed; beside others stands the gumbel text.
+        # Only gumbel and greedy texts are functions of the seed; for the other couplings the models write a gumbel
+        # text.
         coupling = COUPLINGS[generation.coupling].alone
         temperature = generation.temperature if request.temperature is None else request.temperature
         sampling = Sampling(request.seed, temperature, generation.top_p, coupling)

@@ -1,4 +1,4 @@
-"""The picture of the README: a real run of the demo, its view near the end of the run and its closing table, as an SVG.
+"""The picture of the README: the view and the closing table of a real run of the demo, as an SVG.
 
 python -m fedhlm_fleet.demo.picture docs/assets/demo.svg
 """
@@ -22,12 +22,12 @@ from fedhlm_fleet.demo.run import Demo
 WIDTH: Final = 112  # columns
 LOOK_EVERY_S: Final = 0.25
 
-# Without the fonts that rich would load from elsewhere; the reader's own monospaced one takes their place.
+# The fonts that rich loads from the web are removed; the reader's own monospaced font takes their place.
 _FORMAT: Final = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 
 async def watch(demo: Demo) -> RenderableType:
-    """Run the demo; its view as it last was while all agents wrote."""
+    """Run the demo, and return the last view from the time when all agents wrote."""
     frame: RenderableType = Group()
     quiet = Console(file=io.StringIO(), width=WIDTH)
     running = asyncio.create_task(demo.run(quiet), name="demo")
@@ -40,7 +40,7 @@ async def watch(demo: Demo) -> RenderableType:
 
 
 def svg(command: str, frame: RenderableType, report: Report) -> str:
-    """The command, the view and the table as one terminal."""
+    """Draw the command, the view and the table as one terminal."""
     console = Console(record=True, file=io.StringIO(), force_terminal=True, width=WIDTH, color_system="truecolor")
     console.print(Text(f"$ {command}", style="bold"))
     console.print(frame, Text(), *tables(report, WIDTH))
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="file to write")
     parser.add_argument("--preset", default=settings.DEFAULT_PRESET)
-    parser.add_argument("--duration", type=float, default=30.0, help="seconds that all agents write")
+    parser.add_argument("--duration", type=float, default=30.0, help="seconds for which all agents write")
     given = parser.parse_args()
     configure_logging("ERROR", "picture")
     demo = Demo(preset=given.preset, prompts=None, tokens=64, seed=0, broker="", duration_s=given.duration)

@@ -1,4 +1,4 @@
-"""Live view of a running fleet: a table and the journey's lines on a terminal, plain lines now and then elsewhere."""
+"""Live view of a running fleet: a table and the journey's lines on a terminal, occasional plain lines elsewhere."""
 
 import time
 from collections import Counter
@@ -23,7 +23,7 @@ _COLUMNS_WIDTH: Final = 48
 
 
 class Progress:
-    """Counts and latest text of every agent beside the journey; `stage` begins a part of the demo."""
+    """The token counts and latest text of every agent, and the journey; `stage` begins a part of the demo."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Progress:
 
     @contextmanager
     def live(self) -> Iterator[Live | None]:
-        """Show the view while the block runs, and nothing of it after; nothing moves where the output is no terminal."""
+        """Show the view while the block runs, and remove it afterwards; do nothing if the output is not a terminal."""
         if self._plain:
             yield None
             return
@@ -55,7 +55,7 @@ class Progress:
             yield live
 
     def stage(self, words: str, *, watched: bool = False) -> None:
-        """A new part of the demo; only a `watched` one moves the journey on and is told about as it goes."""
+        """Begin a part of the demo; only a `watched` one updates the journey and prints lines as it goes."""
         self._stage, self._watched = words, watched
         for tokens in self._tokens.values():
             tokens.clear()
@@ -63,24 +63,24 @@ class Progress:
         self.say(f"{self._elapsed()} {words}")
 
     def note(self, line: str) -> None:
-        """A line about the stage."""
+        """Print an indented line about the stage."""
         self.say(f"    {line}")
 
     def say(self, line: str) -> None:
-        """A line that stays, above the moving view."""
+        """Print a line that stays above the live view."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def learned(self, cluster: str, state: Learned) -> None:
-        """A new state of the federation, of a cluster or with "" of all.
+        """Take in a new state of a cluster or, with "", of all clusters.
 
         Raises:
-            ProtocolError: its curve is none.
+            ProtocolError: the curve is malformed.
         """
         if self._watched:
             self.journey.learned(cluster, state)
 
     def heard(self, generated: Generated) -> None:
-        """New tokens of a request."""
+        """Take in the new tokens of a request."""
         new = generated.sources[self._counted.get(id(generated), 0) :]
         self._tokens[generated.agent].update(new)
         if self._watched:
@@ -89,7 +89,7 @@ class Progress:
         self._latest[generated.agent] = generated
 
     def finished(self, generated: Generated) -> None:
-        """A request got its last output."""
+        """Take in a finished request."""
         self._counted.pop(id(generated), None)
         if generated.error:
             self.say(f"{generated.agent} failed: {generated.error}")
@@ -102,7 +102,7 @@ class Progress:
             self.tell(brief=True)
 
     def tell(self, *, brief: bool = False) -> None:
-        """The journey's lines as they are now, to stay."""
+        """Print the journey's present lines."""
         for line in self.journey.lines(brief=brief):
             self.note(line)
 
@@ -111,18 +111,18 @@ class Progress:
 
     @property
     def watched(self) -> bool:
-        """Whether the stage is one that moves the journey on."""
+        """Whether the stage updates the journey."""
         return self._watched
 
     def view(self) -> Group:
-        """What a terminal shows now: the stage, a row for each agent, and the journey's lines."""
+        """Return the present view: the stage, a row for each agent, and the journey's lines."""
         shown = Table(box=None, padding=(0, 1), pad_edge=False, expand=True)
         shown.add_column("agent", no_wrap=True)
         used = [s for s in SOURCES if any(tokens[s] for tokens in self._tokens.values())]
         for source in used:
             shown.add_column(_SHORT[source], justify="right", no_wrap=True, style=COLOURS[source])
         shown.add_column("writes", no_wrap=True, overflow="crop", ratio=1)
-        # The end of the text is the news, so that it is cut here and not by the table.
+        # The end of the text is the new part; the table would cut it off, so the text is shortened here.
         room = max(1, self._console.width - _COLUMNS_WIDTH)
         for agent, latest in self._latest.items():
             text = " ".join(latest.text.split())[-room:] if latest else ""

@@ -1,4 +1,4 @@
-"""What a demo measured, as figures with documented names, as a table, and as JSON."""
+"""The results of a demo: figures with documented names, which can be written as a table and as JSON."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ SOURCES: Final[dict[Source, str]] = {
     "cloud": "by the cloud",
     "unverified": "by nobody, link gone",
 }
-# Their texts are functions of the seed, so that they can equal the LLM's; under the others only the law is the same.
+# Texts of these couplings are functions of the seed and can equal the LLM's; under the others only the law is the same.
 SEEDED: Final = frozenset({"gumbel", "greedy"})
 
 
@@ -28,7 +28,7 @@ _GAP: Final = 3  # between two columns of the table, at most
 
 
 class Generated(msgspec.Struct, kw_only=True):
-    """One finished request as the client saw it; `statistics` are the agent's own (see edge_agent.driver.Result)."""
+    """One request as the client saw it; `statistics` are the agent's own (see edge_agent.driver.Result)."""
 
     agent: str
     task: str  # "continue" or "topic"
@@ -46,7 +46,7 @@ class Generated(msgspec.Struct, kw_only=True):
 
 
 class Alternatives(NamedTuple):
-    """What stands beside a request: the LLM's own ids and text, and the SLM's own topic word."""
+    """What the models write alone for a request: the LLM's ids and text, and the SLM's topic word."""
 
     llm_ids: list[int]
     llm_text: str
@@ -54,7 +54,7 @@ class Alternatives(NamedTuple):
 
 
 class Accuracy(msgspec.Struct, kw_only=True):
-    """Share of topic prompts whose first word is the right topic; None where nothing was asked."""
+    """Share of topic questions that were answered with the right topic; None if there were none."""
 
     slm: float | None
     system: float | None
@@ -62,11 +62,12 @@ class Accuracy(msgspec.Struct, kw_only=True):
 
 
 class Figures(msgspec.Struct, kw_only=True):
-    """What one preset did; shares in 0..1, bytes with MQTT framing, seconds. None: not measured, or without meaning.
+    """The figures of one preset: shares in 0..1, bytes with MQTT framing, times in seconds. None: not measured.
 
-    `transmissions_saved` is 1 - uplink messages per token: what is saved against sending every token by itself.
-    `compared` counts the requests that the models wrote alone as well; one that failed has no text to compare. `risk` is
-    the agents' R-hat for continued texts, weighted by their generations; `risk_limit` the largest of their upper limits. `tau_start` and `tau_end` are means over the agents, 0 where everything was verified.
+    `transmissions_saved` is 1 - uplink messages per token, the saving against one message for every token. `compared`
+    counts the requests that the models also wrote alone; a failed request has no text to compare. `risk` is R-hat for
+    the continued texts of all agents together, and `risk_limit` the limit of their pooled certificate. `tau_start` and
+    `tau_end` are means over the agents, with 0 where every token was verified.
     """
 
     preset: str
@@ -99,9 +100,9 @@ class Figures(msgspec.Struct, kw_only=True):
 
 
 class Report(Figures, kw_only=True):
-    """The figures of the run, and those of the same few prompts under each of several presets, after it.
+    """The figures of the run, and those of the comparison after it: the same few prompts under several presets.
 
-    `budget` is None where the preset has none; `alpha` and `skew` where all agents share one list of news.
+    `budget` is None if the preset has none; `alpha` and `skew` are None if all agents share one list of news.
     """
 
     budget: float | None = None
@@ -113,7 +114,7 @@ class Report(Figures, kw_only=True):
 
 
 class PresetRun(NamedTuple):
-    """Requests under one preset: its settings, the seed of the demo, what came back, and the time it took."""
+    """The requests under one preset, with its settings, the seed of the demo, and the wall time in seconds."""
 
     preset: str
     generation: Generation
@@ -123,12 +124,12 @@ class PresetRun(NamedTuple):
 
 
 def figures(run: PresetRun, alone: Mapping[int, Alternatives]) -> Figures:
-    """Sum up finished requests; `alone` is by index into the requests, and one without entry is not compared."""
+    """Sum up finished requests; `alone` is keyed by the index of the request, and the others are not compared."""
     done = [r for r in run.requests if r.finish is not None]
     failures = [r for r in done if r.finish == "error"]
     tokens = sum(len(r.ids) for r in done)
     compared = [(r, alone[i]) for i, r in enumerate(run.requests) if i in alone and r.finish not in (None, "error")]
-    # At temperature 0 nothing is drawn, so every text can be compared.
+    # At temperature 0 nothing is sampled, so the texts of every coupling can be compared.
     alike = run.generation.coupling in SEEDED or run.generation.temperature == 0.0
     seeded = compared if alike else []
     equal = sum(a == b for r, other in seeded for a, b in zip(r.ids, other.llm_ids, strict=False))
@@ -176,14 +177,14 @@ def figures(run: PresetRun, alone: Mapping[int, Alternatives]) -> Figures:
 
 
 def certificate_of(requests: Sequence[Generated]) -> Certificate | None:
-    """The evidence of all agents together, from what each reported last; None where nothing was audited."""
+    """Return the pooled certificate of all agents, from the latest report of each; None if nothing was audited."""
     latest = {r.agent: r.statistics for r in requests if "risk_tokens" in r.statistics}
     named = ({name.removeprefix("risk_"): value for name, value in last.items()} for last in latest.values())
     return sum(map(Certificate.of_figures, named), Certificate()) if latest else None
 
 
 def taus_of(requests: Sequence[Generated]) -> list[tuple[float, float]]:
-    """For each agent that reported: the threshold of its first and of its last request; 0 where all is verified."""
+    """Return, for each agent with reports, the thresholds of its first and last request; 0 if all is verified."""
     by_agent: dict[str, list[float]] = {}
     for request in requests:
         if "tau" in request.statistics:
@@ -203,9 +204,9 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def tables(report: Report, width: int) -> list[Table]:
-    """The closing table: the whole run, then the same few prompts under each preset.
+    """Return the closing table: the whole run, then the same few prompts under each preset.
 
-    Where `width` characters are too few the columns go on in further tables.
+    If `width` characters are too few for all columns, there are several tables.
     """
     columns: list[Figures] = [report, *report.comparisons]
     rows = {label: [cell(column) for column in columns] for label, cell in _ROWS.items()}
@@ -235,7 +236,7 @@ def _table(chosen: list[int], headings: list[str], rows: dict[str, list[str]]) -
 
 
 def notes(report: Report) -> list[str]:
-    """What the table's words mean, for those that appear in it."""
+    """Explain the words that appear in the table."""
     lines = []
     if report.failed:
         lines.append(f"{report.failed} of {report.requests} requests failed, the first of them: {report.first_error}")

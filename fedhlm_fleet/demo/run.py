@@ -1,7 +1,7 @@
-"""`fedhlm demo`: a whole fleet on this machine, as real processes over MQTT, on news prompts.
+"""`fedhlm demo`: a whole fleet of real processes on this machine, over MQTT, with news prompts.
 
-Two clusters with two agents each, two edges, one cloud. First the fleet works and learns under one preset; then the same
-few prompts, none of them seen before, are asked under that preset and under those of COMPARED.
+The fleet has two clusters of two agents each, two edges and one cloud. First it works and learns under one preset. Then
+it gets the same few new prompts under that preset and under those of COMPARED.
 """
 
 import asyncio
@@ -37,20 +37,23 @@ from fedhlm_zoo.shipped import model_folder
 
 CLUSTERS: Final = 2
 AGENTS: Final = 2
-TEMPERATURE: Final = 0.0  # where the peers have something to say (docs/peers.md)
+TEMPERATURE: Final = 0.0  # peers can only help at low temperatures (docs/peers.md)
 CLOUD: Final = "cloud"
 RECORDER: Final = "recorder"
 READY_S: Final = 90.0
 COMPARED: Final = ("exact", "fedhlm", "hlm")
 COMPARED_ITEMS: Final = 8
-JUDGED_TEXTS: Final = 24  # of the run; to write them all alone would take longer than the run
-NOTHING_ANSWERED: Final = 1  # the exit status
+JUDGED_TEXTS: Final = 24  # texts of the run that are compared; comparing all would take longer than the run
+NOTHING_ANSWERED: Final = 1  # the exit code if every request failed
 _SEEDS_APART: Final = 1_000_003
-_COMPARISON_SEEDS: Final = 500_000  # no run asks so many
+_COMPARISON_SEEDS: Final = 500_000  # no run has so many requests
 
 
 class Demo:
-    """One run with its options; `report` is what was measured up to now, `progress` what is seen of it. `alpha` None: all agents share one list."""
+    """One run with its options; `report` has the figures so far, `progress` the view.
+
+    With None as `alpha`, all agents share one list of prompts.
+    """
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class Demo:
         temperature: float = TEMPERATURE,
         recording: Path | None = None,
     ) -> None:
-        # Within the demo's clusters a byte costs nothing: it never leaves the machine.
+        # A byte within a cluster costs nothing here: it never leaves the machine.
         self.overrides = {"generation.temperature": f"{temperature:g}", "generation.consensus.lan_price": "0"}
         if budget is not None:
             self.overrides["generation.budget"] = str(budget)
@@ -80,12 +83,12 @@ class Demo:
         self.preset = preset
         is_path = preset not in configuration.presets()
         self.preset_source = str(Path(preset).resolve()) if is_path else preset
-        self.name = Path(preset).name  # of a file with its ending, so that it is none of the shipped
+        self.name = Path(preset).name  # the name of a file keeps its suffix, and so differs from shipped presets
         self.seed = seed
         self.tokens = tokens
         self.duration_s = duration_s
         articles = load_prompts(prompts)
-        # What is compared must be new to the fleet, whose peers remember; a short list is used twice all the same.
+        # The compared prompts must be new to the fleet, whose peers remember; only a short list is used twice.
         held_out = COMPARED_ITEMS if len(articles) >= 2 * COMPARED_ITEMS else 0
         self.compared = articles[-COMPARED_ITEMS:]
         self.articles = articles[: len(articles) - held_out]
@@ -103,11 +106,11 @@ class Demo:
 
     @property
     def skew(self) -> float | None:
-        """How different the agents' news are (`fedhlm_zoo.partition.skew`); None where they share one list."""
+        """How much the agents' news differ (`fedhlm_zoo.partition.skew`); None if they share one list."""
         return None if self.parts is None else skew([a.topic for a in self.articles], self.parts)
 
     async def run(self, console: Console) -> None:
-        """Start the fleet, ask, compare, stop the fleet."""
+        """Start the fleet, send the requests, compare, and stop the fleet."""
         generation = self.config.generation
         sampling = Sampling(self.seed, generation.temperature, generation.top_p, generation.coupling)
         bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
@@ -144,7 +147,7 @@ class Demo:
         return msgspec.structs.replace(self.config.broker, url=printed.splitlines()[0])
 
     async def _record(self, processes: Processes, broker: settings.Broker, file: Path) -> None:
-        """Have everything under the demo's root recorded; returns when it is."""
+        """Start to record everything under the demo's root; return when the recorder is running."""
         where = ("--broker", broker.url, "--root", self.root)
         await processes.start(RECORDER, "fedhlm_fleet.cli", "record", *where, "--out", str(file))
         async with asyncio.timeout(READY_S):
@@ -153,7 +156,7 @@ class Demo:
                 await asyncio.sleep(0.05)
 
     async def _end_recording(self, processes: Processes) -> None:
-        """The parts first, so that their last words are recorded."""
+        """Stop the parts before the recorder, so that their last messages are recorded."""
         if self.recording is not None:
             await processes.end(CLOUD, *(f"edge-{p.cluster}" for p in self.places), *(p.agent for p in self.places))
             await processes.end(RECORDER)
@@ -202,7 +205,7 @@ class Demo:
                 self.report = self._reported(figures(run, {}), progress, stopped_early=True)
             progress.stage("the run is over")
             progress.tell()
-            # What is compared belongs to other presets than the one that was to be recorded.
+            # The comparison uses other presets, which do not belong into the recording.
             presets = self._compared_presets() if self.recording is None else []
             runs = [await self._compare(asker, progress, name) for name in presets]
             progress.stage("both models write the same alone, to compare")
@@ -212,7 +215,7 @@ class Demo:
             self.report = self._reported(judged, progress, comparisons=comparisons)
 
     def _news(self) -> list[str]:
-        """How the news are shared out."""
+        """Describe how the news are distributed."""
         if self.parts is None:
             return [f"{len(self.articles)} news items, one list for all agents"]
         lines = [f"{len(self.articles)} news items, Dirichlet({self.alpha:g}) over the agents, skew {self.skew:.2f}"]
@@ -233,7 +236,7 @@ class Demo:
             raise ConfigError("--alpha", alpha, "a finite number above 0", why=str(exc)) from exc
 
     def shares(self) -> dict[Place, Iterator[Task]]:
-        """Where each agent takes its next task from."""
+        """Return for each agent the iterator of its tasks."""
         first = self.seed * _SEEDS_APART
         if self.parts is None:
             shared = tasks_of(self.articles, self.tokens, first)
@@ -247,10 +250,10 @@ class Demo:
         return [self.name, *(name for name in COMPARED if name != self.name)]
 
     async def _compare(self, asker: Asker, progress: Progress, name: str) -> PresetRun:
-        """Ask the prompts of the comparison, the same of the same agent whatever the preset."""
+        """Send the requests of the comparison; each agent gets the same ones under every preset."""
         progress.stage(f"the same {len(self.compared)} news items under preset {name}")
         tasks = list(tasks_of(self.compared, self.tokens, self.seed * _SEEDS_APART + _COMPARISON_SEEDS))
-        # Two in a row belong to one item: neighbours in the list go to one agent, so that each gets both kinds.
+        # Two consecutive tasks belong to one item and go to the same agent, so that each agent gets both kinds.
         agents = len(self.places)
         shares = {
             p: iter([t for i, t in enumerate(tasks) if (i // 2) % agents == n]) for n, p in enumerate(self.places)
@@ -262,7 +265,7 @@ class Demo:
     async def _work(
         self, asker: Asker, shares: dict[Place, Iterator[Task]], duration_s: float | None, preset: str | None
     ) -> None:
-        """Every agent takes its next task until none is left or the time is over."""
+        """Let every agent work on its tasks until none is left or the time is over."""
         until = None if duration_s is None else time.monotonic() + duration_s
 
         async def work(place: Place, tasks: Iterator[Task]) -> None:
@@ -310,9 +313,9 @@ def run(
     json_file: Path | None = None,
     recording: Path | None = None,
 ) -> int:
-    """Run the demo and print its table; 130 when it was interrupted, with the table so far; 1 when every request failed."""
+    """Run the demo, print its table and return the exit code: 130 if interrupted, 1 if every request failed, else 0."""
     console = Console()
-    configure_logging("ERROR", "demo")  # what is wrong with the broker comes as an error of ours
+    configure_logging("ERROR", "demo")  # problems with the broker are reported as errors of the demo
     figures_file.try_out(json_file)
     if recording is not None and (recording.exists() or not recording.parent.is_dir()):
         raise ConfigError("--record", str(recording), "a new file in an existing folder")

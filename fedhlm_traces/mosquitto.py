@@ -111,7 +111,7 @@ def records(lines: Iterable[bytes], tally: LineTally, *, lossy: bool = False) ->
             tally.first = tally.lines
     if tally.lost and not lossy:
         raise TraceError(
-            f"{tally}: --lossy takes what is left; to lose nothing, record with mosquitto_sub -F '{LOSSLESS}'"
+            f"{tally}: use --lossy to import the rest; to lose nothing, record with mosquitto_sub -F '{LOSSLESS}'"
         )
 
 

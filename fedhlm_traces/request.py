@@ -206,7 +206,7 @@ class Run:
             self._note(missing)
         if self.story.prompt_tokens is None:
             if self.story.session is not None:
-                self._note("the beginning of its session is not in the recording, so drafts cannot be told")
+                self._note("the beginning of its session is not in the recording, so drafts are unknown")
             return
         for step in self.story.steps:
             scored = self._scored.get(self.story.prompt_tokens + step.index)

@@ -42,7 +42,7 @@ def check_agent(life: PartJournal, spell: Spell = by_number) -> CheckOutcome:
     try:
         return asyncio.run(_AgentReplay(life, spell).replay())
     except ProtocolError as exc:
-        return CheckOutcome(skipped=[life.complaint or f"cannot be decided again: {exc}"], notes=life.notes)
+        return CheckOutcome(skipped=[life.complaint or f"cannot be replayed: {exc}"], notes=life.notes)
 
 
 class Book(JournalWriter):
@@ -275,7 +275,7 @@ class _Telling:
 
     def _judged(self, token: Judged | None, notes: list[Note]) -> str:
         if token is None:
-            return "nothing: the generation went another way before"
+            return "nothing: the generation diverged before this token"
         plan, gate = self._plan(notes), self._began.config.gate
         word = self._spell(token.own)
         if choices.GATES[gate].by_doubt and plan is not None:

@@ -62,7 +62,7 @@ def check_cloud(life: PartJournal, engine: Engine | None, spell: Spell = by_numb
     """
     outcome = CheckOutcome(skipped=[life.complaint] if life.complaint else [], notes=list(life.notes))
     if life.number or not life.notes or life.notes[0].kind != "state":
-        outcome.skipped.append(f"{life.name}: without the beginning of a journal nothing can be decided again")
+        outcome.skipped.append(f"{life.name}: a journal without the beginning of its life cannot be replayed")
         return outcome
     try:
         born = born_of(life)
@@ -259,7 +259,7 @@ class _CloudReplay:
     def _check_closed(self) -> None:
         """Compare what the last round sends now but did not send then."""
         for sent in self._closed or []:
-            self._report(self._now_s, "end of a round", "nothing", f"sent on {sent.name}", "it is told more often")
+            self._report(self._now_s, "end of a round", "nothing", f"sent on {sent.name}", "it is sent more often")
         self._closed = None
 
     async def _compare_sent(self, number: int, note: Note) -> None:
@@ -365,7 +365,7 @@ def from_bus(
             kind: Any = "heard" if row[0] is heard else "sent"
             notes.append(Note(record.at_s, kind, record.topic, record.payload))
     if fingerprint is None:
-        raise TraceError(f"the recording lacks {topics.CLOUD_STATUS.name(root)}: which model answered is not known")
+        raise TraceError(f"the recording lacks {topics.CLOUD_STATUS.name(root)}: the model that answered is unknown")
     born = journal.CloudStart(
         root=root,
         fingerprint=fingerprint,

@@ -70,7 +70,7 @@ def check_edge(life: PartJournal, spell: Spell = by_number) -> CheckOutcome:
     """
     outcome = CheckOutcome(skipped=[life.complaint] if life.complaint else [])
     if life.number or not life.notes or life.notes[0].kind != "state":
-        outcome.skipped.append(f"{life.name}: without the beginning of a journal nothing can be decided again")
+        outcome.skipped.append(f"{life.name}: a journal without the beginning of its life cannot be replayed")
         return CheckOutcome(skipped=outcome.skipped, notes=life.notes)
     try:
         born = msgspec.msgpack.decode(life.notes[0].data, type=journal.EdgeStart)
@@ -220,7 +220,7 @@ class _EdgeReplay:
         if clean and list(then) != list(now):
             where = next(iter(then.values())).where
             order = [", ".join(str(name[0]) for name in names) for names in (then, now)]
-            self._report(f"{where} and what was sent with it", order[0], order[1], "the order is another")
+            self._report(f"{where} and what was sent with it", order[0], order[1], "the order has changed")
 
     def _block_heard(self, trigger: Note) -> Escalation | None:
         message = self._read(trigger).message if trigger.kind == "heard" and self._readable(trigger) else None
@@ -278,7 +278,7 @@ class _EdgeReplay:
             case VerifiedTokens():
                 whom = "agents" if topic is topics.KNOWN else "neighbours"
                 for item in message.items:
-                    words = f"{self._spell(item.token)} is told to the {whom}"
+                    words = f"{self._spell(item.token)} is sent to the {whom}"
                     yield (whom, item.key, item.token), Decision(self._doubts.place(item.key), words, message.space)
             case Learned() | Contribution():
                 what = "state for the agents" if isinstance(message, Learned) else "contribution to the cloud"
@@ -303,10 +303,10 @@ class _EdgeReplay:
                 recorded, decided = (d.words if d is not None else "not sent" for d in (then, now))
                 why = self._why_batch(name[1], known.fact)
                 if then is not None and now is not None:
-                    why = "its content is another"
+                    why = "its content has changed"
             case "agents" | "neighbours":
                 recorded, decided = (d.words if d is not None else "not told" for d in (then, now))
-                why = "the keys' space is another" if then and now else self._why_known(step, name[1])
+                why = "the space of the keys has changed" if then and now else self._why_known(step, name[1])
             case "state for the agents" | "contribution to the cloud":
                 recorded, decided = federation_words(then and then.fact, now and now.fact)
                 members = self._service.members
@@ -332,17 +332,17 @@ class _EdgeReplay:
     def _why_epoch(self, agent: str, session: int, epoch: int) -> str:
         newest = self._service.relay.newest_epoch(agent, session)
         if newest is None:
-            return f"its epoch is {epoch}, and no block of its session was heard"
+            return f"its epoch is {epoch}, and no block of its session was received"
         age = "the newest of its session" if epoch >= newest else f"older than the session's newest, {newest}"
         return f"its epoch is {epoch}, {age}"
 
     def _why_known(self, step: ReplayStep, key: bytes) -> str:
         if step.trigger.kind != "heard":
-            return "what the edge has learnt is another, or it was told before"
+            return "the edge has learnt something else, or it was sent before"
         message = self._read(step.trigger).message
         doubt = self._doubts.of(key)
         if not isinstance(message, VerdictBatch) or doubt is None:
-            return "no doubt with this key was heard"
+            return "no doubt with this key was received"
         for v in (item.verdict for item in message.items if item.agent == doubt.agent):
             if v.session == doubt.session and v.base <= doubt.position:
                 return f"the cloud's verdict on base {v.base}: {verdict_words(v)}"

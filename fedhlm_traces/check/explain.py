@@ -78,7 +78,7 @@ def evidence(
         return f"{place}: {voters} are too few or do not agree; {asked}"
     words = f"{place}: {voters} at cosine {told.match.similarity:.6g}, {asked}"
     if told.match.token != told.token:
-        return f"{words}, but it is {spell(told.match.token)}"
+        return f"{words}, but its token is {spell(told.match.token)}"
     return f"{words}: {'near enough' if told.supports else 'too far'}"
 
 

@@ -274,7 +274,7 @@ def _status(verdict: Verdict | None) -> str:
     if verdict is None:
         return "no answer: a newer block of the session has passed"
     if verdict.status == "settled":
-        return f"settled, {verdict.accepted} ids stand"
+        return f"settled, {verdict.accepted} accepted"
     return f"{verdict.status} {verdict.reason}".rstrip()
 
 
@@ -293,13 +293,13 @@ def _token_words(verdict: Verdict, ids: list[int], emitted: list[int], place: in
     probs = _probs(verdict)
     p = f", p(d) {probs[place]:.4g}" if place < len(probs) else ""
     if place >= len(emitted):
-        return f"nothing so far: the answer ends before{p}"
+        return f"nothing: the answer ends before this token{p}"
     token = spell(emitted[place])
     if place < verdict.accepted:
         return f"draft {token} stands{p}"
     if place == verdict.accepted and place < len(ids):
         return f"draft {spell(ids[place])} is replaced by {token}{p}"
-    return f"{token} by the model itself"
+    return f"{token}, the model's own"
 
 
 def _why_probs(then: Verdict, now: Verdict, place: int) -> str:
@@ -309,8 +309,8 @@ def _why_probs(then: Verdict, now: Verdict, place: int) -> str:
         if units > PROB_UNITS:
             return f"the model's law is another: p of draft {i} of the block was {x[i]:.4g} and is {y[i]:.4g}"
     if then.missed != now.missed and then.accepted == now.accepted:
-        return "the model's probabilities are the same, the rule for missed tokens is another"
-    return "the model's probabilities are the same, so the rule that settles is another"
+        return "the model's probabilities are the same, so the rule for missed tokens has changed"
+    return "the model's probabilities are the same, so the rule that settles has changed"
 
 
 async def _why_law(
@@ -318,7 +318,7 @@ async def _why_law(
 ) -> str:
     """What law, noise and coupling say about each token."""
     if not context:
-        return "nothing stands before it"
+        return "its context is empty"
     (output,) = await engine.forward([EngineInput(engine.empty_cache, context, 1)])
     row = output.logits[-1]
     p = law(row, sampling)

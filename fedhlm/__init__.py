@@ -1,6 +1,6 @@
-"""The ground floor of fedhlm: messages, topics, buses, sampling, configuration. It imports none of the parts.
+"""The base package of fedhlm: messages, topics, buses, decoding, learning, configuration. It imports none of the parts.
 
-What users hold is imported from here: `from fedhlm import Client`. It is loaded when it is first asked for.
+The public API is imported from here, as in `from fedhlm import Client`. Each name is loaded at its first use.
 """
 
 import importlib
@@ -43,8 +43,8 @@ __all__ = [
     "__version__",
 ]
 
-# onnxruntime keeps an identifier of the machine and reports to its maker; the hub's client counts its users. Both read these
-# names when they are imported, which is after this package: none of ours imports them at its top, and each imports `fedhlm`.
+# onnxruntime reports a machine identifier to its maker, and the Hugging Face hub client reports usage. Both read these
+# variables when they are imported. That is always after this package, because our modules import `fedhlm` first.
 NO_TELEMETRY: Final = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ.update(NO_TELEMETRY)
 

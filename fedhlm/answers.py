@@ -1,6 +1,6 @@
-"""An answer put together from its pieces: in order, each once, with holes noticed. Pure: no clock, no I/O.
+"""Puts an answer together from its pieces: in order, each once, and noticing missing ones. No clock, no I/O.
 
-MQTT may bring a piece twice, and a broken link may lose one; pieces that come too early wait for those before them.
+MQTT may deliver a piece twice, and a broken link may lose one. A piece that comes early waits for the ones before it.
 """
 
 from collections import deque
@@ -11,14 +11,14 @@ import msgspec
 from fedhlm.errors import AskError, RequestCancelled, RequestNameTaken, RequestRefused
 from fedhlm.protocol.messages import FinishReason, Output, Source
 
-EARLY_MAX: Final = 1_024  # pieces that wait for one before them
+EARLY_MAX: Final = 1_024  # most pieces that wait for an earlier one
 
 
 class Piece(NamedTuple):
-    """Some tokens of an answer: the text that they add, their ids, and who settled each.
+    """Some tokens of an answer: the text that they add, their ids, and the source of each.
 
-    `position` counts the answer's tokens before this piece. Text may come later than its ids, where a character or a stop
-    string is not complete yet.
+    `position` is the number of the answer's tokens before this piece. Text may come later than its ids, when a
+    character or a stop string is not complete yet.
     """
 
     text: str
@@ -28,9 +28,10 @@ class Piece(NamedTuple):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer as far as it came. `finish` is None before its end, `error` explains an end that is none of a text.
+    """An answer, or the part of it that has arrived.
 
-    `sources` has one entry for each of `ids`; `statistics` are the agent's own figures (docs/protocol.md).
+    `finish` is None before the end. `error` explains the finish reasons "error" and "cancelled". `sources` has one
+    entry per id of `ids`. `statistics` holds the agent's own figures (docs/protocol.md).
     """
 
     agent: str
@@ -45,10 +46,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Assembly:
-    """Takes the outputs of one request in any order, and gives its pieces in theirs."""
+    """Takes the outputs of one request in any order, and returns its pieces in the right order."""
 
     def __init__(self) -> None:
-        self.last: Output | None = None  # the output that ended the answer, once everything before it is there
+        self.last: Output | None = None  # the output that ends the answer, once everything before it has arrived
         self._text: list[str] = []
         self._ids: list[int] = []
         self._sources: list[Source] = []
@@ -56,12 +57,12 @@ class Assembly:
         self._early: dict[tuple[int, bool], Output] = {}
 
     def take(self, output: Output) -> bool:
-        """Take one output in; False when it brings nothing new."""
+        """Add one output; False if it brings nothing new."""
         ends = output.finish is not None
         if self.last is not None:
             return False
         if output.refusal is not None or (output.finish == "error" and output.position < len(self._ids)):
-            self.last = output  # whatever else was said under this name
+            self.last = output  # it ends the answer, whatever else came under this name
             return True
         key = (output.position, ends)
         known = output.position < len(self._ids) or key in self._early
@@ -69,7 +70,7 @@ class Assembly:
         if known or empty or len(output.ids) != len(output.sources):
             return False
         if output.position > len(self._ids) and len(self._early) >= EARLY_MAX:
-            return False  # the hole will be told all the same
+            return False  # the missing piece is reported all the same
         self._early[key] = output
         while (piece := self._following()) is not None:
             self._put(piece)
@@ -91,16 +92,16 @@ class Assembly:
         self._sources += output.sources
 
     def next(self) -> Piece | None:
-        """The next piece that is in order; each is given once."""
+        """Return the next piece in order; None if it has not arrived. Each piece is returned once."""
         return self._ready.popleft() if self._ready else None
 
     @property
     def hole(self) -> int | None:
-        """The position of the token that is missing before what is there already; None where nothing is."""
+        """The position of the first missing token, if later pieces have arrived already; else None."""
         return len(self._ids) if self._early and self.last is None else None
 
     def result(self, *, agent: str, cluster: str, request: str) -> Result:
-        """What is there, without gaps."""
+        """Return the answer up to the first missing piece."""
         last = self.last
         return Result(
             agent=agent,
@@ -116,7 +117,7 @@ class Assembly:
 
 
 def failure_of(last: Output, *, agent: str) -> AskError | None:
-    """What the last output of a request means for who asked; None where the text is whole."""
+    """Return the error that the last output of a request means for the client; None if the text is complete."""
     if last.finish not in ("error", "cancelled"):
         return None
     kind: type[AskError] = RequestRefused if last.finish == "error" else RequestCancelled

@@ -1,16 +1,20 @@
-"""The choices that a preset is made of, by their names in the configuration, and what is true of each.
+"""The choices that make up a preset, by their names in the configuration, and the properties of each.
 
-Whoever must know what a choice implies looks it up here and compares no names. What a choice does is in the tables of those
-who do it: `edge_agent.gate`, `edge_agent.peers`, `edge_agent.learner`, `edge_agent.pipeline`, `fedhlm.decoding.couplings`.
+Code that depends on a property of a choice looks it up here and compares no names. The behaviour of the choices is in
+the tables of `edge_agent.gate`, `edge_agent.peers`, `edge_agent.learner`, `edge_agent.pipeline` and
+`fedhlm.decoding.couplings`.
 """
 
 from typing import Final, NamedTuple
 
 
 class GateTraits(NamedTuple):
-    """`verifies_all`: every token is verified, none is kept on the device's word. `by_doubt`: iff its uncertainty is above tau.
+    """Properties of a gate.
 
-    `alone`: nothing is ever asked of anybody, so that a text needs no broker.
+    Attributes:
+        verifies_all: every token is verified, and none is kept.
+        by_doubt: a token is verified iff its doubt is above tau.
+        alone: no token is verified, so that a text needs no broker.
     """
 
     verifies_all: bool = False
@@ -19,14 +23,23 @@ class GateTraits(NamedTuple):
 
 
 class PeerTraits(NamedTuple):
-    """`asked`: peers may settle a token, or propose another one."""
+    """Properties of a choice of peers.
+
+    Attributes:
+        asked: peers may settle a token, or propose another one.
+    """
 
     asked: bool = True
 
 
 class ThresholdTraits(NamedTuple):
-    """`learns`: devices contribute to a federation, and tau follows from what it knows. `descends`: by gradient steps of
-    each device's own tau (FedHLM). `keeps_budget`: from calibrated curves, so that the error stays below the budget."""
+    """Properties of a choice of threshold.
+
+    Attributes:
+        learns: devices contribute to a federation, and tau follows from what it knows.
+        descends: each device learns its own tau by gradient steps (FedHLM).
+        keeps_budget: tau follows from learnt curves, so that the harm stays within the budget.
+    """
 
     learns: bool = False
     descends: bool = False
@@ -34,13 +47,22 @@ class ThresholdTraits(NamedTuple):
 
 
 class ObjectiveTraits(NamedTuple):
-    """`bounded`: the error stays below the budget; else it is what its price makes of it."""
+    """Properties of an objective.
+
+    Attributes:
+        bounded: the harm stays within the budget. Otherwise it depends on the price of harm.
+    """
 
     bounded: bool = False
 
 
 class PipelineTraits(NamedTuple):
-    """`runs_ahead`: drafting goes on within the window while verdicts are under way. `grows_trees`: a draft is a tree."""
+    """Properties of a pipeline.
+
+    Attributes:
+        runs_ahead: the device goes on drafting, within the window, while it waits for verdicts.
+        grows_trees: a draft is a tree.
+    """
 
     runs_ahead: bool = False
     grows_trees: bool = False

@@ -1,4 +1,4 @@
-"""Ask an agent from Python: the only client there is.
+"""The Python client, which asks agents for text.
 
     async with fedhlm.Client("mqtt://127.0.0.1") as client:
         async for piece in client.ask("porch", "Oil prices rise"):
@@ -7,7 +7,7 @@
 A client is one connection to one broker. It may ask any number of agents at the same time.
 """
 
-# Client and Answer are two sides of one thing.
+# Client and Answer belong together and use each other's private attributes.
 # ruff: noqa: SLF001
 
 import asyncio
@@ -40,21 +40,25 @@ AWAY_S: Final = 5.0
 HOLE_S: Final = 5.0
 PATIENCE_S: Final = 120.0
 _DEADLINE_MAX_S: Final = 1e9
-_MOVE_S: Final = 1.0  # while an agent moves, it is in two clusters
-_NAME_BYTES: Final = 48  # of a name that gets a number behind it
+_MOVE_S: Final = 1.0  # while an agent moves, it is in two clusters for up to this long
+_NAME_BYTES: Final = 48  # most bytes of the client's name in the name of a request
 _HEARD: Final = (topics.AGENT_STATUS, topics.OUTPUT)
 
 
 class Client:
     """Asks agents over one broker.
 
-    `bus` is a URL (`mqtts://host`), a broker section of the settings (certificates, passwords), or a bus that is not
-    entered yet. Without `cluster` an agent is looked for in all clusters. `root` are the first levels of all topics.
-
-    `name` is the sender of all prompts, to whom the answers go; with a certificate or a user's name it is that. The broker knows a client of ours by this name and a random number.
-    `away_s`: how long an agent may be offline before that is an error, in seconds; `hole_s`: how long a missing piece may
-    still come after later ones. `hear` is called with every message, those included that are nobody's answer, of what
-    `subscribe` asks for besides. Time is the running loop's.
+    Args:
+        bus: a URL (`mqtts://host`), a broker section of the settings (certificates, passwords), or a bus that is not
+            entered yet.
+        cluster: the cluster of the agents; None searches all clusters.
+        name: the sender of all prompts, to which the answers go. A user name or certificate in `bus` replaces it. The MQTT
+            client id consists of this name and a random number.
+        root: the first levels of all topics.
+        away_s: seconds for which an agent may be offline before this is an error.
+        hole_s: seconds for which a missing piece may still come after later pieces.
+        hear: called with every valid message, also those of topics that were added with `subscribe`.
+        counters, stamp: what counts messages, and what makes their headers.
 
     Raises:
         ConfigError: the URL, the name or a certificate file cannot be used.
@@ -76,12 +80,12 @@ class Client:
         if isinstance(bus, str):
             bus = Broker(url=bus)
         if isinstance(bus, Broker):
-            from fedhlm.process.run import address_of, bus_of  # brings the MQTT library along
+            from fedhlm.process.run import address_of, bus_of  # imports the MQTT library
 
-            # Answers go to the sender of the prompt, and the broker lets us hear those to the name that it knows us by.
+            # Answers go to the sender of the prompt. The broker delivers only those for the name that we log in with.
             name = own_name(address_of(bus)) or name
             root = root or bus.root
-            # No two clients may have one id: the second would throw out the first.
+            # Each client needs its own id, because a second client with the same id would disconnect the first.
             identity = client_id("client", name, _number(), root=root)
             bus = bus_of(bus, client_id=identity, connect_timeout_s=bus.connect_timeout_s)
         if cluster is not None:
@@ -97,7 +101,7 @@ class Client:
         self._prefix = f"{name[:_NAME_BYTES]}-{_number()}"
         self._asked = 0
         self._open: dict[str, _Open] = {}
-        self._online: dict[str, dict[str, bool]] = {}  # agent -> cluster -> whether it is there
+        self._online: dict[str, dict[str, bool]] = {}  # agent -> cluster -> whether it is online there
         self._changed = asyncio.Event()
         self._heard_of: set[str] = set()
         self._failure: BusError | None = None
@@ -108,7 +112,7 @@ class Client:
         """Connect.
 
         Raises:
-            BusError: the broker is not reached in time, or refuses.
+            BusError: the broker cannot be reached in time, or rejects the connection.
         """
         self._loop = asyncio.get_running_loop()
         await self.party.bus.__aenter__()
@@ -118,7 +122,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Cancel what is open, and disconnect."""
+        """Cancel all open requests and disconnect."""
         for state in list(self._open.values()):
             await self._withdraw(state)
         if self._tasks:
@@ -127,7 +131,7 @@ class Client:
         await asyncio.wait([self._reader])
         await self.party.bus.__aexit__(None, None, None)
         if error is None and not self._reader.cancelled() and (broken := self._reader.exception()) is not None:
-            raise broken  # of `hear`
+            raise broken  # an error of `hear`
 
     def ask(
         self,
@@ -145,11 +149,11 @@ class Client:
         patience_s: float = PATIENCE_S,
         request: str | None = None,
     ) -> "Answer":
-        """An answer to come: iterate over its pieces, or await `whole`. It is asked for when that begins.
+        """Return an answer to iterate over by pieces, or to await by `whole`. Either sends the prompt when it begins.
 
-        None leaves a choice to the agent's configuration. `deadline_s` is for the whole answer, `patience_s` for the time
-        without any news of it. `request` names it; by default the client finds a name that nobody else uses.
-        Leaving the iteration early, or `aclose`, cancels the request.
+        Leaving the iteration early, or `aclose`, cancels the request. For options that are None the agent uses its own
+        configuration. `deadline_s` limits the time of the whole answer, and `patience_s` the time without a piece of
+        it, both in seconds. `request` is the name of the request; None gives a new unique name.
 
         Raises:
             ConfigError: a value is out of range.
@@ -175,29 +179,31 @@ class Client:
         return Answer(self, state, deadline_s=deadline_s, patience_s=patience_s)
 
     async def write(self, agent: str, text: str, **options: Any) -> Result:
-        """The whole answer; `options` are those of `ask`.
+        """Ask and wait for the whole answer. `options` are those of `ask`.
 
         Raises:
-            AskError: it did not come whole.
+            AskError: the answer is not complete.
+            BusError: the bus is closed, or its queue is full.
+            ConfigError: a value is out of range, or several clusters have an agent of this name.
         """
         async with self.ask(agent, text, **options) as answer:
             return await answer.whole()
 
     async def subscribe(self, *filters: str) -> None:
-        """Hear these topics as well.
+        """Receive more topics, whose messages go to `hear`.
 
         Raises:
-            BusError: the broker refuses a filter.
+            BusError: the broker rejects a filter.
         """
         await self.party.bus.subscribe(*filters)
 
     async def find(self, agent: str, cluster: str | None = None) -> str:
-        """The cluster in which an agent is online now.
+        """Return the cluster in which an agent is online.
 
         Raises:
-            AgentOffline: it is not, and did not come within `away_s`.
-            ConfigError: there are agents of this name in several clusters.
-            BusError: the bus was closed, or the broker refuses to show who is there.
+            AgentOffline: the agent is not online, and did not come online within `away_s` seconds.
+            ConfigError: several clusters have an agent of this name.
+            BusError: the bus was closed, or the broker rejects the subscription to presence.
         """
         return await self._find(agent, cluster or self.cluster, "")
 
@@ -206,7 +212,7 @@ class Client:
         began_s = _now_s()
         while True:
             places = self._places(agent)
-            # One that has moved still serves where it was, which its presence there tells.
+            # An agent that has moved still serves in its old cluster, as its presence there shows.
             if cluster is not None and places and cluster in self._online[agent]:
                 return cluster
             if cluster is None and len(places) == 1:
@@ -229,7 +235,7 @@ class Client:
         root, bus, me = self.party.root, self.party.bus, self.party.stamp.sender
         try:
             await bus.subscribe(*(row.name(root, cluster="+", agent=agent, client=me) for row in _HEARD))
-        except BusError:  # a broker that shows a client its own cluster only
+        except BusError:  # the broker allows a client one cluster only
             if cluster is None:
                 raise
             await bus.subscribe(*(row.name(root, cluster=cluster, agent=agent, client=me) for row in _HEARD))
@@ -291,7 +297,7 @@ class Client:
             del self._open[state.request]
 
     async def _withdraw(self, state: "_Open") -> None:
-        """Forget a request, and tell the agent if it may still be writing."""
+        """Forget a request, and cancel it at the agent if its last output has not come."""
         if self._open.get(state.request) is not state:
             return
         self._forget(state)
@@ -300,7 +306,7 @@ class Client:
             await self.party.send(topics.CANCEL, message, cluster=state.cluster, agent=state.agent)
 
     def _abandon(self, state: "_Open") -> None:
-        """`_withdraw` where nobody can wait for it."""
+        """Run `_withdraw` in a task, for callers that cannot await it."""
         if self._open.get(state.request) is state and asyncio.get_running_loop() is self._loop:
             task = self._loop.create_task(self._withdraw(state), name=f"cancel {state.request}")
             self._tasks.add(task)
@@ -308,7 +314,7 @@ class Client:
 
 
 class _Open:
-    """A request on its way."""
+    """A request that is not finished."""
 
     def __init__(self, agent: str, cluster: str | None, fields: dict[str, Any]) -> None:
         self.agent = agent
@@ -326,9 +332,9 @@ class _Open:
 
 
 class Answer:
-    """The pieces of one answer as they come, in order; then `result`. One consumer.
+    """An answer as an iterator over its pieces, in order and as they come, for one consumer; `result` has all of them.
 
-    Use it as a context manager where the iteration may be left early: `async with client.ask(...) as answer`.
+    Use it as a context manager if the iteration may be left early: `async with client.ask(...) as answer`.
     """
 
     def __init__(self, client: Client, state: _Open, *, deadline_s: float | None, patience_s: float) -> None:
@@ -337,44 +343,45 @@ class Answer:
         self._deadline_s = deadline_s
         self._patience_s = patience_s
         self._limit_s = float("inf")
-        self._hole: tuple[int, float] | None = None  # what is missing, and since when
+        self._hole: tuple[int, float] | None = None  # the position of the missing piece, and since when it is missing
         self._away_s: float | None = None  # since when the agent is offline
         self._begun = False
         self._over = False
 
     @property
     def request(self) -> str:
-        """The request's name."""
+        """The name of the request."""
         return self._state.request
 
     @property
     def agent(self) -> str:
-        """Who is asked."""
+        """The name of the agent."""
         return self._state.agent
 
     @property
     def result(self) -> Result:
-        """What is there: the whole answer after the iteration, a part of it before or after an error."""
+        """The whole answer after the iteration; the part that has arrived before its end and after an error."""
         state = self._state
         return state.assembly.result(agent=state.agent, cluster=state.cluster or "", request=state.request)
 
     async def whole(self) -> Result:
-        """Wait for all pieces that are left.
+        """Wait for the remaining pieces and return the whole answer.
 
         Raises:
-            AskError: the answer did not come whole; `result` has what did.
+            AskError: the answer is not complete; `result` has the part that has arrived.
         """
         async for _ in self:
             pass
         return self.result
 
     async def begin(self) -> None:
-        """Send the prompt now, which else the iteration does first.
+        """Send the prompt now. Otherwise the iteration sends it first.
 
         Raises:
-            AgentOffline: the agent is not there.
-            ConfigError: the prompt cannot travel, or there are several agents of this name.
-            BusError: the bus is closed, or its queue full.
+            AgentOffline: the agent is not online.
+            ConfigError: the prompt is larger than the broker accepts, the request's name is in use, or several clusters
+                have an agent of this name.
+            BusError: the bus is closed, or its queue is full.
         """
         if self._begun:
             return
@@ -413,10 +420,10 @@ class Answer:
             raise
 
     def _due_s(self) -> float:
-        """Until when news may come.
+        """The loop time until which the next piece may come.
 
         Raises:
-            AskError: it is too late for them.
+            AskError: this time has passed.
         """
         client, state, now_s = self._client, self._state, _now_s()
         hole, agent = state.assembly.hole, state.agent
@@ -453,7 +460,7 @@ class Answer:
         self._client._forget(self._state)
 
     async def aclose(self) -> None:
-        """Cancel the request, unless it is over; an iteration that waits in another task ends with RequestCancelled."""
+        """Cancel the request unless it is over. An iteration that waits in another task raises RequestCancelled."""
         self._over = True
         self._state.news.set()
         await self._client._withdraw(self._state)
@@ -467,11 +474,11 @@ class Answer:
         await self.aclose()
 
     def __del__(self) -> None:
-        """An iteration that was left by `break` cancels as well."""
+        """Cancel the request of an iteration that was left by `break`."""
         if self._begun and not self._over:
             try:
                 self._client._abandon(self._state)
-            except RuntimeError:  # no loop runs any more, and the connection is gone with it
+            except RuntimeError:  # no loop is running, so the connection is gone as well
                 return
 
 
@@ -480,7 +487,7 @@ def _now_s() -> float:
 
 
 async def _within(event: asyncio.Event, limit_s: float) -> bool:
-    """Wait for an event until a time of the loop's clock; whether it came."""
+    """Wait for an event until a time of the loop's clock. Returns whether it came."""
     try:
         async with asyncio.timeout_at(None if limit_s == float("inf") else limit_s):
             await event.wait()

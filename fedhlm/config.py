@@ -1,7 +1,8 @@
-"""Configuration: defaults < preset < TOML file < environment < flags, and where each value came from.
+"""Merges the configuration and records the source of each value: defaults < preset < TOML file < environment < flags.
 
-A key is dotted (`generation.pipeline.block`), an environment variable is FEDHLM_ with `__` for the dot
-(FEDHLM_GENERATION__PIPELINE__BLOCK). Whatever cannot be used is a ConfigError naming key, value, expectation and source.
+A key is dotted (`generation.pipeline.block`). Its environment variable is FEDHLM_ with `__` for the dot
+(FEDHLM_GENERATION__PIPELINE__BLOCK). A value that cannot be used raises ConfigError, which names key, value,
+expectation and source.
 """
 
 import difflib
@@ -25,13 +26,13 @@ from fedhlm.learning.certificate import AUDIT_LEAST
 from fedhlm.settings import DEFAULT_PRESET, Broker, Config, Section, is_secret, masked
 
 ENV_PREFIX: Final = "FEDHLM_"
-# Read by the model tools, which have no configuration file.
+# Variables of the model tools, which have no configuration file.
 OTHER_VARIABLES: Final = frozenset({"FEDHLM_DATA"})
 PRESET_FOLDER: Final = Path(__file__).with_name("presets")
 
 
 class Setting(NamedTuple):
-    """A value and where it came from."""
+    """A value and its source."""
 
     value: object
     source: str
@@ -42,21 +43,21 @@ Layer = dict[str, Setting]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A merged configuration and the source of every key; the layers stay, so that a preset can be exchanged."""
+    """A merged configuration and the source of every key. The layers are kept, so that the preset can be exchanged."""
 
     config: Config
     sources: dict[str, str]
     _layers: tuple[Layer, ...] = field(repr=False)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(key, value as TOML with secrets masked, source) in the order of declaration."""
+        """Return (key, value as TOML with secrets masked, source) of each key, in the order of declaration."""
         return [(key, _shown(key, _lookup(self.config, key)), self.sources[key]) for key in KEYS]
 
     def with_preset(self, name: str) -> "Loaded":
-        """The same settings over another shipped preset; what file, environment and flags set stays set.
+        """Merge the same file, environment and flags over another shipped preset.
 
         Raises:
-            ConfigError: no shipped preset has this name (a path is not taken: the name may come from the bus).
+            ConfigError: no shipped preset has this name. A path is rejected, because the name may come from the bus.
         """
         if name not in presets():
             raise _unknown_preset(name, "request")
@@ -71,12 +72,13 @@ def load(
     environ: Mapping[str, str] | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """Merge all sources. `flags` maps dotted keys to text; `preset` stands for the flag of that name.
+    """Merge all sources. `flags` maps dotted keys to text. `preset` is the same as the flag of that name.
 
-    `environ` defaults to the process's own.
+    `environ` defaults to the environment of the process.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown key or preset, a value out of range, or a contradiction.
+        ConfigError: a file cannot be read, a key or preset is unknown, a value is out of range, or values contradict
+            each other.
     """
     given = dict(flags or {}) if preset is None else {**(flags or {}), "preset": preset}
     layers = (
@@ -91,17 +93,17 @@ def load(
 
 
 def presets() -> dict[str, str]:
-    """The shipped presets: name to promise, by name."""
+    """Return the promise of each shipped preset, by name."""
     return {path.stem: _read_toml(path)["promise"] for path in sorted(PRESET_FOLDER.glob("*.toml"))}
 
 
 def environment_name(key: str) -> str:
-    """The environment variable of a dotted key."""
+    """Return the environment variable of a dotted key."""
     return ENV_PREFIX + key.upper().replace(".", "__")
 
 
 def check(loaded: Loaded) -> str:
-    """The merged configuration as an aligned table: key, value, source."""
+    """Return the merged configuration as an aligned table of key, value and source."""
     rows = [("key", "value", "source"), *loaded.rows()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {source}" for key, value, source in rows)
@@ -124,7 +126,7 @@ def _description(kind: Any) -> str:
 
 
 _TYPES: Final[dict[str, Any]] = dict(_walk(Config))
-# Every section and key with what it is, in the order of declaration.
+# The description of every section and key, in the order of declaration.
 DESCRIPTIONS: Final[dict[str, str]] = {key: _description(kind) for key, kind in _TYPES.items()}
 SECTIONS: Final = tuple(key for key, kind in _TYPES.items() if isinstance(kind, type) and issubclass(kind, Section))
 KEYS: Final = tuple(key for key in _TYPES if key not in SECTIONS)
@@ -210,7 +212,7 @@ def _flat(table: Mapping[str, Any], source: str, prefix: str = "") -> dict[str, 
 
 
 def _layer(values: Mapping[str, object], source_of: Callable[[str], str], *, text: bool = False) -> Layer:
-    """Convert each value to its key's type; `text` allows numbers written as text."""
+    """Convert each value to the type of its key. `text` allows numbers that are written as text."""
     layer: Layer = {}
     for key, raw in values.items():
         try:
@@ -224,14 +226,14 @@ def _layer(values: Mapping[str, object], source_of: Callable[[str], str], *, tex
 
 
 def _words(key: str, raw: object) -> object:
-    """The text of a list: names between commas, in brackets and quotes or not."""
+    """Split the text of a list of names, which are separated by commas and may have brackets and quotes."""
     if typing.get_origin(_TYPES[key].__origin__) is not tuple:
         return raw
     return re.findall(r"[^\s,()\[\]'\"]+", str(raw))
 
 
 def _check_together(config: Config, sources: dict[str, str]) -> None:
-    """Refuse what each key alone allows but no part could run."""
+    """Reject combinations of values that are valid one by one but cannot run together."""
     for prefix, broker in (("broker", config.broker), ("edge.upstream", config.edge.upstream)):
         levels = broker.root.split("/")
         if any(not level or level.startswith("$") or level in {"+", "#"} for level in levels):
@@ -277,7 +279,7 @@ def _require_known(key: str, value: object, source: str, spelling: Callable[[str
 
 
 def near(word: str, known: Sequence[str], spelling: Callable[[str], str] = str) -> str:
-    """A hint at the one that is meant by a word which is none of `known`."""
+    """Return a hint at the known word that may be meant by an unknown one."""
     close = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, n=1)
     return f"did you mean {spelling(close[0])}?" if close else "`fedhlm config explain` lists all keys"
 
@@ -298,12 +300,12 @@ def _error(key: str, value: object, expectation: str, source: str, why: str = ""
 
 
 def default(key: str) -> str:
-    """A key's default as TOML."""
+    """Return the default of a key as TOML."""
     return _shown(key, _lookup(_DEFAULTS, key))
 
 
 def expectation(key: str) -> str:
-    """A key's type and limits in words."""
+    """Return the type and limits of a key in words, to follow "must be"."""
     info = msgspec.inspect.type_info(_TYPES[key])
     if isinstance(info, msgspec.inspect.Metadata):
         info = info.type
@@ -335,7 +337,7 @@ def _limits(info: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
 
 
 def _shown(key: str, value: object) -> str:
-    # A path may hold bytes that are no text; they must not stop the listing.
+    # A path may hold bytes that are not text, which must not stop the listing.
     return json.dumps(masked(key, value), ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 

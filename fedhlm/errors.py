@@ -1,4 +1,4 @@
-"""The exception tree. What a caller can act on is a FedhlmError; anything else that escapes is a bug.
+"""The exception hierarchy. Errors that a caller can handle are FedhlmErrors; any other exception is a bug.
 
 FedhlmError
 ├── ConfigError        a key, its value and what it must be
@@ -7,26 +7,26 @@ FedhlmError
 ├── ModelError         a model folder is missing, incomplete or of the wrong kind
 ├── FingerprintMismatch  agent and cloud do not run the same tokenizer, vocabulary or sampler
 ├── ProtocolError      bytes on a topic are not a message of that topic
-├── BusError           the broker cannot be reached or refuses
-├── AskError           an answer did not come whole (`fedhlm.Client`)
-│   ├── AgentOffline       the agent is not connected to the broker, or has gone
-│   ├── DeadlinePassed     the answer, or the next piece of it, did not come in time
-│   ├── PiecesLost         a piece is missing and did not come any more
-│   ├── RequestCancelled   somebody has ended the request
+├── BusError           the broker cannot be reached, or rejects the connection
+├── AskError           an answer is not complete (`fedhlm.Client`)
+│   ├── AgentOffline       the agent is not connected to the broker
+│   ├── DeadlinePassed     the answer, or its next piece, did not come in time
+│   ├── PiecesLost         a piece of the answer was lost
+│   ├── RequestCancelled   the client or the agent cancelled the request
 │   ├── RequestNameTaken   the agent knows the request's name from another prompt
-│   └── RequestRefused     the agent says why it does not answer
+│   └── RequestRefused     the agent rejected the request or failed, and says why
 └── TraceError         a recording cannot be read, written or used as asked
 """
 
 
 class FedhlmError(Exception):
-    """Base of every error that a caller is expected to handle."""
+    """Base class of every error that a caller can handle."""
 
 
 class ConfigError(FedhlmError):
     """A setting or flag has a value that cannot be used: `KEY must be EXPECTED (got VALUE from SOURCE: WHY)`.
 
-    `expectation` completes "must be"; None as the value means that there is none; a secret value is masked by the caller.
+    `expectation` completes "must be". The value None means that there is no value. The caller masks secret values.
     """
 
     def __init__(self, key: str, value: object, expectation: str, *, why: str = "", source: str = "") -> None:
@@ -46,7 +46,7 @@ class ConfigError(FedhlmError):
 
 
 class UnknownKey(ConfigError):
-    """A key does not exist; `expectation` is a hint at what does."""
+    """A key does not exist. `expectation` is a hint at the key that may be meant."""
 
     def _sentence(self) -> str:
         found = "" if self.value is None else f" (got {self._found()})"
@@ -54,15 +54,15 @@ class UnknownKey(ConfigError):
 
 
 class DataMissing(FedhlmError):
-    """Training or benchmark data is absent or malformed."""
+    """Training or benchmark data is missing or malformed."""
 
 
 class ModelError(FedhlmError):
-    """A model folder cannot be used; the message names the file and what was expected."""
+    """A model folder cannot be used. The message names the file and what was expected."""
 
 
 class FingerprintMismatch(FedhlmError):
-    """Two parties differ in a field that both must share."""
+    """The fingerprints of two parties differ in a field that both must share."""
 
     def __init__(self, field: str, ours: object, theirs: object) -> None:
         super().__init__(f"fingerprint.{field} differs: ours is {ours!r}, theirs is {theirs!r}")
@@ -76,11 +76,11 @@ class ProtocolError(FedhlmError):
 
 
 class BusError(FedhlmError):
-    """The broker cannot be reached, refused the connection, or went away."""
+    """The broker cannot be reached or rejected the connection, or the connection was closed."""
 
 
 class AskError(FedhlmError):
-    """An answer of `agent` to `request` did not come whole; `reason` says why."""
+    """The answer of `agent` to `request` is not complete. `reason` says why."""
 
     def __init__(self, agent: str, request: str, reason: str) -> None:
         super().__init__(reason)
@@ -90,15 +90,15 @@ class AskError(FedhlmError):
 
 
 class AgentOffline(AskError):
-    """The agent is not connected to the broker: it was never there, said goodbye, or its last will was published."""
+    """The agent is not connected to the broker: it never connected, disconnected, or its last will was published."""
 
 
 class DeadlinePassed(AskError):
-    """The answer was not whole when its deadline passed, or nothing was heard of it for too long."""
+    """The answer was not complete at its deadline, or no piece of it came for too long."""
 
 
 class PiecesLost(AskError):
-    """Later pieces came, and the one that begins at token `position` did not."""
+    """The piece that begins at token `position` did not come, although later pieces did."""
 
     def __init__(self, agent: str, request: str, position: int) -> None:
         super().__init__(agent, request, f"pieces of {agent}'s answer were lost from token {position} on")
@@ -106,19 +106,19 @@ class PiecesLost(AskError):
 
 
 class RequestCancelled(AskError):
-    """The request was ended before its text was, by its client or by the agent."""
+    """The client or the agent cancelled the request before its text was complete."""
 
 
 class RequestNameTaken(AskError):
-    """The agent knows the request's name from another prompt; ask again under another one."""
+    """The agent knows the request's name from another prompt. Ask again under another name."""
 
 
 class RequestRefused(AskError):
-    """The agent ended the request with an error; `reason` is what it says."""
+    """The agent ended the request with an error. `reason` is the agent's text."""
 
 
 def root_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error inside nested groups: what a person wants to read of a task group that failed."""
+    """Return the first error inside nested groups, which is what to show of a task group that failed."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

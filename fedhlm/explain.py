@@ -1,6 +1,6 @@
-"""What a setting, a section or a preset is, in words: for `fedhlm config explain` and for the tables of docs/configuration.md.
+"""Explains settings, sections and presets, for `fedhlm config explain` and for the tables of docs/configuration.md.
 
-`python -m fedhlm.explain docs/configuration.md` writes the tables of that page anew, between its marks.
+`python -m fedhlm.explain docs/configuration.md` rewrites the tables of that page between its marks.
 """
 
 import re
@@ -27,14 +27,14 @@ from fedhlm.settings import DEFAULT_PRESET, is_secret
 
 CHOICES: Final = ("coupling", "gate", "peers", "threshold", "pipeline.kind")
 _NAMED: Final = re.compile(r"`([^`]+)`")
-_TWIN: Final = ("edge.upstream", "broker")  # a section whose keys are those of another
+_TWIN: Final = ("edge.upstream", "broker")  # a section, and the section that has the same keys
 
 
 def explain(loaded: Loaded, name: str = "") -> str:
-    """A key, a section or a shipped preset in words; without a name all keys by section.
+    """Explain a key, a section or a shipped preset; without a name, list all keys by section.
 
     Raises:
-        UnknownKey: none of them is called so.
+        UnknownKey: no key, section or preset has this name.
     """
     name = name.removeprefix("--").replace("-", "_") if name.startswith("--") else name
     if name.startswith(ENV_PREFIX):
@@ -51,26 +51,26 @@ def explain(loaded: Loaded, name: str = "") -> str:
 
 
 def related(key: str) -> tuple[str, ...]:
-    """The keys that a key's description names, and those whose descriptions name it."""
+    """Return the keys that a key's description names, and the keys whose descriptions name it."""
     named = set(mentioned(key))
     return tuple(other for other in KEYS if other != key and (other in named or key in mentioned(other)))
 
 
 def mentioned(key: str) -> tuple[str, ...]:
-    """The words in backticks of a key's description, as keys: siblings by their name alone, others in full."""
+    """Return the words in backticks of a key's description as full keys. Keys of its own section have short names."""
     section = key.rpartition(".")[0]
     words = (word for word in _NAMED.findall(DESCRIPTIONS[key]))
     return tuple(next((found for found in (f"{section}.{word}", word) if found in KEYS), word) for word in words)
 
 
 def tables() -> dict[str, str]:
-    """The generated parts of docs/configuration.md, by the name of their marks."""
+    """Return the generated parts of docs/configuration.md, by the name of their marks."""
     keys = "\n\n".join(_table(section) for section in ("", *SECTIONS) if _own(section))
     return {"settings": keys, "presets": "\n".join(_preset_rows())}
 
 
 def rewritten(page: str) -> str:
-    """A page with the text between each pair of marks (`<!-- NAME -->` and `<!-- end of NAME -->`) made anew."""
+    """Return a page with new text between each pair of marks, `<!-- NAME -->` and `<!-- end of NAME -->`."""
     for name, text in tables().items():
         marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         page = marks.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", page)  # type: ignore[misc]
@@ -141,7 +141,7 @@ def _preset_rows() -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the tables of the given pages anew."""
+    """Rewrite the tables of the given pages."""
     for path in map(Path, arguments):
         path.write_text(rewritten(path.read_text("utf-8")), "utf-8")
     return 0

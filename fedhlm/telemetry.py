@@ -1,7 +1,8 @@
-"""Logs, counters and gauges of a service.
+"""Logs, counters and gauges of a part.
 
-One line per record, with the party that wrote it and without any known secret. Counters and gauges have fixed, documented
-names; counters only rise. They are exported to Prometheus where a port is configured, and only then is its library loaded.
+A log record is one line. It names the party that wrote it and contains no known secret. Counters and gauges have fixed,
+documented names, and counters only rise. If a port is configured, they are exported to Prometheus; its library is
+loaded only then.
 """
 
 import logging
@@ -17,8 +18,8 @@ from fedhlm.errors import ConfigError
 
 MASK: Final = "***"
 WARNED_MAX: Final = 4_096
-KEY_MAX: Final = 256  # characters of a warning's key that are remembered
-MESSAGE_MAX: Final = 4_096  # characters of one record: the name of a topic alone may have 65,535
+KEY_MAX: Final = 256  # most characters of a warning's key that are stored
+MESSAGE_MAX: Final = 4_096  # most characters of one record; the name of a topic alone may have 65,535
 
 COUNTERS: Final[dict[str, str]] = {
     "refused_messages": "payloads that were not a valid message of their topic, or came from the wrong sender",
@@ -85,9 +86,10 @@ GAUGES: Final[dict[str, str]] = {
 
 
 class Counters:
-    """Monotonic counts by a name of COUNTERS and, for the names in LABELS, by label; newest values by a name of GAUGES.
+    """Counters by the names of COUNTERS, with a label for the names in LABELS; and gauges by the names of GAUGES.
 
-    A count is raised (`add`), or read where a part keeps it for itself (`follow`). Any thread may add, set and read.
+    A count is raised by `add`, or read from an object that counts by itself (`follow`). Any thread may add, set and
+    read.
     """
 
     def __init__(self) -> None:
@@ -101,7 +103,7 @@ class Counters:
 
         Raises:
             KeyError: `name` is not in COUNTERS.
-            ValueError: a negative amount, or a label where none belongs, or none where one does.
+            ValueError: the amount is negative, a label is given for a name without labels, or it is missing.
         """
         if name not in COUNTERS:
             raise KeyError(name)
@@ -120,13 +122,13 @@ class Counters:
             self.add(name, amount)
 
     def follow(self, source: object, **attributes: str) -> None:
-        """Add to each count what `source` counts in the attribute of that name, from now on and for good.
+        """Add attributes of `source` to counts from now on; `attributes` maps names of COUNTERS to attributes.
 
-        Several sources of a count are summed up; the same one counts once.
+        Several sources of a count are summed. The same source counts once.
 
         Raises:
             KeyError: a name is not in COUNTERS, or has labels.
-            AttributeError: `source` does not count that.
+            AttributeError: `source` has no such attribute.
         """
         for name, attribute in attributes.items():
             if name not in COUNTERS or name in LABELS:
@@ -136,11 +138,11 @@ class Counters:
                 self._followed.append((name, source, attribute))
 
     def set(self, name: str, value: float) -> None:
-        """Give a gauge its newest value.
+        """Set a gauge.
 
         Raises:
             KeyError: `name` is not in GAUGES.
-            ValueError: a value that is not finite.
+            ValueError: the value is not finite.
         """
         if name not in GAUGES:
             raise KeyError(name)
@@ -150,28 +152,28 @@ class Counters:
             self._values[name] = float(value)
 
     def set_all(self, **values: float | None) -> None:
-        """Give several gauges their newest values; None keeps the one before."""
+        """Set several gauges. None keeps the current value."""
         for name, value in values.items():
             if value is not None:
                 self.set(name, value)
 
     def gauges(self) -> dict[str, float]:
-        """The newest value of each gauge that was set, in a fixed order."""
+        """Return the value of each gauge that was set, in a fixed order."""
         with self._lock:
             return {name: self._values[name] for name in GAUGES if name in self._values}
 
     def __getitem__(self, name: str) -> int:
-        """The count of a name, summed over its labels; 0 before the first `add`."""
+        """Return the count of a name, summed over its labels; 0 before the first `add`."""
         if name not in COUNTERS:
             raise KeyError(name)
         return sum(count for (known, _), count in self.items() if known == name)
 
     def by_label(self, name: str) -> dict[str, int]:
-        """The counts of a labelled name."""
+        """Return the counts of a labelled name by label."""
         return {label: count for (known, label), count in self.items() if known == name}
 
     def items(self) -> list[tuple[tuple[str, str], int]]:
-        """((name, label), count) of everything counted so far, in a fixed order."""
+        """Return ((name, label), count) of all counts so far, in a fixed order."""
         with self._lock:
             counts = self._counts.copy()
         for name, source, attribute in self._followed:
@@ -180,20 +182,19 @@ class Counters:
         return sorted(counts.items())
 
     def snapshot(self) -> dict[str, float]:
-        """Flat counts, a labelled one as `name.label`, and the gauges that were set."""
+        """Return all counts, with a labelled one as `name.label`, and the gauges that were set."""
         counts = {f"{name}.{label}" if label else name: count for (name, label), count in self.items()}
         return {**counts, **self.gauges()}
 
 
 @contextmanager
 def exported(counters: Counters, *, party: str, port: int, host: str = "127.0.0.1") -> Iterator[int]:
-    """Serve counters and gauges to Prometheus over HTTP while the block runs.
+    """Serve counters and gauges to Prometheus over HTTP while the block runs. Yields the port; 0 serves nothing.
 
-    Counters are called `fedhlm_<name>_total{party=...}`, gauges that were set `fedhlm_<name>{party=...}`.
-    Port 0 serves nothing. Yields the port.
+    A counter is exported as `fedhlm_<name>_total{party=...}`, and a gauge that was set as `fedhlm_<name>{party=...}`.
 
     Raises:
-        ConfigError: the port cannot be listened on.
+        ConfigError: the port cannot be opened on this host.
     """
     if port == 0:
         yield 0
@@ -240,7 +241,7 @@ class _Collector:
 
 
 class OneLine(logging.Formatter):
-    """`time level party logger: message`, with line breaks escaped and secrets replaced; a traceback follows below."""
+    """Formats `time level party logger: message`, with line breaks escaped and secrets masked. A traceback follows."""
 
     def __init__(self, party: str, secrets: Iterable[str] = ()) -> None:
         super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(party)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
@@ -255,8 +256,8 @@ class OneLine(logging.Formatter):
         return text
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the name is the standard library's
-        # What comes over the bus may end up in a message; a line break in it must not look like another record, and
-        # nobody can fill the disk with a few of them.
+        # Text from the bus may be part of a message. A line break in it must not look like another record, and a few
+        # messages must not fill the disk.
         text = super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
         return text if len(text) <= MESSAGE_MAX else f"{text[:MESSAGE_MAX]}... ({len(text)} characters)"
 
@@ -264,7 +265,7 @@ class OneLine(logging.Formatter):
 def configure_logging(
     level: str, party: str, *, secrets: Iterable[str] = (), stream: TextIO | None = None
 ) -> logging.Handler:
-    """Send all records from `level` on to `stream` (stderr by default), replacing earlier handlers; returns the handler."""
+    """Send all records of `level` and above to `stream` (default: stderr). Replaces other handlers; returns its own."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(OneLine(party, secrets))
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -275,9 +276,9 @@ _warned: Final[set[tuple[str, str]]] = set()
 
 
 def warn_once(logger: logging.Logger, key: str, message: str, *args: object) -> None:
-    """Log at WARNING the first time for this logger and `key`, at DEBUG afterwards.
+    """Log at WARNING the first time for this logger and `key`, and at DEBUG afterwards.
 
-    Keys may derive from what strangers send, so only the first WARNED_MAX are remembered; later new ones go to DEBUG.
+    Keys may contain text from strangers, so only the first WARNED_MAX are stored. New keys after that log at DEBUG.
     """
     key = key[:KEY_MAX]
     known = (logger.name, key) in _warned
@@ -289,5 +290,5 @@ def warn_once(logger: logging.Logger, key: str, message: str, *args: object) -> 
 
 
 def forget_warnings() -> None:
-    """Let every `warn_once` warn again."""
+    """Make every `warn_once` warn again."""
     _warned.clear()

@@ -1,4 +1,4 @@
-"""The version of this software, in a module that imports nothing."""
+"""The version of fedhlm, in a module that imports nothing but typing."""
 
 from typing import Final
 

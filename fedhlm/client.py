@@ -52,8 +52,7 @@ class Client:
         bus: a URL (`mqtts://host`), a broker section of the settings (certificates, passwords), or a bus that is not
             entered yet.
         cluster: the cluster of the agents; None searches all clusters.
-        name: the sender of all prompts, to which the answers go. A user name or certificate in `bus` replaces it. The MQTT
-            client id consists of this name and a random number.
+        name: the sender of all prompts, to which the answers go. The name in a user name or certificate replaces it.
         root: the first levels of all topics.
         away_s: seconds for which an agent may be offline before this is an error.
         hole_s: seconds for which a missing piece may still come after later pieces.

@@ -105,6 +105,8 @@ class Auditor:
     async def keep(self) -> None:
         """Send overdue audits until cancelled."""
         while True:
+            if self.audits.full:
+                await self.send_overdue()
             wake_s = self.audits.wake_s()
             try:
                 async with asyncio.timeout_at(None if wake_s == float("inf") else wake_s):

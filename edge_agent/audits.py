@@ -13,15 +13,16 @@ from edge_agent.events import Answered, Observation, Tail
 from edge_agent.generation import scored
 from edge_agent.learner import Measures, OpenText
 from fedhlm.decoding.ids import digest_of
-from fedhlm.protocol.messages import Fingerprint, Prime, Rider, Sampling, pack_ids
+from fedhlm.protocol.messages import MAX_RIDERS, Fingerprint, Prime, Rider, Sampling, pack_ids
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
 
 WAIT_S: Final = 60.0  # seconds to wait for a message that carries the audit; then it is sent alone
 ANSWER_S: Final = 20.0  # seconds to wait for the verdict
 TRIES: Final = 4
-OPEN_MAX: Final = 64  # beyond this number the oldest audit is given up
-RIDERS_MAX: Final = 8  # per message
+OPEN_MAX: Final = 1_024  # beyond this number the oldest audit is given up
+FULL: Final = 32  # so many audits that wait are worth a message of their own
+RIDERS_BYTES: Final = 16_384  # about, per message
 
 
 @dataclass
@@ -50,6 +51,11 @@ class Audit:
     def complete(self) -> bool:
         """Whether every token of the tail is scored."""
         return len(self.scores) == len(self.tail.tokens)
+
+    @property
+    def bytes_max(self) -> int:
+        """About what the rider takes on the wire; hardly ever less."""
+        return 256 + 3 * (len(self.tail.context) + len(self.tail.tokens))
 
     def rider(self, fingerprint: Fingerprint) -> Rider:
         """The tail as it is sent: fixed ids, with a prime if the cloud may not hold the session any more."""
@@ -82,10 +88,23 @@ class Audits:
 
     def riders(self, now_s: float) -> list[Audit]:
         """The audits that the message sent at `now_s` must carry. They count as sent."""
-        found = [a for a in self._open.values() if a.sent_s is None][:RIDERS_MAX]
-        for audit in found:
+        found: list[Audit] = []
+        size = 0
+        for audit in self._waiting():
+            size += audit.bytes_max
+            if len(found) == MAX_RIDERS or (found and size > RIDERS_BYTES):
+                break
             audit.sent_s, audit.due_s = now_s, now_s + ANSWER_S
+            found.append(audit)
         return found
+
+    @property
+    def full(self) -> bool:
+        """Whether so many audits wait that they go up without waiting for another message."""
+        return len(self._waiting()) >= FULL
+
+    def _waiting(self) -> list[Audit]:
+        return [a for a in self._open.values() if a.sent_s is None]
 
     def wake_s(self) -> float:
         """When the next audit must be sent alone, or its answer is overdue; infinity if there is none."""
@@ -102,7 +121,7 @@ class Audits:
                 audit.sent_s, audit.tries = None, audit.tries + 1
             if audit.tries >= TRIES:
                 given_up.append(self._open.pop(audit.session))
-        return any(a.sent_s is None and a.due_s <= now_s for a in self._open.values()), given_up
+        return self.full or any(a.due_s <= now_s for a in self._waiting()), given_up
 
     def answered(self, session: int, event: Answered) -> Audit | None:
         """Add the scores of a verdict. Return the audit if it is complete now. Only the target's verdicts count."""

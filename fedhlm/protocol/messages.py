@@ -30,7 +30,7 @@ MAX_CURVES: Final = 16
 MAX_NOTES: Final = 1_024
 MAX_STOPS: Final = 16
 MAX_REASON: Final = 1_024
-MAX_RIDERS: Final = 8
+MAX_RIDERS: Final = 64
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 

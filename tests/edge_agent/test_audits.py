@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.audits import ANSWER_S, OPEN_MAX, TRIES, WAIT_S, Audit, Audits
+from edge_agent.audits import ANSWER_S, FULL, OPEN_MAX, TRIES, WAIT_S, Audit, Audits
 from edge_agent.driver import AgentCore
 from edge_agent.events import Answered, Tail, Token
 from edge_agent.learner import Measures, OpenText
@@ -171,6 +171,24 @@ def test_a_device_that_keeps_everything_is_audited_by_messages_of_its_own() -> N
         (known,) = agent.learner._certificates.values()
         counted = fleet.counters.snapshot()
         assert (counted["audits"], counted["audit_messages"]) == (3, 1)
+        assert known.estimate * known.tokens == pytest.approx(wrong)
+
+    lived(work)
+
+
+def test_many_short_answers_lose_no_audit_and_share_their_messages() -> None:
+    """A device that keeps nearly everything sends its audits together, before any is given up."""
+
+    async def work(fleet: Fleet, agent: AgentCore) -> None:
+        wrong = 0
+        for seed in range(150):
+            wrong += (await write(agent, seed, KEEPS_ALL, tokens=1))[1]
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(WAIT_S + 5.0)
+        (known,) = agent.learner._certificates.values()
+        counted = fleet.counters.snapshot()
+        assert (counted["audits"], counted.get("lost_audits", 0), known.texts) == (150, 0, 150)
+        assert counted["audit_messages"] <= 150 / FULL + 1
         assert known.estimate * known.tokens == pytest.approx(wrong)
 
     lived(work)

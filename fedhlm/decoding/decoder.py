@@ -219,9 +219,10 @@ class Decoder:
         """Load a model folder.
 
         Args:
-            folder: the model folder. threads: the number of cores that one call may use. providers: names of
-            onnxruntime's providers in order of preference. Absent ones are left out with one warning;
-                the CPU takes their place.
+            folder: the model folder.
+            threads: the number of cores that one call may use.
+            providers: names of onnxruntime's providers in order of preference. Absent ones are left out with one
+                warning, and the CPU takes their place.
             keeps_memory: whether memory is kept between calls. Without it, large calls are slower.
 
         Raises:

@@ -94,8 +94,7 @@ def unpack_branches(data: bytes, vocab_size: int, chain_length: int) -> tuple[Br
 
     Raises:
         ProtocolError: the length is not a whole number of branches, there are too many, an id is outside the
-        vocabulary,
-            or a parent does not come before its child.
+            vocabulary, or a parent does not come before its child.
     """
     width = id_bytes(vocab_size) + PARENT_BYTES
     count, rest = divmod(len(data), width)

@@ -408,8 +408,7 @@ class Members:
 
         Raises:
             ProtocolError: the bytes are no snapshot of this version, or hold something that `take` would reject.
-            Nothing
-                has changed then.
+                Nothing has changed then.
         """
         try:
             saved = _saved.decode(data)

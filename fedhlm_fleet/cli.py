@@ -52,7 +52,7 @@ app = App(
     name="fedhlm",
     version=_version,
     version_flags=["--version"],
-    help="Hybrid language models over MQTT: devices draft, the cloud's model settles what is doubtful.",
+    help="Run hybrid language models over MQTT: small models on devices draft, a large model in the cloud verifies.",
     help_format="plaintext",
 )
 config_app = App(name="config", help="Check and explain the configuration.")

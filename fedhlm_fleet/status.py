@@ -132,5 +132,5 @@ def _wrong(part: Heard, edges: Mapping[str, Presence]) -> str:
             try:
                 check_agreement(presence.fingerprint, edge.upstream)
             except FingerprintMismatch as exc:
-                return f"does not fit its cloud: {exc}"
+                return f"its model does not fit the cloud: {exc}"
     return ""

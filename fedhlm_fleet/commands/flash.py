@@ -122,7 +122,7 @@ def flash(
     orders = batch.read(csv, values) if csv is not None else [batch.order_of(values)]
     if manifest is not None and any(order.place != (order.out or order.image) for order in orders):
         raise ConfigError(
-            "--manifest", str(manifest), "left out unless images are written (--image, with --out for many)"
+            "--manifest", str(manifest), "left out unless images are written (--image, and --out for several)"
         )
     found = bundles.wheels(wheels, python=python) if wheels else bundles.fill(bundle, python=python)
     parts = bundles.parts(found, model=model)
@@ -142,7 +142,7 @@ def flash(
     if manifest is not None:
         _manifest(manifest, done, now)
     if done:
-        print("next: put the card into the device; it installs itself at first boot, in a few minutes, and serves")
+        print("next: put the card into the device; first boot installs the agent in a few minutes, which then serves")
     return 1 if failed else 0
 
 
@@ -183,7 +183,7 @@ def _confirm(orders: "Sequence[Order]", *, yes: bool, ask: Callable[[str], str] 
         return
     named = ", ".join(f"{disk.path} ({disk.model or 'unnamed'}, {disk.size / 1e9:.1f} GB)" for disk in targets)
     if not sys.stdin.isatty():
-        raise ConfigError("--yes", None, f"given where nobody can be asked about {named}")
+        raise ConfigError("--yes", None, f"given without a terminal, to confirm {named}")
     if ask(f"write to {named}? [y/N] ").strip().lower() not in {"y", "yes"}:
         raise ConfigError("--device", named, "confirmed (nothing was written)")
 

@@ -57,7 +57,7 @@ def coverage(
     import msgspec
 
     if json is not None and not os.access(json.resolve().parent, os.W_OK):
-        raise ConfigError("--json", str(json), "a file in a folder that can be written to")
+        raise ConfigError("--json", str(json), "a file in a writable folder")
     with needing("lab"):
         from fedhlm_fleet.commands.watching import watching_study
         from fedhlm_lab.studies.coverage import CoveragePlan, study

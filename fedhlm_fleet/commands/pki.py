@@ -123,7 +123,7 @@ def revoke(name: str, /, *, superseded: Flag = False, pki: Path = PKI) -> int:
         print(f"nothing changed, {name} has no {'superseded ' if superseded else ''}certificate left to revoke")
     for certificate in taken:
         print(f"revoked {name}, serial {certificate.serial}, good until {certificate.not_after:%Y-%m-%d}")
-    print(f"list: {pki / authority.CRL}; brokers take it after `fedhlm pki mosquitto ...` and SIGHUP")
+    print(f"list: {pki / authority.CRL}; brokers load it after `fedhlm pki mosquitto ...` and SIGHUP")
     return 0
 
 
@@ -245,10 +245,10 @@ def mosquitto(
                 "folder": out,
                 "broker": f"{entry.name}, reached as {', '.join(entry.hosts)}, port {listener.port}",
                 "rights": out / make.ACL,
-                "key": f"{out / make.KEY}, to be readable by the user that mosquitto runs as",
+                "key": f"{out / make.KEY}, which the user that mosquitto runs as must be able to read",
             }
         )
-    print(f"next: mosquitto -c {at or out}/{make.CONFIGURATION}, or SIGHUP to the one that runs")
+    print(f"next: mosquitto -c {at or out}/{make.CONFIGURATION}, or SIGHUP to a running broker")
     return 0
 
 
@@ -266,7 +266,7 @@ def _told(made: "Made") -> dict[str, object]:
     facts: dict[str, object] = {
         "issued": f"{entry.name}, {entry.role}{' of ' + ', '.join(entry.clusters) if entry.clusters else ''}",
         "serial": entry.newest.serial,
-        "good until": f"{end}, when the CA ends" if made.clipped else end,
+        "good until": f"{end}, when the CA expires" if made.clipped else end,
     }
     if entry.role == "broker":
         facts |= {"cert": made.cert, "key": made.key, "hosts": ", ".join(entry.hosts)}
@@ -280,7 +280,7 @@ def _told(made: "Made") -> dict[str, object]:
         facts["next"] = "fedhlm pki mosquitto and SIGHUP, so that brokers know the name"
     for former in made.former:
         facts["former"] = f"serial {former.serial} stays good until {former.not_after:%Y-%m-%d}; "
-        facts["former"] = f"{facts['former']}fedhlm pki revoke {entry.name} --superseded ends it"
+        facts["former"] = f"{facts['former']}fedhlm pki revoke {entry.name} --superseded revokes it"
     return facts
 
 

@@ -124,7 +124,7 @@ def _seeds(text: str) -> range:
     except ValueError:
         found = range(0)
     if not found or found[0] < 0:
-        raise ConfigError("--seeds", text, "a seed from 0 on, or A..B with A not above B")
+        raise ConfigError("--seeds", text, "a seed of at least 0, or A..B with A at most B")
     return found
 
 

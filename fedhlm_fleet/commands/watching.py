@@ -114,7 +114,7 @@ def watching_replay(count: int, *, loop: bool) -> Iterator[Callable[[Played], No
 
 def told_record(summary: Summary, out: Path) -> dict[str, object]:
     parts = f" in {summary.files} files" if summary.files > 1 else ""
-    lost = f"{summary.dropped:,} dropped: no room in the queue, or too large" if summary.dropped else "none"
+    lost = f"{summary.dropped:,} dropped: the queue was full, or they were too large" if summary.dropped else "none"
     facts: dict[str, object] = {
         "file": f"{out}, {told_bytes(summary.file_bytes)}{parts}",
         "messages": f"{summary.messages:,} with {told_bytes(summary.payload_bytes)} of payload",
@@ -122,7 +122,7 @@ def told_record(summary: Summary, out: Path) -> dict[str, object]:
         "lost": lost,
     }
     if summary.reconnects:
-        facts["reconnects"] = f"{summary.reconnects}; what passed while the link was down is not recorded"
+        facts["reconnects"] = f"{summary.reconnects}; messages sent while the link was down are not recorded"
     return facts
 
 

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
 
 
 def _end() -> None:
-    print(f"fedhlm: the event loop has not turned for {SILENT_SPANS * SPAN_S:g} s, ending", file=sys.stderr, flush=True)
+    print(f"fedhlm: the event loop has not run for {SILENT_SPANS * SPAN_S:g} s, ending", file=sys.stderr, flush=True)
     # A hung process cannot clean up, and need not: state files are always replaced as a whole.
     os._exit(HUNG)
 

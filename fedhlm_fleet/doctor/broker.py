@@ -132,7 +132,7 @@ def login(subject: Subject, key: str) -> Remark:
         probe.close()
         return fail(
             f"{address}: {exc}",
-            "look at the broker's log; is it an MQTT broker, and are its certificates those of ours?",
+            "look at the broker's log; is it an MQTT broker, and do its certificates belong to our authority?",
         )
     subject.probes[key] = probe
     took_ms = (perf_counter() - begun_s) * 1e3
@@ -274,7 +274,7 @@ def delay(subject: Subject, key: str) -> Remark:
 
 
 _ACL_ADVICE: Final = (
-    "write the broker's access rules anew (fedhlm pki mosquitto) and see that its user name for us is our name"
+    "write the broker's access rules again (fedhlm pki mosquitto), and check that its user name for us is our name"
 )
 
 

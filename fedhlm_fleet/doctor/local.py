@@ -29,7 +29,7 @@ MEASURED_S: Final = 1.5
 _DISK_ADVICE: Final = {
     errno.ENOSPC: "free some space: df -h, journalctl --vacuum-size=50M",
     errno.EDQUOT: "free some space, or raise this user's quota",
-    errno.EROFS: "mount it writable; a card that fails turns read-only by itself: look at dmesg",
+    errno.EROFS: "mount it writable; a failing SD card becomes read-only by itself: look at dmesg",
     errno.EIO: "the disk fails: look at dmesg, and replace it",
 }
 MEASURED_TOKENS: Final = 128
@@ -103,9 +103,9 @@ def key_files(subject: Subject) -> Remark:
         if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             return fail(
                 f"{key} {path} has mode {stat.S_IMODE(facts.st_mode):04o}: others can read it",
-                f"chmod 600 {path}, and issue the key anew if strangers were here",
+                f"chmod 600 {path}, and replace it if others have had access",
             )
-    return ok(f"{len(paths)} files, for their owner only") if paths else skip("neither keys nor passwords in files")
+    return ok(f"{len(paths)} files, for their owner only") if paths else skip("no private keys or passwords in files")
 
 
 def state_folder(subject: Subject) -> Remark:
@@ -114,7 +114,7 @@ def state_folder(subject: Subject) -> Remark:
     configured = part_of(subject).state
     if not configured:
         return warn(
-            f"{key} is empty: nothing learnt outlives a restart",
+            f"{key} is empty: nothing learnt survives a restart",
             f"set {key} to a folder (under systemd: StateDirectory=)",
         )
     folder = Path(configured)

@@ -15,7 +15,7 @@ ALERT_S: Final = 0.3  # a broker that rejects our certificate sends its alert af
 ADVICE: Final = {
     9: "it is not valid yet: set this machine's clock (timedatectl)",
     10: "it has expired: issue the broker's certificate anew and restart the broker; is this machine's clock right?",
-    18: "the broker signs for itself: give {key}.ca the authority's ca.crt",
+    18: "the broker's certificate is self-signed: set {key}.ca to the authority's ca.crt",
     19: "another authority signed it: give {key}.ca the ca.crt of the authority that issued the broker's certificate",
     20: "another authority signed it: give {key}.ca the ca.crt of the authority that issued the broker's certificate",
     62: "connect by a name that stands in the certificate, or issue it with --dns {host}",
@@ -34,7 +34,7 @@ def broker_certificate(address: BrokerUrl, key: str, *, timeout_s: float, now_s:
         if address.host in ("localhost", "127.0.0.1", "::1"):
             return ok("no TLS, and none needed on this machine")
         return warn(
-            "no TLS: texts and passwords can be read on the way",
+            "no TLS: others on the network can read texts and passwords",
             f"give the broker a certificate, and {key}.url mqtts://",
         )
     try:
@@ -91,7 +91,7 @@ def own_certificate(address: BrokerUrl, key: str, *, now_s: float) -> Remark:
         advice = f"issue it anew: fedhlm pki issue, then put the files where {key}.cert and {key}.key point"
         return fail(f"our certificate would be refused: {exc.verify_message}", advice)
     if facts is None:
-        return ok("our certificate and key belong together; without an own authority its dates are not seen")
+        return ok("our certificate and key belong together; without an authority its dates cannot be checked")
     name = common_name(facts) or "nameless"
     return _dates(facts, now_s, f"our certificate ({name})", "issue it anew in time: fedhlm pki issue")
 

@@ -81,7 +81,7 @@ def party_of(values: Mapping[str, str]) -> BatchDevice:
             raise ConfigError(f"--{name}", None, "given, here or in the CSV file")
     ssid, password_file = given.get("wifi_ssid", ""), given.get("wifi_password_file")
     if not ssid and (password_file or given.get("wifi_country")):
-        raise ConfigError("--wifi-ssid", None, "the network's name where its password or country is given")
+        raise ConfigError("--wifi-ssid", None, "the name of the network if its password or country is given")
     wifi = None
     if ssid:
         password = _text(Path(password_file), "--wifi-password-file").rstrip("\r\n") if password_file else None

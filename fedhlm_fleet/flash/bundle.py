@@ -61,7 +61,7 @@ def wheels(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
         FlashError: a wheel is missing, in the folder twice, or for another machine or Python.
     """
     if not folder.is_dir():
-        raise FlashError(f"wheels: {folder} is no folder")
+        raise FlashError(f"--wheels must be a folder (got {str(folder)!r})")
     found = sorted(folder.glob("*.whl"))
     names: dict[str, Path] = {}
     for wheel in found:

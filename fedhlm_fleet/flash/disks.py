@@ -118,7 +118,7 @@ def _lsblk(path: Path) -> BlockDevice:
         rows = json.loads(done.stdout)["blockdevices"]
         return BlockDevice.of(rows[0])
     except (ValueError, KeyError, IndexError) as exc:
-        raise FlashError(f"--device {path}: lsblk does not know it ({done.stderr.strip() or exc})") from exc
+        raise FlashError(f"--device {path} is unknown to lsblk ({done.stderr.strip() or exc})") from exc
 
 
 def _true(value: object) -> bool:

@@ -113,7 +113,7 @@ class BootPartition:
         listing = _mtool("mdir", "-i", self._drive(), "::/", image=self.path)
         free = "".join(c for line in listing.splitlines() if line.endswith("bytes free") for c in line if c.isdigit())
         if not free:
-            raise FlashError(f"{self.path}: mdir does not tell the free room of its boot partition")
+            raise FlashError(f"{self.path}: mdir does not report the free space of its boot partition")
         held = 0
         if FOLDER.upper() in listing.upper().split():
             counted = _mtool("mdu", "-i", self._drive(), "-s", f"::/{FOLDER}", image=self.path).split()

@@ -112,14 +112,14 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         """
         for flag, name in (("--agent", agent), ("--cluster", cluster)):
             if not _NAME.fullmatch(name):
-                raise ConfigError(flag, name, "1..64 letters, digits, '.', '_' or '-', the first no sign")
+                raise ConfigError(flag, name, "1..64 letters, digits, '.', '_' or '-', first a letter or digit")
         hostname = hostname or re.sub(r"[^A-Za-z0-9-]+", "-", agent).strip("-")[:63].strip("-")
         if not _HOSTNAME.fullmatch(hostname):
-            raise ConfigError("--hostname", hostname, "1..63 letters, digits or '-', a sign neither first nor last")
+            raise ConfigError("--hostname", hostname, "1..63 letters, digits or '-', with '-' neither first nor last")
         if not _USER.fullmatch(user):
-            raise ConfigError("--user", user, "a user name of Debian: small letters, digits, '_' or '-'")
+            raise ConfigError("--user", user, "a Debian user name: lower-case letters, digits, '_' or '-'")
         if ssh_key and not _KEY.fullmatch(ssh_key):
-            raise ConfigError("--ssh-key", "***", "one public key, a line of ssh-ed25519 or the like")
+            raise ConfigError("--ssh-key", "***", "one line with a public key, such as ssh-ed25519 ...")
         address = BrokerUrl.parse(broker, key="--broker")
         if address.password or address.username:
             raise ConfigError(

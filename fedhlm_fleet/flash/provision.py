@@ -103,7 +103,7 @@ def obstacle(host: Host) -> str | None:
     if not host.systemd.isdecimal() or int(host.systemd) < LEAST_SYSTEMD:
         return f"its systemd must be {LEAST_SYSTEMD} or newer (got {host.systemd or 'none'})"
     if host.sudo == _NO_SUDO:
-        return "this user may not use sudo without a password: log in as root, or allow it"
+        return "this user must be allowed sudo without a password: allow it, or log in as root"
     return None
 
 

@@ -44,4 +44,4 @@ def _value(value: object) -> str:
         return _text(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(_value(item) for item in value)}]"
-    raise TypeError(f"{type(value).__name__} has no place in a configuration file")
+    raise TypeError(f"values must be text, numbers, booleans, lists or tables (got {type(value).__name__})")

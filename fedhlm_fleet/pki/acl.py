@@ -55,9 +55,7 @@ def acl(entries: Iterable[Entry], place: BrokerPlace, root: str = DEFAULT_ROOT) 
     """
     if not _ROOT.fullmatch(root):
         raise ConfigError("--root", root, "levels of letters, digits, '.', '_', '~' or '-'")
-    blocks = [
-        f"# Made from the topic table by `fedhlm pki mosquitto`, for {described(place)}. What is not listed is refused."
-    ]
+    blocks = [f"# Made from the topic table by `fedhlm pki mosquitto`, for {described(place)}. All else is denied."]
     for entry in entries:
         lines = rights(entry, place, root)
         if lines and entry.newest.revoked is None:

@@ -226,7 +226,7 @@ def _signer(folder: Path, now: datetime) -> _Signer:
     certificate = ca_certificate(folder)
     if now >= certificate.not_valid_after_utc:
         raise PkiError(
-            f"the CA in {folder} expired on {certificate.not_valid_after_utc:%Y-%m-%d}: make a new one elsewhere"
+            f"the CA in {folder} expired on {certificate.not_valid_after_utc:%Y-%m-%d}: make one in another folder"
         )
     if now < certificate.not_valid_before_utc:
         begin = certificate.not_valid_before_utc

@@ -101,7 +101,7 @@ def configure_plain(out: Path, *, listener: Listener) -> None:
         PkiError: the file cannot be written.
         ConfigError: a path cannot stand in a configuration.
     """
-    head = ["# Made by `fedhlm pki mosquitto --plain`, for development: whoever reaches this port may do everything."]
+    head = ["# Made by `fedhlm pki mosquitto --plain`, for development: everybody on this port has all rights."]
     lines = [*head, f"listener {listener.port} {listener.bind or '127.0.0.1'}", "allow_anonymous true"]
     files.write(out / CONFIGURATION, "\n".join([*lines, *_limits(listener, "shared"), ""]).encode())
 
@@ -119,7 +119,7 @@ def _secured(place: BrokerPlace, listener: Listener, out: Path) -> str:
             "tls_version tlsv1.3",
             "require_certificate true",
             "allow_anonymous false",
-            "# The certificate's common name is the party; nobody can take over another one's connection.",
+            "# The certificate's common name is the party; no party can take over another one's connection.",
             "use_identity_as_username true",
             "use_username_as_clientid true",
             f"acl_file {at}/{ACL}",
@@ -140,7 +140,7 @@ def _limits(listener: Listener, kind: Kind) -> list[str]:
         f"max_queued_bytes {limits.queued_bytes}",
         f"memory_limit {limits.memory_bytes}",
         "set_tcp_nodelay true",
-        "# Retained states survive a restart of the broker.",
+        "# Retained messages survive a restart of the broker.",
         "persistence true",
         f"persistence_location {data}/",
         "autosave_interval 300",

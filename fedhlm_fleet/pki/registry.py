@@ -83,7 +83,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         try:
             registry = msgspec.json.decode(files.read(path, "the registry"), type=Registry)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise PkiError(f"{path} is garbled ({exc}): restore it, as it says who has been revoked") from exc
+            raise PkiError(f"{path} must be a registry ({exc}): restore it, as it lists revocations") from exc
         if registry.version != _VERSION:
             raise PkiError(f"version of {path} must be {_VERSION} (got {registry.version})")
         wrong = [name for name, entry in registry.entries.items() if name != entry.name or not entry.certificates]

@@ -233,7 +233,7 @@ class AgentService:
         The output goes to `cluster`, through which the prompt came (None: the agent's own).
 
         Raises:
-            ConfigError: the preset is unknown.
+            ConfigError: the preset is unknown, or this agent does not allow it.
             ValueError: the prompt has no tokens, or is longer than the model's context.
         """
         return await self._complete_in_turn(RoutedPrompt(cluster or self.agent.cluster, prompt), show)
@@ -286,8 +286,7 @@ class AgentService:
         return result
 
     def _config(self, prompt: Prompt) -> GenerationConfig:
-        loaded = self._loaded if prompt.preset is None else self._loaded.with_preset(prompt.preset)
-        return loaded.config.generation
+        return self._loaded.asked(prompt.preset).config.generation
 
     def _sampling(self, prompt: Prompt, config: GenerationConfig) -> Sampling:
         seed = prompt.seed

@@ -62,10 +62,12 @@ class PipelineTraits(NamedTuple):
     Attributes:
         runs_ahead: the device goes on drafting, within the window, while it waits for verdicts.
         grows_trees: a draft is a tree.
+        cloud_writes: the device drafts nothing, and sends its prompt up whatever the gate is.
     """
 
     runs_ahead: bool = False
     grows_trees: bool = False
+    cloud_writes: bool = False
 
 
 GATES: Final[dict[str, GateTraits]] = {
@@ -96,6 +98,16 @@ OBJECTIVES: Final[dict[str, ObjectiveTraits]] = {
 PIPELINES: Final[dict[str, PipelineTraits]] = {
     "blocking": PipelineTraits(),
     "async": PipelineTraits(runs_ahead=True),
-    "remote": PipelineTraits(),
+    "remote": PipelineTraits(cloud_writes=True),
     "tree": PipelineTraits(grows_trees=True),
 }
+
+# Who can read a text besides its device and its client, from nobody outwards.
+REACHES: Final = ("nobody", "edge and cloud", "edge, cloud and peers")
+
+
+def reach(gate: str, peers: str, pipeline: str) -> int:
+    """How far these choices let a text go, as an index into REACHES."""
+    if PEERS[peers].asked:
+        return 2
+    return 0 if GATES[gate].alone and not PIPELINES[pipeline].cloud_writes else 1

@@ -14,6 +14,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -63,6 +64,36 @@ class Loaded:
             raise _unknown_preset(name, "request")
         chosen: Layer = {"preset": Setting(name, "request")}
         return _merge(_read_preset(name, "request"), *self._layers[1:], chosen)
+
+    def asked(self, name: str | None) -> "Loaded":
+        """The settings for a prompt that names this preset; None: the agent's own.
+
+        Raises:
+            ConfigError: there is no such preset, or `agent.presets` does not allow prompts to name it.
+        """
+        if name is None or name == self.config.preset:
+            return self
+        chosen = self.with_preset(name)
+        if name not in self.allowed:
+            wanted = f"one that this agent allows: {', '.join(self.allowed)}"
+            raise _error("preset", name, wanted, "request")
+        return chosen
+
+    @cached_property
+    def allowed(self) -> tuple[str, ...]:
+        """The presets that prompts may name: the agent's own, then those of `agent.presets`.
+
+        Without such a list these are all that let the text go no farther than the agent's own settings do.
+        """
+        own = self.config.preset
+        listed = self.config.agent.presets or tuple(name for name in presets() if self._goes_no_farther(name))
+        return tuple(dict.fromkeys((own, *listed)))
+
+    def _goes_no_farther(self, name: str) -> bool:
+        try:
+            return _reach(self.with_preset(name).config) <= _reach(self.config)
+        except ConfigError:  # it contradicts what file, environment or flags set
+            return False
 
 
 def load(
@@ -232,6 +263,11 @@ def _words(key: str, raw: object) -> object:
     return re.findall(r"[^\s,()\[\]'\"]+", str(raw))
 
 
+def _reach(config: Config) -> int:
+    generation = config.generation
+    return choices.reach(generation.gate, generation.peers, generation.pipeline.kind)
+
+
 def _check_together(config: Config, sources: dict[str, str]) -> None:
     """Reject combinations of values that are valid one by one but cannot run together."""
     for prefix, broker in (("broker", config.broker), ("edge.upstream", config.edge.upstream)):
@@ -241,6 +277,10 @@ def _check_together(config: Config, sources: dict[str, str]) -> None:
             raise _error(f"{prefix}.root", broker.root, wanted, sources[f"{prefix}.root"])
         if broker.url:
             _check_address(f"{prefix}.url", broker, sources[f"{prefix}.url"])
+    for name in config.agent.presets:
+        if name not in presets():
+            key, known = "agent.presets", presets()
+            raise _error(key, name, f"a list of {', '.join(known)}", sources[key])
     pipeline = config.generation.pipeline
     if choices.PIPELINES[pipeline.kind].runs_ahead and pipeline.window < pipeline.block:
         key = "generation.pipeline.window"

@@ -133,6 +133,13 @@ class Agent(Section, frozen=True):
             "replaced as a whole; a damaged one is set aside with a warning."
         ),
     ] = ""
+    presets: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Shipped presets that prompts may name besides the agent's own; names between commas in the environment "
+            "and on the command line. Empty: those that let the text go no farther than the agent's own (docs/security.md)."
+        ),
+    ] = ()
     threads: Annotated[Threads, Meta(description="Threads of the model. 0: onnxruntime's choice.")] = 0
     providers: Annotated[
         tuple[Provider, ...],

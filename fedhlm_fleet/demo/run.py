@@ -182,6 +182,7 @@ class Demo:
             )
         for cluster, agent in self.places:
             own = {"FEDHLM_CLUSTER__NAME": cluster, "FEDHLM_AGENT__ID": agent, "FEDHLM_AGENT__THREADS": "1"}
+            own["FEDHLM_AGENT__PRESETS"] = ",".join(COMPARED)  # the news are public, whatever the preset of the run
             await processes.start(agent, "fedhlm_fleet.cli", "agent", env={**common, **own})
 
     async def _tell(self, asker: Asker, progress: Progress) -> None:

@@ -13,6 +13,7 @@ from edge_agent.requests import CLIENT_MAX, REQUESTS_REMEMBERED, Requests, Route
 from edge_agent.service import ModelFacts
 from fedhlm.bus.party import Party, Received, Stamp
 from fedhlm.config import load
+from fedhlm.errors import RequestRefused
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Cancel, Output, Prompt, Sampling, encode
 from fedhlm_lab.sim import toy
@@ -27,12 +28,13 @@ TEXT = toy.ToyTokenizer().decode([5, 6])
 class World:
     """A calm fleet with one agent, which is slow enough to be interrupted."""
 
-    def __init__(self) -> None:
+    def __init__(self, preset: str) -> None:
+        self.preset = preset
         self.fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
         self.heard: list[Received] = []
 
     async def serve(self) -> None:
-        loaded = load(preset="exact", environ={}, flags={"generation.temperature": "0.8"})
+        loaded = load(preset=self.preset, environ={}, flags={"generation.temperature": "0.8"})
         numbers = iter(range(1, 10_000))
         drafter = toy.ToyDrafter(agreement=0.8)
         facts = ModelFacts(toy.ToyTokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
@@ -52,9 +54,9 @@ class World:
         return [m for m in messages if isinstance(m, Output) and m.request == request]
 
 
-def played(scene: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+def played(scene: Callable[[World], Coroutine[Any, Any, None]], *, preset: str = "exact") -> None:
     async def main() -> None:
-        world = World()
+        world = World(preset)
         for node in world.fleet.nodes.values():
             node.start()
         serving = asyncio.create_task(world.serve(), name="agent")
@@ -284,6 +286,17 @@ def test_ids_and_statistics_end_with_the_token_that_completes_the_stop() -> None
                 assert result.statistics["tokens_cloud"] == end
 
     played(scene)
+
+
+def test_a_device_that_keeps_its_texts_sends_nothing_up_whatever_a_client_asks() -> None:
+    async def scene(world: World) -> None:
+        async with world.client() as client:
+            with pytest.raises(RequestRefused, match="one that this agent allows: slm-only .got 'exact'"):
+                await client.write("a", TEXT, max_tokens=8, seed=SEED, preset="exact")
+            result = await client.write("a", TEXT, max_tokens=8, seed=SEED, preset="slm-only")
+            assert (set(result.sources), result.statistics["uplink_messages"]) == ({"local"}, 0)
+
+    played(scene, preset="slm-only")
 
 
 def prompt_of(request: str, sender: str, sequence: int = 1) -> Prompt:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhlm import config, settings
+from fedhlm import choices, config, settings
 from fedhlm.config import load
 from fedhlm.errors import ConfigError
 
@@ -393,6 +393,59 @@ def test_exchanging_the_preset_takes_no_path(written: Any) -> None:
     path = written('promise = "x"\n')
     with pytest.raises(ConfigError, match="preset must be "):
         load(environ={}).with_preset(str(path))
+
+
+NEVER_UP = ("slm-only",)
+TO_THE_CLOUD = ("cu-hlm", "exact", "hlm", "llm-only", "rand-hlm", "speculative", "u-hlm")
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "allowed"),
+    [
+        ("slm-only", {}, NEVER_UP),
+        *((name, {}, NEVER_UP + TO_THE_CLOUD) for name in TO_THE_CLOUD),
+        *((name, {}, tuple(config.presets())) for name in ("budget", "fedhlm")),
+        ("slm-only", {"agent.presets": "exact,hlm"}, ("slm-only", "exact", "hlm")),
+        ("budget", {"agent.presets": "slm-only"}, ("budget", "slm-only")),
+    ],
+)
+def test_prompts_may_name_what_lets_the_text_go_no_farther(
+    preset: str, flags: dict[str, str], allowed: tuple[str, ...]
+) -> None:
+    loaded = load(preset=preset, environ={}, flags=flags)
+    assert set(loaded.allowed) == set(allowed)
+    assert loaded.asked(None) is loaded
+    for name in config.presets():
+        if name in allowed:
+            assert loaded.asked(name).config.preset == name
+        else:
+            with pytest.raises(ConfigError, match=f"allows: {', '.join(loaded.allowed)} .got '{name}'"):
+                loaded.asked(name)
+
+
+def test_flags_count_in_how_far_a_text_goes() -> None:
+    opened = load(preset="slm-only", environ={}, flags={"generation.pipeline.kind": "remote"})
+    assert set(opened.allowed) == {*NEVER_UP, *TO_THE_CLOUD}
+    kept = load(preset="exact", environ={}, flags={"generation.gate": "never"})
+    assert kept.asked("hlm").config.generation.gate == "never"
+    assert "llm-only" not in kept.allowed
+
+
+def test_the_page_on_security_has_the_same_rows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
+    for names, last in (
+        (NEVER_UP, "`slm-only`"),
+        (TO_THE_CLOUD, "these and `slm-only`"),
+        (("budget", "fedhlm"), "all"),
+    ):
+        generation = load(preset=names[0], environ={}).config.generation
+        who = choices.REACHES[choices.reach(generation.gate, generation.peers, generation.pipeline.kind)]
+        assert f"| {', '.join(f'`{n}`' for n in names)} | {who} | {last} |" in page
+
+
+def test_a_list_of_presets_that_do_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="agent.presets must be a list of budget, .*got 'exakt' from flag"):
+        load(environ={}, flags={"agent.presets": "exact,exakt"})
 
 
 # What parts use

@@ -87,7 +87,7 @@ async def test_presets_run_side_by_side_and_stops_and_errors_are_told() -> None:
         assert stopped.finish == "stop"
         with pytest.raises(RequestRefused, match="did you mean 'exact'"):
             await system.ask(title, preset="exakt")
-        with pytest.raises(RequestRefused, match="fewer than the model's context"):
+        with pytest.raises(RequestRefused, match="shorter than the model's context"):
             await system.ask("news " * 2_000)
         empty = await system.ask("", max_tokens=3, seed=2)  # a model with a begin-of-text id needs no more
         assert len(empty.ids) == 3

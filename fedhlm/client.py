@@ -57,7 +57,8 @@ class Client:
         away_s: seconds for which an agent may be offline before this is an error.
         hole_s: seconds for which a missing piece may still come after later pieces.
         hear: called with every valid message, also those of topics that were added with `subscribe`.
-        counters, stamp: what counts messages, and what makes their headers.
+        counters: counts the messages; by default the client's own.
+        stamp: makes the headers of outgoing messages; by default one with `name` as the sender.
 
     Raises:
         ConfigError: the URL, the name or a certificate file cannot be used.

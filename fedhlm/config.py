@@ -193,7 +193,7 @@ def _read_preset(wanted: str, source: str) -> Layer:
     promise = table.pop("promise", None)
     if not isinstance(promise, str) or not promise:
         raise ConfigError(
-            "promise", promise, "one line of text that says what the preset holds to", source=f"file {path}"
+            "promise", promise, "one line of text that states what the preset does", source=f"file {path}"
         )
     flat = _flat(table, f"preset {wanted}")
     for key, value in flat.items():

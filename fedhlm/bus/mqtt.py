@@ -278,8 +278,8 @@ class MqttBus:
             _log.warning(text, self, why, wait.seconds)
         elif wait.rival != "no":
             text = (
-                "%s: the broker has ended the connection several times without a reason: perhaps another client uses the "
-                "same client id or certificate (%s); trying again in %.1f s"
+                "%s: the broker has ended the connection several times without a reason: perhaps another client uses "
+                "the same client id or certificate (%s); trying again in %.1f s"
             )
             _log.warning(text, self, reasons.REASONS[reasons.TAKEN_OVER].advice, wait.seconds)
         else:
@@ -441,7 +441,10 @@ class MqttBus:
         if refused is not None:
             if too_large or refused.size >= TELLING_BYTES:
                 self._dial.learn_largest(refused.size - 1)
-            text = "%s: dropped a message of %d bytes for %s: whenever it is sent, the broker ends the connection; it may be too large"
+            text = (
+                "%s: dropped a message of %d bytes for %s: whenever it is sent, the broker ends the connection; "
+                "it may be too large"
+            )
             _log.warning(text, self, refused.size, refused.topic)
         self._moved.set()
 

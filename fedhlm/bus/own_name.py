@@ -1,4 +1,4 @@
-"""What a broker calls us: the user's name, or the common name of our certificate."""
+"""The name by which a broker knows us: the user name, or the common name of our certificate."""
 
 import re
 import ssl
@@ -9,7 +9,7 @@ from fedhlm.protocol.messages import NAME_PATTERN
 
 
 def own_name(address: BrokerUrl) -> str | None:
-    """The name that access rules know us by; None where there is none, or none that a party can have.
+    """Return the name that access rules use for us; None if there is none, or if it is no valid party name.
 
     Raises:
         ConfigError: a certificate file cannot be used.
@@ -23,22 +23,24 @@ def own_name(address: BrokerUrl) -> str | None:
         server.verify_mode = ssl.CERT_REQUIRED
         try:
             facts = None if context is None else shown(server, context)
-        except ssl.SSLError:  # the broker will refuse it, and say why
+        except ssl.SSLError:  # the broker will reject it, with a reason
             facts = None
         name = common_name(facts) if facts else name
     return name if name is not None and re.fullmatch(NAME_PATTERN, name) else None
 
 
 def common_name(facts: dict[str, Any]) -> str | None:
-    """The common name in what `ssl` tells of a certificate."""
+    """Return the common name in the facts that `ssl` gives about a certificate; None if there is none."""
     return next((value for part in facts["subject"] for field, value in part if field == "commonName"), None)
 
 
 def shown(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str, Any] | None:
-    """What a server of our own is shown of the client's certificate: a handshake in memory. None where it does not look.
+    """Return the facts that a server sees of the client's certificate, by a handshake in memory.
+
+    The result is None if the server does not ask for a certificate.
 
     Raises:
-        ssl.SSLError: the certificate would be refused.
+        ssl.SSLError: the server would reject the certificate.
     """
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -131,7 +131,8 @@ def load_info(folder: Path) -> ModelInfo:
     """
     if not folder.is_dir():
         raise ModelError(
-            f"model folder must be a folder with {GRAPH_FILE}, {TOKENIZER_FILE}, {INFO_FILE} (got {str(folder)!r}, which does not exist)"
+            f"model folder must be a folder with {GRAPH_FILE}, {TOKENIZER_FILE}, {INFO_FILE} "
+            f"(got {str(folder)!r}, which does not exist)"
         )
     path = folder / INFO_FILE
     try:
@@ -169,7 +170,7 @@ def usable_providers(wanted: Sequence[str], *, available: Sequence[str]) -> list
 def _tell_missing(wanted: Sequence[str], there: Sequence[str]) -> None:
     if missing := [name for name in wanted if name not in there]:
         names = ", ".join(missing)
-        warn_once(log, names, "onnxruntime has no %s here: the processor computes instead (`fedhlm doctor`)", names)
+        warn_once(log, names, "onnxruntime has no %s here, so the CPU is used instead (see `fedhlm doctor`)", names)
 
 
 class Decoder:
@@ -193,16 +194,19 @@ class Decoder:
         wanted = ["logits", *(f"present.{n}" for n in names)]
         if missing := [n for n in ("input_ids", *self._past_names) if n not in inputs]:
             raise ModelError(
-                f"{GRAPH_FILE} must be a decoder with {info.layers} cached layers (got one without the inputs {missing})"
+                f"{GRAPH_FILE} must be a decoder with {info.layers} cached layers "
+                f"(got one without the inputs {missing})"
             )
         if missing := [n for n in wanted if n not in outputs]:
             raise ModelError(
-                f"{GRAPH_FILE} must be a decoder with {info.layers} cached layers (got one without the outputs {missing})"
+                f"{GRAPH_FILE} must be a decoder with {info.layers} cached layers "
+                f"(got one without the outputs {missing})"
             )
         shape = inputs[self._past_names[0]].shape
         if len(shape) != 4 or list(shape[1::2]) != [info.kv_heads, info.head_dim]:
             raise ModelError(
-                f"{GRAPH_FILE} has a key cache of shape {shape}: {INFO_FILE} expects (1, {info.kv_heads}, length, {info.head_dim})"
+                f"{GRAPH_FILE} has a key cache of shape {shape}: "
+                f"{INFO_FILE} expects (1, {info.kv_heads}, length, {info.head_dim})"
             )
         self._has_hidden = HIDDEN_OUTPUT in outputs
         self._output_names = [*wanted, HIDDEN_OUTPUT] if self._has_hidden else wanted
@@ -282,7 +286,9 @@ class Decoder:
             if min(ids) < 0 or max(ids) >= self.info.vocab_size:
                 raise ValueError(f"ids must be in 0..{self.info.vocab_size - 1} (got {min(ids)}..{max(ids)})")
             if cache.length + len(ids) > self.info.context:
-                raise ValueError(f"{cache.length} + {len(ids)} tokens: the context holds {self.info.context}")
+                raise ValueError(
+                    f"cache and ids must be at most {self.info.context} tokens (got {cache.length} + {len(ids)})"
+                )
         # A graph without mask and positions reads padding as text, so it runs one request at a time.
         if len(requests) > 1 and self._has_mask and self._has_positions:
             return self._run_padded(requests)

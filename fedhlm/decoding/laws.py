@@ -101,7 +101,7 @@ def check_lattice(data: bytes, vocab_size: int, k: int, resolution: int) -> tupl
         raise ProtocolError(f"draft law must be {expected} bytes (got {len(data)})")
     subset, composition = divmod(int.from_bytes(data, "little"), math.comb(resolution + k - 1, k - 1))
     if subset >= math.comb(vocab_size, k):
-        raise ProtocolError("draft law is not the number of a law")
+        raise ProtocolError("draft law must be the number of a lattice law (got a larger number)")
     return subset, composition
 
 

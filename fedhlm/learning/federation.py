@@ -301,7 +301,7 @@ class Members:
         old = [name for name in self._members if self.silent_s(name) > self.federation.silence_s]
         for name in old:
             self.forget(name)
-            log.info("forgot what %s contributed: nothing was heard of it for %.0f s", name, self.federation.silence_s)
+            log.info("forgot the contribution of %s: it was silent for %.0f s", name, self.federation.silence_s)
         return old
 
     def touch(self, now_s: float) -> None:
@@ -416,7 +416,8 @@ class Members:
             raise ProtocolError(f"federation snapshot cannot be decoded: {exc}") from exc
         if (saved.version, saved.schema) != (_VERSION, SCHEMA_VERSION):
             raise ProtocolError(
-                f"versions of the federation snapshot must be {_VERSION}, {SCHEMA_VERSION} (got {saved.version}, {saved.schema})"
+                f"versions of the federation snapshot must be {_VERSION}, {SCHEMA_VERSION} "
+                f"(got {saved.version}, {saved.schema})"
             )
         for threshold in (saved.threshold, *(message.threshold for _, message in saved.members)):
             check_threshold(threshold)

@@ -87,7 +87,7 @@ class SettledTokens:
         drafts = {name: curve for name, curve in possible.items() if self._of_drafts(name)}
         missing = self._missing(account, self.sums(drafts))
         if missing > 0.0:
-            cut.append(f"{missing:.0f} of its tokens' harm is missing")
+            cut.append(f"lacks the harm of {missing:.0f} tokens")
             possible |= _with_harm(drafts, missing)
         if threshold is not None:
             sent = account.passed.tokens - account.counted + SLACK_TOKENS

@@ -103,7 +103,7 @@ def store_of(folder: str, *, key: str) -> Store | None:
     except ConfigError as exc:
         if not (isinstance(exc.__cause__, OSError) and exc.__cause__.errno in FAILING):
             raise
-        log.warning("what is learnt cannot be kept now: %s", exc)
+        log.warning("state cannot be saved now: %s", exc)
     return Store(
         load=lambda name: load(folder, name, key=key),
         save=lambda name, payload: save(folder, name, payload, key=key),

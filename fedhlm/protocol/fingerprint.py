@@ -24,8 +24,8 @@ def fingerprint_of(tokenizer_digest: str, vocab_size: int, *, noise: str, model:
         return msgspec.convert((tokenizer_digest, vocab_size, noise, model[:128]), Fingerprint)
     except msgspec.ValidationError as exc:
         raise ModelError(
-            f"fingerprint of model {model!r} (tokenizer {tokenizer_digest!r}, vocab_size {vocab_size!r}, noise {noise!r})"
-            f" cannot travel: {exc}"
+            f"fingerprint of model {model!r} (tokenizer {tokenizer_digest!r}, vocab_size {vocab_size!r}, "
+            f"noise {noise!r}) cannot travel: {exc}"
         ) from exc
 
 

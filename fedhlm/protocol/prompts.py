@@ -20,7 +20,7 @@ EXPECTED: Final = {
     "top_p": "a number above 0 and up to 1",
     "stop": f"at most {MAX_STOPS} texts",
     "preset": "the name of a shipped preset",
-    "patience_ms": "a number of milliseconds from 0 on",
+    "patience_ms": "a number of milliseconds, 0 or more",
 }
 _FIELDS: Final = Prompt.__struct_fields__
 _TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Prompt)} | {"agent": Name, "cluster": Name}

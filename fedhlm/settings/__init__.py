@@ -1,4 +1,4 @@
-"""Every setting: its type, limits, default and description. `fedhlm.config` reads and merges them, `fedhlm.explain` tells them."""
+"""All settings: type, limits, default, description. `fedhlm.config` merges them, and `fedhlm.explain` explains them."""
 
 from typing import Annotated, Final, Literal
 
@@ -35,7 +35,7 @@ DEFAULT_PRESET: Final = "budget"
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Threads = Annotated[int, Meta(ge=0, le=256)]
 BatchSize = Annotated[int, Meta(ge=1, le=messages.MAX_BATCH)]
-# Those of onnxruntime that exist for Linux; which of them a build has, is known where it runs.
+# The providers of onnxruntime for Linux. Which of them a build has is known at run time only.
 Provider = Literal[
     "CPUExecutionProvider",
     "CUDAExecutionProvider",
@@ -50,30 +50,31 @@ Provider = Literal[
 
 
 class Broker(Section, frozen=True):
-    """An MQTT broker and how to reach it."""
+    """An MQTT broker, and how to connect to it."""
 
     url: Annotated[
         str,
         Meta(
-            description="Address, mqtt://[user:password@]host[:port], or mqtts:// for TLS. Empty: an edge starts a broker of its own "
-            "on `edge.embedded_host`, an agent or a cloud uses mqtt://127.0.0.1:1883. An edge without `edge.upstream.url` reaches "
-            "the cloud over the broker of its cluster."
+            description="Address, mqtt://[user:password@]host[:port], or mqtts:// for TLS. Empty: an edge starts "
+            "its own broker on `edge.embedded_host`, and an agent or a cloud uses "
+            "mqtt://127.0.0.1:1883. An edge without `edge.upstream.url` reaches the cloud over the "
+            "broker of its cluster."
         ),
     ] = ""
     protocol: Annotated[
         Literal["auto", "5", "3.1.1"],
-        Meta(description="Version of MQTT. auto tries 5 and falls back to 3.1.1 where the broker refuses it."),
+        Meta(description="Version of MQTT. auto tries 5, and 3.1.1 if the broker rejects 5."),
     ] = "auto"
-    username: Annotated[str, Meta(description="User name at the broker; it wins over the one in `url`.")] = ""
+    username: Annotated[str, Meta(description="User name at the broker. It overrides the one in `url`.")] = ""
     password: Annotated[
         str,
         Meta(
-            description="Password of `username`; it wins over the one in `url`. Set it in a file or in the environment."
+            description="Password of `username`. It overrides the one in `url`. Set it in a file or in the environment."
         ),
     ] = ""
     ca: Annotated[
         str,
-        Meta(description="PEM file of the authorities that may sign the broker's certificate. Empty: the system's."),
+        Meta(description="PEM file of the CAs that may sign the broker's certificate. Empty: those of the system."),
     ] = ""
     cert: Annotated[str, Meta(description="PEM file of this party's own certificate, for mutual TLS; needs `key`.")] = (
         ""
@@ -87,8 +88,8 @@ class Broker(Section, frozen=True):
         Meta(
             ge=1,
             le=65_535,
-            description="Seconds of silence before the connection is probed. A link that died in silence is noticed after up to "
-            "twice this; lower costs a few bytes each time.",
+            description="Seconds of silence before the connection is probed. A dead link is noticed after up to "
+            "twice this time. Lower costs a few bytes per probe.",
         ),
     ] = 30
     root: Annotated[
@@ -96,15 +97,15 @@ class Broker(Section, frozen=True):
         Meta(
             min_length=1,
             max_length=256,
-            description="First levels of every topic, without wildcards. Fleets that share a broker need different roots.",
+            description="First levels of every topic, without wildcards. Fleets on one broker need different roots.",
         ),
     ] = topics.DEFAULT_ROOT
 
     def address(self, *, key: str = "broker.url") -> BrokerUrl:
-        """The parsed `url` with user, password and TLS files of these keys before those of the URL itself.
+        """Parse `url`. User, password and TLS files of the other keys override those of the URL.
 
         Raises:
-            ConfigError: no URL, or one that cannot be used; `key` names it.
+            ConfigError: the URL is missing or cannot be used. `key` is its name in the error.
         """
         files = TlsFiles(self.ca or None, self.cert or None, self.key or None)
         parsed = BrokerUrl.parse(self.url, files=files if any(files) else None, key=key)
@@ -120,7 +121,7 @@ class Cluster(Section, frozen=True):
 
 
 class Agent(Section, frozen=True):
-    """A device: it drafts with the small model and asks its edge."""
+    """An agent: the program on a device, which drafts with the small model."""
 
     id: Annotated[
         messages.Name, Meta(description="Name of the agent, a level of its topics; unique in its cluster.")
@@ -129,8 +130,8 @@ class Agent(Section, frozen=True):
     state: Annotated[
         str,
         Meta(
-            description="Folder in which the agent keeps what it has learnt. Empty: nothing is kept over a restart. Files are "
-            "replaced as a whole; a damaged one is set aside with a warning."
+            description="Folder in which the agent keeps what it has learnt. Empty: nothing survives a restart. "
+            "Files are replaced atomically. A damaged file is put aside with a warning."
         ),
     ] = ""
     presets: Annotated[
@@ -144,20 +145,21 @@ class Agent(Section, frozen=True):
     providers: Annotated[
         tuple[Provider, ...],
         Meta(
-            description="Where onnxruntime computes, in order of preference; names between commas in the environment and on the "
-            "command line. What is absent is told in one warning, and the processor computes instead. Empty: the processor."
+            description="Execution providers of onnxruntime in order of preference, separated by commas in the "
+            "environment and on the command line. Absent ones are left out with one warning. The CPU is "
+            "always the last. Empty: the CPU only."
         ),
     ] = ()
 
 
 class Edge(Section, frozen=True):
-    """The edge of a cluster: it relays, batches and remembers for its agents."""
+    """The edge of a cluster, which relays and batches blocks and remembers verified tokens."""
 
     upstream: Broker = Broker()
     state: Annotated[
         str,
         Meta(
-            description="Folder for the federation's sums and the verified tokens. Empty: nothing is kept over a restart."
+            description="Folder for the federation's sums and the verified tokens. Empty: nothing survives a restart."
         ),
     ] = ""
     memory: Annotated[
@@ -169,7 +171,7 @@ class Edge(Section, frozen=True):
         ),
     ] = 16_384
     batch_max: Annotated[
-        BatchSize, Meta(description="Most escalations in a batch to the cloud. More for many agents, fewer for few.")
+        BatchSize, Meta(description="Most escalations in a batch to the cloud. More agents need a larger batch.")
     ] = 64
     batch_wait_ms: Annotated[
         WaitMs, Meta(description="Milliseconds that an escalation waits for others to fill its batch (`batch_max`).")
@@ -178,8 +180,8 @@ class Edge(Section, frozen=True):
         str,
         Meta(
             min_length=1,
-            description="Address on which an edge without `broker.url` starts its own broker; without users and passwords a "
-            "loopback address.",
+            description="Address on which an edge without `broker.url` starts its own broker. It must be a loopback "
+            "address, since that broker has no users and passwords.",
         ),
     ] = "127.0.0.1"
     embedded_port: Annotated[Port, Meta(description="TCP port of that broker (`embedded_host`). 0: any free port.")] = (
@@ -191,20 +193,18 @@ class Cloud(Section, frozen=True):
     """The verifier with the large model."""
 
     model: Annotated[str, Meta(description="Folder of the large model. Empty: the shipped one.")] = ""
-    state: Annotated[
-        str, Meta(description="Folder for the federation's sums. Empty: nothing is kept over a restart.")
-    ] = ""
-    threads: Annotated[Threads, Meta(description="Threads of the model. 0: the runtime's choice.")] = 0
+    state: Annotated[str, Meta(description="Folder for the federation's sums. Empty: nothing survives a restart.")] = ""
+    threads: Annotated[Threads, Meta(description="Threads of the model. 0: onnxruntime's choice.")] = 0
     providers: Annotated[
         tuple[Provider, ...],
-        Meta(description="Where onnxruntime computes, in order of preference, as for `agent.providers`."),
+        Meta(description="Execution providers of onnxruntime in order of preference, as in `agent.providers`."),
     ] = ()
     sessions_max: Annotated[
         int,
         Meta(
             ge=1,
             le=1_000_000,
-            description="Most texts known at once; one that was dropped costs a round trip.",
+            description="Most sessions that are open at once. A session that was dropped costs one more round trip.",
         ),
     ] = 1_024
     cache_bytes: Annotated[
@@ -212,7 +212,8 @@ class Cloud(Section, frozen=True):
         Meta(
             ge=1,
             le=2**50,
-            description="Most bytes of key-value caches. Those of texts that wait longest are dropped first, and computed again.",
+            description="Most bytes of KV caches. The caches of the sessions that wait longest are dropped first, "
+            "and computed again.",
         ),
     ] = 256 * 1024 * 1024
     batch_max: Annotated[BatchSize, Meta(description="Most blocks that one call of the model verifies.")] = 64
@@ -221,7 +222,8 @@ class Cloud(Section, frozen=True):
         Meta(
             ge=1,
             le=1_048_576,
-            description="Most tokens that one call of the model takes; a longer context is fed in pieces. More for a GPU.",
+            description="Most tokens in one call of the model. A longer context takes several calls. Raise it for a "
+            "GPU.",
         ),
     ] = 32
     batch_wait_ms: Annotated[
@@ -230,18 +232,22 @@ class Cloud(Section, frozen=True):
 
 
 class Federation(Section, frozen=True):
-    """Rounds and robustness, at edge and cloud."""
+    """Rounds and robustness of the federation, at edge and cloud."""
 
     round_updates: Annotated[
         int,
-        Meta(ge=1, le=1_000_000, description="Contributions after which new state goes out, or `round_s` if sooner."),
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Contributions after which a round ends, if `round_s` does not end it first.",
+        ),
     ] = 16
     prior_tokens: Annotated[
         float,
         Meta(
             ge=0.0,
             le=1e12,
-            description="Tokens' worth of what other clusters know that a cluster begins with, at most. 0: none.",
+            description="Most scored tokens of other clusters that count for a cluster. 0: none count.",
         ),
     ] = 4_096.0
     round_s: Annotated[
@@ -249,7 +255,7 @@ class Federation(Section, frozen=True):
         Meta(
             gt=0.0,
             le=86_400.0,
-            description="Seconds after the first contribution of a round at which new state goes out.",
+            description="Seconds after the first contribution of a round at which the round ends.",
         ),
     ] = 2.0
     weight_cap: Annotated[
@@ -260,8 +266,8 @@ class Federation(Section, frozen=True):
         Meta(
             ge=0.0,
             le=0.5,
-            description="Share of the members' ratios cut at either end of each bin, from five members on, rounded down: 0.1 cuts "
-            "from ten members on.",
+            description="Share of the members' ratios that is cut at either end of each bin with five or more "
+            "members. It is rounded down to whole members: 0.1 cuts from ten members on.",
         ),
     ] = 0.1
     epsilon: Annotated[
@@ -269,8 +275,8 @@ class Federation(Section, frozen=True):
         Meta(
             ge=0.0,
             le=1_000.0,
-            description="Above 0: an agent adds Gaussian noise to its sums, for (epsilon, `delta`) over `releases` contributions. "
-            "Set it at the agents.",
+            description="Above 0: an agent adds Gaussian noise to its sums, for (epsilon, `delta`)-privacy over "
+            "`releases` contributions. Set it at the agents.",
         ),
     ] = 0.0
     delta: Annotated[
@@ -281,7 +287,7 @@ class Federation(Section, frozen=True):
         Meta(
             ge=1,
             le=1_000_000,
-            description="Contributions that share the privacy of `epsilon`; after them an agent sends none.",
+            description="Contributions that share the privacy budget `epsilon`. After them an agent sends no more.",
         ),
     ] = 1_000
     assign_s: Annotated[
@@ -289,12 +295,13 @@ class Federation(Section, frozen=True):
         Meta(
             ge=0.0,
             le=86_400.0,
-            description="Seconds between two regroupings of the agents by the cloud; agents that have it set send profiles. 0: never.",
+            description="Seconds between two regroupings of the agents into clusters by the cloud. Agents need it "
+            "too, to send profiles. 0: never.",
         ),
     ] = 0.0
     silence_s: Annotated[
         float,
-        Meta(gt=0.0, le=1e9, description="Seconds of silence after which what a member contributed is forgotten."),
+        Meta(gt=0.0, le=1e9, description="Seconds of silence after which a member's contribution is forgotten."),
     ] = 604_800.0
 
 
@@ -302,20 +309,18 @@ class Telemetry(Section, frozen=True):
     """Logs, metrics and journals."""
 
     log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="Least level of the records that are logged.")
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="Lowest level of the records that are logged.")
     ] = "INFO"
     metrics_host: Annotated[
         str,
-        Meta(
-            min_length=1, description="Address on which metrics are served to Prometheus, where `metrics_port` is set."
-        ),
+        Meta(min_length=1, description="Address on which metrics are served to Prometheus, if `metrics_port` is set."),
     ] = "127.0.0.1"
     metrics_port: Annotated[Port, Meta(description="TCP port of the metrics. 0: none are served.")] = 0
     journal: Annotated[
         bool,
         Meta(
-            description="Whether a part publishes what it takes in and decides, so that a recording of the bus can be replayed "
-            "through the code (fedhlm replay --check). Its traffic more than doubles."
+            description="Whether a part publishes its inputs and decisions, so that a recording of the bus can be "
+            "replayed through the code (fedhlm replay --check). Its traffic more than doubles."
         ),
     ] = False
 
@@ -327,7 +332,7 @@ class Config(Section, frozen=True):
         str,
         Meta(
             min_length=1,
-            description="Name of a shipped preset, or path of a preset file, whose settings apply before all others but the defaults.",
+            description="Name of a shipped preset, or path of a preset file. Its settings override the defaults only.",
         ),
     ] = DEFAULT_PRESET
     broker: Broker = Broker()

@@ -16,41 +16,44 @@ class Pipeline(Section, frozen=True):
     kind: Annotated[
         Literal["blocking", "async", "remote", "tree"],
         Meta(
-            description="blocking waits for each verdict; async drafts on meanwhile; remote lets the cloud decode; tree sends "
-            "alternatives with the drafts, and needs `generation.gate` always and `generation.coupling` gumbel or greedy."
+            description="blocking waits for each verdict. async goes on drafting meanwhile. remote lets the cloud "
+            "decode. tree sends alternatives with the drafts, and needs `generation.gate` always and "
+            "`generation.coupling` gumbel or greedy."
         ),
     ] = "async"
     window: Annotated[
         BlockSize,
         Meta(
-            description="Tokens that async may be ahead of the verdicts, at least `block`: the round trip divided by the time of a "
-            "draft, or more."
+            description="Most tokens that async drafts ahead of the verdicts, at least `block`. Set it to the round "
+            "trip divided by the time of a draft, or more."
         ),
     ] = 16
     block: Annotated[
         BlockSize,
         Meta(
-            description="Drafts per message; with remote, tokens per answer. Larger is fewer bytes, smaller an earlier verdict."
+            description="Drafts per block; with remote, tokens per answer. Larger saves bytes. Smaller gives "
+            "earlier verdicts."
         ),
     ] = 8
     flush_uncertainty: Annotated[
-        Unit, Meta(description="A draft that is less certain than this sends its block at once. 1: none does.")
+        Unit, Meta(description="A draft whose doubt is above this sends its block at once. 1: no draft does.")
     ] = 1.0
-    flush_age_ms: Annotated[
-        WaitMs, Meta(description="Milliseconds after which a draft that has waited sends its block at once.")
-    ] = 200.0
+    flush_age_ms: Annotated[WaitMs, Meta(description="Milliseconds after which a waiting draft sends its block.")] = (
+        200.0
+    )
     survival_floor: Annotated[
         Unit,
         Meta(
-            description="async pauses, and sends what is there, once the drafts under way are all accepted with less than this "
-            "probability. Higher: fewer bytes and drafts in vain; lower: more tokens in flight."
+            description="async sends its block and pauses when the probability that all drafts in flight are "
+            "accepted falls below this. Higher wastes fewer bytes and drafts. Lower keeps more tokens "
+            "in flight."
         ),
     ] = 0.03
     bonus: Annotated[
         bool,
         Meta(
-            description="Whether the LLM adds a token of its own after an accepted block (always in async). The published systems "
-            "do not."
+            description="Whether the LLM adds a bonus token after an accepted block. async always has one, and the "
+            "published systems have none."
         ),
     ] = True
     nodes: Annotated[
@@ -58,8 +61,8 @@ class Pipeline(Section, frozen=True):
         Meta(
             ge=1,
             le=1_024,
-            description="Most nodes of a tree. The device grows fewer where the measured delay does not repay them; trees lose on "
-            "short round trips.",
+            description="Most nodes of a tree. The device grows fewer where the measured delay does not repay them. "
+            "Trees do not pay on short round trips.",
         ),
     ] = 64
 
@@ -68,15 +71,18 @@ class Consensus(Section, frozen=True):
     """When verified tokens of peers may settle a draft."""
 
     similarity: Annotated[
-        Unit, Meta(description="Cosine from which contexts count as near. Higher: fewer hits, and more of them right.")
+        Unit,
+        Meta(
+            description="Cosine from which two contexts count as near. Higher gives fewer hits, and fewer wrong ones."
+        ),
     ] = 0.8
     replace: Annotated[
         float,
         Meta(
             ge=0.0,
             le=2.0,
-            description="Cosine from which a different token of the neighbours takes the draft's place and is verified. 2: never, "
-            "which is better on the shipped pair.",
+            description="Cosine from which a different token of the neighbours replaces the draft and is verified. "
+            "2: never, which is better on the shipped models.",
         ),
     ] = 2.0
     votes: Annotated[int, Meta(ge=1, le=64, description="How many of the nearest verified tokens must agree.")] = 3
@@ -84,18 +90,20 @@ class Consensus(Section, frozen=True):
     adapt: Annotated[
         bool,
         Meta(
-            description="Under calibrated-fl (`generation.threshold`), raise `similarity` so that wrong hits stay within "
-            "`error_share` of the budget; no peer settles anything before there is evidence. Off: `similarity` holds from the start."
+            description="Under calibrated-fl (`generation.threshold`), raise `similarity` so that wrong hits stay "
+            "within `error_share` of the budget. Without evidence no peer settles a token. Off: "
+            "`similarity` applies from the start."
         ),
     ] = True
     error_share: Annotated[
-        Unit, Meta(description="Share of `generation.budget` that wrong hits may use up, where `adapt` is on.")
+        Unit, Meta(description="Share of `generation.budget` that wrong hits may use, if `adapt` is on.")
     ] = 0.2
     lan_price: Annotated[
-        float, Meta(ge=0.0, le=1_000.0, description="What a byte within the cluster costs beside one to the cloud.")
+        float,
+        Meta(ge=0.0, le=1_000.0, description="Cost of a byte within the cluster, relative to a byte to the cloud."),
     ] = 0.1
     max_age_s: Annotated[
-        float, Meta(gt=0.0, le=86_400.0, description="Seconds for which a silent agent counts in the centroid.")
+        float, Meta(gt=0.0, le=86_400.0, description="Seconds for which a silent agent still counts in the centroid.")
     ] = 600.0
 
 
@@ -107,19 +115,20 @@ class Learning(Section, frozen=True):
         Meta(
             ge=1,
             le=1_000_000_000,
-            description="Tokens after which an agent contributes. Lower: faster learning, more bytes.",
+            description="Tokens after which an agent contributes. Lower learns faster and costs more bytes.",
         ),
     ] = 32
     round_s: Annotated[
-        float, Meta(gt=0.0, le=86_400.0, description="Seconds after which something new is contributed in any case.")
+        float,
+        Meta(gt=0.0, le=86_400.0, description="Seconds after which an agent contributes anything new in any case."),
     ] = 60.0
     growth: Annotated[
         float,
         Meta(
             ge=0.0,
             le=100.0,
-            description="Share by which what an agent has seen must have grown before it contributes again, beside `round_tokens`: "
-            "often at first, seldom later.",
+            description="Share by which an agent's number of tokens must grow before it contributes again, besides "
+            "`round_tokens`. Contributions are therefore frequent at first and rare later.",
         ),
     ] = 0.1
     gamma: Annotated[float, Meta(gt=0.0, le=1_000.0, description="paper-fl: steepness gamma (FedHLM eqs 4-8).")] = 10.0
@@ -141,8 +150,8 @@ class Learning(Section, frozen=True):
     objective: Annotated[
         Literal["budget", "price"],
         Meta(
-            description="calibrated-fl: budget keeps as many tokens as `generation.budget` allows; price keeps what costs less to "
-            "get wrong (`harm_bytes`) than to send."
+            description="calibrated-fl: budget keeps as many tokens as `generation.budget` allows. price keeps a "
+            "token if its harm costs less (`harm_bytes`) than sending it."
         ),
     ] = "budget"
     shrinkage: Annotated[
@@ -150,13 +159,15 @@ class Learning(Section, frozen=True):
         Meta(
             ge=0.0,
             le=1_000_000.0,
-            description="calibrated-fl: own tokens of a bin that weigh as much as the cluster. Lower where devices differ.",
+            description="calibrated-fl: own tokens of a bin that weigh as much as the cluster. Lower it where "
+            "devices differ.",
         ),
     ] = 50.0
     forgetting: Annotated[
         Unit,
         Meta(
-            description="calibrated-fl: share of the own sums that fades with each round. Above 0 where texts or models change."
+            description="calibrated-fl: share of the own sums that fades with each round. Raise it where texts or "
+            "models change."
         ),
     ] = 0.0
     harm_bytes: Annotated[
@@ -164,7 +175,8 @@ class Learning(Section, frozen=True):
         Meta(
             gt=0.0,
             le=1_000_000_000.0,
-            description="What a wrong token is worth in bytes, for the price (`objective`) and for whether asking peers pays.",
+            description="Cost of a wrong token in bytes, for price (`objective`) and for the decision whether to "
+            "ask peers.",
         ),
     ] = 1_000.0
     round_trip_bytes: Annotated[
@@ -172,7 +184,8 @@ class Learning(Section, frozen=True):
         Meta(
             ge=0.0,
             le=1_000_000_000.0,
-            description="What a round trip is worth in bytes, for the price (`objective`) and for whether asking peers pays.",
+            description="Cost of a round trip in bytes, for price (`objective`) and for the decision whether to ask "
+            "peers.",
         ),
     ] = 100.0
 
@@ -183,49 +196,47 @@ class Generation(Section, frozen=True):
     coupling: Annotated[
         Literal["gumbel", "greedy", "full", "lattice", "published-cu", "published-cu-online"],
         Meta(
-            description="How draft and target are coupled: gumbel unless a paper is to be repeated; greedy always writes the "
-            "likeliest token; the others send the device's law."
+            description="How draft and target are coupled. Use gumbel unless you reproduce a paper. greedy always "
+            "writes the likeliest token. The others send the draft law."
         ),
     ] = "gumbel"
     uncertainty: Annotated[
         Literal["closed-form", "k-sample", "entropy"],
         Meta(
-            description="Form of the uncertainty u: k-sample is U-HLM's, with its sampling noise, entropy FedHLM's. A curve belongs "
-            "to one form; after a change learning begins anew."
+            description="Form of the doubt u. k-sample is U-HLM's, with its sampling noise; entropy is FedHLM's. A "
+            "curve belongs to one form, so learning starts again after a change."
         ),
     ] = "closed-form"
     gate: Annotated[
         Literal["always", "never", "random", "threshold"],
         Meta(
-            description="Which drafts are verified: all, none, a share `send_probability` at random, or those whose uncertainty "
-            "is above the threshold (`threshold`)."
+            description="Which drafts are verified: all, none, a share `send_probability` at random, or those whose "
+            "doubt is above the threshold (`threshold`)."
         ),
     ] = "always"
     peers: Annotated[
         Literal["none", "centroid", "neighbour"],
         Meta(
-            description="Whose verified tokens may settle a draft: nobody's, by the agents' centroid, or the nearest of the "
-            "cluster. Others than none need `coupling` gumbel or greedy."
+            description="How peers may settle a draft: none, by the centroid of the agents, or by the nearest "
+            "verified tokens. centroid and neighbour need `coupling` gumbel or greedy."
         ),
     ] = "none"
     threshold: Annotated[
         Literal["none", "fixed", "paper-fl", "calibrated-fl"],
         Meta(
-            description="Where the threshold of `gate` threshold comes from: `tau` itself, FedHLM's federated step, or a calibrated "
-            "curve that keeps within `budget`."
+            description="Where the threshold of `gate` threshold comes from: `tau` itself, FedHLM's federated "
+            "steps, or a learnt curve that keeps within `budget`."
         ),
     ] = "none"
-    tau: Annotated[Unit, Meta(description="Threshold on the uncertainty under fixed; where paper-fl starts from.")] = (
-        0.43
-    )
-    send_probability: Annotated[Unit, Meta(description="Probability of sending a draft where `gate` is random.")] = 0.7
+    tau: Annotated[Unit, Meta(description="Threshold on the doubt under fixed, and the start of paper-fl.")] = 0.43
+    send_probability: Annotated[Unit, Meta(description="Probability of verifying a draft if `gate` is random.")] = 0.7
     budget: Annotated[
         float,
         Meta(
             gt=0.0,
             le=1.0,
-            description="Mean harm per token (total variation) that unverified tokens may cost. Higher keeps more tokens on the "
-            "device, lower fewer.",
+            description="Mean harm per token (total variation) that kept tokens may cause. Higher keeps more tokens "
+            "on the device.",
         ),
     ] = 0.05
     confidence: Annotated[
@@ -233,16 +244,16 @@ class Generation(Section, frozen=True):
         Meta(
             ge=0.5,
             le=0.9999,
-            description="Confidence of the reported limit on the harm, and of the threshold under calibrated-fl. Higher needs more "
-            "evidence.",
+            description="Confidence of the reported limit on the harm, and of the threshold under calibrated-fl. "
+            "Higher needs more evidence.",
         ),
     ] = 0.95
     audit: Annotated[
         Unit,
         Meta(
-            description="Chance of each token at the unverified end of a text to bring an audit of that end; 0, or at least 0.21. "
-            "Audits ride in other messages. Higher makes the certificate tighter and costs bytes; 0: no audit, no R-hat and no "
-            "certificate."
+            description="Chance per token that the unverified end of a text is audited; 0, or at least 0.21. Audits "
+            "travel inside other messages where they can. Higher makes the certificate tighter and "
+            "costs bytes. 0: no audit, no R-hat and no certificate."
         ),
     ] = 0.0
     consensus: Consensus = Consensus()
@@ -250,17 +261,17 @@ class Generation(Section, frozen=True):
     pipeline: Pipeline = Pipeline()
     temperature: Annotated[
         float,
-        Meta(ge=0.0, le=10.0, description="Temperature of the tokens' law, where a prompt does not bring its own."),
+        Meta(ge=0.0, le=10.0, description="Sampling temperature, if a prompt does not set its own. 0: greedy."),
     ] = 0.8
     top_p: Annotated[
         float,
-        Meta(gt=0.0, le=1.0, description="Nucleus of the tokens' law, where a prompt does not bring its own. 1: all."),
+        Meta(gt=0.0, le=1.0, description="Nucleus of the sampling, if a prompt does not set its own. 1: all tokens."),
     ] = 1.0
-    seed: Annotated[messages.Seed, Meta(description="Seed of the noise, where a prompt does not bring its own.")] = 0
+    seed: Annotated[messages.Seed, Meta(description="Seed of the noise, if a prompt does not set its own.")] = 0
     max_tokens: Annotated[
         int,
         Meta(
-            ge=1, le=messages.MAX_TOKENS, description="Tokens per text, where a prompt does not bring its own number."
+            ge=1, le=messages.MAX_TOKENS, description="Most tokens of a text, if a prompt does not set its own number."
         ),
     ] = 64
     deadline_ms: Annotated[
@@ -268,14 +279,14 @@ class Generation(Section, frozen=True):
         Meta(
             ge=1,
             le=3_600_000,
-            description="Milliseconds that the device waits for a verdict before it commits its drafts, marked unverified.",
+            description="Milliseconds that the device waits for a verdict before it commits its drafts as unverified.",
         ),
     ] = 10_000
     wait_offline: Annotated[
         bool,
         Meta(
-            description="Wait for `deadline_ms` also while the edge or the cloud is known to be absent; else a text that begins then "
-            "goes on at once, marked unverified.",
+            description="Whether to wait for `deadline_ms` also while the edge or the cloud is known to be offline. "
+            "Otherwise a text that begins then is unverified at once.",
         ),
     ] = False
     retry_ms: Annotated[
@@ -283,7 +294,7 @@ class Generation(Section, frozen=True):
         Meta(
             ge=1,
             le=3_600_000,
-            description="Milliseconds after which an unanswered block is sent again; doubles up to eight times this, until "
-            "`deadline_ms`.",
+            description="Milliseconds after which an unanswered block is sent again. The time doubles up to eight "
+            "times this, until `deadline_ms`.",
         ),
     ] = 1_000

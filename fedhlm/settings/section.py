@@ -1,4 +1,4 @@
-"""What a section of settings is, and which keys hold secrets."""
+"""The base class of a section of settings, and the masking of secrets."""
 
 from typing import Annotated, Final
 
@@ -14,7 +14,7 @@ WaitMs = Annotated[float, Meta(ge=0.0, le=60_000.0)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A group of keys. Passwords never show in its repr."""
+    """A group of settings. Its repr masks passwords."""
 
     def __repr__(self) -> str:
         shown = (f"{name}={masked(name, getattr(self, name))!r}" for name in self.__struct_fields__)
@@ -22,12 +22,12 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def is_secret(key: str) -> bool:
-    """Whether a key, perhaps a misspelt one, is meant to hold a password."""
+    """Whether a key is meant to hold a password, even if it is misspelt."""
     name = key.rpartition(".")[2]
     return name.startswith("pas") or "pwd" in name or "secret" in name
 
 
 def masked(key: str, value: object) -> object:
-    """`value` for human eyes: no password, and no address that carries one."""
+    """Return a value to show: MASK in place of a password, and of an address that contains one."""
     text = str(value)
     return MASK if value and (is_secret(key) or ("://" in text and "@" in text)) else value

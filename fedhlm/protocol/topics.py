@@ -69,7 +69,7 @@ PROMPT: Final = Topic(
     retain=False,
     publishers=("client",),
     subscribers=("agent",),
-    purpose="a generation asked for over the bus",
+    purpose="a request for a generation",
 )
 OUTPUT: Final = Topic(
     pattern="c/{cluster}/a/{agent}/to/{client}/output",
@@ -78,7 +78,7 @@ OUTPUT: Final = Topic(
     retain=False,
     publishers=("agent",),
     subscribers=("client",),
-    purpose="committed tokens with who settled them, for the sender of the prompt",
+    purpose="committed tokens with their sources, for the sender of the prompt",
 )
 CANCEL: Final = Topic(
     pattern="c/{cluster}/a/{agent}/cancel",
@@ -87,7 +87,7 @@ CANCEL: Final = Topic(
     retain=False,
     publishers=("client",),
     subscribers=("agent",),
-    purpose="a request that its client wants no longer",
+    purpose="the cancellation of a request by its client",
 )
 EDGE_STATUS: Final = Topic(
     pattern="c/{cluster}/status",
@@ -105,7 +105,7 @@ ESCALATE: Final = Topic(
     retain=False,
     publishers=("agent",),
     subscribers=("edge",),
-    purpose="a block of drafted tokens to be settled",
+    purpose="a block of drafts to be verified",
 )
 VERDICT: Final = Topic(
     pattern="c/{cluster}/a/{agent}/verdict",
@@ -151,7 +151,7 @@ PEER: Final = Topic(
     retain=False,
     publishers=("agent",),
     subscribers=("agent", "edge"),
-    purpose="drafts that an agent doubts, with the keys of their contexts",
+    purpose="doubtful drafts of an agent, with their context keys",
 )
 KNOWN: Final = Topic(
     pattern="c/{cluster}/known",
@@ -160,7 +160,7 @@ KNOWN: Final = Topic(
     retain=False,
     publishers=("edge",),
     subscribers=("agent",),
-    purpose="what the cloud settled, by context key, for the agents' caches",
+    purpose="verified tokens by context key, for the agents' caches",
 )
 NEIGHBOUR: Final = Topic(
     pattern="neighbour/{cluster}",
@@ -223,7 +223,7 @@ CLOUD_PROFILE: Final = Topic(
     retain=False,
     publishers=("edge",),
     subscribers=("cloud",),
-    purpose="the same, relayed to the cloud",
+    purpose="the same sample, relayed to the cloud",
 )
 ASSIGN: Final = Topic(
     pattern="cloud/assign/{agent}",
@@ -242,7 +242,7 @@ AGENT_JOURNAL: Final = Topic(
     retain=False,
     publishers=("agent",),
     subscribers=("client",),
-    purpose="what an agent took in and decided, where `telemetry.journal` is on",
+    purpose="the journal of an agent, if `telemetry.journal` is on",
 )
 EDGE_JOURNAL: Final = Topic(
     pattern="c/{cluster}/journal",
@@ -251,7 +251,7 @@ EDGE_JOURNAL: Final = Topic(
     retain=False,
     publishers=("edge",),
     subscribers=("client",),
-    purpose="the same of an edge",
+    purpose="the journal of an edge",
 )
 CLOUD_JOURNAL: Final = Topic(
     pattern="cloud/journal",
@@ -260,7 +260,7 @@ CLOUD_JOURNAL: Final = Topic(
     retain=False,
     publishers=("cloud",),
     subscribers=("client",),
-    purpose="the same of the cloud",
+    purpose="the journal of the cloud",
 )
 
 TABLE: Final = (
@@ -314,7 +314,7 @@ def decode_for(topic: Topic, payload: bytes) -> messages.AnyMessage:
 def markdown() -> str:
     """Return the table as Markdown, as shown in docs/protocol.md."""
     lines = [
-        "| topic under the root | payload | QoS | retained | who publishes | who subscribes | what for |",
+        "| topic under the root | payload | QoS | retained | publishers | subscribers | purpose |",
         "|" + "---|" * 7,
     ]
     for topic in TABLE:

@@ -1,5 +1,6 @@
 """Run one function over many arguments in worker processes, which end with this process."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,12 @@ Argument = TypeVar("Argument")
 Value = TypeVar("Value")
 
 
+def _begin(parent: int, disabled: int) -> None:
+    """Start a worker: it ends with its parent, and logs no more than its parent does."""
+    leash(parent)
+    logging.disable(disabled)
+
+
 def across(function: Callable[[Argument], Value], arguments: Iterable[Argument], jobs: int) -> Iterator[Value]:
     """Yield `function` of each argument as results come, from `jobs` processes.
 
@@ -27,7 +34,9 @@ def across(function: Callable[[Argument], Value], arguments: Iterable[Argument],
             yield value
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=leash, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=spawn, initializer=_begin, initargs=(os.getpid(), logging.root.manager.disable)
+    ) as pool:
 
         def submit(argument: Argument) -> Future[Value]:
             # The first call starts the workers, which inherit blocked signals: Ctrl-C is for this process alone.

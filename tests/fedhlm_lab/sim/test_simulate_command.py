@@ -34,7 +34,7 @@ def test_the_summary_counts_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert figures["violations"] == []
     assert sum(figures["tokens"].values()) >= 4 * 2 * 2
     assert set(figures["faults"]) == {
-        "drop", "duplicate", "reorder", "spikes", "partition", "crash", "crash-disk", "skew", "slow", "full",
+        "drop", "duplicate", "reorder", "spikes", "partition", "crash", "crash-disk", "skew", "slow", "full", "liar",
     }  # fmt: skip
     assert figures["messages"] > 100
     assert figures["virtual_hours"] > 0
@@ -122,9 +122,9 @@ def test_the_command_told_for_a_seed_makes_the_same_scenario() -> None:
 
 
 ENDLESS = """
-from fedhlm_lab.sim.sweep import Plan, sweep
+from fedhlm_lab.sim.sweep import SweepPlan, sweep
 if __name__ == "__main__":
-    for ended in sweep(Plan(presets=("exact",), links=("lan",), agents=2, prompts=1, tokens=6), range(10**9), jobs=2):
+    for ended in sweep(SweepPlan(presets=("exact",), links=("lan",), agents=2, prompts=1, tokens=6), range(10**9), jobs=2):
         print(ended.seed, flush=True)
 """
 

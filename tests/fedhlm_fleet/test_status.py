@@ -100,9 +100,8 @@ async def test_the_command_shows_what_is_on_a_broker() -> None:
         done = await announced(broker.url)
         assert done.returncode == 0, done.stderr
         lines = [line.split() for line in done.stdout.splitlines()]
-        assert ["home", "edge", "online", "0", "s", "fedhlm", "0.1.0", "the", "cloud"] in [
-            [*line[:3], "0", *line[4:]] for line in lines
-        ]
+        # Between name and software stands an age, whose unit depends on how slow the machine is.
+        assert ["home", "edge", "online", "fedhlm", "0.1.0", "the", "cloud"] in [line[:3] + line[5:] for line in lines]
         told = json.loads((await announced(broker.url, "--json")).stdout)
         assert [part["name"] for part in told["parts"]] == ["cloud", "edge", "attic", "porch"]
         assert told["missing"] == []

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -53,7 +54,8 @@ async def test_both_clients_get_the_answer(kind: str) -> None:
         assert out == whole.text + "\n"
         code, out, err = await ran(str(EXAMPLES / "ask_from_python.py"), "porch", TEXT, "--broker", broker.url)
         assert (code, err) == (0, "")
-        assert "32 tokens, 32 from the cloud" in out.splitlines()[-1]
+        # It gives no seed, so a text may end by itself before 32 tokens.
+        assert re.match(r"(\d+) tokens, \1 from the cloud", out.splitlines()[-1])
         await system.stop("porch")
         code, out, err = await ran(str(EXAMPLES / "ask_from_python.py"), "porch", TEXT, "--broker", broker.url)
         assert (code, out, err) == (1, "", "porch is not there; is its service running?\n")

@@ -37,9 +37,8 @@ from fedhlm.protocol.messages import (
     Verdict,
     VerdictBatch,
     decode,
-    pack_ids,
-    unpack_ids,
 )
+from fedhlm.protocol.packing import pack_ids, unpack_ids
 from fedhlm.settings import Config
 from fedhlm.telemetry import Counters
 from fedhlm_traces.check.captured import CapturingBus

@@ -16,7 +16,8 @@ from fedhlm.decoding.ids import common_prefix, digest_of
 from fedhlm.decoding.tree import Tree, unpack_branches
 from fedhlm.errors import FingerprintMismatch, ProtocolError
 from fedhlm.protocol.fingerprint import check_agreement
-from fedhlm.protocol.messages import Escalation, Fingerprint, Prime, id_bytes, unpack_ids
+from fedhlm.protocol.messages import Escalation, Fingerprint, Prime
+from fedhlm.protocol.packing import id_bytes, unpack_ids
 
 EXTEND_MAX: Final = 256  # bonus tokens per answer; who wants more asks again and waits behind the others
 

@@ -28,7 +28,6 @@ from edge_agent.events import (
     Refused,
     Unprimed,
 )
-from edge_agent.gate import GATES, Settings
 from edge_agent.generation import GenerationMachine
 from edge_agent.growth import RANKS, Delay, TreeLimits
 from edge_agent.journal import AgentStart, Ended, Notes, Planned
@@ -36,13 +35,12 @@ from edge_agent.learner import Learner, measures_of
 from edge_agent.membership import Membership
 from edge_agent.model import Drafter, Drawn
 from edge_agent.peers import Peers
-from edge_agent.pipeline import PIPELINES, PipelineLimits
+from edge_agent.planning import event_of, plan_of
 from edge_agent.profile import Sampler
 from edge_agent.result import GenerationResult, Job
 from edge_agent.turn import NextEvent, Turn, next_event
 from fedhlm import choices
 from fedhlm.bus.party import Party, Received
-from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.decoding.tree import pack_branches
 from fedhlm.errors import ProtocolError
@@ -63,11 +61,8 @@ from fedhlm.protocol.messages import (
     UncertainTokens,
     Verdict,
     VerifiedTokens,
-    pack_ids,
-    unpack_bits,
-    unpack_ids,
-    unpack_probs,
 )
+from fedhlm.protocol.packing import pack_ids
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Consensus, Federation
 from fedhlm.settings import Generation as GenerationConfig
@@ -144,35 +139,7 @@ class AgentCore:
 
     def plan(self, job: Job) -> Plan:
         """Create the plan of a job with the current thresholds. The settings' types have checked all names."""
-        config, sampling = job.config, job.sampling
-        measures = measures_of(config, sampling)
-        pipeline = config.pipeline
-        limits = PipelineLimits(
-            window=pipeline.window,
-            block=pipeline.block,
-            flush_uncertainty=pipeline.flush_uncertainty,
-            flush_age_s=pipeline.flush_age_ms / 1000.0,
-            survival_floor=pipeline.survival_floor,
-            bonus=pipeline.bonus,
-        )
-        tau = self.learner.tau(measures, config)
-        similarity = self.learner.similarity(measures, config)
-        coupling = COUPLINGS[sampling.coupling]
-        return Plan(
-            sampling=sampling,
-            gate=GATES[config.gate](Settings(tau, config.send_probability, sampling.seed)),
-            pipeline=PIPELINES[pipeline.kind](limits),
-            max_tokens=job.max_tokens,
-            context_max=job.context_max,
-            eos_ids=job.eos_ids,
-            deadline_s=config.deadline_ms / 1000.0,
-            retry_s=config.retry_ms / 1000.0,
-            harm=coupling.harm,
-            consult=self.peers.consult(config, similarity),
-            similarity=None if choices.GATES[config.gate].verifies_all else similarity,
-            votes=config.consensus.votes,
-            tau=tau,
-        )
+        return plan_of(job, self.learner, self.peers)
 
     async def save(self) -> None:
         """Save the learner, at most once per round, to spare the flash memory of small devices."""
@@ -247,13 +214,14 @@ class AgentCore:
         queue = self._routes.get(verdict.session)
         if queue is None:
             if not (
-                verdict.session in self.auditor.audits and self.auditor.hear(verdict.session, self._event(verdict))
+                verdict.session in self.auditor.audits
+                and self.auditor.hear(verdict.session, event_of(verdict, self.fingerprint.vocab_size))
             ):
                 self._counters.add("late_verdicts")
             # An agent that works offline may end every text before the answer to its probe arrives.
             self._set_link_up()
             return
-        event = self._event(verdict)
+        event = event_of(verdict, self.fingerprint.vocab_size)
         if SOURCES[verdict.source].verified:
             self.absent = ""
         self._counters.add("verdicts")
@@ -303,18 +271,6 @@ class AgentCore:
             queue.put_nowait(event)
         else:  # the machine asks again for what it misses
             self._counters.add("dropped_messages")
-
-    def _event(self, verdict: Verdict) -> Event:
-        match verdict.status:
-            case "settled":
-                ids = unpack_ids(verdict.ids, self.fingerprint.vocab_size)
-                probs = [float(p) for p in unpack_probs(verdict.target_probs)]
-                missed = unpack_bits(verdict.missed, len(probs))
-                return Answered(verdict.epoch, verdict.base, verdict.accepted, ids, probs, verdict.source, missed)
-            case "unprimed":
-                return Unprimed(verdict.epoch)
-            case "refused":
-                return Refused(verdict.reason)
 
     async def generate(
         self,

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from fedhlm.bus.interface import ProtocolVersion, publish_wire_bytes
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol import messages, topics
+from fedhlm.protocol import messages, packing, topics
 from fedhlm.protocol.messages import AnyMessage, Escalation, Fingerprint, RoutedEscalation, Verdict
 from fedhlm.protocol.messages import RoutedVerdict as AnsweredItem
 from fedhlm.protocol.topics import Topic
@@ -149,7 +149,7 @@ def unpacked_ids(data: bytes, vocab_size: int | None) -> list[int] | None:
     if vocab_size is None:
         return None
     try:
-        return messages.unpack_ids(data, vocab_size)
+        return packing.unpack_ids(data, vocab_size)
     except ProtocolError:
         return None
 

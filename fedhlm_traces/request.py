@@ -9,17 +9,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol.messages import (
-    Escalation,
-    FinishReason,
-    Output,
-    Prompt,
-    Source,
-    UncertainTokens,
-    Verdict,
-    unpack_bits,
-    unpack_probs,
-)
+from fedhlm.protocol.messages import Escalation, FinishReason, Output, Prompt, Source, UncertainTokens, Verdict
+from fedhlm.protocol.packing import unpack_bits, unpack_probs
 from fedhlm_traces.decoded import unpacked_ids
 
 VERDICTS_MAX: Final = 256

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol.messages import id_bytes, pack_ids, unpack_ids
+from fedhlm.protocol.packing import id_bytes, pack_ids, unpack_ids
 
 U_TV_LIMIT: Final = 0.1  # theta of CU-HLM's online truncation
 BETA_SLOPE: Final = 0.82  # beta = a u + b, U-HLM's regression

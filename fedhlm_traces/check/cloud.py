@@ -31,8 +31,8 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
     decode,
     encode,
-    id_bytes,
 )
+from fedhlm.protocol.packing import id_bytes
 from fedhlm.settings import Federation
 from fedhlm.telemetry import Counters
 from fedhlm_traces.check.captured import Captured, CapturingBus

@@ -13,7 +13,8 @@ from cloud_verifier.batching import BURST, READS, RUNNING_OF_ONE, WAITING_OF_ONE
 from cloud_verifier.engine import Engine
 from cloud_verifier.sessions import Key, Sessions
 from cloud_verifier.verifier import Settled
-from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Prime, Sampling, pack_ids
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Prime, Sampling
+from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
 
 PROMPT = [5, 6]

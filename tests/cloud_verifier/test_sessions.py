@@ -7,16 +7,8 @@ from cloud_verifier import sessions as sessions_module
 from cloud_verifier.sessions import EXTEND_MAX, Admission, Key, RefusedBlock, Sessions, StaleBlock, UnprimedBlock
 from cloud_verifier.verifier import Block
 from fedhlm.decoding.tree import Branch, pack_branches
-from fedhlm.protocol.messages import (
-    SCHEMA_VERSION,
-    Escalation,
-    Fingerprint,
-    Hints,
-    Prime,
-    Sampling,
-    pack_ids,
-    unpack_ids,
-)
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Fingerprint, Hints, Prime, Sampling
+from fedhlm.protocol.packing import pack_ids, unpack_ids
 from fedhlm_lab.sim import toy
 
 KEY = Key("c", "a", 1)

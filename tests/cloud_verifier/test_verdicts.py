@@ -20,10 +20,8 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
     decode,
     encode,
-    unpack_bits,
-    unpack_ids,
-    unpack_probs,
 )
+from fedhlm.protocol.packing import unpack_bits, unpack_ids, unpack_probs
 
 VOCAB_SIZE = 4_096
 BLOCK = Escalation(

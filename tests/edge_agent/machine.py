@@ -28,7 +28,8 @@ from edge_agent.model import Drawn
 from edge_agent.pipeline import PIPELINES, PipelineLimits
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.tree import pack_branches
-from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Hints, Prime, Sampling, pack_ids
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Hints, Prime, Sampling
+from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
 
 EOS = frozenset({toy.EOS_ID})

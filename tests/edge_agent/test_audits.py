@@ -13,7 +13,8 @@ from edge_agent.learner import Measures, OpenText
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.protocol.messages import Escalation, Hints, Rider, Sampling, pack_ids
+from fedhlm.protocol.messages import Escalation, Hints, Rider, Sampling
+from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet

@@ -12,7 +12,8 @@ from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Stamp
 from fedhlm.config import load
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint, FinishReason, Sampling, Verdict, encode, pack_ids
+from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint, FinishReason, Sampling, Verdict, encode
+from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.virtual import run_virtual

@@ -23,10 +23,8 @@ from fedhlm.protocol.messages import (
     Verdict,
     Verified,
     VerifiedTokens,
-    pack_bits,
-    pack_ids,
-    pack_probs,
 )
+from fedhlm.protocol.packing import pack_bits, pack_ids, pack_probs
 from fedhlm_lab.sim import toy
 
 DIMS = 4

@@ -27,9 +27,8 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
     Verified,
     VerifiedTokens,
-    pack_ids,
-    pack_probs,
 )
+from fedhlm.protocol.packing import pack_ids, pack_probs
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBroker
 from fedhlm_lab.sim.virtual import run_virtual

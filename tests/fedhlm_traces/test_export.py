@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Output, Prime, Verdict, decode, encode, pack_ids
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Output, Prime, Verdict, decode, encode
+from fedhlm.protocol.packing import pack_ids
 from fedhlm_traces.decoded import gist, look
 from fedhlm_traces.export import COLUMNS, FORMATS, named
 from fedhlm_traces.file import Header, Record

@@ -41,8 +41,8 @@ from fedhlm.protocol.messages import (
     Verified,
     VerifiedTokens,
     encode,
-    pack_ids,
 )
+from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
 from tests.fuzz.mutators import Hostile
 

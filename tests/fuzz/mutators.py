@@ -30,8 +30,8 @@ from fedhlm.protocol.messages import (
     RoutedEscalation,
     Sampling,
     encode,
-    pack_ids,
 )
+from fedhlm.protocol.packing import pack_ids
 from fedhlm.protocol.topics import TABLE, Topic
 from fedhlm_lab.sim import toy
 

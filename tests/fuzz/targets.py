@@ -20,7 +20,7 @@ from fedhlm.learning.federation import Members, State, mean_of_clusters
 from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
 from fedhlm.peers.context_keys import DIMS, unpack_key
 from fedhlm.peers.neighbours import Memory
-from fedhlm.protocol import messages, topics
+from fedhlm.protocol import messages, packing, topics
 from fedhlm.settings import Federation
 from fedhlm_lab.sim import toy
 from tests.fuzz import mutators
@@ -81,13 +81,13 @@ def _curve(data: bytes) -> None:
 
 def _ids(data: bytes) -> None:
     vocab_size = V if len(data) % 2 else 1 << 20
-    require(messages.pack_ids(messages.unpack_ids(data, vocab_size), vocab_size) == data, "ids change on their way")
+    require(packing.pack_ids(packing.unpack_ids(data, vocab_size), vocab_size) == data, "ids change on their way")
 
 
 def _probs(data: bytes) -> None:
-    probs = messages.unpack_probs(data)
+    probs = packing.unpack_probs(data)
     require(bool(((probs >= 0.0) & (probs <= 1.0)).all()), f"probabilities {probs}")
-    messages.unpack_bits(data, 9)
+    packing.unpack_bits(data, 9)
 
 
 def _key(data: bytes) -> None:

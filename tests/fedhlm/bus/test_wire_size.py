@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fedhlm.bus.interface import publish_wire_bytes
-from fedhlm.protocol.messages import Escalation, encode, pack_ids
+from fedhlm.protocol.messages import Escalation, encode
+from fedhlm.protocol.packing import pack_ids
 from fedhlm.protocol.topics import ESCALATE, markdown
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.settled import AGENTS_MAX, SLACK_SHARE, SLACK_TOKENS, SettledTokens
-from fedhlm.protocol.messages import SCHEMA_VERSION, PaperThreshold, Verdict, pack_bits, pack_probs
+from fedhlm.protocol.messages import SCHEMA_VERSION, PaperThreshold, Verdict
+from fedhlm.protocol.packing import pack_bits, pack_probs
 from fedhlm_lab.sim.liars import LIES
 
 DRAFTS, PEERS = "closed-form/gumbel/greedy", "neighbour/gumbel/greedy"

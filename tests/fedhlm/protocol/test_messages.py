@@ -19,14 +19,8 @@ from fedhlm.protocol.messages import (
     comparable_bytes,
     decode,
     encode,
-    id_bytes,
-    pack_bits,
-    pack_ids,
-    pack_probs,
-    unpack_bits,
-    unpack_ids,
-    unpack_probs,
 )
+from fedhlm.protocol.packing import id_bytes, pack_bits, pack_ids, pack_probs, unpack_bits, unpack_ids, unpack_probs
 
 KINDS: tuple[type[AnyMessage], ...] = get_args(AnyMessage)
 SMALL = 12

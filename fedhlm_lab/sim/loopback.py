@@ -1,12 +1,10 @@
 """An in-memory bus on the running loop's time, virtual or real: the network of the simulator and the tests.
 
 It has MQTT's semantics (wildcards, shared subscriptions, retained state, last wills) over one link model per client.
-A QoS 1 message is a single attempt: what the link loses is lost. That is harsher than TCP, so the parts above must
-ask again.
+A QoS 1 message is a single attempt: what the link loses is lost. TCP is milder, so the parts above must ask again.
 """
 
-# Broker, session and client are three sides of one thing and use one another's private methods.
-# ruff: noqa: SLF001
+# ruff: noqa: SLF001 - broker, session and client are three sides of one thing and use one another's private methods
 
 import asyncio
 import random

@@ -8,6 +8,7 @@ import asyncio
 import getpass
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -106,6 +107,8 @@ class Parts:
         life.killed = True
         if life.process.returncode is None:
             life.process.kill()
+            if await life.process.wait() != -signal.SIGKILL:
+                self._note_exit(name, life)  # it was already ending by itself
         await life.process.wait()
 
     def signal(self, name: str, number: int) -> None:
@@ -141,8 +144,11 @@ class Parts:
         life = self.lives[name][-1]
         if life.process.returncode is not None and not life.killed:
             life.killed = True
-            tail = "\n    ".join(self.log_of(life).splitlines()[-8:])
-            self.violations.append(BrokenInvariant("exited", name, f"status {life.process.returncode}: {tail}"))
+            self._note_exit(name, life)
+
+    def _note_exit(self, name: str, life: ProcessLife) -> None:
+        tail = "\n    ".join(self.log_of(life).splitlines()[-8:])
+        self.violations.append(BrokenInvariant("exited", name, f"status {life.process.returncode}: {tail}"))
 
     def alive(self, name: str) -> bool:
         """Return whether the newest process of a part is running."""

@@ -19,7 +19,7 @@ ARCHITECTURES: Final = {"x86_64": "avx2", "amd64": "avx2", "aarch64": "asimd", "
 DOT_PRODUCTS: Final = {"avx2": ("avx_vnni", "avx512_vnni"), "asimd": ("asimddp",)}
 # Resident memory of each part without its model, measured in the demo and rounded up.
 NEED_MIB: Final[dict[Role, int]] = {"agent": 128, "edge": 96, "cloud": 256}
-_REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+)\s*([<>=!~,.\w\s]*?)\s*(?:;\s*(.*))?")
+_REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+)(?:\[[\w,-]+\])?\s*([<>=!~,.\w\s]*?)\s*(?:;\s*(.*))?")
 _TIME_ERROR: Final = 5  # adjtimex: the clock is not synchronised
 
 

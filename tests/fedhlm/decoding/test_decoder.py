@@ -164,7 +164,12 @@ def test_a_cache_cannot_be_cut_to_a_length_it_does_not_have(llama: Case, length:
 
 @pytest.mark.parametrize(
     ("ids", "complaint"),
-    [([], "at least one"), ([tiny.VOCAB_SIZE], "0..256"), ([-1], "0..256"), ([1] * (tiny.CONTEXT + 1), "context")],
+    [
+        ([], "at least one"),
+        ([tiny.VOCAB_SIZE], "0..256"),
+        ([-1], "0..256"),
+        ([1] * (tiny.CONTEXT + 1), f"at most {tiny.CONTEXT} tokens"),
+    ],
 )
 def test_a_request_that_cannot_run_is_refused(llama: Case, ids: list[int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):

@@ -91,6 +91,9 @@ def test_an_old_an_absent_and_another_part_s_library() -> None:
 def test_our_own_requirements_are_all_understood() -> None:
     for requirement in metadata.requires("fedhlm") or []:
         assert machine._REQUIREMENT.fullmatch(requirement), requirement
+    matched = machine._REQUIREMENT.fullmatch('mkdocstrings[python]>=1; extra == "docs"')
+    assert matched is not None
+    assert matched.groups() == ("mkdocstrings", ">=1", 'extra == "docs"')
 
 
 def test_a_clock_of_before_the_installation_fails() -> None:

@@ -203,6 +203,7 @@ class Chaos:
             # The waits of each worker have their own limits.
             await asyncio.gather(*working)
         finally:
+            self._stopping = True  # also for a worker whose request takes the cancellation for its own end
             for task in working:
                 task.cancel()
             await asyncio.wait(working)

@@ -258,7 +258,7 @@ def ranking(sampling: Sampling) -> Callable[[Logits, int], Candidates]:
         if plain:
             wide = np.asarray(logits, np.float64)  # (V,)
         else:
-            wide = scores(logits, sampling.temperature, sampling.top_p) + noise(position, len(logits))
+            wide = scores(logits, sampling) + noise(position, len(logits))
         count = min(RANKS, int(np.isfinite(wide).sum()))
         some = np.argpartition(-wide, count - 1)[:count]
         best = some[np.lexsort((some, -wide[some]))]

@@ -293,11 +293,8 @@ class AgentService:
         if seed is None:  # so that two outputs never share their noise
             digest = hashlib.sha256(f"{config.seed}/{self.agent.name}/{prompt.request}".encode()).digest()
             seed = int.from_bytes(digest[:8]) >> 1
-        return Sampling(
-            seed=seed,
-            temperature=config.temperature if prompt.temperature is None else prompt.temperature,
-            top_p=config.top_p if prompt.top_p is None else prompt.top_p,
-            coupling=config.coupling,
+        return config.sampling(
+            seed, temperature=prompt.temperature, top_p=prompt.top_p, top_k=prompt.top_k, min_p=prompt.min_p
         )
 
     async def _publish(

@@ -227,4 +227,4 @@ def _count_equal(
 def _draw(logits: NDArray[np.float32], temperature: float, seed: int, position: int) -> int:
     if temperature == 0.0:
         return int(np.argmax(logits))
-    return perturbed_argmax(scores(logits, temperature), seed, position)
+    return perturbed_argmax(scores(logits, Sampling(seed, temperature)), seed, position)

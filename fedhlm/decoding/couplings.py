@@ -153,19 +153,19 @@ def _draft_from(q: Law, encoded: bytes, sampling: Sampling, position: int) -> Dr
 
 
 def _draft_gumbel(logits: Logits, sampling: Sampling, position: int) -> Draft:
-    log_law = scores(logits, sampling.temperature, sampling.top_p)
+    log_law = scores(logits, sampling)
     token = perturbed_argmax(log_law, sampling.seed, position)
     return Draft(token, probability(log_law, token), b"")
 
 
 def _settle_gumbel(logits: Logits, sampling: Sampling, position: int, _draft: int | None, _law: bytes) -> int:
-    return perturbed_argmax(scores(logits, sampling.temperature, sampling.top_p), sampling.seed, position)
+    return perturbed_argmax(scores(logits, sampling), sampling.seed, position)
 
 
 def _draft_greedy(logits: Logits, sampling: Sampling, _position: int) -> Draft:
     token = int(np.argmax(logits))
     # The proposal is a point mass, but beta of [3] is defined with the softmax probability.
-    return Draft(token, probability(scores(logits, sampling.temperature, sampling.top_p), token), b"")
+    return Draft(token, probability(scores(logits, sampling), token), b"")
 
 
 def _settle_greedy(logits: Logits, _sampling: Sampling, _position: int, _draft: int | None, _law: bytes) -> int:

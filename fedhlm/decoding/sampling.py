@@ -91,25 +91,40 @@ def uniform(seed: int, position: int, stream: int) -> float:
     return float(uniforms(seed, position, stream, 1)[0])
 
 
-def scores(logits: Logits, temperature: float, top_p: float = 1.0) -> NDArray[np.float64]:
-    """Unnormalised log-law after temperature and top-p; shape (V,), -inf for tokens that top-p removes.
+def scores(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
+    """Unnormalised log-law after temperature and filters; shape (V,), -inf for tokens that a filter removes.
 
-    A temperature below COLDEST keeps only the largest logit, and the lowest id among equal ones.
+    A temperature below COLDEST keeps only the largest logit, and the lowest id among equal ones. The filters are those
+    of vLLM in its order. `min_p` keeps what is at least that share of the largest probability, `top_k` the k largest
+    (lower ids first among equal ones), `top_p` the fewest that hold this mass of what is left.
     """
     wide = np.asarray(logits, np.float64)
-    if temperature < COLDEST:
+    if sampling.temperature < COLDEST:
         only = np.full(wide.shape, -np.inf)
         only[int(np.argmax(wide))] = 0.0
         return only
-    scaled = wide / temperature
-    if top_p < 1.0:
+    scaled = wide / sampling.temperature
+    if sampling.min_p:
+        scaled = _only(scaled, np.flatnonzero(scaled >= scaled.max() + math.log(sampling.min_p)))
+    if sampling.top_k and sampling.top_k < scaled.size:
+        scaled = _only(scaled, _largest(scaled, sampling.top_k))
+    if sampling.top_p < 1.0:
         order = np.argsort(-scaled, kind="stable")
         mass = np.cumsum(_softmax(scaled)[order])
-        keep = order[: int(np.searchsorted(mass, top_p)) + 1]
-        kept = np.full(wide.shape, -np.inf)
-        kept[keep] = scaled[keep]
-        return kept
+        scaled = _only(scaled, order[: int(np.searchsorted(mass, sampling.top_p)) + 1])
     return scaled
+
+
+def _only(x: NDArray[np.float64], ids: NDArray[np.intp]) -> NDArray[np.float64]:
+    kept = np.full(x.shape, -np.inf)
+    kept[ids] = x[ids]
+    return kept
+
+
+def _largest(x: NDArray[np.float64], k: int) -> NDArray[np.intp]:
+    last = np.partition(x, x.size - k)[x.size - k]
+    above = np.flatnonzero(x > last)
+    return np.concatenate((above, np.flatnonzero(x == last)[: k - above.size]))
 
 
 def _softmax(x: NDArray[np.float64]) -> Law:
@@ -118,8 +133,8 @@ def _softmax(x: NDArray[np.float64]) -> Law:
 
 
 def law(logits: Logits, sampling: Sampling) -> Law:
-    """The next-token law after temperature and top-p; shape (V,), sums to 1."""
-    return _softmax(scores(logits, sampling.temperature, sampling.top_p))
+    """The next-token law after temperature and filters; shape (V,), sums to 1."""
+    return _softmax(scores(logits, sampling))
 
 
 def probability(log_law: NDArray[np.float64], token: int) -> float:

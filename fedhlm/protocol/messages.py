@@ -40,6 +40,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**31)]
 Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
 Digest = Annotated[int, Meta(ge=0, lt=2**32)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
+TopK = Annotated[int, Meta(ge=0, lt=2**24)]
 Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
 Ids = Annotated[bytes, Meta(max_length=3 * MAX_CONTEXT)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
@@ -75,12 +76,18 @@ class Fingerprint(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Sampling parameters of one generation. Temperature 0 is greedy; `coupling` is a key of `couplings.COUPLINGS`."""
+    """Sampling parameters of one generation. Temperature 0 is greedy; `coupling` is a key of `couplings.COUPLINGS`.
+
+    The filters apply in the order of vLLM: temperature, `min_p`, `top_k`, `top_p`. A filter that removes nothing is
+    None (1 for `top_p`), which is a byte on the wire.
+    """
 
     seed: Seed
     temperature: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.8
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     coupling: Annotated[str, Meta(max_length=32)] = "gumbel"
+    top_k: TopK | None = None
+    min_p: Unit | None = None
 
 
 class Presence(Message, tag=1, frozen=True):
@@ -101,7 +108,7 @@ class Prompt(Message, tag=2, frozen=True):
     """A client's request for a generation. For fields that are None the agent uses its own configuration.
 
     The agent drops the request `patience_ms` after its arrival. The field is a span and no time of day, because the
-    clocks of client and device may differ.
+    clocks of client and device may differ. A `top_k` or `min_p` of 0 removes nothing.
     """
 
     request: Name
@@ -113,6 +120,8 @@ class Prompt(Message, tag=2, frozen=True):
     stop: Annotated[tuple[Text, ...], Meta(max_length=MAX_STOPS)] = ()
     preset: Name | None = None
     patience_ms: Milliseconds | None = None
+    top_k: TopK | None = None
+    min_p: Unit | None = None
 
 
 class Output(Message, tag=3, frozen=True):

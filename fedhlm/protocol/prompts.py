@@ -18,6 +18,8 @@ EXPECTED: Final = {
     "seed": "an integer from 0 to 2**63 - 1",
     "temperature": "a number from 0 to 10",
     "top_p": "a number above 0 and up to 1",
+    "top_k": "an integer from 0 (off) to 2**24 - 1",
+    "min_p": "a number from 0 (off) to 1",
     "stop": f"at most {MAX_STOPS} texts",
     "preset": "the name of a shipped preset",
     "patience_ms": "a number of milliseconds, 0 or more",

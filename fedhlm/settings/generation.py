@@ -267,6 +267,17 @@ class Generation(Section, frozen=True):
         float,
         Meta(gt=0.0, le=1.0, description="Nucleus of the sampling, if a prompt does not set its own. 1: all tokens."),
     ] = 1.0
+    top_k: Annotated[
+        messages.TopK,
+        Meta(description="Number of likeliest tokens to sample from, if a prompt does not set its own. 0: all tokens."),
+    ] = 0
+    min_p: Annotated[
+        Unit,
+        Meta(
+            description="Least probability of a token, as a share of the likeliest one's, if a prompt does not set its "
+            "own. 0: all tokens."
+        ),
+    ] = 0.0
     seed: Annotated[messages.Seed, Meta(description="Seed of the noise, if a prompt does not set its own.")] = 0
     max_tokens: Annotated[
         int,
@@ -298,3 +309,22 @@ class Generation(Section, frozen=True):
             "times this, until `deadline_ms`.",
         ),
     ] = 1_000
+
+    def sampling(
+        self,
+        seed: int,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+    ) -> messages.Sampling:
+        """Return the sampling of one text. For values that are None these settings count."""
+        return messages.Sampling(
+            seed=seed,
+            temperature=self.temperature if temperature is None else temperature,
+            top_p=self.top_p if top_p is None else top_p,
+            coupling=self.coupling,
+            top_k=(self.top_k if top_k is None else top_k) or None,
+            min_p=(self.min_p if min_p is None else min_p) or None,
+        )

@@ -136,15 +136,14 @@ class Observer:
         """Return whether one of these agents is in the middle of an answer."""
         return any(s.agent in agents and s.open and s.tokens for s in self.stories.values())
 
-    async def ask(self, place: Place, task: Task, *, top_p: float, coupling: str, temperature: float) -> RequestStory:
-        """Send one request."""
-        own = temperature if task.temperature is None else task.temperature
+    async def ask(self, place: Place, task: Task, sampling: Sampling) -> RequestStory:
+        """Send one request. `sampling` is that with which the agent will serve it."""
         request = f"r{next(self._numbers)}"
         story = RequestStory(
             request=request,
             agent=place.agent,
             prompt=task.text,
-            sampling=Sampling(task.seed, own, top_p, coupling),
+            sampling=sampling,
             max_tokens=task.tokens,
             asked_s=self._clock_s(),
         )
@@ -154,8 +153,8 @@ class Observer:
             task.text,
             cluster=place.cluster,
             max_tokens=task.tokens,
-            seed=task.seed,
-            temperature=own,
+            seed=sampling.seed,
+            temperature=sampling.temperature,
             request=request,
         )
         try:

@@ -62,11 +62,11 @@ class FolderModel(Alone):
 
 
 def perturbed(logits: Logits, sampling: Sampling, position: int) -> Logits:
-    """Return the scores whose maximum is the emitted token; shape (V,), -inf for tokens that top-p excludes."""
+    """Return the scores whose maximum is the emitted token; shape (V,), -inf for tokens that a filter removes."""
     wide = np.asarray(logits, np.float64)
     if sampling.temperature == 0.0 or COUPLINGS[sampling.coupling].greedy:
         return wide
-    return scores(wide, sampling.temperature, sampling.top_p) + gumbel(sampling.seed, position, wide.size)
+    return scores(wide, sampling) + gumbel(sampling.seed, position, wide.size)
 
 
 def regret(logits: Logits, sampling: Sampling, position: int, token: int) -> float:

@@ -238,10 +238,8 @@ class Chaos:
                 return
 
     async def _ask(self, place: Place, task: Task) -> RequestStory:
-        generation = self.config.generation
-        return await self.observer.ask(
-            place, task, top_p=generation.top_p, coupling=generation.coupling, temperature=generation.temperature
-        )
+        sampling = self.config.generation.sampling(task.seed, temperature=task.temperature)
+        return await self.observer.ask(place, task, sampling)
 
     # Faults
 

@@ -35,6 +35,8 @@ def ask(
     seed: Seed | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
     stop: Many = (),
     preset: str | None = None,
     deadline: Seconds | None = None,
@@ -60,6 +62,10 @@ def ask(
         Sampling temperature, 0 to 10; by default the agent's own.
     top_p
         Nucleus probability, above 0 and up to 1; by default the agent's own.
+    top_k
+        Number of likeliest tokens to sample from, 0 for all; by default the agent's own.
+    min_p
+        Least probability as a share of the likeliest token's, 0 to 1; by default the agent's own.
     stop
         End the text before this string; may be given several times.
     preset
@@ -84,6 +90,8 @@ def ask(
         "seed": seed,
         "temperature": temperature,
         "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
         "stop": stop,
         "preset": preset,
         "deadline_s": deadline,

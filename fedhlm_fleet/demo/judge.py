@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from msgspec import structs
+
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
@@ -34,8 +36,9 @@ class Judge:
         # Only gumbel and greedy texts are functions of the seed; for the other couplings the models write a gumbel
         # text.
         coupling = COUPLINGS[generation.coupling].alone
-        temperature = generation.temperature if request.temperature is None else request.temperature
-        sampling = Sampling(request.seed, temperature, generation.top_p, coupling)
+        sampling = structs.replace(
+            generation.sampling(request.seed, temperature=request.temperature), coupling=coupling
+        )
         wanted = request.prompt, sampling, request.max_tokens, request.task
         if wanted not in self._known:
             prompt = self._large.encode(request.prompt)

@@ -23,7 +23,6 @@ from fedhlm import choices, settings
 from fedhlm import config as configuration
 from fedhlm.errors import BusError, ConfigError, root_of
 from fedhlm.process.run import bus_of
-from fedhlm.protocol.messages import Sampling
 from fedhlm.telemetry import configure_logging
 from fedhlm_fleet import figures as figures_file
 from fedhlm_fleet.demo.asking import Asker, Place, Task, load_prompts, tasks_of
@@ -112,7 +111,7 @@ class Demo:
     async def run(self, console: Console) -> None:
         """Start the fleet, send the requests, compare, and stop the fleet."""
         generation = self.config.generation
-        sampling = Sampling(self.seed, generation.temperature, generation.top_p, generation.coupling)
+        sampling = generation.sampling(self.seed)
         bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
         journey = Journey(generation, measures_of(generation, sampling).draft, bars=bars)
         progress = Progress([p.agent for p in self.places], journey, plain=not console.is_terminal, console=console)

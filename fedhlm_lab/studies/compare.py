@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from msgspec import structs
+
 from edge_agent.driver import AgentCore
 from edge_agent.events import Committed, Observation
 from edge_agent.result import GenerationResult, Job
@@ -89,7 +91,7 @@ class Oracle:
 
     def write(self, task: StudyTask, coupling: str) -> list[int]:
         """Write up to `max_tokens` ids with the target side of a coupling with shared noise."""
-        sampling = Sampling(task.sampling.seed, task.sampling.temperature, task.sampling.top_p, coupling)
+        sampling = structs.replace(task.sampling, coupling=coupling)
         key = (tuple(task.prompt), sampling, task.max_tokens)
         if key not in self._known:
             self._known[key] = self._alone.write(task.prompt, sampling, task.max_tokens)

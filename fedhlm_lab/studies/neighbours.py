@@ -22,6 +22,7 @@ from fedhlm.errors import FedhlmError
 from fedhlm.peers.collaboration import fit_hit_ratio, simulate_hit_ratio
 from fedhlm.peers.context_keys import DIMS, Projection, load_projection
 from fedhlm.peers.neighbours import Centroid, Memory
+from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.evaluate import OnnxModel
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
@@ -62,7 +63,7 @@ def trace(llm: Path, slm: Path, titles: Sequence[str], *, tokens: int, temperatu
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         for step, (logits, hidden) in enumerate(_walk(small, prompt, text)):
             # Token by token as in an agent, because a dynamic int8 model gives other results in blocks.
-            draft = perturbed_argmax(scores(logits, temperature), number, len(prompt) + step)
+            draft = perturbed_argmax(scores(logits, Sampling(number, temperature)), number, len(prompt) + step)
             rows.append((number, step, closed_form(logits, draft), hidden, draft, text[step]))
     columns = tuple(zip(*rows, strict=True))
     return TextTrace(

@@ -325,7 +325,7 @@ async def _why_law(
     facts = [f"p({spell(token)}) is {p[token]:.4g}" for token in tokens]
     coupling = COUPLINGS.get(sampling.coupling)
     if coupling is not None and coupling.shared and not coupling.greedy:
-        noisy = scores(row, sampling.temperature, sampling.top_p) + gumbel(sampling.seed, position, len(row))
+        noisy = scores(row, sampling) + gumbel(sampling.seed, position, len(row))
         facts += [f"with the seed's noise {spell(token)} scores {noisy[token]:.5g}" for token in tokens]
         facts.append(f"the best is {spell(int(np.argmax(noisy)))}")
     elif coupling is not None and not coupling.shared:

@@ -23,6 +23,8 @@ samplings = st.builds(
     temperature=st.sampled_from([0.0, 0.8]),
     top_p=st.sampled_from([1.0, 0.7]),
     coupling=st.sampled_from(["gumbel", "greedy"]),
+    top_k=st.sampled_from([None, 3]),
+    min_p=st.sampled_from([None, 0.2]),
 )
 budgets = st.builds(
     TreeLimits,

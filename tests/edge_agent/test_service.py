@@ -166,6 +166,8 @@ BAD: dict[str, dict[str, Any]] = {
     "temperature nan": {"temperature": float("nan")},
     "temperature text": {"temperature": "warm"},
     "top_p": {"top_p": 0.0},
+    "top_k": {"top_k": -1},
+    "min_p": {"min_p": 1.5},
     "seed": {"seed": -1},
     "seed 2**64-1": {"seed": 2**64 - 1},
     "max_tokens": {"max_tokens": 0},

@@ -207,11 +207,19 @@ def test_what_seed_temperature_and_law_can_choose_is_not_learnt() -> None:
     assert memory.learn("a", said, VOCAB) == (Verified(key(2), 3),)
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0.05, 10.0), st.floats(0.1, 1.0))
-def test_whatever_is_learnt_is_the_likeliest_token(seed: int, temperature: float, top_p: float) -> None:
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(0.05, 10.0),
+    st.floats(0.1, 1.0),
+    st.one_of(st.none(), st.integers(1, 4)),
+    st.one_of(st.none(), st.floats(0.01, 1.0)),
+)
+def test_whatever_is_learnt_is_the_likeliest_token(
+    seed: int, temperature: float, top_p: float, top_k: int | None, min_p: float | None
+) -> None:
     """A liar asks for every token of a law in turn: only the target's choice is ever learnt."""
     logits = np.random.default_rng(seed).normal(0.0, 3.0, VOCAB)
-    target = law(logits, Sampling(1, temperature, top_p))
+    target = law(logits, Sampling(1, temperature, top_p, "gumbel", top_k, min_p))
     for token in range(VOCAB):
         memory = cluster()
         memory.doubt("a", doubt((10, token, key(0))))

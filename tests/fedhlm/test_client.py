@@ -370,6 +370,8 @@ def test_outputs_for_another_client_are_not_ours() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": 10.1}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
+        ({"top_k": 2**24}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
         ({"stop": ("x",) * 17}, "stop"),
         ({"preset": "../x"}, "preset"),
         ({"request": "a/b"}, "request"),

@@ -31,7 +31,7 @@ from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning import federation
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import MAX_CURVES, Assignment, Output, Prompt, Sampling, encode
+from fedhlm.protocol.messages import MAX_CURVES, Assignment, Output, Prompt, encode
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBus
 from tests.edge_broker.world import Hand, World
@@ -171,7 +171,7 @@ class Parts:
     def oracle(self, text: str = "abcab", tokens: int = 16) -> list[int]:
         """What the LLM alone answers to the last prompt asked."""
         generation = self.loaded.config.generation
-        sampling = Sampling(self._asked, generation.temperature, generation.top_p, generation.coupling)
+        sampling = generation.sampling(self._asked)
         return toy.large_alone(toy_tokenizer().encode(text).ids, sampling, tokens)
 
     async def calm(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -35,15 +36,17 @@ def broker(request: pytest.FixtureRequest) -> Mosquitto | EmbeddedBroker:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-async def test_exact_is_the_llm_alone(broker: Mosquitto | EmbeddedBroker, llm: Alone, temperature: float) -> None:
+@pytest.mark.parametrize(
+    "law", [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.2, "top_k": 40, "min_p": 0.02, "top_p": 0.95}]
+)
+async def test_exact_is_the_llm_alone(broker: Mosquitto | EmbeddedBroker, llm: Alone, law: dict[str, Any]) -> None:
     seen: Counter[str] = Counter()
     differing = 0
     async with broker, live(broker.url) as system:
         for number, item in enumerate(load_items()[:PROMPTS]):
-            answer = await system.ask(item.title + "\n", max_tokens=TOKENS, seed=number, temperature=temperature)
+            answer = await system.ask(item.title + "\n", max_tokens=TOKENS, seed=number, **law)
             ids = list(answer.ids)
-            oracle = llm.write(llm.encode(item.title + "\n"), Sampling(number, temperature), TOKENS)
+            oracle = llm.write(llm.encode(item.title + "\n"), Sampling(number, **law), TOKENS)
             same = next((i for i, (a, b) in enumerate(zip(ids, oracle, strict=False)) if a != b), len(ids))
             differing += len(ids) - same
             assert len(ids) == len(oracle) or same < len(ids)

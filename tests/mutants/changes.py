@@ -61,7 +61,7 @@ CHANGES: Final = (
     Change(
         "greedy draft's probability",
         "fedhlm/decoding/couplings.py",
-        'return Draft(token, probability(scores(logits, sampling.temperature, sampling.top_p), token), b"")',
+        'return Draft(token, probability(scores(logits, sampling), token), b"")',
         'return Draft(token, 1.0, b"")',
         _COUPLINGS,
     ),

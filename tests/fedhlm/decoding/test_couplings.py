@@ -175,9 +175,11 @@ def test_even_and_certain_laws_of_any_vocabulary(name: str, size: int, spread: f
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(seed=st.integers(0, 1_000), top_p=st.floats(0.05, 1.0))
-def test_a_token_that_the_target_cannot_emit_is_not_emitted(name: str, seed: int, top_p: float) -> None:
-    sampling = Sampling(seed=seed, temperature=1.0, top_p=top_p, coupling=name)
+@given(seed=st.integers(0, 1_000), top_p=st.floats(0.05, 1.0), top_k=st.integers(1, 40), min_p=st.floats(0.001, 1.0))
+def test_a_token_that_the_target_cannot_emit_is_not_emitted(
+    name: str, seed: int, top_p: float, top_k: int, min_p: float
+) -> None:
+    sampling = Sampling(seed, 1.0, top_p, name, top_k, min_p)
     target = logits(seed + 1, 40)
     draft = COUPLINGS[name].draft(logits(seed, 40), sampling, 2)
     assert law(target, sampling)[COUPLINGS[name].settle(target, sampling, 2, draft.token, draft.law)] > 0.0

@@ -90,14 +90,14 @@ def test_near_ties_are_decided_by_the_portable_noise(seed: int, size: int, ulps:
 def test_one_probability_is_the_laws(size: int, temperature: float, top_p: float) -> None:
     z = logits(size, size)
     whole = law(z, Sampling(seed=0, temperature=temperature, top_p=top_p))
-    ours = [probability(scores(z, temperature, top_p), token) for token in range(size)]
+    ours = [probability(scores(z, Sampling(0, temperature, top_p)), token) for token in range(size)]
     assert ours == pytest.approx(whole.tolist(), abs=1e-15)
 
 
 @given(st.floats(0.05, 1.0), st.integers(0, 50))
 def test_top_p_keeps_the_smallest_sufficient_set(top_p: float, seed: int) -> None:
     z = logits(seed, 20)
-    kept = np.isfinite(scores(z, 1.0, top_p))
+    kept = np.isfinite(scores(z, Sampling(0, 1.0, top_p)))
     full = law(z, Sampling(seed=0, temperature=1.0))
     assert full[kept].sum() >= top_p - 1e-9
     assert full[kept].min() >= full[~kept].max() if (~kept).any() else True
@@ -120,6 +120,46 @@ def test_inverse_cdf_never_returns_an_impossible_token(u: float) -> None:
 def test_the_coldest_temperatures_are_greedy(temperature: float, top_p: float) -> None:
     """Divided by one of them, logits would become infinite and their differences undefined."""
     z = logits(3)
-    log_law = scores(z, temperature, top_p)
-    assert np.array_equal(log_law, scores(z, 0.0))
+    log_law = scores(z, Sampling(0, temperature, top_p))
+    assert np.array_equal(log_law, scores(z, Sampling(0, 0.0)))
     assert perturbed_argmax(log_law, 1, 1) == int(np.argmax(z))
+
+
+@given(
+    seed=st.integers(0, 50),
+    size=st.integers(1, 30),
+    levels=st.integers(1, 30),
+    temperature=st.sampled_from([0.3, 1.0, 4.0]),
+    top_k=st.one_of(st.none(), st.integers(1, 40)),
+    min_p=st.one_of(st.none(), st.floats(0.001, 1.0)),
+    top_p=st.floats(0.05, 1.0),
+)
+def test_filters_apply_in_order_each_to_what_the_others_left(
+    seed: int, size: int, levels: int, temperature: float, top_k: int | None, min_p: float | None, top_p: float
+) -> None:
+    """Written out token by token, with Python's own sort; rounded logits make equal ones."""
+    z = np.round(logits(seed, size) * levels) / levels
+    p = law(z, Sampling(0, temperature))
+    left = sorted(range(size), key=lambda token: (-z[token], token))
+    if min_p:
+        left = [token for token in left if z[token] / temperature >= z.max() / temperature + math.log(min_p)]
+    left = left[: top_k or size]
+    total, mass, kept = p[left].sum(), 0.0, []
+    for token in left:
+        kept.append(token)
+        mass += p[token] / total
+        if top_p < 1.0 and mass >= top_p - 1e-12:
+            break
+    found = np.flatnonzero(np.isfinite(scores(z, Sampling(0, temperature, top_p, "gumbel", top_k, min_p))))
+    near_the_edge = top_p < 1.0 and abs(mass - top_p) < 1e-9  # rounding may take one token more or less there
+    assert set(found) == set(kept) or near_the_edge
+
+
+@given(seed=SEEDS, top_k=st.integers(1, 8), min_p=st.floats(0.01, 1.0), top_p=st.floats(0.05, 1.0))
+def test_every_draw_lies_inside_the_filters(seed: int, top_k: int, min_p: float, top_p: float) -> None:
+    z = logits(seed % 97, 40)
+    log_law = scores(z, Sampling(seed, 1.0, top_p, "gumbel", top_k, min_p))
+    token = perturbed_argmax(log_law, seed, 5)
+    p = law(z, Sampling(seed, 1.0))
+    assert (p > p[token]).sum() < top_k
+    assert p[token] >= min_p * p.max() * (1.0 - 1e-12)

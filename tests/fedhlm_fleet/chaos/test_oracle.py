@@ -68,6 +68,8 @@ samplings = st.builds(
     temperature=st.sampled_from([0.0, 0.3, 0.8, 2.0]),
     top_p=st.sampled_from([0.5, 0.9, 1.0]),
     coupling=st.sampled_from(["gumbel", "greedy"]),
+    top_k=st.sampled_from([None, 3]),
+    min_p=st.sampled_from([None, 0.2]),
 )
 some_sources = st.lists(st.sampled_from(["cloud", "unverified", "local"]), min_size=1, max_size=8)
 

@@ -1,49 +1,61 @@
-"""The stated epsilon is never below what the Gaussian mechanism really costs, and noised sums are still sums."""
+"""The stated epsilon is what the Gaussian mechanism costs, no more and no less, and noised sums are still sums."""
 
 import math
 
+import dp_accounting
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.learning.curve import BINS, Curve
-from fedhlm.learning.privacy import SENSITIVITY, noised, sigma_for
+from fedhlm.learning.privacy import SENSITIVITY, gaussian_delta, noised, sigma_for
 
 EPSILON = st.floats(0.05, 20.0)
 DELTA = st.floats(1e-9, 0.1)
 RELEASES = st.integers(1, 1_000)
 
 
-def epsilon_of(sigma: float, releases: int, delta: float) -> float:
-    """epsilon that `releases` releases with noise sigma cost at this delta; 0 < delta < 1.
-
-    One release has rho = SENSITIVITY^2 / (2 sigma^2); rho adds up, whatever earlier releases were (Bun and Steinke,
-    propositions 1.6 and 1.7); epsilon = rho + 2 sqrt(rho ln(1/delta)) (proposition 1.3).
-    """
-    if not sigma > 0.0:
-        return math.inf
-    rho = releases * SENSITIVITY**2 / (2.0 * sigma**2)
-    return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta))
+@given(EPSILON, DELTA)
+def test_the_noise_of_one_release_is_what_dp_accounting_calibrates(epsilon: float, delta: float) -> None:
+    expected = SENSITIVITY * dp_accounting.get_sigma_gaussian(epsilon, delta)
+    assert sigma_for(epsilon, delta, 1) == pytest.approx(expected, rel=1e-9)
 
 
-@given(EPSILON, DELTA, RELEASES)
-def test_sigma_and_epsilon_are_inverses(epsilon: float, delta: float, releases: int) -> None:
-    assert epsilon_of(sigma_for(epsilon, delta, releases), releases, delta) == pytest.approx(epsilon, rel=1e-9)
+@pytest.mark.parametrize(("epsilon", "delta", "releases"), [(1.0, 1e-6, 30), (4.0, 1e-5, 200)])
+def test_the_promise_of_many_releases_is_what_dp_accounting_composes(
+    epsilon: float, delta: float, releases: int
+) -> None:
+    accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
+    noise = sigma_for(epsilon, delta, releases) / SENSITIVITY
+    accountant.compose(dp_accounting.GaussianDpEvent(noise), releases)
+    assert accountant.get_epsilon(delta) == pytest.approx(epsilon, rel=0.02)
 
 
 def phi(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2.0))
 
 
-@given(EPSILON, DELTA, RELEASES)
-def test_the_promise_holds_against_the_exact_delta_of_the_gaussian_mechanism(
-    epsilon: float, delta: float, releases: int
-) -> None:
-    """k releases of a change equal one of sqrt(k) times that change; its exact delta is known (Balle, Wang 2018)."""
-    mu = SENSITIVITY * math.sqrt(releases) / sigma_for(epsilon, delta, releases)
-    exact = phi(mu / 2 - epsilon / mu) - math.exp(epsilon) * phi(-mu / 2 - epsilon / mu)
-    assert exact <= delta
+@given(EPSILON, st.floats(0.01, 20.0))
+def test_the_curve_is_that_of_balle_and_wang(epsilon: float, shift: float) -> None:
+    exact = phi(shift / 2 - epsilon / shift) - math.exp(epsilon) * phi(-shift / 2 - epsilon / shift)
+    assert gaussian_delta(epsilon, shift) == pytest.approx(exact, rel=1e-6, abs=1e-13)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1.0, 1_000.0])
+@pytest.mark.parametrize("delta", [1e-300, 1e-12, 0.5, 0.999])
+def test_extreme_settings_get_the_smallest_noise_that_keeps_the_promise(epsilon: float, delta: float) -> None:
+    sigma = sigma_for(epsilon, delta, 1)
+    assert gaussian_delta(epsilon, SENSITIVITY / sigma) <= delta * (1.0 + 1e-9)
+    assert gaussian_delta(epsilon, SENSITIVITY / sigma * 1.01) > delta
+
+
+def test_exact_accounting_needs_a_fifth_less_noise_than_concentrated_privacy() -> None:
+    """epsilon = rho + 2 sqrt(rho ln(1/delta)) with rho = releases SENSITIVITY^2 / (2 sigma^2) (Bun and Steinke)."""
+    log = math.log(1e6)
+    root = math.sqrt(log + 1.0) - math.sqrt(log)
+    concentrated = SENSITIVITY * math.sqrt(1_000 / 2.0) / root
+    assert sigma_for(1.0, 1e-6, 1_000) == pytest.approx(0.79 * concentrated, rel=0.01)
 
 
 @given(EPSILON, DELTA, RELEASES)
@@ -100,8 +112,7 @@ def test_empty_bins_are_hidden_too() -> None:
     assert (result.weight > 0.0).sum() > BINS / 4
 
 
-def test_no_noise_no_privacy_and_bad_settings() -> None:
-    assert epsilon_of(0.0, 1, 1e-5) == math.inf
+def test_bad_settings_are_rejected() -> None:
     with pytest.raises(ValueError, match="releases must be"):
         sigma_for(1.0, 1e-5, 0)
     with pytest.raises(ValueError, match="delta must be"):

@@ -1,4 +1,4 @@
-"""A client in plain paho-mqtt and msgpack: python third_party_client.py HOST PORT CLUSTER AGENT TEXT. See docs/protocol.md."""
+"""A client in paho-mqtt and msgpack, written from docs/protocol.md: python third_party_client.py HOST PORT CLUSTER AGENT TEXT."""
 
 import queue
 import sys
@@ -24,7 +24,10 @@ client.loop_start()
 pieces: dict[tuple[int, bool], list] = {}  # MQTT may bring a piece twice, or after the next one
 position = 0
 while True:
-    output = heard.get(timeout=60)
+    try:
+        output = heard.get(timeout=60)
+    except queue.Empty:
+        sys.exit(f"{agent} has not answered within 60 s")
     request, start, ids, sources, words, finish, error = output[5:12]
     if request == name:
         pieces[start, finish is not None] = output

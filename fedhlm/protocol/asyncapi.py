@@ -26,8 +26,22 @@ _LEVEL: Final = {
 
 
 def summary(struct: type[msgspec.Struct]) -> str:
-    """Return the first paragraph of a struct's docstring in one line."""
-    return " ".join((struct.__doc__ or "").partition("\n\n")[0].split())
+    """Return the first paragraph of a struct's docstring in one line, in msgpack's words."""
+    return " ".join((struct.__doc__ or "").partition("\n\n")[0].split()).replace("None", "nil")
+
+
+def meaning(struct: type[msgspec.Struct], field: str) -> tuple[str, str]:
+    """Return the unit and the meaning of a field.
+
+    Raises:
+        LookupError: fedhlm/protocol/meanings.py does not say it.
+    """
+    header = field in messages.Message.__struct_fields__ and issubclass(struct, messages.Message)
+    name = "Message" if header else struct.__name__
+    try:
+        return MEANINGS[name][field]
+    except KeyError as exc:
+        raise LookupError(f"fedhlm/protocol/meanings.py must say what {field} of {name} means") from exc
 
 
 def document() -> dict[str, Any]:
@@ -142,12 +156,11 @@ def _schema(kind: inspect.Type, found: dict[str, Any]) -> dict[str, Any]:  # noq
 
 def _array(kind: inspect.StructType, found: dict[str, Any]) -> dict[str, Any]:
     name = kind.cls.__name__
-    meanings = MEANINGS["Message"] | MEANINGS[name] if issubclass(kind.cls, messages.Message) else MEANINGS[name]
     items: list[dict[str, Any]] = [] if kind.tag is None else [{"title": "tag", "const": kind.tag}]
     for field in kind.fields:
-        unit, meaning = meanings[field.name]
+        unit, told = meaning(kind.cls, field.name)
         schema = _schema(field.type, found)
-        facts = {"title": field.name, "description": meaning, **({"x-unit": unit} if unit else {})}
+        facts = {"title": field.name, "description": told, **({"x-unit": unit} if unit else {})}
         items.append({**facts, "allOf": [schema]} if "$ref" in schema else {**facts, **schema})
     required = len(items) - sum(not field.required for field in kind.fields)
     return {

@@ -14,7 +14,6 @@ from msgspec import inspect
 
 from fedhlm.marks import cell, rewritten
 from fedhlm.protocol import asyncapi, messages, topics
-from fedhlm.protocol.meanings import MEANINGS
 
 HEADER: Final = messages.Message
 KINDS: Final[tuple[type[messages.AnyMessage], ...]] = get_args(messages.AnyMessage)
@@ -50,14 +49,13 @@ def fields(struct: type[msgspec.Struct]) -> list[FieldFacts]:
         raise TypeError(f"{struct!r} is not a struct")
     first = 0 if info.tag is None and struct is not HEADER else 1
     inherited = len(HEADER.__struct_fields__) if issubclass(struct, HEADER) and struct is not HEADER else 0
-    meanings = MEANINGS[struct.__name__]
     return [
         FieldFacts(
-            first + place, field.name, _type(field.type), meanings[field.name][0], limits(field.type), _default(field),
-            meanings[field.name][1],
+            first + place, field.name, _type(field.type), unit, limits(field.type), _default(field), meaning
         )
         for place, field in enumerate(info.fields)
         if place >= inherited
+        for unit, meaning in [asyncapi.meaning(struct, field.name)]
     ]  # fmt: skip
 
 

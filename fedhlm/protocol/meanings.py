@@ -31,6 +31,8 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "temperature": ("", "divides the logits; 0 is greedy"),
         "top_p": ("", "keep the likeliest tokens up to this total probability"),
         "coupling": ("", "rule by which drafts are accepted or rejected"),
+        "top_k": ("tokens", "keep this many of the likeliest tokens; nil keeps all"),
+        "min_p": ("", "keep tokens of at least this share of the likeliest one's probability; nil keeps all"),
     },
     "Presence": {
         "role": ("", "what kind of part it is"),
@@ -49,6 +51,8 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "stop": ("", "texts before the first of which the answer ends"),
         "preset": ("", "name of a preset; nil means the agent's own"),
         "patience_ms": ("ms", "span after its arrival at the agent at which the request is given up; nil for never"),
+        "top_k": ("tokens", "0 keeps all tokens; nil means the agent's own"),
+        "min_p": ("", "0 keeps all tokens; nil means the agent's own"),
     },
     "Output": {
         "request": ("", "the request's name, as in the prompt"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from edge_agent.connection import Connection
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.events import Committed
 from edge_agent.requests import CANCELLED, LATE, LATE_TEXT, End, Requests, RoutedPrompt
 from edge_agent.result import GenerationResult, Job

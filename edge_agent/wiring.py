@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_agent.connection import Connection
-from edge_agent.driver import LEARNER_FILE, AgentCore
+from edge_agent.core import LEARNER_FILE, AgentCore
 from edge_agent.learner import Learner
 from edge_agent.membership import birth_and_will
 from edge_agent.model import Drafter

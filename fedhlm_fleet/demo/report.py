@@ -28,7 +28,7 @@ _GAP: Final = 3  # between two columns of the table, at most
 
 
 class Generated(msgspec.Struct, kw_only=True):
-    """One request as the client saw it; `statistics` are the agent's own (see edge_agent.driver.Result)."""
+    """One request as the client saw it; `statistics` are the agent's own (see edge_agent.core.Result)."""
 
     agent: str
     task: str  # "continue" or "topic"

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_MAX
 from cloud_verifier.service import CloudService
-from edge_agent.driver import EVENTS_MAX, AgentCore
+from edge_agent.core import EVENTS_MAX, AgentCore
 from edge_agent.events import Committed, Plan
 from edge_agent.pipeline import Pending
 from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED

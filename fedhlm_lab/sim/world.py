@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from cloud_verifier.engine import Engine
 from cloud_verifier.service import CloudService
 from cloud_verifier.wiring import LargeModel, cloud_of
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.model import Drafter
 from edge_agent.service import AgentService, ModelFacts
 from edge_agent.wiring import SmallModel, agent_of, service_of

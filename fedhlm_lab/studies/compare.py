@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from msgspec import structs
 
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.events import Committed, Observation
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load, presets

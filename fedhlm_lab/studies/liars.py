@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
 from fedhlm.protocol.messages import Sampling

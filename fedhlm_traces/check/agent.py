@@ -1,7 +1,7 @@
 """Replay an agent's journal through today's code and compare the decisions.
 
 There is no broker, model or clock: drafts, verdicts and times come from the journal. Everything else is
-`edge_agent.driver`.
+`edge_agent.core`.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from edge_agent import journal
-from edge_agent.driver import LEARNER_FILE, AgentCore
+from edge_agent.core import LEARNER_FILE, AgentCore
 from edge_agent.events import Committed, Event, Judged
 from edge_agent.growth import TreeLimits
 from edge_agent.model import Drawn, TreeDraft

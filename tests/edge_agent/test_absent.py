@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.config import load
 from fedhlm.protocol.messages import FinishReason, Sampling
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.world import Fleet
-from tests.edge_agent.test_driver import nobody, with_fleet
+from tests.edge_agent.test_core import nobody, with_fleet
 
 DEADLINE_S = 5.0
 

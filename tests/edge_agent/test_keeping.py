@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_agent.driver import LEARNER_FILE
+from edge_agent.core import LEARNER_FILE
 from edge_agent.events import Observation
 from edge_agent.learner import Learner, measures_of
 from edge_agent.service import AgentService

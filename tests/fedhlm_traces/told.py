@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from edge_agent import driver as agent_module
+from edge_agent import core as agent_module
 from edge_agent.events import Action, Answered, Commit, Committed, Escalate, Event, Judged
 from edge_agent.generation import GenerationMachine
 from edge_agent.service import ModelFacts

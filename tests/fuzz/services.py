@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from cloud_verifier import batching, clustering, coordinator
-from edge_agent import driver as agent_module
+from edge_agent import core as agent_module
 from edge_agent.membership import CLUSTERS_MAX
 from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED
 from edge_agent.service import ModelFacts

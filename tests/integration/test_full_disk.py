@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.driver import LEARNER_FILE
+from edge_agent.core import LEARNER_FILE
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.errors import ConfigError
 from fedhlm.process import state

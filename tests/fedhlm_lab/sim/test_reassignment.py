@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.events import Committed
 from edge_agent.model import Drawn
 from edge_agent.result import Job

@@ -11,7 +11,7 @@ from cloud_verifier.engine import EngineInput
 from cloud_verifier.engine import EngineOutput as Logits
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import Admission, Key, Sessions
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.events import Commit, Committed
 from edge_agent.pipeline import PIPELINES
 from edge_agent.result import GenerationResult

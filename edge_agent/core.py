@@ -1,4 +1,4 @@
-"""The agent as a running service: connects the generation machine with its model, its bus and its timers.
+"""What an agent does with each prompt and message: joins the generation, its model, the bus and the timers.
 
 Prompts are served one after the other. Each generation has its own session, whose number routes its verdicts.
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.events import Committed
 from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Stamp

@@ -255,13 +255,14 @@ class Batcher:
     # Incoming work
 
     def submit(self, job: BlockJob) -> None:
-        """Queue a job. It replaces the same block if that was sent before.
+        """Queue a job. It replaces the same block if that was sent before, and the end of a session all its blocks.
 
         A job beyond the limits of the queue, or of its agent, is dropped and counted. Its sender will ask again.
         """
         agent = self._agent(job.key)
         queue = agent.waiting.get(job.key, deque())
-        for double in [waiting for waiting in queue if job.repeats(waiting)]:
+        closes = job.escalation.closes
+        for double in [waiting for waiting in queue if closes or job.repeats(waiting)]:
             queue.remove(double)
             self._weigh(agent, double, -1)
         size = job.size_bytes

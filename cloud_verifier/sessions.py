@@ -58,7 +58,7 @@ class RefusedBlock(NamedTuple):
 
 
 class StaleBlock(NamedTuple):
-    """A newer epoch of the session has been seen, so nobody waits for an answer."""
+    """Nobody waits for an answer: a newer epoch of the session has been seen, or the block ends the session."""
 
 
 Declined = UnprimedBlock | RefusedBlock | StaleBlock
@@ -127,6 +127,9 @@ class Sessions:
     def _admit(self, key: Key, escalation: Escalation) -> Admission:
         entry = self.entry(key)
         if entry is not None and escalation.epoch < entry.state.epoch:
+            return StaleBlock()
+        if escalation.closes:
+            self.forget(key)
             return StaleBlock()
         block = self._block(escalation, entry)
         if isinstance(block, RefusedBlock):

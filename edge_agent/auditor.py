@@ -119,9 +119,10 @@ class Auditor:
 def audit_of(turn: Turn, measures: Measures, text: OpenText, now_s: float) -> Audit:
     """Create the audit of a generation that has ended. `text` waits for its result."""
     job, result = turn.job, turn.result
+    tail = result.ended.tail
     return Audit(
         turn.session,
-        result.ended.tail,
+        tail._replace(primed=tail.primed and result.finish != "cancelled"),  # a cancelled text has closed its session
         text,
         job.config,
         measures,

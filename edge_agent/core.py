@@ -38,7 +38,7 @@ from edge_agent.peers import Peers
 from edge_agent.planning import event_of, plan_of
 from edge_agent.profile import Sampler
 from edge_agent.result import GenerationResult, Job
-from edge_agent.turn import NextEvent, Turn, next_event
+from edge_agent.turn import NextEvent, Turn, close, next_event
 from fedhlm import choices
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
@@ -348,6 +348,8 @@ class AgentCore:
             case Finish(reason, error):
                 result.finish, result.error, result.ended = reason, error, action
                 self._notes.write("ended", Ended(reason, error))
+                if reason == "cancelled" and result.uplink_messages:
+                    await close(turn, self.party, self.cluster)
 
     async def _learn(self, turn: Turn, now_s: float) -> None:
         """Learn from a finished generation, and contribute if a round is due."""

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 CLUSTERS_MAX: Final = 32
 
-_PERSONAL: Final = (topics.PROMPT, topics.CANCEL, topics.VERDICT)
+_REQUESTS: Final = (topics.PROMPT, topics.PROMPT_FROM, topics.CANCEL, topics.CANCEL_FROM)
 
 
 class Membership:
@@ -30,7 +30,7 @@ class Membership:
     def __init__(self, *, party: Party, cluster: str, fingerprint: Fingerprint, guest: bool = False) -> None:
         self.cluster = cluster
         self._guest = guest
-        self._personal = (topics.VERDICT,) if guest else _PERSONAL
+        self._personal = (topics.VERDICT,) if guest else (*_REQUESTS, topics.VERDICT)
         self.wanted: str | None = None
         self.moves = 0
         self._party = party
@@ -41,15 +41,19 @@ class Membership:
 
     def filters(self) -> tuple[str, ...]:
         """All topic filters of the agent now."""
-        root, name = self._party.root, self._name
+        root = self._party.root
         elsewhere = [] if self.wanted is None else [topics.EDGE_STATUS.name(root, cluster=self.wanted)]
-        left = [topic.name(root, cluster=c, agent=name) for c in self._visited for topic in self._personal]
-        return (*left, *self._of(self.cluster), *elsewhere, topics.ASSIGN.name(root, agent=name))
+        left = [name for cluster in self._visited for name in self._personal_in(cluster)]
+        clients = [] if self._guest else [topics.CLIENT_STATUS.name(root, client="+")]
+        return (*left, *self._of(self.cluster), *elsewhere, topics.ASSIGN.name(root, agent=self._name), *clients)
+
+    def _personal_in(self, cluster: str) -> list[str]:
+        return [topic.name(self._party.root, cluster=cluster, agent=self._name, client="+") for topic in self._personal]
 
     def _of(self, cluster: str) -> tuple[str, ...]:
         root = self._party.root
         return (
-            *(topic.name(root, cluster=cluster, agent=self._name) for topic in self._personal),
+            *self._personal_in(cluster),
             *(topic.name(root, cluster=cluster) for topic in (topics.EDGE_STATUS, topics.FL_STATE, topics.KNOWN)),
             topics.PEER.name(root, cluster=cluster, agent="+"),
         )

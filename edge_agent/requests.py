@@ -3,27 +3,11 @@
 from collections import OrderedDict
 from typing import Final, NamedTuple, TypeVar
 
-from fedhlm.protocol.messages import Cancel, FinishReason, Prompt, Refusal
+from fedhlm.protocol.messages import Cancel, FinishReason, Presence, Prompt, Refusal
 
 PROMPTS_MAX: Final = 256
 CLIENT_MAX: Final = 192  # per client, so that the other places are left for others
 REQUESTS_REMEMBERED: Final = 1_024
-
-
-class RoutedPrompt:
-    """A prompt, and the cluster through which it came and to which its output goes.
-
-    `limit_s` is when the client stops waiting, in seconds on the agent's clock. `count` is the number of tokens
-    published, and `answered` says that the last output has been published.
-    """
-
-    def __init__(self, cluster: str, prompt: Prompt, now_s: float = 0.0) -> None:
-        self.cluster = cluster
-        self.prompt = prompt
-        self.limit_s = float("inf") if prompt.patience_ms is None else now_s + prompt.patience_ms / 1000.0
-        self.count = 0
-        self.over = False
-        self.answered = False
 
 
 class End(NamedTuple):
@@ -34,7 +18,25 @@ class End(NamedTuple):
     refusal: Refusal | None = None
 
 
+class RoutedPrompt:
+    """A prompt, and the cluster through which it came and to which its output goes.
+
+    `limit_s` is when the client stops waiting, in seconds on the agent's clock. `count` is the number of tokens
+    published, `over` is how the request ends before its text is whole, and `answered` says that the last output has
+    been published.
+    """
+
+    def __init__(self, cluster: str, prompt: Prompt, now_s: float = 0.0) -> None:
+        self.cluster = cluster
+        self.prompt = prompt
+        self.limit_s = float("inf") if prompt.patience_ms is None else now_s + prompt.patience_ms / 1000.0
+        self.count = 0
+        self.over: End | None = None
+        self.answered = False
+
+
 CANCELLED: Final = End("cancelled", "cancelled by its client")
+GONE: Final = End("cancelled", "its client went offline")
 LATE: Final = End("error", "its deadline passed while it waited for its turn", "late")
 LATE_TEXT: Final = End("cancelled", "its deadline passed before the text was whole")
 
@@ -98,9 +100,18 @@ class Requests:
             _remember(self._withdrawn, (message.sender, message.request), None)
         return None
 
+    def gone(self, client: Presence, *, retained: bool) -> list[RoutedPrompt]:
+        """The open requests of a connection that has ended; none while the client is online.
+
+        A retained presence tells of an earlier time. Without the name of a connection it may tell of another one.
+        """
+        if client.online or (retained and client.connection is None):
+            return []
+        who = client.sender, client.connection
+        return [r for r in self.open.values() if (r.prompt.sender, r.prompt.connection) == who]
+
     def close(self, request: RoutedPrompt) -> None:
         """Remove a request that has had its last output."""
-        request.over = True
         if self.open.get(request.prompt.request) is request:
             del self.open[request.prompt.request]
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from edge_agent.connection import Connection
 from edge_agent.core import AgentCore
 from edge_agent.events import Committed
-from edge_agent.requests import CANCELLED, LATE, LATE_TEXT, End, Requests, RoutedPrompt
+from edge_agent.requests import CANCELLED, GONE, LATE, LATE_TEXT, End, Requests, RoutedPrompt
 from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
 from fedhlm.decoding.text import StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Cancel, FinishReason, Output, Prompt, Refusal, Sampling
+from fedhlm.protocol.messages import Cancel, FinishReason, Output, Presence, Prompt, Refusal, Sampling
 from fedhlm.protocol.prompts import unusable
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import warn_once
@@ -100,7 +100,11 @@ class AgentService:
                     await self._accept(received.message, received.levels["cluster"], retained=received.retained)
                     continue
                 if isinstance(received.message, Cancel):
-                    await self._cancel(received.message)
+                    found = self.requests.cancel(received.message)
+                    await self._stop([] if found is None else [found], CANCELLED)
+                    continue
+                if received.topic is topics.CLIENT_STATUS and isinstance(received.message, Presence):
+                    await self._stop(self.requests.gone(received.message, retained=received.retained), GONE)
                     continue
                 before = self.agent.cluster
                 if not await self.agent.handle(received):
@@ -160,22 +164,24 @@ class AgentService:
             self._counters.add("dropped_messages")
         await self._end(request, end)
 
-    async def _cancel(self, message: Cancel) -> None:
-        request = self.requests.cancel(message)
-        if request is None:
-            return
-        if request is self._current:
-            self.agent.cancel("cancelled")
-            request.over = True  # also before the first token, and between two tokens
-        else:
-            await self._end(request, CANCELLED)
+    async def _stop(self, requests: list[RoutedPrompt], end: End) -> None:
+        """End requests before their texts are whole."""
+        for request in requests:
+            if request is self._current:
+                self.agent.cancel("cancelled")
+                request.over = end  # also before the first token, and between two tokens
+            else:
+                await self._end(request, end)
 
-    async def _answer_unusable(self, delivery: Delivery, _error: ProtocolError) -> None:
+    async def _answer_unusable(self, delivery: Delivery, error: ProtocolError) -> None:
         """Tell the client that its request is unusable, if the request's name is readable."""
-        levels = topics.PROMPT.parse(delivery.topic, self.agent.party.root)
-        found = None if levels is None or delivery.retain else unusable(delivery.payload)
-        if levels is None or found is None:
+        row, levels = topics.lookup(delivery.topic, self.agent.party.root) or (None, {})
+        found = (
+            None if row not in (topics.PROMPT, topics.PROMPT_FROM) or delivery.retain else unusable(delivery.payload)
+        )
+        if found is None:
             return
+        client = levels.get("client", found.client)
         party = self.agent.party
         message = Output(
             **party.stamp(),
@@ -185,11 +191,11 @@ class AgentService:
             sources=(),
             text="",
             finish="error",
-            error=found.reason,
-            client=found.client,
+            error=found.reason or str(error),
+            client=client,
             refusal="invalid",
         )
-        to = found.client or NOBODY
+        to = client or NOBODY
         await party.send(topics.OUTPUT, message, cluster=levels["cluster"], agent=self.agent.name, client=to)
 
     async def _serve(self) -> None:
@@ -265,7 +271,7 @@ class AgentService:
                 await self._publish(request, tokens[:count], new)
             if text.stopped:
                 return "stop"
-            return "cancelled" if request.over or now_s() >= request.limit_s else None
+            return "cancelled" if request.over is not None or now_s() >= request.limit_s else None
 
         longest = TOKEN_BYTES_MAX * self._model.context
         if len(prompt.text) > longest:  # encoding it would block everything else
@@ -276,7 +282,7 @@ class AgentService:
         if text.stopped:
             result.finish = "stop"
         elif result.finish == "cancelled":
-            result.error = (CANCELLED if request.over else LATE_TEXT).error
+            result.error = (request.over or LATE_TEXT).error
         rest = text.rest()
         if show is not None:
             show(rest)

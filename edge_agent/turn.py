@@ -2,12 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from edge_agent.events import Committed, Event, Plan, Tick
 from edge_agent.profile import PromptSample
 from edge_agent.result import GenerationResult, Job
-from fedhlm.protocol.messages import FinishReason
+from fedhlm.bus.party import Party
+from fedhlm.protocol import topics
+from fedhlm.protocol.messages import Escalation, FinishReason
+
+CLOSE_S: Final = 20.0  # seconds for which the end of a session is worth its delivery
 
 NextEvent = Callable[[asyncio.Queue[Event], float], Awaitable[Event]]
 """Waits for the next event of a generation, or until a Tick is due."""
@@ -34,3 +38,20 @@ class Turn(NamedTuple):
     sample: PromptSample | None
     result: GenerationResult
     on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
+
+
+async def close(turn: Turn, party: Party, cluster: str) -> None:
+    """Tell edge and cloud that nobody waits for this session any more."""
+    message = Escalation(
+        **party.stamp(),
+        session=turn.session,
+        epoch=turn.result.ended.tail.epoch,
+        base=0,
+        ids=b"",
+        patience_ms=round(CLOSE_S * 1000.0),
+        extend=0,
+    )
+    agent = party.stamp.sender
+    sent = await party.send(topics.ESCALATE, message, expiry_s=CLOSE_S, cluster=cluster, agent=agent)
+    turn.result.uplink_bytes += sent.packet_bytes
+    turn.result.uplink_messages += bool(sent)

@@ -45,7 +45,7 @@ class Relay:
         if escalation.epoch < newest:
             self.stale_escalations += 1
             return False
-        if escalation.epoch > newest:
+        if escalation.epoch > newest or escalation.closes:
             self.stale_escalations += self._drop(agent, lambda e: e.session == escalation.session)
         self.repeated += self._drop(
             agent, lambda e: (e.session, e.epoch, e.base) == (escalation.session, escalation.epoch, escalation.base)

@@ -230,7 +230,8 @@ class EdgeService:
         vocab_size = self._vocab_size(agent)
         answer = None if vocab_size is None else self.memory.answer(agent, escalation, vocab_size)
         if vocab_size is None or answer is None:
-            self.memory.await_verdict(agent, escalation)
+            if not escalation.closes:
+                self.memory.await_verdict(agent, escalation)
             self._waiting.set()
             return
         self.relay.settle(agent, escalation)

@@ -13,8 +13,11 @@ topic, name = f"fedhlm/1/c/{cluster}/a/{agent}", f"guest-{uuid.uuid4().hex[:8]}"
 heard: queue.Queue[list] = queue.Queue()
 
 client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name)
+# Tag 1: if this program dies, the broker tells the agent, which stops writing for it.
+gone = [1, 3, name, 2, int(time.time() * 1000), "client", False, "third party"]
+client.will_set(f"fedhlm/1/client/{name}/status", msgpack.packb(gone), qos=1)
 client.on_message = lambda _client, _data, message: heard.put(msgpack.unpackb(message.payload))
-client.on_subscribe = lambda *_: client.publish(f"{topic}/prompt", msgpack.packb(prompt), qos=1)
+client.on_subscribe = lambda *_: client.publish(f"{topic}/from/{name}/prompt", msgpack.packb(prompt), qos=1)
 client.on_connect = lambda *_: client.subscribe(f"{topic}/to/{name}/output", qos=1)
 # Tag 2, version 3, sender, running number, Unix time in ms; request, text, most tokens, seed, temperature, top_p, stops, preset.
 prompt = [2, 3, name, 1, int(time.time() * 1000), name, text, 32, 7, None, None, [], None]

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
-from fedhlm.answers import Assembly, Piece, Result, failure_of
+from fedhlm.answers import Piece, Result, failure_of
 from fedhlm.bus.identity import client_id
-from fedhlm.bus.interface import Bus
+from fedhlm.bus.interface import Bus, Retained
 from fedhlm.bus.own_name import own_name
-from fedhlm.bus.party import Party, Received, Stamp
+from fedhlm.bus.party import Party, Received, Stamp, presence
 from fedhlm.errors import (
     AgentOffline,
     AskError,
@@ -30,8 +30,9 @@ from fedhlm.errors import (
     PiecesLost,
     RequestCancelled,
 )
+from fedhlm.open_request import OpenRequest, now_s, within
 from fedhlm.protocol import prompts, topics
-from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt
+from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt, encode
 from fedhlm.settings import Broker
 from fedhlm.telemetry import Counters
 
@@ -50,7 +51,7 @@ class Client:
 
     Args:
         bus: a URL (`mqtts://host`), a broker section of the settings (certificates, passwords), or a bus that is not
-            entered yet.
+            entered yet. With a URL or a section, agents end the client's requests when its connection ends.
         cluster: the cluster of the agents; None searches all clusters.
         name: the sender of all prompts, to which the answers go. The name in a user name or certificate replaces it.
         root: the first levels of all topics.
@@ -77,6 +78,7 @@ class Client:
         counters: Counters | None = None,
         stamp: Stamp | None = None,
     ) -> None:
+        number, connection = _number(), None
         if isinstance(bus, str):
             bus = Broker(url=bus)
         if isinstance(bus, Broker):
@@ -85,9 +87,13 @@ class Client:
             # Answers go to the sender of the prompt. The broker delivers only those for the name that we log in with.
             name = own_name(address_of(bus)) or name
             root = root or bus.root
+            prompts.check("agent", name)
             # Each client needs its own id, because a second client with the same id would disconnect the first.
-            identity = client_id("client", name, _number(), root=root)
-            bus = bus_of(bus, client_id=identity, connect_timeout_s=bus.connect_timeout_s)
+            identity = client_id("client", name, number, root=root)
+            stamp = stamp or Stamp(name)
+            birth, will = birth_and_will(stamp, number, root)
+            bus = bus_of(bus, client_id=identity, birth=birth, will=will, connect_timeout_s=bus.connect_timeout_s)
+            connection = number
         if cluster is not None:
             prompts.check("cluster", cluster)
         prompts.check("agent", name)
@@ -98,9 +104,10 @@ class Client:
             bus=bus, stamp=stamp or Stamp(name), counters=counters or Counters(), root=root or topics.DEFAULT_ROOT
         )
         self._hear = hear
-        self._prefix = f"{name[:_NAME_BYTES]}-{_number()}"
+        self._prefix = f"{name[:_NAME_BYTES]}-{number}"
+        self._connection = connection
         self._asked = 0
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenRequest] = {}
         self._online: dict[str, dict[str, bool]] = {}  # agent -> cluster -> whether it is online there
         self._changed = asyncio.Event()
         self._heard_of: set[str] = set()
@@ -179,7 +186,7 @@ class Client:
         place = {"agent": agent} if cluster is None else {"agent": agent, "cluster": cluster}
         for key, value in (place | fields).items():
             prompts.check(key, value)
-        state = _Open(agent, cluster or self.cluster, fields)
+        state = OpenRequest(agent, cluster or self.cluster, fields)
         return Answer(self, state, deadline_s=deadline_s, patience_s=patience_s)
 
     async def write(self, agent: str, text: str, **options: Any) -> Result:
@@ -213,7 +220,7 @@ class Client:
 
     async def _find(self, agent: str, cluster: str | None, request: str) -> str:
         await self._watch(agent, cluster)
-        began_s = _now_s()
+        began_s = now_s()
         while True:
             places = self._places(agent)
             # An agent that has moved still serves in its old cluster, as its presence there shows.
@@ -225,7 +232,7 @@ class Client:
                 raise self._failure
             self._changed.clear()
             several = cluster is None and bool(places)
-            if not await _within(self._changed, began_s + (_MOVE_S if several else self.away_s)):
+            if not await within(self._changed, began_s + (_MOVE_S if several else self.away_s)):
                 named = ", ".join(places)
                 if several:
                     raise ConfigError("cluster", None, f"one of {named}, where {agent} is online")
@@ -278,16 +285,16 @@ class Client:
                 if asked is not None and here and message.client in (None, self.party.stamp.sender):
                     asked.take(message)
 
-    async def _begin(self, state: "_Open") -> None:
+    async def _begin(self, state: OpenRequest) -> None:
         """Find the agent and send it the prompt."""
         if state.request in self._open:
             raise ConfigError("request", state.request, "a name that is not in use")
         state.cluster = await self._find(state.agent, state.cluster, state.request)
-        prompt = Prompt(**self.party.stamp(), **state.fields)
+        prompt = Prompt(**self.party.stamp(), **state.fields, connection=self._connection)
         self._open[state.request] = state
         expiry_s = None if prompt.patience_ms is None else prompt.patience_ms / 1000.0
-        place = {"cluster": state.cluster, "agent": state.agent}
-        sent = await self.party.send(topics.PROMPT, prompt, expiry_s=expiry_s, **place)
+        place = {"cluster": state.cluster, "agent": state.agent, "client": prompt.sender}
+        sent = await self.party.send(topics.PROMPT_FROM, prompt, expiry_s=expiry_s, **place)
         if sent.too_large:
             self._forget(state)
             expected = f"a prompt that fits a packet of {self.party.bus.max_packet_bytes} bytes, the broker's largest"
@@ -296,43 +303,26 @@ class Client:
             self._forget(state)
             raise self._failure or BusError("the outgoing queue is full: the prompt was not sent")
 
-    def _forget(self, state: "_Open") -> None:
+    def _forget(self, state: OpenRequest) -> None:
         if self._open.get(state.request) is state:
             del self._open[state.request]
 
-    async def _withdraw(self, state: "_Open") -> None:
+    async def _withdraw(self, state: OpenRequest) -> None:
         """Forget a request, and cancel it at the agent if its last output has not come."""
         if self._open.get(state.request) is not state:
             return
         self._forget(state)
         if state.assembly.last is None and state.cluster is not None:
             message = Cancel(**self.party.stamp(), request=state.request)
-            await self.party.send(topics.CANCEL, message, cluster=state.cluster, agent=state.agent)
+            place = {"cluster": state.cluster, "agent": state.agent, "client": message.sender}
+            await self.party.send(topics.CANCEL_FROM, message, expiry_s=None, **place)
 
-    def _abandon(self, state: "_Open") -> None:
+    def _abandon(self, state: OpenRequest) -> None:
         """Run `_withdraw` in a task, for callers that cannot await it."""
         if self._open.get(state.request) is state and asyncio.get_running_loop() is self._loop:
             task = self._loop.create_task(self._withdraw(state), name=f"cancel {state.request}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-
-
-class _Open:
-    """A request that is not finished."""
-
-    def __init__(self, agent: str, cluster: str | None, fields: dict[str, Any]) -> None:
-        self.agent = agent
-        self.cluster = cluster
-        self.request: str = fields["request"]
-        self.fields = fields
-        self.assembly = Assembly()
-        self.news = asyncio.Event()
-        self.heard_s = 0.0
-
-    def take(self, output: Output) -> None:
-        if self.assembly.take(output):
-            self.heard_s = _now_s()
-            self.news.set()
 
 
 class Answer:
@@ -341,7 +331,7 @@ class Answer:
     Use it as a context manager if the iteration may be left early: `async with client.ask(...) as answer`.
     """
 
-    def __init__(self, client: Client, state: _Open, *, deadline_s: float | None, patience_s: float) -> None:
+    def __init__(self, client: Client, state: OpenRequest, *, deadline_s: float | None, patience_s: float) -> None:
         self._client = client
         self._state = state
         self._deadline_s = deadline_s
@@ -390,9 +380,9 @@ class Answer:
         if self._begun:
             return
         self._begun = True
-        began_s = _now_s()
+        began_s = now_s()
         await self._client._begin(self._state)
-        self._state.heard_s = _now_s()
+        self._state.heard_s = now_s()
         if self._deadline_s is not None:
             self._limit_s = began_s + self._deadline_s
 
@@ -418,7 +408,7 @@ class Answer:
                     raise StopAsyncIteration
                 if self._over:
                     raise RequestCancelled(state.agent, state.request, f"the request to {state.agent} was cancelled")
-                await _within(state.news, self._due_s())
+                await within(state.news, self._due_s())
         except (AskError, BusError, ConfigError):
             await self.aclose()
             raise
@@ -429,14 +419,14 @@ class Answer:
         Raises:
             AskError: this time has passed.
         """
-        client, state, now_s = self._client, self._state, _now_s()
+        client, state, at_s = self._client, self._state, now_s()
         hole, agent = state.assembly.hole, state.agent
         if hole is None or self._hole is None or self._hole[0] != hole:
-            self._hole = None if hole is None else (hole, now_s)
+            self._hole = None if hole is None else (hole, at_s)
         if client._places(agent):
             self._away_s = None
         elif self._away_s is None:
-            self._away_s = now_s
+            self._away_s = at_s
         limits: list[tuple[float, Callable[[], AskError]]] = [
             (self._limit_s, lambda: self._late(f"not whole within {self._deadline_s:g} s")),
             (state.heard_s + self._patience_s, lambda: self._late(f"silent for {self._patience_s:g} s")),
@@ -448,7 +438,7 @@ class Answer:
             gone_s = max(self._away_s, state.heard_s) + client.away_s
             limits.append((gone_s, lambda: AgentOffline(agent, state.request, f"{agent} has gone offline")))
         due_s, failure = min(limits, key=lambda limit: limit[0])
-        if now_s >= due_s:
+        if at_s >= due_s:
             raise failure()
         if client._failure is not None:
             raise client._failure
@@ -486,19 +476,12 @@ class Answer:
                 return
 
 
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()
-
-
-async def _within(event: asyncio.Event, limit_s: float) -> bool:
-    """Wait for an event until a time of the loop's clock. Returns whether it came."""
-    try:
-        async with asyncio.timeout_at(None if limit_s == float("inf") else limit_s):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
-
-
 def _number() -> str:
     return f"{random.SystemRandom().getrandbits(40):010x}"
+
+
+def birth_and_will(stamp: Stamp, connection: str, root: str) -> tuple[Retained, Retained]:
+    """The birth message and the last will of a client's connection."""
+    name = topics.CLIENT_STATUS.name(root, client=stamp.sender)
+    birth, will = (encode(presence(stamp, "client", online=online, connection=connection)) for online in (True, False))
+    return Retained(name, birth), Retained(name, will)

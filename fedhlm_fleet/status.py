@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -39,7 +39,7 @@ class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     cluster: str
     name: str
-    role: Literal["agent", "edge", "cloud"]
+    role: topics.Role
     online: bool
     software: str
     model: str

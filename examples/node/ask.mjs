@@ -16,7 +16,11 @@ const name = `guest-${randomUUID().slice(0, 8)}`
 // Tag 2, schema version, sender, running number, Unix time; request, text, max_tokens, seed. The rest is left at its defaults.
 const prompt = [2, 3, name, 1, Date.now(), name, text, 32, 7]
 
-const client = mqtt.connect(url, { clientId: name, protocolVersion: 5, reconnectPeriod: 0 })
+// Tag 1: if this program dies, the broker tells the agent, which stops writing for it.
+const gone = [1, 3, name, 2, Date.now(), 'client', false, 'third party']
+const will = { topic: `fedhlm/1/client/${name}/status`, payload: Buffer.from(encode(gone)), qos: 1, retain: false }
+
+const client = mqtt.connect(url, { clientId: name, protocolVersion: 5, reconnectPeriod: 0, will })
 const end = (status, error) => {
   if (error) console.error(error)
   client.end(true, {}, () => process.exit(status))
@@ -34,7 +38,7 @@ client.on('message', (from, payload) => {
     const online = message[6]
     if (online && !asked) {
       asked = true
-      client.publish(`${topic}/prompt`, encode(prompt), { qos: 1 })
+      client.publish(`${topic}/from/${name}/prompt`, encode(prompt), { qos: 1 })
     } else if (!online && asked) {
       return end(1, `${agent} has gone offline`)
     }

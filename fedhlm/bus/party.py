@@ -93,6 +93,7 @@ def presence(
     online: bool,
     fingerprint: Fingerprint | None = None,
     upstream: Fingerprint | None = None,
+    connection: str | None = None,
 ) -> Presence:
     """Make a presence message, to be published retained or left with the broker as a last will."""
     return Presence(
@@ -102,6 +103,7 @@ def presence(
         software=f"fedhlm {__version__}",
         fingerprint=fingerprint,
         upstream=upstream,
+        connection=connection,
     )
 
 
@@ -243,8 +245,9 @@ class Party:
             raise ProtocolError(f"{name} is not a topic of {self.root}")
         topic, levels = found
         message = decode_for(topic, payload)
-        if topic.publishers == ("agent",) and message.sender != levels["agent"]:
-            raise ProtocolError(f"message.sender on {name} must be {levels['agent']!r} (got {message.sender!r})")
+        owner = levels.get(topic.publishers[0])
+        if owner is not None and message.sender != owner:
+            raise ProtocolError(f"message.sender on {name} must be {owner!r} (got {message.sender!r})")
         if isinstance(message, Presence) and message.role not in topic.publishers:
             raise ProtocolError(f"message.role on {name} must be {topic.publishers[0]!r} (got {message.role!r})")
         return Received(topic, levels, message)

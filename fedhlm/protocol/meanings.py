@@ -40,6 +40,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "software": ("", "version of the software"),
         "fingerprint": ("", "the part's own model; nil for an edge, which has none"),
         "upstream": ("", "an edge says here which cloud it sees; nil for none"),
+        "connection": ("", "which of several connections of a client this is; nil for a client with one"),
     },
     "Prompt": {
         "request": ("", "name of the request, new for this agent"),
@@ -53,6 +54,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "patience_ms": ("ms", "span after its arrival at the agent at which the request is given up; nil for never"),
         "top_k": ("tokens", "0 keeps all tokens; nil means the agent's own"),
         "min_p": ("", "0 keeps all tokens; nil means the agent's own"),
+        "connection": ("", "as in the client's presence, whose end ends the request"),
     },
     "Output": {
         "request": ("", "the request's name, as in the prompt"),

@@ -95,20 +95,24 @@ class Presence(Message, tag=1, frozen=True):
 
     `upstream` is the cloud's fingerprint as the edge knows it. It is None for an agent, and while the edge sees no
     cloud.
+
+    `connection` names one of several connections of a client. Its end ends the prompts that name the same one.
     """
 
-    role: Literal["agent", "edge", "cloud"]
+    role: Literal["agent", "edge", "cloud", "client"]
     online: bool
     software: Annotated[str, Meta(max_length=64)]
     fingerprint: Fingerprint | None = None
     upstream: Fingerprint | None = None
+    connection: Name | None = None
 
 
 class Prompt(Message, tag=2, frozen=True):
     """A client's request for a generation. For fields that are None the agent uses its own configuration.
 
     The agent drops the request `patience_ms` after its arrival. The field is a span and no time of day, because the
-    clocks of client and device may differ. A `top_k` or `min_p` of 0 removes nothing.
+    clocks of client and device may differ. A `top_k` or `min_p` of 0 removes nothing. When the `connection` of the
+    sender ends, so does the request.
     """
 
     request: Name
@@ -122,6 +126,7 @@ class Prompt(Message, tag=2, frozen=True):
     patience_ms: Milliseconds | None = None
     top_k: TopK | None = None
     min_p: Unit | None = None
+    connection: Name | None = None
 
 
 class Output(Message, tag=3, frozen=True):
@@ -195,6 +200,9 @@ class Escalation(Message, tag=4, frozen=True):
     context has another digest, because it was restarted or one of its verdicts was lost, asks for the prime.
 
     The deadline is `patience_ms` after the sending. It is a span, because a device's clock may be wrong by years.
+
+    A block that asks for nothing, with no ids and `extend` 0, ends its session: blocks of it that still wait are
+    dropped, the cloud forgets it, and nobody answers.
     """
 
     session: Session
@@ -224,6 +232,11 @@ class Escalation(Message, tag=4, frozen=True):
                 for r in self.hints.riders
             ),
         )  # fmt: skip
+
+    @property
+    def closes(self) -> bool:
+        """Whether this block ends its session."""
+        return not self.ids and not self.extend and self.before is None
 
     @property
     def prime(self) -> Prime | None:

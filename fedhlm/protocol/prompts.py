@@ -5,8 +5,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from fedhlm.errors import ConfigError
-from fedhlm.protocol.messages import MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Name, Prompt
+from fedhlm.errors import ConfigError, ProtocolError
+from fedhlm.protocol.messages import MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Name, Prompt, decode
 
 _NAME: Final = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
 EXPECTED: Final = {
@@ -23,6 +23,7 @@ EXPECTED: Final = {
     "stop": f"at most {MAX_STOPS} texts",
     "preset": "the name of a shipped preset",
     "patience_ms": "a number of milliseconds, 0 or more",
+    "connection": _NAME,
 }
 _FIELDS: Final = Prompt.__struct_fields__
 _TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Prompt)} | {"agent": Name, "cluster": Name}
@@ -45,7 +46,10 @@ def check(key: str, value: object) -> None:
 
 
 class Unusable(NamedTuple):
-    """An invalid prompt: the name of the request, its sender (None: unreadable), and what is wrong."""
+    """An invalid prompt: the name of the request, its sender (None: unreadable), and what is wrong.
+
+    `reason` is empty for a valid prompt, which came on a topic that is not its sender's.
+    """
 
     request: str
     client: str | None
@@ -69,7 +73,16 @@ def unusable(payload: bytes) -> Unusable | None:
                 msgspec.msgpack.decode(value, type=_TYPES[key])
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 return Unusable(request, client, f"{key} of the prompt must be {EXPECTED[key]}")
+    if _valid(payload):
+        return Unusable(request, client, "")
     return Unusable(request, client, "the prompt is not one of this version of the protocol (docs/protocol.md)")
+
+
+def _valid(payload: bytes) -> bool:
+    try:
+        return isinstance(decode(payload), Prompt)
+    except ProtocolError:
+        return False
 
 
 def _name(raw: msgspec.Raw | None) -> str | None:

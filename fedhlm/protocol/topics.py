@@ -17,7 +17,10 @@ Role = Literal["agent", "edge", "cloud", "client"]
 
 
 class Topic(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the table. `{cluster}`, `{agent}` and `{client}` in `pattern` stand for one level each."""
+    """One row of the table. `{cluster}`, `{agent}` and `{client}` in `pattern` stand for one level each.
+
+    `open_only`: the topic does not say who sends, so a broker with access rules lets nobody publish on it.
+    """
 
     pattern: str
     payload: type[messages.AnyMessage]
@@ -26,6 +29,7 @@ class Topic(msgspec.Struct, frozen=True, kw_only=True):
     publishers: tuple[Role, ...]
     subscribers: tuple[Role, ...]
     purpose: str
+    open_only: bool = False
 
     def name(self, root: str = DEFAULT_ROOT, **levels: str) -> str:
         """Return the full topic name, or a filter when a level is given as ``+``."""
@@ -69,7 +73,17 @@ PROMPT: Final = Topic(
     retain=False,
     publishers=("client",),
     subscribers=("agent",),
-    purpose="a request for a generation",
+    purpose="a request for a generation, on a broker without access rules",
+    open_only=True,
+)
+PROMPT_FROM: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/from/{client}/prompt",
+    payload=messages.Prompt,
+    qos=1,
+    retain=False,
+    publishers=("client",),
+    subscribers=("agent",),
+    purpose="a request for a generation; its sender is the client of the topic",
 )
 OUTPUT: Final = Topic(
     pattern="c/{cluster}/a/{agent}/to/{client}/output",
@@ -87,7 +101,26 @@ CANCEL: Final = Topic(
     retain=False,
     publishers=("client",),
     subscribers=("agent",),
-    purpose="the cancellation of a request by its client",
+    purpose="the cancellation of a request, on a broker without access rules",
+    open_only=True,
+)
+CANCEL_FROM: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/from/{client}/cancel",
+    payload=messages.Cancel,
+    qos=1,
+    retain=False,
+    publishers=("client",),
+    subscribers=("agent",),
+    purpose="the cancellation of a request; its sender is the client of the topic",
+)
+CLIENT_STATUS: Final = Topic(
+    pattern="client/{client}/status",
+    payload=messages.Presence,
+    qos=1,
+    retain=True,
+    publishers=("client",),
+    subscribers=("agent",),
+    purpose="presence of a client (last will); when it goes offline, agents end its requests",
 )
 EDGE_STATUS: Final = Topic(
     pattern="c/{cluster}/status",
@@ -266,8 +299,11 @@ CLOUD_JOURNAL: Final = Topic(
 TABLE: Final = (
     AGENT_STATUS,
     PROMPT,
+    PROMPT_FROM,
     OUTPUT,
     CANCEL,
+    CANCEL_FROM,
+    CLIENT_STATUS,
     EDGE_STATUS,
     ESCALATE,
     VERDICT,

@@ -82,13 +82,15 @@ def _travels(topic: Topic, place: BrokerPlace) -> bool:
     if place.kind == "shared":
         return True
     of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
-    return (of_cluster or _relayed(topic)) if place.kind == "cluster" else not of_cluster
+    # A client connects to the broker of the cluster that it asks, and has a last will wherever it connects.
+    of_client = topic.publishers == ("client",)
+    return (of_cluster or of_client or _relayed(topic)) if place.kind == "cluster" else not of_cluster
 
 
 def _of_row(topic: Topic, entry: Entry, role: Role, place: BrokerPlace, root: str) -> list[Right]:
     found: list[Right] = []
     relay_only = role == "edge" and _relayed(topic) and place.kind != "cluster"
-    if role in topic.publishers and not relay_only:
+    if role in topic.publishers and not (relay_only or topic.open_only):
         found += [Right("write", name) for name in _names(topic, entry, place, root, everybody=False)]
     if role in topic.subscribers:
         # On a topic between parties of one role, each party reads the messages of all others.

@@ -295,6 +295,25 @@ def test_the_same_block_sent_again_waits_once() -> None:
     assert nothing_left(work)
 
 
+def test_the_end_of_a_session_drops_what_waits_and_comes_after_what_runs() -> None:
+    work = batcher(batch_tokens=8)
+    work.submit(job(prompt=long_prompt(1)))
+    step(work)
+    for ids in ([7], [7, 8]):
+        work.submit(job(prompt=[1, *ids], ids=ids))
+    work.submit(job("b"))
+    work.submit(job(prompt=(), primed=False, extend=0))
+    assert work.waiting == 2
+    found = settled(work)
+    assert sorted((done.job.key.agent, type(done.outcome).__name__) for done in found) == [
+        ("a", "Settled"),
+        ("a", "StaleBlock"),
+        ("b", "Settled"),
+    ]
+    assert [key.agent for key in work.sessions._entries] == ["b"]
+    assert nothing_left(work)
+
+
 def test_one_agent_cannot_fill_the_queue() -> None:
     work = batcher()
     for session in range(WAITING_OF_ONE + 10):

@@ -126,6 +126,16 @@ def test_bad_escalations_are_refused_with_the_reason(bad: Escalation, reason: st
     assert reason in refused.reason
 
 
+def test_the_end_of_a_session_is_not_answered_and_leaves_nothing() -> None:
+    sessions = store()
+    end = escalation(base=0, ids=b"", extend=0, primed=False, epoch=1)
+    assert sessions.admit(KEY, end) == StaleBlock()
+    assert isinstance(sessions.admit(KEY, escalation()), Block)
+    assert len(sessions) == 1
+    assert sessions.admit(KEY, end) == StaleBlock()
+    assert (len(sessions), sessions._held) == (0, {})
+
+
 def test_sessions_are_bounded_and_the_oldest_goes_first() -> None:
     sessions = store(sessions_max=2)
     for number in range(4):

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 
 import fedhlm
+from cloud_verifier.service import CloudService
 from edge_agent.requests import CLIENT_MAX, REQUESTS_REMEMBERED, Requests, RoutedPrompt
 from edge_agent.service import ModelFacts
-from fedhlm.bus.party import Party, Received, Stamp
+from fedhlm.bus.party import Party, Received, Stamp, presence
 from fedhlm.config import load
 from fedhlm.errors import RequestRefused
 from fedhlm.protocol import topics
@@ -301,9 +302,9 @@ def test_a_device_that_keeps_its_texts_sends_nothing_up_whatever_a_client_asks()
     played(scene, preset="slm-only")
 
 
-def prompt_of(request: str, sender: str, sequence: int = 1) -> Prompt:
+def prompt_of(request: str, sender: str, sequence: int = 1, connection: str | None = None) -> Prompt:
     stamp = {"version": 3, "sender": sender, "sequence": sequence, "sent_ms": 0}
-    return Prompt(**stamp, request=request, text="x")  # type: ignore[arg-type]
+    return Prompt(**stamp, request=request, text="x", connection=connection)  # type: ignore[arg-type]
 
 
 def cancel_of(request: str, sender: str) -> Cancel:
@@ -320,6 +321,52 @@ def test_a_cancellation_may_overtake_its_prompt_and_no_other() -> None:
     end = requests.admit(RoutedPrompt("c0", prompt_of("t", "alice")))
     assert end is not None
     assert end.finish == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("connection", "online", "retained", "ended"),
+    [
+        (None, False, False, ["a"]),
+        ("one", False, False, ["b", "d"]),
+        ("one", True, False, []),
+        ("two", False, True, ["c"]),
+        (None, False, True, []),  # it may have been another life of this client
+    ],
+)
+def test_a_clients_end_ends_the_requests_of_its_connection(
+    connection: str | None, online: bool, retained: bool, ended: list[str]
+) -> None:
+    requests = Requests("porch")
+    for name, sender, place in (
+        ("a", "alice", None),
+        ("b", "alice", "one"),
+        ("c", "alice", "two"),
+        ("d", "alice", "one"),
+        ("e", "bob", "one"),
+        ("f", "bob", None),
+    ):
+        assert requests.admit(RoutedPrompt("c0", prompt_of(name, sender, connection=place))) is None
+    state = presence(Stamp("alice"), "client", online=online, connection=connection)
+    assert [r.prompt.request for r in requests.gone(state, retained=retained)] == ended
+
+
+def test_a_cancelled_text_ends_its_session_at_the_cloud_and_a_whole_one_does_not() -> None:
+    async def scene(world: World) -> None:
+        cloud = world.fleet.nodes["cloud"].service
+        assert isinstance(cloud, CloudService)
+        sessions = cloud.batcher.sessions
+        async with world.client() as client:
+            await client.write("a", TEXT, max_tokens=4, seed=SEED)
+            assert len(sessions) == 1
+            answer = client.ask("a", TEXT, max_tokens=60, seed=SEED)
+            await anext(answer)
+            assert len(sessions) == 2
+            await answer.aclose()
+            await asyncio.sleep(1.0)
+            assert len(sessions) == 1
+            assert cloud.batcher.idle
+
+    played(scene)
 
 
 def test_what_is_remembered_is_bounded() -> None:

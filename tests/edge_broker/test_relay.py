@@ -1,6 +1,7 @@
 """The relay passes on what is current, in order, within its bounds."""
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_broker.relay import BATCH_BYTES, SESSIONS_MAX, Relay
 from fedhlm.protocol.messages import (
@@ -58,6 +59,20 @@ def test_a_new_epoch_drops_what_waits_of_the_old_one() -> None:
     assert not relay.escalate("a", escalation(epoch=0))
     assert [(r.agent, r.escalation.epoch) for r in relay.take_batch()] == [("b", 0), ("a", 1)]
     assert (relay.stale_escalations, relay.stale_verdicts, relay.repeated) == (2, 0, 0)
+
+
+def test_the_end_of_a_session_drops_what_waits_of_it() -> None:
+    relay = Relay()
+    end = replace(escalation(base=0, ids=b""), extend=0)
+    for block in (escalation(base=5), escalation(base=6), escalation(session=2)):
+        relay.escalate("a", block)
+    relay.escalate("b", escalation())
+    relay.escalate("a", end)
+    assert [(r.agent, r.escalation) for r in relay.take_batch()] == [
+        ("a", escalation(session=2)),
+        ("b", escalation()),
+        ("a", end),
+    ]
 
 
 def test_a_repeated_block_replaces_its_double() -> None:

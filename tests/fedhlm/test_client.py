@@ -39,7 +39,9 @@ class Actor:
 
     async def start(self) -> "Actor":
         place = {"cluster": self.cluster, "agent": self.name}
-        await self.party.bus.subscribe(topics.PROMPT.name(**place), topics.CANCEL.name(**place))
+        await self.party.bus.subscribe(
+            *(row.name(**place, client="+") for row in (topics.PROMPT_FROM, topics.CANCEL_FROM))
+        )
         await self.party.bus.__aenter__()
         self.task = asyncio.create_task(self._hear())
         return self
@@ -445,14 +447,14 @@ def test_everything_that_is_heard_is_shown_to_who_asks_for_it() -> None:
     async def scene(world: World) -> None:
         porch = await world.agent()
         async with world.client(hear=lambda received: heard.append(received.topic.pattern)) as client:
-            await client.subscribe(topics.PROMPT.name(cluster="+", agent="+"))
+            await client.subscribe(topics.PROMPT_FROM.name(cluster="+", agent="+", client="+"))
             asked = asyncio.create_task(client.write("porch", "Oil"))
             await porch.say(*porch.outputs(await porch.prompts.get()))
             await asked
 
     played(scene)
     assert heard.count(topics.OUTPUT.pattern) == 7
-    assert {topics.PROMPT.pattern, topics.AGENT_STATUS.pattern} < set(heard)
+    assert {topics.PROMPT_FROM.pattern, topics.AGENT_STATUS.pattern} < set(heard)
 
 
 def test_what_users_hold_is_found_in_the_package() -> None:

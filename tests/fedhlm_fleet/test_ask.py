@@ -72,7 +72,9 @@ async def playing(url: str, *sources: Source, **options: Any) -> AsyncIterator[A
     actor = Actor(url, sources, **options)
     place = {"cluster": "barn", "agent": "porch"}
     async with actor.party.bus:
-        await actor.party.bus.subscribe(topics.PROMPT.name(**place), topics.CANCEL.name(**place))
+        await actor.party.bus.subscribe(
+            *(row.name(**place, client="+") for row in (topics.PROMPT_FROM, topics.CANCEL_FROM))
+        )
         task = asyncio.create_task(actor.serve())
         yield actor
         task.cancel()

@@ -5,12 +5,13 @@ import dataclasses
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from cloud_verifier.service import CloudService
 from cloud_verifier.wiring import LargeModel, cloud_of
 from edge_agent.service import ModelFacts
 from edge_agent.wiring import SmallModel, service_of
@@ -21,23 +22,53 @@ from fedhlm.client import Client
 from fedhlm.config import load
 from fedhlm.process.runtime import OpenBus, Runtime
 from fedhlm.telemetry import Counters
+from fedhlm_fleet.pki.acl import BrokerPlace
 from fedhlm_lab.sim import toy
 from tests.brokers import MOSQUITTO, Mosquitto
+from tests.fedhlm_fleet.pki.secured import Pki, Secured
 
-Broker = Mosquitto | EmbeddedBroker
 LIMIT_S = 60.0
 
-both_brokers = pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("mosquitto", marks=pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")),
-        "embedded",
-    ],
-)
+_NO_MOSQUITTO = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+_OPEN = [pytest.param("mosquitto", marks=_NO_MOSQUITTO), "embedded"]
+both_brokers = pytest.mark.parametrize("kind", _OPEN)
+every_broker = pytest.mark.parametrize("kind", [*_OPEN, pytest.param("secured", marks=_NO_MOSQUITTO)])
 
 
-def broker_of(kind: str, *, largest: int | None = None) -> Broker:
+class GuardedBroker:
+    """A mosquitto with certificates and the rights that are made from the topic table, for the usual parties."""
+
+    def __init__(self) -> None:
+        self._pki = Pki()
+
+    async def __aenter__(self) -> Self:
+        self._pki.__enter__()
+        self._pki.issue("porch", "agent", "home")
+        self._pki.issue("edge-home", "edge", "home")
+        self._pki.issue("cloud", "cloud")
+        for name in ("client", "ann", "bob", "hog"):
+            self._pki.issue(name, "client")
+        self._pki.issue("broker", "broker")
+        self._secured = await Secured(self._pki, BrokerPlace("shared")).__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._secured.__aexit__(None, None, None)
+        self._pki.__exit__()
+
+    def url_of(self, name: str) -> str:
+        """The address with the certificate of a part ("agent home porch", "edge home", "cloud", "client ann")."""
+        kind, *rest = name.split()
+        return self._secured.url({"cloud": "cloud", "edge": "edge-home"}.get(kind) or rest[-1])
+
+
+Broker = Mosquitto | EmbeddedBroker | GuardedBroker
+
+
+def broker_of(kind: str, *, largest: int | None = None) -> Any:
     """A broker of that kind that takes no larger packets."""
+    if kind == "secured":
+        return GuardedBroker()
     if kind == "embedded":
         return EmbeddedBroker() if largest is None else EmbeddedBroker(max_packet_bytes=largest)
     return Mosquitto(extra="set_tcp_nodelay true" + ("" if largest is None else f"\nmax_packet_size {largest}"))
@@ -54,9 +85,13 @@ class Fleet:
         self._pair = toy.pair(0.7)
 
     def bus(self, name: str, **options: Any) -> MqttBus:
-        bus = MqttBus(self._broker.url, **options)
+        bus = MqttBus(self.url(name), **options)
         self.buses.setdefault(name, []).append(bus)
         return bus
+
+    def url(self, name: str) -> str:
+        """The address of the broker for a part."""
+        return self._broker.url_of(name) if isinstance(self._broker, GuardedBroker) else self._broker.url
 
     def _opener(self, name: str) -> OpenBus:
         def open_bus(*, client_id: str, birth: Any = None, will: Any = None, on_link: Any = None) -> MqttBus:
@@ -84,10 +119,12 @@ class Fleet:
 
         self._stack.push_async_callback(end)
 
-    async def cloud(self) -> None:
+    async def cloud(self) -> CloudService:
         pair, name = self._pair, "cloud"
         model = LargeModel(pair.engine(), pair.fingerprint, pair.eos_ids, pair.context)
-        await self._run(name, cloud_of(self._loaded().config, self._runtime(name), model, open_bus=self._opener(name)))
+        service = cloud_of(self._loaded().config, self._runtime(name), model, open_bus=self._opener(name))
+        await self._run(name, service)
+        return service
 
     async def edge(self, cluster: str = "home", **flags: str) -> None:
         name = f"edge {cluster}"

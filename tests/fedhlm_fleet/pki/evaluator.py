@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from fedhlm.protocol.topics import ASSIGN, NEIGHBOUR, PEER, Topic
+from fedhlm.protocol.topics import ASSIGN, CANCEL, CLIENT_STATUS, NEIGHBOUR, PEER, PROMPT, Topic
 
 Access = Literal["read", "write"]
 Where = Literal["cluster", "cloud", "shared"]
@@ -50,9 +50,13 @@ def expected(who: Who, access: Access, topic: Topic, levels: dict[str, str], whe
     if who.role not in (topic.publishers if access == "write" else topic.subscribers):
         return False
     inside = topic.pattern.startswith("c/")
-    if where == "cluster" and not (topic is ASSIGN or (inside and cluster == home)):
+    if where == "cluster" and not (topic in (ASSIGN, CLIENT_STATUS) or (inside and cluster == home)):
         return False
     if where == "cluster" and who.role in ("agent", "edge") and home not in who.clusters:
+        return False
+    if where == "cluster" and who.role == "client" and who.clusters and home not in who.clusters:
+        return False
+    if access == "write" and topic in (PROMPT, CANCEL):  # nobody could tell who sent it
         return False
     if where == "cloud" and inside:
         return False

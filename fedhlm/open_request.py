@@ -1,0 +1,41 @@
+"""A request of a client that is not finished, and waiting for what happens to it."""
+
+import asyncio
+from typing import Any
+
+from fedhlm.answers import Assembly
+from fedhlm.protocol.messages import Output
+
+
+class OpenRequest:
+    """A request that is not finished: its prompt's `fields`, its answer so far, and the time of the last piece."""
+
+    def __init__(self, agent: str, cluster: str | None, fields: dict[str, Any]) -> None:
+        self.agent = agent
+        self.cluster = cluster
+        self.request: str = fields["request"]
+        self.fields = fields
+        self.assembly = Assembly()
+        self.news = asyncio.Event()
+        self.heard_s = 0.0
+
+    def take(self, output: Output) -> None:
+        """Add one output of the answer."""
+        if self.assembly.take(output):
+            self.heard_s = now_s()
+            self.news.set()
+
+
+def now_s() -> float:
+    """The time of the running loop's clock, in seconds."""
+    return asyncio.get_running_loop().time()
+
+
+async def within(event: asyncio.Event, limit_s: float) -> bool:
+    """Wait for an event until a time of the loop's clock. Return whether it came."""
+    try:
+        async with asyncio.timeout_at(None if limit_s == float("inf") else limit_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -6,6 +6,7 @@ from cloud_verifier.backends.onnx import threaded
 from cloud_verifier.wiring import NAME, LargeModel, cloud_of
 from fedhlm.config import Loaded
 from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.invariance import TOLERANCE, block_difference
 from fedhlm.process.notify import Notifier
 from fedhlm.process.run import configured_folder, opener, serve
 from fedhlm.process.runtime import Runtime
@@ -23,6 +24,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
     folder = configured_folder(config.cloud.model, key="cloud.model")
     decoder = Decoder.load(folder, threads=config.cloud.threads, providers=config.cloud.providers, keeps_memory=False)
+    warn_of_blocks(decoder)
     async with threaded(decoder) as engine:
         model = LargeModel.of(decoder, engine)
         service = cloud_of(config, runtime, model, open_bus=opener(config.broker, notifier, "the broker"))
@@ -33,6 +35,18 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
             notifier.serving()
             await service.run()
     return 0
+
+
+def warn_of_blocks(decoder: Decoder) -> None:
+    """Log a warning if this model cannot keep the promise of `exact`."""
+    if (difference := block_difference(decoder)) > TOLERANCE:
+        log.warning(
+            "the logits of %s (%s) change by up to %.3g with the size of a block: texts will leave those that it "
+            "writes alone; quantise it with `fedhlm models quantise --mode weights-int8`",
+            decoder.info.name,
+            decoder.info.quantisation,
+            difference,
+        )
 
 
 def main(loaded: Loaded) -> int:

@@ -57,6 +57,7 @@ _AGENT: Final = (
 _CLOUD: Final = (
     *_MACHINE,
     *_MODEL,
+    Check("blocks", local.blocks, ("model", "providers"), SPEED_S),
     *_broker("broker"),
     Check("agreement", others.agreement_of_cloud, ("model", "broker rights")),
     Check("others' clocks", others.clocks, ("broker rights",)),

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
 from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, Decoder, DecoderInput, load_info, tokenizer_digest
+from fedhlm.decoding.invariance import TOLERANCE, block_difference
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
@@ -203,4 +204,19 @@ def speed(subject: Subject) -> Remark:
         return fail(
             found, f"use a smaller model, set {key} to the number of cores, or look for throttling and other load"
         )
+    return ok(found)
+
+
+def blocks(subject: Subject) -> Remark:
+    """Check that the LLM's logits do not depend on how a text is cut into blocks; `exact` rests on that."""
+    if subject.model is None:
+        raise AssertionError("the check `model` comes before")
+    try:
+        decoder = Decoder.load(subject.model.folder, threads=part_of(subject).threads)
+    except FedhlmError as exc:
+        return fail(str(exc), "export the model again with `fedhlm models export`")
+    difference = block_difference(decoder)
+    found = f"logits differ by at most {difference:.2g} between blocks of other sizes, {TOLERANCE:g} allowed"
+    if difference > TOLERANCE:
+        return warn(found, "quantise the LLM with `fedhlm models quantise --mode weights-int8`, or keep it in fp32")
     return ok(found)

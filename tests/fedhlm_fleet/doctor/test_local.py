@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -143,3 +144,13 @@ def test_decode_speed_is_measured_against_the_floor(monkeypatch: pytest.MonkeyPa
     said = local.speed(examined)
     assert said.level == "fail"
     assert "agent.threads" in said.advice
+
+
+@pytest.mark.parametrize(("model", "level"), [("llm", "ok"), ("slm", "warn")])
+def test_an_llm_whose_logits_depend_on_blocks_is_found(model: Literal["slm", "llm"], level: str) -> None:
+    """The shipped SLM quantises its activations at run time, as no LLM should."""
+    examined = subject("cloud", cloud__model=str(model_folder("", model)))
+    local.model(examined)
+    said = local.blocks(examined)
+    assert said.level == level
+    assert "0.02 allowed" in said.found

@@ -11,7 +11,7 @@ from typing import Final
 
 from fedhlm.protocol.messages import (
     MAX_BATCH,
-    MAX_PAYLOAD_BYTES,
+    MAX_BATCH_BYTES,
     Escalation,
     RoutedEscalation,
     RoutedVerdict,
@@ -19,8 +19,6 @@ from fedhlm.protocol.messages import (
 )
 
 SESSIONS_MAX: Final = 4_096
-# The cloud refuses a payload that is too large as a whole, and with it the small blocks of other agents.
-BATCH_BYTES: Final = MAX_PAYLOAD_BYTES // 2
 _FIXED_BYTES: Final = 512  # an upper bound of a block's bytes without its packed fields
 
 
@@ -66,14 +64,14 @@ class Relay:
         self.pending = [r for r in self.pending if r.agent != agent or r.escalation is not escalation]
 
     def take_batch(self) -> tuple[RoutedEscalation, ...]:
-        """Remove and return the next batch, oldest first: at most `batch_max` blocks and BATCH_BYTES bytes.
+        """Remove and return the next batch, oldest first: at most `batch_max` blocks and MAX_BATCH_BYTES bytes.
 
-        A block that is larger than BATCH_BYTES goes alone. The batch is empty if nothing is pending.
+        A block that is larger than MAX_BATCH_BYTES goes alone. The batch is empty if nothing is pending.
         """
         count, size = 0, 0
         for routed in self.pending[: self.batch_max]:
             size += block_bytes(routed.escalation)
-            if count and size > BATCH_BYTES:
+            if count and size > MAX_BATCH_BYTES:
                 break
             count += 1
         batch, self.pending = tuple(self.pending[:count]), self.pending[count:]

@@ -17,6 +17,8 @@ from fedhlm.errors import ProtocolError
 
 SCHEMA_VERSION: Final = 3
 MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
+# The cloud refuses a payload that is too large as a whole, and with it the small blocks of other agents.
+MAX_BATCH_BYTES: Final = MAX_PAYLOAD_BYTES // 2
 MAX_CONTEXT: Final = 131_072
 MAX_BLOCK: Final = 4_096
 MAX_BATCH: Final = 1_024

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from edge_broker.relay import BATCH_BYTES
 from fedhlm.bus.dial import MAX_IN_FLIGHT
 from fedhlm.bus.interface import DEFAULT_MAX_INCOMING
 from fedhlm.errors import ConfigError
 from fedhlm.process.files import PRIVATE
+from fedhlm.protocol.messages import MAX_BATCH_BYTES
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_fleet.pki import files
 from fedhlm_fleet.pki.acl import BrokerPlace, Kind, acl, described
@@ -43,8 +43,8 @@ _MIB: Final = 1024 * 1024
 # blocks.
 LIMITS: Final[dict[Kind, BrokerLimits]] = {
     "cluster": BrokerLimits(2 * _MIB + _HEAD, 8 * _MIB, 256 * _MIB),
-    "cloud": BrokerLimits(BATCH_BYTES + _HEAD, 32 * _MIB, 512 * _MIB),
-    "shared": BrokerLimits(BATCH_BYTES + _HEAD, 16 * _MIB, 512 * _MIB),
+    "cloud": BrokerLimits(MAX_BATCH_BYTES + _HEAD, 32 * _MIB, 512 * _MIB),
+    "shared": BrokerLimits(MAX_BATCH_BYTES + _HEAD, 16 * _MIB, 512 * _MIB),
 }
 
 

@@ -18,25 +18,49 @@ from fedhlm_fleet.container.init import plan
 
 ROOT: Final = Path(__file__).parents[2]
 BASE: Final = "docker-compose.yml"
-OVERLAYS: Final = ("compose.plain.yml", "compose.scale.yml", "compose.gpu.yml")
+PLAIN, SCALE, CLUSTER, HOST, MODEL = (f"compose.{name}.yml" for name in ("plain", "scale", "cluster", "host", "model"))
+OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, MODEL, "compose.gpu.yml")
 VARIABLE: Final = re.compile(r"\$\{(\w+):-([^}]*)\}")
 DOCKERFILES: Final = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
 MODELS: Final = {"agent": ["slm"], "cloud": ["llm"], "edge": [], "init": []}
+
+
+class Instead:
+    """A value that replaces another one where Compose would merge the two (`!override`)."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads YAML with Compose's own tag."""
+
+
+def _instead(loader: Any, node: Any) -> Instead:
+    construct = loader.construct_mapping if isinstance(node, yaml.MappingNode) else loader.construct_sequence
+    return Instead(construct(node, deep=True))
+
+
+Loader.add_constructor("!override", _instead)
 
 
 def read(name: str) -> dict[str, Any]:
     """A compose file with its variables' defaults in place."""
     text = VARIABLE.sub(lambda found: found[2], (ROOT / name).read_text("utf-8"))
     assert "${" not in text, "every variable has a default"
-    found: dict[str, Any] = yaml.safe_load(text)
+    found: dict[str, Any] = yaml.load(text, Loader)  # noqa: S506 - a safe one
     return found
 
 
 def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    """As Compose merges what is used here: mappings by key, volumes by what they cover, all else replaced."""
+    """As Compose merges what is used here: mappings by key, volumes by what they cover, networks, all else replaced."""
     out = dict(base)
     for key, value in overlay.items():
-        if isinstance(value, dict) and isinstance(out.get(key), dict):
+        if isinstance(value, Instead):
+            out[key] = value.value
+        elif key == "networks" and isinstance(value, list):
+            out[key] = list(dict.fromkeys((*out.get(key, []), *value)))
+        elif isinstance(value, dict) and isinstance(out.get(key), dict):
             out[key] = merged(out[key], value)
         elif key == "volumes" and isinstance(value, list):
             out[key] = list({v.split(":")[1]: v for v in (*out.get(key, []), *value)}.values())
@@ -60,7 +84,9 @@ def fleet(*overlays: str) -> dict[str, Any]:
 
 
 WHOLE: Final = [pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), *((o,) for o in OVERLAYS))]
-SECURE: Final = [pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), (OVERLAYS[1],))]
+SECURE: Final = [
+    pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), (SCALE,), (CLUSTER,), (HOST,))
+]
 
 
 def services(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -70,13 +96,22 @@ def services(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def lasting(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The services that stay up."""
-    return {name: body for name, body in services(whole).items() if name != "init" and not name.startswith("ask-")}
+    return {
+        name: body
+        for name, body in services(whole).items()
+        if name != "init" and "tools" not in body.get("profiles", [])
+    }
 
 
 def mounts(body: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Volume to (path, mode)."""
     parts = [mount.split(":") for mount in body.get("volumes", [])]
     return {part[0]: (part[1], part[2] if len(part) > 2 else "rw") for part in parts}
+
+
+def folders(body: dict[str, Any]) -> list[str]:
+    """What is mounted of the host's own files."""
+    return [volume for volume in mounts(body) if volume.startswith((".", "/", "~"))]
 
 
 def settings_of(body: dict[str, Any]) -> dict[str, str]:
@@ -94,8 +129,11 @@ def test_every_service_is_locked_in(whole: dict[str, Any]) -> None:
         assert body["security_opt"] == ["no-new-privileges:true"], name
         assert {"max-size", "max-file"} <= set(body["logging"]["options"]), name
         assert {"cpus", "memory", "pids"} <= set(body["deploy"]["resources"]["limits"]), name
-        assert not {"ports", "privileged", "pid", "ipc", "devices", "group_add", "configs", "secrets"} & set(body), name
-        assert not any(volume.startswith((".", "/", "~")) for volume in mounts(body)), name
+        for port in body.get("ports", []):
+            assert re.fullmatch(r"127\.0\.0\.1:\d+:8883", port), "for this machine alone, and with TLS"
+        assert not {"privileged", "pid", "ipc", "devices", "group_add", "configs", "secrets"} & set(body), name
+        for folder in folders(body):
+            assert mounts(body)[folder][0].startswith("/models/"), name
         user, _, group = body["user"].partition(":")
         if name == "init":
             assert (user, body["cap_add"], body["network_mode"]) == ("0", ["CHOWN"], "none")
@@ -133,12 +171,16 @@ def test_who_waits_for_whom(whole: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("whole", WHOLE)
 def test_only_edges_are_in_two_networks_and_none_leads_outside(whole: dict[str, Any]) -> None:
-    assert all(network == {"internal": True} for network in whole["networks"].values())
+    networks = dict(whole["networks"])
+    outer = networks.pop("host", None)
+    assert outer in (None, {"driver_opts": {"com.docker.network.bridge.enable_ip_masquerade": "false"}})
+    assert all(network == {"internal": True} for network in networks.values())
     for name, body in services(whole).items():
         if name == "init":
             continue
         cluster = body.get("environment", {}).get("FEDHLM_CLUSTER__NAME", name.removeprefix("broker-"))
-        assert body["networks"] == (["cloud", cluster] if name.startswith("edge-") else [cluster]), name
+        expected = ["cloud", cluster] if name.startswith("edge-") else [cluster]
+        assert body["networks"] == [*expected, *(["host"] if "ports" in body else [])], name
 
 
 @pytest.mark.parametrize("whole", WHOLE)
@@ -146,6 +188,9 @@ def test_each_secret_is_seen_by_the_init_service_and_one_other(whole: dict[str, 
     seen: dict[str, list[str]] = {volume: [] for volume in whole["volumes"]}
     for name, body in services(whole).items():
         for volume, (_, mode) in mounts(body).items():
+            if volume in folders(body):
+                assert mode == "ro", (name, volume)
+                continue
             seen[volume].append(name)
             assert mode == ("ro" if volume.startswith("tls-") and name != "init" else "rw"), (name, volume)
     assert seen.pop("pki") == ["init"]
@@ -202,8 +247,39 @@ def test_the_plan_names_everybody_as_they_call_themselves(whole: dict[str, Any],
             assert hosts[url.host].clusters == (() if party.role == "cloud" else party.clusters)
 
 
+def test_a_third_cluster_shares_nothing_with_another_but_the_clouds_network() -> None:
+    whole = fleet(CLUSTER)
+    for name in ("broker-cellar", "edge-cellar", "agent-vault", "ask-cellar"):
+        body = services(whole)[name]
+        assert not re.search("garden|shed|pond", str(body)), name
+        assert "cellar" in body["networks"], name
+
+
+def test_models_of_ones_own_reach_the_cloud_and_every_agent() -> None:
+    whole = fleet(MODEL)
+    for name, body in lasting(whole).items():
+        kind = name.partition("-")[0]
+        model = {"cloud": "llm", "agent": "slm"}.get(kind)
+        if model is not None:
+            assert mounts(body)[f"./models/{model}"] == (f"/models/{model}", "ro")
+            loaded = config.load(environ=settings_of(body)).config
+            assert (loaded.cloud.model if kind == "cloud" else loaded.agent.model) == f"/models/{model}"
+
+
+@pytest.mark.parametrize("cluster", ["home", "garden"])
+def test_a_client_on_the_host_finds_what_is_published(cluster: str) -> None:
+    loaded = config.load(file=ROOT / "deploy" / "docker" / f"host-{cluster}.toml", environ={}).config
+    broker = services(fleet(HOST))[f"broker-{cluster}"]
+    address = loaded.broker.address()
+    assert broker["ports"] == [f"127.0.0.1:{address.port}:8883"]
+    assert (address.tls, loaded.cluster.name) == (True, cluster)
+    assert loaded.broker.cert == f"keys/{cluster}/party.crt"
+    ignored = (ROOT / ".gitignore").read_text("utf-8").splitlines()
+    assert {".env", "/keys/"} <= set(ignored)
+
+
 def test_plain_leaves_no_certificate_anywhere() -> None:
-    for name, body in services(fleet("compose.plain.yml")).items():
+    for name, body in services(fleet(PLAIN)).items():
         text = str(body.get("environment", {})) + str(body.get("healthcheck", {}))
         assert "mqtts" not in text, name
         assert "/tls/" not in text, name

@@ -1,72 +1,227 @@
-"""The commands of a page, run in order as they stand there, in an empty folder, with the program as pip installs it.
+"""Every command of README and docs is typed as it stands, page by page and in order, with the program as pip installs it.
 
-`<!-- not run here: `COMMAND`: REASON; ... -->` above a block leaves out the commands that begin so.
+Compared are exit statuses, files that a page makes, and what a command must print. The tutorial and CONTRIBUTING.md have
+tests of their own.
 """
 
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import pytest
 
 from tests import installed
+from tests.brokers import free_port
+from tests.docs.commands import REASONS, Step, steps, terminals
 
 ROOT: Final = Path(__file__).parents[2]
-# What must be there after the page's commands.
-MADE: Final = {
-    "docs/security.md": [
-        "pki/ca.crt",
-        "broker-home/mosquitto.conf",
-        "broker-home/broker.key",
-        "broker-home/acl",
-    ],
-    "docs/devices.md": ["pki/ca.crt", "mosquitto/mosquitto.conf", "mosquitto/broker.key", "mosquitto/acl"],
+ELSEWHERE: Final = {"docs/tutorial.md": "test_tutorial.py"}
+PAGES: Final = sorted(
+    name
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    if (name := str(path.relative_to(ROOT))) not in ELSEWHERE and list(steps(path.read_text("utf-8")))
+)
+# What a page's commands are typed with: the same kind of work, less of it.
+SHORTER: Final = {
+    "make demo ": 'make demo ARGS="--duration 3 --tokens 8"',
+    'make demo ARGS="': 'make demo ARGS="--duration 3 ',
+    "fedhlm demo ": "fedhlm demo --duration 3 ",
+    "--seeds 0..99 ": "--seeds 0..2 ",
+    "--seeds 0..999 ": "--seeds 0..2 ",
+    "fedhlm simulate   ": "fedhlm simulate --seeds 0..2   ",
+    "--duration 60": "--duration 3",
 }
-_LEFT_OUT: Final = re.compile(r"`([^`]+)`: [^;`]+")
-_PROGRAMS: Final = ("fedhlm ", "pip ", "sudo ", "cat ", "mosquitto ")
+BROKER: Final = re.compile(r"mqtt://[\w.]+:1883")
 
 
-def commands(page: str) -> Iterator[tuple[str, bool]]:
-    """Each command of a page's `sh` blocks and lines with a prompt, and whether it is to be run."""
-    left_out: tuple[str, ...] = ()
-    fenced = False
-    lines = iter(page.splitlines())
-    for line in lines:
-        if line.startswith("<!-- not run here: "):
-            left_out = tuple(_LEFT_OUT.findall(line))
-            assert left_out, line
-        elif line.startswith("```"):
-            fenced = line == "```sh"
-        elif line.startswith("#"):
-            left_out = ()
-        elif line.startswith("    $ ") or (fenced and line.strip()):
-            command = line.strip().removeprefix("$ ")
-            while command.endswith("\\"):
-                command = command[:-1] + next(lines).strip()
-            yield command, not command.startswith(left_out or ("\0",))
+SHOWN: Final = "as docs/configuration.md shows it"
+GOLDEN: Final = "tests/golden/fedhlm.trace"
+
+
+class Kit(NamedTuple):
+    """What a page needs: a clone of the repository, a fleet (parts that run), files; and what it must make and show."""
+
+    clone: bool = False
+    fleet: tuple[str, ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
+    made: tuple[str, ...] = ()
+    shows: tuple[tuple[str, str], ...] = ()
+
+
+# Everything that a page's commands take for granted is here; a page that is not named needs nothing.
+TITLES: Final = "\n".join(f"Oil prices rise for the {count}th time" for count in range(20)) + "\n"
+FLEET: Final = ("edge", "cloud", "agent")
+KITS: Final = {
+    "README.md": Kit(
+        clone=True,
+        made=("monday.trace", ".venv/bin/fedhlm"),
+        shows=(
+            ("make demo", r"sent up"),
+            ("fedhlm ask", r"\w+ \w+"),
+            ("fedhlm trace show", r"drafted u=\.\d"),
+            ("fedhlm replay", r"all the same|\d+ decisions"),
+            ("fedhlm simulate", r"seed"),
+        ),
+    ),
+    "docs/quickstart.md": Kit(clone=True, made=(".env",), shows=(("fedhlm agent", r"\w+ \w+"),)),
+    "docs/demo.md": Kit(
+        clone=True,
+        files=(("titles.txt", TITLES), ("mine.toml", SHOWN)),
+        made=("result.json",),
+        shows=(("make demo", r"sent up"),),
+    ),
+    "docs/security.md": Kit(
+        made=("pki/ca.crt", "broker-home/mosquitto.conf", "broker-home/broker.key", "broker-home/acl"),
+        shows=(("fedhlm pki issue porch", r"broker\.key"),),
+    ),
+    "docs/devices.md": Kit(
+        files=(("cards.csv", "agent\nporch\n"),),
+        made=("pki/ca.crt", "mosquitto/mosquitto.conf", "mosquitto/broker.key", "mosquitto/acl"),
+    ),
+    "docs/configuration.md": Kit(
+        fleet=("edge", "cloud"),
+        files=(("agent.toml", SHOWN), ("mine.toml", SHOWN)),
+        shows=(
+            ("fedhlm config check", r"generation\.budget +0\.02 .*mine\.toml"),
+            ("fedhlm agent --config agent.toml --prompt", r"\w+ \w+"),
+        ),
+    ),
+    "docs/checking.md": Kit(
+        fleet=("edge",),
+        files=(("porch.toml", '[agent]\nid = "porch"\n'), ("monday.trace", GOLDEN), ("traces/monday.trace", GOLDEN)),
+        made=("tuesday.trace",),
+        shows=(("fedhlm replay monday.trace", r"\d+ decisions"),),
+    ),
+    "docs/compose.md": Kit(clone=True, made=(".env",)),
+    "docs/doctor.md": Kit(fleet=FLEET),
+    "docs/recordings.md": Kit(fleet=("edge",), made=("monday.trace",), shows=(("fedhlm record", r"messages +[\d,]+"),)),
+    "docs/simulator.md": Kit(made=("found",)),
+    "docs/traces.md": Kit(
+        fleet=("edge",),
+        files=(("paper.trace", GOLDEN),),
+        made=("again.trace", "run.trace"),
+        shows=(("fedhlm trace show paper.trace --story", r"drafted u="), ("fedhlm trace stats", r"verdict latency")),
+    ),
+}
+
+
+def shown(name: str) -> str:
+    """The lines of a file that docs/configuration.md shows, whose first line is its name."""
+    page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    found = re.search(rf"^    # {re.escape(name)}\n((?:    .*\n|\n)*?)(?=    \$|\S)", page, re.MULTILINE)
+    assert found is not None, name
+    return re.sub(r"^    ", "", found[1], flags=re.MULTILINE)
+
+
+def clone(folder: Path) -> None:
+    """What a clone of this tree has: tracked files, and new ones that git does not ignore."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def typed(command: str, port: int) -> str:
+    """A command as it is typed here: less work, and a broker on a port of this test's own."""
+    for long, short in SHORTER.items():
+        if f"{command} ".startswith(long) or long.startswith("-"):
+            command = f"{command} ".replace(long, short, 1).rstrip()
+    command = BROKER.sub(f"mqtt://127.0.0.1:{port}", command)
+    if re.match(r"fedhlm +edge\b", command):
+        command = command.replace("edge", f"edge --edge.embedded_port {port}", 1)
+    return command.replace("mosquitto_sub ", f"mosquitto_sub -p {port} ")
+
+
+def needed(step: Step) -> str:
+    """The extras of a command that installs the program."""
+    found = re.match(r"pip install '?\.(?:\[([\w,]+)\])?'? ", f"{step.command} ")
+    assert found is not None, f"{step.command}: it is not on a package index, only in a clone"
+    return found[1] or ""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(MADE))
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", PAGES)
 def test_the_commands_of_a_page_work_in_its_order(name: str, tmp_path: Path) -> None:
-    found = list(commands((ROOT / name).read_text("utf-8")))
-    assert any(runs for _, runs in found)
-    (tmp_path / "cards.csv").write_text("agent\nporch\n", "utf-8")  # the page shows it
-    programs = installed.programs("operator")
-    for command, runs in found:
-        assert command.startswith(_PROGRAMS), command
-        if not runs or command.startswith("pip "):  # done, from the wheel of this tree
-            continue
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path, env=installed.environ(programs), capture_output=True, text=True,
-            timeout=120, stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
-    assert [path for path in MADE[name] if not (tmp_path / path).exists()] == []
+    kit = KITS.get(name, Kit())
+    found = list(steps((ROOT / name).read_text("utf-8")))
+    run = [step for step in found if not step.left_out]
+    if not run:
+        return
+    for program in ("jq", "mosquitto_sub"):
+        if any(program in step.command for step in run) and shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    extras = [extra for step in run if step.command.startswith("pip ") for extra in needed(step).split(",") if extra]
+    if kit.clone:
+        clone(tmp_path)
+    for path, text in kit.files:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        source = (ROOT / GOLDEN).read_bytes() if text == GOLDEN else (shown(path) if text == SHOWN else text).encode()
+        (tmp_path / path).write_bytes(source)
+    programs = tmp_path / ".venv" / "bin" if kit.clone else installed.programs(*sorted(extras))
+    port = free_port()
+    environ = (
+        installed.environ(programs, FEDHLM_BROKER__URL=f"mqtt://127.0.0.1:{port}")
+        if kit.fleet
+        else installed.environ(programs)
+    )
+    shows = dict(kit.shows)
+    with terminals(tmp_path, environ) as terminal:
+        for part in kit.fleet:
+            words = (
+                f"--edge.embedded_port {port} --broker.url ''"
+                if part == "edge"
+                else f"--broker.url mqtt://127.0.0.1:{port}"
+            )
+            terminal.serve(f"fedhlm {part} {words} --cluster.name home")
+        for step in run:
+            command = typed(step.command, port)
+            if step.serves:
+                terminal.serve(command)
+                continue
+            if command.startswith("pip "):  # done, from the wheel of this tree or by make
+                continue
+            terminal.close("mosquitto_sub")
+            told = terminal.type(command)
+            for begins in [begins for begins in shows if step.command.startswith(begins)]:
+                assert re.search(shows[begins], told), f"{command}\n{told[-2_000:]}"
+    assert {begins for begins in shows if not any(step.command.startswith(begins) for step in run)} == set()
+    assert [path for path in kit.made if not (tmp_path / path).exists()] == []
 
 
-def test_what_is_left_out_is_named_with_a_reason() -> None:
-    page = "<!-- not run here: `b`: no time -->\n\n    $ a 1\n    $ b 2 \\\n        3\n\n# Next\n    $ b 4\n"
-    assert list(commands(page)) == [("a 1", True), ("b 2 3", False), ("b 4", True)]
+def test_pages_that_are_described_have_commands() -> None:
+    assert KITS.keys() <= set(PAGES)
+    assert len(PAGES) > 15
+
+
+def test_what_is_left_out_has_one_of_the_listed_reasons() -> None:
+    found = {step.left_out for name in PAGES for step in steps((ROOT / name).read_text("utf-8"))}
+    assert found - {""} == set(REASONS)
+
+
+def test_a_mark_holds_in_its_section_and_below() -> None:
+    page = """# Title
+<!-- not run here: `pip`: at all -->
+
+## A
+<!-- not run here: `git b`: no time; `git c`: no wish -->
+
+    $ git a 1
+    $ git b 2 \\
+        3
+### B
+    git c 4
+    sentence
+
+## C
+    git b 5
+    pip 6
+"""
+    expected = [
+        ("git a 1", ""), ("git b 2 3", "no time"), ("git c 4", "no wish"), ("git b 5", ""), ("pip 6", "at all"),
+    ]  # fmt: skip
+    assert list(steps(page)) == expected

@@ -3,8 +3,9 @@
 import msgspec
 from msgspec.structs import replace
 
-from edge_broker.relay import BATCH_BYTES, SESSIONS_MAX, Relay
+from edge_broker.relay import SESSIONS_MAX, Relay
 from fedhlm.protocol.messages import (
+    MAX_BATCH_BYTES,
     SCHEMA_VERSION,
     Escalation,
     EscalationBatch,
@@ -115,12 +116,12 @@ def test_memory_is_bounded() -> None:
 def test_a_batch_fits_a_message_whatever_one_agent_sends() -> None:
     """The cloud refuses what is too large as a whole, and the blocks of modest agents would go with it."""
     relay = Relay()
-    for number, size in enumerate((10, BATCH_BYTES - 1_200, 10, 2 * BATCH_BYTES, 10, 10)):
+    for number, size in enumerate((10, MAX_BATCH_BYTES - 1_200, 10, 2 * MAX_BATCH_BYTES, 10, 10)):
         relay.escalate(f"a{number}", msgspec.structs.replace(escalation(), laws=bytes(size)))
     batches = []
     while batch := relay.take_batch():
         batches.append([routed.agent for routed in batch])
         message = EscalationBatch(version=SCHEMA_VERSION, sender="e", sequence=1, sent_ms=0, items=batch)
         if len(batch) > 1:
-            assert len(encode(message)) <= BATCH_BYTES
+            assert len(encode(message)) <= MAX_BATCH_BYTES
     assert batches == [["a0", "a1"], ["a2"], ["a3"], ["a4", "a5"]]

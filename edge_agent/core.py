@@ -63,6 +63,7 @@ from fedhlm.protocol.messages import (
     VerifiedTokens,
 )
 from fedhlm.protocol.packing import pack_ids
+from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Consensus, Federation
 from fedhlm.settings import Generation as GenerationConfig
@@ -181,10 +182,10 @@ class AgentCore:
                 case Verdict():
                     self._counters.add_all(downlink_messages=1, downlink_bytes=received.wire_bytes)
                     self.on_verdict(message)
-                case Presence(role="edge") if here:
-                    self.on_edge(message)
-                case Presence(role="edge"):
-                    if await self.membership.seen(cluster, message):
+                case Presence() if ROLES[message.role].relays:
+                    if here:
+                        self.on_edge(message)
+                    elif await self.membership.seen(cluster, message):
                         self._moved(message)
                 case Assignment():
                     await self.membership.assigned(message.cluster)

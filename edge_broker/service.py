@@ -43,6 +43,7 @@ from fedhlm.protocol.messages import (
     VerifiedTokens,
     refused,
 )
+from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
 from fedhlm.telemetry import warn_once
@@ -210,9 +211,9 @@ class EdgeService:
                 await self.up.send(topics.CLOUD_PROFILE, profile, cluster=self.cluster)
             case Assignment() as assignment:
                 await self._assign(received.levels["agent"], assignment)
-            case Presence(role="agent") as state:
+            case Presence() as state if ROLES[state.role].drafts:
                 await self._note_agent(received.levels["agent"], state)
-            case Presence(role="cloud") as state:
+            case Presence() as state if ROLES[state.role].verifies:
                 await self._note_cloud(state)
             case _:
                 self._counters.add("refused_messages")

@@ -12,12 +12,13 @@ from fedhlm.bus.party import presence
 from fedhlm.process.runtime import OpenBus, Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import encode
+from fedhlm.protocol.roles import EDGE_PREFIX
 from fedhlm.settings import Config
 
 
 def name_of(cluster: str) -> str:
     """The name of a cluster's edge in messages."""
-    return f"edge-{cluster}"
+    return f"{EDGE_PREFIX}{cluster}"
 
 
 def edge_of(

@@ -33,6 +33,7 @@ from fedhlm.errors import (
 from fedhlm.open_request import OpenRequest, now_s, within
 from fedhlm.protocol import prompts, topics
 from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt, encode
+from fedhlm.protocol.roles import ROLES
 from fedhlm.settings import Broker
 from fedhlm.telemetry import Counters
 
@@ -273,7 +274,7 @@ class Client:
     def _take(self, received: Received) -> None:
         message, levels = received.message, received.levels
         match message:
-            case Presence(role="agent"):
+            case Presence() if ROLES[message.role].drafts:
                 self._online.setdefault(levels["agent"], {})[levels["cluster"]] = message.online
                 self._changed.set()
                 for state in self._open.values():

@@ -14,12 +14,12 @@ from fedhlm.process.run import bus_of
 from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Presence
+from fedhlm.protocol.roles import ROLES, Role
 from fedhlm.telemetry import Counters
 
 # Retained messages arrive right after a subscription; each of them restarts this wait.
 QUIET_S: Final = 1.0
 _ROWS: Final = (topics.CLOUD_STATUS, topics.EDGE_STATUS, topics.AGENT_STATUS)
-_ORDER: Final[Mapping[str, int]] = {"cloud": 0, "edge": 1, "agent": 2}
 
 
 class Heard(NamedTuple):
@@ -39,7 +39,7 @@ class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     cluster: str
     name: str
-    role: topics.Role
+    role: Role
     online: bool
     software: str
     model: str
@@ -74,8 +74,8 @@ async def listen(broker: settings.Broker, *, client_id: str) -> list[Heard]:
 def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[PartStatus]:
     """Return the status of each part: the cloud first, then for each cluster its edge and its agents."""
     now_s = time.time() if now_s is None else now_s
-    parts = sorted(heard, key=lambda h: (h.cluster, _ORDER[h.presence.role], h.name))
-    edges = {h.cluster: h.presence for h in parts if h.presence.role == "edge"}
+    parts = sorted(heard, key=lambda h: (h.cluster, ROLES[h.presence.role].order, h.name))
+    edges = {h.cluster: h.presence for h in parts if ROLES[h.presence.role].relays}
     return [
         PartStatus(
             cluster=part.cluster,
@@ -99,8 +99,8 @@ def missing(found: Iterable[PartStatus]) -> list[str]:
         return ["no part has announced itself on this broker"]
     lines = []
     online = [row for row in found if row.online]
-    clusters = sorted({row.cluster for row in found if row.role == "agent"})
-    edged = {row.cluster for row in found if row.role == "edge"}
+    clusters = sorted({row.cluster for row in found if ROLES[row.role].drafts})
+    edged = {row.cluster for row in found if ROLES[row.role].relays}
     lines += [f"no edge has announced itself in cluster {cluster}" for cluster in clusters if cluster not in edged]
     if len(versions := sorted({row.software for row in online})) > 1:
         lines.append(f"several versions are running: {', '.join(versions)}")
@@ -110,9 +110,9 @@ def missing(found: Iterable[PartStatus]) -> list[str]:
 def _link(part: Heard, edges: Mapping[str, Presence]) -> str:
     if not part.presence.online:
         return ""
-    if part.presence.role == "edge":
+    if ROLES[part.presence.role].relays:
         return "the cloud" if part.presence.upstream is not None else "no cloud"
-    if part.presence.role == "agent":
+    if ROLES[part.presence.role].drafts:
         edge = edges.get(part.cluster)
         return "its edge" if edge is not None and edge.online else "no edge"
     return ""
@@ -122,9 +122,9 @@ def _wrong(part: Heard, edges: Mapping[str, Presence]) -> str:
     presence = part.presence
     if not presence.online:
         return "offline"
-    if presence.role == "edge" and presence.upstream is None:
+    if ROLES[presence.role].relays and presence.upstream is None:
         return "sees no cloud: what its cluster does not know stays unverified"
-    if presence.role == "agent":
+    if ROLES[presence.role].drafts:
         edge = edges.get(part.cluster)
         if edge is None or not edge.online:
             return "its edge is not there: what needs the cloud stays unverified"

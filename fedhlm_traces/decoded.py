@@ -71,11 +71,9 @@ def look(record: Record, root: str) -> Seen:
     topic, levels = found
     try:
         message = topics.decode_for(topic, record.payload)
+        topics.check_sender(record.topic, topic, levels, message)
     except ProtocolError as exc:
         return Seen(record, topic, levels, None, str(exc))
-    if topic.publishers == ("agent",) and message.sender != levels["agent"]:
-        reason = f"message.sender on {record.topic} must be {levels['agent']!r} (got {message.sender!r})"
-        return Seen(record, topic, levels, None, reason)
     return Seen(record, topic, levels, message, "")
 
 

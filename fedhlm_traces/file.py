@@ -22,6 +22,7 @@ import zstandard
 from fedhlm.errors import TraceError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint
+from fedhlm.protocol.roles import Role
 from fedhlm.version import __version__
 from fedhlm_traces.zstd_frames import MAGIC, frame_end, unpacked
 
@@ -74,7 +75,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     properties: dict[str, Any] = {}
 
 
-_RANKS: Final[dict[topics.Role, int]] = {"agent": 0, "edge": 1, "cloud": 2, "client": 3}
+_RANKS: Final[dict[Role, int]] = {"agent": 0, "edge": 1, "cloud": 2, "client": 3}
 
 
 @lru_cache(maxsize=4_096)

@@ -21,11 +21,11 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
     encode,
 )
+from fedhlm.protocol.roles import EDGE_PREFIX, traits_of
 from fedhlm.protocol.topics import Topic
 from fedhlm_traces.file import Record
 
 _EXPECTED: Final = "cluster=OLD:NEW or agent=OLD:NEW"
-EDGE_PREFIX: Final = "edge-"  # an edge is named after its cluster
 MAX_NAME: Final = 64
 _M = TypeVar("_M", bound=Message)
 
@@ -108,11 +108,13 @@ def rebased(record: Record, now_ms: int, *, root: str = topics.DEFAULT_ROOT) -> 
 
 
 def _rename_sender(message: AnyMessage, row: Topic, levels: Mapping[str, str], renames: Renames) -> AnyMessage:
-    if "agent" in row.publishers and message.sender == levels.get("agent"):
+    publishers = traits_of(row.publishers)
+    if any(role.drafts for role in publishers) and message.sender == levels.get("agent"):
         return replace(message, sender=renames.agent.get(message.sender, message.sender))
     cluster = levels.get("cluster", "")
     new = renames.cluster.get(cluster)
-    if new is None or "edge" not in row.publishers or message.sender not in (cluster, f"{EDGE_PREFIX}{cluster}"):
+    of_edge = any(role.relays for role in publishers) and message.sender in (cluster, f"{EDGE_PREFIX}{cluster}")
+    if new is None or not of_edge:
         return message
     return replace(message, sender=message.sender.removesuffix(cluster) + new)
 

@@ -21,7 +21,7 @@ from fedhlm.protocol.messages import (
     comparable_bytes,
     encode,
 )
-from fedhlm.protocol.topics import DEFAULT_ROOT, Topic, decode_for, lookup
+from fedhlm.protocol.topics import DEFAULT_ROOT, Topic, check_sender, decode_for, lookup
 from fedhlm.telemetry import Counters, warn_once
 from fedhlm.version import __version__
 
@@ -245,9 +245,7 @@ class Party:
             raise ProtocolError(f"{name} is not a topic of {self.root}")
         topic, levels = found
         message = decode_for(topic, payload)
-        owner = levels.get(topic.publishers[0])
-        if owner is not None and message.sender != owner:
-            raise ProtocolError(f"message.sender on {name} must be {owner!r} (got {message.sender!r})")
+        check_sender(name, topic, levels, message)
         if isinstance(message, Presence) and message.role not in topic.publishers:
             raise ProtocolError(f"message.role on {name} must be {topic.publishers[0]!r} (got {message.role!r})")
         return Received(topic, levels, message)

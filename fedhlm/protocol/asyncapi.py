@@ -12,6 +12,7 @@ from msgspec import inspect
 
 from fedhlm.protocol import messages, topics
 from fedhlm.protocol.meanings import MEANINGS
+from fedhlm.protocol.roles import traits_of
 from fedhlm.version import __version__
 
 ASYNCAPI: Final = "3.0.0"
@@ -63,7 +64,7 @@ def document() -> dict[str, Any]:
             f"{action}.{_id(topic)}": _operation(topic, action)
             for topic in topics.TABLE
             for action, roles in (("send", topic.publishers), ("receive", topic.subscribers))
-            if "client" in roles
+            if any(role.asks for role in traits_of(roles))
         },
         "components": {
             "messages": {topic.payload.__name__: _message(topic.payload) for topic in topics.TABLE},

@@ -14,6 +14,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from fedhlm.errors import ProtocolError
+from fedhlm.protocol.roles import Role
 
 SCHEMA_VERSION: Final = 3
 MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
@@ -101,7 +102,7 @@ class Presence(Message, tag=1, frozen=True):
     `connection` names one of several connections of a client. Its end ends the prompts that name the same one.
     """
 
-    role: Literal["agent", "edge", "cloud", "client"]
+    role: Role
     online: bool
     software: Annotated[str, Meta(max_length=64)]
     fingerprint: Fingerprint | None = None

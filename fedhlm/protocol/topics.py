@@ -10,10 +10,9 @@ import msgspec
 
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol import messages
+from fedhlm.protocol.roles import ROLES, Role
 
 DEFAULT_ROOT: Final = "fedhlm/1"
-
-Role = Literal["agent", "edge", "cloud", "client"]
 
 
 class Topic(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +40,12 @@ class Topic(msgspec.Struct, frozen=True, kw_only=True):
             return None
         matched = self._regex.fullmatch(name, len(root) + 1)
         return matched.groupdict() if matched else None
+
+    @property
+    def sender_level(self) -> str:
+        """The level that must be the sender's name; empty when no level is, or when several roles publish."""
+        levels = [ROLES[role].level for role in self.publishers]
+        return levels[0] if len(levels) == 1 and f"{{{levels[0]}}}" in self.pattern else ""
 
     @property
     def _regex(self) -> re.Pattern[str]:
@@ -345,6 +350,17 @@ def decode_for(topic: Topic, payload: bytes) -> messages.AnyMessage:
     if type(message) is not topic.payload:
         raise ProtocolError(f"{topic.pattern} carries {topic.payload.__name__}, not {type(message).__name__}")
     return message
+
+
+def check_sender(name: str, topic: Topic, levels: dict[str, str], message: messages.AnyMessage) -> None:
+    """Check the sender of a message on the topic `name`.
+
+    Raises:
+        ProtocolError: the topic contains the name of another sender.
+    """
+    level = topic.sender_level
+    if level and message.sender != levels[level]:
+        raise ProtocolError(f"message.sender on {name} must be {levels[level]!r} (got {message.sender!r})")
 
 
 def markdown() -> str:

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Mapping
 
+from fedhlm.protocol.roles import EDGE_PREFIX, ROLES, RoleTraits
 from fedhlm_fleet.chaos.observer import Observer
 from fedhlm_fleet.chaos.parts import BROKER, BrokerPart, Parts
 from fedhlm_fleet.chaos.proxy import Proxy
@@ -31,14 +32,17 @@ class Injector:
 
     def concerned(self, fault: Fault) -> set[str]:
         """Return the agents whose texts a fault may delay."""
-        clusters = {name.removeprefix("edge-") for name in fault.targets if self._role_of[name] == "edge"}
-        everyone = {"broker", "cloud"} & set(fault.roles)
+        clusters = {name.removeprefix(EDGE_PREFIX) for name in fault.targets if self._traits(name).relays}
+        everyone = BROKER in fault.targets or any(self._traits(name).verifies for name in fault.targets)
         return {p.agent for p in self._observer.places if everyone or p.agent in fault.targets or p.cluster in clusters}
+
+    def _traits(self, name: str) -> RoleTraits:
+        return RoleTraits() if name == BROKER else ROLES[self._role_of[name]]
 
     async def inject(self, fault: Fault) -> None:
         """Inject a fault, wait until its time is over, and undo it."""
         # A fault of an edge or of the cloud excuses no lost answer: the device must go on alone.
-        lossy = {p.agent for p in self._observer.places if "broker" in fault.roles or p.agent in fault.targets}
+        lossy = {p.agent for p in self._observer.places if BROKER in fault.targets or p.agent in fault.targets}
         if fault.kind not in ("throttle", "delay"):
             self._observer.disturbances.begin(lossy, time.monotonic())
         match fault.kind:
@@ -53,11 +57,10 @@ class Injector:
     async def _kill(self, fault: Fault) -> None:
         for name in fault.targets:
             await self._parts.kill(name)
-            match self._role_of[name]:
-                case "broker":
-                    self._observer.broker_died()
-                case "agent":
-                    self._observer.agent_died(name)
+            if name == BROKER:
+                self._observer.broker_died()
+            elif self._traits(name).drafts:
+                self._observer.agent_died(name)
         await asyncio.sleep(fault.hold_s)
         for name in fault.targets:
             if name == BROKER:

@@ -15,8 +15,9 @@ from fedhlm.errors import AskError, FedhlmError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Output, Presence, Sampling
 from fedhlm.protocol.sources import SOURCES
+from fedhlm_fleet.attendance import Attendance, Place
 from fedhlm_fleet.chaos.invariants import Disturbances, RequestStory
-from fedhlm_fleet.demo.asking import Place, Task
+from fedhlm_fleet.demo.asking import Task
 
 LOOK_S: Final = 0.02
 ANSWER_S: Final = 60.0  # for an undisturbed request on a slow machine, behind a queue of repeated ones
@@ -53,8 +54,7 @@ class Observer:
         self.places = places
         self.stories: dict[str, RequestStory] = {}
         self.disturbances = Disturbances()
-        self.online: set[str] = set()
-        self.linked: set[str] = set()
+        self.attendance = Attendance()
         self.cloud_token_s: dict[str, float] = {}
         self.strangers = 0
         self._torn_since: float | None = None
@@ -66,26 +66,21 @@ class Observer:
     def link_changed(self, up: bool) -> None:
         """Forget which parts are online when the link is lost."""
         if not up:
-            self.online.clear()
-            self.linked.clear()
+            self.attendance.forget()
 
     async def subscribe(self) -> None:
         """Subscribe to the presence of agents and edges, and to every output."""
         root = self.client.party.root
         await self.client.subscribe(
-            topics.AGENT_STATUS.name(root, cluster="+", agent="+"),
-            topics.EDGE_STATUS.name(root, cluster="+"),
+            *self.attendance.filters(root),
             topics.OUTPUT.name(root, cluster="+", agent="+", client="+"),
         )
 
     def hear(self, received: Received) -> None:
         """Take in a message that the client receives."""
         match received.message:
-            case Presence(role="agent") as state:
-                (self.online.add if state.online else self.online.discard)(received.levels["agent"])
-            case Presence(role="edge") as state:
-                linked = state.online and state.upstream is not None
-                (self.linked.add if linked else self.linked.discard)(received.levels["cluster"])
+            case Presence() as state:
+                self.attendance.hear(state, received.levels)
             case Output() as output:
                 self.take(output, received.levels["agent"])
 
@@ -111,7 +106,7 @@ class Observer:
 
     def agent_died(self, agent: str) -> None:
         """Give up an agent's requests, and count it as offline, whatever the broker's retained messages say."""
-        self.online.discard(agent)
+        self.attendance.agents.discard(agent)
         for story in self.stories.values():
             if story.agent == agent:
                 story.agent_killed = True
@@ -123,7 +118,7 @@ class Observer:
 
     def ready(self) -> bool:
         """Return whether every agent is online and every edge sees the cloud."""
-        return {p.agent for p in self.places} <= self.online and {p.cluster for p in self.places} <= self.linked
+        return self.attendance.complete(self.places)
 
     def steady(self, agent: str, since_s: float, healthy: frozenset[str]) -> bool:
         """Return whether the agent has answered a request sent after `since_s` with tokens of these sources only."""
@@ -179,6 +174,6 @@ class Observer:
     async def present(self, agent: str) -> None:
         """Wait some seconds for an agent to be online; return in any case, since asking may still help."""
         try:
-            await until(lambda: agent in self.online, _READY_AGAIN_S, f"{agent} online")
+            await until(lambda: agent in self.attendance.agents, _READY_AGAIN_S, f"{agent} online")
         except NotInTime:
             return

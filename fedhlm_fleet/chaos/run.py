@@ -19,7 +19,9 @@ import msgspec
 from fedhlm import config as configuration
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.client import Client
+from fedhlm.protocol.roles import EDGE_PREFIX, ROLES
 from fedhlm.telemetry import Counters
+from fedhlm_fleet.attendance import Place
 from fedhlm_fleet.chaos.inject import Injector
 from fedhlm_fleet.chaos.invariants import BrokenInvariant, GrowthLimits, RequestStory, fresh, unanswered
 from fedhlm_fleet.chaos.observer import NotInTime, Observer, until
@@ -28,7 +30,7 @@ from fedhlm_fleet.chaos.parts import BROKER, BrokerPart, MemoryUse, Parts, modul
 from fedhlm_fleet.chaos.proxy import Proxy
 from fedhlm_fleet.chaos.report import ChaosReport, Recovery
 from fedhlm_fleet.chaos.schedule import Fault, Persistence, schedule
-from fedhlm_fleet.demo.asking import Place, Task
+from fedhlm_fleet.demo.asking import Task
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 
@@ -169,14 +171,13 @@ class Chaos:
             "FEDHLM_PRESET": self.options.preset,
         }
         env |= {configuration.environment_name(key): value for key, value in self.overrides.items()}
-        match role:
-            case "agent":
-                cluster = next(p.cluster for p in self.places if p.agent == name)
-                env |= {"FEDHLM_CLUSTER__NAME": cluster, "FEDHLM_AGENT__ID": name, "FEDHLM_AGENT__THREADS": "1"}
-            case "edge":
-                env |= {"FEDHLM_CLUSTER__NAME": name.removeprefix("edge-")}
-            case _:
-                env |= {"FEDHLM_CLOUD__THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
+        if ROLES[role].drafts:
+            cluster = next(p.cluster for p in self.places if p.agent == name)
+            env |= {"FEDHLM_CLUSTER__NAME": cluster, "FEDHLM_AGENT__ID": name, "FEDHLM_AGENT__THREADS": "1"}
+        elif ROLES[role].relays:
+            env |= {"FEDHLM_CLUSTER__NAME": name.removeprefix(EDGE_PREFIX)}
+        else:
+            env |= {"FEDHLM_CLOUD__THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
         await self.parts.start(name, *module(role), env=env)
 
     async def _sample(self) -> None:

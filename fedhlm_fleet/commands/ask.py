@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter
 
 from fedhlm.errors import AskError, BusError, ConfigError, FedhlmError
+from fedhlm.protocol.sources import SOURCES
 from fedhlm_fleet.commands.common import Keys, Seconds, Seed, Tokens, parse_keys
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class Marks:
 
     def put(self, piece: "Piece") -> str:
         """Return what to print for a piece; text that follows its ids keeps their mark."""
-        count = piece.sources.count("unverified")
+        count = sum(SOURCES[source].unreachable for source in piece.sources)
         self.unverified += count
         mark = ""
         if piece.ids and bool(count) != self._open:

@@ -9,7 +9,8 @@ from fedhlm.errors import ConfigError, FedhlmError
 from fedhlm_fleet.commands.common import Keys, parse_keys
 
 if TYPE_CHECKING:
-    from fedhlm_fleet.doctor.finding import Role, Subject
+    from fedhlm.protocol.roles import PartRole
+    from fedhlm_fleet.doctor.finding import Subject
 
 
 def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, json: bool = False) -> int:
@@ -29,17 +30,17 @@ def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, 
     """
     from rich.console import Console
 
+    from fedhlm.protocol.roles import PARTS
     from fedhlm_fleet.doctor.checks import checks_of
-    from fedhlm_fleet.doctor.finding import ROLES
     from fedhlm_fleet.doctor.report import as_json, failed, show, summary
     from fedhlm_fleet.doctor.runner import examine
 
     given, *rest = words if words and not words[0].startswith("--") else ("agent", *words)
-    role = next((role for role in ROLES if role == given), None)
+    role = next((role for role in PARTS if role == given), None)
     if role is None:
-        near = difflib.get_close_matches(given, ROLES, n=1)
+        near = difflib.get_close_matches(given, PARTS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise FedhlmError(f"ROLE must be one of {', '.join(ROLES)}{hint} (got {given!r})")
+        raise FedhlmError(f"ROLE must be one of {', '.join(PARTS)}{hint} (got {given!r})")
     subject = _subject(role, config, preset, parse_keys(rest))
     begun_s = time.monotonic()
     console = Console(highlight=False, soft_wrap=False)
@@ -61,7 +62,7 @@ def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, 
     return 1 if failed(findings) else 0
 
 
-def _subject(role: "Role", file: Path | None, preset: str | None, flags: dict[str, str]) -> "Subject":
+def _subject(role: "PartRole", file: Path | None, preset: str | None, flags: dict[str, str]) -> "Subject":
     """Return the part to check. An invalid configuration file becomes a finding, an invalid flag an error."""
     from fedhlm.config import load
     from fedhlm_fleet.doctor.finding import Subject

@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.commands.common import needing, print_facts
-from fedhlm_fleet.pki.roles import CertificateRole
+from fedhlm_fleet.pki.roles import CERTIFICATES, CertificateRole
 
 if TYPE_CHECKING:
     from fedhlm_fleet.pki.acl import BrokerPlace
@@ -268,14 +268,15 @@ def _told(made: "Made") -> dict[str, object]:
         "serial": entry.newest.serial,
         "good until": f"{end}, when the CA expires" if made.clipped else end,
     }
-    if entry.role == "broker":
+    traits = CERTIFICATES[entry.role]
+    if traits.listens:
         facts |= {"cert": made.cert, "key": made.key, "hosts": ", ".join(entry.hosts)}
         facts["next"] = "fedhlm pki mosquitto, which copies them"
     else:
         facts |= {"broker.ca": made.ca, "broker.cert": made.cert, "broker.key": made.key}
-        if entry.role == "edge":
+        if traits.party.relays:
             facts["edge.upstream"] = "the same three as edge.upstream.ca, .cert and .key"
-        if entry.role == "agent":
+        if traits.party.drafts:
             facts["also"] = f"agent.id {entry.name}, cluster.name {entry.clusters[0]}"
         facts["next"] = "fedhlm pki mosquitto and SIGHUP, so that brokers know the name"
     for former in made.former:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
 
@@ -14,19 +14,13 @@ from fedhlm.client import Client
 from fedhlm.errors import AskError, ConfigError, ProtocolError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Learned, Presence
+from fedhlm_fleet.attendance import Attendance, Place
 from fedhlm_fleet.demo.progress import Progress
 from fedhlm_fleet.demo.report import Generated
 from fedhlm_zoo.corpus import TOPIC_LINE, Article
 from fedhlm_zoo.prompts import load_items
 
 ANSWER_S: Final = 120.0
-
-
-class Place(NamedTuple):
-    """An agent and its cluster."""
-
-    cluster: str
-    agent: str
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -77,15 +71,13 @@ class Asker:
         self.requests: list[Generated] = []
         self._progress = progress
         self._root = root
-        self._online: set[str] = set()
-        self._linked: set[str] = set()
+        self._attendance = Attendance()
         self._ready = asyncio.Event()
 
     async def wait_ready(self) -> None:
         """Wait until every agent is online and every edge sees the cloud."""
         await self.client.subscribe(
-            topics.AGENT_STATUS.name(self._root, cluster="+", agent="+"),
-            topics.EDGE_STATUS.name(self._root, cluster="+"),
+            *self._attendance.filters(self._root),
             topics.FL_STATE.name(self._root, cluster="+"),
             topics.CLOUD_FL_STATE.name(self._root),
         )
@@ -93,17 +85,14 @@ class Asker:
 
     def _hear(self, received: Received) -> None:
         match received.message:
-            case Presence(role="agent") as state:
-                (self._online.add if state.online else self._online.discard)(received.levels["agent"])
-            case Presence(role="edge") as state:
-                linked = state.online and state.upstream is not None
-                (self._linked.add if linked else self._linked.discard)(received.levels["cluster"])
+            case Presence() as state:
+                self._attendance.hear(state, received.levels)
             case Learned() as state:
                 try:
                     self._progress.learned(received.levels.get("cluster", ""), state)
                 except ProtocolError:  # the curve is malformed; the view goes on without it
                     self.client.party.counters.add("refused_messages")
-        if {p.agent for p in self.places} <= self._online and {p.cluster for p in self.places} <= self._linked:
+        if self._attendance.complete(self.places):
             self._ready.set()
 
     async def ask(self, place: Place, task: Task, preset: str | None) -> Generated:

@@ -25,7 +25,8 @@ from fedhlm.errors import BusError, ConfigError, root_of
 from fedhlm.process.run import bus_of
 from fedhlm.telemetry import configure_logging
 from fedhlm_fleet import figures as figures_file
-from fedhlm_fleet.demo.asking import Asker, Place, Task, load_prompts, tasks_of
+from fedhlm_fleet.attendance import Place
+from fedhlm_fleet.demo.asking import Asker, Task, load_prompts, tasks_of
 from fedhlm_fleet.demo.journey import ASCII_BARS, BARS, Journey
 from fedhlm_fleet.demo.judge import Judge
 from fedhlm_fleet.demo.progress import Progress

@@ -33,6 +33,7 @@ BURSTS: Final = 4
 # Linux delays acknowledgements by 40 ms. The fastest of several bursts stays below this limit even on a link with
 # jitter.
 HELD_MS: Final = 25.0
+UPSTREAM: Final = "edge.upstream"
 STRANGER: Final = "doctor-"  # prefix of names that no part has
 
 _LOGIN_ADVICE: Final = {
@@ -45,7 +46,7 @@ _LOGIN_ADVICE: Final = {
 
 def section_of(subject: Subject, key: str) -> Broker:
     """Return the section `broker` or `edge.upstream`."""
-    return subject.config.broker if key == "broker" else subject.config.edge.upstream
+    return {"broker": subject.config.broker, UPSTREAM: subject.config.edge.upstream}[key]
 
 
 def address_of(subject: Subject, key: str) -> BrokerUrl:
@@ -58,7 +59,7 @@ def address_of(subject: Subject, key: str) -> BrokerUrl:
     if section.url:
         return section.address(key=f"{key}.url")
     url = DEFAULT_URL
-    if subject.role == "edge":
+    if subject.traits.relays:
         url = f"mqtt://{subject.config.edge.embedded_host}:{subject.config.edge.embedded_port}"
     return msgspec.structs.replace(section, url=url).address(key=f"{key}.url")
 
@@ -81,7 +82,7 @@ def host_name(subject: Subject, key: str) -> Remark:
 def port(subject: Subject, key: str) -> Remark:
     """Check that the broker's port accepts connections."""
     address = address_of(subject, key)
-    own = subject.role == "edge" and not section_of(subject, key).url
+    own = subject.traits.relays and not section_of(subject, key).url
     begun_s = perf_counter()
     try:
         with socket.create_connection((address.host, address.port), STEP_S):
@@ -162,7 +163,7 @@ def trial_of(subject: Subject, key: str, stranger: str) -> Trial:
     cluster, root = subject.config.cluster.name, section_of(subject, key).root
     ours, theirs = Stamp(subject.name), Stamp(stranger)
     space = subject.model.space if subject.model else ""
-    if subject.role == "agent":
+    if subject.traits.drafts:
         return Trial(
             topics.PEER.name(root, cluster=cluster, agent=subject.name),
             UncertainTokens(**ours(), session=SESSION, space=space, items=()),
@@ -170,7 +171,7 @@ def trial_of(subject: Subject, key: str, stranger: str) -> Trial:
             UncertainTokens(**theirs(), session=SESSION, space=space, items=()),
             echo=True,
         )
-    if subject.role == "cloud":
+    if subject.traits.verifies:
         # A cloud may answer any cluster, but only an edge may publish to an agent.
         return Trial(
             topics.CLOUD_VERDICT.name(root, cluster=stranger),
@@ -179,7 +180,7 @@ def trial_of(subject: Subject, key: str, stranger: str) -> Trial:
             _verdict(theirs),
             echo=False,
         )
-    if key == "edge.upstream":
+    if key == UPSTREAM:
         return Trial(
             topics.NEIGHBOUR.name(root, cluster=cluster),
             VerifiedTokens(**ours(), space="", items=()),
@@ -203,14 +204,15 @@ def _verdict(stamp: Stamp) -> Verdict:
 def filters_of(subject: Subject, key: str) -> list[str]:
     """Return the subscriptions of this part on that broker, from the topic table."""
     cluster, root = subject.config.cluster.name, section_of(subject, key).root
-    both = subject.role == "edge" and not subject.config.edge.upstream.url
+    traits = subject.traits
+    both = not traits.relays or not subject.config.edge.upstream.url
     found = []
     for topic in topics.TABLE:
         to_cloud = not topic.pattern.startswith("c/")
-        side = subject.role != "edge" or both or to_cloud == (key == "edge.upstream")
+        side = both or to_cloud == (key == UPSTREAM)
         if subject.role in topic.subscribers and side:
-            agent = subject.name if subject.role == "agent" and topic is not topics.PEER else "+"
-            many = subject.role == "cloud" or topic is topics.NEIGHBOUR
+            agent = subject.name if traits.drafts and topic is not topics.PEER else "+"
+            many = traits.verifies or topic is topics.NEIGHBOUR
             found.append(topic.name(root, cluster="+" if many else cluster, agent=agent))
     return found
 

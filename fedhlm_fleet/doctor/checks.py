@@ -64,15 +64,14 @@ _CLOUD: Final = (
 )
 
 
-def _edge(up: str) -> tuple[Check, ...]:
-    """Return the checks of an edge that uses one broker for both sides, or a second one towards the cloud."""
+def _edge(home: str, up: str) -> tuple[Check, ...]:
+    """Return the checks of an edge with the keys of its two brokers, which may be one."""
     return (
         *_MACHINE,
         _MEMORY,
-        *_broker("broker"),
-        *(_broker(up) if up != "broker" else ()),
+        *(check for key in dict.fromkeys((home, up)) for check in _broker(key)),
         Check("cloud", others.cloud, (f"{up} rights",)),
-        Check("agreement", others.agreement_of_edge, ("cloud", "broker rights"), NETWORK_S),
+        Check("agreement", others.agreement_of_edge, ("cloud", f"{home} rights"), NETWORK_S),
         Check("others' clocks", others.clocks, (f"{up} rights",)),
     )
 
@@ -80,4 +79,6 @@ def _edge(up: str) -> tuple[Check, ...]:
 def checks_of(subject: Subject) -> tuple[Check, ...]:
     """Return the checks of this part."""
     has_two = subject.loaded is not None and bool(subject.config.edge.upstream.url)
-    return {"agent": _AGENT, "cloud": _CLOUD, "edge": _edge("edge.upstream" if has_two else "broker")}[subject.role]
+    return {"agent": _AGENT, "cloud": _CLOUD, "edge": _edge("broker", broker.UPSTREAM if has_two else "broker")}[
+        subject.role
+    ]

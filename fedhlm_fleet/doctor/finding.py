@@ -10,22 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
 from fedhlm.config import Loaded
 from fedhlm.errors import ConfigError
 from fedhlm.protocol.messages import Fingerprint
+from fedhlm.protocol.roles import ROLES, PartRole, RoleTraits
 from fedhlm.settings import Config
 
 if TYPE_CHECKING:
     from fedhlm.decoding.decoder import ModelInfo
     from fedhlm_fleet.doctor.probe import Probe
 
-Role = Literal["agent", "edge", "cloud"]
 Level = Literal["ok", "warn", "fail", "skip"]
-ROLES: Final[tuple[Role, ...]] = ("agent", "edge", "cloud")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +82,7 @@ class Subject:
     `cgroup` are the kernel's folders.
     """
 
-    role: Role
+    role: PartRole
     loaded: Loaded | None
     problem: ConfigError | None = None
     requires: Callable[[], list[str]] = lambda: metadata.requires("fedhlm") or []
@@ -107,6 +106,11 @@ class Subject:
     def sources(self) -> dict[str, str]:
         """The source of each configuration key."""
         return {} if self.loaded is None else self.loaded.sources
+
+    @property
+    def traits(self) -> RoleTraits:
+        """The properties of the part's role."""
+        return ROLES[self.role]
 
     @property
     def name(self) -> str:

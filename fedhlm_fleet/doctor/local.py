@@ -15,17 +15,18 @@ from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.protocol.fingerprint import fingerprint_of
+from fedhlm.protocol.roles import PartRole
 from fedhlm.settings import Broker
-from fedhlm_fleet.doctor.finding import CheckedModel, Remark, Role, Subject, fail, ok, skip, warn
+from fedhlm_fleet.doctor.finding import CheckedModel, Remark, Subject, fail, ok, skip, warn
 from fedhlm_fleet.doctor.machine import MIB
 
-SHIPPED: Final[dict[Role, Literal["slm", "llm"]]] = {"agent": "slm", "cloud": "llm"}
+SHIPPED: Final[dict[PartRole, Literal["slm", "llm"]]] = {"agent": "slm", "cloud": "llm"}
 CPU: Final = "CPUExecutionProvider"
 DISK_FAIL_MIB: Final = 8
 DISK_WARN_MIB: Final = 64
 WRITTEN_BYTES: Final = 256 * 1024
 # Minimum tokens/s: people read about seven tokens a second, and a cloud verifies for many agents.
-FLOORS: Final[dict[Role, float]] = {"agent": 10.0, "cloud": 30.0}
+FLOORS: Final[dict[PartRole, float]] = {"agent": 10.0, "cloud": 30.0}
 MEASURED_S: Final = 1.5
 _DISK_ADVICE: Final = {
     errno.ENOSPC: "free some space: df -h, journalctl --vacuum-size=50M",
@@ -59,7 +60,7 @@ def brokers_of(subject: Subject) -> dict[str, Broker]:
     """Return the brokers to which this part connects, by the key of their section."""
     config = subject.config
     up = config.edge.upstream
-    return {"broker": config.broker, **({"edge.upstream": up} if subject.role == "edge" and up.url else {})}
+    return {"broker": config.broker, **({"edge.upstream": up} if subject.traits.relays and up.url else {})}
 
 
 def configuration(subject: Subject) -> Remark:
@@ -67,14 +68,14 @@ def configuration(subject: Subject) -> Remark:
     if subject.problem is not None:
         return fail(str(subject.problem), "correct this key; `fedhlm config check` shows all keys and their sources")
     config = subject.config
-    if subject.role == "edge" and config.broker.url and config.edge.upstream.url:
+    if subject.traits.relays and config.broker.url and config.edge.upstream.url:
         home, up = config.broker.address(), config.edge.upstream.address(key="edge.upstream.url")
         if (home.host, home.port) == (up.host, up.port):
             found = (
                 f"edge.upstream.url and broker.url are one broker, {home}: two connections of one name end each other"
             )
             return fail(found, "leave edge.upstream.url empty: one broker then serves both sides")
-    if subject.role == "edge" and not config.broker.url and not config.edge.upstream.url:
+    if subject.traits.relays and not config.broker.url and not config.edge.upstream.url:
         return warn(
             "neither broker.url nor edge.upstream.url is set",
             "set edge.upstream.url, unless the cloud connects to this edge's own broker",

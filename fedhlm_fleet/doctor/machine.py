@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from fedhlm_fleet.doctor.finding import Remark, Role, Subject, fail, ok, skip, warn
+from fedhlm.protocol.roles import PartRole
+from fedhlm_fleet.doctor.finding import Remark, Subject, fail, ok, skip, warn
 
 MIB: Final = 1024 * 1024
 PYTHON_MIN: Final = (3, 11)
@@ -18,7 +19,7 @@ ARCHITECTURES: Final = {"x86_64": "avx2", "amd64": "avx2", "aarch64": "asimd", "
 # Optional instructions that speed up int8 products: dot products of four bytes at once.
 DOT_PRODUCTS: Final = {"avx2": ("avx_vnni", "avx512_vnni"), "asimd": ("asimddp",)}
 # Resident memory of each part without its model, measured in the demo and rounded up.
-NEED_MIB: Final[dict[Role, int]] = {"agent": 128, "edge": 96, "cloud": 256}
+NEED_MIB: Final[dict[PartRole, int]] = {"agent": 128, "edge": 96, "cloud": 256}
 _REQUIREMENT: Final = re.compile(r"([A-Za-z0-9._-]+)(?:\[[\w,-]+\])?\s*([<>=!~,.\w\s]*?)\s*(?:;\s*(.*))?")
 _TIME_ERROR: Final = 5  # adjtimex: the clock is not synchronised
 
@@ -89,7 +90,7 @@ def libraries(subject: Subject) -> Remark:
     return ok(f"{right} libraries as required")
 
 
-def _wanted(marker: str | None, role: Role) -> bool:
+def _wanted(marker: str | None, role: PartRole) -> bool:
     return not marker or re.fullmatch(rf"extra\s*==\s*[\"']{role}[\"']", marker.strip()) is not None
 
 

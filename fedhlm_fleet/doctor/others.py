@@ -6,7 +6,7 @@ from fedhlm.errors import FingerprintMismatch, ProtocolError
 from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Fingerprint, Presence, decode
-from fedhlm_fleet.doctor.broker import STRANGER, section_of
+from fedhlm_fleet.doctor.broker import STRANGER, UPSTREAM, section_of
 from fedhlm_fleet.doctor.finding import Remark, Subject, fail, ok, skip, warn
 from fedhlm_fleet.doctor.probe import HeardMessage
 
@@ -69,7 +69,7 @@ def cloud(subject: Subject) -> Remark:
 
 
 def _up(subject: Subject) -> str:
-    return "edge.upstream" if subject.config.edge.upstream.url else "broker"
+    return UPSTREAM if subject.config.edge.upstream.url else "broker"
 
 
 def agreement_of_agent(subject: Subject) -> Remark:

@@ -10,6 +10,7 @@ from cryptography.x509.oid import NameOID
 from fedhlm_fleet.flash.plan import FlashError, Tls
 from fedhlm_fleet.pki import authority
 from fedhlm_fleet.pki.registry import Registry
+from fedhlm_fleet.pki.roles import CERTIFICATES
 
 
 def from_pki(folder: Path, agent: str, cluster: str, *, now: datetime, issue: bool = True) -> Tls | None:
@@ -25,7 +26,7 @@ def from_pki(folder: Path, agent: str, cluster: str, *, now: datetime, issue: bo
         if not issue:
             return None
         authority.issue(folder, agent, role="agent", clusters=(cluster,), now=now)
-    elif entry.role != "agent" or cluster not in entry.clusters:
+    elif not CERTIFICATES[entry.role].party.drafts or cluster not in entry.clusters:
         raise FlashError(
             f"{agent!r} in {folder} must be an agent of {cluster} "
             f"(got {entry.role} of {', '.join(entry.clusters) or 'no cluster'}): fedhlm pki issue {agent} --renew, or another name"

@@ -9,14 +9,31 @@ from collections.abc import Iterable
 from typing import Final, Literal, NamedTuple
 
 from fedhlm.errors import ConfigError
-from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE, Role, Topic
+from fedhlm.protocol.roles import traits_of
+from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE, Topic
 from fedhlm_fleet.pki.registry import Entry
+from fedhlm_fleet.pki.roles import CERTIFICATES
 
 _ROOT: Final = re.compile(r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*")
 _CLUSTER_TOPICS: Final = "c/{cluster}/"
 
 
 Kind = Literal["cluster", "cloud", "shared"]
+
+
+class KindTraits(NamedTuple):
+    """Properties of a place: in words, and whether topics of clusters and topics of the cloud are there."""
+
+    words: str
+    near: bool
+    far: bool
+
+
+KINDS: Final[dict[Kind, KindTraits]] = {
+    "cluster": KindTraits("the broker of cluster {cluster}", near=True, far=False),
+    "cloud": KindTraits("the cloud's broker", near=False, far=True),
+    "shared": KindTraits("one broker for all", near=True, far=True),
+}
 
 
 class BrokerPlace(NamedTuple):
@@ -35,16 +52,13 @@ class Right(NamedTuple):
 
 def rights(entry: Entry, place: BrokerPlace, root: str = DEFAULT_ROOT) -> list[Right]:
     """Return the rights of a party on a broker; the list is empty if the party does not use this broker."""
-    match entry.role:
-        case "broker":
-            return []
-        case "observer":
-            return [Right("read", f"{root}/#")]
-        case role:
-            found = [
-                right for topic in TABLE if _travels(topic, place) for right in _of_row(topic, entry, role, place, root)
-            ]
-            return sorted(set(found), key=found.index)
+    traits, kind = CERTIFICATES[entry.role], KINDS[place.kind]
+    if traits.reads_all:
+        return [Right("read", f"{root}/#")]
+    if not ((traits.near and kind.near) or (traits.far and kind.far)):
+        return []
+    found = [right for topic in TABLE if _travels(topic, kind) for right in _of_row(topic, entry, place, root)]
+    return sorted(set(found), key=found.index)
 
 
 def acl(entries: Iterable[Entry], place: BrokerPlace, root: str = DEFAULT_ROOT) -> str:
@@ -66,51 +80,45 @@ def acl(entries: Iterable[Entry], place: BrokerPlace, root: str = DEFAULT_ROOT) 
 
 def described(place: BrokerPlace) -> str:
     """Describe a broker in words."""
-    return {
-        "cluster": f"the broker of cluster {place.cluster}",
-        "cloud": "the cloud's broker",
-        "shared": "one broker for all",
-    }[place.kind]
+    return KINDS[place.kind].words.format(cluster=place.cluster)
 
 
 def _relayed(topic: Topic) -> bool:
     # The edge forwards a topic that both cloud and edge publish from the cloud's broker to its cluster's broker.
-    return {"cloud", "edge"} <= set(topic.publishers)
+    publishers = traits_of(topic.publishers)
+    return any(role.verifies for role in publishers) and any(role.relays for role in publishers)
 
 
-def _travels(topic: Topic, place: BrokerPlace) -> bool:
-    if place.kind == "shared":
-        return True
+def _travels(topic: Topic, kind: KindTraits) -> bool:
     of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
     # A client connects to the broker of the cluster that it asks, and has a last will wherever it connects.
-    of_client = topic.publishers == ("client",)
-    return (of_cluster or of_client or _relayed(topic)) if place.kind == "cluster" else not of_cluster
+    of_client = all(role.asks for role in traits_of(topic.publishers))
+    return (kind.near and (of_cluster or of_client or _relayed(topic))) or (kind.far and not of_cluster)
 
 
-def _of_row(topic: Topic, entry: Entry, role: Role, place: BrokerPlace, root: str) -> list[Right]:
+def _of_row(topic: Topic, entry: Entry, place: BrokerPlace, root: str) -> list[Right]:
     found: list[Right] = []
-    relay_only = role == "edge" and _relayed(topic) and place.kind != "cluster"
-    if role in topic.publishers and not (relay_only or topic.open_only):
+    relay_only = CERTIFICATES[entry.role].party.relays and _relayed(topic) and KINDS[place.kind].far
+    if entry.role in topic.publishers and not (relay_only or topic.open_only):
         found += [Right("write", name) for name in _names(topic, entry, place, root, everybody=False)]
-    if role in topic.subscribers:
+    if entry.role in topic.subscribers:
         # On a topic between parties of one role, each party reads the messages of all others.
-        among = role in topic.publishers
+        among = entry.role in topic.publishers
         found += [Right("read", name) for name in _names(topic, entry, place, root, everybody=among)]
     return found
 
 
 def _names(topic: Topic, entry: Entry, place: BrokerPlace, root: str, *, everybody: bool) -> list[str]:
     """Return a row's topic filters for this party; with `everybody`, also those for other parties of its role."""
-    of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
-    if place.kind == "cloud" and entry.role == "agent":
-        return []
+    of_cluster, party = topic.pattern.startswith(_CLUSTER_TOPICS), CERTIFICATES[entry.role].party
     clusters = entry.clusters or ("+",)
-    if place.kind == "cluster":
-        if entry.role == "cloud" or not {"+", place.cluster} & set(clusters):
+    if place.cluster:
+        if not {"+", place.cluster} & set(clusters):
             return []
         clusters = (place.cluster,)
-    elif entry.role == "edge" and everybody and not of_cluster:
+    elif party.relays and everybody and not of_cluster:
         clusters = ("+",)
-    agent = "+" if entry.role != "agent" or (everybody and of_cluster) else entry.name
-    client = entry.name if entry.role == "client" else "+"
-    return list(dict.fromkeys(topic.name(root, cluster=cluster, agent=agent, client=client) for cluster in clusters))
+    levels = {"agent": "+", "client": "+"}
+    if party.level and not (everybody and of_cluster):
+        levels[party.level] = entry.name
+    return list(dict.fromkeys(topic.name(root, cluster=cluster, **levels) for cluster in clusters))

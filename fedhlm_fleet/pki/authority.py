@@ -21,10 +21,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedhlm.errors import ConfigError
 from fedhlm.process.files import PRIVATE
 from fedhlm.protocol.messages import NAME_PATTERN
+from fedhlm.protocol.roles import EDGE_PREFIX, reserved
 from fedhlm_fleet.pki import files
 from fedhlm_fleet.pki.files import PkiError
 from fedhlm_fleet.pki.registry import FILE, Entry, Issued, Registry, utc
-from fedhlm_fleet.pki.roles import CertificateRole
+from fedhlm_fleet.pki.roles import CERTIFICATES, CertificateRole
 
 CA_CERT: Final = "ca.crt"
 CA_KEY: Final = "ca.key"
@@ -42,7 +43,6 @@ BACKDATED: Final = timedelta(days=1)
 _HOST: Final = re.compile(
     r"(?=.{1,253}\Z)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
 )
-_ONE_CLUSTER: Final = ("edge", "broker")
 
 
 class Made(NamedTuple):
@@ -248,25 +248,24 @@ def _checked(name: str, role: CertificateRole, clusters: tuple[str, ...], hosts:
     for key, value in (("NAME", name), *(("--cluster", cluster) for cluster in clusters)):
         if not re.fullmatch(NAME_PATTERN, value):
             raise ConfigError(key, value, "1..64 letters, digits, '.', '_' or '-', beginning with a letter or digit")
-    if role == "edge" and not clusters and name.startswith("edge-"):
-        clusters = (name.removeprefix("edge-"),)
-    if role in ("agent", "edge") and not clusters:
+    traits = CERTIFICATES[role]
+    fewest, most = traits.clusters
+    if traits.party.relays and not clusters and name.startswith(EDGE_PREFIX):
+        clusters = (name.removeprefix(EDGE_PREFIX),)
+    if len(clusters) < fewest:
         raise ConfigError("--cluster", "", f"the cluster of the {role} {name!r}")
-    if role in _ONE_CLUSTER and len(clusters) > 1:
-        raise ConfigError("--cluster", " ".join(clusters), f"one cluster for the {role} {name!r}")
-    if role in ("cloud", "observer") and clusters:
-        raise ConfigError(
-            "--cluster", " ".join(clusters), f"left out, since the {role} {name!r} belongs to all clusters"
-        )
+    if most is not None and len(clusters) > most:
+        expected = f"left out, since the {role} {name!r} belongs to all clusters"
+        raise ConfigError("--cluster", " ".join(clusters), f"one cluster for the {role} {name!r}" if most else expected)
     # These are the names of the parts themselves: nobody else may be mistaken for them.
-    proper = {"cloud": "cloud", "edge": f"edge-{clusters[0] if clusters else ''}"}.get(role)
-    if proper is not None and name != proper:
+    proper = traits.party.proper.format(cluster="".join(clusters[:1]))
+    if proper and name != proper:
         raise ConfigError("NAME", name, f"{proper!r} for this {role}")
-    if proper is None and (name == "cloud" or name.startswith("edge-")):
+    if not proper and reserved(name):
         raise ConfigError("NAME", name, f"another name for role {role}, since this one is that of a cloud or an edge")
-    if role == "broker" and not hosts:
+    if traits.listens and not hosts:
         raise ConfigError("--dns", "", f"the host names or addresses by which parties reach the broker {name!r}")
-    if role != "broker" and hosts:
+    if hosts and not traits.listens:
         raise ConfigError(
             "--dns", " ".join(hosts), f"left out for {name!r} of role {role}, since only brokers have host names"
         )
@@ -296,7 +295,7 @@ def _leaf(
     until: datetime,
 ) -> x509.Certificate:
     ca = signer.certificate
-    purpose = ExtendedKeyUsageOID.SERVER_AUTH if role == "broker" else ExtendedKeyUsageOID.CLIENT_AUTH
+    purpose = ExtendedKeyUsageOID.SERVER_AUTH if CERTIFICATES[role].listens else ExtendedKeyUsageOID.CLIENT_AUTH
     builder = (
         _builder(
             x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]),

@@ -19,6 +19,7 @@ from fedhlm_fleet.pki.acl import BrokerPlace, Kind, acl, described
 from fedhlm_fleet.pki.authority import CA_CERT, CRL, ISSUED, ca_certificate, renew_crl
 from fedhlm_fleet.pki.files import PkiError
 from fedhlm_fleet.pki.registry import Entry, Registry
+from fedhlm_fleet.pki.roles import CERTIFICATES
 
 CONFIGURATION: Final = "mosquitto.conf"
 ACL: Final = "acl"
@@ -161,12 +162,16 @@ def _plain_path(key: str, path: str) -> str:
 def _broker_of(registry: Registry, place: BrokerPlace, name: str | None, now: datetime) -> Entry:
     if name is not None:
         entry = registry.entry(name)
-        if entry.role != "broker":
+        if not CERTIFICATES[entry.role].listens:
             raise PkiError(f"the certificate must be of a broker (got {name!r} of role {entry.role})")
         found = [entry]
     else:
-        wanted = (place.cluster,) if place.kind == "cluster" else ()
-        found = [e for e in registry.entries.values() if e.role == "broker" and e.clusters == wanted and e.usable(now)]
+        wanted = (place.cluster,) if place.cluster else ()
+        found = [
+            e
+            for e in registry.entries.values()
+            if CERTIFICATES[e.role].listens and e.clusters == wanted and e.usable(now)
+        ]
     if len(found) > 1:
         raise PkiError(
             f"--broker must be one of {', '.join(e.name for e in found)}, since several were issued for {described(place)} (got nothing)"

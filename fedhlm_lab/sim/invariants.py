@@ -135,7 +135,7 @@ class Monitor:
             self.fail("ends", f"{where}: finished with {result.finish!r} {result.error}")
         if len(result.ids) != attempt.max_tokens and not stopped and not cut:
             self.fail("exactly-once", f"{where}: {len(result.ids)} tokens of {attempt.max_tokens}")
-        if set(result.sources) <= {"cloud"} and COUPLINGS[attempt.sampling.coupling].shared:
+        if all(SOURCES[source].verified for source in result.sources) and COUPLINGS[attempt.sampling.coupling].shared:
             tokens = len(result.ids) if cut else attempt.max_tokens
             wanted = toy.large_alone(attempt.prompt, attempt.sampling, tokens)
             if result.ids != wanted:
@@ -180,10 +180,10 @@ class Monitor:
                 f"token {len(attempt.ids)} of {attempt.prompt} must be one of {sorted(expected)} after {ids} "
                 f"(got {token.token} from {token.source})",
             )
-        if self.scenario.preset == "exact" and not (
-            SOURCES[token.source].verified or SOURCES[token.source].unreachable
-        ):
-            self.fail("source", f"the exact preset committed a token from {token.source}")
+        generation = self.scenario.loaded.config.generation
+        exact = choices.GATES[generation.gate].verifies_all and not choices.PEERS[generation.peers].asked
+        if exact and not (SOURCES[token.source].verified or SOURCES[token.source].unreachable):
+            self.fail("source", f"a preset that verifies every token committed one from {token.source}")
 
     def _expected(self, ids: list[int], sampling: Sampling, token: Committed) -> set[int]:
         if SOURCES[token.source].by_peers:  # whatever was settled in a similar context

@@ -17,6 +17,8 @@ from edge_agent.service import AgentService, ModelFacts
 from fedhlm.bus.party import Stamp
 from fedhlm.client import Client
 from fedhlm.protocol.messages import Presence, decode
+from fedhlm.protocol.roles import ROLES
+from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.faults import Weather
 from fedhlm_lab.sim.invariants import Monitor, Violation, WatchedAgent, idle, presence_topics
@@ -247,7 +249,7 @@ class Simulation:
             state = decode(retained[topic].payload) if topic in retained else None
             if not isinstance(state, Presence) or not state.online:
                 self.monitor.fail("steady", f"after the faults {topic} says {state}")
-            elif state.role == "edge" and state.upstream is None and state.sender in self._relayed:
+            elif ROLES[state.role].relays and state.upstream is None and state.sender in self._relayed:
                 self.monitor.fail("steady", f"after the faults {state.sender} does not see the cloud")
 
     def _home(self, name: str, born: str) -> str:
@@ -269,9 +271,9 @@ class Simulation:
                 f"{name} must be answered at once, within {self.answer_s:.0f} s (got {attempts} attempts, {took_s:.1f} s)",
             )
         sources = self.monitor.attempts[request.seed][-1].sources
-        if "cloud" in sources:
+        if any(SOURCES[source].verified for source in sources):
             self._relayed.add(f"edge-{self._home(name, cluster)}")
-        unverified = sources.count("unverified")
+        unverified = sum(SOURCES[source].unreachable for source in sources)
         if unverified and self.scenario.deadline_s >= self.answer_s:
             self.monitor.fail("steady", f"{name} left {unverified} tokens unverified in calm weather")
 

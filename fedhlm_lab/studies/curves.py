@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from edge_agent.events import Observation
 from fedhlm.config import load
 from fedhlm.decoding.laws import BETA_INTERCEPT, BETA_SLOPE
+from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.learning.curve import Curve, affine, correlation, isotonic, midpoints
 from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, cluster_mean, global_mean, tau_of_budget
+from fedhlm.settings import Generation
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.studies.compare import AGENTS, CLUSTERS, Oracle, observations_of, run_fleet, tasks_of
@@ -106,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print("|" + "---|" * 7)
     kept: dict[str, list[Pairs]] = {}
-    for coupling, uncertainty in [(c, u) for c in ("gumbel", "greedy") for u in ("closed-form", "k-sample", "entropy")]:
+    for coupling, uncertainty in [(c, u) for c in ("gumbel", "greedy") for u in UNCERTAINTIES]:
         groups = observed(options, coupling, uncertainty)
         pairs = np.concatenate(groups)
         beta, harm = curve_of(pairs, 1), curve_of(pairs, 2)
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"| {coupling} | {uncertainty} | {len(pairs)} | {correlation(beta):.3f} | {a:.2f} | {b:+.2f} | {correlation(harm):.3f} |",
             flush=True,
         )
-        if uncertainty == "closed-form":
+        if uncertainty == Generation().uncertainty:
             kept[coupling] = groups
     for coupling, groups in kept.items():
         harm = curve_of(np.concatenate(groups), 2)

@@ -17,6 +17,7 @@ from edge_agent.core import AgentCore
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
 from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.liars import LIES, tempt
@@ -76,7 +77,7 @@ async def _write(fleet: Fleet, config: Config, setting: LiarsSetting, cluster: s
         for _ in range(setting.generations):
             result = await _generate(agent, config, setting, rng, fleet.pair)
             truth += errors_of(result.prompt, result.sampling, result.made) / len(result.made.ids)
-            verified += sum(s == "cloud" for s in result.made.sources)
+            verified += sum(SOURCES[s].verified for s in result.made.sources)
             written += len(result.made.ids)
             messages += result.made.uplink_messages
             tau = result.made.tau

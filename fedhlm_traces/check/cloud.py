@@ -33,13 +33,14 @@ from fedhlm.protocol.messages import (
     encode,
 )
 from fedhlm.protocol.packing import id_bytes
+from fedhlm.protocol.roles import ROLES, PartRole
 from fedhlm.settings import Federation
 from fedhlm.telemetry import Counters
 from fedhlm_traces.check.captured import Captured, CapturingBus
 from fedhlm_traces.check.compare import HEADER, same
 from fedhlm_traces.check.divergence import CheckOutcome, Divergence
 from fedhlm_traces.check.explain import federation_words, plural
-from fedhlm_traces.check.journals import Part, PartJournal
+from fedhlm_traces.check.journals import PartJournal
 from fedhlm_traces.check.pairing import Said, paired
 from fedhlm_traces.check.verdicts import Verifier, agree, no_sessions, service_of
 from fedhlm_traces.file import Record
@@ -328,7 +329,7 @@ def _learned(payload: bytes) -> Learned | None:
 
 def from_bus(
     records: Iterable[Record],
-    part: Part,
+    part: PartRole,
     root: str = topics.DEFAULT_ROOT,
     *,
     eos_ids: frozenset[int] = frozenset(),
@@ -343,7 +344,7 @@ def from_bus(
     Raises:
         TraceError: another part than the cloud, or the records do not say which model answers.
     """
-    if part != "cloud":
+    if not ROLES[part].verifies:
         raise TraceError(
             f"the recording must be made with telemetry.journal on: without its journal what the {part} took in is not known"
         )

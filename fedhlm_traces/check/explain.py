@@ -91,15 +91,21 @@ def federation_words(then: Learned | Contribution | None, now: Learned | Contrib
     return tuple(", ".join(f"{name} {_number(side.get(name))}" for name in differing) for side in (a, b))  # type: ignore[return-value]
 
 
+_THRESHOLD_FACTS: Final = {
+    "threshold": "threshold",
+    "threshold's count": "count",
+    "threshold's control": "control",
+    "threshold's steps": "steps",
+}
+
+
 def _facts(state: Learned | Contribution) -> dict[str, float | None]:
     threshold: PaperThreshold | None = state.threshold
     facts: dict[str, float | None] = {"round": float(state.round), "members": float(state.members)}
     if isinstance(state, Learned):
         facts["refused"] = float(state.refused)
-    for name in ("threshold", "count", "control", "steps"):
-        facts["threshold" if name == "threshold" else f"threshold's {name}"] = (
-            None if threshold is None else float(getattr(threshold, name))
-        )
+    for label, name in _THRESHOLD_FACTS.items():
+        facts[label] = None if threshold is None else float(getattr(threshold, name))
     for measure, data in state.curves.items():
         try:
             curve = Curve.from_bytes(data)

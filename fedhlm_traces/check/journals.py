@@ -5,18 +5,17 @@ later decisions depend on earlier ones.
 """
 
 from collections.abc import Iterable
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Journal, Note
+from fedhlm.protocol.roles import PartRole
 from fedhlm_traces.file import Record
 
-Part = Literal["agent", "edge", "cloud"]
-
-_PARTS: Final[dict[str, Part]] = {
+_PARTS: Final[dict[str, PartRole]] = {
     topics.AGENT_JOURNAL.pattern: "agent",
     topics.EDGE_JOURNAL.pattern: "edge",
     topics.CLOUD_JOURNAL.pattern: "cloud",
@@ -31,7 +30,7 @@ class PartJournal(msgspec.Struct, frozen=True, kw_only=True):
     missing, or is empty.
     """
 
-    part: Part
+    part: PartRole
     name: str
     levels: dict[str, str]
     life: int
@@ -51,7 +50,7 @@ class PartJournal(msgspec.Struct, frozen=True, kw_only=True):
 class _Pieces:
     """The messages of one life, in any order."""
 
-    def __init__(self, part: Part, name: str, levels: dict[str, str]) -> None:
+    def __init__(self, part: PartRole, name: str, levels: dict[str, str]) -> None:
         self.part, self.name, self.levels = part, name, levels
         self.notes: dict[int, Note] = {}
 
@@ -87,7 +86,7 @@ def lives(records: Iterable[Record], root: str = topics.DEFAULT_ROOT) -> list[Pa
 
     Messages on a journal's topic that are no journal, and journals without notes, are skipped.
     """
-    found: dict[tuple[Part, str, int], _Pieces] = {}
+    found: dict[tuple[PartRole, str, int], _Pieces] = {}
     for record in records:
         if not record.topic.endswith("/journal"):
             continue

@@ -12,6 +12,7 @@ from cloud_verifier.wiring import LargeModel
 from edge_agent.journal import AgentStart, unpack
 from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.protocol.messages import MAX_CONTEXT, MAX_NOTES, Journal, Note, decode, encode
+from fedhlm.protocol.roles import PARTS, ROLES, PartRole
 from fedhlm_traces.check.agent import check_agent
 from fedhlm_traces.check.cloud import born_of, check_cloud, from_bus
 from fedhlm_traces.check.divergence import CheckOutcome, plain
@@ -23,7 +24,7 @@ from fedhlm_traces.spelling import speller
 
 SHOWN: Final = 3
 
-Which = Literal["agent", "edge", "cloud", "all"]
+Which = Literal[PartRole, "all"]
 
 
 def _agent(life: PartJournal, _large: LargeModel | None) -> CheckOutcome:
@@ -67,18 +68,19 @@ def check_file(file: Path, which: Which = "all", update: Path | None = None, mod
         TraceError: no journal of that part in the recording, or a file that cannot be read or written.
     """
     trace = read(file)
-    found = [life for life in lives(trace, trace.header.root) if which in ("all", life.part)]
+    parts = PARTS if which == "all" else (which,)
+    found = [life for life in lives(trace, trace.header.root) if life.part in parts]
     if trace.lost_bytes:
         print(f"{file}: the last {trace.lost_bytes} bytes were lost by an unclean end", file=sys.stderr)
-    if not found and which == "cloud":
+    if not found and all(ROLES[part].verifies for part in parts):
         # Verdicts depend on the blocks alone, in any order of the sessions.
         large = large_model(model)
         eos_ids, context = (frozenset[int](), MAX_CONTEXT) if large is None else (large.eos_ids, large.context)
-        found = [from_bus(read(file), "cloud", trace.header.root, eos_ids=eos_ids, context_max=context)]
+        found = [from_bus(read(file), parts[0], trace.header.root, eos_ids=eos_ids, context_max=context)]
     if not found:
         part = "any part" if which == "all" else f"a part of kind {which}"
         raise TraceError(f"{file} has no journal of {part}: record parts that run with telemetry.journal true")
-    large = large_model(model) if any(life.part != "agent" for life in found) else None
+    large = large_model(model) if any(not ROLES[life.part].drafts for life in found) else None
     outcomes = [(life, CHECKS[life.part](life, large)) for life in found]
     for life, outcome in outcomes:
         _tell(life, outcome)

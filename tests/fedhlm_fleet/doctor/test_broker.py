@@ -15,9 +15,10 @@ from edge_broker.embedded import EmbeddedBroker
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.config import load
 from fedhlm.protocol import topics
+from fedhlm.protocol.roles import PartRole
 from fedhlm_fleet.doctor import broker
 from fedhlm_fleet.doctor.checks import checks_of
-from fedhlm_fleet.doctor.finding import Finding, Role, Subject
+from fedhlm_fleet.doctor.finding import Finding, Subject
 from fedhlm_fleet.doctor.runner import examine
 from tests.brokers import MOSQUITTO, Mosquitto, free_port
 
@@ -27,7 +28,7 @@ needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not
 
 
 def subject(
-    url: str, role: Role = "agent", *, environ: dict[str, str] | None = None, flags: dict[str, str] | None = None
+    url: str, role: PartRole = "agent", *, environ: dict[str, str] | None = None, flags: dict[str, str] | None = None
 ) -> Subject:
     given = {"broker.url": url, "agent.id": "porch", **(flags or {})}
     return Subject(role, load(environ=environ or {}, flags=given))
@@ -46,7 +47,7 @@ async def steps(examined: Subject, only: str = "broker ") -> dict[str, Finding]:
     return await asyncio.to_thread(run)
 
 
-def acl(role: Role) -> str:
+def acl(role: PartRole) -> str:
     """The rights of one party from the topic table, as mosquitto reads them."""
     lines = [f"user {NAMES[role]}"]
     for topic in topics.TABLE:
@@ -141,7 +142,7 @@ async def test_a_broker_of_mqtt_3_is_examined_as_far_as_it_tells() -> None:
 
 @needs_mosquitto
 @pytest.mark.parametrize("role", ["agent", "edge", "cloud"])
-async def test_a_broker_with_certificates_and_rights_is_in_order(role: Role, tmp_path: Path) -> None:
+async def test_a_broker_with_certificates_and_rights_is_in_order(role: PartRole, tmp_path: Path) -> None:
     async with secured(rights=acl(role)) as place:
         found = await steps(subject(place.url, role, flags=place.client(tmp_path, NAMES[role])))
     assert {f.level for f in found.values() if f.name != "configuration"} == {"ok"}, found

@@ -12,13 +12,14 @@ import pytest
 
 from fedhlm.config import load
 from fedhlm.errors import ConfigError
+from fedhlm.protocol.roles import PartRole
 from fedhlm_fleet.doctor import local
-from fedhlm_fleet.doctor.finding import Remark, Role, Subject
+from fedhlm_fleet.doctor.finding import Remark, Subject
 from fedhlm_fleet.doctor.machine import MIB
 from fedhlm_zoo.shipped import model_folder
 
 
-def subject(role: Role = "agent", *, file: Path | None = None, **flags: str) -> Subject:
+def subject(role: PartRole = "agent", *, file: Path | None = None, **flags: str) -> Subject:
     """With flags whose dots are written as `__`."""
     given = {key.replace("__", "."): value for key, value in flags.items()}
     return Subject(role, load(environ={}, file=file, flags=given))

@@ -92,7 +92,7 @@ $(DEMO): pyproject.toml constraints.txt $(READY)
 	@touch $@
 
 $(TEST): pyproject.toml constraints.txt $(READY)
-	$(INSTALL) --editable '.[agent,edge,cloud,docs,dev]'
+	$(INSTALL) --editable '.[agent,edge,cloud,serve,docs,dev]'
 	@touch $@
 
 $(FUZZ): $(TEST)

@@ -3,7 +3,9 @@
 import logging
 
 from cloud_verifier.backends.onnx import threaded
+from cloud_verifier.local import ModelAlone
 from cloud_verifier.wiring import NAME, LargeModel, cloud_of
+from fedhlm.answering import Door, Offer, shut
 from fedhlm.config import Loaded
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.invariance import TOLERANCE, block_difference
@@ -17,8 +19,8 @@ from fedhlm.telemetry import Counters
 log = logging.getLogger(__name__)
 
 
-async def run(config: Config, counters: Counters, notifier: Notifier | None = None) -> int:
-    """Serve until cancelled, and return exit status 0."""
+async def run(config: Config, counters: Counters, notifier: Notifier | None = None, *, door: Door = shut) -> int:
+    """Serve until cancelled, and return exit status 0. `door` lets in clients on this machine meanwhile."""
     notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
@@ -32,8 +34,10 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
         async with service.bus:
             info = decoder.info
             log.info("verifying with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
-            notifier.serving()
-            await service.run()
+            offer = Offer.of(decoder, folder, name=info.name, probabilities=True)
+            async with door(ModelAlone(service, model, config.generation, offer)):
+                notifier.serving()
+                await service.run()
     return 0
 
 
@@ -49,7 +53,7 @@ def warn_of_blocks(decoder: Decoder) -> None:
         )
 
 
-def main(loaded: Loaded) -> int:
-    """Run until a signal arrives, and return the exit status."""
+def main(loaded: Loaded, *, door: Door = shut) -> int:
+    """Run until a signal arrives, and return the exit status. For `door` see `run`."""
     config = loaded.config
-    return serve(config, NAME, lambda counters, notifier: run(config, counters, notifier))
+    return serve(config, NAME, lambda counters, notifier: run(config, counters, notifier, door=door))

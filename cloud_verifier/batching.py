@@ -9,10 +9,11 @@ model least is served first (`cloud_verifier.shares`).
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
+from math import inf
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -38,11 +39,12 @@ PIECE_MIN: Final = 16  # a smaller piece is not worth its share of a call
 
 
 class BlockJob(NamedTuple):
-    """An escalation as it arrived; `expires_s` is in seconds on the batcher's clock."""
+    """An escalation as it arrived; `expires_s` is in seconds on the batcher's clock. For `watch` see `settle`."""
 
     key: Key
     escalation: Escalation
     expires_s: float
+    watch: Callable[[NDArray[Any]], object] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -254,8 +256,9 @@ class Batcher:
 
     # Incoming work
 
-    def submit(self, job: BlockJob) -> None:
+    def submit(self, job: BlockJob) -> bool:
         """Queue a job. It replaces the same block if that was sent before, and the end of a session all its blocks.
+        Return False if the job is dropped.
 
         A job beyond the limits of the queue, or of its agent, is dropped and counted. Its sender will ask again.
         """
@@ -272,10 +275,23 @@ class Batcher:
             if not queue:
                 agent.waiting.pop(job.key, None)
             self._tidy(job.key)
-            return
+            return False
         self._weigh(agent, job, 1)
         queue.append(job)
         agent.waiting[job.key] = queue
+        return True
+
+    def withdraw(self, key: Key) -> None:
+        """Drop a session's blocks that wait, and stop one that runs before its next call."""
+        agent = self._clusters.get(key.cluster, {}).get(key.agent)
+        if agent is None:
+            return
+        for job in agent.waiting.pop(key, ()):
+            self._weigh(agent, job, -1)
+        running = agent.running.get(key)
+        if running is not None:
+            running.job = running.job._replace(expires_s=-inf)
+        self._tidy(key)
 
     def _agent(self, key: Key) -> _AgentQueue:
         return self._clusters.setdefault(key.cluster, {}).setdefault(key.agent, _AgentQueue())
@@ -423,7 +439,7 @@ class Batcher:
         entry = self.sessions.entry(job.key)
         if entry is None:
             raise AssertionError(f"{job.key} was admitted without a session")
-        steps = settle(entry.state, block)
+        steps = settle(entry.state, block, job.watch)
         turn = self._agent_shares[job.key.cluster].of(job.key.agent)
         running = agent.running[job.key] = Running(job, entry, steps, next(steps), next(self._numbers), turn)
         self._running += 1

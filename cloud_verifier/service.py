@@ -4,9 +4,11 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Final, assert_never
+from math import inf
+from typing import Any, Final, assert_never
 
 import msgspec
+from numpy.typing import NDArray
 
 from cloud_verifier.batching import Batcher, BlockJob, Done, Outcome
 from cloud_verifier.coordinator import Coordinator
@@ -25,6 +27,7 @@ from fedhlm.protocol.messages import (
     AnyMessage,
     Assignment,
     Contribution,
+    Escalation,
     EscalationBatch,
     Learned,
     Profile,
@@ -41,6 +44,7 @@ CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PRO
 HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE)
 PATIENCE_MAX_S: Final = 60.0  # no block may be kept longer, in seconds
 IDLE_S: Final = 1.0  # seconds without work before memory is released
+LOCAL: Final = "@"  # the cluster of clients on this machine; no cluster of a bus can have this name
 FEDERATION_FILE: Final = "cloud.federation"
 
 
@@ -85,6 +89,7 @@ class CloudService:
         self._to_announce = to_announce
         self._assign_s = config.federation.assign_s
         self._in_thread = runtime.in_thread
+        self._local: dict[Key, asyncio.Future[Outcome]] = {}
         self._saver = runtime.saver({FEDERATION_FILE: coordinator.members})
         if runtime.journal is not None:
             start = CloudStart(
@@ -165,6 +170,32 @@ class CloudService:
             self._counters.add("escalations")
             patience_s = min(escalation.patience_ms / 1000.0, PATIENCE_MAX_S)
             self.batcher.submit(BlockJob(key, escalation, now + patience_s))
+        self._work.set()
+
+    # Clients on this machine
+
+    async def settle(
+        self, key: Key, escalation: Escalation, watch: Callable[[NDArray[Any]], object] | None = None
+    ) -> Outcome:
+        """Settle a block of the cluster LOCAL in its turn. For `watch` see `cloud_verifier.verifier.settle`."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._local[key] = future
+        try:
+            if not self.batcher.submit(BlockJob(key, escalation, inf, watch)):
+                return RefusedBlock("the cloud's queue is full: ask later")
+            self._work.set()
+            return await future
+        finally:
+            del self._local[key]
+
+    def holds(self, key: Key) -> bool:
+        """Whether the cloud holds a session."""
+        return self.batcher.sessions.entry(key) is not None
+
+    def forget(self, key: Key) -> None:
+        """End a session of the cluster LOCAL, with what is left of its blocks."""
+        self.batcher.withdraw(key)
+        self.batcher.sessions.forget(key)
         self._work.set()
 
     # Federation
@@ -269,7 +300,12 @@ class CloudService:
     async def _answer(self, done: list[Done]) -> None:
         vocab_size = self.batcher.sessions.fingerprint.vocab_size
         by_cluster: defaultdict[str, list[RoutedVerdict]] = defaultdict(list)
-        for (key, escalation, _), outcome in done:
+        for (key, escalation, *_), outcome in done:
+            if key.cluster == LOCAL:
+                future = self._local.get(key)
+                if future is not None and not future.done():
+                    future.set_result(outcome)
+                continue
             self._count(outcome)
             verdict = verdict_of(escalation, outcome, self._party.stamp, vocab_size=vocab_size)
             if verdict is not None:

@@ -4,7 +4,7 @@
 batches, and any number of blocks can be driven in lockstep. A token that was settled once is never decided again.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,7 +69,9 @@ class Settled(NamedTuple):
     missed: list[bool]
 
 
-def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Settled]:
+def settle(
+    session: Session, block: Block, watch: Callable[[NDArray[Any]], object] | None = None
+) -> Generator[Feed, NDArray[Any], Settled]:
     """Settle a block whose base is at most the length of the session's context (docs/algorithms.md, 2 and 6).
 
     Fixed ids are the device's decision and overwrite the context. A draft is tested by the session's coupling, and
@@ -78,7 +80,7 @@ def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Sett
 
     One model call serves the main chain, and each change of path needs one more. Nodes off the emitted text are never
     evaluated, and there is still only one round trip. A path that is accepted to its end is extended by `block.extend`
-    bonus tokens, or up to the end of the text.
+    bonus tokens, or up to the end of the text. `watch` receives the logits of each new bonus token, shape (V,).
     """
     context, base, fixed = session.context, block.base, block.fixed
     coupling = COUPLINGS[session.sampling.coupling]
@@ -115,6 +117,8 @@ def settle(session: Session, block: Block) -> Generator[Feed, NDArray[Any], Sett
         if position == len(context):
             if position > leaf:
                 row = (yield from _run(session, position, []))[-1]
+            if watch is not None:
+                watch(row)
             context.append(coupling.settle(row, session.sampling, position, None, b""))
         end = position + 1
         if context[position] in session.eos_ids:

@@ -9,9 +9,11 @@ from typing import Final
 
 import numpy as np
 
+from edge_agent.local import LocalQuestions
 from edge_agent.model import Slm, threaded
 from edge_agent.service import AgentService, ModelFacts
 from edge_agent.wiring import SmallModel, service_of
+from fedhlm.answering import Door, Offer, shut
 from fedhlm.bus.silent import silent
 from fedhlm.choices import GATES
 from fedhlm.config import Loaded
@@ -28,6 +30,8 @@ from fedhlm.protocol.messages import Prompt
 from fedhlm.telemetry import Counters
 
 INTERRUPTED: Final = 130
+NAME: Final = "fedhlm"
+"""The model that local clients ask for; a preset may follow after a colon."""
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +39,16 @@ PRESENCE_S = 3.0  # seconds; the broker sends retained messages at once, which t
 
 
 async def run(
-    loaded: Loaded, counters: Counters, prompt: str | None = None, *, notifier: Notifier | None = None
+    loaded: Loaded,
+    counters: Counters,
+    prompt: str | None = None,
+    *,
+    notifier: Notifier | None = None,
+    door: Door = shut,
 ) -> int:
     """Serve until cancelled, or until `prompt` is answered. Return exit status 0.
+
+    `door` lets in clients on this machine while the agent serves.
 
     Raises:
         FedhlmError: the answer to `prompt` is an error.
@@ -76,8 +87,10 @@ async def run(
         async with service.connection:
             log.info("drafting with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
             if prompt is None:
-                notifier.serving()
-                await service.run()
+                offer = Offer.of(decoder, folder, name=NAME, presets=loaded.allowed)
+                async with door(LocalQuestions(service, offer)):
+                    notifier.serving()
+                    await service.run()
                 return 0
             return await _answer(service, loaded, prompt)
 
@@ -109,11 +122,11 @@ async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:
     return 0
 
 
-def main(loaded: Loaded, prompt: str | None = None) -> int:
-    """Run until a signal arrives, or until `prompt` is answered, and return the exit status."""
+def main(loaded: Loaded, prompt: str | None = None, *, door: Door = shut) -> int:
+    """Run until a signal arrives, or until `prompt` is answered, and return the exit status. For `door` see `run`."""
     return serve(
         loaded.config,
         loaded.config.agent.id,
-        lambda counters, notifier: run(loaded, counters, prompt, notifier=notifier),
+        lambda counters, notifier: run(loaded, counters, prompt, notifier=notifier, door=door),
         on_signal=0 if prompt is None else INTERRUPTED,
     )

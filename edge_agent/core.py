@@ -278,8 +278,11 @@ class AgentCore:
         job: Job,
         prompt: list[int],
         on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
+        on_judged: Callable[[Judged], object] = lambda _judged: None,
     ) -> GenerationResult:
         """Generate from prompt ids. `on_commit` receives tokens as they are committed, and may end the generation.
+
+        `on_judged` receives what was decided on each draft, before the commit of its position.
 
         Raises:
             ValueError: the prompt is empty, or leaves no room in the model's context.
@@ -293,7 +296,7 @@ class AgentCore:
         machine = GenerationMachine(plan, list(prompt), link_up=link_up)
         result = GenerationResult(tau=plan.tau, similarity=plan.similarity, confidence=job.config.confidence)
         sample = None if self._sampler is None else self._sampler.begin()
-        turn = Turn(session, job, plan, asyncio.Queue(), sample, result, on_commit)
+        turn = Turn(session, job, plan, asyncio.Queue(), sample, result, on_commit, on_judged)
         self._routes[session] = turn.queue
         place = self.cluster
         try:
@@ -310,7 +313,10 @@ class AgentCore:
                     event = await self._next_event(turn.queue, machine.wake_s())
                     now = self._clock_s()
                     self._notes.write("fed", event, now)
-                    result.round_trips += isinstance(event, Answered)
+                    if isinstance(event, Answered):
+                        result.round_trips += 1
+                        if SOURCES[event.source].verified:
+                            result.settled(event.epoch, event.base, event.accepted)
                     actions = []
                     if place != self.cluster:
                         # Sessions belong to clusters. A cloud that still held this session from an earlier stay might
@@ -344,6 +350,7 @@ class AgentCore:
                     self._post(turn.queue, Cancelled(reason))
             case Judged():
                 self._notes.write("judged", action)
+                turn.on_judged(action)
             case Observe(observations):
                 result.observed += observations
             case Finish(reason, error):
@@ -483,6 +490,7 @@ class AgentCore:
         )
         turn.result.uplink_bytes += sent.packet_bytes
         turn.result.escalation_bytes += sent.comparable_bytes
+        turn.result.sent(action.epoch, action.base, fixed=action.fixed, drafts=len(action.ids) - action.fixed)
         turn.result.uplink_messages += bool(sent)
         if sent.too_large:
             self._post(turn.queue, Refused(self.party.why_too_large()))

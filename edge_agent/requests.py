@@ -1,8 +1,11 @@
 """The prompts that an agent serves or refuses: their names, their order, and cancellations. No I/O."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeVar
 
+from edge_agent.events import Committed, Judged
+from fedhlm.answering import Slice, TokenOrigin
 from fedhlm.protocol.messages import Cancel, FinishReason, Presence, Prompt, Refusal
 
 PROMPTS_MAX: Final = 256
@@ -24,15 +27,45 @@ class RoutedPrompt:
     `limit_s` is when the client stops waiting, in seconds on the agent's clock. `count` is the number of tokens
     published, `over` is how the request ends before its text is whole, and `answered` says that the last output has
     been published.
+
+    A client on the agent's own machine gives the prompt as `ids`. Its output goes to `tell` and not to the bus.
     """
 
-    def __init__(self, cluster: str, prompt: Prompt, now_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        prompt: Prompt,
+        now_s: float = 0.0,
+        *,
+        ids: Sequence[int] | None = None,
+        tell: Callable[[Slice], object] | None = None,
+    ) -> None:
         self.cluster = cluster
         self.prompt = prompt
+        self.ids = ids
+        self.tell = tell
+        self._judged: dict[int, Judged] = {}  # by position in the answer
         self.limit_s = float("inf") if prompt.patience_ms is None else now_s + prompt.patience_ms / 1000.0
         self.count = 0
         self.over: End | None = None
         self.answered = False
+
+    def judged(self, judged: Judged) -> None:
+        """Remember the device's draft for a position, for the origin of the token there."""
+        if self.ids is not None:
+            self._judged[judged.position - len(self.ids)] = judged
+
+    def origins(self, tokens: Sequence[Committed]) -> tuple[TokenOrigin, ...]:
+        """Who decided each of the tokens that are about to be told."""
+        found = []
+        for position, (token, source, _) in enumerate(tokens, start=self.count):
+            judged = self._judged.pop(position, None)
+            replaced = judged is not None and judged.own != token
+            if replaced:  # what was drafted behind it belongs to another text
+                self._judged.clear()
+            doubt, draft = (None, None) if judged is None else (judged.uncertainty, judged.own)
+            found.append(TokenOrigin(token, source, doubt, draft if replaced else None))
+        return tuple(found)
 
 
 CANCELLED: Final = End("cancelled", "cancelled by its client")

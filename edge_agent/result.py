@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from edge_agent.events import Committed, Finish, Observation
+from fedhlm.answering import Drafting
 from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol.messages import FinishReason, Sampling
 from fedhlm.protocol.sources import SOURCES
@@ -28,7 +29,7 @@ class GenerationResult:
 
     `uplink_bytes` go to the cloud, and `cluster_bytes` to the peers and the federation. `escalation_bytes` are the
     uplink's bytes with headers of fixed size, on which decisions are based. `tau` and `similarity` are the thresholds
-    that were used.
+    that were used. `drafts` counts the drafts that the LLM has looked at.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -42,6 +43,7 @@ class GenerationResult:
     cluster_bytes: int = 0
     round_trips: int = 0
     rollbacks: int = 0
+    drafts: int = 0
     discarded: int = 0
     escalated: int = 0
     tau: float = 1.0
@@ -51,6 +53,24 @@ class GenerationResult:
     certificate: Certificate | None = None
     confidence: float = 0.95
     wall_s: float = 0.0
+    _sent: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # by epoch and base: fixed ids, drafts
+    _accepted: Counter[int] = field(default_factory=Counter)
+
+    def sent(self, epoch: int, base: int, *, fixed: int, drafts: int) -> None:
+        """Note a block that asks for the verification of drafts."""
+        if drafts:
+            self._sent.setdefault((epoch, base), (fixed, drafts))
+
+    def settled(self, epoch: int, base: int, accepted: int) -> None:
+        """Note the LLM's verdict on a block. `accepted` counts its ids, fixed ones included."""
+        fixed, drafts = self._sent.pop((epoch, base), (0, 0))
+        if drafts:
+            self._accepted.update((max(0, accepted - fixed),))
+            self.drafts += drafts
+
+    def drafting(self) -> Drafting:
+        """How the drafts fared that the LLM has looked at."""
+        return Drafting(self.drafts, tuple(self._accepted[j] for j in range(max(self._accepted, default=-1) + 1)))
 
     def commit(self, tokens: Sequence[Committed]) -> None:
         """Add committed tokens."""

@@ -11,9 +11,10 @@ from edge_agent.core import AgentCore
 from edge_agent.events import Committed
 from edge_agent.requests import CANCELLED, GONE, LATE, LATE_TEXT, End, Requests, RoutedPrompt
 from edge_agent.result import GenerationResult, Job
+from fedhlm.answering import Slice
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
-from fedhlm.decoding.text import StoppedText, TextStream, encode_prompt
+from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Cancel, FinishReason, Output, Presence, Prompt, Refusal, Sampling
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens
 RENEW_AGAIN_S: Final = 30.0
 NOBODY: Final = "nobody"  # where a refusal goes whose client has no readable name
 
@@ -100,8 +100,7 @@ class AgentService:
                     await self._accept(received.message, received.levels["cluster"], retained=received.retained)
                     continue
                 if isinstance(received.message, Cancel):
-                    found = self.requests.cancel(received.message)
-                    await self._stop([] if found is None else [found], CANCELLED)
+                    await self.cancel(received.message)
                     continue
                 if received.topic is topics.CLIENT_STATUS and isinstance(received.message, Presence):
                     await self._stop(self.requests.gone(received.message, retained=received.retained), GONE)
@@ -155,7 +154,10 @@ class AgentService:
         if self.requests.knows(prompt):
             self._counters.add("duplicate_messages")
             return
-        request = RoutedPrompt(cluster, prompt, asyncio.get_running_loop().time())
+        await self.admit(RoutedPrompt(cluster, prompt, asyncio.get_running_loop().time()))
+
+    async def admit(self, request: RoutedPrompt) -> None:
+        """Queue a request, which is served in its turn, or end it at once."""
         end = self.requests.admit(request)
         if end is None:
             self._work.set()
@@ -163,6 +165,11 @@ class AgentService:
         if end.refusal == "busy":
             self._counters.add("dropped_messages")
         await self._end(request, end)
+
+    async def cancel(self, message: Cancel) -> None:
+        """End a request of the message's sender, whether it waits or is being served."""
+        found = self.requests.cancel(message)
+        await self._stop([] if found is None else [found], CANCELLED)
 
     async def _stop(self, requests: list[RoutedPrompt], end: End) -> None:
         """End requests before their texts are whole."""
@@ -276,8 +283,10 @@ class AgentService:
         longest = TOKEN_BYTES_MAX * self._model.context
         if len(prompt.text) > longest:  # encoding it would block everything else
             raise ValueError(f"prompt must be at most {longest} characters (got {len(prompt.text)})")
-        ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
-        result = await self.agent.generate(job, ids, publish)
+        ids = request.ids
+        if ids is None:
+            ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
+        result = await self.agent.generate(job, list(ids), publish, request.judged)
         result.keep(request.count)
         if text.stopped:
             result.finish = "stop"
@@ -286,7 +295,7 @@ class AgentService:
         rest = text.rest()
         if show is not None:
             show(rest)
-        await self._publish(request, [], rest, finish=result.finish, error=result.error, statistics=result.statistics())
+        await self._publish(request, [], rest, finish=result.finish, error=result.error, result=result)
         log.info("request %s: %s", prompt.request, result.summary())
         await self.agent.save()
         return result
@@ -311,10 +320,17 @@ class AgentService:
         *,
         finish: FinishReason | None = None,
         error: str = "",
-        statistics: dict[str, float] | None = None,
+        result: GenerationResult | None = None,
         refusal: Refusal | None = None,
     ) -> None:
         party, prompt = self.agent.party, request.prompt
+        statistics = {} if result is None else result.statistics()
+        if request.tell is not None:
+            drafting = None if result is None else result.drafting()
+            request.tell(Slice(text, request.origins(tokens), finish, error, refusal, statistics, drafting))
+            request.count += len(tokens)
+            request.answered = finish is not None
+            return
         message = Output(
             **party.stamp(),
             request=prompt.request,
@@ -324,7 +340,7 @@ class AgentService:
             text=text,
             finish=finish,
             error=error,
-            statistics=statistics or {},
+            statistics=statistics,
             client=prompt.sender,
             refusal=refusal,
         )

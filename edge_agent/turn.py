@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
-from edge_agent.events import Committed, Event, Plan, Tick
+from edge_agent.events import Committed, Event, Judged, Plan, Tick
 from edge_agent.profile import PromptSample
 from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Party
@@ -29,7 +29,7 @@ async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
 
 
 class Turn(NamedTuple):
-    """A running generation. `sample` collects the drafts that the cloud may see."""
+    """A running generation. `sample` collects the drafts that the cloud may see. `on_judged` hears of every draft."""
 
     session: int
     job: Job
@@ -38,6 +38,7 @@ class Turn(NamedTuple):
     sample: PromptSample | None
     result: GenerationResult
     on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
+    on_judged: Callable[[Judged], object]
 
 
 async def close(turn: Turn, party: Party, cluster: str) -> None:

@@ -31,6 +31,7 @@ from fedhlm_fleet.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from fedhlm.answering import Door
     from fedhlm.config import Loaded
 
 USAGE_ERROR: Final = 2
@@ -124,7 +125,9 @@ def presets() -> int:
 
 
 @app.command
-def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, prompt: Prompt = None) -> int:
+def agent(
+    *keys: Keys, config: Path | None = None, preset: str | None = None, prompt: Prompt = None, serve: str = ""
+) -> int:
     """Run an agent, which drafts with the small model and sends drafts to its edge to be verified.
 
     Every configuration key is also a flag: --agent.id porch --broker.url mqtt://edge:1883.
@@ -137,15 +140,17 @@ def agent(*keys: Keys, config: Path | None = None, preset: str | None = None, pr
         Name of a shipped preset, or path of a preset file.
     prompt
         Continue this text, print the result and exit. Without it, the agent serves requests from the bus.
+    serve
+        HOST:PORT on which to serve the APIs of OpenAI and Ollama, too; the same as --api.listen.
     """
-    loaded = _loaded(keys, config, preset, (*OPTIONS, "--prompt"))
+    loaded = _loaded(keys, config, preset, (*OPTIONS, "--prompt", "--serve"), serve)
     if prompt is not None:
         require_text("--prompt", prompt)
     with needing("agent"):
         from edge_agent.__main__ import main as run
         from fedhlm_zoo.shipped import with_agent_model
 
-        return run(with_agent_model(loaded), prompt)
+        return run(with_agent_model(loaded), prompt, door=_door(loaded))
 
 
 @app.command
@@ -169,7 +174,7 @@ def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> 
 
 
 @app.command
-def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None, serve: str = "") -> int:
     """Run the cloud, which verifies drafts with the large model.
 
     Every configuration key is also a flag: --broker.url mqtt://localhost:1883 --cloud.threads 4.
@@ -180,15 +185,17 @@ def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None) ->
         TOML file.
     preset
         Name of a shipped preset, or path of a preset file.
+    serve
+        HOST:PORT on which to serve the APIs of OpenAI and Ollama, too: the large model alone. The same as --api.listen.
     """
-    loaded = _loaded(keys, config, preset)
+    loaded = _loaded(keys, config, preset, (*OPTIONS, "--serve"), serve)
     with needing("cloud"):
         if loaded.config.federation.assign_s:
             present(*REGROUPING)
         from cloud_verifier.__main__ import main as run
         from fedhlm_zoo.shipped import with_cloud_model
 
-        return run(with_cloud_model(loaded))
+        return run(with_cloud_model(loaded), door=_door(loaded))
 
 
 @app.command
@@ -296,10 +303,25 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _loaded(keys: Sequence[str], file: Path | None, preset: str | None, options: Sequence[str] = OPTIONS) -> "Loaded":
+def _loaded(
+    keys: Sequence[str], file: Path | None, preset: str | None, options: Sequence[str] = OPTIONS, serve: str = ""
+) -> "Loaded":
     from fedhlm.config import load
 
-    return load(file=file, preset=preset, flags=parse_keys(keys, options))
+    flags = parse_keys(keys, options)
+    return load(file=file, preset=preset, flags=flags | ({"api.listen": serve} if serve else {}))
+
+
+def _door(loaded: "Loaded") -> "Door":
+    """The door for clients of the APIs; one that lets nobody in, and loads no library, unless `api.listen` is set."""
+    from fedhlm.answering import shut
+
+    if not loaded.config.api.listen:
+        return shut
+    with needing("serve"):
+        from fedhlm_doors.serving import door_of
+
+        return door_of(loaded.config.api)
 
 
 def _fail(reason: str) -> int:

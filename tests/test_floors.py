@@ -19,6 +19,8 @@ VIOLATIONS = {
         "fedhlm -> edge_agent",
         "edge_agent -> edge_broker",
         "edge_broker -> cloud_verifier",
+        "edge_agent -> fedhlm_doors",
+        "fedhlm_doors -> cloud_verifier",
         "cloud_verifier -> fedhlm_zoo",
         "fedhlm_zoo -> edge_agent",
         "fedhlm_traces -> fedhlm_lab",
@@ -37,6 +39,7 @@ VIOLATIONS = {
     "Messages": ("fedhlm.protocol -> fedhlm.bus", "fedhlm.protocol -> fedhlm.process"),
     "Parts and recordings": ("edge_agent -> fedhlm_lab.sim", "fedhlm_traces -> fedhlm_lab.sim"),
     "Torch": ("fedhlm -> torch", "cloud_verifier -> transformers", "fedhlm_lab -> optimum"),
+    "HTTP": ("edge_agent -> starlette", "fedhlm_fleet -> uvicorn", "fedhlm -> jinja2"),
     "An agent": ("fedhlm -> rich", "edge_agent -> cyclopts", "edge_agent -> scipy"),
 }
 

@@ -12,6 +12,7 @@ HEAVY = {
     "cyclopts",
     "datasets",
     "huggingface_hub",
+    "jinja2",
     "matplotlib",
     "onnx",
     "optimum",
@@ -20,8 +21,10 @@ HEAVY = {
     "rich",
     "scipy",
     "sklearn",
+    "starlette",
     "torch",
     "transformers",
+    "uvicorn",
 }
 
 

@@ -25,6 +25,7 @@ PACKAGES = (
     "fedhlm.settings",
     "fedhlm.settings",
     "fedhlm_traces",
+    "fedhlm_doors",
 )
 
 # Packages of the page of files, from the shared one to the tools.
@@ -33,6 +34,7 @@ TREES = (
     "edge_agent",
     "edge_broker",
     "cloud_verifier",
+    "fedhlm_doors",
     "fedhlm_traces",
     "fedhlm_lab",
     "fedhlm_fleet",

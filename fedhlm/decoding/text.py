@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TOKEN_BYTES_MAX: Final = 256  # no vocabulary has longer tokens
 _BROKEN: Final = "\N{REPLACEMENT CHARACTER}"
 
 

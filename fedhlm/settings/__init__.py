@@ -14,6 +14,7 @@ __all__ = [
     "DEFAULT_PRESET",
     "MASK",
     "Agent",
+    "Api",
     "Broker",
     "Cloud",
     "Cluster",
@@ -150,6 +151,33 @@ class Agent(Section, frozen=True):
             "always the last. Empty: the CPU only."
         ),
     ] = ()
+
+
+class Api(Section, frozen=True):
+    """The APIs of OpenAI and Ollama over HTTP, at an agent or a cloud (docs/api.md)."""
+
+    listen: Annotated[
+        str,
+        Meta(
+            description="Address HOST:PORT on which an agent or a cloud serves them, as with --serve. Empty: it does not. "
+            "Port 0 is any free port. Without `keys` it must be a loopback address."
+        ),
+    ] = ""
+    keys: Annotated[
+        str,
+        Meta(
+            description="File of API keys that only its owner can read, with a name and a key on each line. Each name "
+            "is a client of its own in the queue. Empty: no key is needed."
+        ),
+    ] = ""
+    rate: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1e6,
+            description="Most requests for a text per minute and key; a quarter of them may come at once. 0: any number.",
+        ),
+    ] = 0.0
 
 
 class Edge(Section, frozen=True):
@@ -343,3 +371,4 @@ class Config(Section, frozen=True):
     generation: Generation = Generation()
     federation: Federation = Federation()
     telemetry: Telemetry = Telemetry()
+    api: Api = Api()

@@ -33,6 +33,7 @@ def needing(extra: str) -> Iterator[None]:
             "edge_agent",
             "edge_broker",
             "cloud_verifier",
+            "fedhlm_doors",
             "fedhlm_fleet",
             "fedhlm_lab",
             "fedhlm_traces",

@@ -17,6 +17,7 @@ COPIED = (
     "edge_agent",
     "edge_broker",
     "cloud_verifier",
+    "fedhlm_doors",
     "fedhlm_fleet",
     "fedhlm_lab",
     "fedhlm_traces",

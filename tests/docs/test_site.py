@@ -85,7 +85,7 @@ BROKEN = {
 def test_links_that_lead_nowhere_fail_the_build(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    for name in ("docs", "fedhlm", "fedhlm_traces", "fedhlm_fleet"):
+    for name in ("docs", "fedhlm", "fedhlm_traces", "fedhlm_doors", "fedhlm_fleet"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, root)

@@ -219,7 +219,7 @@ def test_a_service_gets_the_merged_configuration_and_its_code_is_the_command_s(
 ) -> None:
     given: list[Loaded] = []
 
-    def main(loaded: Loaded, *_: object) -> int:
+    def main(loaded: Loaded, *_: object, **_door: object) -> int:
         given.append(loaded)
         return 7
 

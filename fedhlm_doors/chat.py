@@ -1,0 +1,168 @@
+"""Turns messages into prompt ids with the chat template of a model folder.
+
+A template is a Jinja program that runs in a sandbox. Control tokens that the template writes become control tokens;
+their names in a message stay text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, NoReturn, Self
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fedhlm.answering import Offer
+from fedhlm.decoding.text import TOKEN_BYTES_MAX
+from fedhlm.errors import ModelError
+from fedhlm_doors.refusals import ApiError
+
+CONFIG_FILE: Final = "tokenizer_config.json"
+TEMPLATE_FILE: Final = "chat_template.jinja"
+_MARKS: Final = range(0xE000, 0xF8FF)  # characters for private use, of which one splits the names of control tokens
+
+
+class ChatTemplate:
+    """The chat template of a model, and the control tokens that it may write."""
+
+    def __init__(self, source: str, special: Mapping[str, str], offer: Offer) -> None:
+        """Compile `source`. `special` holds the tokens that templates know by name, such as bos_token.
+
+        Raises:
+            ModelError: the source is no template.
+        """
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _complain, "strftime_now": _now}
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as exc:
+            raise ModelError(f"the chat template of {offer.folder} cannot be used: {exc}") from exc
+        self.source = source
+        self._special = special
+        self._offer = offer
+        decoder = offer.tokenizer.get_added_tokens_decoder()
+        self._control = {added.content: token for token, added in decoder.items() if added.special}
+
+    @classmethod
+    def of(cls, offer: Offer) -> Self | None:
+        """Read the template of a model folder; None if the folder has none.
+
+        Raises:
+            ModelError: a file of the folder cannot be used.
+        """
+        path = offer.folder / CONFIG_FILE
+        try:
+            config = json.loads(path.read_bytes()) if path.exists() else {}
+        except (OSError, ValueError) as exc:
+            raise ModelError(f"{path} must be a JSON object (got {exc})") from exc
+        alone = offer.folder / TEMPLATE_FILE
+        source = alone.read_text("utf-8") if alone.exists() else _default_of(config.get("chat_template"))
+        if source is None:
+            return None
+        special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+        return cls(source, {name: value for name, value in special.items() if value is not None}, offer)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation up to where the assistant's answer begins.
+
+        Raises:
+            ApiError: the template rejects the conversation.
+        """
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._special
+            )
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as exc:
+            raise ApiError(
+                f"the chat template rejects the messages: {exc}", param="messages", code="invalid_value"
+            ) from exc
+
+    def encode(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """The prompt ids of a conversation, the begin-of-text id included.
+
+        Raises:
+            ApiError: the template rejects the conversation, or it is far longer than the context.
+        """
+        mark = _unused(messages)
+        split = {name: name[0] + mark + name[1:] for name in self._control if len(name) > 1}
+        text = self.render([_with(message, split) for message in messages])
+        ids: list[int] = []
+        for plain, control in _pieces(text, self._control):
+            ids += text_ids(self._offer, plain.replace(mark, ""), param="messages")
+            ids += [] if control is None else [self._control[control]]
+        return begun(self._offer, ids)
+
+
+def text_ids(offer: Offer, text: str, *, param: str) -> list[int]:
+    """The ids of a text in which no control token is meant.
+
+    Raises:
+        ApiError: the text cannot fit into the context.
+    """
+    if len(text) > TOKEN_BYTES_MAX * offer.context:  # encoding it would block everything else
+        raise ApiError(
+            f"{param} must fit the context of {offer.context} tokens (got {len(text)} characters)",
+            param=param,
+            code="context_length_exceeded",
+        )
+    ids: list[int] = offer.tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def begun(offer: Offer, ids: list[int]) -> tuple[int, ...]:
+    """Add the begin-of-text id where the model has one and it is not there."""
+    if offer.bos_id is None or ids[:1] == [offer.bos_id]:
+        return tuple(ids)
+    return (offer.bos_id, *ids)
+
+
+def _default_of(templates: object) -> str | None:
+    if isinstance(templates, list):  # several templates by name
+        named = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
+        templates = named.get("default")
+    return templates if isinstance(templates, str) else None
+
+
+def _content(token: object) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _unused(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return next(chr(code) for code in _MARKS if chr(code) not in text)
+
+
+def _with(value: Any, split: Mapping[str, str]) -> Any:
+    """Replace the names of control tokens in all texts of a JSON value."""
+    if isinstance(value, str):
+        for name, harmless in split.items():
+            value = value.replace(name, harmless)
+        return value
+    if isinstance(value, Mapping):
+        return {key: _with(inner, split) for key, inner in value.items()}
+    return [_with(inner, split) for inner in value] if isinstance(value, list) else value
+
+
+def _pieces(text: str, control: Mapping[str, int]) -> list[tuple[str, str | None]]:
+    """Split a text at the names of control tokens; of several that begin at one place, the longest counts."""
+    pieces: list[tuple[str, str | None]] = []
+    while found := [(at, -len(name), name) for name in control if (at := text.find(name)) >= 0]:
+        at, _, name = min(found)
+        pieces.append((text[:at], name))
+        text = text[at + len(name) :]
+    return [*pieces, (text, None)]
+
+
+def _complain(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _now(form: str) -> str:
+    return datetime.now(UTC).strftime(form)

@@ -1,0 +1,107 @@
+"""Serves the APIs over HTTP beside a running part."""
+
+import asyncio
+import ipaddress
+import logging
+import re
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final
+
+import uvicorn
+
+from fedhlm.answering import Answerer, Door
+from fedhlm.errors import ConfigError
+from fedhlm.settings import Api
+from fedhlm_doors.app import HttpApi
+from fedhlm_doors.keys import ApiKeys, Rates
+from fedhlm_doors.written import Pace
+
+log = logging.getLogger(__name__)
+
+KEY: Final = "api.listen"
+CONNECTIONS_MAX: Final = 1_024  # further ones are answered by 503
+BACKLOG: Final = 512
+KEEP_ALIVE_S: Final = 75
+CLOSE_S: Final = 2  # seconds in which open responses may end when the part stops
+_ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):([0-9]{1,5})\Z")
+
+
+class _Uvicorn(uvicorn.Server):
+    """A server that leaves the signals to the part."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def address(listen: str) -> tuple[str, int]:
+    """Return host and port of `api.listen`.
+
+    Raises:
+        ConfigError: it is not HOST:PORT.
+    """
+    found = _ADDRESS.match(listen)
+    if found is None or int(found[3]) > 65_535:
+        raise ConfigError(KEY, listen, "HOST:PORT")
+    return found[1] or found[2], int(found[3])
+
+
+def door_of(settings: Api) -> Door:
+    """Return the door that a section of the settings describes. Entering it opens the port, which it yields.
+
+    Raises:
+        ConfigError: the address or the file of keys cannot be used, or an address that others can reach needs keys.
+    """
+    host, port = address(settings.listen)
+    keys = ApiKeys.of(settings.keys)
+    if not (keys.needed or _is_loopback(host)):
+        raise ConfigError(KEY, settings.listen, "a loopback address unless api.keys is set")
+
+    @asynccontextmanager
+    async def door(answerer: Answerer) -> AsyncIterator[int]:
+        api = HttpApi(answerer, keys, Rates(settings.rate, Pace().now_s))
+        with _listening(settings.listen, host, port) as listener:
+            config = uvicorn.Config(
+                api.app(),
+                lifespan="off",
+                ws="none",
+                http="h11",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                limit_concurrency=CONNECTIONS_MAX,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=CLOSE_S,
+            )
+            logging.getLogger("uvicorn").setLevel(logging.WARNING)
+            server = _Uvicorn(config)
+            serving = asyncio.create_task(server.serve(sockets=[listener]), name="doors")
+            actual = listener.getsockname()[1]
+            log.info("serving the APIs of OpenAI and Ollama on %s port %d", host, actual)
+            try:
+                yield actual
+            finally:
+                server.should_exit = True
+                await asyncio.wait([serving])
+
+    return door
+
+
+@contextmanager
+def _listening(listen: str, host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family, backlog=BACKLOG) as listener:
+            listener.setblocking(False)
+            yield listener
+    except OSError as exc:
+        raise ConfigError(KEY, listen, "an address that is free on this machine", why=exc.strerror or str(exc)) from exc
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -91,6 +91,7 @@ class CloudService:
         self._in_thread = runtime.in_thread
         self._local: dict[Key, asyncio.Future[Outcome]] = {}
         self._saver = runtime.saver({FEDERATION_FILE: coordinator.members})
+        coordinator.members.note_large(sessions.fingerprint)
         if runtime.journal is not None:
             start = CloudStart(
                 root=party.root,

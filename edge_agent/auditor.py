@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import Callable
 
+from edge_agent.accounts import OpenText
 from edge_agent.audits import ANSWER_S, WAIT_S, Audit, Audits
 from edge_agent.events import Answered, Event, Unprimed
-from edge_agent.learner import Learner, Measures, OpenText
+from edge_agent.learner import Learner
+from edge_agent.measures import Measures
 from edge_agent.peers import Peers
 from edge_agent.turn import Turn
 from fedhlm.bus.party import Party
@@ -74,6 +76,10 @@ class Auditor:
         for audit in audits:
             self._counters.add("lost_audits")
             self._learner.audited(audit.text, None)
+
+    def give_up_all(self) -> None:
+        """Give up all open audits, because another LLM answers now."""
+        self._give_up(self.audits.clear())
 
     async def send_overdue(self) -> None:
         """Send the audits that no escalation has carried in time, and give up those that nobody answers."""

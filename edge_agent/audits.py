@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from edge_agent.accounts import OpenText
 from edge_agent.events import Answered, Observation, Tail
 from edge_agent.generation import scored
-from edge_agent.learner import Measures, OpenText
+from edge_agent.measures import Measures
 from fedhlm.decoding.ids import digest_of
 from fedhlm.protocol.messages import MAX_RIDERS, Fingerprint, Prime, Rider, Sampling
 from fedhlm.protocol.packing import pack_ids
@@ -141,6 +142,12 @@ class Audits:
         """Note that the cloud does not hold the session. The next message carries the whole context."""
         if (audit := self._open.get(session)) is not None:
             audit.sent_s, audit.primed, audit.tries = None, False, audit.tries + 1
+
+    def clear(self) -> list[Audit]:
+        """Remove and return all audits."""
+        found = list(self._open.values())
+        self._open.clear()
+        return found
 
     def moved(self) -> None:
         """Note that the agent has moved to another cluster, where the cloud holds none of its sessions."""

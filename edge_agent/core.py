@@ -31,7 +31,8 @@ from edge_agent.events import (
 from edge_agent.generation import GenerationMachine
 from edge_agent.growth import RANKS, Delay, TreeLimits
 from edge_agent.journal import AgentStart, Ended, Notes, Planned
-from edge_agent.learner import Learner, measures_of
+from edge_agent.learner import Learner
+from edge_agent.measures import measures_of
 from edge_agent.membership import Membership
 from edge_agent.model import Drafter, Drawn
 from edge_agent.peers import Peers
@@ -132,6 +133,7 @@ class AgentCore:
         self._notes = Notes(party)
         self._routes: dict[int, asyncio.Queue[Event]] = {}
         self._delay = Delay()
+        self._meet(None)
 
     @property
     def cluster(self) -> str:
@@ -233,12 +235,28 @@ class AgentCore:
         """Handle a change of presence of the edge or of the cloud behind it."""
         self.upstream = state.upstream if state.online else None
         if self.upstream is not None:
+            self._meet(self.upstream)
             self._set_link_up()
         elif state.online:
             self._miss(f"the edge of cluster {self.cluster} sees no cloud")
         else:
             self._miss(f"the edge of cluster {self.cluster} is offline")
         self._looked.set()
+
+    def _meet(self, large: Fingerprint | None) -> None:
+        """Work with this LLM from now on. What was learnt about another one is set aside until that comes back."""
+        former = self.learner.meet(self.fingerprint, large)
+        if former is None:
+            return
+        log.warning(
+            "the models are now %s and %s (pair %s): what was learnt about pair %s is set aside until it comes back",
+            self.fingerprint.model,
+            "an unknown one" if large is None else large.model,
+            self.learner.pair,
+            former,
+        )
+        self.auditor.give_up_all()
+        self.peers = self._make_peers()  # the former LLM verified its tokens
 
     async def look_around(self, within_s: float) -> None:
         """Wait at most `within_s` seconds for the edge's retained presence. Without one the edge counts as missing."""
@@ -296,7 +314,7 @@ class AgentCore:
         machine = GenerationMachine(plan, list(prompt), link_up=link_up)
         result = GenerationResult(tau=plan.tau, similarity=plan.similarity, confidence=job.config.confidence)
         sample = None if self._sampler is None else self._sampler.begin()
-        turn = Turn(session, job, plan, asyncio.Queue(), sample, result, on_commit, on_judged)
+        turn = Turn(session, job, plan, asyncio.Queue(), sample, result, self.learner.pair, on_commit, on_judged)
         self._routes[session] = turn.queue
         place = self.cluster
         try:
@@ -362,8 +380,14 @@ class AgentCore:
     async def _learn(self, turn: Turn, now_s: float) -> None:
         """Learn from a finished generation, and contribute if a round is due."""
         job, result, tail = turn.job, turn.result, turn.result.ended.tail
-        config, measures = job.config, measures_of(job.config, job.sampling)
         learner = self.learner
+        config = job.config
+        if not learner.met(turn.pair):
+            kept = sum(seen.skipped for seen in result.observed) + len(tail.tokens)
+            measures = measures_of(config, job.sampling, turn.pair)
+            learner.spoilt(measures, config, tokens=len(result.ids), kept=kept)
+            return
+        measures = measures_of(config, job.sampling, learner.pair)
         learner.observe(measures, config, result.observed)
         text = learner.finished(
             measures,
@@ -399,8 +423,8 @@ class AgentCore:
         if ended is None:
             warn_once(log, "releases", "contributions have ended: all federation.releases are used")
             return
-        threshold, curves = ended
-        message = Contribution(**self.party.stamp(), round=number, members=1, threshold=threshold, curves=curves)
+        thresholds, curves = ended
+        message = Contribution(**self.party.stamp(), round=number, members=1, thresholds=thresholds, curves=curves)
         self._counters.add("contributions")
         sent = await self.party.send(topics.FL_UPDATE, message, cluster=self.cluster, agent=self.name)
         result.cluster_bytes += sent.packet_bytes

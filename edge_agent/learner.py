@@ -1,115 +1,74 @@
 """What a device learns about its doubts, and what its cluster told it: curves of harm, the threshold, the error budget.
 
 Everything here is a function of observations. Messages are encoded and decoded, but not sent. A measure names what a
-curve is about (form of doubt, coupling, greedy or sampled), so that different ways of generating never mix.
+curve is about (form of doubt, coupling, greedy or sampled, pair of models), so that different ways of generating and
+different models never mix.
 """
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.accounts import OpenText, PaperState, Slack
 from edge_agent.events import Observation, Token
+from edge_agent.measures import Measures
 from fedhlm import choices
 from fedhlm.errors import ConfigError, ProtocolError
 from fedhlm.learning.certificate import Certificate, CertificateState, audit_probability
 from fedhlm.learning.curve import Curve, shrunk
-from fedhlm.learning.federation import check_threshold
+from fedhlm.learning.federation import check_thresholds
 from fedhlm.learning.privacy import noised, sigma_for
 from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, tau_of_budget, tau_of_price
-from fedhlm.protocol.messages import MAX_CURVES, Count, Learned, PaperThreshold, Sampling, Unit
+from fedhlm.protocol.fingerprint import large_of, pair_in, pair_of
+from fedhlm.protocol.messages import (
+    MAX_CURVES,
+    Count,
+    Fingerprint,
+    Learned,
+    Pair,
+    PaperThreshold,
+)
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Federation, Generation
 
-PAIRS_MAX: Final = 65_536
-SPACE: Final = "learner/2"
-SLACK_MEMORY: Final = 0.95  # weight of the counts after one more generation
-SLACK_EVIDENCE: Final = 10.0  # least number of skipped tokens
-SLACK_RISE: Final = 1.03  # largest rise per generation
-
-
-class Measures(NamedTuple):
-    """The measures of a generation's two curves: that of its own drafts, and that of its peers' proposals."""
-
-    draft: str
-    peers: str
-
-
-def measures_of(config: Generation, sampling: Sampling) -> Measures:
-    """The measures that belong to a configuration and a request."""
-    law = f"{sampling.coupling}/{'greedy' if sampling.temperature == 0.0 else 'sampled'}"
-    return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}")
-
-
-@dataclass(eq=False)
-class OpenText:
-    """A finished text that is about to enter a certificate. A certificate takes texts in their order.
-
-    `scored` holds the harm of skipped tokens that verdicts scored. `tail` more tokens wait for the audit, which happens
-    with `probability`; their harms become `audited`. `over` is true from the start if the coin decided against an
-    audit.
-    """
-
-    measure: str
-    tokens: int
-    scored: list[float]
-    tail: int
-    probability: float
-    audited: list[float] | None = None
-    over: bool = False
-
-
-class Slack:
-    """The slack: how many tokens are below tau for each one that is really skipped.
-
-    The others travel in a block that goes up anyway, so they are verified at no cost. The factor rises slowly, because
-    a higher tau leaves less to verify, and falls at once.
-    """
-
-    def __init__(self) -> None:
-        self.factor = 1.0
-        self._eligible = 0.0
-        self._skipped = 0.0
-
-    def update(self, *, eligible: int, skipped: int) -> None:
-        """Add the counts of one generation."""
-        self._eligible = SLACK_MEMORY * self._eligible + eligible
-        self._skipped = SLACK_MEMORY * self._skipped + skipped
-        if self._skipped >= SLACK_EVIDENCE:
-            self.factor = max(1.0, min(self._eligible / self._skipped, SLACK_RISE * self.factor))
+TRANSMITTED_MAX: Final = 65_536
+SPACE: Final = "learner/3"
+PAIRS_KEPT: Final = 4  # pairs of models whose state is kept, the current one included
 
 
 class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """A learner as it is saved."""
+    """A learner as it is saved. `pairs` are those with state, the current one last."""
 
     space: str
     round: Count
     releases: Count
-    threshold: Unit | None
-    control: float
-    server_control: float
+    pairs: list[Pair]
+    paper: dict[Pair, PaperState]
     curves: dict[str, bytes]
     cluster: dict[str, bytes]
     certificates: dict[str, CertificateState]
 
 
 class Learner:
-    """The knowledge of one device. `rng` draws the privacy noise, and is not used without privacy."""
+    """The knowledge of one device. `rng` draws the privacy noise, and is not used without privacy.
+
+    What was learnt about another pair of models than the current one is set aside: it rules nothing and is not
+    contributed, and it counts again when its pair comes back.
+    """
 
     def __init__(self, federation: Federation, rng: np.random.Generator) -> None:
         self.round = 0
+        self._recent: list[Pair] = [""]  # pairs with state, the current one last
+        self._paper: defaultdict[Pair, PaperState] = defaultdict(PaperState)
+        self._told: Mapping[Pair, PaperThreshold] = {}  # the cluster's latest thresholds
         self.curves: defaultdict[str, Curve] = defaultdict(Curve.empty)
         self.cluster: dict[str, Curve] = {}
-        self.threshold: float | None = None  # that of the published rule (`paper-fl`); None before its first round
-        self._global_threshold: float | None = None
-        self._control = 0.0
-        self._server_control = 0.0
-        self._pairs: list[tuple[float, float]] = []  # (u, beta) of the tokens transmitted in this round
+        self._transmitted: list[tuple[float, float]] = []  # (u, beta) of the tokens transmitted in this round
         self._certificates: defaultdict[str, Certificate] = defaultdict(Certificate)
         self._open: deque[OpenText] = deque()
         self._slack: defaultdict[str, Slack] = defaultdict(Slack)
@@ -120,6 +79,70 @@ class Learner:
         self._releases = 0
         self._tokens = 0
         self._round_began_s: float | None = None  # the first generation begins the first round
+
+    @property
+    def pair(self) -> Pair:
+        """The pair of models that generates now (`fedhlm.protocol.fingerprint.pair_of`)."""
+        return self._recent[-1]
+
+    @property
+    def threshold(self) -> float | None:
+        """The threshold of the published rule (`paper-fl`) for the current pair; None before its first round."""
+        return self._paper[self.pair].threshold
+
+    def meet(self, small: Fingerprint, large: Fingerprint | None) -> Pair | None:
+        """Note which models work together. Return the former pair if its state is set aside by that.
+
+        While no cloud is known (`large` None), the last known LLM counts. What a device did before it knew any LLM
+        belongs to the first one that it meets.
+        """
+        former, pair = self.pair, pair_of(small, large, otherwise=large_of(self.pair))
+        if pair == former:
+            return None
+        self._transmitted.clear()
+        self._recent = [*(known for known in self._recent if known != pair), pair]
+        if former in ("", pair_of(small, None)):
+            self._adopt(former)
+            former = ""
+        for old in self._recent[:-PAIRS_KEPT]:
+            self._drop(old)
+        self._recent = self._recent[-PAIRS_KEPT:]
+        if pair in self._told:
+            self._paper[pair].hear(self._told[pair])
+        return former or None
+
+    def met(self, pair: Pair) -> bool:
+        """Whether a text that began with `pair` still belongs to the current pair."""
+        return pair == self.pair or not large_of(pair)
+
+    def _adopt(self, unknown: Pair) -> None:
+        """Move the state of a pair without LLM to the current pair."""
+        self._recent.remove(unknown)
+
+        def renamed(measure: str) -> str:
+            return measure.removesuffix(unknown) + self.pair
+
+        for name in [name for name in self.curves if pair_in(name) == unknown]:
+            self.curves[renamed(name)] += self.curves.pop(name)
+        for name in [name for name in self._certificates if pair_in(name) == unknown]:
+            self._certificates[renamed(name)] += self._certificates.pop(name)
+        for name in [name for name in self._slack if pair_in(name) == unknown]:
+            self._slack[renamed(name)] = self._slack.pop(name)
+        for text in self._open:
+            text.measure = renamed(text.measure) if pair_in(text.measure) == unknown else text.measure
+        if unknown in self._paper:
+            self._paper[self.pair] = self._paper.pop(unknown)
+
+    def _drop(self, pair: Pair) -> None:
+        """Forget a pair."""
+        by_measure: tuple[dict[str, Any], ...] = (self.curves, self._certificates, self._slack)
+        for table in by_measure:
+            for name in [name for name in table if pair_in(name) == pair]:
+                del table[name]
+        self._paper.pop(pair, None)
+
+    def _current(self) -> dict[str, Curve]:
+        return {name: curve for name, curve in self.curves.items() if pair_in(name) == self.pair}
 
     def observe(self, measures: Measures, config: Generation, observations: Sequence[Observation]) -> None:
         """Learn what the target said of drafted tokens."""
@@ -135,8 +158,8 @@ class Learner:
                 if not seen.audit:
                     peers.see(score)
                 peers.add(score, harm)
-            if not seen.skipped and len(self._pairs) < PAIRS_MAX:
-                self._pairs.append((seen.uncertainty, seen.beta))
+            if not seen.skipped and len(self._transmitted) < TRANSMITTED_MAX:
+                self._transmitted.append((seen.uncertainty, seen.beta))
 
     def finished(
         self,
@@ -176,6 +199,13 @@ class Learner:
         self._open.append(text)
         self._fold()
         return None if text.over else text
+
+    def spoilt(self, measures: Measures, config: Generation, *, tokens: int, kept: int) -> None:
+        """Account for a text during which the models changed: its `kept` tokens count as wrong, and teach nothing."""
+        self._tokens += tokens
+        if config.audit:
+            self._open.append(OpenText(measures.draft, tokens, [1.0] * kept, 0, 1.0, over=True))
+            self._fold()
 
     def audited(self, text: OpenText, harms: Sequence[float] | None) -> None:
         """Finish the audit of a text. `harms` None means that nobody answered; then every token counts as wrong."""
@@ -259,32 +289,38 @@ class Learner:
         if self._round_began_s is None:
             self._round_began_s = now_s
         learning = config.learning
-        seen = max((curve.total_seen for curve in self.curves.values()), default=0.0)
+        seen = max((curve.total_seen for curve in self._current().values()), default=0.0)
         return self._tokens >= max(learning.round_tokens, learning.growth * seen) or (
             self._tokens > 0 and now_s - self._round_began_s >= learning.round_s
         )
 
-    def contribution(self, config: Generation, now_s: float) -> tuple[PaperThreshold | None, dict[str, bytes]] | None:
-        """End a round. Return its threshold and the encoded curves to send; None if no privacy releases are left."""
+    def contribution(
+        self, config: Generation, now_s: float
+    ) -> tuple[dict[Pair, PaperThreshold], dict[str, bytes]] | None:
+        """End a round. Return the threshold and the encoded curves of the current pair to send.
+
+        The result is None if no privacy releases are left.
+        """
         federation = self._federation
         if federation.epsilon > 0.0 and self._releases >= federation.releases:
             return None
-        paper = self._paper_update(config) if choices.THRESHOLDS[config.threshold].descends else None
+        descends = choices.THRESHOLDS[config.threshold].descends
+        paper = {self.pair: self._paper_update(config)} if descends else {}
         self.round += 1
         self._releases += 1
         self._tokens = 0
-        self._pairs.clear()
+        self._transmitted.clear()
         self._round_began_s = now_s
         if federation.epsilon > 0.0:
             # A token may be in two curves, that of the drafts and that of the peers.
             sigma = math.sqrt(2.0) * sigma_for(federation.epsilon, federation.delta, federation.releases)
-            shared = {name: noised(curve, sigma, self._rng) for name, curve in self.curves.items()}
+            shared = {name: noised(curve, sigma, self._rng) for name, curve in self._current().items()}
         else:
-            shared = dict(self.curves)
+            shared = self._current()
         largest = sorted(shared, key=lambda name: -shared[name].total_weight)[:MAX_CURVES]
         packed = {name: shared[name].to_bytes() for name in largest if shared[name].total_seen > 0.0}
         if config.learning.forgetting > 0.0:
-            for name in self.curves:
+            for name in self._current():
                 self.curves[name] = self.curves[name].decayed(1.0 - config.learning.forgetting)
         return paper, packed
 
@@ -299,18 +335,19 @@ class Learner:
             optimiser=learning.optimiser,
             local_steps=learning.local_steps,
         )
-        local = config.tau if self.threshold is None else self.threshold
-        pairs = np.array(self._pairs, np.float64).reshape(-1, 2)  # (n, 2)
+        known = self._paper[self.pair]
+        local = config.tau if known.threshold is None else known.threshold
+        pairs = np.array(self._transmitted, np.float64).reshape(-1, 2)  # (n, 2)
         update = OPTIMISERS[learning.optimiser](
             pairs,
             local,
-            local if self._global_threshold is None else self._global_threshold,
-            self._control,
-            self._server_control,
+            local if known.published is None else known.published,
+            known.control,
+            known.server_control,
             self.round,
             settings,
         )
-        self.threshold, self._control = update.threshold, update.control
+        known.threshold, known.control = update.threshold, update.control
         return PaperThreshold(update.threshold, update.count, update.control, update.steps)
 
     def learned(self, state: Learned) -> None:
@@ -319,12 +356,12 @@ class Learner:
         Raises:
             ProtocolError: a curve is malformed, or a control is impossible. Nothing changes then.
         """
-        check_threshold(state.threshold)
+        check_thresholds(state.thresholds)
         curves = {name: Curve.from_bytes(data) for name, data in state.curves.items()}
         self.cluster = curves
-        if state.threshold is not None:
-            self.threshold = self._global_threshold = state.threshold.threshold
-            self._server_control = state.threshold.control
+        self._told = state.thresholds
+        if self.pair in self._told:
+            self._paper[self.pair].hear(self._told[self.pair])
 
     def snapshot(self) -> bytes:
         """Encode everything that must survive a restart."""
@@ -333,9 +370,8 @@ class Learner:
                 SPACE,
                 self.round,
                 self._releases,
-                self.threshold,
-                self._control,
-                self._server_control,
+                self._recent,
+                dict(self._paper),
                 {name: curve.to_bytes() for name, curve in self.curves.items()},
                 {name: curve.to_bytes() for name, curve in self.cluster.items()},
                 self._settled(),
@@ -364,12 +400,16 @@ class Learner:
             certificates = {name: Certificate.of(state) for name, state in kept.certificates.items()}
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as exc:
             raise ProtocolError(f"learner's snapshot cannot be decoded: {exc}") from exc
-        for control in (kept.control, kept.server_control):
-            check_threshold(PaperThreshold(0.0, 0, control))
+        for known in kept.paper.values():
+            for control in (known.control, known.server_control):
+                check_thresholds({"one": PaperThreshold(0.0, 0, control)})
+        if not 1 <= len(kept.pairs) <= PAIRS_KEPT:
+            raise ProtocolError(f"snapshot must hold 1 to {PAIRS_KEPT} pairs of models (got {len(kept.pairs)})")
         if kept.space != SPACE:
             raise ProtocolError(f"space of the snapshot must be {SPACE!r} (got {kept.space!r})")
-        self.round, self._releases, self.threshold = kept.round, kept.releases, kept.threshold
-        self._control, self._server_control = kept.control, kept.server_control
+        self.round, self._releases = kept.round, kept.releases
+        self._recent = kept.pairs
+        self._paper.update(kept.paper)
         self.curves.update(curves)
         self.cluster = cluster
         self._certificates.update(certificates)

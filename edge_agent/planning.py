@@ -2,7 +2,8 @@
 
 from edge_agent.events import Answered, Event, Plan, Refused, Unprimed
 from edge_agent.gate import GATES, Settings
-from edge_agent.learner import Learner, measures_of
+from edge_agent.learner import Learner
+from edge_agent.measures import measures_of
 from edge_agent.peers import Peers
 from edge_agent.pipeline import PIPELINES, PipelineLimits
 from edge_agent.result import Job
@@ -15,7 +16,7 @@ from fedhlm.protocol.packing import unpack_bits, unpack_ids, unpack_probs
 def plan_of(job: Job, learner: Learner, peers: Peers) -> Plan:
     """Create the plan of a job with the current thresholds. The settings' types have checked all names."""
     config, sampling = job.config, job.sampling
-    measures = measures_of(config, sampling)
+    measures = measures_of(config, sampling, learner.pair)
     pipeline = config.pipeline
     limits = PipelineLimits(
         window=pipeline.window,

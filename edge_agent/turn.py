@@ -9,7 +9,7 @@ from edge_agent.profile import PromptSample
 from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Party
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Escalation, FinishReason
+from fedhlm.protocol.messages import Escalation, FinishReason, Pair
 
 CLOSE_S: Final = 20.0  # seconds for which the end of a session is worth its delivery
 
@@ -29,7 +29,10 @@ async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
 
 
 class Turn(NamedTuple):
-    """A running generation. `sample` collects the drafts that the cloud may see. `on_judged` hears of every draft."""
+    """A running generation. `sample` collects the drafts that the cloud may see. `on_judged` hears of every draft.
+
+    `pair` names the models that the plan was made for.
+    """
 
     session: int
     job: Job
@@ -37,6 +40,7 @@ class Turn(NamedTuple):
     queue: asyncio.Queue[Event]
     sample: PromptSample | None
     result: GenerationResult
+    pair: Pair
     on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
     on_judged: Callable[[Judged], object]
 

@@ -25,6 +25,7 @@ from fedhlm.learning.federation import Members, State, mean_of_agents
 from fedhlm.learning.settled import SettledTokens
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
+from fedhlm.protocol.fingerprint import half_of
 from fedhlm.protocol.messages import (
     MAX_BATCH,
     AnyMessage,
@@ -268,7 +269,7 @@ class EdgeService:
             if self.memory.waiting >= DIGEST_MAX:
                 self._digest_full.set()
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
-            self.settled.note(agent, verdict)
+            self.settled.note(agent, verdict, half_of(self.upstream))
             await self._send_verdict(agent, verdict)
         if self.upstream is None:
             # The cloud answers, so its presence message was lost on the way, for example in a full queue. A new
@@ -426,6 +427,9 @@ class EdgeService:
         if state.online:
             former = self.agents.get(agent)
             new = former is None
+            if former is not None and former.fingerprint != state.fingerprint:
+                log.info("agent %s has another model: it is accounted for anew", agent)
+                self.settled.forget(agent)
             if former is None or (former.sequence, former.sent_ms) != (state.sequence, state.sent_ms):
                 self.members.born(agent)
             self.agents[agent] = state
@@ -444,6 +448,7 @@ class EdgeService:
     async def _note_cloud(self, state: Presence) -> None:
         self.upstream = state.fingerprint if state.online else None
         if self.upstream is not None:
+            self.members.note_large(self.upstream)
             self.memory.belong(f"{self.upstream.tokenizer} {self.upstream.vocab_size} {self.upstream.model}")
         log.info("cloud is %s", "online" if state.online else "offline")
         self._to_announce.set()

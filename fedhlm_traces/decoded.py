@@ -223,7 +223,9 @@ def _doubts(m: messages.UncertainTokens, _: int | None) -> str:
 
 
 def _contribution(m: messages.Contribution | messages.Learned, _: int | None) -> str:
-    threshold = "" if m.threshold is None else f", tau {number(m.threshold.threshold)} of {m.threshold.count} tokens"
+    threshold = "".join(
+        f", tau {number(t.threshold)} of {t.count} tokens for pair {pair}" for pair, t in sorted(m.thresholds.items())
+    )
     curves = "" if not m.curves else f", curves of {', '.join(sorted(m.curves))}"
     return f"round {m.round} of {_count(m.members, 'member')}{threshold}{curves}"
 

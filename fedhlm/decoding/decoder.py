@@ -35,6 +35,8 @@ HASH_UP_TO_BYTES: Final = 64 * 1024 * 1024
 
 _DTYPES: Final[dict[str, Any]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
+_NAME_SHOWN: Final = 100  # characters of a model's name in its label
+
 
 class FileInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Size and SHA-256 (hex) of one file of a model folder."""
@@ -59,6 +61,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     parameters: int
     quantisation: str
     files: dict[str, FileInfo]
+
+    @property
+    def label(self) -> str:
+        """The name with a short digest of the files: other weights or tokens under the same name have another label."""
+        files = " ".join(f"{name} {self.files[name].sha256}" for name in sorted(self.files))
+        return f"{self.name[:_NAME_SHOWN]}@{hashlib.sha256(files.encode()).hexdigest()[:8]}"
 
 
 class Cache(NamedTuple):

@@ -19,7 +19,19 @@ from fedhlm.learning.curve import Curve
 from fedhlm.learning.robust import near_median, pool, winsorised
 from fedhlm.learning.settled import Claim
 from fedhlm.learning.thresholds import PaperUpdate, cluster_mean, global_mean, mean_control
-from fedhlm.protocol.messages import MAX_CURVES, SCHEMA_VERSION, Contribution, Count, Learned, Name, PaperThreshold
+from fedhlm.protocol.fingerprint import half_of, large_of, pair_in
+from fedhlm.protocol.messages import (
+    MAX_CURVES,
+    MAX_PAIRS,
+    SCHEMA_VERSION,
+    Contribution,
+    Count,
+    Fingerprint,
+    Learned,
+    Name,
+    Pair,
+    PaperThreshold,
+)
 from fedhlm.settings import Federation
 from fedhlm.telemetry import warn_once
 
@@ -31,10 +43,10 @@ OVERTAKEN_S: Final = 300.0  # no message arrives this long after one that was se
 FUTURE_MS: Final = 86_400_000
 LEAP: Final = 65_536  # rounds; more than a month of them
 _COUNT_END: Final = 2**31
-_VERSION: Final = 1
+_VERSION: Final = 2
 
-Check = Callable[[PaperThreshold | None, Mapping[str, Curve], Mapping[str, Curve] | None], Claim]
-"""Cuts a contribution's threshold and curves to what is possible, given the member's known curves.
+Check = Callable[[Mapping[Pair, PaperThreshold], Mapping[str, Curve], Mapping[str, Curve] | None], Claim]
+"""Cuts a contribution's thresholds and curves to what is possible, given the member's known curves.
 
 `settled.SettledTokens.check` is such a function.
 """
@@ -69,12 +81,12 @@ def guarded(updates: Sequence[PaperUpdate], trim: float) -> list[PaperUpdate]:
 
 
 class State(NamedTuple):
-    """What a federation knows: curves by measure, and a threshold. `members` is the number of agents."""
+    """What a federation knows: thresholds by pair of models, curves by measure. `members` is the number of agents."""
 
     round: int
     members: int
     refused: int
-    threshold: PaperThreshold | None
+    thresholds: Mapping[Pair, PaperThreshold]
     curves: Mapping[str, Curve]
 
     @classmethod
@@ -84,8 +96,8 @@ class State(NamedTuple):
         Raises:
             ProtocolError: a curve or the control variate is impossible.
         """
-        check_threshold(message.threshold)
-        return cls(message.round, message.members, message.refused, message.threshold, _curves(message))
+        check_thresholds(message.thresholds)
+        return cls(message.round, message.members, message.refused, message.thresholds, _curves(message))
 
     def learned(self, header: Mapping[str, Any]) -> Learned:
         """Make the retained message for the members. `header` holds the header fields."""
@@ -94,22 +106,25 @@ class State(NamedTuple):
             round=self.round,
             members=self.members,
             refused=self.refused,
-            threshold=self.threshold,
+            thresholds=dict(self.thresholds),
             curves=self._packed(),
         )
 
     def contribution(self, header: Mapping[str, Any]) -> Contribution:
         """Make the contribution of all members together, for the cloud."""
         return Contribution(
-            **header, round=self.round, members=self.members, threshold=self.threshold, curves=self._packed()
+            **header,
+            round=self.round,
+            members=self.members,
+            thresholds=dict(self.thresholds),
+            curves=self._packed(),
         )
 
     def below(self, above: "State | None", *, tokens: float) -> "State":
         """Return this state with what the pool above knows from other members.
 
         The share that this state contributed is subtracted from the curves of `above`. The rest is scaled down to at
-        most `tokens` scored tokens and added. The threshold of `above`, where it has one, replaces the threshold of
-        this state.
+        most `tokens` scored tokens and added. The thresholds of `above` replace those of this state.
         """
         if above is None:
             return self
@@ -117,7 +132,7 @@ class State(NamedTuple):
         prior = {measure: curve.scaled(_factor(curve, tokens)) for measure, curve in others.items()}
         names = sorted({*self.curves, *prior}, key=lambda name: (name not in self.curves, name))[:MAX_CURVES]
         curves = {name: self.curves.get(name, Curve.empty()) + prior.get(name, Curve.empty()) for name in names}
-        return self._replace(curves=curves, threshold=above.threshold or self.threshold)
+        return self._replace(curves=curves, thresholds=_few({**self.thresholds, **above.thresholds}))
 
     def _packed(self) -> dict[str, bytes]:
         return {measure: curve.to_bytes() for measure, curve in self.curves.items()}
@@ -127,9 +142,8 @@ class _Member(NamedTuple):
     message: Contribution
     curves: Mapping[str, Curve]
 
-    @property
-    def update(self) -> PaperUpdate | None:
-        t = self.message.threshold
+    def update(self, pair: Pair) -> PaperUpdate | None:
+        t = self.message.thresholds.get(pair)
         return None if t is None else PaperUpdate(t.threshold, t.count, t.control, t.steps)
 
     def repeats(self, other: Contribution) -> bool:
@@ -155,7 +169,7 @@ class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     version: int
     schema: int
     round: Count
-    threshold: PaperThreshold | None
+    thresholds: dict[Pair, PaperThreshold]
     inherited: Learned | None
     members: list[tuple[Name, Contribution]]
     silent_s: dict[Name, float] = {}
@@ -186,7 +200,7 @@ class Members:
         self._first_s: float | None = None
         self._told = False
         self._grown = False
-        self._threshold: PaperThreshold | None = None
+        self._thresholds: dict[Pair, PaperThreshold] = {}
         self._inherited: State | None = None
 
     def __len__(self) -> int:
@@ -243,7 +257,7 @@ class Members:
                     f"contribution.round must be at most {LEAP} above {known.message.round} (got {message.round})"
                 )
             reason = "threshold"
-            check_threshold(message.threshold)
+            check_thresholds(message.thresholds)
             reason = "curve"
             curves = _curves(message)
         except ProtocolError as exc:
@@ -251,13 +265,13 @@ class Members:
             warn_once(log, f"{name} {reason}", "refused a contribution of %s: %s", name, exc)
             return "refused"
         if check is not None:
-            claim = check(message.threshold, curves, None if known is None else known.curves)
+            claim = check(message.thresholds, curves, None if known is None else known.curves)
             if claim.cut:
                 self.cut += 1
                 warn_once(log, f"{name} cut", "cut a contribution of %s: it %s", name, "; ".join(claim.cut))
                 curves = dict(claim.curves)
                 packed = {measure: curve.to_bytes() for measure, curve in curves.items()}
-                message = replace(message, threshold=claim.threshold, curves=packed)
+                message = replace(message, thresholds=dict(claim.thresholds), curves=packed)
         self._born.discard(name)
         self._heard_s[name] = now_s
         self._members.pop(name, None)
@@ -323,8 +337,23 @@ class Members:
             return False
         state = State.of(message)
         self._inherited, self.round = state, max(self.round, state.round)
-        self._threshold = self._threshold or state.threshold
+        self._thresholds = {**state.thresholds, **self._thresholds}
         return True
+
+    def note_large(self, large: Fingerprint) -> None:
+        """Say in the log which sums are about other LLMs than this one. They are kept apart and rule nothing."""
+        pairs = {
+            pair
+            for member in self._members.values()
+            for pair in (*map(pair_in, member.curves), *member.message.thresholds)
+        }
+        other = sorted(pair for pair in pairs if large_of(pair) not in ("", half_of(large)))
+        if other:
+            log.warning(
+                "the large model is now %s: what was learnt about %s with another one is set aside until it comes back",
+                large.model,
+                ", ".join(f"pair {pair}" for pair in other),
+            )
 
     def due_s(self) -> float | None:
         """The time at which the next round is due, on the clock of `take`; None while there is nothing new."""
@@ -339,24 +368,32 @@ class Members:
 
     def close(self) -> State:
         """End the round and return the new state."""
-        fresh, known = self._updates(self._fresh), self._updates(self._members)
-        fresh, known = guarded(fresh, self.federation.trim), guarded(known, self.federation.trim)
-        mean = self._mean(fresh, known)
-        old = self._threshold
-        if mean is not None:
-            count = min(_COUNT_END - 1, sum(update.count for update in fresh))
-            steps = max((update.steps for update in fresh), default=0)
-            self._threshold = PaperThreshold(mean, count, mean_control(known), steps)
-        elif old is not None:
-            self._threshold = PaperThreshold(old.threshold, 0, mean_control(known) if known else old.control, 0)
+        voters = Counter(pair for member in self._members.values() for pair in member.message.thresholds)
+        # Only dishonest members name more pairs than a message holds. Keep those that most members have.
+        pairs = sorted({*voters, *self._thresholds}, key=lambda pair: (-voters[pair], pair))[:MAX_PAIRS]
+        closed = {pair: self._threshold(pair) for pair in pairs}
+        self._thresholds = {pair: threshold for pair, threshold in closed.items() if threshold is not None}
         self.round = (self.round + 1) % _COUNT_END
         self._fresh.clear()
         self._first_s = None
         self._told, self._grown = True, False
         return self.state()
 
+    def _threshold(self, pair: Pair) -> PaperThreshold | None:
+        """The threshold of a pair after this round."""
+        fresh, known = self._updates(self._fresh, pair), self._updates(self._members, pair)
+        fresh, known = guarded(fresh, self.federation.trim), guarded(known, self.federation.trim)
+        mean, old = self._mean(fresh, known), self._thresholds.get(pair)
+        if mean is not None:
+            count = min(_COUNT_END - 1, sum(update.count for update in fresh))
+            steps = max((update.steps for update in fresh), default=0)
+            return PaperThreshold(mean, count, mean_control(known), steps)
+        if old is not None:
+            return PaperThreshold(old.threshold, 0, mean_control(known) if known else old.control, 0)
+        return None
+
     def state(self) -> State:
-        """The pool over all known members, with the threshold of the last round."""
+        """The pool over all known members, with the thresholds of the last round."""
         counted = sum(member.message.members for member in self._members.values())
         agents = {name: member.message.members for name, member in self._members.items()}
         share = self.inherited_share
@@ -381,7 +418,7 @@ class Members:
             curves[measure] = pooled.curve + rest
         absent = round(share * self._inherited.members) if self._inherited is not None else 0
         clipped = min(_COUNT_END - 1, counted + absent), min(_COUNT_END - 1, refused)
-        return State(self.round, *clipped, self._threshold, curves)
+        return State(self.round, *clipped, dict(self._thresholds), curves)
 
     @property
     def inherited_share(self) -> float:
@@ -400,7 +437,7 @@ class Members:
         members = [(name, member.message) for name, member in self._members.items()]
         silent = self._silent_before | {name: self.silent_s(name) for name in self._heard_s}
         return msgspec.msgpack.encode(
-            _Saved(_VERSION, SCHEMA_VERSION, self.round, self._threshold, inherited, members, silent)
+            _Saved(_VERSION, SCHEMA_VERSION, self.round, self._thresholds, inherited, members, silent)
         )
 
     def restore(self, data: bytes) -> None:
@@ -419,31 +456,38 @@ class Members:
                 f"versions of the federation snapshot must be {_VERSION}, {SCHEMA_VERSION} "
                 f"(got {saved.version}, {saved.schema})"
             )
-        for threshold in (saved.threshold, *(message.threshold for _, message in saved.members)):
-            check_threshold(threshold)
+        for thresholds in (saved.thresholds, *(message.thresholds for _, message in saved.members)):
+            check_thresholds(thresholds)
         members = {name: _Member(message, _curves(message)) for name, message in saved.members[-MEMBERS_MAX:]}
         # The monotonic clocks of two processes are unrelated, so earlier silences continue from now.
         self._now_s = -math.inf
         self._heard_s = {}
         self._silent_before = {name: max(0.0, saved.silent_s.get(name, 0.0)) for name in members}
         self._inherited = None if saved.inherited is None else State.of(saved.inherited)
-        self._members, self.round, self._threshold = members, saved.round, saved.threshold
+        self._members, self.round, self._thresholds = members, saved.round, saved.thresholds
         # A part without members or rounds on disk has no state to publish, and inherits the retained one.
         self._told = bool(members or saved.round or saved.inherited is not None)
 
-    def _updates(self, names: "set[str] | dict[str, _Member]") -> list[PaperUpdate]:
-        found = (self._members[name].update for name in sorted(names))
+    def _updates(self, names: "set[str] | dict[str, _Member]", pair: Pair) -> list[PaperUpdate]:
+        found = (self._members[name].update(pair) for name in sorted(names))
         return [update for update in found if update is not None]
 
 
-def check_threshold(threshold: PaperThreshold | None) -> None:
-    """Check what the type alone does not ensure.
+def check_thresholds(thresholds: Mapping[Pair, PaperThreshold]) -> None:
+    """Check what the types alone do not ensure.
 
     Raises:
         ProtocolError: the control variate is not finite, or beyond CONTROL_MAX.
     """
-    if threshold is not None and not abs(threshold.control) <= CONTROL_MAX:
-        raise ProtocolError(f"threshold.control must be a number within +-{CONTROL_MAX:g} (got {threshold.control})")
+    for threshold in thresholds.values():
+        if not abs(threshold.control) <= CONTROL_MAX:
+            raise ProtocolError(
+                f"threshold.control must be a number within +-{CONTROL_MAX:g} (got {threshold.control})"
+            )
+
+
+def _few(thresholds: dict[Pair, PaperThreshold]) -> dict[Pair, PaperThreshold]:
+    return dict(list(thresholds.items())[-MAX_PAIRS:])
 
 
 def _curves(message: Contribution | Learned) -> dict[str, Curve]:

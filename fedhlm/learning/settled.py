@@ -12,7 +12,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from fedhlm.learning.curve import Curve
-from fedhlm.protocol.messages import PaperThreshold, Verdict
+from fedhlm.protocol.fingerprint import large_of, pair_in
+from fedhlm.protocol.messages import MAX_PAIRS, Pair, PaperThreshold, Verdict
 
 AGENTS_MAX: Final = 4_096
 SLACK_TOKENS: Final = 256.0  # tokens that may have passed while this edge, or its disk, was absent
@@ -31,9 +32,9 @@ class Sums(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A contribution's threshold and curves after the check. `cut` lists in words what was changed."""
+    """A contribution's thresholds and curves after the check. `cut` lists in words what was changed."""
 
-    threshold: PaperThreshold | None
+    thresholds: Mapping[Pair, PaperThreshold]
     curves: Mapping[str, Curve]
     cut: tuple[str, ...]
 
@@ -46,7 +47,10 @@ class _Account:
 
 
 class SettledTokens:
-    """Accounts of at most AGENTS_MAX agents. The agent that has been silent for longest is dropped first.
+    """Accounts of at most AGENTS_MAX agents, one for each LLM that scored their tokens.
+
+    The agent that has been silent for longest is dropped first. An LLM is named by its half of a pair's name
+    (`fedhlm.protocol.fingerprint.large_of`).
 
     A measure whose name begins with one of `uncertainties` is about an agent's own drafts. Harm is checked for these
     only.
@@ -54,31 +58,52 @@ class SettledTokens:
 
     def __init__(self, uncertainties: Collection[str]) -> None:
         self._uncertainties = frozenset(uncertainties)
-        self._accounts: OrderedDict[str, _Account] = OrderedDict()
+        self._accounts: OrderedDict[str, OrderedDict[str, _Account]] = OrderedDict()
 
-    def note(self, agent: str, verdict: Verdict) -> None:
-        """Count a verdict that passes to an agent."""
+    def note(self, agent: str, verdict: Verdict, large: str = "") -> None:
+        """Count a verdict of the LLM `large` that passes to an agent."""
         scored = len(verdict.target_probs) // 2
         if verdict.status != "settled" or not scored:
             return
-        account = self._account(agent)
+        account = self._account(agent, large)
         missed = int.from_bytes(verdict.missed, "little").bit_count()
         wrong = min(scored, missed + (scored > verdict.accepted))
         account.passed = Sums(account.passed.tokens + scored, account.passed.harm + wrong)
 
     def forget(self, agent: str) -> None:
-        """Close an account, because the agent has moved or its name belongs to another agent."""
+        """Close an agent's accounts: it has moved, has another SLM, or its name belongs to another agent."""
         self._accounts.pop(agent, None)
 
     def check(
         self,
         agent: str,
-        threshold: PaperThreshold | None,
+        thresholds: Mapping[Pair, PaperThreshold],
         curves: Mapping[str, Curve],
         known: Mapping[str, Curve] | None = None,
     ) -> Claim:
         """Cut an agent's contribution to what is possible. `known` holds its curves from before this edge's life."""
-        account = self._account(agent)
+        cut: list[str] = []
+        possible: dict[str, Curve] = {}
+        counted: dict[Pair, PaperThreshold] = {}
+        for large in sorted({*map(_large_in, curves), *map(large_of, thresholds)}):
+            claim = self._checked(
+                self._account(agent, large),
+                {pair: threshold for pair, threshold in thresholds.items() if large_of(pair) == large},
+                {name: curve for name, curve in curves.items() if _large_in(name) == large},
+                {name: curve for name, curve in (known or {}).items() if _large_in(name) == large},
+            )
+            possible |= claim.curves
+            counted |= claim.thresholds
+            cut += claim.cut
+        return Claim(counted, possible, tuple(dict.fromkeys(cut)))
+
+    def _checked(
+        self,
+        account: _Account,
+        thresholds: Mapping[Pair, PaperThreshold],
+        curves: Mapping[str, Curve],
+        known: Mapping[str, Curve],
+    ) -> Claim:
         if account.before is None:
             account.before = self.sums(known) if known else _history(self.sums(curves), account.passed)
         cut: list[str] = []
@@ -89,13 +114,14 @@ class SettledTokens:
         if missing > 0.0:
             cut.append(f"lacks the harm of {missing:.0f} tokens")
             possible |= _with_harm(drafts, missing)
-        if threshold is not None:
-            sent = account.passed.tokens - account.counted + SLACK_TOKENS
+        counted = dict(thresholds)
+        sent = account.passed.tokens - account.counted + SLACK_TOKENS
+        for pair, threshold in thresholds.items():
             if threshold.count > sent:
                 cut.append(f"counts {threshold.count} tokens for its threshold, {sent:.0f} at most were scored")
-                threshold = PaperThreshold(threshold.threshold, int(sent), threshold.control, threshold.steps)
+                counted[pair] = PaperThreshold(threshold.threshold, int(sent), threshold.control, threshold.steps)
         account.counted = account.passed.tokens
-        return Claim(threshold, possible, tuple(dict.fromkeys(cut)))
+        return Claim(counted, possible, tuple(cut))
 
     def _missing(self, account: _Account, claimed: Sums) -> float:
         before, passed = account.before or Sums(), account.passed
@@ -106,11 +132,15 @@ class SettledTokens:
         least = HARM_SHARE * wrong - HARM_ERRORS * math.sqrt(wrong)
         return least - (claimed.harm - before.harm)
 
-    def _account(self, agent: str) -> _Account:
-        account = self._accounts.setdefault(agent, _Account())
+    def _account(self, agent: str, large: str) -> _Account:
+        accounts = self._accounts.setdefault(agent, OrderedDict())
+        account = accounts.setdefault(large, _Account())
         self._accounts.move_to_end(agent)
+        accounts.move_to_end(large)
         while len(self._accounts) > AGENTS_MAX:
             self._accounts.popitem(last=False)
+        while len(accounts) > MAX_PAIRS:
+            accounts.popitem(last=False)
         return account
 
     def sums(self, curves: Mapping[str, Curve]) -> Sums:
@@ -132,6 +162,10 @@ class SettledTokens:
                 cut.append(f"claims {tokens:.0f} tokens, {most:.0f} at most were scored")
             limited[name] = curve.scaled(most / tokens) if tokens > most else curve
         return limited
+
+
+def _large_in(measure: str) -> str:
+    return large_of(pair_in(measure))
 
 
 def _history(claimed: Sums, passed: Sums) -> Sums:

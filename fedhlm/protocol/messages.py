@@ -28,6 +28,7 @@ MAX_TEXT: Final = 1_048_576
 MAX_TOKENS: Final = 65_536
 MAX_KEY: Final = 1_024
 MAX_CURVES: Final = 16
+MAX_PAIRS: Final = 8
 MAX_NOTES: Final = 1_024
 MAX_STOPS: Final = 16
 MAX_REASON: Final = 1_024
@@ -52,6 +53,7 @@ Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 Key = Annotated[bytes, Meta(max_length=MAX_KEY)]
 Space = Annotated[str, Meta(max_length=16)]
 Measure = Annotated[str, Meta(max_length=64)]
+Pair = Annotated[str, Meta(max_length=16)]
 Sums = Annotated[bytes, Meta(max_length=4_096)]
 
 Source = Literal["local", "peer", "neighbour", "cloud", "unverified"]
@@ -357,12 +359,13 @@ class Contribution(Message, tag=10, frozen=True):
     """What a member has learnt, sent by an agent to its edge or by an edge to the cloud.
 
     `curves` holds all sums of the member by measure (`fedhlm.learning.curve.Curve`). The next message therefore makes
-    up for a repeated or lost one. `members` is the number of agents behind it.
+    up for a repeated or lost one. `members` is the number of agents behind it. A measure ends in its pair of models, and
+    `thresholds` are by pair (`fedhlm.protocol.fingerprint.pair_of`).
     """
 
     round: Count
     members: Count
-    threshold: PaperThreshold | None = None
+    thresholds: Annotated[dict[Pair, PaperThreshold], Meta(max_length=MAX_PAIRS)] = {}
     curves: Annotated[dict[Measure, Sums], Meta(max_length=MAX_CURVES)] = {}
 
 
@@ -372,7 +375,7 @@ class Learned(Message, tag=11, frozen=True):
     round: Count
     members: Count
     refused: Count = 0
-    threshold: PaperThreshold | None = None
+    thresholds: Annotated[dict[Pair, PaperThreshold], Meta(max_length=MAX_PAIRS)] = {}
     curves: Annotated[dict[Measure, Sums], Meta(max_length=MAX_CURVES)] = {}
 
 

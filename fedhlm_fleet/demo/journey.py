@@ -31,8 +31,9 @@ class Round(NamedTuple):
 class Journey:
     """The state of a fleet.
 
-    `measure` names the curve to show (`edge_agent.learner.measures_of`); `bars` are the characters that draw it, from
-    low to high.
+    `measure` is the beginning of the name of the curve to show (`edge_agent.measures.measures_of` without a pair of
+    models); of several pairs, the one with the most evidence is shown. `bars` are the characters that draw the curve,
+    from low to high.
     """
 
     def __init__(self, generation: Generation, measure: str, *, bars: str = BARS) -> None:
@@ -58,9 +59,10 @@ class Journey:
         Raises:
             ProtocolError: the curve is malformed.
         """
-        packed = state.curves.get(self._measure)
-        curve = None if packed is None else Curve.from_bytes(packed)
-        threshold = None if state.threshold is None else state.threshold.threshold
+        curves = [Curve.from_bytes(data) for name, data in state.curves.items() if name.startswith(self._measure)]
+        curve = max(curves, key=lambda known: known.total_weight, default=None)
+        thresholds = sorted(state.thresholds.values(), key=lambda told: -told.count)
+        threshold = thresholds[0].threshold if thresholds else None
         self.rounds[cluster] = Round(state.round, state.members, curve, threshold)
 
     @property

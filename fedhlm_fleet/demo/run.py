@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
-from edge_agent.learner import measures_of
+from edge_agent.measures import measures_of
 from fedhlm import choices, settings
 from fedhlm import config as configuration
 from fedhlm.errors import BusError, ConfigError, root_of
@@ -114,7 +114,7 @@ class Demo:
         generation = self.config.generation
         sampling = generation.sampling(self.seed)
         bars = BARS if console.encoding.startswith("utf") else ASCII_BARS
-        journey = Journey(generation, measures_of(generation, sampling).draft, bars=bars)
+        journey = Journey(generation, measures_of(generation, sampling, pair="").draft, bars=bars)
         progress = Progress([p.agent for p in self.places], journey, plain=not console.is_terminal, console=console)
         self.progress = progress
         async with Processes() as processes:

@@ -151,7 +151,7 @@ def model(subject: Subject) -> Remark:
         info = load_info(folder)
         digest = tokenizer_digest(folder)
         space = load_projection(folder, info.hidden_size).digest[:8]
-        fingerprint = fingerprint_of(digest, info.vocab_size, noise=NOISE, model=info.name)
+        fingerprint = fingerprint_of(digest, info.vocab_size, noise=NOISE, model=info.label)
     except FedhlmError as exc:
         return fail(str(exc), f"copy the folder again, or set {key} to one made by `fedhlm models export`")
     subject.model = CheckedModel(folder, info, fingerprint, space)

@@ -11,14 +11,14 @@ import numpy as np
 
 from edge_agent.learner import Learner
 from fedhlm.learning.curve import BINS, Curve
-from fedhlm.protocol.messages import PaperThreshold
+from fedhlm.protocol.messages import Pair, PaperThreshold
 from fedhlm.settings import Generation
 
 BOAST: Final = 1e6  # tokens that a liar claims
 LARGEST_COUNT: Final = 2**31 - 1
 DRIFT: Final = 1.1  # the factor by which a patient liar goes further each round
 
-Spoken = tuple[PaperThreshold | None, dict[str, bytes]]
+Spoken = tuple[dict[Pair, PaperThreshold], dict[str, bytes]]
 
 
 def _bin_0(curve: Curve, _round: int) -> Curve:
@@ -80,9 +80,9 @@ LIES: Final[Mapping[str, Callable[[Curve, int], Curve]]] = {
 
 def lie(name: str, spoken: Spoken, number: int) -> Spoken:
     """What a liar sends instead of `spoken` in its round `number`; `name` is a key of LIES."""
-    threshold, packed = spoken
+    thresholds, packed = spoken
     curves = {measure: LIES[name](Curve.from_bytes(data), number).to_bytes() for measure, data in packed.items()}
-    shout = None if threshold is None else PaperThreshold(1.0, LARGEST_COUNT, threshold.control, threshold.steps)
+    shout = {pair: PaperThreshold(1.0, LARGEST_COUNT, told.control, told.steps) for pair, told in thresholds.items()}
     return shout, curves
 
 

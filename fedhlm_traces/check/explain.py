@@ -12,7 +12,6 @@ from fedhlm.protocol.messages import (
     Escalation,
     Fingerprint,
     Learned,
-    PaperThreshold,
     UncertainTokens,
     Verdict,
 )
@@ -100,12 +99,12 @@ _THRESHOLD_FACTS: Final = {
 
 
 def _facts(state: Learned | Contribution) -> dict[str, float | None]:
-    threshold: PaperThreshold | None = state.threshold
     facts: dict[str, float | None] = {"round": float(state.round), "members": float(state.members)}
     if isinstance(state, Learned):
         facts["refused"] = float(state.refused)
-    for label, name in _THRESHOLD_FACTS.items():
-        facts[label] = None if threshold is None else float(getattr(threshold, name))
+    for pair, threshold in state.thresholds.items():
+        for label, name in _THRESHOLD_FACTS.items():
+            facts[f"{label} of {pair}"] = float(getattr(threshold, name))
     for measure, data in state.curves.items():
         try:
             curve = Curve.from_bytes(data)

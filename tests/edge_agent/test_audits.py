@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from edge_agent.accounts import OpenText
 from edge_agent.audits import ANSWER_S, FULL, OPEN_MAX, TRIES, WAIT_S, Audit, Audits
 from edge_agent.core import AgentCore
 from edge_agent.events import Answered, Tail, Token
-from edge_agent.learner import Measures, OpenText
+from edge_agent.measures import Measures
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS

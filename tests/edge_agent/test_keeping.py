@@ -7,11 +7,13 @@ import numpy as np
 
 from edge_agent.core import LEARNER_FILE
 from edge_agent.events import Observation
-from edge_agent.learner import Learner, measures_of
+from edge_agent.learner import Learner
+from edge_agent.measures import measures_of
 from edge_agent.service import AgentService
 from fedhlm.config import load
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import Store
+from fedhlm.protocol.fingerprint import pair_of
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Federation
 from fedhlm_lab.sim import toy
@@ -20,7 +22,7 @@ from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
 
 LOADED = load(preset="budget", environ={})
-MEASURES = measures_of(LOADED.config.generation, Sampling(1))
+MEASURES = measures_of(LOADED.config.generation, Sampling(1), pair_of(toy.FINGERPRINT, None))
 
 
 class Disk:
@@ -77,6 +79,7 @@ def test_a_garbled_file_is_put_aside() -> None:
         disk = Disk()
         disk.files[LEARNER_FILE] = b"garbled"
         fresh = Learner(Federation(), np.random.default_rng(1))
+        fresh.meet(toy.FINGERPRINT, None)
         assert service(disk).agent.learner.snapshot() == fresh.snapshot()
         assert disk.rejected == [LEARNER_FILE]
 

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_agent.accounts import SLACK_RISE, OpenText, Slack
 from edge_agent.events import Observation, Token
-from edge_agent.learner import SLACK_RISE, Learner, Measures, OpenText, Slack, measures_of
+from edge_agent.learner import PAIRS_KEPT, Learner
+from edge_agent.measures import Measures, measures_of
 from fedhlm.config import load
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve, shrunk
@@ -19,6 +21,7 @@ from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sa
 from fedhlm.settings import Federation, Generation
 from fedhlm_lab.sim.liars import LIES
 
+PAIR = ""  # of a learner that has met no models
 SAMPLING = Sampling(1, 0.8, 1.0, "gumbel")
 
 
@@ -38,7 +41,7 @@ def seen(u: float, harm: float, *, match: tuple[float, float] | None = None, ski
 def teach(device: Learner, settings: Generation, tokens: int, *, seed: int = 0) -> Measures:
     """Tokens whose harm is a coin of u squared."""
     rng = np.random.default_rng(seed)
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, PAIR)
     u = rng.random(tokens)
     harm = rng.random(tokens) < u**2
     device.observe(measures, settings, [seen(float(a), float(b)) for a, b in zip(u, harm, strict=True)])
@@ -47,7 +50,7 @@ def teach(device: Learner, settings: Generation, tokens: int, *, seed: int = 0) 
 
 def finish(device: Learner, settings: Generation, observations: list[Observation], **options: Any) -> OpenText | None:
     options = {"tail": (), "tokens": 10, "tau": 0.5, "escalation_bytes": 0, "escalated": 0, "coin": 1.0, **options}
-    return device.finished(measures_of(settings, SAMPLING), settings, observations, **options)
+    return device.finished(measures_of(settings, SAMPLING, PAIR), settings, observations, **options)
 
 
 def left(count: int, source: Source = "local") -> tuple[Token, ...]:
@@ -58,7 +61,7 @@ def left(count: int, source: Source = "local") -> tuple[Token, ...]:
 def test_a_device_without_evidence_sends_everything_and_earns_the_right_to_skip() -> None:
     settings = config(peers="none")
     device = learner()
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, PAIR)
     assert device.tau(measures, settings) == KEEP_NONE
     teach(device, settings, 3_000)
     tau = device.tau(measures, settings)
@@ -69,7 +72,8 @@ def test_a_device_without_evidence_sends_everything_and_earns_the_right_to_skip(
 def told(curves: dict[str, Curve], threshold: PaperThreshold | None = None) -> Learned:
     packed = {name: curve.to_bytes() for name, curve in curves.items()}
     return Learned(
-        version=SCHEMA_VERSION, sender="edge", sequence=1, sent_ms=0, round=1, members=1, curves=packed, threshold=threshold,
+        version=SCHEMA_VERSION, sender="edge", sequence=1, sent_ms=0, round=1, members=1, curves=packed,
+        thresholds={} if threshold is None else {PAIR: threshold},
     )  # fmt: skip
 
 
@@ -142,7 +146,7 @@ def test_the_price_of_a_transmission_sets_tau(gate_bytes: int) -> None:
 def test_similarity_is_earned_and_shares_are_of_all_tokens() -> None:
     settings = config()
     device = learner()
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, PAIR)
     assert device.similarity(measures, settings) is None
     hits = [seen(0.9, 0.0, match=(0.05, 0.0)) for _ in range(600)]
     misses = [seen(0.9, 1.0, match=(0.4, 1.0)) for _ in range(300)]
@@ -160,14 +164,13 @@ def test_the_published_threshold_moves_up_and_follows_the_cluster() -> None:
     before = device.tau(measures, settings)
     ended = device.contribution(settings, 1.0)
     assert ended is not None
-    paper = ended[0]
-    assert paper is not None
+    paper = ended[0][PAIR]
     assert paper.count == 200
     assert before < paper.threshold == device.tau(measures, settings)
-    assert device.contribution(settings, 2.0)[0].count == 0  # type: ignore[index, union-attr]
+    assert device.contribution(settings, 2.0)[0][PAIR].count == 0  # type: ignore[index]
     state = Learned(
         version=SCHEMA_VERSION, sender="edge", sequence=1, sent_ms=0, round=1, members=2,
-        threshold=PaperThreshold(0.9, 5),
+        thresholds={PAIR: PaperThreshold(0.9, 5)},
     )  # fmt: skip
     device.learned(state)
     assert device.tau(measures, settings) == 0.9
@@ -197,7 +200,7 @@ def test_the_certificate_counts_every_skipped_token_once(texts: list[tuple[int, 
         if open_text is not None:
             device.audited(open_text, [1.0] * tail)
         expected += scored + (audited and tail / (1.0 - 0.75**tail) if tail else 0.0)
-    known = device.certificate(measures_of(settings, SAMPLING), settings)
+    known = device.certificate(measures_of(settings, SAMPLING, PAIR), settings)
     assert known is not None
     assert (known.texts, known.tokens) == (len(texts), 10 * len(texts))
     assert known.estimate == pytest.approx(expected / (10 * len(texts)) if texts else 0.0)
@@ -218,7 +221,7 @@ def test_texts_enter_the_certificate_in_their_order() -> None:
     """What came after a text that waits for its audit counts only after it."""
     settings = config()
     device = learner()
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, PAIR)
     first = finish(device, settings, [], tail=left(2), coin=0.0)
     finish(device, settings, [seen(0.1, 1.0, skipped=True)])
     third = finish(device, settings, [], tail=left(1), coin=0.0)
@@ -239,7 +242,7 @@ def test_texts_enter_the_certificate_in_their_order() -> None:
 def test_what_nobody_scored_counts_as_wrong_where_it_should_have_been() -> None:
     settings = config()
     device = learner()
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, PAIR)
     text = finish(device, settings, [], tail=left(4), coin=0.0)
     assert text is not None
     kept = learner()
@@ -317,10 +320,10 @@ def test_different_ways_of_generating_never_mix() -> None:
     settings = config()
     greedy = Sampling(1, 0.0, 1.0, "gumbel")
     names = {
-        measures_of(settings, SAMPLING).draft,
-        measures_of(settings, greedy).draft,
-        measures_of(config("fedhlm"), greedy).draft,
-        measures_of(config(uncertainty="entropy"), greedy).draft,
+        measures_of(settings, SAMPLING, PAIR).draft,
+        measures_of(settings, greedy, PAIR).draft,
+        measures_of(config("fedhlm"), greedy, PAIR).draft,
+        measures_of(config(uncertainty="entropy"), greedy, PAIR).draft,
     }
     assert len(names) == 4
 
@@ -330,17 +333,28 @@ def test_a_state_with_an_impossible_control_is_refused_and_changes_nothing(contr
     device = learner()
     state = Learned(
         version=SCHEMA_VERSION, sender="edge", sequence=1, sent_ms=0, round=1, members=1,
-        threshold=PaperThreshold(0.9, 1, control), curves={"u": Curve.empty().to_bytes()},
+        thresholds={PAIR: PaperThreshold(0.9, 1, control)}, curves={"u": Curve.empty().to_bytes()},
     )  # fmt: skip
     with pytest.raises(ProtocolError, match="threshold.control"):
         device.learned(state)
-    assert (device.threshold, device.cluster, device._server_control) == (None, {}, 0.0)
+    assert (device.threshold, device.cluster, device._paper[PAIR].server_control) == (None, {}, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("place", "value"), [(1, 2**31), (1, -1), (2, -1), (3, 1.5), (3, float("nan")), (4, float("nan")), (5, 1e308)]
+    ("place", "value"),
+    [
+        (1, 2**31),
+        (1, -1),
+        (2, -1),
+        (3, []),
+        (3, ["p"] * (PAIRS_KEPT + 1)),
+        (4, {"p": [1.5, None, 0.0, 0.0]}),
+        (4, {"p": [float("nan"), None, 0.0, 0.0]}),
+        (4, {"p": [0.5, None, float("nan"), 0.0]}),
+        (4, {"p": [0.5, None, 0.0, 1e308]}),
+    ],
 )
-def test_a_snapshot_with_a_number_out_of_range_is_refused(place: int, value: float) -> None:
+def test_a_snapshot_with_a_number_out_of_range_is_refused(place: int, value: Any) -> None:
     kept = msgspec.msgpack.decode(learner().snapshot())
     kept[place] = value
     with pytest.raises(ProtocolError):
@@ -350,16 +364,15 @@ def test_a_snapshot_with_a_number_out_of_range_is_refused(place: int, value: flo
 def state_of(threshold: float, control: float = 0.0) -> Learned:
     return Learned(
         version=SCHEMA_VERSION, sender="edge", sequence=1, sent_ms=0, round=1, members=2,
-        threshold=PaperThreshold(threshold, 5, control),
+        thresholds={PAIR: PaperThreshold(threshold, 5, control)},
     )  # fmt: skip
 
 
 def paper_round(device: Learner, settings: Generation, observations: list[Observation]) -> PaperThreshold:
-    device.observe(measures_of(settings, SAMPLING), settings, observations)
+    device.observe(measures_of(settings, SAMPLING, PAIR), settings, observations)
     ended = device.contribution(settings, 1.0)
     assert ended is not None
-    assert ended[0] is not None
-    return ended[0]
+    return ended[0][PAIR]
 
 
 def test_fedprox_is_anchored_at_the_clusters_threshold_over_several_rounds() -> None:
@@ -368,7 +381,7 @@ def test_fedprox_is_anchored_at_the_clusters_threshold_over_several_rounds() -> 
                       learning__learning_rate=0.1, learning__decay=0)  # fmt: skip
     device = learner()
     device.learned(state_of(0.2))
-    device.threshold = 0.6
+    device._paper[PAIR].threshold = 0.6
     assert paper_round(device, settings, [seen(0.9, 0.5)]).threshold == pytest.approx(0.6 + 0.1 * 5.0 * (0.2 - 0.6))
 
 
@@ -386,7 +399,7 @@ def test_the_published_rate_diminishes_round_by_round() -> None:
     moves = []
     device = learner()
     for _ in range(4):
-        device.threshold = 0.5
+        device._paper[PAIR].threshold = 0.5
         moves.append(paper_round(device, settings, [seen(0.5, 0.0)] * 5).threshold - 0.5)
     assert moves[0] > 0.0
     assert [move / moves[0] for move in moves] == pytest.approx([1.0, 1 / 2, 1 / 3, 1 / 4])
@@ -406,7 +419,7 @@ def test_privacys_noise_covers_a_token_that_is_in_both_curves() -> None:
     settings, releases = config(), 3
     device = learner(epsilon=50.0, releases=releases)
     device._rng = np.random.default_rng(5)
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, PAIR)
     many = 10_000.0
     for name in (measures.draft, measures.peers):
         device.curves[name] = Curve(*np.full((4, 64), many))
@@ -421,7 +434,7 @@ def test_privacys_noise_covers_a_token_that_is_in_both_curves() -> None:
 
 def tau_with_budget(settings: Generation, device: Learner, budget: float, confidence: float | None = None) -> float:
     """What the device's own curve allows at a budget: the oracle of the rules that change the budget."""
-    curve = device.curves[measures_of(settings, SAMPLING).draft]
+    curve = device.curves[measures_of(settings, SAMPLING, PAIR).draft]
     m = shrunk(curve, curve, settings.learning.shrinkage)
     return tau_of_budget(curve, m, budget, 1.0 - (confidence or settings.confidence))
 

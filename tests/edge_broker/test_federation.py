@@ -106,8 +106,7 @@ def test_the_papers_threshold_goes_up_by_tokens_across_by_clusters_and_down_to_a
         for cluster in ("c1", "c2"):
             state = retained(world, topics.FL_STATE, cluster=cluster)
             assert state is not None
-            assert state.threshold is not None
-            assert state.threshold.threshold == pytest.approx((0.3 + 0.7) / 2)
+            assert state.thresholds["u"].threshold == pytest.approx((0.3 + 0.7) / 2)
 
     run_virtual(scenario())
 
@@ -162,8 +161,7 @@ def test_a_restart_loses_nothing_and_publishes_nothing_poorer(restart: Restart, 
         final = retained(world, topics.CLOUD_FL_STATE)
         assert final is not None
         assert (tokens(final), final.members) == (600.0, 3)
-        assert final.threshold is not None
-        assert final.threshold.threshold == pytest.approx(0.4)
+        assert final.thresholds["u"].threshold == pytest.approx(0.4)
         own = retained(world, topics.FL_STATE, cluster="c1")
         assert tokens(own) == pytest.approx(600.0)
         if disk is not None:

@@ -176,7 +176,7 @@ async def contribute(
         **agent.party.stamp(),
         round=number,
         members=1,
-        threshold=threshold,
+        thresholds={} if threshold is None else {"u": threshold},
         curves={"u": curve(tokens, harm).to_bytes()},
     )
     await agent.send(topics.FL_UPDATE, message, cluster=cluster, agent=agent.party.stamp.sender)

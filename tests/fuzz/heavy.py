@@ -19,6 +19,7 @@ from fedhlm.protocol.messages import (
     MAX_CONTEXT,
     MAX_CURVES,
     MAX_KEY,
+    MAX_PAIRS,
     MAX_PAYLOAD_BYTES,
     SCHEMA_VERSION,
     Contribution,
@@ -111,8 +112,8 @@ def _curves() -> dict[str, bytes]:
 
 
 def _learned(_size: int) -> Hostile:
-    threshold = PaperThreshold(0.5, 1, 1.0, 1)
-    message = Learned(**_header("edge-c0"), round=1, members=1, threshold=threshold, curves=_curves())
+    thresholds = {f"{i:<16}": PaperThreshold(0.5, 1, 1.0, 1) for i in range(MAX_PAIRS)}
+    message = Learned(**_header("edge-c0"), round=1, members=1, thresholds=thresholds, curves=_curves())
     return Hostile(topics.FL_STATE.name(cluster="c0"), encode(message))
 
 

@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 
 from cloud_verifier.coordinator import sample_of
-from edge_agent.learner import THRESHOLDS, Learner, measures_of
+from edge_agent.learner import THRESHOLDS, Learner
+from edge_agent.measures import measures_of
 from edge_broker.memory import ClusterMemory
 from fedhlm.decoding.couplings import COUPLINGS, split_laws
 from fedhlm.decoding.laws import decode_full, decode_lattice, decode_top_k
@@ -216,7 +217,7 @@ def _learner(data: bytes) -> None:
 def use_learner(learner: Learner) -> None:
     """What an agent does with what it has learnt: plan a generation, contribute to a round."""
     generation = budget_config().config.generation
-    measures = measures_of(generation, messages.Sampling(1))
+    measures = measures_of(generation, messages.Sampling(1), learner.pair)
     for rule in THRESHOLDS.values():
         tau = rule(learner, measures, generation)
         require(tau == KEEP_NONE or 0.0 <= tau <= 1.0, f"tau is {tau}")
@@ -228,11 +229,11 @@ def use_learner(learner: Learner) -> None:
         learning = msgspec.structs.replace(generation.learning, optimiser=optimiser)
         paper = msgspec.structs.replace(generation, threshold="paper-fl", learning=learning)
         number = learner.round
-        learner._pairs.append((0.5, 0.5))
+        learner._transmitted.append((0.5, 0.5))
         ended = learner.contribution(paper, 0.0)
         require(ended is not None, "no contribution")
-        threshold, curves = ended or (None, {})
-        sent = messages.Contribution(**_HEADER, round=number, members=1, threshold=threshold, curves=curves)
+        thresholds, curves = ended or ({}, {})
+        sent = messages.Contribution(**_HEADER, round=number, members=1, thresholds=thresholds, curves=curves)
         messages.decode(messages.encode(sent))
 
 
@@ -242,7 +243,7 @@ def _learner_seed(rng: Rng) -> bytes:
     learner.curves[measures] = Curve.from_bytes(mutators.curve(rng))
     learner.round = rng.randrange(4)
     learner._certificates[measures].add(4, [1.0])
-    learner.threshold = rng.choice((None, 0.3))
+    learner._paper[""].threshold = rng.choice((None, 0.3))
     return learner.snapshot()
 
 

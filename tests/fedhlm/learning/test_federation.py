@@ -2,19 +2,23 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import federation
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.federation import LEAP, OVERTAKEN_S, Members, State, mean_of_agents, mean_of_clusters
+from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import MAX_CURVES, SCHEMA_VERSION, Contribution, Learned, PaperThreshold, decode, encode
 from fedhlm.settings import Federation
 
 PRIOR_TOKENS = 256.0
+PAIR = "3fa4b1.09c2de"
 RULES = Federation(round_updates=3, round_s=2.0)
 
 
@@ -44,7 +48,7 @@ def contribution(
         **header(number if sequence is None else sequence, number if sent_ms is None else sent_ms),
         round=number,
         members=members,
-        threshold=threshold,
+        thresholds={} if threshold is None else {PAIR: threshold},
         curves={measure: curve(tokens, harm).to_bytes()},
     )
 
@@ -195,8 +199,8 @@ def test_a_round_is_due_by_count_or_by_time() -> None:
     [
         ({"curves": {"u": b"garbage"}}, "curve"),
         ({"curves": {"u": Curve(*(np.full(64, v) for v in (1.0, 1.0, 2.0, 1.0))).to_bytes()}}, "curve"),
-        ({"threshold": PaperThreshold(0.5, 1, float("nan"))}, "threshold"),
-        ({"threshold": PaperThreshold(0.5, 1, float("inf"))}, "threshold"),
+        ({"thresholds": {PAIR: PaperThreshold(0.5, 1, float("nan"))}}, "threshold"),
+        ({"thresholds": {PAIR: PaperThreshold(0.5, 1, float("inf"))}}, "threshold"),
     ],
 )
 def test_impossible_contributions_are_counted_and_never_kept(bad: dict[str, Any], reason: str) -> None:
@@ -244,15 +248,15 @@ def test_the_cluster_threshold_weighs_this_rounds_tokens_and_is_kept_without_any
     members = agents()
     members.take("a", contribution(1, threshold=PaperThreshold(0.2, 30, control=-2.0)), 0.0)
     members.take("b", contribution(1, threshold=PaperThreshold(0.6, 10, control=-4.0)), 0.0)
-    first = members.close().threshold
+    first = members.close().thresholds.get(PAIR)
     assert first is not None
     assert [first.threshold, first.count, first.control] == pytest.approx([0.3, 40, -3.0])
     members.take("b", contribution(2, threshold=PaperThreshold(0.8, 5, control=-4.0)), 0.0)
-    second = members.close().threshold
+    second = members.close().thresholds.get(PAIR)
     assert second is not None
     assert [second.threshold, second.count] == pytest.approx([0.8, 5])
     members.take("a", contribution(2, threshold=PaperThreshold(0.1, 0, control=-2.0)), 0.0)
-    third = members.close().threshold
+    third = members.close().thresholds.get(PAIR)
     assert third is not None
     assert [third.threshold, third.count] == pytest.approx([0.8, 0])
 
@@ -266,7 +270,7 @@ def test_one_count_does_not_carry_the_published_threshold_away(members: int, mos
         clean.take(f"a{i:02}", honest, 0.0)
         shout = contribution(1, threshold=PaperThreshold(1.0, 2**31 - 1, 1e11))
         dirty.take(f"a{i:02}", shout if i == 0 else honest, 0.0)
-    before, after = clean.close().threshold, dirty.close().threshold
+    before, after = clean.close().thresholds.get(PAIR), dirty.close().thresholds.get(PAIR)
     assert before is not None
     assert after is not None
     assert before.threshold == pytest.approx(0.43, abs=0.02)
@@ -280,19 +284,51 @@ def test_the_global_threshold_is_the_plain_mean_of_all_clusters() -> None:
     members.close()
     members.take("c2", contribution(1, threshold=PaperThreshold(0.6, 1)), 0.0)
     state = members.close()
-    assert state.threshold is not None
-    assert state.threshold.threshold == pytest.approx(0.4)
+    assert state.thresholds[PAIR].threshold == pytest.approx(0.4)
+
+
+def test_pairs_of_models_in_one_cluster_have_thresholds_and_curves_of_their_own() -> None:
+    members = agents()
+    other = "aaaaaa.09c2de"
+    members.take("a", contribution(1, 10.0, threshold=PaperThreshold(0.2, 30), measure=f"u/{PAIR}"), 0.0)
+    mixed = contribution(1, 20.0, measure=f"u/{other}", harm=0.1)
+    members.take("b", replace(mixed, thresholds={other: PaperThreshold(0.8, 10)}), 0.0)
+    state = members.close()
+    assert {pair: told.threshold for pair, told in state.thresholds.items()} == pytest.approx({PAIR: 0.2, other: 0.8})
+    assert state.curves[f"u/{PAIR}"].total_weight == pytest.approx(10.0)
+    assert state.curves[f"u/{other}"].harm.sum() == pytest.approx(2.0)
+    again = agents()
+    again.restore(members.snapshot())
+    assert same(again.state(), state)
+
+
+def test_the_log_names_pairs_whose_model_is_gone(caplog: pytest.LogCaptureFixture) -> None:
+    """A cloud, or an edge, that finds sums about another LLM in its state folder."""
+    before = agents()
+    before.take("a", contribution(1, threshold=PaperThreshold(0.2, 30), measure=f"u/{PAIR}"), 0.0)
+    after = agents()
+    after.restore(before.snapshot())
+    after.note_large(fingerprint_of("t", 64, noise="n", model="newest"))
+    assert f"the large model is now newest: what was learnt about pair {PAIR}" in caplog.text
+    assert weight(after.state(), f"u/{PAIR}") == pytest.approx(10.0), "kept for the day it comes back"
+
+
+def test_a_snapshot_of_an_earlier_version_is_refused() -> None:
+    kept = msgspec.msgpack.decode(agents().snapshot())
+    kept[0] = 1
+    with pytest.raises(ProtocolError, match="versions of the federation snapshot"):
+        agents().restore(msgspec.msgpack.encode(kept))
 
 
 # What is above
 
 
 def test_a_new_cluster_starts_from_what_others_know_but_soon_speaks_for_itself() -> None:
-    others = State(4, 9, 0, PaperThreshold(0.7, 3), {"u": curve(1e5, 0.1)})
+    others = State(4, 9, 0, {PAIR: PaperThreshold(0.7, 3)}, {"u": curve(1e5, 0.1)})
     empty = agents().state().below(others, tokens=PRIOR_TOKENS)
     assert weight(empty) == pytest.approx(PRIOR_TOKENS)
     assert empty.curves["u"].harm.sum() / weight(empty) == pytest.approx(0.1)
-    assert empty.threshold == others.threshold
+    assert empty.thresholds == others.thresholds
     members = agents()
     members.take("a", contribution(1, 1e5, harm=0.9), 0.0)
     own = members.state().below(others, tokens=PRIOR_TOKENS)
@@ -301,9 +337,9 @@ def test_a_new_cluster_starts_from_what_others_know_but_soon_speaks_for_itself()
 
 
 def test_little_knowledge_above_is_not_blown_up() -> None:
-    assert weight(
-        agents().state().below(State(1, 1, 0, None, {"u": curve(3.0)}), tokens=PRIOR_TOKENS)
-    ) == pytest.approx(3.0)
+    assert weight(agents().state().below(State(1, 1, 0, {}, {"u": curve(3.0)}), tokens=PRIOR_TOKENS)) == pytest.approx(
+        3.0
+    )
 
 
 # Restarts
@@ -318,7 +354,7 @@ def test_an_inherited_state_fades_as_its_members_return() -> None:
     assert after.inherit(retained)
     assert not after.inherit(retained), "an echo"
     assert weight(after.state()) == pytest.approx(60.0)
-    assert after.state().threshold == retained.threshold
+    assert after.state().thresholds == retained.thresholds
     weights = []
     for name, tokens in (("a", 10.0), ("b", 20.0), ("c", 30.0)):
         after.take(name, contribution(6, tokens), 0.0)

@@ -14,6 +14,7 @@ from fedhlm.protocol.messages import SCHEMA_VERSION, PaperThreshold, Verdict
 from fedhlm.protocol.packing import pack_bits, pack_probs
 from fedhlm_lab.sim.liars import LIES
 
+PAIR = "one"  # of an unknown LLM, whose verdicts `note` counts by default
 DRAFTS, PEERS = "closed-form/gumbel/greedy", "neighbour/gumbel/greedy"
 
 
@@ -48,7 +49,7 @@ class Agent:
                 self.curve.add(u, float(wrong))
 
     def say(self, curve: Curve | None = None) -> tuple[Curve, tuple[str, ...]]:
-        claim = self.edge.check("a", None, {DRAFTS: self.curve if curve is None else curve})
+        claim = self.edge.check("a", {}, {DRAFTS: self.curve if curve is None else curve})
         return claim.curves[DRAFTS], claim.cut
 
 
@@ -86,14 +87,14 @@ def test_history_from_before_this_edge_counts_once() -> None:
     said, cut = agent.say(more)
     assert said.total_weight == pytest.approx(10_000.0 * (1.0 + SLACK_SHARE) + SLACK_TOKENS)
     assert "claims 20000 tokens, 12756 at most were scored" in cut
-    assert agent.edge.check("b", None, {DRAFTS: more}, {DRAFTS: veteran}).cut
+    assert agent.edge.check("b", {}, {DRAFTS: more}, {DRAFTS: veteran}).cut
 
 
 def test_fixed_ids_count_by_their_bits_and_what_decides_nothing_does_not() -> None:
     edge = SettledTokens(UNCERTAINTIES)
     edge.note("a", verdict(3, 4, [True, False, True]))
     edge.note("a", verdict(4, 4, status="unprimed"))
-    account = edge._account("a").passed
+    account = edge._account("a", "").passed
     assert account == (4.0, 3.0)
 
 
@@ -103,9 +104,9 @@ def test_the_peers_curve_is_bounded_by_itself() -> None:
         edge.note("a", verdict(1, 1))
     both = Curve.empty()
     both.add(0.5, 0.0, 1_000.0)
-    assert edge.check("a", None, {DRAFTS: both, PEERS: both}).cut == ()
+    assert edge.check("a", {}, {DRAFTS: both, PEERS: both}).cut == ()
     boast = both.scaled(10.0)
-    claim = edge.check("a", None, {DRAFTS: both, PEERS: boast})
+    claim = edge.check("a", {}, {DRAFTS: both, PEERS: boast})
     assert claim.curves[PEERS].total_weight == pytest.approx(1_000 + SLACK_TOKENS)
     assert claim.curves[DRAFTS].total_weight == pytest.approx(1_000)
 
@@ -114,12 +115,12 @@ def test_a_threshold_counts_the_tokens_of_its_round() -> None:
     edge = SettledTokens(UNCERTAINTIES)
     for _ in range(100):
         edge.note("a", verdict(1, 1))
-    claim = edge.check("a", PaperThreshold(1.0, 2**31 - 1), {})
-    assert claim.threshold == PaperThreshold(1.0, 100 + int(SLACK_TOKENS))
+    claim = edge.check("a", {PAIR: PaperThreshold(1.0, 2**31 - 1)}, {})
+    assert claim.thresholds == {PAIR: PaperThreshold(1.0, 100 + int(SLACK_TOKENS))}
     assert claim.cut
     edge.note("a", verdict(1, 1))
-    claim = edge.check("a", PaperThreshold(0.5, 1), {})
-    assert (claim.threshold, claim.cut) == (PaperThreshold(0.5, 1), ())
+    claim = edge.check("a", {PAIR: PaperThreshold(0.5, 1)}, {})
+    assert (claim.thresholds, claim.cut) == ({PAIR: PaperThreshold(0.5, 1)}, ())
 
 
 def test_accounts_are_bounded() -> None:
@@ -127,3 +128,17 @@ def test_accounts_are_bounded() -> None:
     for i in range(AGENTS_MAX + 10):
         edge.note(f"a{i}", verdict(1, 1))
     assert len(edge._accounts) == AGENTS_MAX
+
+
+def test_the_harm_of_one_large_model_is_not_asked_of_another() -> None:
+    """The old one disagreed with every second token, the new one with none."""
+    edge = SettledTokens(UNCERTAINTIES)
+    for i in range(1_000):
+        edge.note("a", verdict(i % 2, 1), "09c2de")
+        edge.note("a", verdict(1, 1), "f00baa")
+    clean = Curve.empty()
+    clean.add(0.5, 0.0, 1_000.0)
+    old, new = f"{DRAFTS}/3fa4b1.09c2de", f"{DRAFTS}/3fa4b1.f00baa"
+    assert edge.check("a", {}, {new: clean}).cut == ()
+    assert "lacks the harm" in " ".join(edge.check("a", {}, {old: clean}).cut)
+    assert edge.check("a", {}, {new: clean.scaled(2.0)}).curves[new].total_weight < 1_300.0

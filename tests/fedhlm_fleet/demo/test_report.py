@@ -195,9 +195,9 @@ def test_the_table_is_one_in_100_columns_and_whole_in_fewer(name: str) -> None:
 
 
 def learned(curve: Curve | None, *, threshold: float | None = None, number: int = 3) -> Learned:
-    update = None if threshold is None else PaperThreshold(threshold, 10)
+    update = {} if threshold is None else {"3fa4b1.09c2de": PaperThreshold(threshold, 10)}
     curves = {} if curve is None else {MEASURE: curve.to_bytes()}
-    return Learned(**Stamp("edge")(), round=number, members=2, threshold=update, curves=curves)
+    return Learned(**Stamp("edge")(), round=number, members=2, thresholds=update, curves=curves)
 
 
 def journey(preset: str = "budget") -> Journey:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from edge_agent.auditor import Auditor, audit_of
+from edge_agent.auditor import Auditor
 from edge_agent.events import (
     Answered,
     Cancelled,
@@ -32,7 +32,7 @@ from edge_agent.generation import GenerationMachine
 from edge_agent.growth import RANKS, Delay, TreeLimits
 from edge_agent.journal import AgentStart, Ended, Notes, Planned
 from edge_agent.learner import Learner
-from edge_agent.measures import measures_of
+from edge_agent.lessons import Lessons
 from edge_agent.membership import Membership
 from edge_agent.model import Drafter, Drawn
 from edge_agent.peers import Peers
@@ -40,7 +40,6 @@ from edge_agent.planning import event_of, plan_of
 from edge_agent.profile import Sampler
 from edge_agent.result import GenerationResult, Job
 from edge_agent.turn import NextEvent, Turn, close, next_event
-from fedhlm import choices
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.decoding.tree import pack_branches
@@ -50,7 +49,6 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     MAX_DOUBTS,
     Assignment,
-    Contribution,
     Escalation,
     Fingerprint,
     FinishReason,
@@ -58,7 +56,6 @@ from fedhlm.protocol.messages import (
     Learned,
     Presence,
     Prime,
-    Profile,
     UncertainTokens,
     Verdict,
     VerifiedTokens,
@@ -67,7 +64,6 @@ from fedhlm.protocol.packing import pack_ids
 from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Consensus, Federation
-from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
@@ -105,7 +101,6 @@ class AgentCore:
         self.name = party.stamp.sender
         self.fingerprint = fingerprint
         self.membership = Membership(party=party, cluster=cluster, fingerprint=fingerprint, guest=guest)
-        self._guest = guest
         self.learner = learner
         self.peers = make_peers()
         self.link_up = True
@@ -129,6 +124,15 @@ class AgentCore:
             peers=lambda: self.peers,
             cluster=lambda: self.cluster,
             clock_s=self._clock_s,
+        )
+        self._lessons = Lessons(
+            party=party,
+            learner=learner,
+            auditor=self.auditor,
+            sampler=sampler,
+            peers=lambda: self.peers,
+            cluster=lambda: self.cluster,
+            guest=guest,
         )
         self._notes = Notes(party)
         self._routes: dict[int, asyncio.Queue[Event]] = {}
@@ -351,7 +355,7 @@ class AgentCore:
         self._count(machine, result)
         if self._sampler is not None and sample is not None:
             self._sampler.end(sample)
-        await self._learn(turn, now)
+        await self._lessons.learn(turn, now)
         return result
 
     async def _act(self, action: Escalate | Commit | Judged | Observe | Finish, turn: Turn) -> None:
@@ -376,62 +380,6 @@ class AgentCore:
                 self._notes.write("ended", Ended(reason, error))
                 if reason == "cancelled" and result.uplink_messages:
                     await close(turn, self.party, self.cluster)
-
-    async def _learn(self, turn: Turn, now_s: float) -> None:
-        """Learn from a finished generation, and contribute if a round is due."""
-        job, result, tail = turn.job, turn.result, turn.result.ended.tail
-        learner = self.learner
-        config = job.config
-        if not learner.met(turn.pair):
-            kept = sum(seen.skipped for seen in result.observed) + len(tail.tokens)
-            measures = measures_of(config, job.sampling, turn.pair)
-            learner.spoilt(measures, config, tokens=len(result.ids), kept=kept)
-            return
-        measures = measures_of(config, job.sampling, learner.pair)
-        learner.observe(measures, config, result.observed)
-        text = learner.finished(
-            measures,
-            config,
-            result.observed,
-            tail.tokens,
-            tokens=len(result.ids),
-            tau=result.tau,
-            escalation_bytes=result.escalation_bytes,
-            escalated=result.escalated,
-            # Drawn for the finished text, because the audit probability depends on its tail.
-            coin=uniform(job.sampling.seed, 0, AUDIT_STREAM),
-        )
-        if text is not None:
-            self.auditor.wait(audit_of(turn, measures, text, now_s))
-        known = self.peers.collaboration[config.peers]
-        for seen in result.observed:
-            self.peers.learn(config, seen, result.similarity)
-        if result.escalated:
-            known.escalated(result.escalation_bytes / result.escalated)
-        result.certificate = learner.certificate(measures, config)
-        self._counters.set_all(tau=result.tau, similarity=result.similarity)
-        if (evidence := result.certificate) is not None:
-            limit = evidence.limit(config.confidence)
-            self._counters.set_all(risk=evidence.estimate, risk_limit=limit, risk_generations=evidence.texts)
-        contributes = choices.THRESHOLDS[config.threshold].learns and not self._guest
-        if contributes and learner.due(config, now_s):
-            await self._contribute(config, result, now_s)
-
-    async def _contribute(self, config: GenerationConfig, result: GenerationResult, now_s: float) -> None:
-        number = self.learner.round
-        ended = self.learner.contribution(config, now_s)
-        if ended is None:
-            warn_once(log, "releases", "contributions have ended: all federation.releases are used")
-            return
-        thresholds, curves = ended
-        message = Contribution(**self.party.stamp(), round=number, members=1, thresholds=thresholds, curves=curves)
-        self._counters.add("contributions")
-        sent = await self.party.send(topics.FL_UPDATE, message, cluster=self.cluster, agent=self.name)
-        result.cluster_bytes += sent.packet_bytes
-        if self._sampler is not None and self._sampler.due:
-            profile = Profile(**self.party.stamp(), agent=self.name, **self._sampler.take())
-            sent = await self.party.send(topics.PROFILE, profile, cluster=self.cluster, agent=self.name)
-            result.cluster_bytes += sent.packet_bytes
 
     def _count(self, machine: GenerationMachine, result: GenerationResult) -> None:
         tally = machine.tally

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from edge_agent.driver import AgentCore
+from edge_agent.core import AgentCore
 from edge_agent.events import Observation, Token
 from edge_agent.learner import PAIRS_KEPT, Learner
 from edge_agent.measures import measures_of

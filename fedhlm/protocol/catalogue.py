@@ -110,6 +110,8 @@ def _collect(kind: Any, found: dict[type[msgspec.Struct], None]) -> None:
             _collect(one, found)
     elif isinstance(kind, inspect.VarTupleType):
         _collect(kind.item_type, found)
+    elif isinstance(kind, inspect.DictType):
+        _collect(kind.value_type, found)
 
 
 def _type(kind: inspect.Type) -> str:

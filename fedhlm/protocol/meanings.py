@@ -9,7 +9,7 @@ _SPACE: Final = ("", "digest of projection and tokenizer; keys of other spaces c
 _KEY: Final = ("", "context key: int8 values, a vector whose cosine tells how similar two contexts are")
 _ROUND: Final = ("", "number of the federated round")
 _MEMBERS: Final = ("agents", "how many agents are behind the message")
-_PAPER: Final = ("", "of the threshold rule `paper-fl`; nil under every other rule")
+_PAPER: Final = ("", "by pair of models, under the threshold rule `paper-fl` only")
 _CURVES: Final = ("", "by measure: a bitmap of the non-empty bins (8 bytes), then 4 little-endian float32 for each")
 
 # By the name of the struct and of the field: the unit ("" for none) and the meaning.
@@ -152,12 +152,12 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "control": ("", "control variate: a mean gradient"),
         "steps": ("", "number of local gradient steps"),
     },
-    "Contribution": {"round": _ROUND, "members": _MEMBERS, "threshold": _PAPER, "curves": _CURVES},
+    "Contribution": {"round": _ROUND, "members": _MEMBERS, "thresholds": _PAPER, "curves": _CURVES},
     "Learned": {
         "round": _ROUND,
         "members": _MEMBERS,
         "refused": ("", "how many contributions of the round were rejected"),
-        "threshold": _PAPER,
+        "thresholds": _PAPER,
         "curves": _CURVES,
     },
     "Profile": {

@@ -44,7 +44,7 @@ class Mosquitto:
         self._users = users
         self._extra = extra
         self._process: asyncio.subprocess.Process | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="mosquitto-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="mosquitto-")
 
     @property
     def url(self) -> str:
@@ -53,7 +53,12 @@ class Mosquitto:
     @property
     def folder(self) -> Path:
         """Where `files` lie; `{0}` in `extra` stands for it."""
-        return Path(self._folder.name)
+        return Path(self._temporary.name)
+
+    @property
+    def log(self) -> str:
+        """What the broker has said."""
+        return (self.folder / "log").read_text("utf-8", errors="replace")
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -63,18 +68,23 @@ class Mosquitto:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
-        self._folder.cleanup()
+        self._temporary.cleanup()
 
     async def start(self) -> None:
         assert MOSQUITTO is not None
-        config = self._write_config(self.folder)
-        self._process = await asyncio.create_subprocess_exec(
-            MOSQUITTO, "-c", str(config), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
-        )
+        config = self.folder / "mosquitto.conf"
+        if not config.exists():
+            self.write()
+        with (self.folder / "log").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                MOSQUITTO, "-c", str(config), stdout=asyncio.subprocess.DEVNULL, stderr=log
+            )
         async with asyncio.timeout(START_TIMEOUT_S):
             await until_listening(self.port)
 
-    def _write_config(self, folder: Path) -> Path:
+    def write(self) -> None:
+        """Write the configuration."""
+        folder = self.folder
         folder.chmod(0o755)
         lines = [f"listener {self.port} 127.0.0.1", f"allow_anonymous {'false' if self._users else 'true'}"]
         if self._users:
@@ -88,7 +98,6 @@ class Mosquitto:
             (folder / name).write_bytes(content)
             (folder / name).chmod(0o644)
         config.write_text("\n".join([*lines, self._extra.format(folder), ""]))
-        return config
 
     async def stop(self) -> None:
         process, self._process = self._process, None

@@ -11,8 +11,10 @@ from typing import Final
 import pytest
 from hypothesis import HealthCheck, settings
 
+from edge_broker.embedded import EmbeddedBroker
 from fedhlm import telemetry
 from fedhlm.config import ENV_PREFIX
+from tests.brokers import MOSQUITTO, Mosquitto
 
 # Where CI=true, a test may be skipped only for a reason that begins with one of these: what no machine can install.
 ALLOWED_SKIPS: Final = ("no CUDA device",)
@@ -30,6 +32,16 @@ settings.register_profile(
 settings.load_profile("fedhlm")
 
 Report = pytest.TestReport | pytest.CollectReport
+
+
+@pytest.fixture(params=["mosquitto", "embedded"])
+def broker(request: pytest.FixtureRequest) -> Mosquitto | EmbeddedBroker:
+    """Each broker that a fleet can run on, to be entered by the test."""
+    if request.param == "embedded":
+        return EmbeddedBroker()
+    if MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
+    return Mosquitto()
 
 
 @pytest.fixture(autouse=True)

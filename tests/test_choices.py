@@ -16,19 +16,10 @@ from fedhlm.protocol.messages import Presence
 from fedhlm.protocol.roles import PARTS, ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.protocol.topics import TABLE
+from fedhlm_fleet.commands.common import PACKAGES
 from fedhlm_fleet.pki.roles import CERTIFICATES
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = (
-    "cloud_verifier",
-    "edge_agent",
-    "edge_broker",
-    "fedhlm",
-    "fedhlm_fleet",
-    "fedhlm_lab",
-    "fedhlm_traces",
-    "fedhlm_zoo",
-)
 NAMES = frozenset[str]().union(
     *(choices.GATES, choices.PEERS, choices.THRESHOLDS, choices.OBJECTIVES, choices.PIPELINES),
     *(COUPLINGS, UNCERTAINTIES, OPTIMISERS, ROLES, CERTIFICATES, SOURCES, presets()),
@@ -37,7 +28,6 @@ NAMES = frozenset[str]().union(
 OTHERS = {
     ("fedhlm_fleet/flash/batch.py", "agent"): "a column of a table of devices",
     ("fedhlm_fleet/flash/bundle.py", "none"): "the ABI tag of a wheel",
-    ("fedhlm_fleet/commands/common.py", "fedhlm"): "our package, which is installed",
     ("fedhlm_lab/sim/faults.py", "none"): "the word for no faults",
 }
 

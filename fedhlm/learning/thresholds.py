@@ -100,12 +100,8 @@ def fedavg(
     settings: PaperSettings,
 ) -> PaperUpdate:
     """FedHLM eq. (6): tau <- tau - eta dL/dtau, repeated `local_steps` times."""
-    if len(pairs) == 0:
-        return PaperUpdate(local, 0, client_control, 0)
-    tau, rate = local, settings.rate(round_number)
-    for _ in range(settings.local_steps):
-        tau = _clip(tau - rate * paper_gradient(pairs, tau, settings.gamma, settings.lam))
-    return PaperUpdate(tau, len(pairs), client_control, settings.local_steps)
+    alone = settings._replace(mu=0.0)
+    return fedprox(pairs, local, local, client_control, 0.0, round_number, alone)
 
 
 def fedprox(

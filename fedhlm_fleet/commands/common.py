@@ -17,6 +17,17 @@ Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
 Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
 SHOWN: Final = 32  # characters shown before a byte that is not UTF-8
+PACKAGES: Final = (
+    "fedhlm",
+    "edge_agent",
+    "edge_broker",
+    "cloud_verifier",
+    "fedhlm_doors",
+    "fedhlm_fleet",
+    "fedhlm_lab",
+    "fedhlm_traces",
+    "fedhlm_zoo",
+)
 OPTIONS: Final = ("--config", "--preset", "--help")  # every command that takes keys has them
 Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
@@ -28,17 +39,7 @@ def needing(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as exc:
         library = (exc.name or "").partition(".")[0]
-        if library in {
-            "fedhlm",
-            "edge_agent",
-            "edge_broker",
-            "cloud_verifier",
-            "fedhlm_doors",
-            "fedhlm_fleet",
-            "fedhlm_lab",
-            "fedhlm_traces",
-            "fedhlm_zoo",
-        }:
+        if library in PACKAGES:
             raise
         raise FedhlmError(f"{library!r} is not installed: pip install 'fedhlm[{extra}]'") from exc
 

@@ -2,40 +2,23 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_verifier.verifier import Block, Session, Settled, settle
+from cloud_verifier.verifier import Block, Session
 from fedhlm.decoding.laws import encode_full
 from fedhlm.decoding.sampling import law
 from fedhlm.decoding.tree import Branch, Tree
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.sim import toy
+from tests.cloud_verifier.driven import drive
 
 SAMPLING = Sampling(seed=3)
 
 
 def session(context: Sequence[int], sampling: Sampling = SAMPLING) -> Session:
     return Session(sampling, toy.VOCAB_SIZE, frozenset({toy.EOS_ID}), list(context))
-
-
-def drive(state: Session, block: Block) -> Settled:
-    """Run a block on the toy LLM, checking that every feed continues what the cache holds."""
-    steps = settle(state, block)
-    held: list[int] = list(state.fed)
-    feed = next(steps)
-    while True:
-        assert feed.keep <= len(held)
-        assert feed.ids
-        held = held[: feed.keep] + feed.ids
-        rows = [toy.large_logits(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
-        try:
-            feed = steps.send(np.stack(rows))
-        except StopIteration as stop:
-            settled: Settled = stop.value
-            return settled
 
 
 def block(base: int, ids: list[int], *, fixed: int = 0, extend: int = 1) -> Block:

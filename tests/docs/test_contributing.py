@@ -10,19 +10,11 @@ from typing import NamedTuple
 
 import pytest
 
+from fedhlm_fleet.commands.common import PACKAGES
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-COPIED = (
-    "fedhlm",
-    "edge_agent",
-    "edge_broker",
-    "cloud_verifier",
-    "fedhlm_doors",
-    "fedhlm_fleet",
-    "fedhlm_lab",
-    "fedhlm_traces",
-    "docs",
-)
+COPIED = (*(package for package in PACKAGES if package != "fedhlm_zoo"), "docs")
 STEP = re.compile(
     r"(?:^(?P<where>New file|In) `(?P<file>[\w./-]+)`(?:, (?P<how>before|after|in place of) `(?P<marker>[^\n]+?)`)?:\n\n)?"
     r"^```(?P<language>\w+)\n(?P<text>.*?)^```$",

@@ -1,10 +1,8 @@
 """A generation machine, a toy SLM and a toy cloud joined by hand, so that a test decides what arrives when."""
 
-import numpy as np
-
 from cloud_verifier import sessions
 from cloud_verifier.sessions import Key, Sessions
-from cloud_verifier.verifier import Block, settle
+from cloud_verifier.verifier import Block
 from edge_agent.events import (
     Action,
     Answered,
@@ -31,6 +29,7 @@ from fedhlm.decoding.tree import pack_branches
 from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Hints, Prime, Sampling
 from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
+from tests.cloud_verifier.driven import drive
 
 EOS = frozenset({toy.EOS_ID})
 
@@ -97,18 +96,8 @@ class Cloud:
         if isinstance(admission, Block):
             entry = self.sessions.entry(key)
             assert entry is not None
-            steps = settle(entry.state, admission)
-            feed, held = next(steps), list(entry.state.fed)
-            while True:
-                held = held[: feed.keep] + feed.ids
-                rows = [toy.large_logits(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
-                try:
-                    feed = steps.send(np.stack(rows))
-                except StopIteration as stop:
-                    done = stop.value
-                    return Answered(
-                        action.epoch, action.base, done.accepted, done.ids, done.target_probs, "cloud", done.missed
-                    )
+            done = drive(entry.state, admission)
+            return Answered(action.epoch, action.base, done.accepted, done.ids, done.target_probs, "cloud", done.missed)
         if isinstance(admission, sessions.UnprimedBlock):
             return Unprimed(action.epoch)
         if isinstance(admission, sessions.RefusedBlock):

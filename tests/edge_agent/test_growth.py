@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cloud_verifier.verifier import Block, Session, Settled, settle
+from cloud_verifier.verifier import Block, Session, Settled
 from edge_agent.growth import PRIOR_FIRST, RANKS, Acceptance, Candidates, Delay, Growth, TreeLimits, ranking
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.tree import Tree
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.sim import toy
+from tests.cloud_verifier.driven import drive
 
 prompts = st.lists(st.integers(1, toy.VOCAB_SIZE - 1), min_size=1, max_size=4)
 samplings = st.builds(
@@ -145,16 +146,7 @@ def paths_of(growth: Growth) -> list[tuple[int, ...]]:
 
 
 def settle_tree(state: Session, chain: list[int], tree: Tree) -> Settled:
-    steps = settle(state, Block(len(state.context), chain, 0, 1, [b""] * len(chain), tree.branches))
-    feed, held = next(steps), list(state.fed)
-    while True:
-        held = held[: feed.keep] + feed.ids
-        rows = [toy.large_logits(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
-        try:
-            feed = steps.send(np.stack(rows))
-        except StopIteration as stop:
-            settled: Settled = stop.value
-            return settled
+    return drive(state, Block(len(state.context), chain, 0, 1, [b""] * len(chain), tree.branches))
 
 
 def run(prompt: list[int], sampling: Sampling, budget: TreeLimits, tokens: int) -> tuple[list[int], int, float]:

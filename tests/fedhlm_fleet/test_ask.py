@@ -21,19 +21,10 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Cancel, Output, Prompt, Source, encode
 from fedhlm.telemetry import Counters
 from fedhlm_fleet.commands.ask import Marks, read_words
-from tests.brokers import MOSQUITTO, Mosquitto
+from tests.brokers import Mosquitto
 from tests.processes import obey_interrupts
 
 LIMIT_S = 60.0
-
-
-@pytest.fixture(params=["mosquitto", "embedded"])
-def broker(request: pytest.FixtureRequest) -> Mosquitto | EmbeddedBroker:
-    if request.param == "mosquitto":
-        if MOSQUITTO is None:
-            pytest.skip("mosquitto is not installed")
-        return Mosquitto()
-    return EmbeddedBroker()
 
 
 class Actor:

@@ -5,10 +5,14 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from cloud_verifier.engine import Engine
 from edge_agent.result import Job
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.config import load
+from fedhlm.learning import federation, robust
+from fedhlm.learning.robust import Pooled
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Config
@@ -167,3 +171,14 @@ def record(
 def lives_of(records: list[Record], part: str) -> list[PartJournal]:
     """The journals of one kind of part."""
     return [life for life in lives(records) if life.part == part]
+
+
+def pool_otherwise(patch: pytest.MonkeyPatch) -> None:
+    """Change a rule: sums are halved."""
+    original = robust.pool
+
+    def pool(*given: object, **named: object) -> Pooled:
+        pooled: Pooled = original(*given, **named)  # type: ignore[arg-type]
+        return pooled._replace(curve=pooled.curve.scaled(0.5))
+
+    patch.setattr(federation, "pool", pool)

@@ -13,8 +13,6 @@ from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from cloud_verifier.sessions import Sessions
 from fedhlm.decoding import couplings
 from fedhlm.errors import TraceError
-from fedhlm.learning import federation, robust
-from fedhlm.learning.robust import Pooled
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Sampling, VerdictBatch, decode, encode
 from fedhlm_lab.sim import toy
@@ -22,7 +20,7 @@ from fedhlm_traces.check.cloud import check_cloud, from_bus
 from fedhlm_traces.check.divergence import plain
 from fedhlm_traces.check.journals import PartJournal
 from fedhlm_traces.file import Record
-from tests.fedhlm_traces.recorded import engine, lives_of, record
+from tests.fedhlm_traces.recorded import engine, lives_of, pool_otherwise, record
 
 PRESETS = ("exact", "budget", "fedhlm", "u-hlm", "speculative")
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -113,17 +111,6 @@ def forget_epochs(patch: pytest.MonkeyPatch) -> None:
         return original(self, key, escalation)
 
     patch.setattr(Sessions, "_admit", admit)
-
-
-def pool_otherwise(patch: pytest.MonkeyPatch) -> None:
-    """Sums are halved."""
-    original = robust.pool
-
-    def pool(*given: object, **named: object) -> Pooled:
-        pooled: Pooled = original(*given, **named)  # type: ignore[arg-type]
-        return pooled._replace(curve=pooled.curve.scaled(0.5))
-
-    patch.setattr(federation, "pool", pool)
 
 
 MUTANTS: dict[str, tuple[Patch, str, tuple[str, ...]]] = {

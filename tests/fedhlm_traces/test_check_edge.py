@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from edge_broker.journal import EdgeStart
 from edge_broker.memory import ClusterMemory, PeersAnswer
 from edge_broker.relay import Relay
-from fedhlm.learning import federation, robust
-from fedhlm.learning.robust import Pooled
+from fedhlm.learning import federation
 from fedhlm.learning.thresholds import PaperUpdate
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Escalation, Hints, RoutedVerdict, VerdictBatch
 from fedhlm_traces.check.divergence import plain
 from fedhlm_traces.check.edge import check_edge
 from fedhlm_traces.check.journals import PartJournal
-from tests.fedhlm_traces.recorded import lives_of, record
+from tests.fedhlm_traces.recorded import lives_of, pool_otherwise, record
 
 PRESETS = ("exact", "budget", "fedhlm")
 BY_TIMER = (topics.CLOUD_VERIFY, topics.NEIGHBOUR, topics.EDGE_STATUS)
@@ -88,17 +87,6 @@ def average_otherwise(patch: pytest.MonkeyPatch) -> None:
         return max((update.threshold for update in updates), default=None)
 
     patch.setattr(federation, "cluster_mean", largest)
-
-
-def pool_otherwise(patch: pytest.MonkeyPatch) -> None:
-    """Sums are halved."""
-    original = robust.pool
-
-    def pool(*given: object, **named: object) -> Pooled:
-        pooled: Pooled = original(*given, **named)  # type: ignore[arg-type]
-        return pooled._replace(curve=pooled.curve.scaled(0.5))
-
-    patch.setattr(federation, "pool", pool)
 
 
 MUTANTS: dict[str, tuple[Patch, str, bool, tuple[str, ...]]] = {

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fedhlm_fleet.commands.common import PACKAGES
+
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("fedhlm", "edge_agent", "edge_broker", "cloud_verifier", "fedhlm_traces", "fedhlm_lab", "fedhlm_fleet")
+
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

@@ -59,7 +59,7 @@ class GuardedBroker:
     def url_of(self, name: str) -> str:
         """The address with the certificate of a part ("agent home porch", "edge home", "cloud", "client ann")."""
         kind, *rest = name.split()
-        return self._secured.url({"cloud": "cloud", "edge": "edge-home"}.get(kind) or rest[-1])
+        return self._secured.url_of({"cloud": "cloud", "edge": "edge-home"}.get(kind) or rest[-1])
 
 
 Broker = Mosquitto | EmbeddedBroker | GuardedBroker

@@ -163,7 +163,7 @@ async def test_a_certificate_for_parties_serves_no_broker(pki: Pki) -> None:
     async with Secured(pki, BrokerPlace("shared")) as broker:
         await broker.stop()
         for suffix in ("crt", "key"):
-            shutil.copy(pki.folder / "issued" / "porch" / f"porch.{suffix}", broker.out / f"broker.{suffix}")
+            shutil.copy(pki.folder / "issued" / "porch" / f"porch.{suffix}", broker.folder / f"broker.{suffix}")
         await broker.start()
         assert "is not to be trusted: " in await refused(broker.bus("desk"))
 
@@ -205,8 +205,8 @@ async def test_renewing_keeps_both_certificates_good_and_superseding_ends_the_fo
         shutil.copy(home / f"twice.{suffix}", tmp_path)
     authority.issue(pki.folder, "twice", renew=True, now=now())
     async with asyncio.timeout(LIMIT_S), Secured(pki, BrokerPlace("cluster", "home")) as broker:
-        former = broker.url("twice").replace(str(home), str(tmp_path))
-        for url in (former, broker.url("twice")):
+        former = broker.url_of("twice").replace(str(home), str(tmp_path))
+        for url in (former, broker.url_of("twice")):
             async with MqttBus(url, client_id="twice", connect_timeout_s=10.0) as bus:
                 assert bus.connected
         authority.revoke(pki.folder, "twice", superseded=True, now=now())

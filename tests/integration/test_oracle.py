@@ -26,15 +26,6 @@ def llm() -> Alone:
     return Alone.load(model_folder("", "llm"), threads=1)
 
 
-@pytest.fixture(params=["mosquitto", "embedded"])
-def broker(request: pytest.FixtureRequest) -> Mosquitto | EmbeddedBroker:
-    if request.param == "mosquitto":
-        if MOSQUITTO is None:
-            pytest.skip("mosquitto is not installed")
-        return Mosquitto()
-    return EmbeddedBroker()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "law", [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.2, "top_k": 40, "min_p": 0.02, "top_p": 0.95}]

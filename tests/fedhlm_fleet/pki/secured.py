@@ -6,7 +6,6 @@ import signal
 import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from fedhlm.bus.mqtt import MqttBus
@@ -14,7 +13,7 @@ from fedhlm_fleet.pki import authority
 from fedhlm_fleet.pki.acl import BrokerPlace
 from fedhlm_fleet.pki.mosquitto import Listener, configure
 from fedhlm_fleet.pki.roles import CertificateRole
-from tests.brokers import MOSQUITTO, START_TIMEOUT_S, free_port, until, until_listening
+from tests.brokers import START_TIMEOUT_S, Mosquitto, until
 
 
 def now() -> datetime:
@@ -51,59 +50,27 @@ class Pki:
         return {f"{prefix}.{key}": str(path) for key, path in files.items()}
 
 
-class Secured:
+class Secured(Mosquitto):
     """A mosquitto with the configuration that `configure` makes; entered, it runs."""
 
     def __init__(self, pki: Pki, place: BrokerPlace, *, extra: str = "") -> None:
-        self.pki, self.place, self.port, self.extra = pki, place, free_port(), extra
-        self._temporary = tempfile.TemporaryDirectory(prefix="secured-")
-        self.out = Path(self._temporary.name)
-        self._process: asyncio.subprocess.Process | None = None
+        super().__init__(extra=extra)
+        self.pki, self.place = pki, place
 
     @property
     def host(self) -> str:
         return f"mqtts://localhost:{self.port}"
 
     def write(self) -> None:
-        data = self.out / "data"
+        """Write the configuration; a running broker reads it at its next start or `reload`."""
+        data = self.folder / "data"
         data.mkdir(exist_ok=True)
         listener = Listener(self.port, "127.0.0.1", "", str(data))
-        configure(self.pki.folder, self.out, place=self.place, listener=listener, now=now())
+        configure(self.pki.folder, self.folder, place=self.place, listener=listener, now=now())
         # Root's mosquitto would become another user, who cannot read this folder.
         user = "user root\n" if os.geteuid() == 0 else ""
-        with (self.out / "mosquitto.conf").open("a") as file:
-            file.write(f"{user}{self.extra}")
-
-    async def __aenter__(self) -> Self:
-        self.write()
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
-        self._temporary.cleanup()
-
-    async def start(self) -> None:
-        assert MOSQUITTO is not None
-        with (self.out / "log").open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                MOSQUITTO, "-c", str(self.out / "mosquitto.conf"), stdout=asyncio.subprocess.DEVNULL, stderr=log
-            )
-        async with asyncio.timeout(START_TIMEOUT_S):
-            await until_listening(self.port)
-
-    async def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            await self._process.wait()
-            self._process = None
-
-    @property
-    def log(self) -> str:
-        """What the broker has said."""
-        return (self.out / "log").read_text("utf-8", errors="replace")
+        with (self.folder / "mosquitto.conf").open("a") as file:
+            file.write(f"{user}{self._extra}")
 
     async def reload(self) -> None:
         """SIGHUP, and wait until the broker says that it has begun; it finishes before it serves anybody."""
@@ -113,11 +80,11 @@ class Secured:
         async with asyncio.timeout(START_TIMEOUT_S):
             await until(lambda: self.log.count("Reloading config") > before)
 
-    def url(self, name: str, *, pki: Pki | None = None) -> str:
+    def url_of(self, name: str, *, pki: Pki | None = None) -> str:
         """The address as `name`, with its own certificate and this broker's CA."""
         theirs = (pki or self.pki).keys(name)
         return f"{self.host}?ca={self.pki.folder / 'ca.crt'}&cert={theirs['broker.cert']}&key={theirs['broker.key']}"
 
     def bus(self, name: str, *, pki: Pki | None = None, **options: Any) -> MqttBus:
         settings: dict[str, Any] = {"client_id": name, "connect_timeout_s": 10.0, "backoff_cap_s": 0.1}
-        return MqttBus(self.url(name, pki=pki), **(settings | options))
+        return MqttBus(self.url_of(name, pki=pki), **(settings | options))

@@ -1,0 +1,23 @@
+"""The verifier driven by hand: a block is settled with the logits of the toy LLM, and every feed is checked."""
+
+import numpy as np
+
+from cloud_verifier.verifier import Block, Session, Settled, settle
+from fedhlm_lab.sim import toy
+
+
+def drive(state: Session, block: Block) -> Settled:
+    """Settle a block, checking that every feed continues what the cache holds."""
+    steps = settle(state, block)
+    held: list[int] = list(state.fed)
+    feed = next(steps)
+    while True:
+        assert feed.keep <= len(held)
+        assert feed.ids
+        held = held[: feed.keep] + feed.ids
+        rows = [toy.large_logits(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
+        try:
+            feed = steps.send(np.stack(rows))
+        except StopIteration as stop:
+            settled: Settled = stop.value
+            return settled

@@ -57,9 +57,8 @@ def acl(role: PartRole) -> str:
             lines.append(f"topic write {topic.name(cluster=cluster, agent=agent, client='+')}")
         if role in topic.subscribers:
             everybody = topic in (topics.PEER, topics.NEIGHBOUR)
-            lines.append(
-                f"topic read {topic.name(cluster='+' if everybody else cluster, agent='+' if everybody else agent)}"
-            )
+            read = topic.name(cluster="+" if everybody else cluster, agent="+" if everybody else agent, client="+")
+            lines.append(f"topic read {read}")
     return "\n".join(lines)
 
 

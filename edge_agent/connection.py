@@ -6,11 +6,11 @@ allows one connection per certificate (mosquitto's `use_username_as_clientid`), 
 one; then the old one is closed first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-from fedhlm.bus.interface import Bus
+from fedhlm.bus.interface import Bus, subscribe_to
 from fedhlm.bus.party import Party
 
 
@@ -36,26 +36,26 @@ class Connection:
     ) -> None:
         await self._party.bus.__aexit__(kind, error, trace)
 
-    async def replace(self, cluster: str, filters: Sequence[str]) -> None:
+    async def replace(self, cluster: str, filters: Mapping[str, int]) -> None:
         """Close the connection, then open one for `cluster`.
 
         Raises:
             BusError: the broker does not answer in time, or refuses. The party's bus is closed then.
         """
         bus = self._open_bus(cluster)
-        await bus.subscribe(*filters)
+        await subscribe_to(bus, filters)
         former, self._party.bus, self.cluster = self._party.bus, bus, cluster
         await former.__aexit__(None, None, None)
         await bus.__aenter__()
 
-    async def successor(self, cluster: str, filters: Sequence[str]) -> Bus:
+    async def successor(self, cluster: str, filters: Mapping[str, int]) -> Bus:
         """Open a second bus for `cluster`, connected and subscribed. The caller must adopt or close it.
 
         Raises:
             BusError: the broker does not answer, or refuses.
         """
         bus = self._open_bus(cluster)
-        await bus.subscribe(*filters)
+        await subscribe_to(bus, filters)
         return await bus.__aenter__()
 
     async def adopt(self, bus: Bus, cluster: str) -> None:

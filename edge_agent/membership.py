@@ -8,7 +8,7 @@ cannot strand it.
 import logging
 from typing import Final
 
-from fedhlm.bus.interface import Retained
+from fedhlm.bus.interface import Retained, subscribe_to
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.errors import BusError, ProtocolError
 from fedhlm.protocol import topics
@@ -30,7 +30,6 @@ class Membership:
     def __init__(self, *, party: Party, cluster: str, fingerprint: Fingerprint, guest: bool = False) -> None:
         self.cluster = cluster
         self._guest = guest
-        self._personal = (topics.VERDICT,) if guest else (*_REQUESTS, topics.VERDICT)
         self.wanted: str | None = None
         self.moves = 0
         self._party = party
@@ -39,28 +38,32 @@ class Membership:
         self._visited: dict[str, None] = {cluster: None}
         self._considered: set[str] = {cluster}
 
-    def filters(self) -> tuple[str, ...]:
-        """All topic filters of the agent now."""
-        root = self._party.root
-        elsewhere = [] if self.wanted is None else [topics.EDGE_STATUS.name(root, cluster=self.wanted)]
-        left = [name for cluster in self._visited for name in self._personal_in(cluster)]
-        clients = [] if self._guest else [topics.CLIENT_STATUS.name(root, client="+")]
-        return (*left, *self._of(self.cluster), *elsewhere, topics.ASSIGN.name(root, agent=self._name), *clients)
+    def filters(self) -> dict[str, int]:
+        """All topic filters of the agent now, with the QoS of each."""
+        root, found = self._party.root, dict[str, int]()
+        for cluster in self._visited:
+            found |= self._personal_in(cluster)
+        found |= self._of(self.cluster)
+        others = [topics.ASSIGN.name(root, agent=self._name)]
+        others += [] if self.wanted is None else [topics.EDGE_STATUS.name(root, cluster=self.wanted)]
+        others += [] if self._guest else [topics.CLIENT_STATUS.name(root, client="+")]
+        return found | dict.fromkeys(others, 1)
 
-    def _personal_in(self, cluster: str) -> list[str]:
-        return [topic.name(self._party.root, cluster=cluster, agent=self._name, client="+") for topic in self._personal]
+    def _personal_in(self, cluster: str) -> dict[str, int]:
+        place = {"cluster": cluster, "agent": self._name, "client": "+"}
+        requests = () if self._guest else _REQUESTS
+        rows = {topics.VERDICT: 1} | dict.fromkeys(requests, 0)  # a thousand prompts may come at once
+        return {row.name(self._party.root, **place): qos for row, qos in rows.items()}
 
-    def _of(self, cluster: str) -> tuple[str, ...]:
+    def _of(self, cluster: str) -> dict[str, int]:
         root = self._party.root
-        return (
-            *self._personal_in(cluster),
-            *(topic.name(root, cluster=cluster) for topic in (topics.EDGE_STATUS, topics.FL_STATE, topics.KNOWN)),
-            topics.PEER.name(root, cluster=cluster, agent="+"),
-        )
+        names = [row.name(root, cluster=cluster) for row in (topics.EDGE_STATUS, topics.FL_STATE, topics.KNOWN)]
+        names.append(topics.PEER.name(root, cluster=cluster, agent="+"))
+        return self._personal_in(cluster) | dict.fromkeys(names, 1)
 
     async def subscribe(self) -> None:
         """Subscribe to all filters."""
-        await self._party.bus.subscribe(*self.filters())
+        await subscribe_to(self._party.bus, self.filters())
 
     async def assigned(self, cluster: str) -> None:
         """Look for the edge of an assigned cluster. The agent moves when the edge's presence arrives.
@@ -96,7 +99,7 @@ class Membership:
             return False
         self.wanted = None
         try:
-            await self._party.bus.subscribe(*self._of(cluster))
+            await subscribe_to(self._party.bus, self._of(cluster))
         except BusError as exc:
             raise ProtocolError(
                 f"assignment.cluster must be a cluster whose topics can be joined (got {cluster!r}: {exc})"

@@ -6,9 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from msgspec.structs import replace
+
 from edge_agent.connection import Connection
 from edge_agent.core import AgentCore
 from edge_agent.events import Committed
+from edge_agent.refusals import AT_ONCE, PAUSE_S, DueRefusal, Refusals
 from edge_agent.requests import CANCELLED, GONE, LATE, LATE_TEXT, End, Requests, RoutedPrompt
 from edge_agent.result import GenerationResult, Job
 from fedhlm.answering import Slice
@@ -17,7 +20,7 @@ from fedhlm.config import Loaded
 from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Cancel, FinishReason, Output, Presence, Prompt, Refusal, Sampling
+from fedhlm.protocol.messages import MAX_REASON, Cancel, FinishReason, Output, Presence, Prompt, Refusal, Sampling
 from fedhlm.protocol.prompts import unusable
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import warn_once
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RENEW_AGAIN_S: Final = 30.0
+REFUSE_AGAIN_S: Final = 1.0  # after which a refusal that did not fit into the outgoing queue is sent again
 NOBODY: Final = "nobody"  # where a refusal goes whose client has no readable name
 
 
@@ -63,6 +67,8 @@ class AgentService:
         self._model = model
         self._counters = agent.party.counters
         self.requests = Requests(agent.name)
+        self._refusals = Refusals()
+        self._refused = asyncio.Event()
         self._work = asyncio.Event()
         self._current: RoutedPrompt | None = None
         agent.party.on_refused = self._answer_unusable
@@ -83,6 +89,7 @@ class AgentService:
                 group.create_task(self.agent.auditor.keep(), name="agent-audits")
                 group.create_task(self._keep_journal(), name="agent-journal")
                 group.create_task(self._renew(), name="agent-renew")
+                group.create_task(self._send_refusals(), name="agent-refusals")
         finally:
             self.agent.flush()
 
@@ -164,7 +171,43 @@ class AgentService:
             return
         if end.refusal == "busy":
             self._counters.add("dropped_messages")
-        await self._end(request, end)
+        self.requests.close(request)
+        log.info("request %s: refused, %s", prompt.request, _line(end.error))
+        self._refuse(cluster, prompt.request, prompt.sender, end)
+
+    def _refuse(self, cluster: str, request: str, client: str | None, end: End) -> None:
+        """Answer a prompt that is not served. The answer waits its turn, because a thousand of them may be due."""
+        output = Output(
+            **self.agent.party.stamp(),
+            request=request,
+            position=0,
+            ids=(),
+            sources=(),
+            text="",
+            finish=end.finish,
+            error=end.error[:MAX_REASON],
+            client=client,
+            refusal=end.refusal,
+        )
+        if self._refusals.add(DueRefusal(cluster, client or NOBODY, output)):
+            self._refused.set()
+        else:
+            self._counters.add("dropped_messages")
+            warn_once(log, "refusals", "too many prompts to refuse: %s gets no answer to %s", client, request)
+
+    async def _send_refusals(self) -> None:
+        party = self.agent.party
+        while True:
+            if not self._refusals:
+                self._refused.clear()
+                await self._refused.wait()
+            for cluster, client, output in self._refusals.take(AT_ONCE):
+                levels = {"cluster": cluster, "agent": self.agent.name, "client": client}
+                sent = await party.send(topics.OUTPUT, output, expiry_s=None, **levels)
+                while not (sent or sent.too_large):
+                    await asyncio.sleep(REFUSE_AGAIN_S)
+                    sent = await party.send(topics.OUTPUT, output, expiry_s=None, **levels)
+            await asyncio.sleep(PAUSE_S)
 
     async def cancel(self, message: Cancel) -> None:
         """End a request of the message's sender, whether it waits or is being served."""
@@ -189,21 +232,7 @@ class AgentService:
         if found is None:
             return
         client = levels.get("client", found.client)
-        party = self.agent.party
-        message = Output(
-            **party.stamp(),
-            request=found.request,
-            position=0,
-            ids=(),
-            sources=(),
-            text="",
-            finish="error",
-            error=found.reason or str(error),
-            client=client,
-            refusal="invalid",
-        )
-        to = client or NOBODY
-        await party.send(topics.OUTPUT, message, cluster=levels["cluster"], agent=self.agent.name, client=to)
+        self._refuse(levels["cluster"], found.request, client, End("error", found.reason or str(error), "invalid"))
 
     async def _serve(self) -> None:
         while True:
@@ -233,7 +262,7 @@ class AgentService:
         if request.answered:
             log.error("after the end of request %s: %s", request.prompt.request, end.error)
             return
-        await self._publish(request, [], "", finish=end.finish, error=end.error[:1_024], refusal=end.refusal)
+        await self._publish(request, [], "", finish=end.finish, error=end.error[:MAX_REASON], refusal=end.refusal)
         log.info(
             "request %s: %s after %d tokens, %s", request.prompt.request, end.finish, request.count, _line(end.error)
         )
@@ -278,7 +307,9 @@ class AgentService:
                 await self._publish(request, tokens[:count], new)
             if text.stopped:
                 return "stop"
-            return "cancelled" if request.over is not None or now_s() >= request.limit_s else None
+            if request.over is not None:
+                return request.over.finish
+            return "cancelled" if now_s() >= request.limit_s else None
 
         longest = TOKEN_BYTES_MAX * self._model.context
         if len(prompt.text) > longest:  # encoding it would block everything else
@@ -290,8 +321,10 @@ class AgentService:
         result.keep(request.count)
         if text.stopped:
             result.finish = "stop"
+        if request.over is not None:
+            result.finish, result.error = request.over.finish, request.over.error
         elif result.finish == "cancelled":
-            result.error = (request.over or LATE_TEXT).error
+            result.error = LATE_TEXT.error
         rest = text.rest()
         if show is not None:
             show(rest)
@@ -344,7 +377,16 @@ class AgentService:
             client=prompt.sender,
             refusal=refusal,
         )
-        request.count += len(tokens)
+        levels = {"cluster": request.cluster, "agent": self.agent.name, "client": prompt.sender}
+        sent = await party.send(topics.OUTPUT, message, expiry_s=None, **levels)
+        if sent.too_large and finish is not None:  # better without the figures than not at all
+            message = replace(message, statistics={})
+            sent = await party.send(topics.OUTPUT, message, expiry_s=None, **levels)
+        if sent.too_large:
+            request.over = End("error", party.why_too_large())
+            if finish is not None:
+                message = replace(message, text="", finish="error", error=request.over.error)
+                await party.send(topics.OUTPUT, message, expiry_s=None, **levels)
+        else:
+            request.count += len(tokens)
         request.answered = finish is not None
-        name = self.agent.name
-        await party.send(topics.OUTPUT, message, cluster=request.cluster, agent=name, client=prompt.sender)

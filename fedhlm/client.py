@@ -18,9 +18,10 @@ from typing import Any, Final, Self
 
 from fedhlm.answers import Piece, Result, failure_of
 from fedhlm.bus.identity import client_id
-from fedhlm.bus.interface import Bus, Retained
+from fedhlm.bus.interface import Bus
 from fedhlm.bus.own_name import own_name
-from fedhlm.bus.party import Party, Received, Stamp, presence
+from fedhlm.bus.party import Party, Received, Stamp
+from fedhlm.client_presence import birth_and_will
 from fedhlm.errors import (
     AgentOffline,
     AskError,
@@ -32,7 +33,7 @@ from fedhlm.errors import (
 )
 from fedhlm.open_request import OpenRequest, now_s, within
 from fedhlm.protocol import prompts, topics
-from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt, encode
+from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt
 from fedhlm.protocol.roles import ROLES
 from fedhlm.settings import Broker
 from fedhlm.telemetry import Counters
@@ -41,10 +42,10 @@ NAME: Final = "client"
 AWAY_S: Final = 5.0
 HOLE_S: Final = 5.0
 PATIENCE_S: Final = 120.0
+WINDOW: Final = 128  # open requests at one agent; it refuses more than 192 of one client, and brokers drop a thousand
 _DEADLINE_MAX_S: Final = 1e9
 _MOVE_S: Final = 1.0  # while an agent moves, it is in two clusters for up to this long
 _NAME_BYTES: Final = 48  # most bytes of the client's name in the name of a request
-_HEARD: Final = (topics.AGENT_STATUS, topics.OUTPUT)
 
 
 class Client:
@@ -109,6 +110,7 @@ class Client:
         self._connection = connection
         self._asked = 0
         self._open: dict[str, OpenRequest] = {}
+        self._windows: dict[tuple[str, str], asyncio.Semaphore] = {}  # by cluster and agent
         self._online: dict[str, dict[str, bool]] = {}  # agent -> cluster -> whether it is online there
         self._changed = asyncio.Event()
         self._heard_of: set[str] = set()
@@ -181,7 +183,6 @@ class Client:
             "min_p": min_p,
             "stop": tuple(stop),
             "preset": preset,
-            "patience_ms": None if deadline_s is None else round(deadline_s * 1000.0),
         }
         fields["request"] = request or f"{self._prefix}-{self._asked}"
         place = {"agent": agent} if cluster is None else {"agent": agent, "cluster": cluster}
@@ -244,14 +245,19 @@ class Client:
     async def _watch(self, agent: str, cluster: str | None) -> None:
         if agent in self._heard_of:
             return
-        root, bus, me = self.party.root, self.party.bus, self.party.stamp.sender
         try:
-            await bus.subscribe(*(row.name(root, cluster="+", agent=agent, client=me) for row in _HEARD))
+            await self._hear_of(agent, "+")
         except BusError:  # the broker allows a client one cluster only
             if cluster is None:
                 raise
-            await bus.subscribe(*(row.name(root, cluster=cluster, agent=agent, client=me) for row in _HEARD))
+            await self._hear_of(agent, cluster)
         self._heard_of.add(agent)
+
+    async def _hear_of(self, agent: str, cluster: str) -> None:
+        root, bus, me = self.party.root, self.party.bus, self.party.stamp.sender
+        await bus.subscribe(topics.AGENT_STATUS.name(root, cluster=cluster, agent=agent))
+        # At QoS 0, because a thousand refusals may come at once.
+        await bus.subscribe(topics.OUTPUT.name(root, cluster=cluster, agent=agent, client=me), qos=0)
 
     def _places(self, agent: str) -> list[str]:
         return sorted(cluster for cluster, online in self._online.get(agent, {}).items() if online)
@@ -286,37 +292,47 @@ class Client:
                 if asked is not None and here and message.client in (None, self.party.stamp.sender):
                     asked.take(message)
 
-    async def _begin(self, state: OpenRequest) -> None:
-        """Find the agent and send it the prompt."""
+    async def _begin(self, state: OpenRequest, limit_s: float) -> None:
+        """Find the agent, wait until it has a place for one more request of this client, and send it the prompt."""
         if state.request in self._open:
             raise ConfigError("request", state.request, "a name that is not in use")
-        state.cluster = await self._find(state.agent, state.cluster, state.request)
-        prompt = Prompt(**self.party.stamp(), **state.fields, connection=self._connection)
         self._open[state.request] = state
-        expiry_s = None if prompt.patience_ms is None else prompt.patience_ms / 1000.0
-        place = {"cluster": state.cluster, "agent": state.agent, "client": prompt.sender}
-        sent = await self.party.send(topics.PROMPT_FROM, prompt, expiry_s=expiry_s, **place)
-        if sent.too_large:
+        try:
+            state.cluster = await self._find(state.agent, state.cluster, state.request)
+            window = self._windows.setdefault((state.cluster, state.agent), asyncio.Semaphore(WINDOW))
+            if not await state.enter(window, limit_s):
+                why = f"{state.agent} was not asked in time: it has {WINDOW} other requests of this client"
+                raise DeadlinePassed(state.agent, state.request, why)
+            await self._send(state, limit_s)
+        except BaseException:
             self._forget(state)
+            raise
+
+    async def _send(self, state: OpenRequest, limit_s: float) -> None:
+        left_s = None if limit_s == float("inf") else max(limit_s - now_s(), 0.001)
+        patience_ms = None if left_s is None else round(left_s * 1000.0)
+        prompt = Prompt(**self.party.stamp(), **state.fields, patience_ms=patience_ms, connection=self._connection)
+        sent = await self.party.send(topics.PROMPT_FROM, prompt, expiry_s=left_s, **state.place(prompt.sender))
+        if sent.too_large:
             expected = f"a prompt that fits a packet of {self.party.bus.max_packet_bytes} bytes, the broker's largest"
             raise ConfigError("text", f"{len(prompt.text)} characters", expected)
         if not sent:
-            self._forget(state)
             raise self._failure or BusError("the outgoing queue is full: the prompt was not sent")
+        state.sent = True
 
     def _forget(self, state: OpenRequest) -> None:
         if self._open.get(state.request) is state:
             del self._open[state.request]
+            state.leave()
 
     async def _withdraw(self, state: OpenRequest) -> None:
         """Forget a request, and cancel it at the agent if its last output has not come."""
         if self._open.get(state.request) is not state:
             return
         self._forget(state)
-        if state.assembly.last is None and state.cluster is not None:
+        if state.sent and state.assembly.last is None:
             message = Cancel(**self.party.stamp(), request=state.request)
-            place = {"cluster": state.cluster, "agent": state.agent, "client": message.sender}
-            await self.party.send(topics.CANCEL_FROM, message, expiry_s=None, **place)
+            await self.party.send(topics.CANCEL_FROM, message, expiry_s=None, **state.place(message.sender))
 
     def _abandon(self, state: OpenRequest) -> None:
         """Run `_withdraw` in a task, for callers that cannot await it."""
@@ -374,6 +390,7 @@ class Answer:
 
         Raises:
             AgentOffline: the agent is not online.
+            DeadlinePassed: other requests of this client kept the agent busy for the whole time.
             ConfigError: the prompt is larger than the broker accepts, the request's name is in use, or several clusters
                 have an agent of this name.
             BusError: the bus is closed, or its queue is full.
@@ -381,11 +398,10 @@ class Answer:
         if self._begun:
             return
         self._begun = True
-        began_s = now_s()
-        await self._client._begin(self._state)
-        self._state.heard_s = now_s()
         if self._deadline_s is not None:
-            self._limit_s = began_s + self._deadline_s
+            self._limit_s = now_s() + self._deadline_s
+        await self._client._begin(self._state, self._limit_s)
+        self._state.heard_s = now_s()
 
     def __aiter__(self) -> Self:
         return self
@@ -479,10 +495,3 @@ class Answer:
 
 def _number() -> str:
     return f"{random.SystemRandom().getrandbits(40):010x}"
-
-
-def birth_and_will(stamp: Stamp, connection: str, root: str) -> tuple[Retained, Retained]:
-    """The birth message and the last will of a client's connection."""
-    name = topics.CLIENT_STATUS.name(root, client=stamp.sender)
-    birth, will = (encode(presence(stamp, "client", online=online, connection=connection)) for online in (True, False))
-    return Retained(name, birth), Retained(name, will)

@@ -18,6 +18,28 @@ class OpenRequest:
         self.assembly = Assembly()
         self.news = asyncio.Event()
         self.heard_s = 0.0
+        self.sent = False
+        self._window: asyncio.Semaphore | None = None
+
+    def place(self, client: str) -> dict[str, str]:
+        """The levels of the topics of this request."""
+        return {"cluster": self.cluster or "", "agent": self.agent, "client": client}
+
+    async def enter(self, window: asyncio.Semaphore, limit_s: float) -> bool:
+        """Wait for a place in a window, at most until `limit_s` of the loop's clock. Return whether there is one."""
+        try:
+            async with asyncio.timeout_at(None if limit_s == float("inf") else limit_s):
+                await window.acquire()
+        except TimeoutError:
+            return False
+        self._window = window
+        return now_s() < limit_s
+
+    def leave(self) -> None:
+        """Free the place in the window."""
+        window, self._window = self._window, None
+        if window is not None:
+            window.release()
 
     def take(self, output: Output) -> None:
         """Add one output of the answer."""

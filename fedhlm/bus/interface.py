@@ -7,7 +7,7 @@ tests both. Publishing never waits for the network: a message that does not fit 
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Protocol, Self
@@ -97,8 +97,11 @@ class Bus(Protocol):
             ValueError: the topic name is malformed.
         """
 
-    async def subscribe(self, *filters: str) -> None:
-        """Subscribe at QoS 1, now if connected and again after every reconnect.
+    async def subscribe(self, *filters: str, qos: int = 1) -> None:
+        """Subscribe, now if connected and again after every reconnect.
+
+        With QoS 0 a burst does not wait for our acknowledgements, so fewer messages fill the broker's queue for us.
+        Neither QoS brings a message again after a lost connection, because our sessions end with the connection.
 
         Raises:
             ValueError: a filter is malformed.
@@ -118,6 +121,16 @@ class Bus(Protocol):
         Raises:
             BusError: the broker rejects the connection for good, or the bus is closed.
         """
+
+
+async def subscribe_to(bus: Bus, filters: Mapping[str, int]) -> None:
+    """Subscribe a bus to filters, each with its own QoS.
+
+    Raises:
+        BusError: the broker rejects a filter.
+    """
+    for qos in sorted(set(filters.values()), reverse=True):
+        await bus.subscribe(*(pattern for pattern, wanted in filters.items() if wanted == qos), qos=qos)
 
 
 def publish_wire_bytes(

@@ -6,12 +6,17 @@ from fedhlm.bus import reasons
 
 
 class Limits(NamedTuple):
-    """Largest packet in bytes (None: unknown), most messages in flight, highest QoS, and whether it retains."""
+    """What a broker offers.
+
+    The largest packet in bytes (None: unknown), most messages in flight, the highest QoS, whether it retains messages,
+    and whether filters may have wildcards.
+    """
 
     max_packet_bytes: int | None = None
     receive_maximum: int = 65_535
     max_qos: int = 2
     retains: bool = True
+    wildcards: bool = True
 
     @classmethod
     def of(cls, properties: Any) -> Self:
@@ -21,6 +26,7 @@ class Limits(NamedTuple):
             getattr(properties, "ReceiveMaximum", 65_535),
             getattr(properties, "MaximumQoS", 2),
             bool(getattr(properties, "RetainAvailable", 1)),
+            bool(getattr(properties, "WildcardSubscriptionAvailable", 1)),
         )
 
     def without(self, refusal: int | None) -> Self:

@@ -45,6 +45,7 @@ _log: Final = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S: Final = 2.0
 PACKET_HEAD_BYTES: Final = 64  # an upper bound on what a PUBLISH of ours holds besides topic and payload
 
+NO_WILDCARDS: Final = "the broker offers no subscriptions with wildcards"
 _FIRST_FAILURE_CODE: Final = 128
 
 
@@ -100,7 +101,7 @@ class MqttBus:
         self._statistics = BusStatistics()
         self._inbox = Inbox(max_incoming, self._statistics)
         self._outbox = Outbox(max_outgoing)
-        self._filters: dict[str, None] = {}
+        self._filters: dict[str, int] = {}  # with the QoS of each
         self._client: PatchedClient | None = None
         self._wakeup = asyncio.Event()
         self._settled = asyncio.Event()
@@ -217,10 +218,10 @@ class MqttBus:
         self._warned_full = True
         _log.log(level, "%s: outgoing queue full or closed, %d messages dropped", self, self._statistics.dropped_out)
 
-    async def subscribe(self, *filters: str) -> None:
+    async def subscribe(self, *filters: str, qos: int = 1) -> None:
         for pattern in filters:
             check_filter(pattern)
-        self._filters.update(dict.fromkeys(filters))
+        self._filters.update(dict.fromkeys(filters, qos))
         client = self._client
         if client is None or not filters:
             return
@@ -322,16 +323,24 @@ class MqttBus:
             done.update(pending)
 
     async def _subscribe(self, client: aiomqtt.Client, filters: list[str]) -> dict[str, str]:
-        """Subscribe at QoS 1 (a tap under MQTT 5 at QoS 2) and return the rejected filters with their reasons."""
+        """Subscribe (a tap under MQTT 5 at QoS 2) and return the rejected filters with their reasons."""
+        limits, refused = self._dial.limits, dict[str, str]()
+        if not limits.wildcards:  # asking all the same would be a protocol error, and end the connection
+            refused = {pattern: NO_WILDCARDS for pattern in filters if "+" in pattern or "#" in pattern}
+            filters = [pattern for pattern in filters if pattern not in refused]
+        if not filters:
+            return refused
         if self._dial.protocol == "5":
             tapped = self._tap is not None
-            options = SubscribeOptions(qos=2 if tapped else 1, retainAsPublished=tapped)
-            reply = await client.subscribe([(pattern, options) for pattern in filters])
+            asked = [
+                (p, SubscribeOptions(qos=2 if tapped else self._filters.get(p, 1), retainAsPublished=tapped))
+                for p in filters
+            ]
+            reply = await client.subscribe(asked)
         else:
             # Some brokers deliver every message of 3.1.1 with the subscription's QoS; 2 costs four packets a message.
-            reply = await client.subscribe([(pattern, 1) for pattern in filters])
+            reply = await client.subscribe([(pattern, self._filters.get(pattern, 1)) for pattern in filters])
         codes: list[int | ReasonCode] = [*reply]
-        refused: dict[str, str] = {}
         for pattern, code in zip(filters, codes, strict=True):
             if (code if isinstance(code, int) else code.value) >= _FIRST_FAILURE_CODE:
                 refused[pattern] = str(code)

@@ -49,7 +49,7 @@ class SilentBus:
         """Drop the message and return True."""
         return True
 
-    async def subscribe(self, *filters: str) -> None:
+    async def subscribe(self, *filters: str, qos: int = 1) -> None:
         """Do nothing."""
 
     async def deliveries(self) -> AsyncIterator[Delivery]:

@@ -377,7 +377,7 @@ class LoopbackBus:
             self._transmit(session, packet)
         return True
 
-    async def subscribe(self, *filters: str) -> None:
+    async def subscribe(self, *filters: str, qos: int = 1) -> None:
         for pattern in filters:
             check_filter(pattern)
         self._filters.update(dict.fromkeys(filters))

@@ -62,7 +62,7 @@ class CapturingBus:
         self.sent.append(Captured(topic, payload, self._has_room(len(self.sent))))
         return self.sent[-1].room
 
-    async def subscribe(self, *filters: str) -> None:
+    async def subscribe(self, *filters: str, qos: int = 1) -> None:
         """Do nothing: nothing is delivered."""
 
     def deliveries(self) -> AsyncIterator[Delivery]:

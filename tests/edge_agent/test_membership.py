@@ -39,7 +39,7 @@ class Notebook:
         self.log.append(("online" if state.online else "offline", topic))
         return True
 
-    async def subscribe(self, *filters: str) -> None:
+    async def subscribe(self, *filters: str, qos: int = 1) -> None:
         for pattern in filters:
             if self._forbidden in pattern:
                 raise BusError(f"refused {pattern}")
@@ -151,7 +151,7 @@ def test_after_a_renewal_a_power_cut_is_told_in_the_new_cluster() -> None:
     async def work(broker: LoopbackBroker, connection: Connection, party: Party) -> None:
         await asyncio.sleep(1.0)
         assert online(broker, "c0")
-        await connection.adopt(await connection.successor("c1", ()), "c1")
+        await connection.adopt(await connection.successor("c1", {}), "c1")
         await asyncio.sleep(1.0)
         assert online(broker, "c1")
         assert not online(broker, "c0")
@@ -190,7 +190,7 @@ def test_nothing_is_missed_between_two_connections() -> None:
             listening, asking = asyncio.create_task(listen()), asyncio.create_task(ask())
             for cluster in ("c1", "c0", "c1"):
                 await asyncio.sleep(0.04)
-                await connection.adopt(await connection.successor(cluster, (name,)), cluster)
+                await connection.adopt(await connection.successor(cluster, {name: 1}), cluster)
             await asking
             await asyncio.sleep(1.0)
             listening.cancel()

@@ -1,7 +1,7 @@
 """The agent's service as its clients see it, in virtual time: every request gets an answer, and none is served twice."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedhlm.errors import RequestRefused
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Cancel, Output, Prompt, Sampling, encode
 from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.parts import Part
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
@@ -29,8 +30,8 @@ TEXT = toy.ToyTokenizer().decode([5, 6])
 class World:
     """A calm fleet with one agent, which is slow enough to be interrupted."""
 
-    def __init__(self, preset: str) -> None:
-        self.preset = preset
+    def __init__(self, preset: str, tokenizer: toy.ToyTokenizer) -> None:
+        self.preset, self.tokenizer = preset, tokenizer
         self.fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
         self.heard: list[Received] = []
 
@@ -38,7 +39,7 @@ class World:
         loaded = load(preset=self.preset, environ={}, flags={"generation.temperature": "0.8"})
         numbers = iter(range(1, 10_000))
         drafter = toy.ToyDrafter(agreement=0.8)
-        facts = ModelFacts(toy.ToyTokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT)
+        facts = ModelFacts(self.tokenizer, None, frozenset({toy.EOS_ID}), toy.CONTEXT)
         _, self.service = self.fleet.agent_service(Part("a"), loaded, "c0", drafter, facts, lambda: next(numbers))
         await self.service.subscribe()
         async with self.service.connection:
@@ -55,9 +56,14 @@ class World:
         return [m for m in messages if isinstance(m, Output) and m.request == request]
 
 
-def played(scene: Callable[[World], Coroutine[Any, Any, None]], *, preset: str = "exact") -> None:
+def played(
+    scene: Callable[[World], Coroutine[Any, Any, None]],
+    *,
+    preset: str = "exact",
+    tokenizer: toy.ToyTokenizer | None = None,
+) -> None:
     async def main() -> None:
-        world = World(preset)
+        world = World(preset, tokenizer or toy.ToyTokenizer())
         for node in world.fleet.nodes.values():
             node.start()
         serving = asyncio.create_task(world.serve(), name="agent")
@@ -269,6 +275,40 @@ def test_who_comes_when_the_queue_is_full_is_told() -> None:
             ends = [world.outputs(f"r{n}")[-1] for n in range(CLIENT_MAX + 1)]
             assert [o.refusal for o in ends[-1:]] == ["busy"]
             assert {o.finish for o in ends[:-1]} == {"length"}
+
+    played(scene)
+
+
+class WordyTokenizer(toy.ToyTokenizer):
+    """Each token is 300 characters."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(300 * letter for letter in super().decode(ids, skip_special_tokens))
+
+
+def test_a_token_that_does_not_fit_the_broker_ends_the_text_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(world: World) -> None:
+        async with world.client() as client:
+            await client.find("a")
+            monkeypatch.setattr(LoopbackBus, "max_packet_bytes", 300)
+            answer = client.ask("a", TEXT, max_tokens=60, seed=SEED)
+            with pytest.raises(RequestRefused, match="larger than the broker takes .300 bytes"):
+                await answer.whole()
+            assert answer.result.ids == ()
+            monkeypatch.undo()
+            assert len((await client.write("a", TEXT, max_tokens=5, seed=SEED)).ids) == 5
+
+    played(scene, tokenizer=WordyTokenizer())
+
+
+def test_figures_that_do_not_fit_the_broker_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(world: World) -> None:
+        async with world.client() as client:
+            await client.find("a")
+            monkeypatch.setattr(LoopbackBus, "max_packet_bytes", 250)
+            answer = await client.write("a", TEXT, max_tokens=8, seed=SEED)
+            assert (answer.finish, len(answer.ids), answer.statistics) == ("length", 8, {})
+            assert world.fleet.counters["too_large_messages"] == 1
 
     played(scene)
 

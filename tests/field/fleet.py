@@ -65,13 +65,15 @@ class GuardedBroker:
 Broker = Mosquitto | EmbeddedBroker | GuardedBroker
 
 
-def broker_of(kind: str, *, largest: int | None = None) -> Any:
-    """A broker of that kind that takes no larger packets."""
+def broker_of(kind: str, *, largest: int | None = None, stock: bool = False) -> Any:
+    """A broker of that kind that takes no larger packets; with `stock`, as it is installed."""
     if kind == "secured":
         return GuardedBroker()
     if kind == "embedded":
         return EmbeddedBroker() if largest is None else EmbeddedBroker(max_packet_bytes=largest)
-    return Mosquitto(extra="set_tcp_nodelay true" + ("" if largest is None else f"\nmax_packet_size {largest}"))
+    return Mosquitto(
+        extra=("" if stock else "set_tcp_nodelay true") + ("" if largest is None else f"\nmax_packet_size {largest}")
+    )
 
 
 class Fleet:
@@ -170,8 +172,12 @@ class Fleet:
 
 @asynccontextmanager
 async def fleets(
-    kind: str, *roots: str, largest: int | None = None, preset: str = "exact"
+    kind: str, *roots: str, largest: int | None = None, preset: str = "exact", stock: bool = False
 ) -> AsyncIterator[list[Fleet]]:
     """An installation for each root, all on one broker; everything is stopped at the end."""
-    async with asyncio.timeout(LIMIT_S), broker_of(kind, largest=largest) as broker, AsyncExitStack() as stack:
+    async with (
+        asyncio.timeout(LIMIT_S),
+        broker_of(kind, largest=largest, stock=stock) as broker,
+        AsyncExitStack() as stack,
+    ):
         yield [Fleet(broker, stack, root=root, preset=preset) for root in roots or ("fedhlm/1",)]

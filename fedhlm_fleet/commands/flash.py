@@ -36,6 +36,7 @@ def flash(
     wifi_ssid: str = "",
     wifi_password_file: Path | None = None,
     wifi_country: str = "",
+    wifi_hidden: Flag = False,
     pki: Path | None = None,
     cert: Path | None = None,
     key: Path | None = None,
@@ -80,10 +81,12 @@ def flash(
     wifi_ssid
         Name of the Wi-Fi network.
     wifi_password_file
-        File with the Wi-Fi password; without one the network is open. Only the key derived from it is written to the
-        card.
+        File with the Wi-Fi password; without one the network is open. It is written to the card as it is, because
+        WPA3 needs it. For WPA2 it may be the key of 64 hex digits that `wpa_passphrase` derives from it.
     wifi_country
         Country code, such as DE.
+    wifi_hidden
+        The network does not announce its name.
     pki
         Folder of `fedhlm pki`: the agent's certificate is taken from there, and issued if there is none.
     cert
@@ -116,7 +119,8 @@ def flash(
     now = datetime.now(UTC)
     values = given(
         agent=agent, cluster=cluster, broker=broker, hostname=hostname, user=user, ssh_key=ssh_key, wifi_ssid=wifi_ssid,
-        wifi_password_file=wifi_password_file, wifi_country=wifi_country, config=config, cert=cert, key=key, ca=ca,
+        wifi_password_file=wifi_password_file, wifi_country=wifi_country,
+        wifi_hidden="yes" if wifi_hidden else "", config=config, cert=cert, key=key, ca=ca,
         boot=boot, image=image, device=device, out=out,
     )  # fmt: skip
     orders = batch.read(csv, values) if csv is not None else [batch.order_of(values)]

@@ -20,7 +20,8 @@ from fedhlm_fleet.flash.image import BootPartition, Folder, Target, boot_partiti
 from fedhlm_fleet.flash.plan import Device, FlashError, Payload, PlannedFile, Wifi
 
 COLUMNS: Final = (
-    *("agent", "cluster", "broker", "hostname", "user", "ssh_key", "wifi_ssid", "wifi_password_file", "wifi_country"),
+    *("agent", "cluster", "broker", "hostname", "user", "ssh_key"),
+    *("wifi_ssid", "wifi_password_file", "wifi_country", "wifi_hidden"),
     *("config", "cert", "key", "ca", "boot", "image", "device", "out"),
 )
 _BLOCK_BYTES: Final = 4 * 1024 * 1024
@@ -80,12 +81,15 @@ def party_of(values: Mapping[str, str]) -> BatchDevice:
         if name not in given:
             raise ConfigError(f"--{name}", None, "given, here or in the CSV file")
     ssid, password_file = given.get("wifi_ssid", ""), given.get("wifi_password_file")
-    if not ssid and (password_file or given.get("wifi_country")):
-        raise ConfigError("--wifi-ssid", None, "the name of the network if its password or country is given")
+    hidden = given.get("wifi_hidden", "no")
+    if hidden not in ("yes", "no"):
+        raise ConfigError("wifi_hidden", hidden, "yes or no")
+    if not ssid and (password_file or given.get("wifi_country") or hidden == "yes"):
+        raise ConfigError("--wifi-ssid", None, "the name of the network if something else of it is given")
     wifi = None
     if ssid:
         password = _text(Path(password_file), "--wifi-password-file").rstrip("\r\n") if password_file else None
-        wifi = Wifi.of(ssid, password, given.get("wifi_country", ""))
+        wifi = Wifi.of(ssid, password, given.get("wifi_country", ""), hidden=hidden == "yes")
     key_file = given.get("ssh_key")
     device = Device.of(
         agent=given["agent"],
@@ -239,7 +243,7 @@ def _target(order: Order, parts: Sequence[PlannedFile], say: Say) -> Iterator[Ta
                 require_room(BootPartition(order.image), parts)
             order.out.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                # The file will contain the card's private key and Wi-Fi key.
+                # The file will contain the card's private key and Wi-Fi password.
                 os.fchmod(file.fileno(), 0o600)
                 _copy(order.image, file, say)
             yield BootPartition(partial)

@@ -83,13 +83,15 @@ def network_config(device: Device) -> dict[str, Any]:
         "ethernets": {"eth0": {"dhcp4": True, "dhcp6": True, "optional": True}},
     }
     if (wifi := device.wifi) is not None:
+        point: dict[str, Any] = {"password": wifi.password} if wifi.password else {}
+        point |= {"hidden": True} if wifi.hidden else {}
         network["wifis"] = {
             "wlan0": {
                 "dhcp4": True,
                 "dhcp6": True,
                 "optional": True,
                 "regulatory-domain": wifi.country,
-                "access-points": {wifi.ssid: {"password": wifi.psk} if wifi.psk else {}},
+                "access-points": {wifi.ssid: point},
             }
         }
     return {"network": network}
@@ -112,7 +114,7 @@ def card(device: Device, payload: Payload) -> tuple[PlannedFile, ...]:
     """
     user = user_data(device)
     check(user)
-    # The instance id covers everything that first boot applies, so that even a new Wi-Fi key alone takes effect.
+    # The instance id covers everything that first boot applies, so that even a new Wi-Fi password alone takes effect.
     seeds = (
         PlannedFile(USER_DATA, (HEADER + to_yaml(user)).encode()),
         PlannedFile(NETWORK, to_yaml(network_config(device)).encode(), secret=True),
@@ -123,9 +125,9 @@ def card(device: Device, payload: Payload) -> tuple[PlannedFile, ...]:
 
 
 def masked(device: Device) -> str:
-    """Return the first-boot files as text, without the Wi-Fi key."""
+    """Return the first-boot files as text, without the Wi-Fi password."""
     network = network_config(device)
-    if device.wifi is not None and device.wifi.psk:
+    if device.wifi is not None and device.wifi.password:
         network["network"]["wifis"]["wlan0"]["access-points"][device.wifi.ssid]["password"] = "***"  # noqa: S105  the mask
     return f"{HEADER}{to_yaml(user_data(device))}\n# {NETWORK}\n{to_yaml(network)}"
 

@@ -41,15 +41,20 @@ class FlashError(FedhlmError):
 
 
 class Wifi(msgspec.Struct, frozen=True, kw_only=True):
-    """A Wi-Fi network. `psk` is the WPA key derived from the password (64 hex digits), or "" for an open network."""
+    """A Wi-Fi network. `password` is a passphrase, a key of 64 hex digits, or "" for an open network.
+
+    A key opens WPA2 networks only: it is derived from the passphrase (IEEE 802.11i, H.4), and WPA3 derives its own.
+    A `hidden` network does not announce its name, so the device must call it.
+    """
 
     ssid: str
-    psk: str = ""
+    password: str = ""
     country: str = ""
+    hidden: bool = False
 
     @classmethod
-    def of(cls, ssid: str, password: str | None, country: str) -> "Wifi":
-        """Derive the key; a password of 64 hex digits is the key itself (IEEE 802.11i, H.4).
+    def of(cls, ssid: str, password: str | None, country: str, *, hidden: bool = False) -> "Wifi":
+        """Check the parts of a network.
 
         Raises:
             ConfigError: the name, password or country is not valid; the message does not show the password.
@@ -59,16 +64,16 @@ class Wifi(msgspec.Struct, frozen=True, kw_only=True):
         if not _COUNTRY.fullmatch(country):
             raise ConfigError("--wifi-country", country, "two capital letters, such as DE, since radio rules differ")
         if password is None:
-            return cls(ssid=ssid, country=country)
+            return cls(ssid=ssid, country=country, hidden=hidden)
         if _PSK.fullmatch(password):
-            return cls(ssid=ssid, psk=password.lower(), country=country)
+            return cls(ssid=ssid, password=password.lower(), country=country, hidden=hidden)
         if not 8 <= len(password) <= 63 or not (password.isascii() and password.isprintable()):
             raise ConfigError("--wifi-password-file", "***", "8..63 ASCII characters, or 64 hex digits")
-        psk = hashlib.pbkdf2_hmac("sha1", password.encode(), ssid.encode(), 4_096, 32).hex()
-        return cls(ssid=ssid, psk=psk, country=country)
+        return cls(ssid=ssid, password=password, country=country, hidden=hidden)
 
     def __repr__(self) -> str:
-        return f"Wifi(ssid={self.ssid!r}, psk={'***' if self.psk else ''!r}, country={self.country!r})"
+        secret = "***" if self.password else ""
+        return f"Wifi(ssid={self.ssid!r}, password={secret!r}, country={self.country!r}, hidden={self.hidden})"
 
 
 class Tls(NamedTuple):

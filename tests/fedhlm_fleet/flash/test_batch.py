@@ -73,7 +73,7 @@ def test_a_csv_file_takes_empty_cells_from_the_flags(tmp_path: Path) -> None:
         ("cow", "barn", f"{tmp_path}/cow.img"),
         ("roof", "home", f"{tmp_path}/special.img"),
     ]
-    keys = [order.device.wifi.psk for order in orders if order.device.wifi is not None]
+    keys = [order.device.wifi.password for order in orders if order.device.wifi is not None]
     assert len(keys) == 3
     assert keys[0] == keys[2] != keys[1]
 

@@ -58,7 +58,7 @@ def test_a_card_read_back_installs_a_program_that_runs(wheels: Path, tmp_path: P
     BootPartition(card).put([plan.PlannedFile(str(f.relative_to(files)), f) for f in files.rglob("*") if f.is_file()])
     cards.take_out(card, tmp_path / "boot")
     boot, root = tmp_path / "boot", tmp_path / "root"
-    assert wifi.psk in (boot / "network-config").read_text()
+    assert wifi.password in (boot / "network-config").read_text()
     installed(boot, root, "--consume")
     assert says(root) == "one"
     secrets = {"agent.toml": None, "tls/ca.crt": TLS.ca, "tls/client.crt": TLS.cert, "tls/client.key": TLS.key}

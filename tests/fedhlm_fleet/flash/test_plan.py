@@ -37,11 +37,11 @@ def test_written_toml_reads_back_equal(table: dict[str, Any]) -> None:
     assert tomllib.loads(toml.encode(table)) == table
 
 
-def test_the_wifi_key_is_the_standard_s() -> None:
-    # IEEE 802.11i-2004, H.4.1, test case 1.
+def test_a_passphrase_stays_what_it_is_and_a_key_is_a_key() -> None:
+    """WPA3 derives its key from the passphrase; one that WPA2 has derived (IEEE 802.11i-2004, H.4.1) is of no use there."""
     key = "f42c6fc52df0ebef9ebb4b90b38a5f902e83fe1b135a70e23aed762e9710a12e"
-    assert Wifi.of("IEEE", "password", "US").psk == key
-    assert Wifi.of("IEEE", key.upper(), "US").psk == key
+    assert Wifi.of("IEEE", "password", "US").password == "password"
+    assert Wifi.of("IEEE", key.upper(), "US").password == key
 
 
 @pytest.mark.parametrize("password", ["short", "x" * 64, "x" * 70, "tab\tin the middle", "ümlaut-password"])
@@ -116,7 +116,7 @@ def test_secrets_show_in_no_repr() -> None:
     wifi = Wifi.of("net", "correct horse", "DE")
     made = payload(device(wifi=wifi))
     shown = repr((device(wifi=wifi), TLS, made, PlannedFile("x", b"the key", secret=True)))
-    assert wifi.psk not in shown
+    assert wifi.password not in shown
     assert "the key" not in shown
     assert [part.path for part in made.parts if part.secret] == [plan.CONFIGURATION, "tls/client.key"]
 

@@ -171,9 +171,12 @@ class AgentService:
             return
         if end.refusal == "busy":
             self._counters.add("dropped_messages")
+        if request.tell is not None:
+            await self._end(request, end)
+            return
         self.requests.close(request)
-        log.info("request %s: refused, %s", prompt.request, _line(end.error))
-        self._refuse(cluster, prompt.request, prompt.sender, end)
+        log.info("request %s: refused, %s", request.prompt.request, _line(end.error))
+        self._refuse(request.cluster, request.prompt.request, request.prompt.sender, end)
 
     def _refuse(self, cluster: str, request: str, client: str | None, end: End) -> None:
         """Answer a prompt that is not served. The answer waits its turn, because a thousand of them may be due."""

@@ -46,7 +46,7 @@ class Coordinator:
         Agents are regrouped every `assign_s` seconds; 0 disables regrouping.
         """
         grouping = Clusterer((), columns=COLUMNS, interval_s=federation.assign_s) if federation.assign_s else None
-        return cls(Members(federation, mean_of_clusters), grouping)
+        return cls(Members(federation, mean_of_clusters, of_clusters=True), grouping)
 
     def note_profile(self, cluster: str, profile: Profile) -> None:
         """Remember an agent's latest profile until the next `prepare`.

@@ -21,6 +21,7 @@ from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
+from fedhlm.learning.roster import roster_of
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
@@ -29,19 +30,21 @@ from fedhlm.protocol.messages import (
     Contribution,
     Escalation,
     EscalationBatch,
+    Forget,
     Learned,
     Profile,
     RoutedVerdict,
     VerdictBatch,
     refused,
 )
+from fedhlm.protocol.roles import cluster_of
 from fedhlm.settings import Config
 from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
 
 CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
-HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE)
+HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE, topics.FORGET)
 PATIENCE_MAX_S: Final = 60.0  # no block may be kept longer, in seconds
 IDLE_S: Final = 1.0  # seconds without work before memory is released
 LOCAL: Final = "@"  # the cluster of clients on this machine; no cluster of a bus can have this name
@@ -86,6 +89,7 @@ class CloudService:
         self._clock_s = runtime.clock_s
         self._work = asyncio.Event()
         self._contributed = asyncio.Event()
+        self._roster_due = asyncio.Event()
         self._to_announce = to_announce
         self._assign_s = config.federation.assign_s
         self._in_thread = runtime.in_thread
@@ -119,6 +123,7 @@ class CloudService:
             *(topic.name(self._party.root, cluster="+") for topic in CLUSTERS),
             # The cloud's own retained state from before a restart.
             topics.CLOUD_FL_STATE.name(self._party.root),
+            topics.FORGET.name(self._party.root, member="+"),
         )
 
     async def run(self) -> None:
@@ -135,6 +140,7 @@ class CloudService:
                 group.create_task(self._receive(), name="cloud-receive")
                 group.create_task(self._verify(), name="cloud-verify")
                 group.create_task(rounds_made, name="cloud-rounds")
+                group.create_task(rounds.keep_roster(self._roster_due, self.send_roster), name="cloud-roster")
                 group.create_task(self._announce(), name="cloud-announce")
                 group.create_task(self._regroup(), name="cloud-regroup")
                 group.create_task(self._saver.keep(), name="cloud-save")
@@ -160,7 +166,9 @@ class CloudService:
             case Profile() as profile:
                 self._take("profile", self.coordinator.note_profile, cluster, profile)
             case Learned() as learned:
-                self._take("state", self.coordinator.members.inherit, learned)
+                self._take("state", self._inherit, learned)
+            case Forget() as forget:
+                self._take("forget", self._obey, received.levels["member"], forget)
             case _:
                 self._counters.add("refused_messages")
 
@@ -211,6 +219,18 @@ class CloudService:
                 self._counters.add("duplicate_messages")
             case "refused":
                 self._counters.add("refused_contributions")
+        self._roster_due.set()
+
+    def _inherit(self, learned: Learned) -> None:
+        self.coordinator.members.inherit(learned, wall_ms=self._party.stamp.wall_ms())
+        self._contributed.set()
+
+    def _obey(self, member: str, forget: Forget) -> None:
+        name = cluster_of(member) or member
+        if self.coordinator.members.obey(name, forget, wall_ms=self._party.stamp.wall_ms()):
+            self._counters.add("forgotten_members")
+            self._contributed.set()
+            self._roster_due.set()
 
     def _take(self, what: str, take: Callable[..., object], *given: object) -> None:
         try:
@@ -229,8 +249,13 @@ class CloudService:
         await self._send_learned()
 
     async def _send_learned(self) -> None:
-        learned = self.coordinator.members.state().learned(self._party.stamp())
+        members = self.coordinator.members
+        learned = members.state().learned(members.orders.stamped(self._party.stamp()))
         await self._party.send(topics.CLOUD_FL_STATE, learned)
+
+    async def send_roster(self) -> None:
+        """Publish the list of clusters for operators."""
+        await self._party.send(topics.CLOUD_ROSTER, roster_of(self.coordinator.members, self._party.stamp()))
 
     async def _announce(self) -> None:
         self._to_announce.set()
@@ -243,6 +268,7 @@ class CloudService:
         """Publish the retained state of the federation, if a round has been closed."""
         if self.coordinator.members.told:
             await self._send_learned()
+            self._roster_due.set()
 
     async def _regroup(self) -> None:
         while self._assign_s:

@@ -6,12 +6,13 @@ from contextlib import AsyncExitStack
 import msgspec
 
 from edge_broker.embedded import EmbeddedBroker
-from edge_broker.wiring import edge_of, name_of
+from edge_broker.wiring import edge_of
 from fedhlm.config import Loaded
 from fedhlm.process.notify import Notifier
 from fedhlm.process.run import address_of, opener, serve
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
+from fedhlm.protocol.roles import edge_name
 from fedhlm.settings import Broker, Config
 from fedhlm.telemetry import Counters
 
@@ -75,4 +76,4 @@ def same_place(below: Broker, above: Broker) -> bool:
 def main(loaded: Loaded) -> int:
     """Run until a signal arrives, and return the exit status."""
     config = loaded.config
-    return serve(config, name_of(config.cluster.name), lambda counters, notifier: run(config, counters, notifier))
+    return serve(config, edge_name(config.cluster.name), lambda counters, notifier: run(config, counters, notifier))

@@ -7,22 +7,20 @@ The decisions are made elsewhere: in `relay`, in `memory` (answers from verified
 import asyncio
 import logging
 from collections import OrderedDict
-from functools import partial
 from typing import Final
 
 import msgspec
-from msgspec.structs import replace
 
+from edge_broker.federation import ClusterFederation
 from edge_broker.journal import EdgeStart
 from edge_broker.memory import DIGEST_MAX, ClusterMemory, PeersAnswer
 from edge_broker.relay import Relay
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
-from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
-from fedhlm.learning.federation import Members, State, mean_of_agents
-from fedhlm.learning.settled import SettledTokens
+from fedhlm.learning.federation import State
+from fedhlm.learning.roster import roster_of
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import half_of
@@ -34,6 +32,7 @@ from fedhlm.protocol.messages import (
     Escalation,
     EscalationBatch,
     Fingerprint,
+    Forget,
     Learned,
     Presence,
     Profile,
@@ -64,6 +63,7 @@ HEARD: Final = (
     topics.CLOUD_FL_STATE,
     topics.NEIGHBOUR,
     topics.ASSIGN,
+    topics.FORGET,
 )
 
 
@@ -100,12 +100,11 @@ class EdgeService:
         self.up = up
         self.relay = Relay(batch_max=config.edge.batch_max)
         self.memory = ClusterMemory(config.edge.memory)
-        self.members = Members(config.federation, mean_of_agents)
-        self.settled = SettledTokens(UNCERTAINTIES)
-        self._prior_tokens = config.federation.prior_tokens
+        self.federation = ClusterFederation(config.federation)
+        self.members = self.federation.members
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None
-        self.above: State | None = None
+        self._roster_due = asyncio.Event()
         self._counters = runtime.counters
         self._counters.follow(self.memory, refused_keys="refused_keys")
         self._counters.follow(
@@ -126,6 +125,7 @@ class EdgeService:
         self._saver = runtime.saver(
             {federation_file(self.cluster): self.members, memory_file(self.cluster): self.memory}
         )
+        self.federation.restored()
         if runtime.journal is not None:
             start = EdgeStart(
                 cluster=self.cluster,
@@ -161,6 +161,7 @@ class EdgeService:
             topics.CLOUD_FL_STATE.name(self.up.root),
             topics.NEIGHBOUR.name(self.up.root, cluster="+"),
             topics.ASSIGN.name(self.up.root, agent="+"),
+            topics.FORGET.name(self.up.root, member="+"),
         )
 
     async def run(self) -> None:
@@ -181,6 +182,7 @@ class EdgeService:
                 group.create_task(self._announce(), name="edge-announce")
                 group.create_task(self._send_digests(), name="edge-digests")
                 group.create_task(rounds_made, name="edge-rounds")
+                group.create_task(rounds.keep_roster(self._roster_due, self.send_roster), name="edge-roster")
                 group.create_task(self._saver.keep(), name="edge-save")
                 journal = self.down.keep_journal(topics.EDGE_JOURNAL, lambda: {"cluster": self.cluster})
                 group.create_task(journal, name="edge-journal")
@@ -206,8 +208,8 @@ class EdgeService:
                     self.memory.hear(verified)
             case Contribution() as contribution:
                 self._contribute(received.levels["agent"], contribution)
-            case Learned() as learned:
-                self._note_learned(received.topic, learned)
+            case Learned() | Forget() as told:
+                self._be_told(received, told)
             case Profile() as profile if profile.agent == received.levels["agent"]:
                 await self.up.send(topics.CLOUD_PROFILE, profile, cluster=self.cluster)
             case Assignment() as assignment:
@@ -269,7 +271,7 @@ class EdgeService:
             if self.memory.waiting >= DIGEST_MAX:
                 self._digest_full.set()
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
-            self.settled.note(agent, verdict, half_of(self.upstream))
+            self.federation.settled.note(agent, verdict, half_of(self.upstream))
             await self._send_verdict(agent, verdict)
         if self.upstream is None:
             # The cloud answers, so its presence message was lost on the way, for example in a full queue. A new
@@ -339,11 +341,8 @@ class EdgeService:
     # Federation
 
     def _contribute(self, agent: str, contribution: Contribution) -> None:
-        cut = self.members.cut
-        # An agent speaks for one agent only, whatever it claims. Privacy noise hides what it was really told.
-        check = None if self.members.federation.epsilon else partial(self.settled.check, agent)
-        wall_ms = self.down.stamp.wall_ms()
-        match self.members.take(agent, replace(contribution, members=1), self._clock_s(), check, wall_ms=wall_ms):
+        cut, wall_ms = self.members.cut, self.down.stamp.wall_ms()
+        match self.federation.contribute(agent, contribution, self._clock_s(), wall_ms=wall_ms):
             case "taken":
                 self._counters.add("contributions")
                 self._contributed.set()
@@ -352,13 +351,33 @@ class EdgeService:
             case "refused":
                 self._counters.add("refused_contributions")
         self._counters.add("cut_contributions", self.members.cut - cut)
+        self._roster_due.set()
+
+    def _be_told(self, received: Received, told: Learned | Forget) -> None:
+        wall_ms = self.down.stamp.wall_ms()
+        try:
+            match told:
+                case Forget() as forget:
+                    obeyed = self.federation.obey(received.levels["member"], forget, wall_ms=wall_ms)
+                    self._counters.add("forgotten_members", obeyed)
+                    self._roster_due.set()
+                case Learned() as learned if received.topic is topics.FL_STATE:
+                    self.members.inherit(learned, wall_ms=wall_ms)
+                case Learned() as learned:
+                    if self.federation.note_above(learned, wall_ms=wall_ms):
+                        self.members.touch(self._clock_s())
+        except ProtocolError as exc:
+            self._counters.add("refused_contributions")
+            what = received.topic.pattern
+            warn_once(log, what, "refused a message on %s: %s", what, exc)
+        else:
+            self._contributed.set()
 
     async def end_round(self) -> None:
         """Close the federation's round, tell the cluster and, if the sums have grown, the cloud."""
         if self.down.journal is not None:
             self.down.journal.note("round", at_s=self._clock_s())
-        for agent in self.members.age(self._clock_s()):
-            self.settled.forget(agent)
+        self.federation.age(self._clock_s())
         grown = self.members.grown
         state = self.members.close()
         self._counters.add("rounds")
@@ -367,29 +386,17 @@ class EdgeService:
             await self._send_contribution(state)
 
     async def _send_contribution(self, state: State) -> None:
-        contribution = state.contribution(self.up.stamp())
+        contribution = state.contribution(self.members.orders.stamped(self.up.stamp()))
         await self.up.send(topics.CLOUD_FL_UPDATE, contribution, cluster=self.cluster)
 
     async def _send_learned(self, state: State) -> None:
-        # Inherited sums include the cloud's share already.
-        above = None if self.members.inherited_share else self.above
-        learned = state.below(above, tokens=self._prior_tokens).learned(self.down.stamp())
+        header = self.members.orders.stamped(self.down.stamp())
+        learned = self.federation.state_below(state).learned(header)
         await self.down.send(topics.FL_STATE, learned, cluster=self.cluster)
 
-    def _note_learned(self, topic: topics.Topic, learned: Learned) -> None:
-        try:
-            if topic is topics.FL_STATE:
-                self.members.inherit(learned)
-                return
-            above = State.of(learned)
-        except ProtocolError as exc:
-            self._counters.add("refused_contributions")
-            warn_once(log, topic.pattern, "refused the state on %s: %s", topic.pattern, exc)
-            return
-        if self.above is None or self.above.round != above.round:
-            self.members.touch(self._clock_s())
-            self._contributed.set()
-        self.above = above
+    async def send_roster(self) -> None:
+        """Publish the list of members for operators."""
+        await self.up.send(topics.ROSTER, roster_of(self.members, self.up.stamp()), cluster=self.cluster)
 
     async def _assign(self, agent: str, assignment: Assignment) -> None:
         if self._assigned.get(agent) == assignment:
@@ -416,8 +423,7 @@ class EdgeService:
         assigned = self._assigned.get(agent)
         if assigned is None or assigned.cluster == self.cluster:
             return
-        self.settled.forget(agent)
-        if self.members.forget(agent):
+        if self.federation.moved_away(agent):
             self.members.touch(self._clock_s())
             self._contributed.set()
 
@@ -429,7 +435,7 @@ class EdgeService:
             new = former is None
             if former is not None and former.fingerprint != state.fingerprint:
                 log.info("agent %s has another model: it is accounted for anew", agent)
-                self.settled.forget(agent)
+                self.federation.settled.forget(agent)
             if former is None or (former.sequence, former.sent_ms) != (state.sequence, state.sent_ms):
                 self.members.born(agent)
             self.agents[agent] = state
@@ -472,6 +478,7 @@ class EdgeService:
         message = presence(self.down.stamp, "edge", online=True, upstream=self.upstream)
         sent = await self.down.send(topics.EDGE_STATUS, message, cluster=self.cluster)
         if self.members.told:
-            # The broker may have lost the retained message in a restart of its own.
+            # The broker may have lost the retained messages in a restart of its own.
             await self._send_learned(self.members.state())
+            self._roster_due.set()
         return bool(sent)

@@ -12,13 +12,8 @@ from fedhlm.bus.party import presence
 from fedhlm.process.runtime import OpenBus, Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import encode
-from fedhlm.protocol.roles import EDGE_PREFIX
+from fedhlm.protocol.roles import edge_name
 from fedhlm.settings import Config
-
-
-def name_of(cluster: str) -> str:
-    """The name of a cluster's edge in messages."""
-    return f"{EDGE_PREFIX}{cluster}"
 
 
 def edge_of(
@@ -30,7 +25,7 @@ def edge_of(
     both). `bridges` says that these are two brokers that do not forward each other's messages.
     """
     cluster, root = config.cluster.name, config.broker.root
-    stamp = runtime.stamp(name_of(cluster))
+    stamp = runtime.stamp(edge_name(cluster))
     to_announce = asyncio.Event()
     offline = encode(presence(stamp, "edge", online=False))
     down_bus = open_down(

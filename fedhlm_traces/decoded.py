@@ -16,6 +16,7 @@ from fedhlm.protocol.topics import Topic
 from fedhlm_traces.file import Header, Record
 
 GIST_CHARS: Final = 160
+ROSTER_SHOWN: Final = 4
 _PATIENCE_S: Final = 1.0  # the length of the expiry does not change its size
 
 
@@ -230,6 +231,11 @@ def _contribution(m: messages.Contribution | messages.Learned, _: int | None) ->
     return f"round {m.round} of {_count(m.members, 'member')}{threshold}{curves}"
 
 
+def _roster(m: messages.Roster, _: int | None) -> str:
+    shown = ", ".join(f"{row.name} of {row.weight:.0f} tokens" for row in m.members[:ROSTER_SHOWN])
+    return f"{_count(len(m.members) + m.left_out, 'member')}{': ' if shown else ''}{shown}"
+
+
 def _journal(m: messages.Journal, _: int | None) -> str:
     kinds: dict[str, int] = {}
     for note in m.notes:
@@ -254,6 +260,8 @@ GISTS: Final[dict[type[Any], Callable[[Any, int | None], str]]] = {
     messages.Assignment: lambda m, _: f"to cluster {m.cluster}",
     messages.Journal: _journal,
     messages.Cancel: lambda m, _: f"request {m.request} of {m.sender} is cancelled",
+    messages.Forget: lambda m, _: f"order {m.order} of {m.sender}",
+    messages.Roster: _roster,
 }
 
 

@@ -18,10 +18,11 @@ from fedhlm.protocol.messages import (
     Message,
     Name,
     Profile,
+    Roster,
     VerdictBatch,
     encode,
 )
-from fedhlm.protocol.roles import EDGE_PREFIX, traits_of
+from fedhlm.protocol.roles import EDGE_PREFIX, cluster_of, edge_name, traits_of
 from fedhlm.protocol.topics import Topic
 from fedhlm_traces.file import Record
 
@@ -81,13 +82,16 @@ def renamed(record: Record, renames: Renames, *, root: str = topics.DEFAULT_ROOT
         return record
     row, levels = found
     tables = renames._asdict()  # none for clients, which keep their names
-    new = {level: tables.get(level, {}).get(name, name) for level, name in levels.items()}
+    new = {
+        level: _of_member(name, renames) if level == "member" else tables.get(level, {}).get(name, name)
+        for level, name in levels.items()
+    }
     topic = row.name(root, **new)
     try:
         message = topics.decode_for(row, record.payload)
     except ProtocolError:
         return replace(record, topic=topic)
-    changed = _rename_inside(_rename_sender(message, row, levels, renames), renames)
+    changed = _rename_inside(_rename_sender(message, row, levels, renames), row, renames)
     # An unchanged message keeps its exact bytes.
     return replace(record, topic=topic, payload=record.payload if changed == message else encode(changed))
 
@@ -119,7 +123,15 @@ def _rename_sender(message: AnyMessage, row: Topic, levels: Mapping[str, str], r
     return replace(message, sender=message.sender.removesuffix(cluster) + new)
 
 
-def _rename_inside(message: AnyMessage, renames: Renames) -> AnyMessage:
+def _of_member(name: str, renames: Renames) -> str:
+    """Rename an agent, or an edge with its cluster."""
+    cluster = cluster_of(name)
+    if cluster is not None and cluster in renames.cluster:
+        return edge_name(renames.cluster[cluster])
+    return renames.agent.get(name, name)
+
+
+def _rename_inside(message: AnyMessage, row: Topic, renames: Renames) -> AnyMessage:
     match message:
         case EscalationBatch(items=items):
             return replace(message, items=tuple(_rename_item(item, "escalation", renames) for item in items))
@@ -128,6 +140,9 @@ def _rename_inside(message: AnyMessage, renames: Renames) -> AnyMessage:
         case Profile(agent=agent):
             new = renames.agent.get(agent, agent)
             return replace(message, agent=new, sender=new if message.sender == agent else message.sender)
+        case Roster(members=members):
+            table = renames.agent if row is topics.ROSTER else renames.cluster
+            return replace(message, members=tuple(replace(m, name=table.get(m.name, m.name)) for m in members))
         case Assignment(cluster=cluster):
             return replace(message, cluster=renames.cluster.get(cluster, cluster))
         case _:

@@ -7,7 +7,7 @@ up for repeated and lost ones. A contribution that breaks a limit is rejected an
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -16,6 +16,8 @@ from msgspec.structs import replace
 
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve
+from fedhlm.learning.member import KnownMember
+from fedhlm.learning.orders import Obeyed, Orders, check_time
 from fedhlm.learning.robust import near_median, pool, winsorised
 from fedhlm.learning.settled import Claim
 from fedhlm.learning.thresholds import PaperUpdate, cluster_mean, global_mean, mean_control
@@ -27,6 +29,7 @@ from fedhlm.protocol.messages import (
     Contribution,
     Count,
     Fingerprint,
+    Forget,
     Learned,
     Name,
     Pair,
@@ -40,7 +43,6 @@ log = logging.getLogger(__name__)
 MEMBERS_MAX: Final = 4_096
 CONTROL_MAX: Final = 1e12  # largest control variate: it is a mean gradient on [0, 1], and sums must stay finite
 OVERTAKEN_S: Final = 300.0  # no message arrives this long after one that was sent later
-FUTURE_MS: Final = 86_400_000
 LEAP: Final = 65_536  # rounds; more than a month of them
 _COUNT_END: Final = 2**31
 _VERSION: Final = 2
@@ -138,33 +140,6 @@ class State(NamedTuple):
         return {measure: curve.to_bytes() for measure, curve in self.curves.items()}
 
 
-class _Member(NamedTuple):
-    message: Contribution
-    curves: Mapping[str, Curve]
-
-    def update(self, pair: Pair) -> PaperUpdate | None:
-        t = self.message.thresholds.get(pair)
-        return None if t is None else PaperUpdate(t.threshold, t.count, t.control, t.steps)
-
-    def repeats(self, other: Contribution) -> bool:
-        """Whether `other` is a duplicate of this message."""
-        mine = self.message
-        return (mine.round, mine.sequence, mine.sent_ms) == (other.round, other.sequence, other.sent_ms)
-
-    def precedes(self, other: Contribution) -> bool:
-        """Whether `other` was made later than this message.
-
-        A higher round is later if its time or its sequence number is higher too; the sequence number decides where the
-        sender's clock went back. A lower round with a later time is later as well: its sender has restarted and lost
-        its count of rounds.
-        """
-        mine = self.message
-        younger = other.sent_ms > mine.sent_ms
-        if other.round > mine.round:
-            return younger or other.sequence > mine.sequence
-        return other.round < mine.round and younger
-
-
 class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     version: int
     schema: int
@@ -173,6 +148,7 @@ class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     inherited: Learned | None
     members: list[tuple[Name, Contribution]]
     silent_s: dict[Name, float] = {}
+    orders: list[Obeyed] = []
 
 
 _saved: Final = msgspec.msgpack.Decoder(_Saved)
@@ -182,29 +158,37 @@ class Members:
     """The latest contribution of every member, and the rounds that are made from them.
 
     A round is due after `round_updates` new contributions, or `round_s` seconds after the first one. Above MEMBERS_MAX
-    members, the one that has been silent for longest is forgotten. `refused` counts rejected contributions by reason.
+    members, the one that has been silent for longest is forgotten. `refused` counts rejected contributions by reason,
+    and `blamed` rejected and cut ones by member. With `of_clusters`, a member is a whole cluster.
     """
 
-    def __init__(self, federation: Federation, mean: Mean) -> None:
+    def __init__(self, federation: Federation, mean: Mean, *, of_clusters: bool = False) -> None:
         self.round = 0
+        self.orders = Orders()
         self.refused: Counter[str] = Counter()
+        self.blamed: dict[str, Counter[str]] = {}
         self.cut = 0
+        self._of_clusters = of_clusters
         self._born: set[str] = set()
         self._heard_s: dict[str, float] = {}
         self._silent_before: dict[str, float] = {}  # seconds of silence of members in an earlier life of this part
         self._now_s = -math.inf  # the latest time that was seen
         self.federation = federation
         self._mean = mean
-        self._members: dict[str, _Member] = {}  # the member that has been silent for longest comes first
+        self._members: dict[str, KnownMember] = {}  # the member that has been silent for longest comes first
         self._fresh: set[str] = set()
         self._first_s: float | None = None
         self._told = False
         self._grown = False
         self._thresholds: dict[Pair, PaperThreshold] = {}
         self._inherited: State | None = None
+        self._inherited_ms = 0  # when it was published
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
 
     @property
     def fresh(self) -> int:
@@ -246,11 +230,11 @@ class Members:
             return "duplicate"
         reason = "time"
         try:
-            if wall_ms is not None and message.sent_ms > wall_ms + FUTURE_MS:
-                days = (message.sent_ms - wall_ms) / 86_400_000
-                raise ProtocolError(
-                    f"contribution.sent_ms must be at most a day ahead of this clock (got {days:.0f} days)"
-                )
+            if wall_ms is not None:
+                check_time("contribution", message.sent_ms, wall_ms=wall_ms)
+            reason = "forgotten"
+            if self._of_clusters and message.sent_ms < self.orders.since_ms:
+                raise ProtocolError("contribution.sent_ms must not be before the latest order to forget a member")
             reason = "round"
             if known is not None and not anew and message.round - known.message.round > LEAP:
                 raise ProtocolError(
@@ -262,12 +246,14 @@ class Members:
             curves = _curves(message)
         except ProtocolError as exc:
             self.refused[reason] += 1
+            self._blame(name, reason)
             warn_once(log, f"{name} {reason}", "refused a contribution of %s: %s", name, exc)
             return "refused"
         if check is not None:
             claim = check(message.thresholds, curves, None if known is None else known.curves)
             if claim.cut:
                 self.cut += 1
+                self._blame(name, "cut")
                 warn_once(log, f"{name} cut", "cut a contribution of %s: it %s", name, "; ".join(claim.cut))
                 curves = dict(claim.curves)
                 packed = {measure: curve.to_bytes() for measure, curve in curves.items()}
@@ -275,7 +261,7 @@ class Members:
         self._born.discard(name)
         self._heard_s[name] = now_s
         self._members.pop(name, None)
-        self._members[name] = _Member(message, curves)
+        self._members[name] = KnownMember(message, curves)
         if len(self._members) > MEMBERS_MAX:
             self.forget(next(iter(self._members)))
         self._fresh.add(name)
@@ -291,6 +277,42 @@ class Members:
         known = self._members.pop(name, None) is not None
         self._grown |= known
         return known
+
+    def obey(self, name: str, forget: Forget, *, wall_ms: int) -> bool:
+        """Forget a member, and the inherited state that may hold its sums, by an operator's order. A round is then due.
+
+        Where a member is a whole cluster, an order about any of its agents drops each contribution that was made
+        before it. Returns False for an order that was obeyed before.
+
+        Raises:
+            ProtocolError: the order's time is more than a day ahead of this clock.
+        """
+        if not self.orders.take(name, forget, wall_ms=wall_ms):
+            return False
+        made_ms = {other: member.message.sent_ms for other, member in self._members.items() if self._of_clusters}
+        older = [other for other, at_ms in made_ms.items() if at_ms < forget.sent_ms]
+        for gone in (name, *older):
+            self.forget(gone)
+        stale = self._inherited is not None and self._inherited_ms < forget.sent_ms
+        if stale:
+            self._inherited = None
+        self._thresholds.clear()
+        self._grown |= bool(self._members)  # the cloud has dropped what was sent before the order
+        self.blamed.pop(name, None)
+        if self._told or older or stale:
+            self._first_s = -math.inf
+        log.info("forgot what %s contributed: an operator's order", name)
+        return True
+
+    def known(self) -> Iterator[tuple[str, Contribution, Mapping[str, Curve]]]:
+        """Yield each member's name, latest contribution and curves."""
+        for name, member in self._members.items():
+            yield name, member.message, member.curves
+
+    def _blame(self, name: str, reason: str) -> None:
+        self.blamed.setdefault(name, Counter())[reason] += 1
+        if len(self.blamed) > MEMBERS_MAX:
+            del self.blamed[next(iter(self.blamed))]
 
     def born(self, name: str) -> None:
         """Note that a member was started again. Its next contribution counts, whatever its time and round."""
@@ -323,20 +345,27 @@ class Members:
         if self._first_s is None:
             self._first_s = now_s
 
-    def inherit(self, message: Learned) -> bool:
+    def inherit(self, message: Learned, *, wall_ms: int | None = None) -> bool:
         """Start from the retained state of an earlier life of this part. Returns whether it was used.
 
         The state stands for the members that have not contributed again yet, and loses weight as they contribute. A
         restart therefore does not lose what the pool knew. Once this part has made or restored a round, the retained
-        state is its own and is ignored.
+        state is its own and is ignored. A state from before an order to forget a member is ignored too, and a round is
+        due that replaces it. `wall_ms` is as for `take`.
 
         Raises:
-            ProtocolError: a curve or the control variate is impossible.
+            ProtocolError: a curve or the control variate is impossible, or the time is more than a day ahead.
         """
+        if wall_ms is not None:
+            check_time("learned", message.sent_ms, wall_ms=wall_ms)
         if self._told or self._inherited is not None or not message.members:
             return False
         state = State.of(message)
-        self._inherited, self.round = state, max(self.round, state.round)
+        self.round = max(self.round, state.round)
+        if message.sent_ms < self.orders.since_ms:
+            self._first_s = -math.inf
+            return False
+        self._inherited, self._inherited_ms = state, message.sent_ms
         self._thresholds = {**state.thresholds, **self._thresholds}
         return True
 
@@ -432,12 +461,12 @@ class Members:
         """Encode everything except the counts of rejected contributions, for `restore`."""
         inherited = None
         if self._inherited is not None and self.inherited_share:
-            header = {"version": SCHEMA_VERSION, "sender": "self", "sequence": 0, "sent_ms": 0}
+            header = {"version": SCHEMA_VERSION, "sender": "self", "sequence": 0, "sent_ms": self._inherited_ms}
             inherited = self._inherited.learned(header)
         members = [(name, member.message) for name, member in self._members.items()]
         silent = self._silent_before | {name: self.silent_s(name) for name in self._heard_s}
         return msgspec.msgpack.encode(
-            _Saved(_VERSION, SCHEMA_VERSION, self.round, self._thresholds, inherited, members, silent)
+            _Saved(_VERSION, SCHEMA_VERSION, self.round, self._thresholds, inherited, members, silent, [*self.orders])
         )
 
     def restore(self, data: bytes) -> None:
@@ -458,17 +487,19 @@ class Members:
             )
         for thresholds in (saved.thresholds, *(message.thresholds for _, message in saved.members)):
             check_thresholds(thresholds)
-        members = {name: _Member(message, _curves(message)) for name, message in saved.members[-MEMBERS_MAX:]}
+        members = {name: KnownMember(message, _curves(message)) for name, message in saved.members[-MEMBERS_MAX:]}
         # The monotonic clocks of two processes are unrelated, so earlier silences continue from now.
         self._now_s = -math.inf
         self._heard_s = {}
         self._silent_before = {name: max(0.0, saved.silent_s.get(name, 0.0)) for name in members}
         self._inherited = None if saved.inherited is None else State.of(saved.inherited)
+        self._inherited_ms = 0 if saved.inherited is None else saved.inherited.sent_ms
+        self.orders = Orders(saved.orders)
         self._members, self.round, self._thresholds = members, saved.round, saved.thresholds
         # A part without members or rounds on disk has no state to publish, and inherits the retained one.
         self._told = bool(members or saved.round or saved.inherited is not None)
 
-    def _updates(self, names: "set[str] | dict[str, _Member]", pair: Pair) -> list[PaperUpdate]:
+    def _updates(self, names: "set[str] | dict[str, KnownMember]", pair: Pair) -> list[PaperUpdate]:
         found = (self._members[name].update(pair) for name in sorted(names))
         return [update for update in found if update is not None]
 

@@ -1,4 +1,4 @@
-"""The timer of a federation: it closes a round when one is due."""
+"""The timers of a federation: a round is closed when it is due, and the list of members follows its changes."""
 
 import asyncio
 import logging
@@ -13,6 +13,7 @@ from fedhlm.telemetry import warn_once
 log = logging.getLogger(__name__)
 
 NOT_CLOSED_S: Final = 10.0  # between attempts to close a round
+ROSTER_S: Final = 5.0  # between two lists of members
 
 
 async def keep_rounds(
@@ -48,3 +49,12 @@ async def keep_rounds(
                 await changed.wait()
         except TimeoutError:
             continue
+
+
+async def keep_roster(changed: asyncio.Event, publish: Callable[[], Awaitable[None]]) -> None:
+    """Call `publish` whenever the caller has set `changed`, but at most once in ROSTER_S seconds."""
+    while True:
+        await changed.wait()
+        changed.clear()
+        await publish()
+        await asyncio.sleep(ROSTER_S)

@@ -59,6 +59,7 @@ class SettledTokens:
     def __init__(self, uncertainties: Collection[str]) -> None:
         self._uncertainties = frozenset(uncertainties)
         self._accounts: OrderedDict[str, OrderedDict[str, _Account]] = OrderedDict()
+        self._begun: OrderedDict[str, None] = OrderedDict()
 
     def note(self, agent: str, verdict: Verdict, large: str = "") -> None:
         """Count a verdict of the LLM `large` that passes to an agent."""
@@ -73,6 +74,13 @@ class SettledTokens:
     def forget(self, agent: str) -> None:
         """Close an agent's accounts: it has moved, has another SLM, or its name belongs to another agent."""
         self._accounts.pop(agent, None)
+
+    def begin(self, agent: str) -> None:
+        """Open new accounts: of what the agent claims, only tokens that pass from now on count."""
+        self._accounts.pop(agent, None)
+        self._begun[agent] = None
+        while len(self._begun) > AGENTS_MAX:
+            self._begun.popitem(last=False)
 
     def check(
         self,
@@ -91,6 +99,7 @@ class SettledTokens:
                 {pair: threshold for pair, threshold in thresholds.items() if large_of(pair) == large},
                 {name: curve for name, curve in curves.items() if _large_in(name) == large},
                 {name: curve for name, curve in (known or {}).items() if _large_in(name) == large},
+                begun=agent in self._begun,
             )
             possible |= claim.curves
             counted |= claim.thresholds
@@ -103,9 +112,12 @@ class SettledTokens:
         thresholds: Mapping[Pair, PaperThreshold],
         curves: Mapping[str, Curve],
         known: Mapping[str, Curve],
+        *,
+        begun: bool,
     ) -> Claim:
         if account.before is None:
-            account.before = self.sums(known) if known else _history(self.sums(curves), account.passed)
+            claimed = Sums() if begun else _history(self.sums(curves), account.passed)
+            account.before = self.sums(known) if known else claimed
         cut: list[str] = []
         most = account.before.tokens * (1.0 + SLACK_SHARE) + account.passed.tokens + SLACK_TOKENS
         possible = dict(self._limited(curves, most, cut))

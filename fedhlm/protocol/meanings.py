@@ -179,4 +179,19 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "notes": ("", "consecutive notes"),
     },
     "Cancel": {"request": ("", "name of the request of the same sender")},
+    "Forget": {"order": ("", "random number of the order; a part obeys an order once")},
+    "MemberSums": {
+        "name": ("", "an agent, or a cluster at the cloud"),
+        "agents": ("agents", "how many agents are behind the member"),
+        "seen": ("decisions", "decisions of the gate"),
+        "weight": ("tokens", "tokens that the target scored"),
+        "harm": ("tokens", "expected wrong tokens among them"),
+        "silent_s": ("s", "time since its latest contribution"),
+        "blamed": ("", "by reason: contributions that were rejected, or cut"),
+    },
+    "Roster": {
+        "members": ("", "members with the largest weight"),
+        "left_out": ("", "number of further members"),
+        "obeyed": ("", "orders to forget a member that were obeyed last"),
+    },
 }

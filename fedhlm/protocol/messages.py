@@ -33,6 +33,7 @@ MAX_NOTES: Final = 1_024
 MAX_STOPS: Final = 16
 MAX_REASON: Final = 1_024
 MAX_RIDERS: Final = 64
+MAX_ROSTER: Final = 256
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
@@ -420,6 +421,42 @@ class Cancel(Message, tag=15, frozen=True):
     request: Name
 
 
+class Forget(Message, tag=16, frozen=True):
+    """Retained order of an operator: drop what a member of the federation has contributed.
+
+    A part obeys each order once. What the member contributes later counts again.
+    """
+
+    order: Session
+
+
+class MemberSums(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one member of a federation counts for.
+
+    The sums are totals over the bins of its largest curve. `blamed` counts its contributions that were rejected, by
+    reason, or cut ("cut").
+    """
+
+    name: Name
+    agents: Count
+    seen: float
+    weight: float
+    harm: float
+    silent_s: float
+    blamed: Annotated[dict[Annotated[str, Meta(max_length=16)], Count], Meta(max_length=16)] = {}
+
+
+class Roster(Message, tag=17, frozen=True):
+    """Retained list of the members that an edge or the cloud knows, largest weight first.
+
+    `left_out` is the number of further members. `obeyed` has the latest orders to forget a member.
+    """
+
+    members: Annotated[tuple[MemberSums, ...], Meta(max_length=MAX_ROSTER)]
+    left_out: Count = 0
+    obeyed: Annotated[tuple[Session, ...], Meta(max_length=MAX_ROSTER)] = ()
+
+
 AnyMessage = (
     Presence
     | Prompt
@@ -436,6 +473,8 @@ AnyMessage = (
     | Assignment
     | Journal
     | Cancel
+    | Forget
+    | Roster
 )
 
 _encoder: Final = msgspec.msgpack.Encoder()

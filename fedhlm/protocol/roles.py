@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final, Literal, NamedTuple
 
 PartRole = Literal["agent", "edge", "cloud"]
-Role = Literal[PartRole, "client"]
+Role = Literal[PartRole, "client", "operator"]
 PARTS: Final[tuple[PartRole, ...]] = ("agent", "edge", "cloud")
 EDGE_PREFIX: Final = "edge-"  # an edge is named after its cluster
 
@@ -39,7 +39,18 @@ ROLES: Final[dict[str, RoleTraits]] = {
     "edge": RoleTraits(proper=f"{EDGE_PREFIX}{{cluster}}", order=1, relays=True),
     "cloud": RoleTraits(proper="cloud", order=0, verifies=True),
     "client": RoleTraits(level="client", order=3, asks=True),
+    "operator": RoleTraits(order=4),
 }
+
+
+def edge_name(cluster: str) -> str:
+    """Return the name of a cluster's edge in messages and certificates."""
+    return f"{EDGE_PREFIX}{cluster}"
+
+
+def cluster_of(name: str) -> str | None:
+    """Return the cluster of the edge of this name; None if the name is no edge's."""
+    return name.removeprefix(EDGE_PREFIX) if name.startswith(EDGE_PREFIX) else None
 
 
 def reserved(name: str) -> bool:

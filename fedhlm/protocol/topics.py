@@ -16,9 +16,10 @@ DEFAULT_ROOT: Final = "fedhlm/1"
 
 
 class Topic(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the table. `{cluster}`, `{agent}` and `{client}` in `pattern` stand for one level each.
+    """One row of the table.
 
-    `open_only`: the topic does not say who sends, so a broker with access rules lets nobody publish on it.
+    `{cluster}`, `{agent}`, `{client}` and `{member}` in `pattern` stand for one level each. `open_only`: the topic does
+    not say who sends, so a broker with access rules lets nobody publish on it.
     """
 
     pattern: str
@@ -273,6 +274,34 @@ ASSIGN: Final = Topic(
     purpose="the cluster that an agent belongs to",
 )
 
+FORGET: Final = Topic(
+    pattern="federation/forget/{member}",
+    payload=messages.Forget,
+    qos=1,
+    retain=True,
+    publishers=("operator",),
+    subscribers=("edge", "cloud"),
+    purpose="the order to drop what a member contributed; the member is an agent, or an edge with its cluster",
+)
+ROSTER: Final = Topic(
+    pattern="federation/members/{cluster}",
+    payload=messages.Roster,
+    qos=1,
+    retain=True,
+    publishers=("edge",),
+    subscribers=("operator",),
+    purpose="the members of a cluster's federation",
+)
+CLOUD_ROSTER: Final = Topic(
+    pattern="federation/clusters",
+    payload=messages.Roster,
+    qos=1,
+    retain=True,
+    publishers=("cloud",),
+    subscribers=("operator",),
+    purpose="the clusters of the cloud's federation",
+)
+
 AGENT_JOURNAL: Final = Topic(
     pattern="c/{cluster}/a/{agent}/journal",
     payload=messages.Journal,
@@ -325,6 +354,9 @@ TABLE: Final = (
     PROFILE,
     CLOUD_PROFILE,
     ASSIGN,
+    FORGET,
+    ROSTER,
+    CLOUD_ROSTER,
     AGENT_JOURNAL,
     EDGE_JOURNAL,
     CLOUD_JOURNAL,

@@ -118,7 +118,7 @@ def _names(topic: Topic, entry: Entry, place: BrokerPlace, root: str, *, everybo
         clusters = (place.cluster,)
     elif party.relays and everybody and not of_cluster:
         clusters = ("+",)
-    levels = {"agent": "+", "client": "+"}
+    levels = {"agent": "+", "client": "+", "member": "+"}
     if party.level and not (everybody and of_cluster):
         levels[party.level] = entry.name
     return list(dict.fromkeys(topic.name(root, cluster=cluster, **levels) for cluster in clusters))

@@ -36,6 +36,7 @@ CERTIFICATES: Final[dict[CertificateRole, CertificateTraits]] = {
     "edge": CertificateTraits(ROLES["edge"], clusters=(1, 1)),
     "cloud": CertificateTraits(ROLES["cloud"], clusters=(0, 0), near=False),
     "client": CertificateTraits(ROLES["client"]),
+    "operator": CertificateTraits(ROLES["operator"]),
     "broker": CertificateTraits(clusters=(0, 1), near=False, far=False, listens=True),
     "observer": CertificateTraits(clusters=(0, 0), reads_all=True),
 }

@@ -375,7 +375,7 @@ def from_bus(
         sessions_max=len(notes) + 1,
         batch_max=1,
         federation=Federation(),
-        members=Members(Federation(), mean_of_clusters).snapshot(),
+        members=Members(Federation(), mean_of_clusters, of_clusters=True).snapshot(),
     )
     began_s = notes[0].at_s if notes else 0.0
     notes.insert(0, Note(began_s, "state", "cloud", msgspec.msgpack.encode(born)))

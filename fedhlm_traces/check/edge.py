@@ -41,7 +41,7 @@ from fedhlm_traces.check.journals import PartJournal
 from fedhlm_traces.spelling import Spell, by_number
 
 _DUE_SLACK_S: Final = 1e-6
-_BY_TIMER: Final = (topics.CLOUD_VERIFY, topics.NEIGHBOUR, topics.EDGE_STATUS)
+_BY_TIMER: Final = (topics.CLOUD_VERIFY, topics.NEIGHBOUR, topics.EDGE_STATUS, topics.ROSTER)
 _NOTHING: Final = "nothing of the kind"
 
 Name = tuple[Any, ...]
@@ -178,6 +178,7 @@ class _EdgeReplay:
                 topics.CLOUD_VERIFY: self._service.send_batch,
                 topics.NEIGHBOUR: self._service.send_digest,
                 topics.EDGE_STATUS: self._service.announce,
+                topics.ROSTER: self._service.send_roster,
             }
             if row is not None:
                 at_once(act[row[0]]())

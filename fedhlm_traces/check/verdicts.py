@@ -184,7 +184,7 @@ def service_of(
         large_of(born, engine or _NO_MODEL),
         open_bus=bus.opened,
         sessions=sessions,
-        coordinator=Coordinator(Members(born.federation, mean_of_clusters)),
+        coordinator=Coordinator(Members(born.federation, mean_of_clusters, of_clusters=True)),
     )
 
 

@@ -87,7 +87,7 @@ def test_an_impossible_contribution_is_refused_with_a_count() -> None:
         await agent.send(topics.CLOUD_FL_STATE, Learned(**agent.party.stamp(), round=1, members=3, curves={"u": b"?"}))
         await asyncio.sleep(5 * ROUND_S)
         assert world.counters["refused_contributions"] == 3
-        assert edge.service.above is None
+        assert edge.service.federation.above is None
         assert world.counters["rounds"] == 0
 
     run_virtual(scenario())

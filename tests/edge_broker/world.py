@@ -157,7 +157,7 @@ class World:
                 Engine(toy.ToyCache(), toy.large_forward), toy.FINGERPRINT, frozenset({toy.EOS_ID}), toy.CONTEXT
             ),
             open_bus=opened,
-            coordinator=Coordinator(Members(RULES, mean_of_clusters), grouping),
+            coordinator=Coordinator(Members(RULES, mean_of_clusters, of_clusters=True), grouping),
         )
         return Node(buses, service)
 

@@ -209,7 +209,7 @@ CHANGES: Final = (
     Change(
         "verdicts noted at the edge",
         "edge_broker/service.py",
-        "            self.settled.note(agent, verdict)\n",
+        "            self.federation.settled.note(agent, verdict)\n",
         "",
         ("tests/edge_broker/test_federation.py",),
     ),

@@ -13,9 +13,11 @@ from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     AnyMessage,
     Assignment,
+    Forget,
     Learned,
     Presence,
     Prompt,
+    Roster,
     UncertainTokens,
     VerifiedTokens,
     encode,
@@ -97,7 +99,7 @@ def test_the_table_is_sound() -> None:
         assert topic.publishers
         assert topic.subscribers
         # Only state is kept by the broker; a kept request would be answered again after every restart.
-        assert topic.retain == (topic.payload in (Presence, Learned, Assignment))
+        assert topic.retain == (topic.payload in (Presence, Learned, Assignment, Forget, Roster))
         # What is lost of the peers' traffic costs a hit, all else a token, a state or an answer.
         assert topic.qos == (0 if topic.payload in (UncertainTokens, VerifiedTokens) else 1)
         if "agent" in topic.publishers:

@@ -16,7 +16,20 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError, root_of
-from fedhlm_fleet.commands import ask, doctor, flash, lab, models, pki, provision, simulate, status, trace, traces
+from fedhlm_fleet.commands import (
+    ask,
+    doctor,
+    federation,
+    flash,
+    lab,
+    models,
+    pki,
+    provision,
+    simulate,
+    status,
+    trace,
+    traces,
+)
 from fedhlm_fleet.commands.common import (
     OPTIONS,
     Keys,
@@ -61,6 +74,7 @@ app.command(config_app)
 app.command(ask.ask)
 app.command(models.app)
 app.command(lab.app)
+app.command(federation.app)
 app.command(pki.app)
 app.command(simulate.simulate)
 app.command(traces.record)

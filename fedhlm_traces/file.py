@@ -75,7 +75,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     properties: dict[str, Any] = {}
 
 
-_RANKS: Final[dict[Role, int]] = {"agent": 0, "edge": 1, "cloud": 2, "client": 3}
+_RANKS: Final[dict[Role, int]] = {"agent": 0, "edge": 1, "cloud": 2, "client": 3, "operator": 4}
 
 
 @lru_cache(maxsize=4_096)

@@ -27,8 +27,8 @@ class KnownMember(NamedTuple):
     def precedes(self, other: Contribution) -> bool:
         """Whether `other` was made later than this message.
 
-        A higher round is later if its time is not earlier or its sequence number is higher; the sequence number decides where the
-        sender's clock went back. A lower round with a later time is later as well: its sender has restarted and lost
+        A higher round is later if its time is not earlier or its sequence number is higher; the sequence number decides
+        where the sender's clock went back. A lower round with a later time is later as well: its sender has restarted and lost
         its count of rounds.
         """
         mine = self.message

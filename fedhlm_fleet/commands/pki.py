@@ -9,7 +9,8 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError
-from fedhlm_fleet.commands.common import needing, print_facts
+from fedhlm_fleet.commands import federation
+from fedhlm_fleet.commands.common import Keys, needing, print_facts
 from fedhlm_fleet.pki.roles import CERTIFICATES, CertificateRole
 
 if TYPE_CHECKING:
@@ -104,8 +105,19 @@ def issue(
 
 
 @app.command
-def revoke(name: str, /, *, superseded: Flag = False, pki: Path = PKI) -> int:
+def revoke(
+    name: str,
+    /,
+    *keys: Keys,
+    superseded: Flag = False,
+    broker: str | None = None,
+    config: Path | None = None,
+    pki: Path = PKI,
+) -> int:
     """Revoke all certificates of a name, such as a lost device; brokers reject it once they have the new list.
+
+    With a broker, an agent or edge is also forgotten: all edges and the cloud drop what it has contributed
+    (fedhlm federation forget). The other broker keys are flags too: --broker.ca ca.pem.
 
     Parameters
     ----------
@@ -113,18 +125,29 @@ def revoke(name: str, /, *, superseded: Flag = False, pki: Path = PKI) -> int:
         Name of the party.
     superseded
         Revoke all but the newest certificate, after a renewal.
+    broker
+        URL of the broker between the edges and the cloud.
+    config
+        TOML file with the keys of that broker.
     pki
         Folder of the CA.
     """
     with needing("operator"):
         from fedhlm_fleet.pki import authority
+        from fedhlm_fleet.pki.registry import Registry
     taken = authority.revoke(pki, name, superseded=superseded, now=_now())
     if not taken:
         print(f"nothing changed, {name} has no {'superseded ' if superseded else ''}certificate left to revoke")
     for certificate in taken:
         print(f"revoked {name}, serial {certificate.serial}, good until {certificate.not_after:%Y-%m-%d}")
     print(f"list: {pki / authority.CRL}; brokers load it after `fedhlm pki mosquitto ...` and SIGHUP")
-    return 0
+    party = CERTIFICATES[Registry.load(pki).entries[name].role].party
+    if superseded or not (party.drafts or party.relays):
+        return 0
+    if broker is None and config is None and not keys:
+        print(f"next: fedhlm federation forget {name} --broker URL, so that what it contributed goes too")
+        return 0
+    return federation.have_forgotten(federation.section(keys, broker, config), name, known_only=False)
 
 
 @app.command(name="list")

@@ -337,7 +337,8 @@ def test_zstdcat_and_msgpack_read_the_file(tmp_path: Path) -> None:
 
 def test_every_topic_has_a_direction() -> None:
     found = {
-        topic.pattern: direction_of(topic.name(cluster="home", agent="porch", client="desk")) for topic in topics.TABLE
+        topic.pattern: direction_of(topic.name(cluster="home", agent="porch", client="desk", member="porch"))
+        for topic in topics.TABLE
     }
     assert all(found.values())
     expected = {

@@ -16,9 +16,12 @@ from fedhlm.protocol.messages import (
     Contribution,
     Escalation,
     EscalationBatch,
+    Forget,
+    MemberSums,
     Output,
     Presence,
     Profile,
+    Roster,
     RoutedEscalation,
     RoutedVerdict,
     Verdict,
@@ -33,6 +36,7 @@ from tests.fedhlm.protocol.test_messages import instances
 
 names = st.from_regex(rf"\A{NAME_PATTERN}\Z").map(lambda name: name[:40])
 ROOT = "lab/7"
+LEVELS = {"cluster": "home", "agent": "porch", "client": "desk", "member": "porch"}
 
 
 def stamp(sender: str, sent_ms: int = 1_000) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def stamp(sender: str, sent_ms: int = 1_000) -> dict[str, Any]:
 def our_records(draw: st.DrawFn) -> Record:
     row: Topic = draw(st.sampled_from(TABLE))
     message = draw(instances(row.payload))
-    levels = {"cluster": draw(names), "agent": draw(names), "client": "desk"}
+    levels = {"cluster": draw(names), "agent": draw(names), "client": "desk", "member": draw(names)}
     # Half of the senders are those that the topic implies.
     sender = draw(st.sampled_from([message.sender, levels["agent"], f"edge-{levels['cluster']}"]))
     return Record(0.0, 0, row.name(ROOT, **levels), encode(replace(message, sender=sender)))
@@ -56,8 +60,11 @@ def mapping(record: Record) -> Renames:
     message: Any = decode(record.payload)
     items = getattr(message, "items", ())
     agents = {getattr(item, "agent", None) for item in items} | {getattr(message, "agent", None)}
-    agents |= {found[1].get("agent")}
+    agents |= {found[1].get("agent"), found[1].get("member")}
     clusters = {found[1].get("cluster"), getattr(message, "cluster", None)}
+    (clusters if found[0] is topics.CLOUD_ROSTER else agents).update(
+        row.name for row in getattr(message, "members", ()) if row
+    )
     return Renames(
         {old: f"zzcluster{i}" for i, old in enumerate(sorted(filter(None, clusters)))},
         {old: f"zzagent{i}" for i, old in enumerate(sorted(filter(None, agents)))},
@@ -89,6 +96,10 @@ def escalation(sender: str) -> Escalation:
     return Escalation(**stamp(sender), session=1, epoch=0, base=3, ids=b"ab", patience_ms=500)
 
 
+def sums(name: str) -> MemberSums:
+    return MemberSums(name, 1, 1.0, 1.0, 1.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -111,17 +122,25 @@ def escalation(sender: str) -> Escalation:
         (topics.ASSIGN, Assignment(**stamp("cloud"), cluster="home")),
         (topics.FL_UPDATE, Contribution(**stamp("porch"), round=1, members=1)),
         (topics.CLOUD_FL_UPDATE, Contribution(**stamp("edge-home"), round=1, members=1)),
+        (topics.FORGET, Forget(**stamp("chief"), order=1)),
+        (topics.ROSTER, Roster(**stamp("edge-home"), members=(sums("porch"),))),
+        (topics.CLOUD_ROSTER, Roster(**stamp("cloud"), members=(sums("home"),))),
     ],
 )
 def test_no_trace_of_the_old_names_remains(row: Topic, message: Any) -> None:
-    record = Record(0.0, 0, row.name(cluster="home", agent="porch", client="desk"), encode(message), 1, True)
+    record = Record(0.0, 0, row.name(**LEVELS), encode(message), 1, True)
     new = renamed(record, Renames({"home": "barn"}, {"porch": "attic"}))
-    assert new.topic == row.name(cluster="barn", agent="attic", client="desk")
+    assert new.topic == row.name(cluster="barn", agent="attic", client="desk", member="attic")
     for old in (b"home", b"porch"):
         assert old not in new.payload
     expected = encode(message).replace(b"home", b"barn").replace(b"porch", b"attic")
     assert new.payload == expected
     assert (new.qos, new.retain) == (1, True)
+
+
+def test_an_edge_that_is_forgotten_is_renamed_with_its_cluster() -> None:
+    record = Record(0.0, 0, topics.FORGET.name(member="edge-home"), encode(Forget(**stamp("chief"), order=1)))
+    assert renamed(record, Renames({"home": "barn"}, {})).topic == topics.FORGET.name(member="edge-barn")
 
 
 def test_a_stranger_s_sender_stays() -> None:

@@ -67,7 +67,12 @@ def valid(rng: Rng) -> Hostile:
     made = rng.choice(COHERENT)(rng) if rng.random() < 0.5 else None
     kind = type(made) if made is not None else rng.choice(KINDS)
     row = rng.choice(ROWS[kind])
-    levels = {"cluster": rng.choice(CLUSTERS), "agent": rng.choice(AGENTS), "client": "client"}
+    levels = {
+        "cluster": rng.choice(CLUSTERS),
+        "agent": rng.choice(AGENTS),
+        "client": "client",
+        "member": rng.choice(AGENTS),
+    }
     message = made if made is not None else typed(rng, kind)
     sender = levels["agent"] if row.publishers == ("agent",) else rng.choice(("cloud", "edge-c0", "client"))
     message = msgspec.structs.replace(message, version=SCHEMA_VERSION, sender=sender)

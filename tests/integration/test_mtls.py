@@ -44,6 +44,7 @@ PARTIES = (
     Who("cloud", "cloud"),
     Who("client", "desk"),
     Who("client", "guest", ("barn",)),
+    Who("operator", "chief"),
     Who("observer", "eye"),
 )
 
@@ -82,7 +83,7 @@ async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: Broke
         (topic, levels, topic.name(**levels))
         for topic in TABLE
         for levels in (
-            {"cluster": c, "agent": a, "client": p}
+            {"cluster": c, "agent": a, "client": p, "member": a}
             for c, a, p in product(("home", "barn"), ("porch", "attic"), ("desk", "guest"))
         )
     ]

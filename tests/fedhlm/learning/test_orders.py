@@ -1,5 +1,7 @@
 """Orders to forget a member: each is obeyed once, the latest one counts, and nothing that was made before it comes back."""
 
+from collections.abc import Callable
+
 import pytest
 
 from fedhlm.errors import ProtocolError
@@ -84,7 +86,7 @@ def test_inherited_state_from_before_the_order_is_dropped_and_replaced(order_fir
 
     def steps(sent_ms: int) -> Members:
         members = Members(Federation(), mean_of_agents)
-        acts = [
+        acts: list[Callable[[], bool]] = [
             lambda: members.obey("a", order(1), wall_ms=NOW_MS),
             lambda: members.inherit(learned(sent_ms), wall_ms=NOW_MS),
         ]

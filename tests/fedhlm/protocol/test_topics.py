@@ -30,7 +30,7 @@ roots = st.sampled_from([DEFAULT_ROOT, "x", "a/b/c", "c", "cloud"])
 
 
 def levels_of(topic: Topic, cluster: str, agent: str) -> dict[str, str]:
-    known = {"cluster": cluster, "agent": agent, "client": agent}
+    known = {"cluster": cluster, "agent": agent, "client": agent, "member": agent}
     return {key: value for key, value in known.items() if f"{{{key}}}" in topic.pattern}
 
 

@@ -65,7 +65,7 @@ def expected(who: Who, access: Access, topic: Topic, levels: dict[str, str], whe
     match who.role:
         case "cloud":
             return where != "cluster"
-        case "client":
+        case "client" | "operator":
             near = not who.clusters or cluster is None or cluster in who.clusters
             return near and levels.get("client") in (None, who.name)
         case "edge":

@@ -28,6 +28,7 @@ def parties(draw: st.DrawFn) -> list[Who]:
     agents = [Who("agent", name, draw(clusters_of)) for name in draw(st.sets(st.sampled_from(AGENTS)))]
     edges = [Who("edge", f"edge-{c}", (c,)) for c in draw(st.sets(st.sampled_from(CLUSTERS)))]
     others = [Who("cloud", "cloud"), Who("client", "desk"), Who("client", "guest", draw(clusters_of))]
+    others += [Who("operator", "chief"), Who("operator", "warden", draw(clusters_of))]
     return [*agents, *edges, *others, Who("observer", "eye"), Who("broker", "mqtt", draw(clusters_of)[:1])]
 
 
@@ -54,7 +55,7 @@ def test_every_row_role_cluster_and_agent_is_as_the_table_says(them: list[Who], 
         for cluster, agent, client in product(CLUSTERS, (*AGENTS, "nobody"), (who.name, "somebody")):
             levels = {
                 k: v
-                for k, v in (("cluster", cluster), ("agent", agent), ("client", client))
+                for k, v in (("cluster", cluster), ("agent", agent), ("client", client), ("member", agent))
                 if f"{{{k}}}" in topic.pattern
             }
             name = topic.name(root, **levels)

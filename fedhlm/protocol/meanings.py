@@ -185,7 +185,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "agents": ("agents", "how many agents are behind the member"),
         "seen": ("decisions", "decisions of the gate"),
         "weight": ("tokens", "tokens that the target scored"),
-        "harm": ("tokens", "expected wrong tokens among them"),
+        "harm": ("tokens", "sum of the harm of these tokens"),
         "silent_s": ("s", "time since its latest contribution"),
         "blamed": ("", "by reason: contributions that were rejected, or cut"),
     },

@@ -14,6 +14,7 @@ from edge_agent.model import Slm, threaded
 from edge_agent.service import AgentService, ModelFacts
 from edge_agent.wiring import SmallModel, service_of
 from fedhlm.answering import Door, Offer, shut
+from fedhlm.answers import Marks
 from fedhlm.bus.silent import silent
 from fedhlm.choices import GATES
 from fedhlm.config import Loaded
@@ -105,17 +106,20 @@ async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:
         max_tokens=generation.max_tokens,
         seed=generation.seed,
     )
+    marks = Marks()
     running = asyncio.create_task(service.run(), name="agent-service")
     try:
         if not GATES[generation.gate].alone:
             await service.agent.look_around(PRESENCE_S)
-        result = await service.complete(prompt, show=lambda new: print(new, end="", flush=True))
+        result = await service.complete(prompt, show=lambda piece: print(marks.put(piece), end="", flush=True))
     except ValueError as exc:
         raise FedhlmError(str(exc)) from exc
     finally:
         running.cancel()
         await asyncio.wait([running])
-    print()
+    print(marks.end())
+    if marks.unverified:
+        print(marks.summary(), file=sys.stderr)
     print("; ".join(f"{key} {value:g}" for key, value in result.statistics().items()), file=sys.stderr)
     if result.finish == "error":
         raise FedhlmError(result.error)

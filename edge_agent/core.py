@@ -22,6 +22,7 @@ from edge_agent.events import (
     Finish,
     Grown,
     Judged,
+    LinkDown,
     LinkUp,
     Observe,
     Plan,
@@ -271,10 +272,12 @@ class AgentCore:
             self._miss(f"no edge has announced itself in cluster {self.cluster}")
 
     def _miss(self, who: str) -> None:
-        """Note who is missing. Unless configured to, new texts do not wait for answers; running ones may still wait."""
+        """Note who is missing. Unless configured to, no text waits for answers from then on."""
         if who != self.absent:
             log.warning("%s: what it should verify is marked unverified until it does", who)
         self.absent = who
+        for queue in self._routes.values():
+            self._post(queue, LinkDown())
 
     def _set_link_up(self) -> None:
         if self.absent:
@@ -333,6 +336,8 @@ class AgentCore:
                     if machine.finished:
                         break
                     event = await self._next_event(turn.queue, machine.wake_s())
+                    if isinstance(event, LinkDown) and job.config.wait_offline:
+                        continue
                     now = self._clock_s()
                     self._notes.write("fed", event, now)
                     if isinstance(event, Answered):

@@ -94,10 +94,11 @@ class Refused(NamedTuple):
 
 
 class LinkUp(NamedTuple):
-    """The edge and the cloud can be reached again.
+    """The edge and the cloud can be reached again."""
 
-    There is no opposite event: a lost link shows at the deadline, and only then are tokens unverified.
-    """
+
+class LinkDown(NamedTuple):
+    """The edge or the cloud has announced that it is gone. A link that is lost in silence shows at the deadline."""
 
 
 class Cancelled(NamedTuple):
@@ -110,7 +111,7 @@ class Tick(NamedTuple):
     """Time has passed."""
 
 
-Event = Drafted | Grown | Answered | Unprimed | Refused | LinkUp | Cancelled | Tick
+Event = Drafted | Grown | Answered | Unprimed | Refused | LinkUp | LinkDown | Cancelled | Tick
 
 
 class DraftNext(NamedTuple):

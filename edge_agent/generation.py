@@ -23,6 +23,7 @@ from edge_agent.events import (
     Finish,
     Grown,
     Judged,
+    LinkDown,
     LinkUp,
     Observation,
     Observe,
@@ -144,8 +145,8 @@ class GenerationMachine:
                     self._new_epoch()
             case Refused(reason):
                 return self._finish(actions, "error", reason)
-            case LinkUp():
-                self._set_link(True, now)
+            case LinkUp() | LinkDown():
+                self._set_link(isinstance(event, LinkUp), now)
             case Cancelled("stop"):
                 self._cut = "stop"
                 self._drop_tail()

@@ -13,6 +13,7 @@ from edge_agent.events import (
     Event,
     Grown,
     Judged,
+    LinkDown,
     LinkUp,
     Refused,
     Tick,
@@ -26,7 +27,7 @@ from fedhlm.settings import Consensus, Federation, Generation
 
 _EVENTS: Final[dict[str, Any]] = {
     kind.__name__: msgspec.msgpack.Decoder(kind)
-    for kind in (Drafted, Grown, Answered, Unprimed, Refused, LinkUp, Cancelled, Tick)
+    for kind in (Drafted, Grown, Answered, Unprimed, Refused, LinkUp, LinkDown, Cancelled, Tick)
 }
 
 

@@ -15,6 +15,7 @@ from edge_agent.refusals import AT_ONCE, PAUSE_S, DueRefusal, Refusals
 from edge_agent.requests import CANCELLED, GONE, LATE, LATE_TEXT, End, Requests, RoutedPrompt
 from edge_agent.result import GenerationResult, Job
 from fedhlm.answering import Slice
+from fedhlm.answers import Piece
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
 from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
@@ -271,9 +272,9 @@ class AgentService:
         )
 
     async def complete(
-        self, prompt: Prompt, show: Callable[[str], object] | None = None, *, cluster: str | None = None
+        self, prompt: Prompt, show: Callable[[Piece], object] | None = None, *, cluster: str | None = None
     ) -> GenerationResult:
-        """Serve one prompt. `show` receives the text as it is committed. Calls are served one after the other.
+        """Serve one prompt. `show` receives tokens and text as they are committed. Calls are served one after the other.
 
         The output goes to `cluster`, through which the prompt came (None: the agent's own).
 
@@ -284,12 +285,12 @@ class AgentService:
         return await self._complete_in_turn(RoutedPrompt(cluster or self.agent.cluster, prompt), show)
 
     async def _complete_in_turn(
-        self, request: RoutedPrompt, show: Callable[[str], object] | None = None
+        self, request: RoutedPrompt, show: Callable[[Piece], object] | None = None
     ) -> GenerationResult:
         async with self._turn:
             return await self._complete(request, show)
 
-    async def _complete(self, request: RoutedPrompt, show: Callable[[str], object] | None) -> GenerationResult:
+    async def _complete(self, request: RoutedPrompt, show: Callable[[Piece], object] | None) -> GenerationResult:
         prompt, now_s = request.prompt, asyncio.get_running_loop().time
         config = self._config(prompt)
         sampling = self._sampling(prompt, config)
@@ -306,7 +307,9 @@ class AgentService:
             count, new = text.push([t.token for t in tokens])
             if count or new:
                 if show is not None:
-                    show(new)
+                    sent = tokens[:count]
+                    ids, sources = tuple(t.token for t in sent), tuple(t.source for t in sent)
+                    show(Piece(new, ids, sources, request.count))
                 await self._publish(request, tokens[:count], new)
             if text.stopped:
                 return "stop"
@@ -330,7 +333,7 @@ class AgentService:
             result.error = LATE_TEXT.error
         rest = text.rest()
         if show is not None:
-            show(rest)
+            show(Piece(rest, (), (), request.count))
         await self._publish(request, [], rest, finish=result.finish, error=result.error, result=result)
         log.info("request %s: %s", prompt.request, result.summary())
         await self.agent.save()

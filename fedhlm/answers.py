@@ -10,8 +10,10 @@ import msgspec
 
 from fedhlm.errors import AskError, RequestCancelled, RequestNameTaken, RequestRefused
 from fedhlm.protocol.messages import FinishReason, Output, Source
+from fedhlm.protocol.sources import SOURCES
 
 EARLY_MAX: Final = 1_024  # most pieces that wait for an earlier one
+_OPEN, _CLOSE = "[unverified: ", "]"
 
 
 class Piece(NamedTuple):
@@ -114,6 +116,34 @@ class Assembly:
             error="" if last is None else last.error,
             statistics={} if last is None else dict(last.statistics),
         )
+
+
+class Marks:
+    """Marks unverified text in a stream; `tokens` counts all tokens, `unverified` those that nobody has verified."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.unverified = 0
+        self._open = False
+
+    def put(self, piece: Piece) -> str:
+        """Return what to print for a piece; text that follows its ids keeps their mark."""
+        count = sum(SOURCES[source].unreachable for source in piece.sources)
+        self.tokens += len(piece.ids)
+        self.unverified += count
+        mark = ""
+        if piece.ids and bool(count) != self._open:
+            mark = _CLOSE if self._open else _OPEN
+            self._open = not self._open
+        return mark + piece.text
+
+    def end(self) -> str:
+        """Return what to print after the last piece."""
+        return _CLOSE if self._open else ""
+
+    def summary(self) -> str:
+        """Say how many tokens nobody has verified."""
+        return f"nobody has verified {self.unverified} of {self.tokens} tokens"
 
 
 def failure_of(last: Output, *, agent: str) -> AskError | None:

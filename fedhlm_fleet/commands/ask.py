@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from cyclopts import Parameter
 
 from fedhlm.errors import AskError, BusError, ConfigError, FedhlmError
-from fedhlm.protocol.sources import SOURCES
 from fedhlm_fleet.commands.common import Keys, Seconds, Seed, Tokens, parse_keys
 
 if TYPE_CHECKING:
-    from fedhlm.answers import Piece, Result
+    from fedhlm.answers import Result
     from fedhlm.client import Answer
     from fedhlm.config import Loaded
 
@@ -23,7 +22,6 @@ NAME: Final = "ask"
 STDIN: Final = "-"
 AWAY_S: Final = 5.0
 FAILED: Final = 1
-_OPEN, _CLOSE = "[unverified: ", "]"
 _OPTION: Final = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 
 Many = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
@@ -156,6 +154,8 @@ async def _ask(
 
 
 async def _told(answer: "Answer", *, json: bool) -> int:
+    from fedhlm.answers import Marks
+
     failure: AskError | BusError | None = None
     marks = Marks()
     try:
@@ -172,7 +172,7 @@ async def _told(answer: "Answer", *, json: bool) -> int:
     if failure is not None:
         print(f"fedhlm: {' '.join(str(failure).split())}", file=sys.stderr)
     elif not json and marks.unverified:
-        print(f"fedhlm: nobody has verified {marks.unverified} of {len(result.ids)} tokens", file=sys.stderr)
+        print(f"fedhlm: {marks.summary()}", file=sys.stderr)
     return 0 if failure is None else FAILED
 
 
@@ -188,25 +188,3 @@ def as_json(result: "Result", failure: FedhlmError | None) -> str:
     if failure is not None:
         shown["error"] = str(failure)
     return jsons.dumps(shown)
-
-
-class Marks:
-    """Marks unverified text in a stream; `unverified` counts its tokens."""
-
-    def __init__(self) -> None:
-        self.unverified = 0
-        self._open = False
-
-    def put(self, piece: "Piece") -> str:
-        """Return what to print for a piece; text that follows its ids keeps their mark."""
-        count = sum(SOURCES[source].unreachable for source in piece.sources)
-        self.unverified += count
-        mark = ""
-        if piece.ids and bool(count) != self._open:
-            mark = _CLOSE if self._open else _OPEN
-            self._open = not self._open
-        return mark + piece.text
-
-    def end(self) -> str:
-        """Return what to print after the last piece."""
-        return _CLOSE if self._open else ""

@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+import re
+import sys
 from typing import Any
 
 import pytest
 
 from edge_agent.core import AgentCore
 from edge_agent.result import GenerationResult, Job
+from edge_broker.embedded import EmbeddedBroker
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.config import load
 from fedhlm.protocol.messages import FinishReason, Sampling
@@ -69,6 +72,36 @@ def test_text_goes_on_at_once_and_the_log_says_who_is_missing(
     assert [record.getMessage() for record in caplog.records].count(
         f"{words}: what it should verify is marked unverified until it does"
     ) == 1  # fmt: skip
+
+
+@pytest.mark.parametrize(("wait", "least_s", "most_s"), [("false", 0.5, 1.5), ("true", DEADLINE_S, 2 * DEADLINE_S)])
+def test_a_running_text_goes_on_at_once_as_well_unless_it_is_to_wait(wait: str, least_s: float, most_s: float) -> None:
+    async def work(fleet: Fleet, agent: AgentCore) -> GenerationResult:
+        for node in fleet.nodes.values():
+            await node.crash()
+        await asyncio.sleep(1.0)  # last wills have come
+        agent.on_edge(edge(upstream=toy.FINGERPRINT))
+        asyncio.get_running_loop().call_later(0.5, agent.on_edge, edge(online=False))
+        wait_s, result = await timed(agent, job(**{"generation.wait_offline": wait}))
+        assert least_s <= wait_s < most_s
+        assert set(result.sources) == {"unverified"}
+        return result
+
+    with_fleet(work)
+
+
+async def test_the_command_line_marks_what_nobody_verified_and_says_who_is_missing() -> None:
+    async with EmbeddedBroker() as broker:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "fedhlm_fleet.cli", "agent", "--preset", "exact", "--broker.url", broker.url,
+            "--generation.max_tokens", "8", "--prompt", "Oil prices rise",
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, said = await asyncio.wait_for(process.communicate(), 120.0)
+    assert process.returncode == 0
+    assert re.fullmatch(r"\[unverified: .+\]\n", out.decode(), re.DOTALL), out
+    assert "no edge has announced itself in cluster" in said.decode()
+    assert "nobody has verified 8 of 8 tokens" in said.decode()
 
 
 def test_a_fleet_that_comes_back_verifies_again() -> None:

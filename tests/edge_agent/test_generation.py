@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.events import Answered, Cancelled, Drafted, LinkUp, Refused, Tick, Unprimed
+from edge_agent.events import Answered, Cancelled, Drafted, LinkDown, LinkUp, Refused, Tick, Unprimed
 from edge_agent.generation import GenerationMachine
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm_lab.sim import toy
@@ -186,6 +186,21 @@ def test_a_link_that_is_known_to_be_down_is_not_waited_for() -> None:
     while not bench.up:
         bench.draft()
     assert bench.up[0].base == len(PROMPT)
+
+
+def test_a_text_does_not_wait_for_a_link_that_is_announced_to_be_down() -> None:
+    bench = Bench(plan(), PROMPT)
+    while not bench.up:
+        bench.draft()
+    assert not bench.committed
+    bench.handle(LinkDown())
+    assert bench.committed
+    assert {c.source for c in bench.committed} == {"unverified"}
+    bench.handle(LinkUp())
+    while not bench.up:
+        bench.draft()
+    bench.run()
+    assert bench.committed[-1].source == "cloud"
 
 
 def test_async_drafts_ahead_only_as_far_as_the_window() -> None:

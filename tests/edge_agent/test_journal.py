@@ -13,6 +13,7 @@ from edge_agent.events import (
     Event,
     Grown,
     Judged,
+    LinkDown,
     LinkUp,
     Refused,
     Tick,
@@ -48,6 +49,7 @@ events: st.SearchStrategy[Event] = st.one_of(
     st.builds(Unprimed, count),
     st.builds(Refused, st.text(max_size=20)),
     st.just(LinkUp()),
+    st.just(LinkDown()),
     st.sampled_from(["stop", "cancelled"]).map(Cancelled),  # type: ignore[arg-type]
     st.just(Tick()),
 )

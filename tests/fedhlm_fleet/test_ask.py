@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edge_broker.embedded import EmbeddedBroker
-from fedhlm.answers import Piece
+from fedhlm.answers import Marks, Piece
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp, presence
@@ -20,7 +20,7 @@ from fedhlm.errors import FedhlmError
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Cancel, Output, Prompt, Source, encode
 from fedhlm.telemetry import Counters
-from fedhlm_fleet.commands.ask import Marks, read_words
+from fedhlm_fleet.commands.ask import read_words
 from tests.brokers import Mosquitto
 from tests.processes import obey_interrupts
 

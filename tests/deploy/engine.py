@@ -170,9 +170,7 @@ def walls(fleet: Fleet) -> None:
 def looked_at(fleet: Fleet) -> None:
     """What an operator sees: who is there, and what was asked."""
     said = fleet.compose("run", "--rm", "-T", "--entrypoint", "fedhlm", "ask-home", "status", limit_s=LIMIT_S)
-    require(
-        all(name in said for name in ("porch", "kitchen", "edge")), "`fedhlm status` shows the cluster's parts"
-    )
+    require(all(name in said for name in ("porch", "kitchen", "edge")), "`fedhlm status` shows the cluster's parts")
     logged = fleet.compose("logs", "--no-log-prefix", "agent-porch")
     require(re.search(LOGGED, logged) is not None, "an agent logs each request in one line")
 

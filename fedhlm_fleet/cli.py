@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
-from fedhlm.errors import FedhlmError, root_of
+from fedhlm.errors import ConfigError, FedhlmError, root_of
 from fedhlm_fleet.commands import (
     ask,
     doctor,
@@ -273,6 +273,25 @@ def demo(
         json_file=json,
         recording=record,
     )
+
+
+@app.command
+def completion(*, shell: Literal["bash", "zsh", "fish"] | None = None) -> int:
+    """Install the completion of commands and options for your shell; a new terminal has it.
+
+    Parameters
+    ----------
+    shell
+        Your shell; by default the one that this command is typed in.
+    """
+    from cyclopts.completion.detect import ShellDetectionError
+
+    try:
+        path = app.install_completion(shell=shell)
+    except ShellDetectionError as exc:
+        raise ConfigError("--shell", None, "bash, zsh or fish, as your shell was not recognised") from exc
+    print(f"installed {path}; open a new terminal")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

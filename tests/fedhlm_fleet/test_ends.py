@@ -136,3 +136,47 @@ def test_an_interrupt_ends_with_130_and_without_a_traceback(words: Sequence[str]
     assert process.returncode == 130, said
     assert "Traceback" not in said + told
     assert "seed " not in told, "an interrupt is no failure of a seed"
+
+
+COMPLETIONS = """
+source ~/.bashrc
+typed() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _fedhlm; echo "${COMPREPLY[@]}"; }
+complete -p fedhlm
+typed fedhlm a
+typed fedhlm trace s
+typed fedhlm ask porch --se
+typed fedhlm demo --du
+"""
+
+
+def test_one_command_installs_completion_for_bash(tmp_path: Path) -> None:
+    for _ in range(2):  # twice is once
+        done = run("completion", "--shell", "bash", HOME=str(tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+    script = ".local/share/bash-completion/completions/fedhlm"
+    made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert made == [".bashrc", script]
+    lines = (tmp_path / ".bashrc").read_text("utf-8").splitlines()
+    assert sum(script in line for line in lines) == 1
+    told = subprocess.run(
+        ["bash", "-c", COMPLETIONS],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.splitlines() == ["complete -F _fedhlm fedhlm", "ask agent", "show stats", "--seed", "--duration"]
+
+
+def test_what_is_to_be_removed_is_what_is_installed() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "operations.md").read_text("utf-8").partition("## Uninstall")[2].partition("\n## ")[0]
+    script = (root / "fedhlm_fleet" / "flash" / "install.sh").read_text("utf-8")
+    unit = (root / "deploy" / "systemd" / "fedhlm-agent.service").read_text("utf-8")
+    for place in ("/opt/fedhlm", "/opt/fedhlm-", "/etc/fedhlm", "/etc/systemd/system"):
+        assert place in script
+        assert f"`{place}" in page, place
+    assert "DynamicUser=yes" in unit
+    assert "StateDirectory=fedhlm-agent" in unit
+    assert "`/var/lib/private/fedhlm-agent`" in page  # where systemd puts the state of a dynamic user
+    assert "`~/.local/share/bash-completion/completions/fedhlm`" in page

@@ -88,7 +88,7 @@ $(READY):
 	@touch $@
 
 $(DEMO): pyproject.toml constraints.txt $(READY)
-	$(INSTALL) --editable '.[agent,edge,cloud]'
+	$(INSTALL) --editable '.[agent,edge,cloud,serve]'
 	@touch $@
 
 $(TEST): pyproject.toml constraints.txt $(READY)

@@ -33,9 +33,9 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
         await service.subscribe()
         async with service.bus:
             info = decoder.info
-            log.info("verifying with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
             offer = Offer.of(decoder, folder, name=info.name, probabilities=True)
             async with door(ModelAlone(service, model, config.generation, offer)):
+                log.info("verifying with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
                 notifier.serving()
                 await service.run()
     return 0

@@ -86,13 +86,15 @@ async def run(
         )
         await service.subscribe()
         async with service.connection:
-            log.info("drafting with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
+            about = f"drafting with {info.name} ({info.parameters} parameters, {info.quantisation})"
             if prompt is None:
                 offer = Offer.of(decoder, folder, name=NAME, presets=loaded.allowed)
                 async with door(LocalQuestions(service, offer)):
+                    log.info(about)
                     notifier.serving()
                     await service.run()
                 return 0
+            log.info(about)
             return await _answer(service, loaded, prompt)
 
 

@@ -9,6 +9,7 @@ from fedhlm.answering import Offer
 from fedhlm.version import __version__
 from fedhlm_doors import ollama, openai
 from fedhlm_doors.parameters import Parameter, Table
+from fedhlm_doors.questions import models
 
 REQUESTS: Final[dict[str, Table]] = {
     "/v1/completions": openai.COMPLETION,
@@ -39,6 +40,7 @@ def document(offer: Offer) -> dict[str, Any]:
     }
     for path, table in REQUESTS.items():
         schema = _object(table, _INNER.get(path, {}))
+        schema["properties"]["model"] = {"enum": models(offer), "description": "A model of this server."}
         paths[path] = {
             "post": {
                 "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},

@@ -10,13 +10,14 @@ RUN python -m venv --without-pip /opt/fedhlm
 # for an image that carries its model.
 COPY pyproject.toml constraints.txt deploy/docker/requirements.py ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python requirements.py agent > requirements.txt \
+    python requirements.py agent serve > requirements.txt \
     && pip --python /opt/fedhlm/bin/python install --only-binary :all: --requirement requirements.txt \
     && pip --python /opt/fedhlm/bin/python uninstall --yes huggingface_hub hf-xet \
     && find /opt/fedhlm/lib -depth -type d \( -name tests -o -name test \) -exec rm -r {} +
 COPY README.md LICENSE ./
 COPY fedhlm fedhlm
 COPY edge_agent edge_agent
+COPY fedhlm_doors fedhlm_doors
 COPY fedhlm_fleet fedhlm_fleet
 COPY fedhlm_zoo/__init__.py fedhlm_zoo/shipped.py fedhlm_zoo/
 COPY fedhlm_zoo/artefacts/slm fedhlm_zoo/artefacts/slm

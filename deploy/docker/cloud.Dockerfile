@@ -20,6 +20,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY README.md LICENSE ./
 COPY fedhlm fedhlm
 COPY cloud_verifier cloud_verifier
+COPY fedhlm_doors fedhlm_doors
 COPY fedhlm_fleet fedhlm_fleet
 COPY fedhlm_zoo/__init__.py fedhlm_zoo/shipped.py fedhlm_zoo/
 COPY fedhlm_zoo/artefacts/llm fedhlm_zoo/artefacts/llm

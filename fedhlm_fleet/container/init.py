@@ -7,6 +7,7 @@ others; revoked parties get none.
 """
 
 import argparse
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from fedhlm_fleet.pki.roles import CertificateRole
 
 CERT: Final = "party.crt"
 KEY: Final = "party.key"
+API_KEYS: Final = "api.keys"
+API_CLIENT: Final = "host"
 PROBE_CERT: Final = "probe.crt"
 PROBE_KEY: Final = "probe.key"
 # A broker's health check connects as a client of a cluster that does not exist, so it has no rights.
@@ -92,6 +95,8 @@ def provide(
     for party in (*(p for p in parties if p.place is None), *brokers):
         if party.place is None:
             _deliver(_pair(pki, party.name, CERT, KEY), party.folder, owners.part)
+            if party.role == "agent":
+                _make_api_key(party.folder, owners.part)
         else:
             _deliver_broker(pki, party, party.place, owners.broker, port=port, root=root, now=now)
         yield f"{party.name}: {told[party.name]}"
@@ -175,6 +180,16 @@ def _deliver_broker(
         mosquitto.configure(pki, Path(staging), place=place, listener=listener, broker=party.name, root=root, now=now)
         made = {path.name: path for path in Path(staging).iterdir()}
         _deliver(made | _pair(pki, _probe(party).name, PROBE_CERT, PROBE_KEY), party.folder, owner)
+
+
+def _make_api_key(folder: Path, owner: int) -> None:
+    """Make the file of API keys of an agent, unless there is one. Its API is closed until `api.listen` is set."""
+    path = folder / API_KEYS
+    try:
+        if not path.exists():
+            replace_file(path, f"{API_CLIENT} {secrets.token_hex(16)}\n".encode(), mode=PRIVATE, owner=owner)
+    except OSError as exc:
+        raise PkiError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def _deliver(sources: dict[str, Path], folder: Path, owner: int) -> None:

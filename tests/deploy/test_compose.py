@@ -14,12 +14,16 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from fedhlm import config
-from fedhlm_fleet.container.init import plan
+from fedhlm.errors import ConfigError
+from fedhlm_doors.serving import door_of
+from fedhlm_fleet.container.init import API_KEYS, plan
 
 ROOT: Final = Path(__file__).parents[2]
 BASE: Final = "docker-compose.yml"
-PLAIN, SCALE, CLUSTER, HOST, MODEL = (f"compose.{name}.yml" for name in ("plain", "scale", "cluster", "host", "model"))
-OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, MODEL, "compose.gpu.yml")
+PLAIN, SCALE, CLUSTER, HOST, API, MODEL = (
+    f"compose.{name}.yml" for name in ("plain", "scale", "cluster", "host", "api", "model")
+)
+OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, API, MODEL, "compose.gpu.yml")
 VARIABLE: Final = re.compile(r"\$\{(\w+):-([^}]*)\}")
 DOCKERFILES: Final = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
 MODELS: Final = {"agent": ["slm"], "cloud": ["llm"], "edge": [], "init": []}
@@ -85,7 +89,7 @@ def fleet(*overlays: str) -> dict[str, Any]:
 
 WHOLE: Final = [pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), *((o,) for o in OVERLAYS))]
 SECURE: Final = [
-    pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), (SCALE,), (CLUSTER,), (HOST,))
+    pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), (SCALE,), (CLUSTER,), (HOST,), (API,))
 ]
 
 
@@ -130,7 +134,7 @@ def test_every_service_is_locked_in(whole: dict[str, Any]) -> None:
         assert {"max-size", "max-file"} <= set(body["logging"]["options"]), name
         assert {"cpus", "memory", "pids"} <= set(body["deploy"]["resources"]["limits"]), name
         for port in body.get("ports", []):
-            assert re.fullmatch(r"127\.0\.0\.1:\d+:8883", port), "for this machine alone, and with TLS"
+            assert re.fullmatch(r"127\.0\.0\.1:\d+:(8883|11434)", port), "for this machine alone, with TLS or a key"
         assert not {"privileged", "pid", "ipc", "devices", "group_add", "configs", "secrets"} & set(body), name
         for folder in folders(body):
             assert mounts(body)[folder][0].startswith("/models/"), name
@@ -278,6 +282,18 @@ def test_a_client_on_the_host_finds_what_is_published(cluster: str) -> None:
     assert {".env", "/keys/"} <= set(ignored)
 
 
+@pytest.mark.parametrize(("agent", "port"), [("agent-porch", 11_434), ("agent-shed", 11_435)])
+def test_an_api_is_published_on_the_loopback_address_with_keys(agent: str, port: int) -> None:
+    body = services(fleet(API))[agent]
+    api = config.load(environ=settings_of(body)).config.api
+    assert body["ports"] == [f"127.0.0.1:{port}:{api.listen.rpartition(':')[2]}"]
+    folder, name = api.keys.rsplit("/", 1)
+    assert (f"tls-{agent}", (folder, "ro")) in mounts(body).items()
+    assert name == API_KEYS
+    with pytest.raises(ConfigError, match=r"api\.keys"):  # there, and not without them
+        door_of(api)
+
+
 def test_plain_leaves_no_certificate_anywhere() -> None:
     for name, body in services(fleet(PLAIN)).items():
         text = str(body.get("environment", {})) + str(body.get("healthcheck", {}))
@@ -334,6 +350,7 @@ def test_an_image_has_two_stages_one_model_and_no_tool_of_the_first(path: Path) 
     ("part", "others"),
     [
         ("agent", set()),
+        ("serve", {"onnxruntime", "tokenizers"}),
         ("edge", {"onnxruntime", "tokenizers"}),
         ("operator", {"onnxruntime", "tokenizers"}),
     ],

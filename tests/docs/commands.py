@@ -29,7 +29,7 @@ REASONS: Final = {
 }
 
 _MARK: Final = re.compile(r"`([^`]+)`: ([^;`]+?)(?=; `| -->)")
-_PROGRAMS: Final = r"fedhlm|mkdir|make|pip|python|sudo|docker|cp|mosquitto|mosquitto_sub|systemctl|cat|git|mv"
+_PROGRAMS: Final = r"fedhlm|mkdir|make|pip|python|sudo|docker|cp|mosquitto|mosquitto_sub|systemctl|cat|git|mv|curl"
 _TYPED: Final = re.compile(rf"    (?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) ")
 _SERVES: Final = re.compile(r"(?:[A-Z_]+=\S+ )*(?:fedhlm +(?:edge|cloud|agent|record)|mosquitto|mosquitto_sub)\b")
 _ENDS: Final = re.compile(r"--prompt|--duration")

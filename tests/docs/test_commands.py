@@ -7,6 +7,7 @@ tests of their own.
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -35,6 +36,7 @@ SHORTER: Final = {
     "--duration 60": "--duration 3",
 }
 BROKER: Final = re.compile(r"mqtt://[\w.]+:1883")
+API: Final = re.compile(r"(?<=127\.0\.0\.1:)1143[45]\b")
 
 
 SHOWN: Final = "as docs/configuration.md shows it"
@@ -61,6 +63,7 @@ KITS: Final = {
         shows=(
             ("make demo", r"sent up"),
             ("fedhlm ask", r"\w+ \w+"),
+            ("curl", r'"verified":true'),
             ("fedhlm trace show", r"drafted u=\.\d"),
             ("fedhlm replay", r"all the same|\d+ decisions"),
             ("fedhlm simulate", r"seed"),
@@ -89,6 +92,7 @@ KITS: Final = {
             ("fedhlm agent --config agent.toml --prompt", r"\w+ \w+"),
         ),
     ),
+    "docs/api.md": Kit(shows=(("curl", r'"object":"chat\.completion"'),)),
     "docs/checking.md": Kit(
         fleet=("edge",),
         files=(("porch.toml", '[agent]\nid = "porch"\n'), ("monday.trace", GOLDEN), ("traces/monday.trace", GOLDEN)),
@@ -129,8 +133,9 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def typed(command: str, port: int) -> str:
-    """A command as it is typed here: less work, and a broker on a port of this test's own."""
+def typed(command: str, port: int, apis: Mapping[str, int]) -> str:
+    """A command as it is typed here: less work, and a broker and APIs on ports of this test's own."""
+    command = API.sub(lambda found: str(apis[found[0]]), command)
     for long, short in SHORTER.items():
         if f"{command} ".startswith(long) or long.startswith("-"):
             command = f"{command} ".replace(long, short, 1).rstrip()
@@ -157,17 +162,18 @@ def test_the_commands_of_a_page_work_in_its_order(name: str, tmp_path: Path, clo
     run = [step for step in found if not step.left_out]
     if not run:
         return
-    for program in ("jq", "mosquitto_sub"):
+    for program in ("curl", "jq", "mosquitto_sub"):
         if any(program in step.command for step in run) and shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    assert {needed(step) for step in run if step.command.startswith("pip ")} <= {"", "operator"}
+    extras = {needed(step) for step in run if step.command.startswith("pip ")}
+    assert extras <= {"", "operator", "serve"}
     folder = cloned if kit.clone else tmp_path
     for path, text in kit.files:
         (folder / path).parent.mkdir(exist_ok=True)
         source = (ROOT / GOLDEN).read_bytes() if text == GOLDEN else (shown(path) if text == SHOWN else text).encode()
         (folder / path).write_bytes(source)
-    programs = folder / ".venv" / "bin" if kit.clone else installed.programs("operator")
-    port = free_port()
+    programs = folder / ".venv" / "bin" if kit.clone else installed.programs("operator", *(extras & {"serve"}))
+    port, apis = free_port(), {"11434": free_port(), "11435": free_port()}
     environ = (
         installed.environ(programs, FEDHLM_BROKER__URL=f"mqtt://127.0.0.1:{port}")
         if kit.fleet
@@ -183,7 +189,7 @@ def test_the_commands_of_a_page_work_in_its_order(name: str, tmp_path: Path, clo
             )
             terminal.serve(f"fedhlm {part} {words} --cluster.name home")
         for step in run:
-            command = typed(step.command, port)
+            command = typed(step.command, port, apis)
             if step.serves:
                 terminal.serve(command)
                 continue

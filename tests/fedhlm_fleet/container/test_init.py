@@ -11,7 +11,8 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhlm_fleet.container.init import Owners, main, plan, provide
+from fedhlm_doors.keys import ApiKeys
+from fedhlm_fleet.container.init import API_CLIENT, API_KEYS, Owners, main, plan, provide
 from fedhlm_fleet.pki import authority
 
 NOW = datetime(2031, 5, 6, 7, 8, 9, tzinfo=UTC)
@@ -50,6 +51,17 @@ def certificates(parts: Path) -> dict[str, x509.Certificate]:
     }
 
 
+def test_an_agent_keeps_the_api_key_that_was_made_for_it(parts: Path) -> None:
+    run(parts)
+    paths = sorted(parts.rglob(API_KEYS))
+    kept = [ApiKeys.of(str(path)).client(f"Bearer {path.read_text('utf-8').split()[1]}") for path in paths]
+    assert kept == [API_CLIENT] * len(paths)
+    before = [path.read_text("utf-8") for path in paths]
+    assert len(set(before)) == len(before) > 1
+    run(parts)
+    assert [path.read_text("utf-8") for path in paths] == before
+
+
 def name_of(certificate: x509.Certificate) -> str:
     (attribute,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(attribute.value)
@@ -60,7 +72,8 @@ def test_every_folder_holds_its_own_pair_and_nothing_else(parts: Path) -> None:
     keys: dict[bytes, Path] = {}
     for party in plan(parts):
         found = {path.name for path in party.folder.iterdir()}
-        assert found == (OF_BROKER if party.role == "broker" else OF_PARTY)
+        of_agent = {API_KEYS} if party.role == "agent" else set()
+        assert found == (OF_BROKER if party.role == "broker" else OF_PARTY | of_agent)
         for key in party.folder.glob("*.key"):
             assert key.stat().st_mode & 0o777 == 0o600
             certificate = x509.load_pem_x509_certificate(key.with_suffix(".crt").read_bytes())

@@ -14,12 +14,11 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fedhlm.answering import Offer
+from fedhlm.decoding.decoder import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from fedhlm.decoding.text import TOKEN_BYTES_MAX
 from fedhlm.errors import ModelError
 from fedhlm_doors.refusals import ApiError
 
-CONFIG_FILE: Final = "tokenizer_config.json"
-TEMPLATE_FILE: Final = "chat_template.jinja"
 _MARKS: Final = range(0xE000, 0xF8FF)  # characters for private use, of which one splits the names of control tokens
 
 
@@ -52,12 +51,12 @@ class ChatTemplate:
         Raises:
             ModelError: a file of the folder cannot be used.
         """
-        path = offer.folder / CONFIG_FILE
+        path = offer.folder / TOKENIZER_CONFIG_FILE
         try:
             config = json.loads(path.read_bytes()) if path.exists() else {}
         except (OSError, ValueError) as exc:
             raise ModelError(f"{path} must be a JSON object (got {exc})") from exc
-        alone = offer.folder / TEMPLATE_FILE
+        alone = offer.folder / CHAT_TEMPLATE_FILE
         source = alone.read_text("utf-8") if alone.exists() else _default_of(config.get("chat_template"))
         if source is None:
             return None

@@ -14,10 +14,18 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
-from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, TOKENIZER_FILE, Cache, Decoder, DecoderInput, ModelInfo
+from fedhlm.decoding.decoder import (
+    GRAPH_FILE,
+    INFO_FILE,
+    TOKENIZER_FILE,
+    Cache,
+    Decoder,
+    DecoderInput,
+    ModelInfo,
+)
 from fedhlm.errors import ModelError
 from fedhlm_zoo import graph
-from fedhlm_zoo.info import write_info
+from fedhlm_zoo.info import copy_chat_files, write_info
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +38,8 @@ def export(source: str | Path, out: Path, *, tokenizer: Path | None = None, name
 
     Args:
         source: a Hugging Face model directory, or a hub id.
-        out: folder to write ``model.onnx``, ``tokenizer.json`` and ``model.json`` to; made when absent.
+        out: folder to write ``model.onnx``, ``tokenizer.json``, ``model.json`` and, where the source has one, the chat
+            template to; made when absent.
         tokenizer: folder or file with ``tokenizer.json``, for a source that has none.
         name: the model's name; None takes it from the source.
 
@@ -89,6 +98,7 @@ def _write_tokenizer(source: str | Path, given: Path | None, target: Path) -> No
     for candidate in candidates:
         if candidate.is_file():
             shutil.copyfile(candidate, target)
+            copy_chat_files(candidate.parent, target.parent)
             return
     if given:
         raise ModelError(f"tokenizer {str(given)!r} is no {TOKENIZER_FILE} and holds none")
@@ -98,7 +108,11 @@ def _write_tokenizer(source: str | Path, given: Path | None, target: Path) -> No
     if Path(source).is_dir() and not list(Path(source).glob("*token*")):
         raise ModelError(missing)
     try:
-        AutoTokenizer.from_pretrained(str(source), use_fast=True).backend_tokenizer.save(str(target))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True)
+        tokenizer.backend_tokenizer.save(str(target))
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            copy_chat_files(Path(folder), target.parent)
     except (OSError, ValueError, AttributeError, TypeError, ImportError) as exc:
         raise ModelError(f"{missing} ({exc})") from exc
 
@@ -126,7 +140,6 @@ def _describe(model: Any, path: Path, name: str) -> ModelInfo:
     if not past:
         raise ModelError(f"{path} must be a graph with a key/value cache (got one without past_key_values inputs)")
     shape = [d.dim_value for d in inputs[past[0]].type.tensor_type.shape.dim]
-    eos = config.eos_token_id
     return ModelInfo(
         name=name,
         architecture=type(model).__name__,
@@ -136,12 +149,19 @@ def _describe(model: Any, path: Path, name: str) -> ModelInfo:
         kv_heads=shape[1],
         head_dim=shape[-1],
         hidden_size=config.hidden_size,
-        eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        eos_ids=_end_ids(config, model.generation_config),
         bos_id=config.bos_token_id,
         parameters=model.num_parameters(),
         quantisation="fp32",
         files={},
     )
+
+
+def _end_ids(*configs: Any) -> tuple[int, ...]:
+    """The ids that end a text. Chat models often name the end of an answer in their generation's configuration only."""
+    given = [config.eos_token_id for config in configs if config is not None]
+    flat = [token for eos in given for token in (eos if isinstance(eos, list) else [eos]) if token is not None]
+    return tuple(dict.fromkeys(flat))
 
 
 def compare_with_torch(model: Any, decoder: Decoder, *, seed: int = 0) -> float:

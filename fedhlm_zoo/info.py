@@ -1,11 +1,21 @@
 """Write and summarise ``model.json``, the description in every model folder."""
 
+import shutil
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, TOKENIZER_FILE, FileInfo, ModelInfo, file_digest, load_info
+from fedhlm.decoding.decoder import (
+    CHAT_FILES,
+    GRAPH_FILE,
+    INFO_FILE,
+    TOKENIZER_FILE,
+    FileInfo,
+    ModelInfo,
+    file_digest,
+    load_info,
+)
 
 GRAPH_DATA_FILE: Final = f"{GRAPH_FILE}_data"
 
@@ -14,6 +24,13 @@ def list_files(folder: Path) -> dict[str, FileInfo]:
     """Size and digest of the model's files in `folder` (graph, external data, tokenizer)."""
     present = [folder / n for n in (GRAPH_FILE, GRAPH_DATA_FILE, TOKENIZER_FILE) if (folder / n).is_file()]
     return {p.name: FileInfo(p.stat().st_size, file_digest(p)) for p in present}
+
+
+def copy_chat_files(source: Path, target: Path) -> None:
+    """Copy the files that say how a conversation is written, as far as `source` has them."""
+    for name in CHAT_FILES:
+        if (source / name).is_file() and source != target:
+            shutil.copyfile(source / name, target / name)
 
 
 def write_info(folder: Path, info: ModelInfo) -> ModelInfo:

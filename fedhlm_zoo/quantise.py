@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, TOKENIZER_FILE, ModelInfo, load_info
 from fedhlm.errors import ModelError
 from fedhlm_zoo import graph
-from fedhlm_zoo.info import graph_bytes, write_info
+from fedhlm_zoo.info import copy_chat_files, graph_bytes, write_info
 
 Mode = Literal["int8-dynamic", "weights-int8", "weights-fp16"]
 MODES: Final[tuple[str, ...]] = get_args(Mode)
@@ -67,6 +67,7 @@ def quantise(folder: Path, out: Path, mode: str) -> Quantised:
     out.mkdir(parents=True, exist_ok=True)
     graph.save_graph(model, out / GRAPH_FILE)
     shutil.copyfile(folder / TOKENIZER_FILE, out / TOKENIZER_FILE)
+    copy_chat_files(folder, out)
     written = write_info(out, msgspec.structs.replace(info, quantisation=mode))
     return Quantised(mode=mode, before_bytes=graph_bytes(info), after_bytes=graph_bytes(written), info=written)
 

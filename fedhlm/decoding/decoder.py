@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 GRAPH_FILE: Final = "model.onnx"
 TOKENIZER_FILE: Final = "tokenizer.json"
 INFO_FILE: Final = "model.json"
+TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
+CHAT_FILES: Final = (TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)  # optional: how a conversation is written
 HIDDEN_OUTPUT: Final = "hidden"
 CPU: Final = "CPUExecutionProvider"
 # Hashing gigabytes at every start would take longer than loading them. Larger folders are checked by file size only.

@@ -11,11 +11,12 @@ from openai.types.chat import completion_create_params as chat_create_params
 from tokenizers import AddedToken, Tokenizer
 
 from fedhlm.answering import Offer
+from fedhlm.decoding.decoder import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from fedhlm.errors import ConfigError, ModelError
 from fedhlm.marks import rewritten
 from fedhlm.settings import Api
 from fedhlm_doors import ollama, openai, tables
-from fedhlm_doors.chat import CONFIG_FILE, TEMPLATE_FILE, ChatTemplate, text_ids
+from fedhlm_doors.chat import ChatTemplate, text_ids
 from fedhlm_doors.keys import ANYONE, ApiKeys, Rates
 from fedhlm_doors.openapi import document
 from fedhlm_doors.refusals import ApiError
@@ -184,7 +185,7 @@ def test_the_document_describes_every_table(offer: Offer) -> None:
 
 
 def template(offer: Offer, folder: Path, source: str, **config: Any) -> ChatTemplate:
-    (folder / CONFIG_FILE).write_text(json.dumps({"chat_template": source, **config}), "utf-8")
+    (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps({"chat_template": source, **config}), "utf-8")
     found = ChatTemplate.of(offer._replace(folder=folder))
     assert found is not None
     return found
@@ -216,7 +217,7 @@ def test_templates_come_from_both_files_and_know_their_tokens(offer: Offer, tmp_
     assert chat.render([]) == "<|endoftext|>y"
     assert chat.encode([])[0] == 0  # and not twice
     assert chat.encode([])[1] != 0
-    (tmp_path / TEMPLATE_FILE).write_text("z", "utf-8")
+    (tmp_path / CHAT_TEMPLATE_FILE).write_text("z", "utf-8")
     assert ChatTemplate.of(offer._replace(folder=tmp_path)).source == "z"  # type: ignore[union-attr]
 
 
@@ -242,8 +243,8 @@ def test_a_template_that_rejects_or_escapes_is_an_error_of_the_request(
 def test_a_broken_template_is_an_error_of_the_folder(offer: Offer, tmp_path: Path, broken: str) -> None:
     with pytest.raises(ModelError, match="chat template"):
         template(offer, tmp_path, broken)
-    (tmp_path / CONFIG_FILE).write_text("{", "utf-8")
-    with pytest.raises(ModelError, match=CONFIG_FILE):
+    (tmp_path / TOKENIZER_CONFIG_FILE).write_text("{", "utf-8")
+    with pytest.raises(ModelError, match=TOKENIZER_CONFIG_FILE):
         ChatTemplate.of(offer._replace(folder=tmp_path))
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("optimum.exporters.onnx", reason="exports its models with op
 
 from fedhlm_zoo import export as export_module
 from fedhlm_zoo.export import compare_with_torch, export, load_torch
+from fedhlm_zoo.quantise import quantise
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
@@ -114,3 +115,15 @@ def test_a_source_without_a_tokenizer_needs_one_given(exported: Exported, tmp_pa
 def test_an_unknown_tiny_architecture_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gpt2, qwen2"):
         tiny.make_tiny("mamba", tmp_path)
+
+
+def test_a_chat_template_and_the_end_of_an_answer_come_along(tmp_path: Path) -> None:
+    source = tiny.make_tiny("llama", tmp_path / "source", seed=3)
+    (source / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}', "utf-8")
+    (source / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
+    (source / "generation_config.json").write_text('{"eos_token_id": [7, 0]}', "utf-8")
+    info = export(source, tmp_path / "onnx")
+    assert info.eos_ids == (0, 7)
+    quantise(tmp_path / "onnx", tmp_path / "small", mode="int8-dynamic")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "small" / name).read_bytes() == (source / name).read_bytes()

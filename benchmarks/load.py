@@ -2,13 +2,15 @@
 
     python benchmarks/load.py
 
-The real service and the shipped LLM, without a bus. Each scenario runs in a process of its own, so its peak of memory is
-its own. Times are wall-clock: compare the columns of one run.
+The real service and the shipped LLM on one thread, without a bus. Each scenario runs in a process of its own, so its
+peak of memory is its own. Times are wall-clock. Those called "computed" are what the process computed until then, which
+other programs on the machine do not change; the ratio is one of these.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import random
 import resource
 import statistics
@@ -16,9 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cloud_verifier.backends.onnx import threaded
 from cloud_verifier.service import CloudService
@@ -107,65 +109,126 @@ def prompt(seed: int, length: int) -> list[int]:
     return [rng.randrange(1, 4_000) for _ in range(length)]
 
 
-async def quiet_text(cloud: Cloud, cluster: str, session: int) -> float:
-    """Seconds that the blocks of one short text take, one after the other."""
-    context, prime, epoch, began = prompt(session, 20), True, 0, time.perf_counter()
+class Clock(NamedTuple):
+    """Wall-clock time, and what this process has computed, s. A busy machine lengthens the first, not the second."""
+
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls) -> "Clock":
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, then: "Clock") -> "Clock":
+        return Clock(self.wall_s - then.wall_s, self.cpu_s - then.cpu_s)
+
+
+NEVER: Final = Clock(math.inf, math.inf)
+
+
+async def quiet_text(cloud: Cloud, cluster: str, session: int) -> list[Clock]:
+    """How long each block of one short text takes; the blocks are sent one after the other."""
+    context, prime, epoch, times = prompt(session, 20), True, 0, []
     vocab_size = cloud.model.fingerprint.vocab_size
     end = len(context) + TEXT
     while len(context) < end:
-        drafts = prompt(session + len(context), BLOCK)
+        drafts, began = prompt(session + len(context), BLOCK), Clock.now()
         verdict = await cloud.ask(cluster, "quiet", session, context, drafts, prime=prime, epoch=epoch)
-        if verdict is None:
-            return float("inf")
+        if verdict is None or verdict.status == "refused":
+            return [*times, NEVER]
+        times.append(Clock.now().since(began))
         context += drafts[: verdict.accepted] + unpack_ids(verdict.ids, vocab_size)
         prime = False
         epoch += verdict.accepted < len(drafts)
-    return time.perf_counter() - began
+    return times
 
 
-async def hog(cloud: Cloud, cluster: str, name: str, numbers: Iterator[int]) -> None:
-    """Long contexts, one after the other, as fast as they are answered."""
+@cache
+def contexts(length: int) -> list[list[int]]:
+    """A few prompts that are made once, so that an attack costs this process no more than its messages do."""
+    return [prompt(number, length) for number in range(64)]
+
+
+async def hog(cloud: Cloud, cluster: str, name: str, length: int, numbers: Iterator[int]) -> None:
+    """Contexts, one after the other, as fast as they are answered."""
     for number in numbers:
-        await cloud.ask(cluster, name, number, prompt(number, 505), [], prime=True)
+        await cloud.ask(cluster, name, number, contexts(length)[number % 64], [], prime=True)
+
+
+async def flood(cloud: Cloud, cluster: str, name: str, numbers: Iterator[int]) -> None:
+    """Contexts of 505 tokens, a hundred a second, whether they are answered or not."""
+    async with asyncio.TaskGroup() as group:
+        for number in numbers:
+            group.create_task(cloud.ask(cluster, name, number, contexts(505)[number % 64], [], prime=True))
+            await asyncio.sleep(0.01)
+
+
+def numbers_of(n: int) -> Iterator[int]:
+    """Sessions that nobody else uses."""
+    return iter(range(100_000 * (n + 1), 100_000 * (n + 2)))
+
+
+def described(when: str, texts: list[list[Clock]]) -> dict[str, float]:
+    """Percentiles of the blocks of several texts, and the median time of a whole text."""
+    blocks = sorted(time for text in texts for time in text)
+    computed = sorted(time.cpu_s for text in texts for time in text)
+    return {
+        f"{when} p50 ms": 1e3 * blocks[len(blocks) // 2].wall_s,
+        f"{when} p95 ms": 1e3 * blocks[int(0.95 * len(blocks))].wall_s,
+        f"{when} computed p50 ms": 1e3 * computed[len(computed) // 2],
+        f"{when} computed p95 ms": 1e3 * computed[int(0.95 * len(computed))],
+        f"{when} computed s": statistics.median(sum(time.cpu_s for time in text) for text in texts),
+    }
 
 
 async def alone(cloud: Cloud) -> dict[str, float]:
     """A quiet agent and nobody else."""
-    return {"quiet s": statistics.median([await quiet_text(cloud, "home", n) for n in range(1, 6)])}
+    return described("alone", [await quiet_text(cloud, "home", n) for n in range(1, 6)])
 
 
-async def beside(cloud: Cloud, hogs: int, cluster: str) -> dict[str, float]:
-    """A quiet agent of cluster "home" beside hogs."""
-    before = await alone(cloud)
-    crowd = [
-        asyncio.create_task(hog(cloud, cluster, f"hog{n}", iter(range(1_000 * n, 1_000 * n + 999))))
-        for n in range(1, hogs)
-    ]
+async def beside(cloud: Cloud, attack: Callable[[Cloud, int], Awaitable[None]], crowd: int) -> dict[str, float]:
+    """A quiet agent of cluster "home" before and beside an attack of many."""
+    found = await alone(cloud)
+    tasks = [asyncio.ensure_future(attack(cloud, n)) for n in range(crowd)]
     await asyncio.sleep(3.0)
-    times = [await quiet_text(cloud, "home", n) for n in range(10, 15)]
-    for task in crowd:
+    texts = [await quiet_text(cloud, "home", n) for n in range(10, 15)]
+    for task in tasks:
         task.cancel()
-    beside_s = statistics.median(times)
-    return {**before, "beside s": beside_s, "ratio": beside_s / before["quiet s"], "worst s": max(times)}
+    await asyncio.gather(*tasks, return_exceptions=True)
+    found |= described("beside", texts)
+    return {**found, "ratio": found["beside computed s"] / found["alone computed s"]}
 
 
 async def burst(cloud: Cloud, agents: int) -> dict[str, float]:
     """Many agents send a context of 500 tokens at the same moment."""
-    began = time.perf_counter()
+    began = Clock.now()
 
-    async def one(n: int) -> float:
+    async def one(n: int) -> Clock:
         verdict = await cloud.ask("home", f"a{n}", n, prompt(n, 500), [], prime=True)
-        return float("inf") if verdict is None else time.perf_counter() - began
+        return NEVER if verdict is None else Clock.now().since(began)
 
     times = sorted(await asyncio.gather(*(one(n) for n in range(1, agents + 1))))
-    return {"first s": times[0], "median s": times[len(times) // 2], "last s": times[-1]}
+    return {
+        "first s": times[0].wall_s,
+        "median s": times[len(times) // 2].wall_s,
+        "last s": times[-1].wall_s,
+        "last computed s": times[-1].cpu_s,
+        "unanswered": sum(time is NEVER for time in times),
+    }
 
 
 SCENARIOS: Final[dict[str, Callable[[Cloud], Awaitable[dict[str, float]]]]] = {
     "alone": alone,
     "64 contexts of 500 tokens at once": partial(burst, agents=64),
-    "beside 63 hogs of its cluster": partial(beside, hogs=64, cluster="home"),
-    "beside 300 names of another cluster": partial(beside, hogs=301, cluster="loud"),
+    "one flood": partial(beside, crowd=1, attack=lambda c, n: flood(c, "home", f"f{n}", numbers_of(n))),
+    "four floods": partial(beside, crowd=4, attack=lambda c, n: flood(c, "home", f"f{n}", numbers_of(n))),
+    "63 hogs of its cluster": partial(
+        beside, crowd=63, attack=lambda c, n: hog(c, "home", f"hog{n}", 505, numbers_of(n))
+    ),
+    "300 names of another cluster": partial(
+        beside, crowd=300, attack=lambda c, n: hog(c, "loud", f"n{n}", 505, numbers_of(n))
+    ),
+    "300 names with little": partial(beside, crowd=300, attack=lambda c, n: hog(c, "loud", f"n{n}", 20, numbers_of(n))),
 }
 
 
@@ -177,7 +240,7 @@ def resident_mb() -> float:
 async def measure(name: str) -> dict[str, float]:
     """One scenario in this process."""
     config, bus = Config(), Answers()
-    decoder = Decoder.load(model_folder("", "llm"), threads=0, keeps_memory=False)
+    decoder = Decoder.load(model_folder("", "llm"), threads=1, keeps_memory=False)
     async with threaded(decoder) as engine:
         model = LargeModel.of(decoder, engine)
         runtime = Runtime.of_process(Counters(), store=None, journal=False)
@@ -187,7 +250,8 @@ async def measure(name: str) -> dict[str, float]:
         found["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         await asyncio.sleep(3.0)
         found["afterwards MB"] = resident_mb()
-        found["caches dropped"] = cloud.service.batcher.evicted
+        batcher = cloud.service.batcher
+        found |= {"caches dropped": batcher.evicted, "refused": batcher.overflowed, "expired": batcher.expired}
         working.cancel()
     return found
 
@@ -195,7 +259,7 @@ async def measure(name: str) -> dict[str, float]:
 def main() -> None:
     """Print a line for each scenario and, last, JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=SCENARIOS, help="one scenario, in this process")
+    parser.add_argument("--only", choices=SCENARIOS, metavar="SCENARIO", help="one scenario, in this process")
     options = parser.parse_args()
     if options.only:
         print(json.dumps(asyncio.run(measure(options.only))))

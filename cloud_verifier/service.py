@@ -10,7 +10,8 @@ from typing import Any, Final, assert_never
 import msgspec
 from numpy.typing import NDArray
 
-from cloud_verifier.batching import Batcher, BlockJob, Done, Outcome
+from cloud_verifier.batching import Batcher, Done, Outcome
+from cloud_verifier.calls import BlockJob
 from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.journal import CloudStart
@@ -48,6 +49,7 @@ HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE, topics.FORGET)
 PATIENCE_MAX_S: Final = 60.0  # no block may be kept longer, in seconds
 IDLE_S: Final = 1.0  # seconds without work before memory is released
 LOCAL: Final = "@"  # the cluster of clients on this machine; no cluster of a bus can have this name
+CACHES_S: Final = 60.0  # seconds more before the caches are dropped
 FEDERATION_FILE: Final = "cloud.federation"
 
 
@@ -160,7 +162,7 @@ class CloudService:
         cluster = received.levels.get("cluster", "")
         match received.message if received.topic in HEARD else None:
             case EscalationBatch() as batch:
-                self._submit(cluster, batch)
+                await self._submit(cluster, batch)
             case Contribution() as contribution:
                 self._contribute(cluster, contribution)
             case Profile() as profile:
@@ -172,14 +174,16 @@ class CloudService:
             case _:
                 self._counters.add("refused_messages")
 
-    def _submit(self, cluster: str, batch: EscalationBatch) -> None:
+    async def _submit(self, cluster: str, batch: EscalationBatch) -> None:
         now = self._clock_s()
+        busy: list[Done] = []
         for agent, escalation in ((i.agent, i.escalation) for i in batch.items):
             key = Key(cluster, agent, escalation.session)
             self._counters.add("escalations")
             patience_s = min(escalation.patience_ms / 1000.0, PATIENCE_MAX_S)
-            self.batcher.submit(BlockJob(key, escalation, now + patience_s))
+            busy += self.batcher.submit(BlockJob(key, escalation, now + patience_s))
         self._work.set()
+        await self._answer(busy)
 
     # Clients on this machine
 
@@ -190,8 +194,7 @@ class CloudService:
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._local[key] = future
         try:
-            if not self.batcher.submit(BlockJob(key, escalation, inf, watch)):
-                return RefusedBlock("the cloud's queue is full: ask later")
+            await self._answer(self.batcher.submit(BlockJob(key, escalation, inf, watch)))
             self._work.set()
             return await future
         finally:
@@ -299,12 +302,23 @@ class CloudService:
             await self.verify_next()
 
     async def _wait_for_work(self) -> None:
+        """Return when there is work. Memory is returned to the system meanwhile, and later that of the caches."""
+        if await self._work_within(IDLE_S):
+            return
+        self._engine.release()
+        if await self._work_within(CACHES_S):
+            return
+        self.batcher.drop_caches()
+        self._engine.release()
+        await self._work.wait()
+
+    async def _work_within(self, seconds: float) -> bool:
         try:
-            async with asyncio.timeout(IDLE_S):
+            async with asyncio.timeout(seconds):
                 await self._work.wait()
         except TimeoutError:
-            self._engine.release()
-            await self._work.wait()
+            return False
+        return True
 
     async def verify_next(self) -> bool:
         """Run at most one model call for the waiting blocks and send the answers.

@@ -46,6 +46,10 @@ class SessionEntry:
     cache: Any = None
     cached: int = 0
 
+    def drop_cache(self) -> None:
+        """Forget the cache. Its tokens can be fed again."""
+        self.cache, self.cached = None, 0
+
 
 class UnprimedBlock(NamedTuple):
     """The cloud lacks the session, or tokens before the block's base."""

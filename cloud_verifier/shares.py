@@ -5,10 +5,12 @@ first. A name that was idle returns with at most `burst` tokens of credit. A lig
 beside any number of heavy ones. Inventing a new name for every request gains nothing beyond the cluster's share.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 NAMES_MAX: Final = 16_384
+BURST: Final = 1_024.0  # tokens of credit of an agent that was idle
+CLUSTER_BURST: Final = 4_096.0
 
 
 class Level:
@@ -46,3 +48,38 @@ class Level:
             self._served = {name: served for name, served in self._served.items() if served > floor}
         while len(self._served) > NAMES_MAX:
             del self._served[next(iter(self._served))]
+
+
+class Lane:
+    """The shares of clusters, and of the agents in each cluster, in one kind of work."""
+
+    def __init__(self) -> None:
+        self.clusters = Level(CLUSTER_BURST)
+        self._agents: dict[str, Level] = {}
+
+    def advance(self, busy: Mapping[str, Iterable[str]]) -> None:
+        """Take note of who has work: agents by cluster. The shares of idle clusters are forgotten if there are many."""
+        self.clusters.advance(busy)
+        for cluster, agents in busy.items():
+            self.agents(cluster).advance(agents)
+        while len(self._agents) > 2 * len(busy) + 64:
+            del self._agents[next(name for name in self._agents if name not in busy)]
+
+    def agents(self, cluster: str) -> Level:
+        """The shares of a cluster's agents."""
+        return self._agents.setdefault(cluster, Level(BURST))
+
+    def charge(self, cluster: str, agent: str, tokens: float) -> None:
+        """Add `tokens` to the service of an agent and of its cluster."""
+        self.clusters.charge(cluster, tokens)
+        self.agents(cluster).charge(agent, tokens)
+
+    def ahead(self, cluster: str, agent: str, of: tuple[str, float, float]) -> float:
+        """How many tokens more an agent, or its cluster, has received than another one (`standing`) had."""
+        if cluster == of[0]:
+            return self.agents(cluster).of(agent) - of[2]
+        return self.clusters.of(cluster) - of[1]
+
+    def standing(self, cluster: str, agent: str) -> tuple[str, float, float]:
+        """The cluster's name, its service, and the agent's."""
+        return cluster, self.clusters.of(cluster), self.agents(cluster).of(agent)

@@ -13,7 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from cloud_verifier.batching import RUNNING_OF_ONE, WAITING_MAX
+from cloud_verifier.batching import RUNNING_OF_ONE
+from cloud_verifier.queues import WAITING_MAX
 from cloud_verifier.service import CloudService
 from edge_agent.core import EVENTS_MAX, AgentCore
 from edge_agent.events import Committed, Plan
@@ -282,7 +283,7 @@ def bounds(part: Part, scenario: Scenario) -> Iterator[Bound]:
             yield Bound("jobs", batcher.waiting, WAITING_MAX)
             yield Bound("bytes of caches", batcher.cached_bytes, batcher.cache_bytes)
             yield Bound("sessions", len(batcher.sessions), batcher.sessions.sessions_max)
-            yield Bound("running", len(batcher.running), RUNNING_OF_ONE * scenario.agents)
+            yield Bound("running", len(batcher.running), 2 * RUNNING_OF_ONE * scenario.agents)
             yield Bound("members", len(service.coordinator.members), min(MEMBERS_MAX, scenario.clusters))
         case _:
             pass

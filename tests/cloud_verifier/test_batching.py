@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from cloud_verifier import batching
-from cloud_verifier.batching import BURST, READS, RUNNING_OF_ONE, WAITING_OF_ONE, Batcher, BlockJob, Done, Running
+from cloud_verifier.batching import RUNNING_OF_ONE, Batcher, Done
+from cloud_verifier.calls import READS, BlockJob, Running
 from cloud_verifier.engine import Engine
-from cloud_verifier.sessions import Key, Sessions
+from cloud_verifier.queues import BYTES_OF_ONE, WAITING_MAX, WAITING_OF_ONE
+from cloud_verifier.sessions import Key, RefusedBlock, Sessions
+from cloud_verifier.shares import BURST
 from cloud_verifier.verifier import Settled
 from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Prime, Sampling
 from fedhlm.protocol.packing import pack_ids
@@ -87,7 +90,7 @@ def settled(work: Batcher, limit: int = 5_000) -> list[Done]:
 
 
 def nothing_left(work: Batcher) -> bool:
-    return not (work._count or work._bytes or work._running or work._clusters)
+    return not (work.waiting or work._queue.load.bytes or any(work._running.values()) or not work.idle)
 
 
 # Exactness
@@ -184,31 +187,77 @@ def _next(before: BlockJob) -> BlockJob:
     return job(key.agent, session, prompt=long_prompt(session), cluster=key.cluster)
 
 
-@pytest.mark.parametrize("cluster", ["c", "quiet's own"])
-def test_a_quiet_agent_beside_63_hogs_waits_for_one_call_more_than_alone(cluster: str) -> None:
-    quiet = job("quiet", prompt=long_prompt(7, 20), ids=[3, 4], extend=2, cluster=cluster)
-    alone = wait_of(batcher(), quiet)
+def text_cost(work: Batcher, cluster: str, *, blocks: int = 60) -> float:
+    """Cost of all calls while a quiet agent writes a text, one short block after the other, each when the last is back."""
+    context, total = long_prompt(7, 20), 0.0
+    for number in range(blocks):
+        drafts = toy.large_alone(context, Sampling(1), 2)
+        quiet = job("quiet", prompt=context, ids=drafts, extend=1, primed=number == 0, cluster=cluster)
+        total += wait_of(work, quiet)
+        context = [*context, *toy.large_alone(context, Sampling(1), 3)]
+    return total
+
+
+def crowded(names: int, cluster: str, *, extend: int = 1, length: int = 300) -> Batcher:
+    """A cloud on which each of many names has asked for two contexts at once, again and again, for a while."""
     work = batcher()
-    for hog in range(63):
+    for name in range(names):
         for session in range(2):
-            work.submit(job(f"hog{hog}", 100 * hog + session, prompt=long_prompt(hog)))
+            work.submit(
+                job(
+                    f"hog{name}", 100 * name + session, prompt=long_prompt(name, length), cluster=cluster, extend=extend
+                )
+            )
     for _ in range(400):
         for done in step(work):
             work.submit(_next(done.job))
-    calls_of_others = work.batch_tokens
-    assert wait_of(work, quiet) <= 2.0 * alone + calls_of_others
+    return work
+
+
+@pytest.mark.parametrize("cluster", ["c", "quiet's own"])
+@pytest.mark.parametrize(("length", "extend"), [(300, 1), (20, 100)])
+def test_a_quiet_agent_beside_63_hogs_waits_for_one_small_call_more_than_alone(
+    cluster: str, length: int, extend: int
+) -> None:
+    """Not only at first: over a text of many blocks, in which it asks for more of the model than any hog gets."""
+    alone = text_cost(batcher(), cluster)
+    work = crowded(63, "c", extend=extend, length=length)
+    assert text_cost(work, cluster) <= 2.0 * alone + 60 * work.batch_tokens / 2
 
 
 def test_names_that_an_edge_invents_delay_nobody_of_another_cluster() -> None:
-    quiet = job("quiet", prompt=long_prompt(7, 20), ids=[3, 4], extend=2, cluster="calm")
-    alone = wait_of(batcher(), quiet)
+    alone = text_cost(batcher(), "calm")
+    work = crowded(300, "loud")
+    assert text_cost(work, "calm") <= 2.0 * alone + 60 * work.batch_tokens / 2
+
+
+def test_names_that_ask_for_little_delay_a_quiet_cluster_little() -> None:
+    """300 names with one short block each at all times."""
+    alone = text_cost(batcher(), "calm")
     work = batcher()
     for name in range(300):
-        for session in range(3):
-            work.submit(job(f"name{name}", session, prompt=long_prompt(name), cluster="loud"))
-    for _ in range(200):
-        step(work)
-    assert wait_of(work, quiet) <= 2.0 * alone + work.batch_tokens
+        work.submit(job(f"hog{name}", prompt=long_prompt(name, 20), cluster="loud"))
+    assert text_cost(work, "calm") <= 2.0 * alone + 60 * work.batch_tokens / 2
+
+
+def test_long_contexts_get_half_of_the_model_beside_many_short_blocks() -> None:
+    work = batcher()
+    served = {True: 0.0, False: 0.0}
+    for agent in range(8):
+        work.submit(job(f"long{agent}", prompt=long_prompt(agent), cluster="c"))
+    for agent in range(60):
+        work.submit(job(f"short{agent}", prompt=long_prompt(agent, 20)))
+    for _ in range(300):
+        batch, done = work.take(0.0)
+        for running in batch:
+            served[running.short] += running.cost
+        done += work.advance(batch, toy.large_outputs([work.request(r) for r in batch]))
+        for d in done:
+            again = d.job.key.agent.startswith("long")
+            work.submit(
+                _next(d.job) if again else d.job._replace(key=d.job.key._replace(session=d.job.key.session + 1))
+            )
+    assert served[False] == pytest.approx(served[True], rel=0.25)
 
 
 def test_clusters_get_equal_parts_however_many_names_they_have() -> None:
@@ -324,10 +373,33 @@ def test_one_agent_cannot_fill_the_queue() -> None:
     assert {done.job.key.agent for done in settled(work)} == {"greedy", "modest"}
 
 
+def test_an_agent_is_told_at_once_that_there_is_no_room() -> None:
+    work = batcher()
+    for session in range(WAITING_OF_ONE):
+        assert work.submit(job("greedy", session)) == []
+    (done,) = work.submit(job("greedy", WAITING_OF_ONE))
+    assert done.job.key.session == WAITING_OF_ONE
+    assert done.outcome == RefusedBlock(batching.BUSY)
+
+
+def test_there_is_always_room_for_a_cluster_and_an_agent_that_have_nothing_here() -> None:
+    """However many names others invent, in this cluster or in another one."""
+    work = batcher()
+    for cluster in ("c", "loud", "louder"):
+        for name in range(2 * WAITING_MAX // WAITING_OF_ONE):
+            for session in range(WAITING_OF_ONE):
+                work.submit(job(f"hog{name}", session, cluster=cluster))
+    assert work.overflowed > 0
+    assert work.waiting <= WAITING_MAX
+    for cluster in ("c", "calm"):
+        (refused,) = work.submit(job("quiet", cluster=cluster))
+        assert refused.job.key.agent.startswith("hog")
+
+
 def test_waiting_blocks_are_bounded_in_bytes() -> None:
     work = batcher()
     large = job("greedy")
-    large = large._replace(escalation=replace(large.escalation, laws=bytes(batching.BYTES_OF_ONE - 100)))
+    large = large._replace(escalation=replace(large.escalation, laws=bytes(BYTES_OF_ONE - 100)))
     work.submit(large)
     work.submit(large._replace(key=Key("c", "greedy", 2)))
     assert work.overflowed == 1

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from cloud_verifier import batching, clustering, coordinator
+from cloud_verifier import batching, clustering, coordinator, queues
 from edge_agent import core as agent_module
 from edge_agent.membership import CLUSTERS_MAX
 from edge_agent.requests import PROMPTS_MAX, REQUESTS_REMEMBERED
@@ -211,7 +211,7 @@ class Parts:
             "edge.members": Size(len(edge.members), federation.MEMBERS_MAX),
             "cloud.caches": Size(cloud.batcher.cached_bytes, cloud.batcher.cache_bytes),
             "cloud.sessions": Size(len(cloud.batcher.sessions), 8),
-            "cloud.waiting": Size(cloud.batcher.waiting, batching.WAITING_MAX),
+            "cloud.waiting": Size(cloud.batcher.waiting, queues.WAITING_MAX),
             "cloud.running": Size(len(running), batching.RUNNING_MAX),
             "cloud.running of an agent": Size(
                 max(Counter(r.job.key.owner for r in running).values(), default=0),

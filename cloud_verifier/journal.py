@@ -14,6 +14,7 @@ class CloudStart(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: frozenset[int]
     context_max: int
     sessions_max: int
+    sessions_bytes: int = 64 * 1024 * 1024
     batch_max: int
     federation: Federation
     members: bytes

@@ -19,6 +19,8 @@ from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Escalation, Fingerprint, Prime
 from fedhlm.protocol.packing import id_bytes, unpack_ids
 
+TOKEN_BYTES: Final = 48  # about what a token of a context takes as an object in two lists
+SESSIONS_BYTES: Final = 64 * 1024 * 1024
 EXTEND_MAX: Final = 256  # bonus tokens per answer; who wants more asks again and waits behind the others
 
 
@@ -72,23 +74,32 @@ Admission = Block | Declined
 
 
 class Sessions:
-    """A bounded store of sessions that drops the least recently used one first.
+    """A store of sessions, bounded in number and in bytes of contexts, that drops the least recently used one first.
 
     If the store is full and the agent of the newest session holds more than a quarter of it, that agent's own oldest
     session is dropped. An agent that keeps opening sessions therefore cannot displace those of others.
     """
 
     def __init__(
-        self, *, fingerprint: Fingerprint, eos_ids: frozenset[int], context_max: int, sessions_max: int
+        self,
+        *,
+        fingerprint: Fingerprint,
+        eos_ids: frozenset[int],
+        context_max: int,
+        sessions_max: int,
+        sessions_bytes: int = SESSIONS_BYTES,
     ) -> None:
         self.fingerprint = fingerprint
         self.context_max = context_max
         self.sessions_max = sessions_max
+        self.sessions_bytes = sessions_bytes
         self.evicted = 0
         self.mismatched = 0
         self.eos_ids = eos_ids
         self._entries: OrderedDict[Key, SessionEntry] = OrderedDict()
         self._held: Counter[tuple[str, str]] = Counter()  # number of sessions by owner
+        self._tokens: dict[Key, int] = {}  # of each session's context, when it was used last
+        self._tokens_of: Counter[tuple[str, str]] = Counter()  # their sums by owner
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,16 +115,31 @@ class Sessions:
         """All entries, the least recently used first."""
         return self._entries.values()
 
+    @property
+    def context_bytes(self) -> int:
+        """About how many bytes all contexts take."""
+        return TOKEN_BYTES * self._tokens_of.total()
+
     def forget(self, key: Key) -> None:
         """Drop one session, if it exists."""
         if self._entries.pop(key, None) is not None:
             self._held[key.owner] -= 1
+            self._tokens_of[key.owner] -= self._tokens.pop(key)
             if not self._held[key.owner]:
-                del self._held[key.owner]
+                del self._held[key.owner], self._tokens_of[key.owner]
+
+    def _measure(self, key: Key) -> None:
+        tokens = len(self._entries[key].state.context)
+        self._tokens_of[key.owner] += tokens - self._tokens.get(key, 0)
+        self._tokens[key] = tokens
 
     def _make_room(self, newest: Key) -> None:
-        while len(self._entries) > self.sessions_max:
+        tokens_max = self.sessions_bytes // TOKEN_BYTES
+        while len(self._entries) > self.sessions_max or (
+            len(self._entries) > 1 and self._tokens_of.total() > tokens_max
+        ):
             greedy = self._held[newest.owner] > max(1, self.sessions_max // 4)
+            greedy |= self._held[newest.owner] > 1 and self._tokens_of[newest.owner] > tokens_max // 4
             mine = (key for key in self._entries if not greedy or key.owner == newest.owner)
             self.forget(next(mine))
             self.evicted += 1
@@ -145,6 +171,8 @@ class Sessions:
             entry = self.entry(key)
         if entry is None:
             return UnprimedBlock()
+        self._measure(key)
+        self._make_room(key)
         rejected_at = entry.state.rejected_at if escalation.epoch == entry.state.epoch else None
         if rejected_at is not None and escalation.base > rejected_at:
             return StaleBlock()
@@ -216,5 +244,4 @@ class Sessions:
             if shared < len(context):  # what the device has committed overrides what was settled here
                 held[shared:] = context[shared:]
         self._entries.move_to_end(key)
-        self._make_room(key)
         return None

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.service import CloudService
-from cloud_verifier.sessions import Sessions
+from cloud_verifier.sessions import SESSIONS_BYTES, Sessions
 from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import presence
@@ -37,10 +37,14 @@ class LargeModel(NamedTuple):
         fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.label)
         return cls(engine, fingerprint, frozenset(info.eos_ids), info.context)
 
-    def sessions(self, sessions_max: int) -> Sessions:
-        """Create an empty store for at most `sessions_max` sessions."""
+    def sessions(self, sessions_max: int, sessions_bytes: int = SESSIONS_BYTES) -> Sessions:
+        """Create an empty store for at most `sessions_max` sessions with `sessions_bytes` bytes of contexts."""
         return Sessions(
-            fingerprint=self.fingerprint, eos_ids=self.eos_ids, context_max=self.context, sessions_max=sessions_max
+            fingerprint=self.fingerprint,
+            eos_ids=self.eos_ids,
+            context_max=self.context,
+            sessions_max=sessions_max,
+            sessions_bytes=sessions_bytes,
         )
 
 
@@ -71,7 +75,9 @@ def cloud_of(
         runtime,
         party=runtime.party(bus, stamp, config.broker.root),
         engine=model.engine,
-        sessions=model.sessions(config.cloud.sessions_max) if sessions is None else sessions,
+        sessions=model.sessions(config.cloud.sessions_max, config.cloud.sessions_bytes)
+        if sessions is None
+        else sessions,
         coordinator=coordinator or Coordinator.of(config.federation),
         to_announce=to_announce,
     )

@@ -14,9 +14,10 @@ import msgspec
 from edge_broker.federation import ClusterFederation
 from edge_broker.journal import EdgeStart
 from edge_broker.memory import DIGEST_MAX, ClusterMemory, PeersAnswer
-from edge_broker.relay import Relay
+from edge_broker.relay import BUSY, Relay
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
+from fedhlm.bus.rates import Rates
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.learning.federation import State
@@ -51,6 +52,8 @@ from fedhlm.telemetry import warn_once
 log = logging.getLogger(__name__)
 
 DIGEST_S: Final = 0.5
+REFUSALS_S: Final = 50.0  # refusals a second that one agent is told
+TOO_FAST: Final = "the agent sends more than its edge takes (edge.agent_messages_s, edge.agent_bytes_s)"
 ANNOUNCE_AGAIN_S: Final = 1.0
 ASSIGNED_MAX: Final = 4_096
 AGENTS_MAX: Final = 4_096
@@ -113,6 +116,10 @@ class EdgeService:
             stale_verdicts="stale_verdicts",
             duplicate_messages="repeated",
         )
+        down.admits = self._admits
+        self._messages = Rates(config.edge.agent_messages_s)
+        self._bytes = Rates(config.edge.agent_bytes_s)
+        self._refusals = Rates(REFUSALS_S)
         self._batch_wait_s = config.edge.batch_wait_ms / 1000.0
         self._waiting = asyncio.Event()
         self._to_announce = to_announce
@@ -193,6 +200,20 @@ class EdgeService:
         async for received in party.received():
             await self.handle(received)
 
+    async def _admits(self, received: Received) -> bool:
+        """Whether an agent keeps to its rate. A block beyond it is refused at once; other messages are only counted."""
+        if received.topic not in BELOW:
+            return True
+        agent, now = received.levels["agent"], self._clock_s()
+        if self._messages.allow(agent, 1.0, now) and self._bytes.allow(agent, received.wire_bytes, now):
+            return True
+        self._counters.add("limited_messages")
+        warn_once(log, f"rate {agent}", "agent %s sends more than it may: its messages are refused", agent)
+        if isinstance(received.message, Escalation) and self._refusals.allow(agent, 1.0, now):
+            verdict = refused(self.down.stamp(), received.message, TOO_FAST)
+            await self.down.send_unnoted(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
+        return False
+
     async def handle(self, received: Received) -> None:
         """Handle one message. Messages outside the topics of HEARD are counted and dropped."""
         match received.message if received.topic in HEARD else None:
@@ -234,6 +255,11 @@ class EdgeService:
         vocab_size = self._vocab_size(agent)
         answer = None if vocab_size is None else self.memory.answer(agent, escalation, vocab_size)
         if vocab_size is None or answer is None:
+            if self.relay.crowded(agent):
+                self.relay.settle(agent, escalation)
+                self._counters.add("limited_messages")
+                await self._send_verdict(agent, refused(self.down.stamp(), escalation, BUSY))
+                return
             if not escalation.closes:
                 self.memory.await_verdict(agent, escalation)
             self._waiting.set()
@@ -281,7 +307,7 @@ class EdgeService:
     async def _send_batches(self) -> None:
         while True:
             await self._waiting.wait()
-            if self._batch_wait_s and len(self.relay.pending) < self.relay.batch_max:
+            if self._batch_wait_s and len(self.relay) < self.relay.batch_max:
                 await asyncio.sleep(self._batch_wait_s)
             self._waiting.clear()
             while await self.send_batch():

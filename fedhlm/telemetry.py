@@ -25,6 +25,7 @@ COUNTERS: Final[dict[str, str]] = {
     "refused_messages": "payloads that were not a valid message of their topic, or came from the wrong sender",
     "dropped_messages": "messages dropped because an incoming or outgoing queue was full",
     "unsent_messages": "messages not sent: queue full, expired in the queue, rejected by the broker, or lost at QoS 0",
+    "limited_messages": "messages beyond their sender's rate: blocks among them are refused, others dropped",
     "too_large_messages": "messages or items dropped because they are larger than the broker accepts",
     "expired_messages": "blocks dropped because their deadline had passed",
     "stale_verdicts": "verdicts of an epoch that a rollback had ended",

@@ -45,6 +45,7 @@ class Received(NamedTuple):
 
 
 OnRefused = Callable[[Delivery, ProtocolError], Awaitable[None]]
+Admits = Callable[[Received], Awaitable[bool]]
 
 
 class Sent(NamedTuple):
@@ -110,7 +111,8 @@ def presence(
 class Party:
     """The endpoint of one part on one bus. With a `journal` it notes what it sends and receives.
 
-    `on_refused` is called with every delivery that is no valid message of its topic, and with the error.
+    `on_refused` is called with every delivery that is no valid message of its topic, and with the error. `admits` is
+    asked about every valid message; one that it does not admit is neither handled nor noted.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Party:
         self.root = root
         self.journal = journal
         self.on_refused = on_refused
+        self.admits: Admits | None = None
         self.bus = bus
 
     @property
@@ -171,6 +174,10 @@ class Party:
             warn_once(log, f"too large {topic.pattern}", text, name, largest)
         return Sent(sum(s.packet_bytes for s in sent), sum(s.comparable_bytes for s in sent), tuple(refused))
 
+    async def send_unnoted(self, topic: Topic, message: AnyMessage, **levels: str) -> None:
+        """Publish the answer to a message that was not admitted. The journal knows neither."""
+        await self._publish(topic, topic.name(self.root, **levels), message, None, noted=False)
+
     def why_too_large(self) -> str:
         """The error text for whoever waits for the answer to a message that was too large."""
         return f"the message is larger than the broker takes ({self.bus.max_packet_bytes} bytes)"
@@ -178,10 +185,12 @@ class Party:
     def _packet_bytes(self, topic: Topic, name: str, size: int, expiry_s: float | None) -> int:
         return publish_wire_bytes(name, size, qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s)
 
-    async def _publish(self, topic: Topic, name: str, message: AnyMessage, expiry_s: float | None) -> Sent:
+    async def _publish(
+        self, topic: Topic, name: str, message: AnyMessage, expiry_s: float | None, *, noted: bool = True
+    ) -> Sent:
         payload = encode(message)
         sent = await self.bus.publish(name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s)
-        if self.journal is not None and not isinstance(message, Journal):
+        if self.journal is not None and noted and not isinstance(message, Journal):
             self.journal.note("sent" if sent else "dropped", name, payload)
         if not sent:
             self.counters.add("dropped_messages")
@@ -228,10 +237,13 @@ class Party:
                 if self.on_refused is not None:
                     await self.on_refused(delivery, exc)
                 continue
+            size = publish_wire_bytes(delivery.topic, len(delivery.payload), protocol=self.bus.protocol or "5")
+            received = received._replace(retained=delivery.retain, wire_bytes=size)
+            if self.admits is not None and not await self.admits(received):
+                continue
             if self.journal is not None:
                 self.journal.note("heard", delivery.topic, delivery.payload)
-            size = publish_wire_bytes(delivery.topic, len(delivery.payload), protocol=self.bus.protocol or "5")
-            yield received._replace(retained=delivery.retain, wire_bytes=size)
+            yield received
 
     def read(self, name: str, payload: bytes) -> Received:
         """Decode a payload that came on the topic `name`.

@@ -204,6 +204,19 @@ class Edge(Section, frozen=True):
     batch_wait_ms: Annotated[
         WaitMs, Meta(description="Milliseconds that an escalation waits for others to fill its batch (`batch_max`).")
     ] = 2.0
+    agent_messages_s: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1e6,
+            description="Messages a second that the edge takes from one agent, after a burst of four seconds' worth. "
+            "Blocks beyond it are refused at once, other messages dropped. 0: no limit.",
+        ),
+    ] = 500.0
+    agent_bytes_s: Annotated[
+        float,
+        Meta(ge=0.0, le=1e12, description="Bytes a second that the edge takes from one agent, as `agent_messages_s`."),
+    ] = 8.0 * 1024 * 1024
     embedded_host: Annotated[
         str,
         Meta(
@@ -235,6 +248,29 @@ class Cloud(Section, frozen=True):
             description="Most sessions that are open at once. A session that was dropped costs one more round trip.",
         ),
     ] = 1_024
+    sessions_bytes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=2**50,
+            description="Most bytes of the contexts of all sessions, beside their KV caches (`cache_bytes`).",
+        ),
+    ] = 64 * 1024 * 1024
+    cluster_blocks_s: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1e6,
+            description="Blocks a second that the cloud takes from one cluster, after a burst of four seconds' worth. "
+            "Blocks beyond it are refused at once. 0: no limit.",
+        ),
+    ] = 4_000.0
+    cluster_bytes_s: Annotated[
+        float,
+        Meta(
+            ge=0.0, le=1e12, description="Bytes a second that the cloud takes from one cluster, as `cluster_blocks_s`."
+        ),
+    ] = 64.0 * 1024 * 1024
     cache_bytes: Annotated[
         int,
         Meta(

@@ -204,3 +204,33 @@ def test_an_agent_that_opens_session_after_session_drives_out_its_own() -> None:
     for key in modest:
         sessions.forget(key)
     assert dict(sessions._held) == {("c", "greedy"): 5}
+
+
+def test_sessions_are_bounded_in_bytes_and_a_greedy_agent_loses_its_own() -> None:
+    sessions = Sessions(
+        fingerprint=toy.FINGERPRINT,
+        eos_ids=frozenset({0}),
+        context_max=toy.CONTEXT,
+        sessions_max=1_000,
+        sessions_bytes=100 * sessions_module.TOKEN_BYTES,
+    )
+    for number in range(3):
+        assert isinstance(sessions.admit(Key("c", "modest", number), escalation(base=10)), Block)
+    for number in range(200):
+        assert isinstance(sessions.admit(Key("c", "greedy", number), escalation(base=20)), Block)
+        assert sessions.context_bytes <= sessions.sessions_bytes
+    assert [key.session for key in sessions._entries if key.agent == "modest"] == [0, 1, 2]
+    assert sessions.evicted > 190
+    for key in list(sessions._entries):
+        sessions.forget(key)
+    assert sessions.context_bytes == 0
+
+
+def test_a_context_that_grew_counts_with_what_it_has() -> None:
+    sessions = store()
+    sessions.admit(KEY, escalation())
+    entry = sessions.entry(KEY)
+    assert entry is not None
+    entry.state.context += [5] * 40
+    sessions.admit(KEY, escalation(primed=False))
+    assert sessions.context_bytes == 42 * sessions_module.TOKEN_BYTES

@@ -40,12 +40,14 @@ class BrokerLimits(NamedTuple):
 # Room for topic, properties and packet header.
 _HEAD: Final = 128 * 1024
 _MIB: Final = 1024 * 1024
+# mosquitto queues messages of QoS 0 for a client that does not read without any other bound than its memory. The memory
+# is that of the containers in docker-compose.yml, less what the program itself takes.
 # The largest packet in a cluster is the text of a request or a block with draft laws; towards the cloud, a batch of
 # blocks.
 LIMITS: Final[dict[Kind, BrokerLimits]] = {
-    "cluster": BrokerLimits(2 * _MIB + _HEAD, 8 * _MIB, 256 * _MIB),
-    "cloud": BrokerLimits(MAX_BATCH_BYTES + _HEAD, 32 * _MIB, 512 * _MIB),
-    "shared": BrokerLimits(MAX_BATCH_BYTES + _HEAD, 16 * _MIB, 512 * _MIB),
+    "cluster": BrokerLimits(2 * _MIB + _HEAD, 8 * _MIB, 96 * _MIB),
+    "cloud": BrokerLimits(MAX_BATCH_BYTES + _HEAD, 32 * _MIB, 256 * _MIB),
+    "shared": BrokerLimits(MAX_BATCH_BYTES + _HEAD, 16 * _MIB, 256 * _MIB),
 }
 
 

@@ -17,6 +17,7 @@ from fedhlm import config
 from fedhlm.errors import ConfigError
 from fedhlm_doors.serving import door_of
 from fedhlm_fleet.container.init import API_KEYS, plan
+from fedhlm_fleet.pki.mosquitto import LIMITS
 
 ROOT: Final = Path(__file__).parents[2]
 BASE: Final = "docker-compose.yml"
@@ -370,3 +371,13 @@ def test_every_image_of_ours_is_built_by_one_service(whole: dict[str, Any]) -> N
     ours = [body for body in services(whole).values() if body["image"].startswith("fedhlm/")]
     built = [body["image"] for body in ours if "build" in body]
     assert sorted(built) == sorted({body["image"] for body in ours})
+
+
+def test_a_broker_stops_at_its_own_limit_and_not_at_its_containers() -> None:
+    services = read(BASE)["services"]
+    units = {"m": 2**20, "g": 2**30}
+    for name, body in services.items():
+        if name.startswith("broker-"):
+            memory = body["deploy"]["resources"]["limits"]["memory"]
+            own = LIMITS["cloud" if name == "broker-cloud" else "cluster"].memory_bytes
+            assert own + 32 * 2**20 <= int(memory[:-1]) * units[memory[-1]], name

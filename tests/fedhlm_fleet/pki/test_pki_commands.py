@@ -57,7 +57,7 @@ def test_from_nothing_to_a_broker(here: Path, capsys: pytest.CaptureFixture[str]
         "acl_file /mosquitto/config/acl",
         "max_packet_size 8519680",
         "max_queued_bytes 16777216",
-        "memory_limit 536870912",
+        "memory_limit 268435456",
         "persistence_location /mosquitto/data/",
     ):
         assert line in lines

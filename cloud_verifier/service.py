@@ -20,7 +20,7 @@ from cloud_verifier.verdicts import MODEL_FAILED, portions, verdict_of
 from cloud_verifier.verifier import Settled
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received
-from fedhlm.bus.rates import Rates
+from fedhlm.bus.rates import PartyRates
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.learning.roster import roster_of
@@ -91,9 +91,9 @@ class CloudService:
         )
         self._counters.follow(sessions, evictions="evicted", fingerprint_mismatches="mismatched")
         party.admits = self._admits
-        self._blocks = Rates(config.cloud.cluster_blocks_s)
-        self._bytes = Rates(config.cloud.cluster_bytes_s)
-        self._refusals = Rates(REFUSALS_S)
+        self._blocks = PartyRates(config.cloud.cluster_blocks_s)
+        self._bytes = PartyRates(config.cloud.cluster_bytes_s)
+        self._refusals = PartyRates(REFUSALS_S)
         self._batch_wait_s = config.cloud.batch_wait_ms / 1000.0
         self._clock_s = runtime.clock_s
         self._work = asyncio.Event()

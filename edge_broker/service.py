@@ -17,7 +17,7 @@ from edge_broker.memory import DIGEST_MAX, ClusterMemory, PeersAnswer
 from edge_broker.relay import BUSY, Relay
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
-from fedhlm.bus.rates import Rates
+from fedhlm.bus.rates import PartyRates
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.learning.federation import State
@@ -117,9 +117,9 @@ class EdgeService:
             duplicate_messages="repeated",
         )
         down.admits = self._admits
-        self._messages = Rates(config.edge.agent_messages_s)
-        self._bytes = Rates(config.edge.agent_bytes_s)
-        self._refusals = Rates(REFUSALS_S)
+        self._messages = PartyRates(config.edge.agent_messages_s)
+        self._bytes = PartyRates(config.edge.agent_bytes_s)
+        self._refusals = PartyRates(REFUSALS_S)
         self._batch_wait_s = config.edge.batch_wait_ms / 1000.0
         self._waiting = asyncio.Event()
         self._to_announce = to_announce

@@ -10,7 +10,7 @@ BURST_S: Final = 4.0
 NAMES_MAX: Final = 4_096
 
 
-class Rates:
+class PartyRates:
     """Whether parties keep to `per_s` units a second each (0: no limit). The names heard last are remembered."""
 
     def __init__(self, per_s: float) -> None:

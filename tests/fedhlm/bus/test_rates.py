@@ -5,12 +5,12 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhlm.bus.rates import BURST_S, NAMES_MAX, Rates
+from fedhlm.bus.rates import BURST_S, NAMES_MAX, PartyRates
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.5), st.floats(0.1, 30.0)), max_size=200), st.floats(1.0, 50.0))
 def test_nobody_sends_more_than_its_rate_and_one_burst(sent: list[tuple[float, float]], per_s: float) -> None:
-    rates, now_s, allowed = Rates(per_s), 0.0, 0.0
+    rates, now_s, allowed = PartyRates(per_s), 0.0, 0.0
     for wait_s, units in sent:
         now_s += wait_s
         if rates.allow("a", units, now_s):
@@ -20,7 +20,7 @@ def test_nobody_sends_more_than_its_rate_and_one_burst(sent: list[tuple[float, f
 
 
 def test_a_party_within_its_rate_is_never_refused_beside_a_flood() -> None:
-    rates, rng = Rates(10.0), random.Random(1)
+    rates, rng = PartyRates(10.0), random.Random(1)
     refused = 0
     for step in range(20_000):
         now_s = step / 1_000
@@ -31,20 +31,20 @@ def test_a_party_within_its_rate_is_never_refused_beside_a_flood() -> None:
 
 
 def test_a_clock_that_goes_back_gives_nothing() -> None:
-    rates = Rates(1.0)
+    rates = PartyRates(1.0)
     assert all(rates.allow("a", 1.0, 100.0) for _ in range(int(BURST_S)))
     assert not rates.allow("a", 1.0, 0.0)
     assert not rates.allow("a", 1.0, 0.5)
 
 
 def test_without_a_limit_everything_passes_and_nothing_is_remembered() -> None:
-    rates = Rates(0.0)
+    rates = PartyRates(0.0)
     assert all(rates.allow("a", 1e9, 0.0) for _ in range(10))
     assert len(rates) == 0
 
 
 def test_names_are_bounded() -> None:
-    rates = Rates(1.0)
+    rates = PartyRates(1.0)
     for name in range(NAMES_MAX + 10):
         rates.allow(str(name), 1.0, 0.0)
     assert len(rates) == NAMES_MAX

@@ -49,7 +49,7 @@ async def test_messages_of_4000_doubts_to_clients_that_never_read_stay_within_th
     extra = "\n".join(line for line in lines if not line.startswith(("#", "log_", "persistence", "autosave")))
     async with Mosquitto(extra=extra) as broker:
         assert broker._process is not None
-        deaf = []
+        deaf: list[asyncio.StreamWriter] = []
         for _ in range(4):
             reader, writer = await asyncio.open_connection("127.0.0.1", broker.port)
             name = f"deaf{len(deaf)}".encode()

@@ -20,7 +20,7 @@ from cloud_verifier.verdicts import MODEL_FAILED, portions, verdict_of
 from cloud_verifier.verifier import Settled
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received
-from fedhlm.bus.rates import PartyRates
+from fedhlm.bus.rates import Allowance
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.learning.roster import roster_of
@@ -51,7 +51,6 @@ PATIENCE_MAX_S: Final = 60.0  # no block may be kept longer, in seconds
 IDLE_S: Final = 1.0  # seconds without work before memory is released
 LOCAL: Final = "@"  # the cluster of clients on this machine; no cluster of a bus can have this name
 CACHES_S: Final = 60.0  # seconds more before the caches are dropped
-REFUSALS_S: Final = 50.0  # refused batches a second that one cluster is told of
 TOO_FAST: Final = "the cluster sends more than the cloud takes (cloud.cluster_blocks_s, cloud.cluster_bytes_s)"
 FEDERATION_FILE: Final = "cloud.federation"
 
@@ -91,9 +90,7 @@ class CloudService:
         )
         self._counters.follow(sessions, evictions="evicted", fingerprint_mismatches="mismatched")
         party.admits = self._admits
-        self._blocks = PartyRates(config.cloud.cluster_blocks_s)
-        self._bytes = PartyRates(config.cloud.cluster_bytes_s)
-        self._refusals = PartyRates(REFUSALS_S)
+        self._allowance = Allowance(config.cloud.cluster_blocks_s, config.cloud.cluster_bytes_s)
         self._batch_wait_s = config.cloud.batch_wait_ms / 1000.0
         self._clock_s = runtime.clock_s
         self._work = asyncio.Event()
@@ -164,17 +161,15 @@ class CloudService:
 
     async def _admits(self, received: Received) -> bool:
         """Whether a cluster keeps to its rate. Blocks beyond it are refused at once; other messages are only counted."""
-        if received.topic not in CLUSTERS:
-            return True
-        cluster, now, message = received.levels["cluster"], self._clock_s(), received.message
+        message, now_s = received.message, self._clock_s()
+        cluster = received.levels.get("cluster", "")
         items = message.items if isinstance(message, EscalationBatch) else ()
-        if self._blocks.allow(cluster, max(1, len(items)), now) and self._bytes.allow(
-            cluster, received.wire_bytes, now
-        ):
+        exceeds = self._allowance.exceeds
+        if received.topic not in CLUSTERS or not exceeds(cluster, max(1, len(items)), received.wire_bytes, now_s):
             return True
         self._counters.add("limited_messages")
         warn_once(log, f"rate {cluster}", "cluster %s sends more than it may: its blocks are refused", cluster)
-        if items and self._refusals.allow(cluster, 1.0, now):
+        if items and self._allowance.tells(cluster, now_s):
             stamp = self._party.stamp
             told = tuple(RoutedVerdict(i.agent, refused(stamp(), i.escalation, TOO_FAST)) for i in items)
             await self._party.send_unnoted(topics.CLOUD_VERDICT, VerdictBatch(**stamp(), items=told), cluster=cluster)

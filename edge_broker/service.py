@@ -12,12 +12,13 @@ from typing import Final
 import msgspec
 
 from edge_broker.federation import ClusterFederation
+from edge_broker.heard import BELOW, HEARD
 from edge_broker.journal import EdgeStart
 from edge_broker.memory import DIGEST_MAX, ClusterMemory, PeersAnswer
 from edge_broker.relay import BUSY, Relay
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
-from fedhlm.bus.rates import PartyRates
+from fedhlm.bus.rates import Allowance
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
 from fedhlm.learning.federation import State
@@ -52,22 +53,10 @@ from fedhlm.telemetry import warn_once
 log = logging.getLogger(__name__)
 
 DIGEST_S: Final = 0.5
-REFUSALS_S: Final = 50.0  # refusals a second that one agent is told
 TOO_FAST: Final = "the agent sends more than its edge takes (edge.agent_messages_s, edge.agent_bytes_s)"
 ANNOUNCE_AGAIN_S: Final = 1.0
 ASSIGNED_MAX: Final = 4_096
 AGENTS_MAX: Final = 4_096
-BELOW: Final = (topics.ESCALATE, topics.AGENT_STATUS, topics.PEER, topics.FL_UPDATE, topics.PROFILE)
-HEARD: Final = (
-    *BELOW,
-    topics.FL_STATE,
-    topics.CLOUD_STATUS,
-    topics.CLOUD_VERDICT,
-    topics.CLOUD_FL_STATE,
-    topics.NEIGHBOUR,
-    topics.ASSIGN,
-    topics.FORGET,
-)
 
 
 def federation_file(cluster: str) -> str:
@@ -117,9 +106,7 @@ class EdgeService:
             duplicate_messages="repeated",
         )
         down.admits = self._admits
-        self._messages = PartyRates(config.edge.agent_messages_s)
-        self._bytes = PartyRates(config.edge.agent_bytes_s)
-        self._refusals = PartyRates(REFUSALS_S)
+        self._allowance = Allowance(config.edge.agent_messages_s, config.edge.agent_bytes_s)
         self._batch_wait_s = config.edge.batch_wait_ms / 1000.0
         self._waiting = asyncio.Event()
         self._to_announce = to_announce
@@ -202,14 +189,12 @@ class EdgeService:
 
     async def _admits(self, received: Received) -> bool:
         """Whether an agent keeps to its rate. A block beyond it is refused at once; other messages are only counted."""
-        if received.topic not in BELOW:
-            return True
-        agent, now = received.levels["agent"], self._clock_s()
-        if self._messages.allow(agent, 1.0, now) and self._bytes.allow(agent, received.wire_bytes, now):
+        agent, now_s = received.levels.get("agent", ""), self._clock_s()
+        if received.topic not in BELOW or not self._allowance.exceeds(agent, 1.0, received.wire_bytes, now_s):
             return True
         self._counters.add("limited_messages")
         warn_once(log, f"rate {agent}", "agent %s sends more than it may: its messages are refused", agent)
-        if isinstance(received.message, Escalation) and self._refusals.allow(agent, 1.0, now):
+        if isinstance(received.message, Escalation) and self._allowance.tells(agent, now_s):
             verdict = refused(self.down.stamp(), received.message, TOO_FAST)
             await self.down.send_unnoted(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
         return False

@@ -8,6 +8,7 @@ from typing import Final
 
 BURST_S: Final = 4.0
 NAMES_MAX: Final = 4_096
+REFUSALS_S: Final = 50.0  # refusals a second that a party is told of
 
 
 class PartyRates:
@@ -32,3 +33,20 @@ class PartyRates:
         while len(self._buckets) > NAMES_MAX:
             self._buckets.popitem(last=False)
         return allowed
+
+
+class Allowance:
+    """Rates of messages or blocks (`units_s`) and of bytes, and how often a party is told that it exceeds them."""
+
+    def __init__(self, units_s: float, bytes_s: float) -> None:
+        self.units = PartyRates(units_s)
+        self.bytes = PartyRates(bytes_s)
+        self._refusals = PartyRates(REFUSALS_S)
+
+    def exceeds(self, name: str, units: float, size_bytes: int, now_s: float) -> bool:
+        """Whether a party sends more than it may."""
+        return not (self.units.allow(name, units, now_s) and self.bytes.allow(name, size_bytes, now_s))
+
+    def tells(self, name: str, now_s: float) -> bool:
+        """Whether to tell a party of a refusal. Whoever sends thousands of messages a second is not told of each."""
+        return self._refusals.allow(name, 1.0, now_s)

@@ -9,7 +9,7 @@ from cloud_verifier import service as cloud_service
 from edge_broker import service as edge_service
 from edge_broker.relay import BUSY, PENDING_OF_ONE, Relay
 from fedhlm.bus.interface import BusStatistics, Delivery, Inbox
-from fedhlm.bus.rates import BURST_S
+from fedhlm.bus.rates import BURST_S, REFUSALS_S
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
@@ -51,7 +51,7 @@ def test_blocks_beyond_an_agents_rate_are_refused_at_once_and_others_are_relayed
     async def scenario() -> None:
         scene = await Scene().start()
         edge = scene.edge.service
-        edge._messages.per_s = RATE
+        edge._allowance.units.per_s = RATE
         other = await Hand(scene.world, "b").start(topics.VERDICT.name(cluster="c1", agent="b"))
         flood = 10 * RATE
         for number in range(flood):
@@ -79,14 +79,14 @@ def test_an_agent_is_told_of_some_refusals_a_second_only() -> None:
 
     async def scenario() -> None:
         scene = await Scene().start()
-        scene.edge.service._messages.per_s = 1
+        scene.edge.service._allowance.units.per_s = 1
         for number in range(2_000):
             await scene.agent.party.send(
                 topics.ESCALATE, escalation(scene.agent, number), cluster="c1", agent="a", expiry_s=None
             )
             await asyncio.sleep(1e-4)
         await asyncio.sleep(0.1)
-        assert len(scene.agent.of(Verdict)) <= edge_service.REFUSALS_S * (BURST_S + 1.0)
+        assert len(scene.agent.of(Verdict)) <= REFUSALS_S * (BURST_S + 1.0)
         assert scene.world.counters["limited_messages"] > 1_900
 
     run_virtual(scenario())
@@ -95,7 +95,7 @@ def test_an_agent_is_told_of_some_refusals_a_second_only() -> None:
 def test_large_messages_count_by_their_bytes() -> None:
     async def scenario() -> None:
         scene = await Scene().start()
-        scene.edge.service._bytes.per_s = 1_000
+        scene.edge.service._allowance.bytes.per_s = 1_000
         heavy = msgspec.structs.replace(escalation(scene.agent, 1), laws=bytes(3_900))
         await scene.agent.send(topics.ESCALATE, heavy, cluster="c1", agent="a")
         await scene.agent.send(topics.ESCALATE, heavy, cluster="c1", agent="a")
@@ -107,7 +107,7 @@ def test_large_messages_count_by_their_bytes() -> None:
 def test_doubts_beyond_the_rate_are_dropped_and_counted() -> None:
     async def scenario() -> None:
         scene = await Scene().start()
-        scene.edge.service._messages.per_s = RATE
+        scene.edge.service._allowance.units.per_s = RATE
         for number in range(100):
             message: UncertainTokens = doubts(scene.agent, (number, 7))
             await scene.agent.party.send(topics.PEER, message, cluster="c1", agent="a", expiry_s=None)
@@ -123,7 +123,7 @@ def test_a_cluster_beyond_its_rate_is_refused_at_once_and_others_are_served() ->
     async def scenario() -> None:
         world = World()
         cloud = await world.cloud().start()
-        cloud.service._blocks.per_s = RATE
+        cloud.service._allowance.units.per_s = RATE
         hands = {
             name: await Hand(world, f"edge-{name}").start(topics.CLOUD_VERDICT.name(cluster=name)) for name in "ab"
         }
@@ -149,9 +149,15 @@ def test_the_settings_set_the_rates() -> None:
     async def scenario() -> None:
         world = World()
         edge = world.edge().service
-        assert (edge._messages.per_s, edge._bytes.per_s) == (Edge().agent_messages_s, Edge().agent_bytes_s)
+        assert (edge._allowance.units.per_s, edge._allowance.bytes.per_s) == (
+            Edge().agent_messages_s,
+            Edge().agent_bytes_s,
+        )
         cloud = world.cloud().service
-        assert (cloud._blocks.per_s, cloud._bytes.per_s) == (Cloud().cluster_blocks_s, Cloud().cluster_bytes_s)
+        assert (cloud._allowance.units.per_s, cloud._allowance.bytes.per_s) == (
+            Cloud().cluster_blocks_s,
+            Cloud().cluster_bytes_s,
+        )
 
     run_virtual(scenario())
 

@@ -45,9 +45,9 @@ class Auditor:
         self._give_up(self.audits.wait(audit))
         self._changed.set()
 
-    def riders(self) -> tuple[Rider, ...]:
-        """The riders for the escalation that is sent now. They count as sent."""
-        return tuple(audit.rider(self._fingerprint) for audit in self.audits.riders(self._clock_s()))
+    def riders(self, *, alone: bool = False) -> tuple[Rider, ...]:
+        """The riders for the escalation that is sent now, or for a message for audits `alone`. They count as sent."""
+        return tuple(audit.rider(self._fingerprint) for audit in self.audits.riders(self._clock_s(), alone=alone))
 
     def hear(self, session: int, event: Event) -> bool:
         """Handle the answer to an audit. Return False if `session` has no audit."""
@@ -90,7 +90,7 @@ class Auditor:
         self._give_up(given_up)
         if not alone:
             return
-        first, *rest = self.riders()
+        first, *rest = self.riders(alone=True)
         message = Escalation(
             **self._party.stamp(),
             session=first.session,

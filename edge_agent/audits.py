@@ -23,8 +23,9 @@ WAIT_S: Final = 60.0  # seconds to wait for a message that carries the audit; th
 ANSWER_S: Final = 20.0  # seconds to wait for the verdict
 TRIES: Final = 4
 OPEN_MAX: Final = 1_024  # beyond this number the oldest audit is given up
-FULL: Final = 32  # so many audits that wait are worth a message of their own
+FULL: Final = 64  # so many audits that wait are worth a message of their own
 RIDERS_BYTES: Final = 16_384  # about, per message
+ON_THE_WAY: Final = 8  # audits whose answer is awaited; more would make the device's own blocks wait behind them
 
 
 @dataclass
@@ -88,13 +89,19 @@ class Audits:
         self._open[audit.session] = audit
         return [self._open.popitem(last=False)[1] for _ in range(len(self._open) - OPEN_MAX)]
 
-    def riders(self, now_s: float) -> list[Audit]:
-        """The audits that the message sent at `now_s` must carry. They count as sent."""
+    def riders(self, now_s: float, *, alone: bool = False) -> list[Audit]:
+        """The audits that the message sent at `now_s` must carry. They count as sent.
+
+        A message with a block of its own carries few, so that the next block does not wait behind them. One that is
+        sent `alone`, for audits only, carries as many as it can.
+        """
         found: list[Audit] = []
         size = 0
-        for audit in self._waiting():
+        waiting = self._waiting()
+        room = MAX_RIDERS if alone else max(0, ON_THE_WAY - (len(self._open) - len(waiting)))
+        for audit in waiting[:room]:
             size += audit.bytes_max
-            if len(found) == MAX_RIDERS or (found and size > RIDERS_BYTES):
+            if found and size > RIDERS_BYTES:
                 break
             audit.sent_s, audit.due_s = now_s, now_s + ANSWER_S
             found.append(audit)

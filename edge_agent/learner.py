@@ -19,11 +19,19 @@ from edge_agent.events import Observation, Token
 from edge_agent.measures import Measures
 from fedhlm import choices
 from fedhlm.errors import ConfigError, ProtocolError
-from fedhlm.learning.certificate import Certificate, CertificateState, audit_probability
-from fedhlm.learning.curve import Curve, shrunk
+from fedhlm.learning.certificate import Certificate, CertificateState, audit_chance, tail_probability
+from fedhlm.learning.curve import Curve, bin_of, isotonic, shrunk
 from fedhlm.learning.federation import check_thresholds
 from fedhlm.learning.privacy import noised, sigma_for
-from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, tau_of_budget, tau_of_price
+from fedhlm.learning.thresholds import (
+    KEEP_NONE,
+    OPTIMISERS,
+    PaperSettings,
+    mean_limits,
+    shares,
+    tau_of_budget,
+    tau_of_price,
+)
 from fedhlm.protocol.fingerprint import large_of, pair_in, pair_of
 from fedhlm.protocol.messages import (
     MAX_CURVES,
@@ -39,6 +47,7 @@ from fedhlm.settings import Federation, Generation
 TRANSMITTED_MAX: Final = 65_536
 SPACE: Final = "learner/3"
 PAIRS_KEPT: Final = 4  # pairs of models whose state is kept, the current one included
+HARMLESS: Final = 0.2  # a doubt is harmless if m(u) is at most this share of the budget
 
 
 class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -194,7 +203,7 @@ class Learner:
         )
         scored = [o.committed_harm for o in observations if o.skipped]
         lost = any(SOURCES[token.source].unreachable for token in tail)
-        probability = 1.0 if lost else audit_probability(config.audit, len(tail))
+        probability = 1.0 if lost else tail_probability(self.audit_chances(measures, config, tail))
         text = OpenText(measures.draft, tokens, scored, len(tail), probability, over=coin >= probability)
         self._open.append(text)
         self._fold()
@@ -212,6 +221,26 @@ class Learner:
         text.audited = [1.0] * text.tail if harms is None else list(harms)
         text.over = True
         self._fold()
+
+    def audit_chances(self, measures: Measures, config: Generation, tail: Sequence[Token]) -> list[float]:
+        """The chance of each token of an unscored tail that it is audited.
+
+        A token whose doubt makes harm likely has `config.audit`. The others have less with much evidence, because the
+        fewer of them need to be seen to show that they are harmless. The certificate that counts is that of the fleet,
+        as far as this device knows its size.
+        """
+        own, evidence = self._evidence(measures.draft)
+        m = isotonic(own)  # not the cluster's, which may lie
+        known = self._certificates[measures.draft]
+        harmless = audit_chance(
+            config.audit,
+            max(known.tokens, evidence.total_seen),
+            known.estimate,
+            budget=config.budget,
+            confidence=config.confidence,
+        )
+        likely = HARMLESS * config.budget
+        return [config.audit if m[bin_of(token.uncertainty)] > likely else harmless for token in tail]
 
     def _fold(self) -> None:
         """Add texts to their certificates in order, so that later texts cannot influence earlier ones."""
@@ -257,8 +286,20 @@ class Learner:
         """The highest threshold that keeps the error within the budget, less the peers' share of it."""
         if self._overdrawn(measures, config):
             return KEEP_NONE
-        share = 1.0 - config.consensus.error_share if choices.PEERS[config.peers].asked else 1.0
-        return tau_of_budget(own, m, self._allowed(measures, config) * share, self._delta(config))
+        allowed = self._allowed(measures, config) - self._peers_part(measures, config)
+        return tau_of_budget(own, m, allowed, self._delta(config))
+
+    def _peers_part(self, measures: Measures, config: Generation) -> float:
+        """The harm per token that peers may cause: the upper limit of it that is known here, within their share."""
+        if (similarity := self.similarity(measures, config)) is None:
+            return 0.0
+        most = self._allowed(measures, config) * config.consensus.error_share
+        own = self.curves[measures.peers]
+        if not config.consensus.adapt or own.total_weight < 1.0:
+            return most
+        means = np.cumsum(shares(own) * isotonic(own))  # (BINS,) expected harm per token up to each score
+        _, upper = mean_limits(means, own.total_weight, self._delta(config))
+        return min(most, float(upper[bin_of(1.0 - similarity)]))
 
     def price(self, config: Generation) -> float:
         """c/w: the price of escalating a token, by the bytes measured here, in units of a wrong token."""

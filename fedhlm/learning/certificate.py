@@ -7,6 +7,7 @@ The certificates of several devices add up to the certificate of all of them (do
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Final, Self
 
 import msgspec
@@ -19,20 +20,62 @@ from fedhlm.errors import ProtocolError
 # Slopes and weights are fixed in advance. The first slope is best for the first hundred texts, the last for thousands.
 SLOPES: Final = np.array([0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625])  # (K,) float64
 _LOG_WEIGHTS: Final = np.log([0.5, 0.2, 0.1, 0.1, 0.05, 0.05])  # (K,) float64, of weights that sum to 1
+_ROOM: Final = 1.05  # a slope needs audits with a chance per token of this many times the slope
 AUDIT_LEAST: Final = 0.21
-"""The least chance of an audit per token of a tail. It is above the largest slope, so that every factor is positive."""
+"""The chance of an audit per token of a tail from which on every slope counts; no setting of `audit` is below it."""
+AUDIT_CHANCES: Final = (0.02625, 0.0525, 0.105)
+"""The lower chances that evidence may allow. Each is just above a slope."""
+_TIGHT: Final = 0.8  # share of the budget below which a rarer audit must keep the limit
+_RETIRED: Final = -1e18  # the log-sum of a slope that counts no more; l n mu is always smaller
 _ALWAYS: Final = 64  # a tail of this many tokens is always audited
+_ROUNDING: Final = 1e-9  # a chance may be below its slope's by rounding
 _STEPS: Final = 60  # steps of bisection, each of which halves the interval
 
 Sums = NDArray[np.float64]  # (K,) one logarithm per slope
 
 
 def audit_probability(chance: float, tail: int) -> float:
-    """The probability that a tail of `tail` unscored tokens is audited, as if each token tossed a coin of `chance`.
+    """The probability that a tail of `tail` unscored tokens is audited, as if each token tossed a coin of `chance`."""
+    return tail_probability([chance] * tail)
 
-    The probability may depend on the finished text, because the coin is tossed when the text is finished.
+
+def tail_probability(chances: Sequence[float]) -> float:
+    """The probability that a tail is audited whose tokens toss coins with these chances, one of which is enough.
+
+    The chances may depend on the finished text, because the coin is tossed when the text is finished.
     """
-    return 1.0 if tail >= _ALWAYS else -math.expm1(tail * math.log1p(-chance)) if chance < 1.0 else float(tail > 0)
+    if len(chances) >= _ALWAYS:
+        return 1.0
+    missed = math.prod(1.0 - chance for chance in chances)
+    return 1.0 - missed
+
+
+@cache
+def _needed(tail: int) -> NDArray[np.float64]:
+    """The least probability of an audit of a tail with which each slope counts, less a rounding error; shape (K,)."""
+    return np.array([audit_probability(_ROOM * slope, tail) for slope in SLOPES.tolist()]) - _ROUNDING
+
+
+def audit_chance(most: float, tokens: float, harm: float, *, budget: float, confidence: float) -> float:
+    """The chance per token with which a harmless token is audited: the least one that keeps the limit below the budget.
+
+    `tokens` and `harm` are those of the evidence so far, `harm` as a mean per token. A chance is enough if the limit of
+    a certificate of that many tokens would be below 0.8 of the budget with slopes that the chance allows, and with
+    wrong tokens that were audited with the chance `most`. If none of AUDIT_CHANCES is enough, the result is `most`.
+
+    The result depends on the past only, so a certificate stays valid. What a lower chance costs is power: the largest
+    slopes retire (see `Certificate`).
+    """
+    goal = _log_odds(confidence)
+    for chance in AUDIT_CHANCES:
+        if chance >= most or tokens <= 0.0:
+            break
+        live = chance >= _ROOM * SLOPES * (1.0 - _ROUNDING)  # (K,) bool
+        slopes, weights = SLOPES[live], _LOG_WEIGHTS[live]
+        each = -most * np.log1p(-slopes / most) / slopes  # what a wrong token costs, in units of harm
+        if float((harm * each + (goal - weights) / (slopes * tokens)).min()) < _TIGHT * budget:
+            return chance
+    return most
 
 
 class CertificateState(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -55,6 +98,10 @@ class Certificate:
 
     Multiplied by exp(l n mu) and exp(-l n mu), the weighted sums are supermartingales that start at 1, because
     1 - x <= exp(-x).
+
+    An audit with a chance per token below 1.05 l could make the upper factor of the slope l negative. From such a tail
+    on, this slope is retired: it adds nothing to the mixture. A smaller mixture reaches 1 / delta later, so the limit
+    stays valid.
     """
 
     def __init__(self) -> None:
@@ -85,13 +132,13 @@ class Certificate:
 
         Raises:
             ValueError: a harm is outside [0, 1], `audited` does not hold `tail` values, more tokens were kept than
-                committed, or the probability is below that of AUDIT_LEAST for the tail.
+                committed, or the probability is below that of the least of AUDIT_CHANCES for the tail.
         """
         if tail < 0 or len(scored) + tail > tokens:
             raise ValueError(f"scored and tail must be at most {tokens} tokens (got {len(scored)} and {tail})")
         if audited is not None and len(audited) != tail:
             raise ValueError(f"audited must hold {tail} values (got {len(audited)})")
-        least = audit_probability(AUDIT_LEAST, tail)
+        least = audit_probability(AUDIT_CHANCES[0], tail) - _ROUNDING if tail else 0.0
         if not least <= probability <= 1.0:
             raise ValueError(f"probability must be in {least:g}..1 (got {probability!r})")
         seen, tails = _harms(scored), _harms(audited or ())  # (s,), (a,)
@@ -100,9 +147,13 @@ class Certificate:
         harm = float(seen.sum())
         self._upper += _factor(-SLOPES, seen, 1.0)
         self._lower += _factor(SLOPES, seen, 1.0)
+        if tail and probability < 1.0:
+            retired = probability < _needed(tail)  # (K,) bool
+            self._upper[retired] = _RETIRED  # whether or not the coin came up
         if tails.size:
             harm += float(tails.sum()) / probability
-            self._upper += _factor(-SLOPES, tails, probability)
+            live = self._upper > _RETIRED  # (K,) bool
+            self._upper[live] += _factor(-SLOPES[live], tails, probability)
             self._lower += _factor(SLOPES, tails, probability)
         self.tokens += tokens
         self.texts += 1.0

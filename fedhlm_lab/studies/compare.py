@@ -61,7 +61,10 @@ class FinishedTask:
 
 @dataclass
 class Line:
-    """One preset's figures. Shares and rates are per token; bytes include MQTT framing."""
+    """One preset's figures. Shares and rates are per token; bytes include MQTT framing.
+
+    `audit_messages` are those for audits alone, a token of the whole run; `transmissions` are the others.
+    """
 
     preset: str
     kind: str
@@ -72,6 +75,7 @@ class Line:
     exact_match: float = 0.0
     settled: dict[str, float] = field(default_factory=dict)
     transmissions: float = 0.0
+    audit_messages: float = 0.0
     escalated: float = 0.0
     uplink_bytes: float = 0.0
     cluster_bytes: float = 0.0
@@ -143,8 +147,12 @@ async def work(
 
 async def run_fleet(
     pair: Pair, config: Config, parts: Sequence[Sequence[StudyTask]], delay_s: float
-) -> list[FinishedTask]:
-    """Run all tasks through a fleet without faults; the answers are in the order of the agents."""
+) -> tuple[list[FinishedTask], float]:
+    """Run all tasks through a fleet without faults.
+
+    Returns:
+        The answers in the order of the agents, and the number of messages for audits alone.
+    """
     fleet = Fleet(pair, seed=1, clusters=CLUSTERS, delay_s=delay_s, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
         node.start()
@@ -159,7 +167,7 @@ async def run_fleet(
     groups = await asyncio.gather(*(live(place) for place in range(CLUSTERS * AGENTS)))
     for node in fleet.nodes.values():
         await node.crash()
-    return [done for group in groups for done in group]
+    return [done for group in groups for done in group], fleet.counters.snapshot().get("audit_messages", 0.0)
 
 
 def line_of(preset: str, kind: str, done: Sequence[FinishedTask], large: Oracle, config: Config) -> Line:
@@ -201,8 +209,8 @@ def observations_of(done: Sequence[FinishedTask]) -> list[Observation]:
 
 def show(lines: Sequence[Line]) -> str:
     """The table in Markdown."""
-    head = "| preset | task | tokens | topic right | tokens equal | texts equal | local | peer | neighbour | cloud | sent/token | B/token up | B/token cluster | round trips/token | R-hat (limit) | tau |"
-    rows = [head, "|" + "---|" * 16]
+    head = "| preset | task | tokens | topic right | tokens equal | texts equal | local | peer | neighbour | cloud | sent/token | for audits | B/token up | B/token cluster | round trips/token | R-hat (limit) | tau |"
+    rows = [head, "|" + "---|" * 17]
     for x in lines:
         settled = [f"{x.settled.get(s, 0.0):.1%}" for s in ("local", "peer", "neighbour", "cloud")]
         risk = "-" if x.risk is None else f"{x.risk:.3f} ({x.risk_limit:.3f})"
@@ -216,7 +224,13 @@ def show(lines: Sequence[Line]) -> str:
             f"{x.exact_match:.1%}",
             *settled,
         ]
-        cells += [f"{x.transmissions:.4f}", f"{x.uplink_bytes:,.1f}", f"{x.cluster_bytes:,.1f}", f"{x.round_trips:.3f}"]
+        cells += [
+            f"{x.transmissions:.4f}",
+            f"{x.audit_messages:.4f}",
+            f"{x.uplink_bytes:,.1f}",
+            f"{x.cluster_bytes:,.1f}",
+            f"{x.round_trips:.3f}",
+        ]
         rows.append(f"| {' | '.join([*cells, risk, f'{x.tau[0]:.2f} → {x.tau[1]:.2f}'])} |")
     return "\n".join(rows)
 
@@ -260,8 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{kind}: skew {skew(topics, split):.2f}", file=sys.stderr)
         for preset in options.presets:
             config = load(preset=preset, environ={}, flags=dict(s.split("=", 1) for s in options.set)).config
-            done = run_virtual(partial(run_fleet, pair, config, parts, options.delay)())
-            lines.append(line_of(preset, kind, [d for d in done if id(d.task) not in warm], large, config))
+            done, alone = run_virtual(partial(run_fleet, pair, config, parts, options.delay)())
+            line = line_of(preset, kind, [d for d in done if id(d.task) not in warm], large, config)
+            line.audit_messages = alone / max(1, sum(len(d.result.ids) for d in done))
+            lines.append(line)
             print(show(lines[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(show(lines))
     if options.json is not None:

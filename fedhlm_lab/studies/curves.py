@@ -42,7 +42,7 @@ def observed(options: argparse.Namespace, coupling: str, uncertainty: str) -> li
     groups = []
     for place in range(PLACES):
         parts = [tasks[place::PLACES] if p == place else [] for p in range(PLACES)]
-        done = run_virtual(partial(run_fleet, pair, config, parts, 0.0)())
+        done, _ = run_virtual(partial(run_fleet, pair, config, parts, 0.0)())
         groups.append(np.array([row(o) for o in observations_of(done)], np.float64).reshape(-1, 3))
     return groups
 

@@ -14,6 +14,7 @@ from edge_agent.learner import PAIRS_KEPT, Learner
 from edge_agent.measures import Measures, measures_of
 from fedhlm.config import load
 from fedhlm.errors import ProtocolError
+from fedhlm.learning.certificate import AUDIT_CHANCES
 from fedhlm.learning.curve import Curve, shrunk
 from fedhlm.learning.privacy import sigma_for
 from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
@@ -67,6 +68,22 @@ def test_a_device_without_evidence_sends_everything_and_earns_the_right_to_skip(
     tau = device.tau(measures, settings)
     # E[u^2; u <= tau] = tau^3 / 3 reaches the budget of 0.05 at 0.53; the margin keeps it below.
     assert 0.3 < tau < 0.53
+
+
+def test_harmless_tails_are_audited_less_with_evidence_and_doubtful_ones_are_not() -> None:
+    settings = config(peers="none")
+    device = learner()
+    harmless, doubtful = left(1), (left(1)[0]._replace(uncertainty=0.6),)
+    measures = teach(device, settings, 300)
+    for tail in (harmless, doubtful):
+        assert device.audit_chances(measures, settings, tail) == [settings.audit]
+    for _ in range(100):
+        finish(device, settings, [], tokens=1_000)
+    assert device.audit_chances(measures, settings, (*harmless, *doubtful)) == [AUDIT_CHANCES[0], settings.audit]
+    tail = (*harmless, *doubtful)
+    text = finish(device, settings, [], tail=tail, coin=0.0)
+    assert text is not None
+    assert text.probability == pytest.approx(1.0 - (1.0 - AUDIT_CHANCES[0]) * (1.0 - settings.audit))
 
 
 def told(curves: dict[str, Curve], threshold: PaperThreshold | None = None) -> Learned:
@@ -439,17 +456,30 @@ def tau_with_budget(settings: Generation, device: Learner, budget: float, confid
     return tau_of_budget(curve, m, budget, 1.0 - (confidence or settings.confidence))
 
 
-def test_peers_have_a_share_of_the_budget_to_themselves() -> None:
-    """What peers may cost is not spent by the threshold: their share is taken off before."""
+def test_what_peers_may_cost_is_taken_off_the_budget_and_what_they_do_not_use_is_left() -> None:
+    """Peers that are never asked leave the whole budget, and never take more than their share of it."""
     settings = config(consensus__error_share=0.5)
-    device = learner()
-    measures = teach(device, settings, 3_000)
-    assert device.tau(measures, settings) == tau_with_budget(settings, device, settings.budget * 0.5)
-    alone = config(peers="none", consensus__error_share=0.5)
+    alone = config(peers="none")
+    taus = []
+    for wrong in (None, 0, 1):  # no proposal, proposals that are right, proposals that are wrong now and then
+        device = learner()
+        measures = teach(device, settings, 3_000)
+        if wrong is not None:
+            matched = [seen(0.9, 1.0, match=(0.05, float(i % 20 == 0) * wrong)) for i in range(1_000)]
+            device.observe(measures, settings, matched)
+        own = device.curves[measures.draft]
+        m = shrunk(own, own, settings.learning.shrinkage)
+        delta = 1.0 - settings.confidence
+        half, whole = (tau_of_budget(own, m, settings.budget * share, delta) for share in (0.5, 1.0))
+        tau = device.tau(measures, settings)
+        assert half <= tau <= whole
+        taus.append((tau, half, whole))
+    for tau, half, whole in taus[:2]:
+        assert half < whole - 1.0 / 64.0 <= tau  # within a bin
+    assert taus[2][0] < taus[2][2]
     lonely = learner()
     measures = teach(lonely, alone, 3_000)
     assert lonely.tau(measures, alone) == tau_with_budget(alone, lonely, alone.budget)
-    assert lonely.tau(measures, alone) > tau_with_budget(alone, lonely, alone.budget * 0.5)
 
 
 def test_slack_follows_what_blocks_verify_for_nothing_slowly_upwards_and_at_once_downwards() -> None:

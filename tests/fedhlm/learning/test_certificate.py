@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.certificate import (
+    AUDIT_CHANCES,
     AUDIT_LEAST,
     SLOPES,
     Certificate,
     CertificateState,
+    audit_chance,
     audit_probability,
+    tail_probability,
 )
 
 UNIT = st.floats(0.0, 1.0)
@@ -44,7 +47,7 @@ def law_of(text: list[float], tail: int, chance: float) -> list[tuple[float, lis
     return outcomes
 
 
-@given(st.lists(UNIT, min_size=1, max_size=5), st.integers(0, 5), st.floats(AUDIT_LEAST, 1.0))
+@given(st.lists(UNIT, min_size=1, max_size=5), st.integers(0, 5), st.floats(AUDIT_CHANCES[0], 1.0))
 def test_both_processes_shrink_on_average_over_every_law_and_coin(text: list[float], tail: int, chance: float) -> None:
     """Enumerated: E[exp(-l sum mu) prod (1 + l X)] <= 1 and its mirror image, for every slope."""
     tail = min(tail, len(text))
@@ -227,7 +230,7 @@ def test_impossible_states_are_refused(change: dict[str, object]) -> None:
         ((2, [], 2, [0.0], 1.0), "2 values"),
         ((2, [1.5], 0, None, 1.0), "harm"),
         ((2, [math.nan], 0, None, 1.0), "harm"),
-        ((4, [], 3, None, 0.3), "probability"),
+        ((4, [], 3, None, 0.07), "probability"),
         ((4, [], 3, None, 1.1), "probability"),
     ],
 )
@@ -245,6 +248,49 @@ def test_long_tails_are_always_audited_and_no_audit_makes_a_sum_infinite() -> No
         p = audit_probability(AUDIT_LEAST, tail)
         known = certificate((tail, [], tail, [1.0] * tail, p))
         assert np.isfinite(known.state().upper).all(), tail
+
+
+def test_a_rarer_audit_retires_the_slopes_that_it_cannot_serve_and_no_other() -> None:
+    known = certificate((100, [1.0], 0, None, 1.0))
+    before = np.array(known.state().upper)
+    known.add(10, [], 2, None, probability=audit_probability(AUDIT_CHANCES[1], 2))
+    after = np.array(known.state().upper)
+    assert (after[:2] < -1e17).all()  # slopes above the chance, although the coin did not come up
+    assert np.array_equal(after[2:], before[2:])
+    assert np.isfinite(after).all()
+    assert 0.0 < known.limit(0.95) <= 1.0
+    with_more = known + certificate((100_000, [], 0, None, 1.0))
+    assert with_more.limit(0.95) < 0.01
+    assert Certificate.of(with_more.state()).limit(0.95) == with_more.limit(0.95)
+
+
+@given(st.floats(0.0, 0.06), st.floats(0.0, 1e7), st.floats(AUDIT_LEAST, 1.0), st.floats(0.005, 0.5))
+def test_an_audit_becomes_rarer_only_where_the_limit_stays_below_the_budget(
+    harm: float, tokens: float, most: float, budget: float
+) -> None:
+    chance = audit_chance(most, tokens, harm, budget=budget, confidence=0.95)
+    assert chance in (*AUDIT_CHANCES, most)
+    assert audit_chance(most, 2.0 * tokens, harm, budget=budget, confidence=0.95) <= chance
+    if chance == most:
+        return
+    # The limit of a certificate whose wrong tokens were all audited with the chance `most`, as often as expected.
+    wrong = harm * tokens * most
+    upper = np.where(chance >= 1.04 * SLOPES, wrong * np.log1p(-SLOPES / most), -1e18)
+    state = CertificateState(tokens, 1.0, 0.0, 0.0, tuple(upper.tolist()), (0.0,) * SLOPES.size)
+    assert Certificate.of(state).limit(0.95) < budget
+
+
+def test_without_evidence_audits_are_as_frequent_as_configured_and_rare_in_the_long_run() -> None:
+    assert audit_chance(0.25, 0.0, 0.0, budget=0.05, confidence=0.95) == 0.25
+    assert audit_chance(0.25, 1e5, 0.01, budget=0.05, confidence=0.95) == AUDIT_CHANCES[0]
+    assert audit_chance(0.25, 1e9, 0.049, budget=0.05, confidence=0.95) == 0.25  # the limit is too near
+
+
+@given(st.lists(st.floats(0.0, 1.0), max_size=8))
+def test_one_coin_of_a_tail_is_enough(chances: list[float]) -> None:
+    missed = np.prod([1.0 - chance for chance in chances])
+    assert tail_probability(chances) == pytest.approx(1.0 - missed)
+    assert tail_probability([*chances, 1.0]) == 1.0
 
 
 def test_the_standard_error_is_that_of_texts() -> None:

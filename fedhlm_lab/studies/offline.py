@@ -1,0 +1,224 @@
+"""Run devices on recorded texts (`recorded`): the agents' own machine and learner, without models, bus and clock.
+
+A kept wrong token does not change the doubts after it, because the recording follows the LLM's text. Everything else
+is what a device does: its blocks, its audits, its threshold, and what its cluster tells it. Seconds instead of minutes.
+
+Run: python -m fedhlm_lab.studies.offline --recording FILE [--kind topic] [--prompts 1000] [--warm 3000]
+[--set KEY=VALUE]
+"""
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from edge_agent.events import Answered, Commit, Drafted, DraftNext, Escalate, Event, Finish, Observation, Observe, Plan
+from edge_agent.generation import GenerationMachine, scored
+from edge_agent.learner import Learner, OpenText, measures_of
+from edge_agent.peers import Peers
+from edge_agent.planning import plan_of
+from edge_agent.result import Job
+from fedhlm.config import load
+from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
+from fedhlm.learning.certificate import Certificate
+from fedhlm.learning.curve import Curve
+from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, Sampling
+from fedhlm.protocol.sources import SOURCES
+from fedhlm.settings import Generation
+from fedhlm_lab.studies.compare import AGENTS, CLUSTERS, Oracle, shuffled_test_split, tasks_of
+from fedhlm_lab.studies.recorded import RecordedText, load_or_record
+from fedhlm_zoo.shipped import model_folder
+
+CONTEXT_MAX: Final = 1 << 20
+
+
+class Row(NamedTuple):
+    """The outcome of one text.
+
+    Attributes:
+        tokens: committed tokens.
+        kept: tokens that the device settled.
+        wrong: kept tokens that the LLM would have written otherwise.
+        blocks: messages to the cloud, without those of audits.
+        audited: tokens that an audit scored.
+        tau: the threshold.
+        right: for a topic question, whether the answer is right; otherwise 0.
+    """
+
+    tokens: int
+    kept: int
+    wrong: int
+    blocks: int
+    audited: int
+    tau: float
+    right: bool
+
+
+class Device:
+    """One device with its learner. `learner` may be of any class that behaves like one."""
+
+    def __init__(self, learner: Learner, config: Generation, temperature: float) -> None:
+        self.learner = learner
+        self.config = config
+        self._temperature = temperature
+        self._peers = Peers("device", lambda: 0.0, size=1, max_age_s=1.0)
+        self.measures = measures_of(config, Sampling(0, temperature, 1.0, config.coupling))
+
+    def write(self, text: RecordedText, seed: int) -> Row:
+        """Generate one text, audit it at once if the coin says so, and learn from it."""
+        sampling = Sampling(seed, self._temperature, 1.0, self.config.coupling)
+        job = Job(self.config, sampling, len(text.target), CONTEXT_MAX, frozenset())
+        plan = plan_of(job, self.learner, self._peers)
+        machine = GenerationMachine(plan, [0] * text.prompt)
+        todo = deque(machine.start(0.0))
+        sources: list[str] = []
+        seen: list[Observation] = []
+        end = Finish("error")
+        escalated = blocks = 0
+        while todo:
+            event: Event | None = None
+            match todo.popleft():
+                case DraftNext(revision, ids):
+                    event = _drafted(text, revision, len(ids))
+                case Escalate() as block:
+                    blocks += 1
+                    event = _answer(text, block)
+                case Commit(tokens):
+                    sources += [token.source for token in tokens]
+                case Observe(found):
+                    seen += found
+                case Finish() as end:
+                    pass
+            if event is not None:
+                todo.extend(machine.handle(event, 0.0))
+        escalated = machine.tally.escalated
+        self.learner.observe(self.measures, self.config, seen)
+        tail = end.tail.tokens
+        open_text = self.learner.finished(
+            self.measures,
+            self.config,
+            seen,
+            tail,
+            tokens=len(sources),
+            tau=plan.tau,
+            escalation_bytes=0,
+            escalated=escalated,
+            coin=uniform(seed, 0, AUDIT_STREAM),
+        )
+        if open_text is not None:
+            self._audit(text, plan, end, open_text)
+        kept = np.array([not SOURCES[source].verified for source in sources], bool)  # (n,)
+        right = text.right is not None and text.right[int(kept[0])]
+        wrong = int(text.harms[: kept.size][kept].sum())
+        audited = 0 if open_text is None else len(tail)
+        return Row(kept.size, int(kept.sum()), wrong, blocks, audited, plan.tau, right)
+
+    def _audit(self, text: RecordedText, plan: Plan, end: Finish, open_text: OpenText) -> None:
+        tail = end.tail
+        place = len(tail.context) - text.prompt
+        missed = text.harms[place : place + len(tail.tokens)] > 0.0
+        answer = Answered(tail.epoch, len(tail.context), len(missed), [], [0.0] * len(missed), "cloud", missed.tolist())
+        scores = [
+            scored(plan.harm, token, answer, offset, skipped=True, audit=True)
+            for offset, token in enumerate(tail.tokens)
+        ]
+        self.learner.observe(self.measures, self.config, scores)
+        self.learner.audited(open_text, [s.committed_harm for s in scores])
+
+
+def _drafted(text: RecordedText, revision: int, position: int) -> Drafted:
+    place = position - text.prompt
+    return Drafted(revision, position, text.drafts[place], 1.0, text.doubts[place])
+
+
+def _answer(text: RecordedText, block: Escalate) -> Answered:
+    start = block.base - text.prompt
+    target = text.target[start : start + len(block.ids)]
+    missed = [token != other for token, other in zip(block.ids, target, strict=True)]
+    accepted = next((i for i in range(block.fixed, len(missed)) if missed[i]), len(missed))
+    looked = min(accepted + 1, len(missed))
+    follow = text.target[start + accepted :][: 1 if accepted < len(missed) else block.extend]
+    return Answered(block.epoch, block.base, accepted, follow, [0.0] * looked, "cloud", missed[: block.fixed])
+
+
+def run(
+    texts: Sequence[RecordedText], config: Generation, temperature: float, *, learners: Sequence[Learner]
+) -> tuple[list[Row], Certificate]:
+    """Run a fleet: text i is of device i modulo their number. Its curves are summed whenever one has a round due."""
+    devices = [Device(learner, config, temperature) for learner in learners]
+    shared: dict[int, dict[str, bytes]] = {}
+    rows = []
+    for number, text in enumerate(texts):
+        place = number % len(devices)
+        device = devices[place]
+        rows.append(device.write(text, number))
+        if device.learner.due(config, 0.0):
+            ended = device.learner.contribution(config, 0.0)
+            if ended is not None:
+                shared[place] = ended[1]
+                state = _sum(shared.values())
+                for one in devices:
+                    one.learner.learned(state)
+    known = [device.learner.certificate(device.measures, config) for device in devices]
+    return rows, sum((c for c in known if c is not None), Certificate())
+
+
+def _sum(shares: Iterable[Mapping[str, bytes]]) -> Learned:
+    total: dict[str, Curve] = {}
+    for share in shares:
+        for name, data in share.items():
+            total[name] = total.get(name, Curve.empty()) + Curve.from_bytes(data)
+    return Learned(
+        SCHEMA_VERSION, "cloud", 0, 0, round=1, members=len(total), curves={n: c.to_bytes() for n, c in total.items()}
+    )
+
+
+def show(rows: Sequence[Row], texts: Sequence[RecordedText], certificate: Certificate, confidence: float) -> str:
+    """One line: messages, kept tokens, harm and audits a token, and what the certificate says."""
+    tokens = sum(row.tokens for row in rows)
+    sums = {name: sum(getattr(row, name) for row in rows) / tokens for name in ("blocks", "kept", "wrong")}
+    audits = sum(row.audited > 0 for row in rows) / tokens
+    better = ""
+    if texts[0].right is not None:
+        right = np.mean([row.right for row in rows]) - np.mean([text.right[0] for text in texts if text.right])
+        better = f", answers {100.0 * right:+.1f} points"
+    return (
+        f"sent {sums['blocks']:.4f}, kept {sums['kept']:.4f}, harm {sums['wrong']:.4f}{better}, audits {audits:.4f}, "
+        f"tau {rows[0].tau:.3f} to {rows[-1].tau:.3f}, R-hat {certificate.estimate:.4f} "
+        f"({certificate.limit(confidence):.4f})"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedhlm_lab.studies.offline", description="the preset budget on recorded AG News texts"
+    )
+    parser.add_argument("--recording", type=Path, required=True, help="file of the recorded texts; written if absent")
+    parser.add_argument("--kind", default="topic", choices=["topic", "continue"])
+    parser.add_argument("--prompts", type=int, default=1_000)
+    parser.add_argument("--warm", type=int, default=3_000, help="so many items go before, to learn from; not counted")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the preset")
+    options = parser.parse_args(arguments)
+    flags = {"generation.peers": "none"} | dict(item.split("=", 1) for item in options.set)
+    config = load(preset="budget", environ={}, flags=flags).config
+    large = Oracle(model_folder("", "llm"))
+    articles = shuffled_test_split()[: options.warm + options.prompts]
+    tasks = tasks_of(articles, options.kind, large.decoder, tokens=options.tokens, temperature=options.temperature)
+    small = Decoder.load(model_folder("", "slm"), threads=1)
+    texts = load_or_record(options.recording, tasks, large, small, config.generation.coupling)
+    learners = [Learner(config.federation, np.random.default_rng(place)) for place in range(CLUSTERS * AGENTS)]
+    rows, certificate = run(texts, config.generation, options.temperature, learners=learners)
+    print(show(rows[options.warm :], texts[options.warm :], certificate, config.generation.confidence))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ Prompts are served one after the other. Each generation has its own session, who
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from edge_agent.auditor import Auditor
@@ -42,6 +42,7 @@ from edge_agent.profile import Sampler
 from edge_agent.result import GenerationResult, Job
 from edge_agent.turn import NextEvent, Turn, close, next_event
 from fedhlm.bus.party import Party, Received
+from fedhlm.decoding.important import important_of
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.decoding.tree import pack_branches
 from fedhlm.errors import ProtocolError
@@ -304,10 +305,12 @@ class AgentCore:
         prompt: list[int],
         on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
         on_judged: Callable[[Judged], object] = lambda _judged: None,
+        read: Callable[[Sequence[int]], str] | None = None,
     ) -> GenerationResult:
         """Generate from prompt ids. `on_commit` receives tokens as they are committed, and may end the generation.
 
-        `on_judged` receives what was decided on each draft, before the commit of its position.
+        `on_judged` receives what was decided on each draft, before the commit of its position. `read` returns the text
+        of ids, which the rules of `generation.always_verify` need (None: they do not apply).
 
         Raises:
             ValueError: the prompt is empty, or leaves no room in the model's context.
@@ -321,7 +324,20 @@ class AgentCore:
         machine = GenerationMachine(plan, list(prompt), link_up=link_up)
         result = GenerationResult(tau=plan.tau, similarity=plan.similarity, confidence=job.config.confidence)
         sample = None if self._sampler is None else self._sampler.begin()
-        turn = Turn(session, job, plan, asyncio.Queue(), sample, result, self.learner.pair, on_commit, on_judged)
+        important = important_of(job.config.always_verify, read)
+        start = len(prompt)
+        turn = Turn(
+            session,
+            job,
+            plan,
+            asyncio.Queue(),
+            sample,
+            result,
+            self.learner.pair,
+            on_commit,
+            on_judged,
+            lambda ids, new: important(ids[start:], new),
+        )
         self._routes[session] = turn.queue
         place = self.cluster
         try:
@@ -401,6 +417,8 @@ class AgentCore:
             uplink_messages=result.uplink_messages,
             uplink_bytes=result.uplink_bytes,
         )
+        for rule, amount in result.always_verified().items():
+            self._counters.add("always_verified", amount, label=rule)
         for source, amount in Counter(result.sources).items():
             self._counters.add("tokens_by_source", amount, label=source)
         self._counters.add("generations", label=result.finish)
@@ -411,12 +429,16 @@ class AgentCore:
         # At most one draft is pending, and the machine would wait for a lost one for ever. So EVENTS_MAX is ignored.
         if not action.levels:
             drawn = await self._drafter.draft(ids, sampling, uncertainty)
-            chain = [_drafted(action.revision, position, drawn)]
+            chain = [_drafted(action.revision, position, drawn, turn.important(ids, drawn.token))]
             queue.put_nowait(chain[0])
         else:
             budget = TreeLimits(turn.job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
             grown = await self._drafter.grow(ids, sampling, budget, uncertainty=uncertainty, settled=action.settled)
-            chain = [_drafted(action.revision, position + i, drawn) for i, drawn in enumerate(grown.chain)]
+            before = [*ids, *(drawn.token for drawn in grown.chain)]
+            chain = [
+                _drafted(action.revision, position + i, drawn, turn.important(before[: position + i], drawn.token))
+                for i, drawn in enumerate(grown.chain)
+            ]
             queue.put_nowait(Grown(action.revision, position, chain, grown.branches))
         if turn.sample is not None:
             for drafted in chain:
@@ -446,8 +468,9 @@ class AgentCore:
             before = Prime(plan.sampling, self.fingerprint, pack_ids(action.context, vocab_size))
         riders = self.auditor.riders()
         hints = None
-        if plan.similarity is not None or action.branches or riders:
-            hints = Hints(plan.similarity, plan.votes, pack_branches(action.branches, vocab_size), riders)
+        similarity = None if action.for_target else plan.similarity
+        if similarity is not None or action.branches or riders:
+            hints = Hints(similarity, plan.votes, pack_branches(action.branches, vocab_size), riders)
         self._delay.sent((session, action.epoch, action.base), self._clock_s())
         message = Escalation(
             **stamp,
@@ -473,5 +496,5 @@ class AgentCore:
             self._post(turn.queue, Refused(self.party.why_too_large()))
 
 
-def _drafted(revision: int, position: int, drawn: Drawn) -> Drafted:
-    return Drafted(revision, position, drawn.token, drawn.prob, drawn.uncertainty, drawn.law, drawn.key)
+def _drafted(revision: int, position: int, drawn: Drawn, rule: str) -> Drafted:
+    return Drafted(revision, position, drawn.token, drawn.prob, drawn.uncertainty, drawn.law, drawn.key, rule)

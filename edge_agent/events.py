@@ -12,7 +12,8 @@ from fedhlm.protocol.messages import FinishReason, Sampling, Source, Uncertain
 class Drafted(NamedTuple):
     """The model's answer to `DraftNext`: a token for `position`, with its probability and its doubt (0 to 1).
 
-    `law` is the encoded draft law if the coupling sends it, and `key` is the context key; both may be empty.
+    `law` is the encoded draft law if the coupling sends it, and `key` is the context key; both may be empty. `rule`
+    names the rule by which the token is always verified (`fedhlm.decoding.important`); empty: none.
     """
 
     revision: int
@@ -22,6 +23,7 @@ class Drafted(NamedTuple):
     uncertainty: float
     law: bytes = b""
     key: bytes = b""
+    rule: str = ""
 
 
 class Grown(NamedTuple):
@@ -130,7 +132,8 @@ class Escalate(NamedTuple):
     """Send a block.
 
     `context` is that of the prime; None if the cloud holds the session. `digest` is the digest of all ids before
-    `base`; None if `context` contains them. `uncertain` are the doubtful drafts of the block.
+    `base`; None if `context` contains them. `uncertain` are the doubtful drafts of the block. A block `for_target` has
+    a draft that is always verified, so that peers must not settle it.
     """
 
     epoch: int
@@ -144,6 +147,7 @@ class Escalate(NamedTuple):
     uncertain: tuple[Uncertain, ...] = ()
     branches: tuple[Branch, ...] = ()
     digest: int | None = None
+    for_target: bool = False
 
 
 class Committed(NamedTuple):
@@ -165,7 +169,8 @@ class Observation(NamedTuple):
 
     `harm` is that of the device's own draft (None: the verdict does not tell). `match` is the score and the harm of the
     peers' proposal. `skipped` says that the token was committed without a verdict, by `source`, which cost
-    `committed_harm`. `audit` says that only the audit scored it.
+    `committed_harm`. `audit` says that only the audit scored it. `rule` names the rule by which it was verified
+    whatever its doubt; empty: none.
     """
 
     uncertainty: float
@@ -176,13 +181,14 @@ class Observation(NamedTuple):
     source: Source
     skipped: bool
     audit: bool
+    rule: str = ""
 
 
 class Judged(NamedTuple):
     """Who settles a draft, for the record. `token` stands at `position`, and `own` is the device's draft.
 
     If `escalate`, the draft is sent up; otherwise `source` settles it. `score` is that of the peers' `Proposal`; None
-    without one.
+    without one. `rule` names the rule by which it is sent up whatever its doubt; empty: none.
     """
 
     position: int
@@ -192,6 +198,7 @@ class Judged(NamedTuple):
     escalate: bool
     source: Source
     score: float | None
+    rule: str = ""
 
 
 class Observe(NamedTuple):
@@ -213,6 +220,7 @@ class Token(NamedTuple):
     own: int  # the device's own draft, which peers may have replaced
     source: Source = "local"
     match: Proposal | None = None
+    rule: str = ""
 
 
 class Tail(NamedTuple):

@@ -176,18 +176,25 @@ class GenerationMachine:
         self._tail += judged
         actions += [
             Judged(
-                place, t.token, t.own, t.uncertainty, t.escalate, t.source, None if t.match is None else t.match.score
+                place,
+                t.token,
+                t.own,
+                t.uncertainty,
+                t.escalate,
+                t.source,
+                None if t.match is None else t.match.score,
+                t.rule,
             )
             for place, t in enumerate(judged, start=position)
         ]
 
     def _judged(self, draft: Drafted, now: float) -> Token:
         """Decide who settles a draft: the device, its peers, or the edge and the cloud."""
-        escalate = self.plan.gate(draft.uncertainty, draft.position)
+        escalate = bool(draft.rule) or self.plan.gate(draft.uncertainty, draft.position)
         token = Token(
             draft.token, draft.prob, draft.uncertainty, draft.law, escalate, now, key=draft.key, own=draft.token
-        )
-        proposal = self.plan.consult(draft) if escalate else None
+        )._replace(rule=draft.rule)
+        proposal = self.plan.consult(draft) if escalate and not draft.rule else None
         if proposal is None or not proposal.adopt:
             return token._replace(match=proposal)
         settled = proposal.source is not None
@@ -406,6 +413,7 @@ class GenerationMachine:
                 uncertain=() if repeated else self._doubts(drafts, first),
                 branches=self._branches(),
                 digest=None if primes else digest_of(before),
+                for_target=any(t.rule for t in drafts),
             )
         )
 
@@ -458,4 +466,5 @@ def scored(
         source=token.source,
         skipped=skipped,
         audit=audit,
+        rule=token.rule,
     )

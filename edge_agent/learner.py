@@ -157,6 +157,8 @@ class Learner:
         """Learn what the target said of drafted tokens."""
         draft, peers = self.curves[measures.draft], self.curves[measures.peers]
         for seen in observations:
+            if seen.rule and not seen.skipped:
+                continue  # no threshold decides on it, so the budget does not count it
             if not seen.audit:  # otherwise the decision was counted when the text ended
                 draft.see(seen.uncertainty)
             if seen.harm is not None:
@@ -196,7 +198,8 @@ class Learner:
                 self.curves[measures.peers].see(1.0 if token.match is None else token.match.score)
         if config.audit == 0.0:
             return None
-        local = [o for o in observations if SOURCES[o.source].kept]
+        ruled = sum(bool(o.rule) and not o.skipped for o in observations)  # verified whatever their doubt
+        local = [o for o in observations if SOURCES[o.source].kept and not (o.rule and not o.skipped)]
         self._slack[measures.draft].update(
             eligible=sum(o.uncertainty <= tau for o in local) + len(tail),
             skipped=sum(o.skipped for o in local) + len(tail),
@@ -204,7 +207,14 @@ class Learner:
         scored = [o.committed_harm for o in observations if o.skipped]
         lost = any(SOURCES[token.source].unreachable for token in tail)
         probability = 1.0 if lost else tail_probability(self.audit_chances(measures, config, tail))
-        text = OpenText(measures.draft, tokens, scored, len(tail), probability, over=coin >= probability)
+        text = OpenText(
+            measures.draft,
+            max(tokens - ruled, len(scored) + len(tail)),
+            scored,
+            len(tail),
+            probability,
+            over=coin >= probability,
+        )
         self._open.append(text)
         self._fold()
         return None if text.over else text

@@ -83,6 +83,10 @@ class GenerationResult:
         for kept in (self.ids, self.sources, self.drafted):
             del kept[count:]
 
+    def always_verified(self) -> Counter[str]:
+        """The numbers of tokens that were verified whatever their doubt, by rule."""
+        return Counter(o.rule for o in self.observed if o.rule and not o.skipped)
+
     def summary(self) -> str:
         """A summary for the log, in one line: why it ended, its tokens by source, its time and its bytes."""
         by_source = ", ".join(f"{count} {source}" for source, count in sorted(Counter(self.sources).items()))
@@ -96,18 +100,23 @@ class GenerationResult:
         """Statistics for the last message of a request."""
         by_source = {f"tokens_{source}": float(count) for source, count in Counter(self.sources).items()}
         betas = [o.beta for o in self.observed if SOURCES[o.source].kept]
-        figures = by_source | {
-            "uplink_bytes": float(self.uplink_bytes),
-            "uplink_messages": float(self.uplink_messages),
-            "cluster_bytes": float(self.cluster_bytes),
-            "round_trips": float(self.round_trips),
-            "rollbacks": float(self.rollbacks),
-            "discarded": float(self.discarded),
-            "escalated": float(self.escalated),
-            "mean_beta": sum(betas) / len(betas) if betas else 0.0,
-            "tau": self.tau,
-            "wall_s": self.wall_s,
-        }
+        by_rule = {f"verified_{rule}": float(count) for rule, count in self.always_verified().items()}
+        figures = (
+            by_source
+            | by_rule
+            | {
+                "uplink_bytes": float(self.uplink_bytes),
+                "uplink_messages": float(self.uplink_messages),
+                "cluster_bytes": float(self.cluster_bytes),
+                "round_trips": float(self.round_trips),
+                "rollbacks": float(self.rollbacks),
+                "discarded": float(self.discarded),
+                "escalated": float(self.escalated),
+                "mean_beta": sum(betas) / len(betas) if betas else 0.0,
+                "tau": self.tau,
+                "wall_s": self.wall_s,
+            }
+        )
         if self.similarity is not None:
             figures["similarity"] = self.similarity
         if self.certificate is not None:

@@ -323,7 +323,7 @@ class AgentService:
         ids = request.ids
         if ids is None:
             ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
-        result = await self.agent.generate(job, list(ids), publish, request.judged)
+        result = await self.agent.generate(job, list(ids), publish, request.judged, self._model.tokenizer.decode)
         result.keep(request.count)
         if text.stopped:
             result.finish = "stop"

@@ -1,7 +1,7 @@
 """A running generation: its state, and the source of its events."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
 from edge_agent.events import Committed, Event, Judged, Plan, Tick
@@ -31,7 +31,8 @@ async def next_event(queue: asyncio.Queue[Event], wake_s: float) -> Event:
 class Turn(NamedTuple):
     """A running generation. `sample` collects the drafts that the cloud may see. `on_judged` hears of every draft.
 
-    `pair` names the models that the plan was made for.
+    `pair` names the models that the plan was made for. `important` names the rule by which a draft is always verified
+    (`fedhlm.decoding.important`).
     """
 
     session: int
@@ -43,6 +44,7 @@ class Turn(NamedTuple):
     pair: Pair
     on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
     on_judged: Callable[[Judged], object]
+    important: Callable[[Sequence[int], int], str]
 
 
 async def close(turn: Turn, party: Party, cluster: str) -> None:

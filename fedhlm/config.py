@@ -22,6 +22,7 @@ import msgspec
 
 from fedhlm import choices
 from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.important import PATTERN, RULES, rules_of
 from fedhlm.errors import ConfigError, UnknownKey
 from fedhlm.learning.certificate import AUDIT_LEAST
 from fedhlm.settings import DEFAULT_PRESET, Broker, Config, Section, is_secret, masked
@@ -290,6 +291,12 @@ def _check_together(config: Config, sources: dict[str, str]) -> None:
     if 0.0 < generation.audit < AUDIT_LEAST:
         key = "generation.audit"
         raise _error(key, generation.audit, f"0 or at least {AUDIT_LEAST}", sources[key])
+    for name in generation.always_verify:
+        try:
+            rules_of([name])
+        except ValueError as exc:
+            key, wanted = "generation.always_verify", f"{', '.join(RULES)}, or {PATTERN} and a regular expression"
+            raise _error(key, name, f"a list of {wanted}", sources[key]) from exc
     shared = COUPLINGS[generation.coupling].shared
     if choices.PEERS[generation.peers].asked and not shared:
         key = "generation.peers"

@@ -74,9 +74,10 @@ COUNTERS: Final[dict[str, str]] = {
     "broker_sent": "messages that it sent",
     "broker_dropped": "messages that it dropped: too large, or for a client that reads too slowly",
     "tokens_by_source": "committed tokens, labelled by source",
+    "always_verified": "drafts that were verified whatever their doubt, labelled by rule",
     "generations": "finished generations, labelled by finish reason",
 }
-LABELS: Final = {"tokens_by_source": "source", "generations": "finish"}
+LABELS: Final = {"tokens_by_source": "source", "always_verified": "rule", "generations": "finish"}
 
 GAUGES: Final[dict[str, str]] = {
     "risk": "estimated harm per token of kept tokens (R-hat), after the newest generation that could be audited",

@@ -256,6 +256,14 @@ class Generation(Section, frozen=True):
             "costs bytes. 0: no audit, no R-hat and no certificate."
         ),
     ] = 0.0
+    always_verify: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Drafts that are verified whatever their doubt, and that the budget does not count: tool-call, "
+            "number, negation, or re: and a regular expression over the text; between commas in the environment and "
+            "on the command line."
+        ),
+    ] = ()
     consensus: Consensus = Consensus()
     learning: Learning = Learning()
     pipeline: Pipeline = Pipeline()

@@ -10,7 +10,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -134,21 +134,30 @@ async def nobody(_tokens: list[Committed]) -> FinishReason | None:
 
 
 async def work(
-    agent: AgentCore, config: Config, tasks: Iterator[StudyTask], eos_ids: frozenset[int], context: int
+    agent: AgentCore,
+    config: Config,
+    tasks: Iterator[StudyTask],
+    eos_ids: frozenset[int],
+    context: int,
+    read: Callable[[Sequence[int]], str] | None = None,
 ) -> list[FinishedTask]:
     """Process one agent's share of the tasks, one at a time."""
     done = []
     for task in tasks:
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, 1.0, config.generation.coupling)
         job = Job(config.generation, sampling, task.max_tokens, context, eos_ids)
-        done.append(FinishedTask(agent.name, task, await agent.generate(job, task.prompt, nobody)))
+        done.append(FinishedTask(agent.name, task, await agent.generate(job, task.prompt, nobody, read)))
     return done
 
 
 async def run_fleet(
-    pair: Pair, config: Config, parts: Sequence[Sequence[StudyTask]], delay_s: float
+    pair: Pair,
+    config: Config,
+    parts: Sequence[Sequence[StudyTask]],
+    delay_s: float,
+    read: Callable[[Sequence[int]], str] | None = None,
 ) -> tuple[list[FinishedTask], float]:
-    """Run all tasks through a fleet without faults.
+    """Run all tasks through a fleet without faults. `read` returns the text of ids (`AgentCore.generate`).
 
     Returns:
         The answers in the order of the agents, and the number of messages for audits alone.
@@ -162,7 +171,7 @@ async def run_fleet(
         name = f"agent-{place}"
         async with fleet.online(f"c{place // AGENTS}", name, pair.drafter()) as agent:
             await asyncio.sleep(1.0)
-            return await work(agent, config, iter(parts[place]), pair.eos_ids, pair.context)
+            return await work(agent, config, iter(parts[place]), pair.eos_ids, pair.context, read)
 
     groups = await asyncio.gather(*(live(place) for place in range(CLUSTERS * AGENTS)))
     for node in fleet.nodes.values():
@@ -274,7 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{kind}: skew {skew(topics, split):.2f}", file=sys.stderr)
         for preset in options.presets:
             config = load(preset=preset, environ={}, flags=dict(s.split("=", 1) for s in options.set)).config
-            done, alone = run_virtual(partial(run_fleet, pair, config, parts, options.delay)())
+            done, alone = run_virtual(
+                partial(run_fleet, pair, config, parts, options.delay, large.decoder.tokenizer.decode)()
+            )
             line = line_of(preset, kind, [d for d in done if id(d.task) not in warm], large, config)
             line.audit_messages = alone / max(1, sum(len(d.result.ids) for d in done))
             lines.append(line)

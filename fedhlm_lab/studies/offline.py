@@ -10,7 +10,7 @@ Run: python -m fedhlm_lab.studies.offline --recording FILE [--kind topic] [--pro
 import argparse
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -24,6 +24,7 @@ from edge_agent.planning import plan_of
 from edge_agent.result import Job
 from fedhlm.config import load
 from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.important import important_of
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import Curve
@@ -60,9 +61,16 @@ class Row(NamedTuple):
 
 
 class Device:
-    """One device with its learner. `learner` may be of any class that behaves like one."""
+    """One device with its learner. `read` returns the text of ids, for the rules of `always_verify`."""
 
-    def __init__(self, learner: Learner, config: Generation, temperature: float) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        config: Generation,
+        temperature: float,
+        read: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        self._important = important_of(config.always_verify, read)
         self.learner = learner
         self.config = config
         self._temperature = temperature
@@ -84,7 +92,7 @@ class Device:
             event: Event | None = None
             match todo.popleft():
                 case DraftNext(revision, ids):
-                    event = _drafted(text, revision, len(ids))
+                    event = self._drafted(text, revision, len(ids))
                 case Escalate() as block:
                     blocks += 1
                     event = _answer(text, block)
@@ -118,6 +126,11 @@ class Device:
         audited = 0 if open_text is None else len(tail)
         return Row(kept.size, int(kept.sum()), wrong, blocks, audited, plan.tau, right)
 
+    def _drafted(self, text: RecordedText, revision: int, position: int) -> Drafted:
+        place = position - text.prompt
+        rule = self._important(text.target[:place], text.drafts[place])
+        return Drafted(revision, position, text.drafts[place], 1.0, text.doubts[place], rule=rule)
+
     def _audit(self, text: RecordedText, plan: Plan, end: Finish, open_text: OpenText) -> None:
         tail = end.tail
         place = len(tail.context) - text.prompt
@@ -131,11 +144,6 @@ class Device:
         self.learner.audited(open_text, [s.committed_harm for s in scores])
 
 
-def _drafted(text: RecordedText, revision: int, position: int) -> Drafted:
-    place = position - text.prompt
-    return Drafted(revision, position, text.drafts[place], 1.0, text.doubts[place])
-
-
 def _answer(text: RecordedText, block: Escalate) -> Answered:
     start = block.base - text.prompt
     target = text.target[start : start + len(block.ids)]
@@ -147,10 +155,15 @@ def _answer(text: RecordedText, block: Escalate) -> Answered:
 
 
 def run(
-    texts: Sequence[RecordedText], config: Generation, temperature: float, *, learners: Sequence[Learner]
+    texts: Sequence[RecordedText],
+    config: Generation,
+    temperature: float,
+    *,
+    learners: Sequence[Learner],
+    read: Callable[[Sequence[int]], str] | None = None,
 ) -> tuple[list[Row], Certificate]:
     """Run a fleet: text i is of device i modulo their number. Its curves are summed whenever one has a round due."""
-    devices = [Device(learner, config, temperature) for learner in learners]
+    devices = [Device(learner, config, temperature, read) for learner in learners]
     shared: dict[int, dict[str, bytes]] = {}
     rows = []
     for number, text in enumerate(texts):
@@ -215,7 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
     small = Decoder.load(model_folder("", "slm"), threads=1)
     texts = load_or_record(options.recording, tasks, large, small, config.generation.coupling)
     learners = [Learner(config.federation, np.random.default_rng(place)) for place in range(CLUSTERS * AGENTS)]
-    rows, certificate = run(texts, config.generation, options.temperature, learners=learners)
+    rows, certificate = run(
+        texts, config.generation, options.temperature, learners=learners, read=small.tokenizer.decode
+    )
     print(show(rows[options.warm :], texts[options.warm :], certificate, config.generation.confidence))
     return 0
 

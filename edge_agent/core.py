@@ -5,7 +5,6 @@ Prompts are served one after the other. Each generation has its own session, who
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -15,7 +14,6 @@ from edge_agent.events import (
     Cancelled,
     Commit,
     Committed,
-    Drafted,
     DraftNext,
     Escalate,
     Event,
@@ -35,12 +33,12 @@ from edge_agent.journal import AgentStart, Ended, Notes, Planned
 from edge_agent.learner import Learner
 from edge_agent.lessons import Lessons
 from edge_agent.membership import Membership
-from edge_agent.model import Drafter, Drawn
+from edge_agent.model import Drafter
 from edge_agent.peers import Peers
 from edge_agent.planning import event_of, plan_of
 from edge_agent.profile import Sampler
 from edge_agent.result import GenerationResult, Job
-from edge_agent.turn import NextEvent, Turn, close, next_event
+from edge_agent.turn import NextEvent, Turn, close, count, drafted, next_event
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.important import important_of
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
@@ -373,7 +371,7 @@ class AgentCore:
         result.rollbacks, result.discarded = machine.tally.rollbacks, machine.tally.discarded
         result.escalated = machine.tally.escalated
         result.wall_s = now - began
-        self._count(machine, result)
+        count(self._counters, machine.tally, result)
         if self._sampler is not None and sample is not None:
             self._sampler.end(sample)
         await self._lessons.learn(turn, now)
@@ -402,47 +400,26 @@ class AgentCore:
                 if reason == "cancelled" and result.uplink_messages:
                     await close(turn, self.party, self.cluster)
 
-    def _count(self, machine: GenerationMachine, result: GenerationResult) -> None:
-        tally = machine.tally
-        self._counters.add_all(
-            escalations=tally.escalations,
-            retries=tally.retries,
-            rollbacks=tally.rollbacks,
-            reprimes=tally.reprimes,
-            stale_verdicts=tally.stale,
-            late_verdicts=tally.conflicts,
-            drafted_tokens=tally.drafted,
-            discarded_tokens=tally.discarded,
-            escalated_tokens=tally.escalated,
-            uplink_messages=result.uplink_messages,
-            uplink_bytes=result.uplink_bytes,
-        )
-        for rule, amount in result.always_verified().items():
-            self._counters.add("always_verified", amount, label=rule)
-        for source, amount in Counter(result.sources).items():
-            self._counters.add("tokens_by_source", amount, label=source)
-        self._counters.add("generations", label=result.finish)
-
     async def _draft(self, action: DraftNext, turn: Turn) -> None:
         ids, position = action.ids, len(action.ids)
         sampling, uncertainty, queue = turn.plan.sampling, turn.job.config.uncertainty, turn.queue
         # At most one draft is pending, and the machine would wait for a lost one for ever. So EVENTS_MAX is ignored.
         if not action.levels:
             drawn = await self._drafter.draft(ids, sampling, uncertainty)
-            chain = [_drafted(action.revision, position, drawn, turn.important(ids, drawn.token))]
+            chain = [drafted(action.revision, position, drawn, turn.important(ids, drawn.token))]
             queue.put_nowait(chain[0])
         else:
             budget = TreeLimits(turn.job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
             grown = await self._drafter.grow(ids, sampling, budget, uncertainty=uncertainty, settled=action.settled)
             before = [*ids, *(drawn.token for drawn in grown.chain)]
             chain = [
-                _drafted(action.revision, position + i, drawn, turn.important(before[: position + i], drawn.token))
+                drafted(action.revision, position + i, drawn, turn.important(before[: position + i], drawn.token))
                 for i, drawn in enumerate(grown.chain)
             ]
             queue.put_nowait(Grown(action.revision, position, chain, grown.branches))
         if turn.sample is not None:
-            for drafted in chain:
-                turn.sample.see(drafted.position, drafted.key, drafted.uncertainty)
+            for draft in chain:
+                turn.sample.see(draft.position, draft.key, draft.uncertainty)
 
     async def _publish_doubts(self, turn: Turn, action: Escalate) -> None:
         """Publish the block's doubtful drafts to the cluster before the block is sent, if that is worth its bytes."""
@@ -494,7 +471,3 @@ class AgentCore:
         turn.result.uplink_messages += bool(sent)
         if sent.too_large:
             self._post(turn.queue, Refused(self.party.why_too_large()))
-
-
-def _drafted(revision: int, position: int, drawn: Drawn, rule: str) -> Drafted:
-    return Drafted(revision, position, drawn.token, drawn.prob, drawn.uncertainty, drawn.law, drawn.key, rule)

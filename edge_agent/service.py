@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec.structs import replace
@@ -323,7 +323,7 @@ class AgentService:
         ids = request.ids
         if ids is None:
             ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
-        result = await self.agent.generate(job, list(ids), publish, request.judged, self._model.tokenizer.decode)
+        result = await self.agent.generate(job, list(ids), publish, request.judged, self._read)
         result.keep(request.count)
         if text.stopped:
             result.finish = "stop"
@@ -338,6 +338,10 @@ class AgentService:
         log.info("request %s: %s", prompt.request, result.summary())
         await self.agent.save()
         return result
+
+    def _read(self, ids: Sequence[int]) -> str:
+        """The text of ids with its special tokens, some of which open a tool call."""
+        return str(self._model.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _config(self, prompt: Prompt) -> GenerationConfig:
         return self._loaded.asked(prompt.preset).config.generation

@@ -1,15 +1,19 @@
 """A running generation: its state, and the source of its events."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
-from edge_agent.events import Committed, Event, Judged, Plan, Tick
+from edge_agent.events import Committed, Drafted, Event, Judged, Plan, Tick
+from edge_agent.generation import Tally
+from edge_agent.model import Drawn
 from edge_agent.profile import PromptSample
 from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Party
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Escalation, FinishReason, Pair
+from fedhlm.telemetry import Counters
 
 CLOSE_S: Final = 20.0  # seconds for which the end of a session is worth its delivery
 
@@ -45,6 +49,33 @@ class Turn(NamedTuple):
     on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
     on_judged: Callable[[Judged], object]
     important: Callable[[Sequence[int], int], str]
+
+
+def count(counters: Counters, tally: Tally, result: GenerationResult) -> None:
+    """Count what a generation did."""
+    counters.add_all(
+        escalations=tally.escalations,
+        retries=tally.retries,
+        rollbacks=tally.rollbacks,
+        reprimes=tally.reprimes,
+        stale_verdicts=tally.stale,
+        late_verdicts=tally.conflicts,
+        drafted_tokens=tally.drafted,
+        discarded_tokens=tally.discarded,
+        escalated_tokens=tally.escalated,
+        uplink_messages=result.uplink_messages,
+        uplink_bytes=result.uplink_bytes,
+    )
+    for rule, amount in result.always_verified().items():
+        counters.add("always_verified", amount, label=rule)
+    for source, amount in Counter(result.sources).items():
+        counters.add("tokens_by_source", amount, label=source)
+    counters.add("generations", label=result.finish)
+
+
+def drafted(revision: int, position: int, drawn: Drawn, rule: str) -> Drafted:
+    """A draft as the machine takes it. `rule` is that of `Drafted`."""
+    return Drafted(revision, position, drawn.token, drawn.prob, drawn.uncertainty, drawn.law, drawn.key, rule)
 
 
 async def close(turn: Turn, party: Party, cluster: str) -> None:

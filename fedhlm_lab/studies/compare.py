@@ -146,7 +146,7 @@ async def work(
     for task in tasks:
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, 1.0, config.generation.coupling)
         job = Job(config.generation, sampling, task.max_tokens, context, eos_ids)
-        done.append(FinishedTask(agent.name, task, await agent.generate(job, task.prompt, nobody, read)))
+        done.append(FinishedTask(agent.name, task, await agent.generate(job, task.prompt, nobody, read=read)))
     return done
 
 

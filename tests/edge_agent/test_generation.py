@@ -237,6 +237,21 @@ def test_an_uncertain_draft_leaves_at_once_and_a_sure_one_at_its_age() -> None:
     assert [e.ids for e in bench.up] == [[7], [8]]
 
 
+def test_a_draft_that_is_always_verified_goes_up_however_sure_it_is_and_peers_may_not_settle_it() -> None:
+    asked = []
+
+    def consult(draft: Drafted) -> None:
+        asked.append(draft.token)
+
+    for rule, kept in (("", True), ("number", False)):
+        given_plan = plan("blocking", block=1)._replace(gate=lambda _u, _p: False, consult=consult)
+        bench = Bench(given_plan, PROMPT)
+        bench.handle(Drafted(bench.work.pop().revision, 2, 7, 0.9, 0.0, rule=rule))
+        assert bool(bench.committed) == kept
+        assert [block.for_target for block in bench.sent] == ([] if kept else [True])
+    assert asked == []
+
+
 def test_stale_and_impossible_answers_are_counted_and_dropped() -> None:
     bench = Bench(plan(), PROMPT)
     for _ in range(3):

@@ -86,6 +86,31 @@ def test_harmless_tails_are_audited_less_with_evidence_and_doubtful_ones_are_not
     assert text.probability == pytest.approx(1.0 - (1.0 - AUDIT_CHANCES[0]) * (1.0 - settings.audit))
 
 
+def test_the_budget_counts_the_tokens_on_which_a_threshold_decides_and_no_others() -> None:
+    """Tokens that are verified whatever their doubt change neither curve nor threshold, and no certificate counts them."""
+    settings = config(peers="none")
+    plain, ruled = learner(), learner()
+    for device in (plain, ruled):
+        teach(device, settings, 1_000)
+    measures = measures_of(settings, SAMPLING)
+    always = [seen(0.1, 1.0)._replace(rule="number")] * 500
+    ruled.observe(measures, settings, always)
+    assert ruled.curves[measures.draft].total_seen == plain.curves[measures.draft].total_seen == 1_000.0
+    assert ruled.tau(measures, settings) == plain.tau(measures, settings)
+    finish(ruled, settings, always[:8], tokens=10)
+    known = ruled.certificate(measures, settings)
+    assert known is not None
+    assert known.tokens == 2.0
+    # A token that was committed while the link was down is a kept token, whatever the rule says.
+    kept = [seen(0.1, 1.0, skipped=True)._replace(rule="number")]
+    finish(ruled, settings, kept, tokens=10)
+    ruled.observe(measures, settings, kept)
+    assert ruled.curves[measures.draft].total_seen == 1_001.0
+    later = ruled.certificate(measures, settings)
+    assert later is not None
+    assert (later.tokens, later.estimate) == (12.0, 1.0 / 12.0)
+
+
 def told(curves: dict[str, Curve], threshold: PaperThreshold | None = None) -> Learned:
     packed = {name: curve.to_bytes() for name, curve in curves.items()}
     return Learned(

@@ -38,7 +38,7 @@ from fedhlm_zoo.shipped import model_folder
 CONTEXT_MAX: Final = 1 << 20
 
 
-class Row(NamedTuple):
+class TextFigures(NamedTuple):
     """The outcome of one text.
 
     Attributes:
@@ -60,7 +60,7 @@ class Row(NamedTuple):
     right: bool
 
 
-class Device:
+class OfflineDevice:
     """One device with its learner. `read` returns the text of ids, for the rules of `always_verify`."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Device:
         self._peers = Peers("device", lambda: 0.0, size=1, max_age_s=1.0)
         self.measures = measures_of(config, Sampling(0, temperature, 1.0, config.coupling))
 
-    def write(self, text: RecordedText, seed: int) -> Row:
+    def write(self, text: RecordedText, seed: int) -> TextFigures:
         """Generate one text, audit it at once if the coin says so, and learn from it."""
         sampling = Sampling(seed, self._temperature, 1.0, self.config.coupling)
         job = Job(self.config, sampling, len(text.target), CONTEXT_MAX, frozenset())
@@ -124,7 +124,7 @@ class Device:
         right = text.right is not None and text.right[int(kept[0])]
         wrong = int(text.harms[: kept.size][kept].sum())
         audited = 0 if open_text is None else len(tail)
-        return Row(kept.size, int(kept.sum()), wrong, blocks, audited, plan.tau, right)
+        return TextFigures(kept.size, int(kept.sum()), wrong, blocks, audited, plan.tau, right)
 
     def _drafted(self, text: RecordedText, revision: int, position: int) -> Drafted:
         place = position - text.prompt
@@ -161,9 +161,9 @@ def run(
     *,
     learners: Sequence[Learner],
     read: Callable[[Sequence[int]], str] | None = None,
-) -> tuple[list[Row], Certificate]:
+) -> tuple[list[TextFigures], Certificate]:
     """Run a fleet: text i is of device i modulo their number. Its curves are summed whenever one has a round due."""
-    devices = [Device(learner, config, temperature, read) for learner in learners]
+    devices = [OfflineDevice(learner, config, temperature, read) for learner in learners]
     shared: dict[int, dict[str, bytes]] = {}
     rows = []
     for number, text in enumerate(texts):
@@ -191,7 +191,9 @@ def _sum(shares: Iterable[Mapping[str, bytes]]) -> Learned:
     )
 
 
-def show(rows: Sequence[Row], texts: Sequence[RecordedText], certificate: Certificate, confidence: float) -> str:
+def show(
+    rows: Sequence[TextFigures], texts: Sequence[RecordedText], certificate: Certificate, confidence: float
+) -> str:
     """One line: messages, kept tokens, harm and audits a token, and what the certificate says."""
     tokens = sum(row.tokens for row in rows)
     sums = {name: sum(getattr(row, name) for row in rows) / tokens for name in ("blocks", "kept", "wrong")}

@@ -16,9 +16,11 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from edge_agent.accounts import OpenText
 from edge_agent.events import Answered, Commit, Drafted, DraftNext, Escalate, Event, Finish, Observation, Observe, Plan
 from edge_agent.generation import GenerationMachine, scored
-from edge_agent.learner import Learner, OpenText, measures_of
+from edge_agent.learner import Learner
+from edge_agent.measures import measures_of
 from edge_agent.peers import Peers
 from edge_agent.planning import plan_of
 from edge_agent.result import Job
@@ -75,7 +77,7 @@ class OfflineDevice:
         self.config = config
         self._temperature = temperature
         self._peers = Peers("device", lambda: 0.0, size=1, max_age_s=1.0)
-        self.measures = measures_of(config, Sampling(0, temperature, 1.0, config.coupling))
+        self.measures = measures_of(config, Sampling(0, temperature, 1.0, config.coupling), learner.pair)
 
     def write(self, text: RecordedText, seed: int) -> TextFigures:
         """Generate one text, audit it at once if the coin says so, and learn from it."""

@@ -92,7 +92,7 @@ def test_the_budget_counts_the_tokens_on_which_a_threshold_decides_and_no_others
     plain, ruled = learner(), learner()
     for device in (plain, ruled):
         teach(device, settings, 1_000)
-    measures = measures_of(settings, SAMPLING)
+    measures = measures_of(settings, SAMPLING, PAIR)
     always = [seen(0.1, 1.0)._replace(rule="number")] * 500
     ruled.observe(measures, settings, always)
     assert ruled.curves[measures.draft].total_seen == plain.curves[measures.draft].total_seen == 1_000.0

@@ -8,10 +8,9 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_CONSTRAINT=/
 RUN python -m venv --without-pip /opt/fedhlm
 # Libraries first: they change seldom, and what is ours is a layer of its own. What tokenizers downloads models with is not
 # for an image that carries its model.
-COPY pyproject.toml constraints.txt deploy/docker/requirements.py ./
+COPY pyproject.toml constraints.txt deploy/docker/locks/agent.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python requirements.py agent serve > requirements.txt \
-    && pip --python /opt/fedhlm/bin/python install --only-binary :all: --requirement requirements.txt \
+    pip --python /opt/fedhlm/bin/python install --require-hashes --only-binary :all: --requirement agent.txt \
     && pip --python /opt/fedhlm/bin/python uninstall --yes huggingface_hub hf-xet \
     && find /opt/fedhlm/lib -depth -type d \( -name tests -o -name test \) -exec rm -r {} +
 COPY README.md LICENSE ./

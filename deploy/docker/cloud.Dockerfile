@@ -8,13 +8,11 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_CONSTRAINT=/
 RUN python -m venv --without-pip /opt/fedhlm
 # Libraries first: they change seldom, and what is ours is a layer of its own. What tokenizers downloads models with is not
 # for an image that carries its model.
-COPY pyproject.toml constraints.txt deploy/docker/requirements.py ./
+COPY pyproject.toml constraints.txt deploy/docker/locks/cloud.onnxruntime.txt deploy/docker/locks/cloud.onnxruntime-gpu.txt ./
 # Another build of the runtime (compose.gpu.yml) has the version that is pinned for the plain one.
 ARG ONNXRUNTIME=onnxruntime
 RUN --mount=type=cache,target=/root/.cache/pip \
-    sed -n 's/^onnxruntime==/onnxruntime-gpu==/p' constraints.txt >> constraints.txt \
-    && python requirements.py cloud | sed "s/^onnxruntime>/${ONNXRUNTIME}>/" > requirements.txt \
-    && pip --python /opt/fedhlm/bin/python install --only-binary :all: --requirement requirements.txt \
+    pip --python /opt/fedhlm/bin/python install --require-hashes --only-binary :all: --requirement cloud.${ONNXRUNTIME}.txt \
     && pip --python /opt/fedhlm/bin/python uninstall --yes huggingface_hub hf-xet \
     && find /opt/fedhlm/lib -depth -type d \( -name tests -o -name test \) -exec rm -r {} +
 COPY README.md LICENSE ./

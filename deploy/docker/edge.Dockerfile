@@ -7,10 +7,9 @@ WORKDIR /src
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_CONSTRAINT=/src/constraints.txt
 RUN python -m venv --without-pip /opt/fedhlm
 # Libraries first: they change seldom, and what is ours is a layer of its own.
-COPY pyproject.toml constraints.txt deploy/docker/requirements.py ./
+COPY pyproject.toml constraints.txt deploy/docker/locks/edge.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python requirements.py edge > requirements.txt \
-    && pip --python /opt/fedhlm/bin/python install --only-binary :all: --requirement requirements.txt \
+    pip --python /opt/fedhlm/bin/python install --require-hashes --only-binary :all: --requirement edge.txt \
     && find /opt/fedhlm/lib -depth -type d \( -name tests -o -name test \) -exec rm -r {} +
 COPY README.md LICENSE ./
 COPY fedhlm fedhlm

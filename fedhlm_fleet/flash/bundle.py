@@ -92,15 +92,15 @@ def fill(folder: Path, *, python: str, machine: str = MACHINE) -> list[Path]:
         staged = Path(scratch, "wheels")
         staged.mkdir()
         source = source_folder()
-        pins: list[str] = []
-        wanted = f"{PROJECT}[agent]=={metadata.version(PROJECT)}"
+        source = source_folder()
+        where = ("--dest", str(staged), "--find-links", str(staged))
+        wanted = [f"{PROJECT}[agent]=={metadata.version(PROJECT)}", "pip"]
         if source is not None:
             _build(source, Path(scratch, "source"), staged)
-            if (constraints := source / "constraints.txt").is_file():
-                pins = ["--constraint", str(constraints)]
-        _pip(
-            "download", "--dest", str(staged), "--find-links", str(staged), *pins, *tags(python, machine), wanted, "pip"
-        )
+            # What is ours is built here; every other file must have one of the hashes in the lock.
+            lock = source / "deploy" / "docker" / "locks" / "bundle.txt"
+            wanted = ["--require-hashes", "--requirement", str(lock)]
+        _pip("download", *where, *tags(python, machine), *wanted)
         found = wheels(staged, python=python, machine=machine)
         # The project's own wheel is copied last: its presence means that the folder is complete.
         for wheel in sorted(found, key=lambda path: path.name.startswith(f"{PROJECT}-")):

@@ -49,15 +49,13 @@ async def test_a_device_whose_clock_is_behind_still_counts(kind: str) -> None:
                     state = presence(stamp, "agent", online=online)
                     await party.send(topics.AGENT_STATUS, state, cluster="home", agent="porch")
                     await asyncio.sleep(0.2)
-                message = Contribution(
-                    **stamp(), round=number, members=1, threshold=None, curves={MEASURE: curve(count, count / 10)}
-                )
+                message = Contribution(**stamp(), round=number, members=1, curves={MEASURE: curve(count, count / 10)})
                 await party.send(topics.FL_UPDATE, message, cluster="home", agent="porch")
                 await until(lambda count=count: tokens() == count)  # type: ignore[misc]
             counted = fleet.counters["edge home"]
             assert (counted["contributions"], counted["duplicate_messages"], counted["cut_contributions"]) == (2, 0, 0)
             # A liar: no verdict that passed the edge scored a million tokens.
-            message = Contribution(**stamp(), round=52, members=1, threshold=None, curves={MEASURE: curve(1e6, 0.0)})
+            message = Contribution(**stamp(), round=52, members=1, curves={MEASURE: curve(1e6, 0.0)})
             await party.send(topics.FL_UPDATE, message, cluster="home", agent="porch")
             await until(lambda: counted["cut_contributions"] == 1 and tokens() != 120.0)
             assert tokens() <= SLACK_TOKENS

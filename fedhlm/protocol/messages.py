@@ -14,6 +14,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from fedhlm.errors import ProtocolError
+from fedhlm.protocol.older import with_thresholds
 from fedhlm.protocol.roles import Role
 
 SCHEMA_VERSION: Final = 3
@@ -507,7 +508,7 @@ def decode(payload: bytes) -> AnyMessage:
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"payload must be at most {MAX_PAYLOAD_BYTES} bytes (got {len(payload)})")
     try:
-        message = _decoder.decode(payload)
+        message = _decoder.decode(with_thresholds(payload))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ProtocolError(f"payload of {len(payload)} bytes is not a message: {exc}") from exc
     if message.version != SCHEMA_VERSION:

@@ -14,6 +14,8 @@ from fedhlm.protocol.messages import (
     MAX_PAYLOAD_BYTES,
     SCHEMA_VERSION,
     AnyMessage,
+    Contribution,
+    Learned,
     Presence,
     Prompt,
     comparable_bytes,
@@ -241,3 +243,18 @@ def test_bits_survive_their_packing(bits: list[bool]) -> None:
     packed = pack_bits(bits)
     assert unpack_bits(packed, len(bits)) == bits
     assert len(packed) <= (len(bits) + 7) // 8
+
+
+@pytest.mark.parametrize("kind", [Contribution, Learned])
+def test_a_part_without_pairs_of_models_says_nil_and_means_no_thresholds(kind: Any) -> None:
+    stamp = {"version": SCHEMA_VERSION, "sender": "porch", "sequence": 1, "sent_ms": 0}
+    message = kind(**stamp, round=3, members=1, curves={"closed-form/gumbel/sampled": b"x"})
+    values = msgspec.msgpack.decode(encode(message))
+    place = 1 + kind.__struct_fields__.index("thresholds")
+    assert values[place] == {}
+    assert decode(msgspec.msgpack.encode([*values[:place], None, *values[place + 1 :]])) == message
+    for wrong in (7, "x", [1]):
+        with pytest.raises(ProtocolError):
+            decode(msgspec.msgpack.encode([*values[:place], wrong, *values[place + 1 :]]))
+    with pytest.raises(ProtocolError):  # nil elsewhere stays an error
+        decode(msgspec.msgpack.encode([*values[: place - 1], None, *values[place:]]))

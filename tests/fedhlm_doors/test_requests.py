@@ -1,6 +1,7 @@
 """Requests before any model sees them: parameters, messages, templates, keys, rates."""
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedhlm_doors.chat import ChatTemplate, text_ids
 from fedhlm_doors.keys import ANYONE, ApiKeys, Rates
 from fedhlm_doors.openapi import document
 from fedhlm_doors.refusals import ApiError
-from fedhlm_doors.serving import address, door_of
+from fedhlm_doors.serving import address, door_of, listening
 from fedhlm_zoo.shipped import ARTEFACTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -321,6 +322,20 @@ def test_an_address_has_host_and_port(listen: str, found: tuple[str, int]) -> No
 def test_what_is_no_address_is_rejected(listen: str) -> None:
     with pytest.raises(ConfigError, match=r"api\.listen must be HOST:PORT"):
         address(listen)
+
+
+def test_no_chunk_waits_for_the_acknowledgement_of_another() -> None:
+    with listening("", "127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        listener.setblocking(True)
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        port = listener.getsockname()[1]
+        with (
+            pytest.raises(ConfigError, match=r"api\.listen must be an address that is free"),
+            listening("", "127.0.0.1", port),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:80", "192.168.1.4:80", "porch.example:80", "[::]:80"])

@@ -262,6 +262,8 @@ class Batcher:
         entry = self.sessions.entry(job.key)
         if entry is None:
             raise AssertionError(f"{job.key} was admitted without a session")
+        if not entry.state.fed:
+            self.sessions.inherit(job.key, entry, agent.running)
         steps = settle(entry.state, block, job.watch)
         turn = self._lanes[short].agents(job.key.cluster).of(job.key.agent)
         running = Running(job, entry, steps, next(steps), next(self._numbers), turn, short)

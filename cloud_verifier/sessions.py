@@ -6,7 +6,7 @@ changes an answer.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -119,6 +119,22 @@ class Sessions:
     def context_bytes(self) -> int:
         """About how many bytes all contexts take."""
         return TOKEN_BYTES * self._tokens_of.total()
+
+    def inherit(self, key: Key, entry: SessionEntry, running: Container[Key]) -> None:
+        """Move the cache of an idle session to a new one that goes on with its text, as a conversation's next turn does.
+
+        The other session belongs to the same agent, is not `running`, and can be fed again. It keeps its cache unless
+        half of that is of use to the new one.
+        """
+        context, shared, donor = entry.state.context, 0, None
+        for other, held in self._entries.items():
+            if other.owner == key.owner and other != key and other not in running:
+                length = common_prefix(held.state.fed[: held.cached], context)
+                if length > shared and 2 * length >= held.cached:
+                    shared, donor = length, held
+        if donor is not None:
+            entry.cache, entry.cached, entry.state.fed = donor.cache, shared, context[:shared]
+            donor.cache, donor.cached = None, 0
 
     def forget(self, key: Key) -> None:
         """Drop one session, if it exists."""

@@ -334,6 +334,56 @@ def test_everything_that_was_taken_is_settled_in_the_end() -> None:
     assert nothing_left(work)
 
 
+def fed_by(work: Batcher, *jobs: BlockJob) -> int:
+    """The tokens that the model computes until these blocks are settled."""
+    for one in jobs:
+        work.submit(one)
+    fed = 0
+    while not work.idle:
+        batch, _ = work.take(0.0)
+        fed += sum(running.piece for running in batch)
+        work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))
+    return fed
+
+
+@pytest.mark.parametrize("cache_tokens", [100_000, 310])
+def test_the_next_turn_of_a_conversation_goes_on_with_the_cache_of_the_one_before(cache_tokens: int) -> None:
+    work, alone = batcher(cache_tokens=cache_tokens), batcher()
+    history = long_prompt(1)
+    assert fed_by(work, job(session=1, prompt=history)) == 300
+    longer = [*history, *long_prompt(2, 6)]
+    assert fed_by(work, job(session=2, prompt=longer)) == 6
+    assert work.cached_bytes == 306
+    work.submit(job(session=3, prompt=longer))
+    alone.submit(job(session=3, prompt=longer))
+    assert settled(work)[0].outcome == settled(alone)[0].outcome
+    assert fed_by(work, job(session=1, primed=False, prompt=history)) >= 300  # computed again
+
+
+@pytest.mark.parametrize(
+    ("agent", "prompt"), [("b", long_prompt(1)), ("a", [*long_prompt(1)[:100], *long_prompt(3)]), ("a", long_prompt(4))]
+)
+def test_a_cache_stays_where_it_is_of_more_use(agent: str, prompt: list[int]) -> None:
+    work = batcher()
+    fed_by(work, job(session=1, prompt=long_prompt(1)))
+    assert fed_by(work, job(agent=agent, session=2, prompt=prompt)) == len(prompt)
+    assert work.cached_bytes == 300 + len(prompt)
+
+
+def test_a_session_that_runs_keeps_its_cache() -> None:
+    work = batcher()
+    history = long_prompt(1)
+    work.submit(job(session=1, prompt=history, extend=30))
+    for _ in range(20):
+        step(work)
+    (first,) = work.running
+    assert first.entry.cached > 290
+    work.submit(job(session=2, prompt=[*history, 7]))
+    step(work)
+    assert first.entry.cached > 290
+    settled(work)
+
+
 def test_the_same_block_sent_again_waits_once() -> None:
     work = batcher()
     for expires_s in (1.0, 2.0, 3.0):

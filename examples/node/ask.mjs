@@ -1,4 +1,4 @@
-// A client in Node, with mqtt and @msgpack/msgpack: node ask.mjs URL CLUSTER AGENT TEXT. See docs/protocol.md.
+// A client in Node, with mqtt and @msgpack/msgpack, written from docs/protocol.md: npm ci, then node ask.mjs URL CLUSTER AGENT TEXT
 
 import { randomUUID } from 'node:crypto'
 import { decode, encode } from '@msgpack/msgpack'

@@ -61,7 +61,7 @@ KITS: Final = {
         clone=True,
         made=("monday.trace", ".venv/bin/fedhlm"),
         shows=(
-            ("make demo", r"sent up"),
+            ("make demo", r"tokens +\d+: "),
             ("fedhlm ask", r"\w+ \w+"),
             ("curl", r'"verified":true'),
             ("fedhlm trace show", r"drafted u=\.\d"),
@@ -74,7 +74,7 @@ KITS: Final = {
         clone=True,
         files=(("titles.txt", TITLES), ("mine.toml", SHOWN)),
         made=("result.json",),
-        shows=(("make demo", r"sent up"),),
+        shows=(("make demo", r"tokens +\d+: "),),
     ),
     "docs/security.md": Kit(
         made=("pki/ca.crt", "broker-home/mosquitto.conf", "broker-home/broker.key", "broker-home/acl"),

@@ -33,7 +33,7 @@ class Dialler:
     """Opens connections of one client id to one broker.
 
     `limits` are the broker's limits of the last connection, lowered by what was learnt since. Incoming messages go to
-    `take`. `on_refused` is called for messages that the broker rejects. `greedy` reads many packets per system call.
+    `take`. `on_refused` is called for messages that the broker rejects.
     """
 
     def __init__(
@@ -46,7 +46,6 @@ class Dialler:
         keepalive_s: int,
         take: Callable[[aiomqtt.Message], None],
         on_refused: Callable[[str, str], None],
-        greedy: bool,
     ) -> None:
         self.protocol: ProtocolVersion | None = None if protocol == "auto" else protocol
         self.limits = Limits()
@@ -54,7 +53,7 @@ class Dialler:
         self._ssl = url.ssl_context()
         self._will = will
         self._keepalive_s = keepalive_s
-        self._take, self._on_refused, self._greedy = take, on_refused, greedy
+        self._take, self._on_refused = take, on_refused
         self._learnt_max: int | None = None
         self._ever_connected = False
 
@@ -123,8 +122,7 @@ class Dialler:
         client.pending_calls_threshold = 2 * MAX_IN_FLIGHT
         client.set_tcp_timeout(TCP_TIMEOUT_S)
         client.acknowledge_at_once()
-        if self._greedy:
-            client.read_ahead()
+        client.read_ahead()
         return client
 
     async def _enter(self, client: PatchedClient, group: asyncio.TaskGroup) -> aiomqtt.MqttError | None:

@@ -90,7 +90,6 @@ class MqttBus:
             keepalive_s=keepalive_s,
             take=self._take,
             on_refused=self._publish_refused,
-            greedy=tap is not None,
         )
         self._birth, self._will = birth, will
         self._connect_timeout_s = connect_timeout_s

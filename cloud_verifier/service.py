@@ -23,9 +23,11 @@ from fedhlm.bus.party import Party, Received
 from fedhlm.bus.rates import Allowance
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
+from fedhlm.learning.evidence import count_fleet
 from fedhlm.learning.roster import roster_of
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
+from fedhlm.protocol.fingerprint import half_of
 from fedhlm.protocol.messages import (
     AnyMessage,
     Assignment,
@@ -102,6 +104,8 @@ class CloudService:
         self._local: dict[Key, asyncio.Future[Outcome]] = {}
         self._saver = runtime.saver({FEDERATION_FILE: coordinator.members})
         coordinator.members.note_large(sessions.fingerprint)
+        coordinator.members.evidence.begin(party.stamp.wall_ms())
+        self._confidence = config.generation.confidence
         if runtime.journal is not None:
             start = CloudStart(
                 root=party.root,
@@ -274,7 +278,10 @@ class CloudService:
 
     async def _send_learned(self) -> None:
         members = self.coordinator.members
-        learned = members.state().learned(members.orders.stamped(self._party.stamp()))
+        state = members.state()
+        large = half_of(self.batcher.sessions.fingerprint)
+        count_fleet(self._counters, state.evidence, large, self._confidence)
+        learned = state.learned(members.orders.stamped(self._party.stamp()))
         await self._party.send(topics.CLOUD_FL_STATE, learned)
 
     async def send_roster(self) -> None:

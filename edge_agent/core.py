@@ -138,6 +138,7 @@ class AgentCore:
         self._routes: dict[int, asyncio.Queue[Event]] = {}
         self._delay = Delay()
         self._meet(None)
+        learner.begin(party.stamp.wall_ms())
 
     @property
     def cluster(self) -> str:

@@ -21,7 +21,8 @@ from fedhlm import choices
 from fedhlm.errors import ConfigError, ProtocolError
 from fedhlm.learning.certificate import Certificate, CertificateState, audit_chance, tail_probability
 from fedhlm.learning.curve import Curve, bin_of, isotonic, shrunk
-from fedhlm.learning.federation import check_thresholds
+from fedhlm.learning.evidence import certificates_of
+from fedhlm.learning.learnt_state import check_thresholds
 from fedhlm.learning.privacy import noised, sigma_for
 from fedhlm.learning.thresholds import (
     KEEP_NONE,
@@ -36,8 +37,10 @@ from fedhlm.protocol.fingerprint import large_of, pair_in, pair_of
 from fedhlm.protocol.messages import (
     MAX_CURVES,
     Count,
+    Evidence,
     Fingerprint,
     Learned,
+    Milliseconds,
     Pair,
     PaperThreshold,
 )
@@ -61,6 +64,7 @@ class Snapshot(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     curves: dict[str, bytes]
     cluster: dict[str, bytes]
     certificates: dict[str, CertificateState]
+    began_ms: Milliseconds | None = None
 
 
 class Learner:
@@ -75,6 +79,8 @@ class Learner:
         self._recent: list[Pair] = [""]  # pairs with state, the current one last
         self._paper: defaultdict[Pair, PaperState] = defaultdict(PaperState)
         self._told: Mapping[Pair, PaperThreshold] = {}  # the cluster's latest thresholds
+        self._fleet: Mapping[Pair, Certificate] = {}
+        self.began_ms: int | None = None  # when the evidence began, Unix time in milliseconds
         self.curves: defaultdict[str, Curve] = defaultdict(Curve.empty)
         self.cluster: dict[str, Curve] = {}
         self._transmitted: list[tuple[float, float]] = []  # (u, beta) of the tokens transmitted in this round
@@ -264,6 +270,26 @@ class Learner:
         """The certificate of the error per token, over all texts accounted for; None if auditing is disabled."""
         return None if config.audit == 0.0 else self._certificates[measures.draft].copy()
 
+    def begin(self, wall_ms: int) -> None:
+        """Begin an evidence, unless one was restored. `wall_ms` is the Unix time in milliseconds."""
+        if self.began_ms is None:
+            self.began_ms = wall_ms
+
+    def evidence(self) -> Evidence | None:
+        """The certificate of all texts of the current pair, for the fleet's; None without any.
+
+        With privacy it is never sent: its sums carry no noise.
+        """
+        mine = [known for name, known in self._certificates.items() if pair_in(name) == self.pair and known.tokens]
+        if not mine or self.began_ms is None or not large_of(self.pair) or self._federation.epsilon > 0.0:
+            return None
+        return Evidence(self.began_ms, {self.pair: sum(mine, Certificate()).to_bytes()})
+
+    @property
+    def fleet(self) -> Certificate | None:
+        """The fleet's certificate for the current pair, as the cluster told it last."""
+        return self._fleet.get(self.pair)
+
     def tau(self, measures: Measures, config: Generation) -> float:
         """The threshold on the doubt for the next generation. KEEP_NONE verifies everything."""
         return THRESHOLDS[config.threshold](self, measures, config)
@@ -409,7 +435,9 @@ class Learner:
         """
         check_thresholds(state.thresholds)
         curves = {name: Curve.from_bytes(data) for name, data in state.curves.items()}
+        fleet = certificates_of(state.evidence)
         self.cluster = curves
+        self._fleet = fleet
         self._told = state.thresholds
         if self.pair in self._told:
             self._paper[self.pair].hear(self._told[self.pair])
@@ -426,6 +454,7 @@ class Learner:
                 {name: curve.to_bytes() for name, curve in self.curves.items()},
                 {name: curve.to_bytes() for name, curve in self.cluster.items()},
                 self._settled(),
+                self.began_ms,
             )
         )
 
@@ -458,7 +487,7 @@ class Learner:
             raise ProtocolError(f"snapshot must hold 1 to {PAIRS_KEPT} pairs of models (got {len(kept.pairs)})")
         if kept.space != SPACE:
             raise ProtocolError(f"space of the snapshot must be {SPACE!r} (got {kept.space!r})")
-        self.round, self._releases = kept.round, kept.releases
+        self.round, self._releases, self.began_ms = kept.round, kept.releases, kept.began_ms
         self._recent = kept.pairs
         self._paper.update(kept.paper)
         self.curves.update(curves)

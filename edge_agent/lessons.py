@@ -74,11 +74,16 @@ class Lessons:
             self._peers().learn(config, seen, result.similarity)
         if result.escalated:
             known.escalated(result.escalation_bytes / result.escalated)
-        result.certificate = learner.certificate(measures, config)
+        result.certificate, result.fleet = learner.certificate(measures, config), learner.fleet
         self._party.counters.set_all(tau=result.tau, similarity=result.similarity)
         if (evidence := result.certificate) is not None:
             limit = evidence.limit(config.confidence)
             self._party.counters.set_all(risk=evidence.estimate, risk_limit=limit, risk_generations=evidence.texts)
+        if (fleet := result.fleet) is not None:
+            limit = fleet.limit(config.confidence)
+            self._party.counters.set_all(
+                fleet_risk=fleet.estimate, fleet_risk_limit=limit, fleet_risk_tokens=fleet.tokens
+            )
         contributes = choices.THRESHOLDS[config.threshold].learns and not self._guest
         if contributes and learner.due(config, now_s):
             await self._contribute(config, result, now_s)
@@ -90,7 +95,14 @@ class Lessons:
             warn_once(log, "releases", "contributions have ended: all federation.releases are used")
             return
         thresholds, curves = ended
-        message = Contribution(**self._party.stamp(), round=number, members=1, thresholds=thresholds, curves=curves)
+        message = Contribution(
+            **self._party.stamp(),
+            round=number,
+            members=1,
+            thresholds=thresholds,
+            curves=curves,
+            evidence=self._learner.evidence(),
+        )
         self._party.counters.add("contributions")
         sent = await self._party.send(
             topics.FL_UPDATE, message, cluster=self._cluster(), agent=self._party.stamp.sender

@@ -51,6 +51,7 @@ class GenerationResult:
     observed: list[Observation] = field(default_factory=list)
     ended: Finish = Finish("error")  # noqa: RUF009 - never modified
     certificate: Certificate | None = None
+    fleet: Certificate | None = None
     confidence: float = 0.95
     wall_s: float = 0.0
     _sent: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # by epoch and base: fixed ids, drafts
@@ -122,4 +123,8 @@ class GenerationResult:
         if self.certificate is not None:
             figures |= {"risk": self.certificate.estimate, "risk_limit": self.certificate.limit(self.confidence)}
             figures |= {f"risk_{name}": value for name, value in self.certificate.figures().items()}
+        if self.fleet is not None:
+            known = self.fleet
+            figures |= {"fleet_risk": known.estimate, "fleet_risk_limit": known.limit(self.confidence)}
+            figures |= {"fleet_risk_tokens": known.tokens, "fleet_risk_texts": known.texts}
         return figures

@@ -5,7 +5,8 @@ from functools import partial
 from msgspec.structs import replace
 
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
-from fedhlm.learning.federation import Members, State, Taken, mean_of_agents
+from fedhlm.learning.federation import Members, Taken, mean_of_agents
+from fedhlm.learning.learnt_state import State
 from fedhlm.learning.orders import check_time
 from fedhlm.learning.settled import SettledTokens
 from fedhlm.protocol.messages import Contribution, Forget, Learned
@@ -36,7 +37,14 @@ class ClusterFederation:
         """Take an agent's contribution, cut to what is possible."""
         # An agent speaks for one agent only, whatever it claims. Privacy noise hides what it was really told.
         check = None if self.members.federation.epsilon else partial(self.settled.check, agent)
-        return self.members.take(agent, replace(contribution, members=1), now_s, check, wall_ms=wall_ms)
+        return self.members.take(
+            agent,
+            replace(contribution, members=1),
+            now_s,
+            check,
+            wall_ms=wall_ms,
+            witnessed=partial(self.settled.witness, agent),
+        )
 
     def obey(self, member: str, forget: Forget, *, wall_ms: int) -> bool:
         """Forget a member here, and the state of the cloud that may hold its sums. Returns False for a known order.

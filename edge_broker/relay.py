@@ -17,6 +17,7 @@ from fedhlm.protocol.messages import (
     Escalation,
     RoutedEscalation,
     RoutedVerdict,
+    Verdict,
     VerdictBatch,
 )
 
@@ -24,6 +25,7 @@ SESSIONS_MAX: Final = 4_096
 PENDING_OF_ONE: Final = 256  # blocks that wait, per agent
 BYTES_OF_ONE: Final = 2 * MAX_PAYLOAD_BYTES
 BUSY: Final = "the edge is busy: too many blocks of this agent wait"
+TAILS_MAX: Final = 16_384
 _FIXED_BYTES: Final = 512  # an upper bound of a block's bytes without its packed fields
 
 
@@ -73,6 +75,7 @@ class Relay:
     _agents: OrderedDict[str, _AgentBlocks] = field(default_factory=OrderedDict)
     _epochs: OrderedDict[tuple[str, int], int] = field(default_factory=OrderedDict)
     _numbers: "count[int]" = field(default_factory=count)
+    _tails: OrderedDict[tuple[str, int, int, int], int] = field(default_factory=OrderedDict)  # fixed ids by block
 
     def __len__(self) -> int:
         return sum(len(agent.blocks) for agent in self._agents.values())
@@ -109,7 +112,16 @@ class Relay:
         while len(self._epochs) > SESSIONS_MAX:
             self._epochs.popitem(last=False)
         queue.add(next(self._numbers), RoutedEscalation(agent, escalation))
+        if escalation.fixed and not escalation.extend:
+            self._tails[(agent, escalation.session, escalation.epoch, escalation.base)] = escalation.fixed
+            while len(self._tails) > TAILS_MAX:
+                self._tails.popitem(last=False)
         return True
+
+    def audits(self, agent: str, verdict: Verdict) -> bool:
+        """Whether a verdict answers an audit: the block had committed tokens only, and asked for none. Ask once."""
+        fixed = self._tails.pop((agent, verdict.session, verdict.epoch, verdict.base), 0)
+        return fixed > 0 and verdict.accepted == fixed and not verdict.ids
 
     def crowded(self, agent: str) -> bool:
         """Whether more blocks of an agent wait than may wait; the newest is to be taken back (`settle`)."""

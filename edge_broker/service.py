@@ -21,7 +21,8 @@ from fedhlm.bus.party import Party, Received, presence
 from fedhlm.bus.rates import Allowance
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import rounds
-from fedhlm.learning.federation import State
+from fedhlm.learning.evidence import count_fleet
+from fedhlm.learning.learnt_state import State
 from fedhlm.learning.roster import roster_of
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
@@ -45,6 +46,7 @@ from fedhlm.protocol.messages import (
     VerifiedTokens,
     refused,
 )
+from fedhlm.protocol.packing import id_bytes
 from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
@@ -94,6 +96,7 @@ class EdgeService:
         self.memory = ClusterMemory(config.edge.memory)
         self.federation = ClusterFederation(config.federation)
         self.members = self.federation.members
+        self._confidence = config.generation.confidence
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None
         self._roster_due = asyncio.Event()
@@ -120,6 +123,7 @@ class EdgeService:
             {federation_file(self.cluster): self.members, memory_file(self.cluster): self.memory}
         )
         self.federation.restored()
+        self.members.evidence.begin(down.stamp.wall_ms())
         if runtime.journal is not None:
             start = EdgeStart(
                 cluster=self.cluster,
@@ -282,7 +286,10 @@ class EdgeService:
             if self.memory.waiting >= DIGEST_MAX:
                 self._digest_full.set()
         for agent, verdict in ((a.agent, a.verdict) for a in answers):
-            self.federation.settled.note(agent, verdict, half_of(self.upstream))
+            vocab_size = self._vocab_size(agent)
+            added = len(verdict.ids) // id_bytes(vocab_size) if vocab_size is not None else 0
+            audit = self.relay.audits(agent, verdict)
+            self.federation.settled.note(agent, verdict, half_of(self.upstream), added=added, audit=audit)
             await self._send_verdict(agent, verdict)
         if self.upstream is None:
             # The cloud answers, so its presence message was lost on the way, for example in a full queue. A new
@@ -373,7 +380,7 @@ class EdgeService:
                     self._counters.add("forgotten_members", obeyed)
                     self._roster_due.set()
                 case Learned() as learned if received.topic is topics.FL_STATE:
-                    self.members.inherit(learned, wall_ms=wall_ms)
+                    self.members.inherit(replace(learned, evidence=None), wall_ms=wall_ms)  # that is the fleet's
                 case Learned() as learned:
                     if self.federation.note_above(learned, wall_ms=wall_ms):
                         self.members.touch(self._clock_s())
@@ -402,7 +409,9 @@ class EdgeService:
 
     async def _send_learned(self, state: State) -> None:
         header = self.members.orders.stamped(self.down.stamp())
-        learned = self.federation.state_below(state).learned(header)
+        told = self.federation.state_below(state)
+        count_fleet(self._counters, told.evidence, half_of(self.upstream), self._confidence)
+        learned = told.learned(header)
         await self.down.send(topics.FL_STATE, learned, cluster=self.cluster)
 
     async def send_roster(self) -> None:

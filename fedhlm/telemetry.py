@@ -82,6 +82,9 @@ LABELS: Final = {"tokens_by_source": "source", "always_verified": "rule", "gener
 GAUGES: Final[dict[str, str]] = {
     "risk": "estimated harm per token of kept tokens (R-hat), after the newest generation that could be audited",
     "risk_limit": "upper confidence limit of the harm per token",
+    "fleet_risk": "estimated harm per token of all devices' kept tokens, for the present large model",
+    "fleet_risk_limit": "upper confidence limit of the fleet's harm per token",
+    "fleet_risk_tokens": "tokens that the fleet's estimate covers",
     "risk_generations": "generations that the estimate covers",
     "tau": "threshold on the doubt in the newest generation; below 0 every token was verified",
     "similarity": "cosine from which peers settled tokens, in the newest generation in which they could",

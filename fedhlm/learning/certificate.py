@@ -29,6 +29,7 @@ _TIGHT: Final = 0.8  # share of the budget below which a rarer audit must keep t
 _RETIRED: Final = -1e18  # the log-sum of a slope that counts no more; l n mu is always smaller
 _ALWAYS: Final = 64  # a tail of this many tokens is always audited
 _ROUNDING: Final = 1e-9  # a chance may be below its slope's by rounding
+_MOST: Final = 1e15
 _STEPS: Final = 60  # steps of bisection, each of which halves the interval
 
 Sums = NDArray[np.float64]  # (K,) one logarithm per slope
@@ -200,6 +201,64 @@ class Certificate:
         both._harm, both._square = self._harm + other._harm, self._square + other._square
         both._upper, both._lower = self._upper + other._upper, self._lower + other._lower
         return both
+
+    def __sub__(self, other: "Certificate") -> "Certificate":
+        """Take away evidence that is part of this one. The rest is evidence of its own: products have factors."""
+        both = Certificate()
+        both.tokens, both.texts = self.tokens - other.tokens, self.texts - other.texts
+        both._harm, both._square = self._harm - other._harm, self._square - other._square
+        both._upper, both._lower = self._upper - other._upper, self._lower - other._lower
+        return both
+
+    def dearer(self, choices: float) -> Self:
+        """The evidence at 1 / `choices` of the error probability: it was chosen among so many, whichever looked best."""
+        return self._made(self.tokens, self.texts, self._harm, self._upper - math.log(choices))
+
+    def bounded(self, tokens: float, harm: float) -> Self:
+        """The evidence with `tokens` tokens, at most those it has, and at least `harm` and at most `tokens` wrong ones.
+
+        The limit is never below that of this evidence, alone or in a sum whose limit is at most 1: fewer tokens and
+        more harm raise it, and evidence whose tokens are all wrong raises any sum.
+        """
+        upper = np.clip(self._upper, tokens * np.log1p(-SLOPES), harm * np.log1p(-SLOPES))
+        return self._made(tokens, min(self.texts, tokens), min(tokens, max(harm, self._harm)), upper)
+
+    def to_bytes(self) -> bytes:
+        """What gives the limit of a sum, as little-endian float64: tokens, texts, harm, K log-sums."""
+        return np.array([self.tokens, self.texts, self._harm, *self._upper], "<f8").tobytes()
+
+    @classmethod
+    def _made(cls, tokens: float, texts: float, harm: float, upper: Sums) -> Self:
+        """Evidence with these numbers, for limits of sums."""
+        found = cls()
+        found.tokens, found.texts = tokens, texts
+        found._harm, found._upper = harm, upper
+        return found
+
+    def tidy(self) -> Self:
+        """The evidence without what the rounding of sums and differences leaves on the wrong side of zero."""
+        tokens = max(0.0, self.tokens)
+        return self._made(tokens, min(tokens, max(0.0, self.texts)), max(0.0, self._harm), np.minimum(0.0, self._upper))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, part: bool = False) -> Self:
+        """Make a certificate from the bytes of `to_bytes`. Its `floor` and `standard_error` are not valid.
+
+        A `part` of a sum may have numbers that no evidence has.
+
+        Raises:
+            ProtocolError: the bytes are of another size, or hold impossible numbers.
+        """
+        if len(data) != 8 * (3 + SLOPES.size):
+            raise ProtocolError(f"evidence must be {8 * (3 + SLOPES.size)} bytes (got {len(data)})")
+        tokens, texts, harm, *upper = np.frombuffer(data, "<f8").tolist()
+        if part and np.isfinite(np.frombuffer(data, "<f8")).all():
+            return cls._made(tokens, texts, harm, np.array(upper))
+        if not (0.0 <= texts <= tokens <= _MOST and 0.0 <= harm <= _MOST):
+            raise ProtocolError(
+                f"evidence must be of 0..{_MOST:g} tokens and harm (got {tokens:g}, {texts:g}, {harm:g})"
+            )
+        return cls.of(CertificateState(tokens, texts, harm, 0.0, tuple(upper), (0.0,) * SLOPES.size))
 
     def figures(self) -> dict[str, float]:
         """Named numbers that give the limit of a sum: tokens, texts, harm and the log-sums `upper_0`, `upper_1`, ..."""

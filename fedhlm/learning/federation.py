@@ -8,14 +8,15 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import msgspec
-import numpy as np
 from msgspec.structs import replace
 
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve
+from fedhlm.learning.evidence import FleetEvidence, SavedEvidence, Witnessed
+from fedhlm.learning.learnt_state import State, check_thresholds, curves_of
 from fedhlm.learning.member import KnownMember
 from fedhlm.learning.orders import Obeyed, Orders, check_time
 from fedhlm.learning.robust import near_median, pool, winsorised
@@ -41,7 +42,6 @@ from fedhlm.telemetry import warn_once
 log = logging.getLogger(__name__)
 
 MEMBERS_MAX: Final = 4_096
-CONTROL_MAX: Final = 1e12  # largest control variate: it is a mean gradient on [0, 1], and sums must stay finite
 OVERTAKEN_S: Final = 300.0  # no message arrives this long after one that was sent later
 LEAP: Final = 65_536  # rounds; more than a month of them
 _COUNT_END: Final = 2**31
@@ -82,64 +82,6 @@ def guarded(updates: Sequence[PaperUpdate], trim: float) -> list[PaperUpdate]:
     ]
 
 
-class State(NamedTuple):
-    """What a federation knows: thresholds by pair of models, curves by measure. `members` is the number of agents."""
-
-    round: int
-    members: int
-    refused: int
-    thresholds: Mapping[Pair, PaperThreshold]
-    curves: Mapping[str, Curve]
-
-    @classmethod
-    def of(cls, message: Learned) -> "State":
-        """Read the state from a message.
-
-        Raises:
-            ProtocolError: a curve or the control variate is impossible.
-        """
-        check_thresholds(message.thresholds)
-        return cls(message.round, message.members, message.refused, message.thresholds, _curves(message))
-
-    def learned(self, header: Mapping[str, Any]) -> Learned:
-        """Make the retained message for the members. `header` holds the header fields."""
-        return Learned(
-            **header,
-            round=self.round,
-            members=self.members,
-            refused=self.refused,
-            thresholds=dict(self.thresholds),
-            curves=self._packed(),
-        )
-
-    def contribution(self, header: Mapping[str, Any]) -> Contribution:
-        """Make the contribution of all members together, for the cloud."""
-        return Contribution(
-            **header,
-            round=self.round,
-            members=self.members,
-            thresholds=dict(self.thresholds),
-            curves=self._packed(),
-        )
-
-    def below(self, above: "State | None", *, tokens: float) -> "State":
-        """Return this state with what the pool above knows from other members.
-
-        The share that this state contributed is subtracted from the curves of `above`. The rest is scaled down to at
-        most `tokens` scored tokens and added. The thresholds of `above` replace those of this state.
-        """
-        if above is None:
-            return self
-        others = {name: _without(curve, self.curves.get(name)) for name, curve in above.curves.items()}
-        prior = {measure: curve.scaled(_factor(curve, tokens)) for measure, curve in others.items()}
-        names = sorted({*self.curves, *prior}, key=lambda name: (name not in self.curves, name))[:MAX_CURVES]
-        curves = {name: self.curves.get(name, Curve.empty()) + prior.get(name, Curve.empty()) for name in names}
-        return self._replace(curves=curves, thresholds=_few({**self.thresholds, **above.thresholds}))
-
-    def _packed(self) -> dict[str, bytes]:
-        return {measure: curve.to_bytes() for measure, curve in self.curves.items()}
-
-
 class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     version: int
     schema: int
@@ -149,6 +91,7 @@ class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     members: list[tuple[Name, Contribution]]
     silent_s: dict[Name, float] = {}
     orders: list[Obeyed] = []
+    evidence: SavedEvidence = SavedEvidence()
 
 
 _saved: Final = msgspec.msgpack.Decoder(_Saved)
@@ -174,6 +117,7 @@ class Members:
         self._silent_before: dict[str, float] = {}  # seconds of silence of members in an earlier life of this part
         self._now_s = -math.inf  # the latest time that was seen
         self.federation = federation
+        self.evidence = FleetEvidence()
         self._mean = mean
         self._members: dict[str, KnownMember] = {}  # the member that has been silent for longest comes first
         self._fresh: set[str] = set()
@@ -213,10 +157,12 @@ class Members:
         check: Check | None = None,
         *,
         wall_ms: int | None = None,
+        witnessed: Witnessed | None = None,
     ) -> Taken:
         """Keep a member's contribution if it is valid and later than the known one.
 
-        `check` cuts impossible claims; `cut` counts such contributions. `wall_ms` is the Unix time of this part in
+        `check` cuts impossible claims; `cut` counts such contributions. `witnessed` limits what its evidence may claim.
+        `wall_ms` is the Unix time of this part in
         milliseconds. A contribution is rejected if its time is more than a day ahead of it, or if its round is more
         than LEAP above the known one.
 
@@ -243,7 +189,10 @@ class Members:
             reason = "threshold"
             check_thresholds(message.thresholds)
             reason = "curve"
-            curves = _curves(message)
+            curves = curves_of(message)
+            reason = "evidence"
+            if message.evidence is not None:
+                self.evidence.hear(name, message.evidence, witnessed)
         except ProtocolError as exc:
             self.refused[reason] += 1
             self._blame(name, reason)
@@ -270,7 +219,10 @@ class Members:
         return "taken"
 
     def forget(self, name: str) -> bool:
-        """Drop a member that contributes elsewhere now. Returns whether it was known."""
+        """Drop a member that contributes elsewhere now. Returns whether it was known.
+
+        Its evidence stays: what it has done here has been done.
+        """
         self._fresh.discard(name)
         self._born.discard(name)
         self._heard_s.pop(name, None)
@@ -291,6 +243,7 @@ class Members:
             return False
         made_ms = {other: member.message.sent_ms for other, member in self._members.items() if self._of_clusters}
         older = [other for other, at_ms in made_ms.items() if at_ms < forget.sent_ms]
+        self.evidence.forget(name)  # the clusters' evidence shrinks by itself, with their next contributions
         for gone in (name, *older):
             self.forget(gone)
         stale = self._inherited is not None and self._inherited_ms < forget.sent_ms
@@ -348,6 +301,8 @@ class Members:
     def inherit(self, message: Learned, *, wall_ms: int | None = None) -> bool:
         """Start from the retained state of an earlier life of this part. Returns whether it was used.
 
+        The evidence in the state must be this part's own, and no more.
+
         The state stands for the members that have not contributed again yet, and loses weight as they contribute. A
         restart therefore does not lose what the pool knew. Once this part has made or restored a round, the retained
         state is its own and is ignored. A state from before an order to forget a member is ignored too, and a round is
@@ -365,6 +320,7 @@ class Members:
         if message.sent_ms < self.orders.since_ms:
             self._first_s = -math.inf
             return False
+        self.evidence.inherit(message.evidence)
         self._inherited, self._inherited_ms = state, message.sent_ms
         self._thresholds = {**state.thresholds, **self._thresholds}
         return True
@@ -447,7 +403,7 @@ class Members:
             curves[measure] = pooled.curve + rest
         absent = round(share * self._inherited.members) if self._inherited is not None else 0
         clipped = min(_COUNT_END - 1, counted + absent), min(_COUNT_END - 1, refused)
-        return State(self.round, *clipped, dict(self._thresholds), curves)
+        return State(self.round, *clipped, dict(self._thresholds), curves, self.evidence.message())
 
     @property
     def inherited_share(self) -> float:
@@ -463,10 +419,20 @@ class Members:
         if self._inherited is not None and self.inherited_share:
             header = {"version": SCHEMA_VERSION, "sender": "self", "sequence": 0, "sent_ms": self._inherited_ms}
             inherited = self._inherited.learned(header)
-        members = [(name, member.message) for name, member in self._members.items()]
+        members = [(name, replace(member.message, evidence=None)) for name, member in self._members.items()]
         silent = self._silent_before | {name: self.silent_s(name) for name in self._heard_s}
         return msgspec.msgpack.encode(
-            _Saved(_VERSION, SCHEMA_VERSION, self.round, self._thresholds, inherited, members, silent, [*self.orders])
+            _Saved(
+                _VERSION,
+                SCHEMA_VERSION,
+                self.round,
+                self._thresholds,
+                inherited,
+                members,
+                silent,
+                [*self.orders],
+                self.evidence.snapshot(),
+            )
         )
 
     def restore(self, data: bytes) -> None:
@@ -487,12 +453,14 @@ class Members:
             )
         for thresholds in (saved.thresholds, *(message.thresholds for _, message in saved.members)):
             check_thresholds(thresholds)
-        members = {name: KnownMember(message, _curves(message)) for name, message in saved.members[-MEMBERS_MAX:]}
+        members = {name: KnownMember(message, curves_of(message)) for name, message in saved.members[-MEMBERS_MAX:]}
+        inherited = None if saved.inherited is None else State.of(saved.inherited)
+        self.evidence.restore(saved.evidence)
         # The monotonic clocks of two processes are unrelated, so earlier silences continue from now.
         self._now_s = -math.inf
         self._heard_s = {}
         self._silent_before = {name: max(0.0, saved.silent_s.get(name, 0.0)) for name in members}
-        self._inherited = None if saved.inherited is None else State.of(saved.inherited)
+        self._inherited = inherited
         self._inherited_ms = 0 if saved.inherited is None else saved.inherited.sent_ms
         self.orders = Orders(saved.orders)
         self._members, self.round, self._thresholds = members, saved.round, saved.thresholds
@@ -502,38 +470,3 @@ class Members:
     def _updates(self, names: "set[str] | dict[str, KnownMember]", pair: Pair) -> list[PaperUpdate]:
         found = (self._members[name].update(pair) for name in sorted(names))
         return [update for update in found if update is not None]
-
-
-def check_thresholds(thresholds: Mapping[Pair, PaperThreshold]) -> None:
-    """Check what the types alone do not ensure.
-
-    Raises:
-        ProtocolError: the control variate is not finite, or beyond CONTROL_MAX.
-    """
-    for threshold in thresholds.values():
-        if not abs(threshold.control) <= CONTROL_MAX:
-            raise ProtocolError(
-                f"threshold.control must be a number within +-{CONTROL_MAX:g} (got {threshold.control})"
-            )
-
-
-def _few(thresholds: dict[Pair, PaperThreshold]) -> dict[Pair, PaperThreshold]:
-    return dict(list(thresholds.items())[-MAX_PAIRS:])
-
-
-def _curves(message: Contribution | Learned) -> dict[str, Curve]:
-    return {measure: Curve.from_bytes(data) for measure, data in message.curves.items()}
-
-
-def _without(whole: Curve, part: Curve | None) -> Curve:
-    """Subtract a member's part from a pool. Sums stay valid where the part has grown since, or the pool was trimmed."""
-    if part is None:
-        return whole
-    seen, weight, harm, square = np.maximum(0.0, whole.rows() - part.rows()).T  # (BINS,) each
-    harm = np.minimum(harm, weight)
-    return Curve(seen, weight, harm, np.minimum(square, harm))
-
-
-def _factor(curve: Curve, tokens: float) -> float:
-    weight = curve.total_weight or curve.total_seen
-    return min(1.0, tokens / weight) if weight > 0.0 else 1.0

@@ -11,7 +11,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from fedhlm.learning.certificate import AUDIT_LEAST, audit_probability
 from fedhlm.learning.curve import Curve
+from fedhlm.learning.evidence import Witness
 from fedhlm.protocol.fingerprint import large_of, pair_in
 from fedhlm.protocol.messages import MAX_PAIRS, Pair, PaperThreshold, Verdict
 
@@ -42,6 +44,7 @@ class Claim(NamedTuple):
 class _Account:
     def __init__(self) -> None:
         self.passed = Sums()
+        self.witness = Witness()
         self.before: Sums | None = None  # the agent's sums when this edge first heard of it; None: not yet heard
         self.counted = 0.0  # tokens that had passed at its latest contribution
 
@@ -61,8 +64,11 @@ class SettledTokens:
         self._accounts: OrderedDict[str, OrderedDict[str, _Account]] = OrderedDict()
         self._begun: OrderedDict[str, None] = OrderedDict()
 
-    def note(self, agent: str, verdict: Verdict, large: str = "") -> None:
-        """Count a verdict of the LLM `large` that passes to an agent."""
+    def note(self, agent: str, verdict: Verdict, large: str = "", *, added: int = 0, audit: bool = False) -> None:
+        """Count a verdict of the LLM `large` that passes to an agent.
+
+        `added` is the number of its ids. An `audit` is the verdict on a tail.
+        """
         scored = len(verdict.target_probs) // 2
         if verdict.status != "settled" or not scored:
             return
@@ -70,6 +76,21 @@ class SettledTokens:
         missed = int.from_bytes(verdict.missed, "little").bit_count()
         wrong = min(scored, missed + (scored > verdict.accepted))
         account.passed = Sums(account.passed.tokens + scored, account.passed.harm + wrong)
+        seen, tokens = account.witness, verdict.accepted + added
+        if audit:
+            account.witness = seen._replace(
+                audited=seen.audited + tokens,
+                audited_wrong=seen.audited_wrong + missed,
+                tails=seen.tails + tokens / audit_probability(AUDIT_LEAST, tokens),
+            )
+        else:
+            account.witness = seen._replace(settled=seen.settled + tokens, wrong=seen.wrong + missed)
+
+    def witness(self, agent: str, pair: Pair) -> Witness:
+        """What passed to an agent from the LLM of a pair."""
+        accounts = self._accounts.get(agent)
+        account = None if accounts is None else accounts.get(large_of(pair))
+        return Witness() if account is None else account.witness
 
     def forget(self, agent: str) -> None:
         """Close an agent's accounts: it has moved, has another SLM, or its name belongs to another agent."""

@@ -57,6 +57,7 @@ Space = Annotated[str, Meta(max_length=16)]
 Measure = Annotated[str, Meta(max_length=64)]
 Pair = Annotated[str, Meta(max_length=16)]
 Sums = Annotated[bytes, Meta(max_length=4_096)]
+LogSums = Annotated[bytes, Meta(max_length=128)]
 
 Source = Literal["local", "peer", "neighbour", "cloud", "unverified"]
 Kind = Literal["state", "began", "heard", "fed", "round", "plan", "judged", "sent", "dropped", "committed", "ended"]
@@ -357,6 +358,17 @@ class PaperThreshold(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     steps: Count = 0
 
 
+class Evidence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a member, or a whole fleet, knows of its error per token, by pair of models.
+
+    `sums` are those of `fedhlm.learning.certificate.Certificate.to_bytes`, of everything since the evidence began.
+    `began_ms` is the Unix time of that in milliseconds, and tells one evidence of a member from the next.
+    """
+
+    began_ms: Milliseconds
+    sums: Annotated[dict[Pair, LogSums], Meta(max_length=MAX_PAIRS)] = {}
+
+
 class Contribution(Message, tag=10, frozen=True):
     """What a member has learnt, sent by an agent to its edge or by an edge to the cloud.
 
@@ -369,6 +381,7 @@ class Contribution(Message, tag=10, frozen=True):
     members: Count
     thresholds: Annotated[dict[Pair, PaperThreshold], Meta(max_length=MAX_PAIRS)] = {}
     curves: Annotated[dict[Measure, Sums], Meta(max_length=MAX_CURVES)] = {}
+    evidence: Evidence | None = None
 
 
 class Learned(Message, tag=11, frozen=True):
@@ -379,6 +392,7 @@ class Learned(Message, tag=11, frozen=True):
     refused: Count = 0
     thresholds: Annotated[dict[Pair, PaperThreshold], Meta(max_length=MAX_PAIRS)] = {}
     curves: Annotated[dict[Measure, Sums], Meta(max_length=MAX_CURVES)] = {}
+    evidence: Evidence | None = None
 
 
 class Profile(Message, tag=12, frozen=True):

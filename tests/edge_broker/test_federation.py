@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedhlm.bus.party import Stamp, presence
-from fedhlm.learning.federation import State
+from fedhlm.learning.learnt_state import State
 from fedhlm.learning.settled import SLACK_TOKENS
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Contribution, Learned, PaperThreshold, RoutedVerdict, Verdict, VerdictBatch, decode

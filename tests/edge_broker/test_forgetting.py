@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedhlm.learning.federation import State
+from fedhlm.learning.learnt_state import State
 from fedhlm.learning.orders import FUTURE_MS
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Forget, Learned, Roster, decode

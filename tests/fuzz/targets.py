@@ -17,7 +17,8 @@ from fedhlm.decoding.tree import Branch, Tree, pack_branches, unpack_branches
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.certificate import Certificate, CertificateState
 from fedhlm.learning.curve import Curve, affine, correlation, isotonic, shrunk
-from fedhlm.learning.federation import Members, State, mean_of_clusters
+from fedhlm.learning.federation import Members, mean_of_clusters
+from fedhlm.learning.learnt_state import State
 from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
 from fedhlm.peers.context_keys import DIMS, unpack_key
 from fedhlm.peers.neighbours import Memory

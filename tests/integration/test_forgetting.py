@@ -14,7 +14,7 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.config import load
 from fedhlm.learning.curve import Curve
-from fedhlm.learning.federation import State
+from fedhlm.learning.learnt_state import State
 from fedhlm.process.notify import Notifier
 from fedhlm.process.run import opener
 from fedhlm.process.runtime import Runtime

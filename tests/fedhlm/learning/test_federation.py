@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from fedhlm.errors import ProtocolError
-from fedhlm.learning import federation
+from fedhlm.learning import federation, learnt_state
 from fedhlm.learning.curve import Curve
-from fedhlm.learning.federation import LEAP, OVERTAKEN_S, Members, State, mean_of_agents, mean_of_clusters
+from fedhlm.learning.federation import LEAP, OVERTAKEN_S, Members, mean_of_agents, mean_of_clusters
+from fedhlm.learning.learnt_state import State
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import MAX_CURVES, SCHEMA_VERSION, Contribution, Learned, PaperThreshold, decode, encode
 from fedhlm.settings import Federation
@@ -408,5 +409,5 @@ def test_a_bad_snapshot_is_refused_and_changes_nothing(noise: bytes, cut: int) -
 def test_controls_whose_sum_might_overflow_are_refused(control: float) -> None:
     pool = agents()
     assert pool.take("a", contribution(1, threshold=PaperThreshold(0.5, 1, control)), 0.0) == "refused"
-    assert pool.take("b", contribution(1, threshold=PaperThreshold(0.5, 1, federation.CONTROL_MAX)), 0.0) == "taken"
+    assert pool.take("b", contribution(1, threshold=PaperThreshold(0.5, 1, learnt_state.CONTROL_MAX)), 0.0) == "taken"
     assert len(pool) == 1

@@ -10,16 +10,18 @@ import msgspec
 from fedhlm import settings
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import FingerprintMismatch
+from fedhlm.learning.evidence import certificates_of
 from fedhlm.process.run import bus_of
 from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import check_agreement
-from fedhlm.protocol.messages import Presence
+from fedhlm.protocol.messages import Evidence, Learned, Presence
 from fedhlm.protocol.roles import ROLES, Role
 from fedhlm.telemetry import Counters
 
 # Retained messages arrive right after a subscription; each of them restarts this wait.
 QUIET_S: Final = 1.0
 _ROWS: Final = (topics.CLOUD_STATUS, topics.EDGE_STATUS, topics.AGENT_STATUS)
+_STATES: Final = (topics.CLOUD_FL_STATE, topics.FL_STATE)
 
 
 class Heard(NamedTuple):
@@ -28,6 +30,20 @@ class Heard(NamedTuple):
     cluster: str
     name: str
     presence: Presence
+
+
+class FleetError(msgspec.Struct, frozen=True, kw_only=True):
+    """The certificate of a fleet, or of a cluster whose broker knows no cloud, for one pair of models.
+
+    With the probability `confidence`, at most `limit` of its tokens are wrong; `estimate` is R-hat.
+    """
+
+    pair: str
+    limit: float
+    estimate: float
+    tokens: float
+    confidence: float
+    since_s: float
 
 
 class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,8 +64,8 @@ class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
     wrong: str
 
 
-async def listen(broker: settings.Broker, *, client_id: str) -> list[Heard]:
-    """Return all retained presences of the broker, each with the names in its topic.
+async def listen(broker: settings.Broker, *, client_id: str) -> tuple[list[Heard], Evidence | None]:
+    """Return all retained presences of the broker, each with the names in its topic, and the fleet's evidence.
 
     Raises:
         BusError: the broker cannot be reached.
@@ -57,18 +73,45 @@ async def listen(broker: settings.Broker, *, client_id: str) -> list[Heard]:
     bus = bus_of(broker, client_id=client_id, connect_timeout_s=broker.connect_timeout_s)
     party = Party(bus=bus, stamp=Stamp(client_id), counters=Counters(), root=broker.root)
     found: dict[tuple[str, str], Heard] = {}
+    told: dict[str, Evidence] = {}
     async with bus:
-        await bus.subscribe(*(row.name(broker.root, cluster="+", agent="+") for row in _ROWS))
+        await bus.subscribe(*(row.name(broker.root, cluster="+", agent="+") for row in (*_ROWS, *_STATES)))
         messages = aiter(party.received())
         while True:
             try:
                 async with asyncio.timeout(QUIET_S):
                     received = await anext(messages)
             except (TimeoutError, StopAsyncIteration):
-                return list(found.values())
+                # The cloud's comes first, then that of any cluster: an edge tells the fleet's where it knows it.
+                return list(found.values()), next((told[cluster] for cluster in sorted(told)), None)
             if isinstance(received.message, Presence):
                 place = received.levels.get("cluster", ""), received.levels.get("agent", received.message.role)
                 found[place] = Heard(*place, received.message)
+            elif isinstance(received.message, Learned) and received.message.evidence is not None:
+                told[received.levels.get("cluster", "")] = received.message.evidence
+
+
+def errors_of_fleet(evidence: Evidence | None, *, confidence: float, now_s: float | None = None) -> list[FleetError]:
+    """Return the certificate of each pair of models, the one with the most tokens first.
+
+    Raises:
+        ProtocolError: the evidence is impossible.
+    """
+    if evidence is None:
+        return []
+    since_s = max(0.0, (time.time() if now_s is None else now_s) - evidence.began_ms / 1000.0)
+    found = sorted(certificates_of(evidence).items(), key=lambda item: -item[1].tokens)
+    return [
+        FleetError(
+            pair=pair,
+            limit=known.limit(confidence),
+            estimate=known.estimate,
+            tokens=known.tokens,
+            confidence=confidence,
+            since_s=since_s,
+        )
+        for pair, known in found
+    ]
 
 
 def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[PartStatus]:

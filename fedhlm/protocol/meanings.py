@@ -9,6 +9,7 @@ _SPACE: Final = ("", "digest of projection and tokenizer; keys of other spaces c
 _KEY: Final = ("", "context key: int8 values, a vector whose cosine tells how similar two contexts are")
 _ROUND: Final = ("", "number of the federated round")
 _MEMBERS: Final = ("agents", "how many agents are behind the message")
+_EVIDENCE: Final = ("", "what is known of the error per token, of the member or of the whole fleet")
 _PAPER: Final = ("", "by pair of models, under the threshold rule `paper-fl` only")
 _CURVES: Final = ("", "by measure: a bitmap of the non-empty bins (8 bytes), then 4 little-endian float32 for each")
 
@@ -152,13 +153,27 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "control": ("", "control variate: a mean gradient"),
         "steps": ("", "number of local gradient steps"),
     },
-    "Contribution": {"round": _ROUND, "members": _MEMBERS, "thresholds": _PAPER, "curves": _CURVES},
+    "Evidence": {
+        "began_ms": ("ms", "Unix time at which the evidence began; another one begins where a device lost its state"),
+        "sums": (
+            "",
+            "by pair of models, of everything since then, as 9 little-endian float64: tokens, texts, harm, 6 log-sums",
+        ),
+    },
+    "Contribution": {
+        "round": _ROUND,
+        "members": _MEMBERS,
+        "thresholds": _PAPER,
+        "curves": _CURVES,
+        "evidence": _EVIDENCE,
+    },
     "Learned": {
         "round": _ROUND,
         "members": _MEMBERS,
         "refused": ("", "how many contributions of the round were rejected"),
         "thresholds": _PAPER,
         "curves": _CURVES,
+        "evidence": _EVIDENCE,
     },
     "Profile": {
         "agent": ("", "whose tokens these are"),

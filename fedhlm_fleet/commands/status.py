@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from fedhlm_fleet.status import PartStatus
+    from fedhlm_fleet.status import FleetError, PartStatus
 
 _DAY_S = 86_400.0
 
@@ -27,6 +27,7 @@ def status(
 ) -> int:
     """Show which parts are on a broker, their software and models, and whether they reach one another.
 
+    A fleet with certificates shows the limit of its error per token.
     The broker of a cluster knows its edge and agents; the broker of the cloud knows the cloud.
     The other broker keys are flags too: --broker.ca ca.pem.
     Exit code 1: a part is missing, offline, out of reach, or of another version.
@@ -44,22 +45,31 @@ def status(
     from rich.console import Console
 
     from fedhlm.config import load
-    from fedhlm_fleet.status import listen, missing, rows
+    from fedhlm_fleet.status import errors_of_fleet, listen, missing, rows
 
     given = parse_keys(keys) | ({} if broker is None else {"broker.url": broker})
-    section = load(file=config, flags=given).config.broker
-    found = rows(asyncio.run(listen(section, client_id=f"status-{secrets.token_hex(4)}")))
+    settings = load(file=config, flags=given).config
+    heard, evidence = asyncio.run(listen(settings.broker, client_id=f"status-{secrets.token_hex(4)}"))
+    found = rows(heard)
     lacking = missing(found)
+    errors = errors_of_fleet(evidence, confidence=settings.generation.confidence)
     if json:
-        print(msgspec.json.encode({"parts": found, "missing": lacking}).decode())
+        print(msgspec.json.encode({"parts": found, "missing": lacking, "errors": errors}).decode())
     else:
         console = Console(highlight=False)
         if found:
             console.print(_table(found))
         wrong = [f"{row.cluster} {row.name}: {row.wrong}".lstrip() for row in found if row.wrong]
-        for line in [*wrong, *lacking]:
+        for line in [*map(_error, errors), *wrong, *lacking]:
             console.print(line, markup=False)
     return 1 if lacking or any(row.wrong for row in found) else 0
+
+
+def _error(known: "FleetError") -> str:
+    return (
+        f"error of the fleet at most {known.limit:.4f} at {known.confidence:.0%} "
+        f"({known.tokens:,.0f} tokens in {age(known.since_s)}, models {known.pair})"
+    )
 
 
 def _table(found: "Sequence[PartStatus]") -> "Table":

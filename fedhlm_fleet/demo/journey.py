@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from fedhlm import choices
+from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import BINS, Curve, isotonic
+from fedhlm.learning.evidence import certificates_of, fleet_words
 from fedhlm.protocol.messages import Learned
 from fedhlm.settings import Generation
 from fedhlm_fleet.demo.report import SOURCES, Generated, certificate_of, taus_of
@@ -43,6 +45,7 @@ class Journey:
         self._measure = measure
         self._bars = bars
         self._finished: list[Generated] = []
+        self._fleet: Certificate | None = None
 
     def heard(self, sources: Sequence[str]) -> None:
         """Count committed tokens by their source."""
@@ -57,8 +60,10 @@ class Journey:
         """Take in a new state of a cluster or, with "", of all clusters.
 
         Raises:
-            ProtocolError: the curve is malformed.
+            ProtocolError: a curve or the evidence is malformed.
         """
+        if not cluster and state.evidence is not None:
+            self._fleet = sum(certificates_of(state.evidence).values(), Certificate())
         curves = [Curve.from_bytes(data) for name, data in state.curves.items() if name.startswith(self._measure)]
         curve = max(curves, key=lambda known: known.total_weight, default=None)
         thresholds = sorted(state.thresholds.values(), key=lambda told: -told.count)
@@ -92,6 +97,8 @@ class Journey:
             lines.append(f"peers      {self._peers()}")
         if self._generation.audit > 0.0:
             lines.append(f"error      {self._error()}")
+        if self._fleet is not None:
+            lines.append(f"fleet      {fleet_words(self._fleet, self._generation.confidence)}")
         return lines
 
     def _settled(self) -> str:

@@ -13,11 +13,14 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from edge_agent.core import AgentCore
 from edge_agent.result import GenerationResult, Job
+from edge_broker.service import EdgeService
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.learning.certificate import Certificate
-from fedhlm.protocol.messages import Sampling
+from fedhlm.learning.evidence import FleetEvidence
+from fedhlm.protocol.messages import Evidence, Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
@@ -43,7 +46,8 @@ class DeviceLife(msgspec.Struct, frozen=True, kw_only=True):
     """One device: its errors and tokens over all texts, its last report, and its costs.
 
     `above` says that the truth was once above the limit, over the texts accounted for. `different` is the share of
-    texts that are not the LLM's.
+    texts that are not the LLM's. `evidence` is what its edge tells the cloud, by pair of models
+    (`fedhlm.protocol.messages.Evidence`).
     """
 
     tokens: int
@@ -57,7 +61,7 @@ class DeviceLife(msgspec.Struct, frozen=True, kw_only=True):
     lost_audits: int
     audit_messages: int
     messages: int
-    certificate: dict[str, float]
+    evidence: dict[str, bytes]
 
     @property
     def truth(self) -> float:
@@ -68,7 +72,8 @@ class DeviceLife(msgspec.Struct, frozen=True, kw_only=True):
 class CoverageFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Figures over all lives.
 
-    `fleet_ratio` is the mean of limit / truth over groups of eight lives, or None with fewer lives.
+    `fleet_limit` and `fleet_ratio`, limit / truth, are means over groups of eight lives, or None with fewer lives. The
+    limit is the fleet's certificate as edges and cloud make it.
     """
 
     lives: int
@@ -128,6 +133,7 @@ async def _live(plan: CoveragePlan, seed: int) -> DeviceLife:
             done = round(known.texts)
             above |= done > 0 and wrong[done] / tokens[done] > known.limit(generation.confidence)
         await asyncio.sleep(0.0)
+    told = _told(fleet, agent)
     for node in fleet.nodes.values():
         await node.crash()
     counted = fleet.counters.snapshot()
@@ -143,8 +149,17 @@ async def _live(plan: CoveragePlan, seed: int) -> DeviceLife:
         lost_audits=round(counted.get("lost_audits", 0)),
         audit_messages=round(counted.get("audit_messages", 0)),
         messages=round(counted.get("uplink_messages", 0)),
-        certificate=known.figures(),
+        evidence=told,
     )
+
+
+def _told(fleet: Fleet, agent: AgentCore) -> dict[str, bytes]:
+    """What the edge would tell the cloud after another contribution of its only agent."""
+    edge, evidence = fleet.nodes["edge-0"].service, agent.learner.evidence()
+    if not isinstance(edge, EdgeService) or evidence is None:
+        raise ValueError(f"edge-0 must be an edge, and its agent must have evidence (got {edge!r}, {evidence!r})")
+    edge.members.evidence.hear(agent.name, evidence, partial(edge.settled.witness, agent.name))
+    return {pair: known.to_bytes() for pair, known in edge.members.evidence.totals().items()}
 
 
 def live(plan: CoveragePlan, seed: int) -> DeviceLife:
@@ -164,14 +179,20 @@ def study(
     return figures(plan, found)
 
 
+def _fleet_limit(lives: list[DeviceLife], confidence: float) -> float:
+    """The limit that a cloud with these devices, one in each cluster, publishes."""
+    cloud = FleetEvidence()
+    for number, life in enumerate(lives):
+        cloud.hear(f"c{number}", Evidence(number, life.evidence))
+    return sum(cloud.totals().values(), Certificate()).limit(confidence)
+
+
 def figures(plan: CoveragePlan, lives: list[DeviceLife]) -> CoverageFigures:
     """Figures over the lives."""
     confidence = load(preset="budget", environ={}).config.generation.confidence
     texts = plan.texts * len(lives)
     groups = [lives[i : i + TOGETHER] for i in range(0, len(lives) - TOGETHER + 1, TOGETHER)]
-    limits = [
-        sum((Certificate.of_figures(x.certificate) for x in group), Certificate()).limit(confidence) for group in groups
-    ]
+    limits = [_fleet_limit(group, confidence) for group in groups]
     truths = [sum(x.wrong for x in group) / sum(x.tokens for x in group) for group in groups]
     tokens = sum(x.tokens for x in lives)
     return CoverageFigures(

@@ -12,8 +12,9 @@ from edge_broker.embedded import EmbeddedBroker
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Stamp, presence
+from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Fingerprint, encode
+from fedhlm.protocol.messages import Evidence, Fingerprint, Learned, encode
 from fedhlm_fleet.cli import main
 from fedhlm_fleet.commands.status import age
 from fedhlm_fleet.status import Heard, missing, rows
@@ -105,6 +106,21 @@ async def test_the_command_shows_what_is_on_a_broker() -> None:
         told = json.loads((await announced(broker.url, "--json")).stdout)
         assert [part["name"] for part in told["parts"]] == ["cloud", "edge", "attic", "porch"]
         assert told["missing"] == []
+
+
+async def test_the_command_tells_the_error_of_the_fleet() -> None:
+    known = Certificate()
+    known.add(20_000, [1.0] * 100)
+    evidence = Evidence(1, {"3fa4b1.09c2de": known.to_bytes()})
+    state = Learned(**Stamp("cloud")(), round=1, members=8, evidence=evidence)
+    async with EmbeddedBroker() as broker:
+        bus = MqttBus(broker.url, client_id="teller", birth=Retained(topics.CLOUD_FL_STATE.name(), encode(state)))
+        async with bus:
+            shown = (await announced(broker.url)).stdout
+            told = json.loads((await announced(broker.url, "--json")).stdout)
+    assert f"error of the fleet at most {known.limit(0.95):.4f} at 95% (20,000 tokens in " in shown
+    assert told["errors"][0]["limit"] == pytest.approx(known.limit(0.95))
+    assert told["errors"][0]["pair"] == "3fa4b1.09c2de"
 
 
 async def test_on_an_empty_broker_the_status_is_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.console import Console
 
 from fedhlm.bus.party import Stamp
@@ -15,7 +16,7 @@ from fedhlm.config import load, presets
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import Curve
-from fedhlm.protocol.messages import Learned, PaperThreshold
+from fedhlm.protocol.messages import Evidence, Learned, PaperThreshold
 from fedhlm_fleet.demo.journey import BARS, Journey, sparkline
 from fedhlm_fleet.demo.progress import Progress
 from fedhlm_fleet.demo.report import (
@@ -228,6 +229,22 @@ def test_the_journey_tells_rounds_threshold_and_budget() -> None:
         == f"error      budget 0.05 per token, estimated 0.0500, at most {known.limit(0.95):.4f} (95%, 200 texts)"
     )
     assert told.lines(brief=True) == [lines[0], *lines[2:]]
+
+
+def test_the_journey_tells_the_fleets_certificate() -> None:
+    told = journey()
+    known = Certificate()
+    known.add(20_000, [1.0] * 100)
+    evidence = Evidence(1, {"3fa4b1.09c2de": known.to_bytes()})
+    told.learned("home", replace(learned(None), evidence=evidence))
+    assert not any("fleet" in line for line in told.lines()), "that of one cluster, perhaps"
+    told.learned("", replace(learned(None), evidence=evidence))
+    assert told.lines()[-1] == (
+        f"fleet      error of the fleet at most {known.limit(0.95):.4f} at 95% (estimated 0.0050, 20,000 tokens)"
+    )
+    broken = replace(learned(None), evidence=Evidence(1, {"3fa4b1.09c2de": b"xx"}))
+    with pytest.raises(ProtocolError):
+        told.learned("", broken)
 
 
 def test_the_journey_of_the_published_rule_shows_its_threshold() -> None:

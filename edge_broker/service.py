@@ -10,6 +10,7 @@ from collections import OrderedDict
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_broker.federation import ClusterFederation
 from edge_broker.heard import BELOW, HEARD

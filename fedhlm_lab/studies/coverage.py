@@ -158,7 +158,7 @@ def _told(fleet: Fleet, agent: AgentCore) -> dict[str, bytes]:
     edge, evidence = fleet.nodes["edge-0"].service, agent.learner.evidence()
     if not isinstance(edge, EdgeService) or evidence is None:
         raise ValueError(f"edge-0 must be an edge, and its agent must have evidence (got {edge!r}, {evidence!r})")
-    edge.members.evidence.hear(agent.name, evidence, partial(edge.settled.witness, agent.name))
+    edge.members.evidence.hear(agent.name, evidence, partial(edge.federation.settled.witness, agent.name))
     return {pair: known.to_bytes() for pair, known in edge.members.evidence.totals().items()}
 
 

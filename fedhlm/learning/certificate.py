@@ -207,7 +207,9 @@ class Certificate:
         both = Certificate()
         both.tokens, both.texts = self.tokens - other.tokens, self.texts - other.texts
         both._harm, both._square = self._harm - other._harm, self._square - other._square
-        both._upper, both._lower = self._upper - other._upper, self._lower - other._lower
+        live = np.minimum(self._upper, other._upper) > _RETIRED / 2.0  # (K,) bool
+        both._upper = np.where(live, self._upper - other._upper, _RETIRED)  # a slope that is retired stays so
+        both._lower = self._lower - other._lower
         return both
 
     def dearer(self, choices: float) -> Self:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from fedhlm.learning.certificate import AUDIT_LEAST, audit_probability
+from fedhlm.learning.certificate import AUDIT_CHANCES, audit_probability
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.evidence import Witness
 from fedhlm.protocol.fingerprint import large_of, pair_in
@@ -81,7 +81,7 @@ class SettledTokens:
             account.witness = seen._replace(
                 audited=seen.audited + tokens,
                 audited_wrong=seen.audited_wrong + missed,
-                tails=seen.tails + tokens / audit_probability(AUDIT_LEAST, tokens),
+                tails=seen.tails + tokens / audit_probability(AUDIT_CHANCES[0], tokens),
             )
         else:
             account.witness = seen._replace(settled=seen.settled + tokens, wrong=seen.wrong + missed)

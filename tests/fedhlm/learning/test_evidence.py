@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.errors import ProtocolError
-from fedhlm.learning.certificate import AUDIT_LEAST, SLOPES, Certificate, audit_probability
+from fedhlm.learning.certificate import AUDIT_CHANCES, SLOPES, Certificate, audit_probability
 from fedhlm.learning.evidence import FleetEvidence, SavedEvidence, Witness, Witnessed, certificates_of, fleet_of
 from fedhlm.learning.settled import SettledTokens
 from fedhlm.protocol.messages import MAX_PAIRS, SCHEMA_VERSION, Evidence, Pair, Verdict
@@ -64,7 +64,7 @@ def witnesses() -> st.SearchStrategy[Witness]:
             math.floor(settled * wrong),
             audited,
             missed,
-            sum(a / audit_probability(AUDIT_LEAST, a) for a, _ in tails),
+            sum(a / audit_probability(AUDIT_CHANCES[0], a) for a, _ in tails),
         )
 
     share = st.floats(0.0, 1.0)

@@ -44,6 +44,7 @@ from fedhlm.protocol.messages import (
     Pair,
     PaperThreshold,
 )
+from fedhlm.protocol.packing import check_saved_version
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Federation, Generation
 
@@ -473,6 +474,7 @@ class Learner:
         Raises:
             ProtocolError: the data is not a snapshot of this version. Nothing changes then.
         """
+        check_saved_version(data, SPACE, what="the learner's snapshot")
         try:
             kept = msgspec.msgpack.decode(data, type=Snapshot)
             curves = {name: Curve.from_bytes(raw) for name, raw in kept.curves.items()}
@@ -485,8 +487,6 @@ class Learner:
                 check_thresholds({"one": PaperThreshold(0.0, 0, control)})
         if not 1 <= len(kept.pairs) <= PAIRS_KEPT:
             raise ProtocolError(f"snapshot must hold 1 to {PAIRS_KEPT} pairs of models (got {len(kept.pairs)})")
-        if kept.space != SPACE:
-            raise ProtocolError(f"space of the snapshot must be {SPACE!r} (got {kept.space!r})")
         self.round, self._releases, self.began_ms = kept.round, kept.releases, kept.began_ms
         self._recent = kept.pairs
         self._paper.update(kept.paper)

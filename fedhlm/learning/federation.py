@@ -36,6 +36,7 @@ from fedhlm.protocol.messages import (
     Pair,
     PaperThreshold,
 )
+from fedhlm.protocol.packing import check_saved_version
 from fedhlm.settings import Federation
 from fedhlm.telemetry import warn_once
 
@@ -442,15 +443,13 @@ class Members:
             ProtocolError: the bytes are no snapshot of this version, or hold something that `take` would reject.
                 Nothing has changed then.
         """
+        check_saved_version(data, _VERSION, what="the federation snapshot")
         try:
             saved = _saved.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise ProtocolError(f"federation snapshot cannot be decoded: {exc}") from exc
-        if (saved.version, saved.schema) != (_VERSION, SCHEMA_VERSION):
-            raise ProtocolError(
-                f"versions of the federation snapshot must be {_VERSION}, {SCHEMA_VERSION} "
-                f"(got {saved.version}, {saved.schema})"
-            )
+        if saved.schema != SCHEMA_VERSION:
+            raise ProtocolError(f"schema of the federation snapshot must be {SCHEMA_VERSION} (got {saved.schema})")
         for thresholds in (saved.thresholds, *(message.thresholds for _, message in saved.members)):
             check_thresholds(thresholds)
         members = {name: KnownMember(message, curves_of(message)) for name, message in saved.members[-MEMBERS_MAX:]}

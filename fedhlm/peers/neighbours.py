@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedhlm.errors import ProtocolError
 from fedhlm.peers.context_keys import DIMS, Key
+from fedhlm.protocol.packing import check_saved_version
 from fedhlm.protocol.sources import SOURCES
 
 Origin = Literal["peer", "neighbour"]
@@ -147,12 +148,12 @@ class Memory:
         Raises:
             ProtocolError: the bytes are no snapshot, or a snapshot of other dimensions or of another space.
         """
+        check_saved_version(data, MEMORY_VERSION, what="the memory snapshot")
         try:
             held = _snapshots.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             raise ProtocolError(f"memory snapshot cannot be decoded: {exc}") from exc
         for name, value, expected in (
-            ("version", held.version, MEMORY_VERSION),
             ("space", held.space, space),
             ("dims", held.dims, dims),
             ("peers", len(held.peers), len(held.tokens)),

@@ -5,6 +5,7 @@ Decoding checks lengths and ranges. What does not fit raises ProtocolError.
 
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,3 +77,18 @@ def unpack_probs(data: bytes) -> NDArray[np.float64]:
     if not bool(np.all((probs >= 0.0) & (probs <= 1.0))):
         raise ProtocolError("target_probs holds a value outside 0..1")
     return probs
+
+
+def check_saved_version(data: bytes, expected: int | str, *, what: str) -> None:
+    """Check the version at the beginning of saved state, before its fields are decoded.
+
+    Raises:
+        ProtocolError: it is another one, or `data` is no msgpack array. `what` names the state.
+    """
+    try:
+        saved = msgspec.msgpack.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolError(f"{what} cannot be decoded: {exc}") from exc
+    version = saved[0] if isinstance(saved, list) and saved else None
+    if version != expected:
+        raise ProtocolError(f"version of {what} must be {expected!r} (got {version!r:.40})")

@@ -17,7 +17,7 @@ from fedhlm.errors import FedhlmError, root_of
 from fedhlm.telemetry import configure_logging
 from fedhlm_fleet.chaos.report import ChaosReport
 from fedhlm_fleet.chaos.run import Chaos, Options
-from fedhlm_fleet.chaos.schedule import Persistence
+from fedhlm_fleet.chaos.schedule import Kind, Persistence
 from fedhlm_fleet.commands.common import Positive, Seed
 
 USAGE_ERROR: Final = 2
@@ -38,6 +38,7 @@ def chaos(
     tokens: Positive = 48,
     persistence: Persistence = "both",
     short: bool = False,
+    only: Annotated[tuple[Kind, ...], Parameter(consume_multiple=True, negative="", show_default=False)] = (),
     json: Path | None = None,
     logs: Path | None = None,
 ) -> int:
@@ -63,6 +64,8 @@ def chaos(
         Whether a killed broker keeps its state: on, off, or both, where the seed decides each time.
     short
         Inject only the simple faults.
+    only
+        Inject only faults of these kinds.
     json
         JSON file to write the results to.
     logs
@@ -81,6 +84,7 @@ def chaos(
         tokens=tokens,
         persistence=persistence,
         short=short,
+        only=only,
     )
     run = Chaos(options, say=lambda line: print(line, flush=True), logs=logs)
     report = asyncio.run(_interruptible(run))

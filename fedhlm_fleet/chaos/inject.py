@@ -4,12 +4,17 @@ import asyncio
 import signal
 import time
 from collections.abc import Mapping
+from itertools import count
+from typing import Final
 
 from fedhlm.protocol.roles import EDGE_PREFIX, ROLES, RoleTraits
 from fedhlm_fleet.chaos.observer import Observer
 from fedhlm_fleet.chaos.parts import BROKER, BrokerPart, Parts
 from fedhlm_fleet.chaos.proxy import Proxy
 from fedhlm_fleet.chaos.schedule import Fault
+from fedhlm_lab.sim.liars import LIES
+
+LIE_EVERY_S: Final = 0.5
 
 
 class Injector:
@@ -43,13 +48,15 @@ class Injector:
         """Inject a fault, wait until its time is over, and undo it."""
         # A fault of an edge or of the cloud excuses no lost answer: the device must go on alone.
         lossy = {p.agent for p in self._observer.places if BROKER in fault.targets or p.agent in fault.targets}
-        if fault.kind not in ("throttle", "delay"):
+        if fault.kind not in ("throttle", "delay", "lie"):
             self._observer.disturbances.begin(lossy, time.monotonic())
         match fault.kind:
             case "kill":
                 await self._kill(fault)
             case "freeze":
                 await self._freeze(fault)
+            case "lie":
+                await self._lie(fault)
             case _:
                 await self._trouble(fault)
         self._observer.disturbances.heal(lossy, time.monotonic())
@@ -75,6 +82,16 @@ class Injector:
         await asyncio.sleep(fault.hold_s)
         for name in fault.targets:
             self._parts.signal(name, signal.SIGCONT)
+
+    async def _lie(self, fault: Fault) -> None:
+        """Contribute lies to the federation in the name of the agent, after each of its honest contributions too."""
+        name, until_s = list(LIES)[int(fault.amount) - 1], time.monotonic() + fault.hold_s
+        for number in count(1):
+            for agent in fault.targets:
+                await self._observer.lie(agent, name, number)
+            await asyncio.sleep(LIE_EVERY_S)
+            if time.monotonic() >= until_s:
+                return
 
     async def _trouble(self, fault: Fault) -> None:
         proxies = [self._proxies[name] for name in fault.targets]

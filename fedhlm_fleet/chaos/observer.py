@@ -9,19 +9,23 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from fedhlm.bus.party import Received
+from msgspec.structs import replace
+
+from fedhlm.bus.party import Received, Stamp
 from fedhlm.client import Answer, Client
 from fedhlm.errors import AskError, FedhlmError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Output, Presence, Sampling
+from fedhlm.protocol.messages import Contribution, Output, Presence, Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_fleet.attendance import Attendance, Place
 from fedhlm_fleet.chaos.invariants import Disturbances, RequestStory
 from fedhlm_fleet.demo.asking import Task
+from fedhlm_lab.sim.liars import false_contribution
 
 LOOK_S: Final = 0.02
 ANSWER_S: Final = 60.0  # for an undisturbed request on a slow machine, behind a queue of repeated ones
 PATIENCE_S: Final = 2.5  # for a disturbed request: a little longer than the deadline after which a device goes on alone
+LIES_FROM: Final = 10_000  # an honest agent does not reach this round in a run, and a leap to it is taken
 _READY_AGAIN_S: Final = 5.0
 
 
@@ -57,6 +61,8 @@ class Observer:
         self.attendance = Attendance()
         self.cloud_token_s: dict[str, float] = {}
         self.strangers = 0
+        self.contributions: dict[str, Contribution] = {}  # the latest honest one of each agent
+        self._lying: dict[str, Stamp] = {}
         self._torn_since: float | None = None
         self._clock_s = clock_s
         self._numbers = itertools.count()
@@ -74,6 +80,7 @@ class Observer:
         await self.client.subscribe(
             *self.attendance.filters(root),
             topics.OUTPUT.name(root, cluster="+", agent="+", client="+"),
+            topics.FL_UPDATE.name(root, cluster="+", agent="+"),
         )
 
     def hear(self, received: Received) -> None:
@@ -83,6 +90,8 @@ class Observer:
                 self.attendance.hear(state, received.levels)
             case Output() as output:
                 self.take(output, received.levels["agent"])
+            case Contribution() as contribution if contribution.round < LIES_FROM:
+                self.contributions[received.levels["agent"]] = contribution
 
     def take(self, output: Output, agent: str) -> None:
         """Take in one output."""
@@ -95,6 +104,14 @@ class Observer:
         self.disturbances.heard(agent, now_s)
         if any(SOURCES[token.source].verified for token in new):
             self.cloud_token_s[agent] = now_s
+
+    async def lie(self, agent: str, name: str, number: int) -> None:
+        """Send a false contribution in the name of an agent. `name` is a key of LIES."""
+        place = next(place for place in self.places if place.agent == agent)
+        stamp = self._lying.setdefault(agent, Stamp(agent))
+        message = false_contribution(self.contributions.get(agent), name, number, stamp())
+        message = replace(message, round=message.round + LIES_FROM)
+        await self.client.party.send(topics.FL_UPDATE, message, cluster=place.cluster, agent=agent)
 
     def broker_died(self) -> None:
         """Note that the broker's memory is lost: requests sent before now may have holes in their outputs."""

@@ -4,6 +4,7 @@ With shared noise (couplings `gumbel` and `greedy`) both are functions of the se
 The regret of a token is the distance of its perturbed score from the best one; rounding makes it small, but not zero.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.sampling import Logits, gumbel, scores
 from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
 from fedhlm_fleet.chaos.invariants import BrokenInvariant, RequestStory
 
@@ -24,6 +26,7 @@ from fedhlm_fleet.chaos.invariants import BrokenInvariant, RequestStory
 # tokens of a call, so the device's division of its text into calls changes its logits by some hundredths.
 CLOUD_REGRET: Final = 0.01
 DRAFT_REGRET: Final = 0.5
+BUDGET_ERRORS: Final = 4.0  # standard errors
 
 
 class OracleModel(Protocol):
@@ -103,12 +106,17 @@ def checks_of(generation: Generation) -> Checks:
 
 @dataclass
 class Judgement:
-    """The result of comparing stories with the models. `regrets` has the largest regret of each rule."""
+    """The result of comparing stories with the models. `regrets` has the largest regret of each rule.
+
+    `errors` has for each agent how many tokens the gate kept that the LLM would not have written, and how many tokens
+    were heard.
+    """
 
     tokens: dict[str, int] = field(default_factory=dict)
     unjudged: int = 0
     ties: int = 0
     regrets: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, tuple[int, int]] = field(default_factory=dict)
     violations: list[BrokenInvariant] = field(default_factory=list)
 
 
@@ -151,8 +159,30 @@ def _judge(story: RequestStory, models: Mapping[str, OracleModel], checks: Check
                 text = f"position {position}: {ids[position]} where {best} was due (regret {behind:.3g})"
                 total.violations.append(BrokenInvariant(check.rule, who, text))
                 break  # the tokens that follow depend on it
+    _count_errors(story, prompt, ids, models["llm"], total)
     if not story.torn and story.finish is not None and story.text != models["llm"].decode(ids):
         total.violations.append(BrokenInvariant("text", who, f"{story.text!r} is not the text of its ids"))
+
+
+def _count_errors(
+    story: RequestStory, prompt: Sequence[int], ids: Sequence[int], llm: OracleModel, total: Judgement
+) -> None:
+    kept = [p for p, token in story.tokens.items() if p < len(ids) and SOURCES[token.source].kept]
+    rows = llm.after(prompt, ids) if kept and COUPLINGS[story.sampling.coupling].shared else []
+    wrong = sum(regret(rows[p], story.sampling, len(prompt) + p, ids[p]) > CLOUD_REGRET for p in kept) if rows else 0
+    before = total.errors.get(story.agent, (0, 0))
+    total.errors[story.agent] = (before[0] + wrong, before[1] + len(ids))
+
+
+def over_budget(judgement: Judgement, budget: float) -> list[BrokenInvariant]:
+    """Return the agents whose kept tokens were wrong more often than a budget allows, by BUDGET_ERRORS or more."""
+    found = []
+    for agent, (wrong, tokens) in sorted(judgement.errors.items()):
+        allowed = budget * tokens + BUDGET_ERRORS * math.sqrt(budget * tokens)
+        if wrong > allowed:
+            text = f"wrong tokens must be at most {allowed:.0f} of {tokens} (got {wrong})"
+            found.append(BrokenInvariant("budget", agent, text))
+    return found
 
 
 def _filled(story: RequestStory, prompt: Sequence[int], llm: OracleModel) -> list[int]:

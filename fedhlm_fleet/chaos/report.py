@@ -49,6 +49,7 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
     unjudged: int
     ties: int
     regrets: dict[str, float]
+    errors: dict[str, tuple[int, int]]
     duplicates: int
     strangers: int
     memory: dict[str, MemoryUse]
@@ -89,6 +90,7 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
             unjudged=judgement.unjudged,
             ties=judgement.ties,
             regrets=judgement.regrets,
+            errors=judgement.errors,
             duplicates=sum(s.duplicates for s in stories),
             strangers=strangers,
             memory=dict(memory),
@@ -106,6 +108,7 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
         ]
         tokens = ", ".join(f"{count} {source}" for source, count in sorted(self.tokens.items()))
         regrets = ", ".join(f"{rule} {value:.2g}" for rule, value in sorted(self.regrets.items()))
+        errors = ", ".join(f"{agent} {wrong} of {heard}" for agent, (wrong, heard) in sorted(self.errors.items()))
         memory = ", ".join(f"{name} {_megabytes(m)}" for name, m in sorted(self.memory.items()))
         shown += [
             "",
@@ -113,6 +116,7 @@ class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
             f"requests: {self.requests}, answered {self.answered}, asked again {self.asked_again}, with holes {self.torn}",
             f"tokens: {tokens or 'none'}; judged {sum(self.judged.values())}, not judged {self.unjudged}, near ties {self.ties}",
             f"largest regret: {regrets or 'none'}",
+            f"kept tokens that the LLM would not have written: {errors or 'none'}",
             f"messages heard twice: {self.duplicates}; not ours: {self.strangers}",
             f"peak memory, MB (growth after settling): {memory}",
             f"violations: {len(self.violations)}",

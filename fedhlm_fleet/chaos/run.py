@@ -16,6 +16,7 @@ from typing import Final
 
 import msgspec
 
+from fedhlm import choices
 from fedhlm import config as configuration
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.client import Client
@@ -25,11 +26,11 @@ from fedhlm_fleet.attendance import Place
 from fedhlm_fleet.chaos.inject import Injector
 from fedhlm_fleet.chaos.invariants import BrokenInvariant, GrowthLimits, RequestStory, fresh, unanswered
 from fedhlm_fleet.chaos.observer import NotInTime, Observer, until
-from fedhlm_fleet.chaos.oracle import FolderModel, Judgement, checks_of, judge
+from fedhlm_fleet.chaos.oracle import FolderModel, Judgement, checks_of, judge, over_budget
 from fedhlm_fleet.chaos.parts import BROKER, BrokerPart, MemoryUse, Parts, module
 from fedhlm_fleet.chaos.proxy import Proxy
 from fedhlm_fleet.chaos.report import ChaosReport, Recovery
-from fedhlm_fleet.chaos.schedule import Fault, Persistence, schedule
+from fedhlm_fleet.chaos.schedule import Fault, Kind, Persistence, schedule
 from fedhlm_fleet.demo.asking import Task
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
@@ -57,7 +58,10 @@ LIMITS: Final = {
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """The options of a run, ending after `seconds` or `faults` faults (0: no limit); `short`: only simple faults."""
+    """The options of a run, ending after `seconds` or `faults` faults (0: no limit).
+
+    `short`: simple faults only; `only`: faults of these kinds only.
+    """
 
     seconds: float = 600.0
     faults: int = 0
@@ -68,6 +72,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 48
     persistence: Persistence = "both"
     short: bool = False
+    only: tuple[Kind, ...] = ()
     deadline_ms: int = 2_000
     retry_ms: int = 300
 
@@ -162,6 +167,8 @@ class Chaos:
             memory = self.parts.memory()
         wall_s = time.monotonic() - began_s
         judgement = await asyncio.to_thread(self._judge)
+        if choices.THRESHOLDS[self.config.generation.threshold].keeps_budget:
+            self.violations += over_budget(judgement, self.config.generation.budget)
         return self._report(judgement, memory, wall_s)
 
     async def _start(self, name: str) -> None:
@@ -246,7 +253,13 @@ class Chaos:
 
     async def _faults(self, began_s: float) -> None:
         until_s = began_s + self.options.seconds
-        faults = schedule(self.options.seed, self.roles, persistence=self.options.persistence, short=self.options.short)
+        faults = schedule(
+            self.options.seed,
+            self.roles,
+            persistence=self.options.persistence,
+            short=self.options.short,
+            only=self.options.only,
+        )
         injector = Injector(
             observer=self.observer,
             parts=self.parts,

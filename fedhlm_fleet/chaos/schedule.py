@@ -9,7 +9,9 @@ from typing import Final, Literal
 
 import msgspec
 
-Kind = Literal["kill", "freeze", "cut", "stall", "throttle", "delay", "half-open-near", "half-open-far"]
+from fedhlm_lab.sim.liars import LIES
+
+Kind = Literal["kill", "freeze", "cut", "stall", "throttle", "delay", "half-open-near", "half-open-far", "lie"]
 Persistence = Literal["off", "on", "both"]
 
 ROLES: Final = ("broker", "edge", "cloud", "agent")
@@ -28,6 +30,7 @@ HOLD_S: Final[Mapping[Kind, tuple[float, float]]] = {
     "delay": (2.0, 6.0),
     "half-open-near": (0.0, 0.0),
     "half-open-far": (0.0, 0.0),
+    "lie": (4.0, 12.0),
 }
 THROTTLE_BYTES_PER_S: Final = (500, 5_000)
 DELAY_S: Final = (0.05, 0.6)
@@ -36,8 +39,8 @@ DELAY_S: Final = (0.05, 0.6)
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """One fault: its kind, its targets, and its duration.
 
-    `roles` are the roles of `targets`, which are names of parts. `amount` is the bytes/s of a throttle, or the seconds
-    of a delay. `keep`: a killed broker comes back with its retained messages, if it runs with persistence.
+    `roles` are the roles of `targets`, which are names of parts. `amount` is the bytes/s of a throttle, the seconds of
+    a delay, or the number of a lie, from 1 in the order of LIES. `keep`: a killed broker comes back with its retained messages, if it runs with persistence.
     """
 
     number: int
@@ -55,13 +58,23 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def schedule(
-    seed: int, parts: Mapping[str, Sequence[str]], *, persistence: Persistence = "both", short: bool = False
+    seed: int,
+    parts: Mapping[str, Sequence[str]],
+    *,
+    persistence: Persistence = "both",
+    short: bool = False,
+    only: Sequence[Kind] = (),
 ) -> Iterator[Fault]:
-    """Yield endless faults. `parts` has the names of the parts in each role of ROLES; `short`: simple faults only."""
+    """Yield endless faults. `parts` has the names of the parts in each role of ROLES.
+
+    `short`: simple faults only. `only`: faults of these kinds only; empty for all.
+    """
     rng = random.Random(f"chaos {seed}")
     number = 0
     while True:
         for kind, roles in _deck(rng, first=number == 0, short=short):
+            if only and kind not in only:
+                continue
             lowest, highest = HOLD_S[kind]
             yield Fault(
                 number=number,
@@ -83,7 +96,7 @@ def _deck(rng: random.Random, *, first: bool, short: bool) -> list[tuple[Kind, t
         others = [(kind, (role,)) for kind in ON_LINKS for role in LINKED]
         others += [("kill", roles) for roles in TOGETHER]
         others += [("freeze", (role,)) for role in ROLES]
-        others += [("cut", LINKED), ("stall", LINKED)]
+        others += [("cut", LINKED), ("stall", LINKED), ("lie", ("agent",))]
         # An unaware side with nothing to send waits for its keepalive, which takes long: so there is one of each per
         # deck.
         others += [("half-open-near", (rng.choice(LINKED),)), ("half-open-far", (rng.choice(LINKED),))]
@@ -102,5 +115,7 @@ def _amount(rng: random.Random, kind: Kind) -> float:
             return float(rng.randint(*THROTTLE_BYTES_PER_S))
         case "delay":
             return round(rng.uniform(*DELAY_S), 3)
+        case "lie":
+            return float(rng.randint(1, len(LIES)))
         case _:
             return 0.0

@@ -5,13 +5,13 @@ A lie changes the sums or the threshold of an outgoing contribution. In everythi
 
 from collections.abc import Callable, Mapping
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from edge_agent.learner import Learner
 from fedhlm.learning.curve import BINS, Curve
-from fedhlm.protocol.messages import Pair, PaperThreshold
+from fedhlm.protocol.messages import Contribution, Pair, PaperThreshold
 from fedhlm.settings import Generation
 
 BOAST: Final = 1e6  # tokens that a liar claims
@@ -84,6 +84,14 @@ def lie(name: str, spoken: Spoken, number: int) -> Spoken:
     curves = {measure: LIES[name](Curve.from_bytes(data), number).to_bytes() for measure, data in packed.items()}
     shout = {pair: PaperThreshold(1.0, LARGEST_COUNT, told.control, told.steps) for pair, told in thresholds.items()}
     return shout, curves
+
+
+def false_contribution(known: Contribution | None, name: str, number: int, header: Mapping[str, Any]) -> Contribution:
+    """Make a liar's `number`-th contribution with these header fields, from the honest one that is known of it."""
+    if known is None:
+        known = Contribution(**header, round=0, members=1, curves={"unknown": Curve.empty().to_bytes()})
+    thresholds, curves = lie(name, (dict(known.thresholds), dict(known.curves)), number)
+    return Contribution(**header, round=known.round + number, members=1, thresholds=thresholds, curves=curves)
 
 
 def tempt(learner: Learner, lie_now: Callable[[], str | None]) -> None:

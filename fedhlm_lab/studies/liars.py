@@ -1,17 +1,15 @@
 """Measure what hostile members of a federation do to honest ones: toy fleets under the preset `budget`.
 
-Some of the `n` agents of a cluster lie in every contribution; another cluster is honest. Counted are the share of
-committed tokens that the LLM, with the same seed, would have written otherwise, and the share of tokens that the
-cloud settled. Run: python -m fedhlm_lab.studies.liars [--members 2 4 8] [--lies bin-0 drift] [--generations 60]
+Some agents of a cluster lie in every contribution; another cluster is honest. Counted are the share of committed tokens
+that the LLM, with the same seed, would have written otherwise, and what was sent upwards.
 """
 
-import argparse
 import asyncio
 import random
-import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
+
+import msgspec
 
 from edge_agent.core import AgentCore
 from edge_agent.result import GenerationResult, Job
@@ -25,9 +23,14 @@ from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
 from fedhlm_lab.studies.compare import nobody
 from fedhlm_lab.studies.coverage import AGREEMENT, errors_of
+from fedhlm_lab.workers import across
 
 NEIGHBOURS: Final = 2  # agents of the other cluster
 HONEST: Final = "none"
+CALIBRATED: Final = "calibrated-fl"
+PAPER: Final = "paper-fl"
+SHOUT: Final = "harmless"  # under `paper-fl` all lies are one: the threshold 1 with the largest count
+MESSAGES_MORE: Final = 1.1
 
 
 class Life(NamedTuple):
@@ -44,18 +47,25 @@ class Life(NamedTuple):
 
 
 class LiarsSetting(NamedTuple):
-    """A fleet: `members` agents in the cluster, of which `liars` send the lie `lie`."""
+    """A fleet under a rule for tau: `members` agents in the cluster, of which `liars` tell the lie `lie`."""
 
+    rule: str
     members: int
     liars: int
     lie: str
-    temperature: float
-    generations: int
-    tokens: int
+    plan: "LiarsPlan"
+
+    def config(self) -> Config:
+        """The preset `budget`, or the same gate under the published rule."""
+        flags = {"generation.budget": str(self.plan.budget)}
+        if self.rule == PAPER:
+            flags |= {"generation.threshold": PAPER, "generation.audit": "0", "generation.learning.growth": "0"}
+        return load(preset="budget", environ={}, flags=flags).config
 
 
-async def fleet_of(pair: Pair, config: Config, setting: LiarsSetting, seed: int) -> list[Life]:
+async def fleet_of(pair: Pair, setting: LiarsSetting) -> list[Life]:
     """Let all agents write at once; return what became of the honest ones."""
+    config, seed = setting.config(), setting.plan.seed
     fleet = Fleet(pair, seed=seed, clusters=2, delay_s=0.01, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
         node.start()
@@ -74,14 +84,14 @@ async def _write(fleet: Fleet, config: Config, setting: LiarsSetting, cluster: s
     async with fleet.online(cluster, f"agent-{number}", fleet.pair.drafter()) as agent:
         if lies:
             tempt(agent.learner, lambda: setting.lie)
-        for _ in range(setting.generations):
+        for _ in range(setting.plan.texts):
             result = await _generate(agent, config, setting, rng, fleet.pair)
             truth += errors_of(result.prompt, result.sampling, result.made) / len(result.made.ids)
             verified += sum(SOURCES[s].verified for s in result.made.sources)
             written += len(result.made.ids)
             messages += result.made.uplink_messages
             tau = result.made.tau
-    return Life(cluster == "c0", truth / setting.generations, verified / written, messages / written, tau)
+    return Life(cluster == "c0", truth / setting.plan.texts, verified / written, messages / written, tau)
 
 
 class _StudyText(NamedTuple):
@@ -94,59 +104,141 @@ async def _generate(
     agent: AgentCore, config: Config, setting: LiarsSetting, rng: random.Random, pair: Pair
 ) -> _StudyText:
     prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(3)]
-    sampling = Sampling(rng.getrandbits(40), setting.temperature, 1.0, config.generation.coupling)
-    job = Job(config.generation, sampling, setting.tokens, pair.context, pair.eos_ids)
+    sampling = Sampling(rng.getrandbits(40), setting.plan.temperature, 1.0, config.generation.coupling)
+    job = Job(config.generation, sampling, setting.plan.tokens, pair.context, pair.eos_ids)
     return _StudyText(prompt, sampling, await agent.generate(job, prompt, nobody))
 
 
-def study(config: Config, setting: LiarsSetting, seeds: Sequence[int], agreement: float = AGREEMENT) -> list[Life]:
-    """The honest agents of independent fleets."""
-    pair = toy.pair(agreement)
-    return [life for seed in seeds for life in run_virtual(partial(fleet_of, pair, config, setting, seed)())]
+class LiarsPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a study runs: clusters of each size, with one liar and with as many as stay below half.
+
+    A cluster of more than `most_below` members has one liar only. Each of `lies` is told under the rule
+    `calibrated-fl`; under `paper-fl` a liar claims the largest count.
+    """
+
+    members: tuple[int, ...] = (2, 3, 4, 8, 16, 32)
+    lies: tuple[str, ...] = tuple(LIES)
+    most_below: int = 16
+    texts: int = 60
+    tokens: int = 24
+    temperature: float = 0.0
+    budget: float = 0.05
+    agreement: float = AGREEMENT
+    seed: int = 0
+
+    def settings(self) -> list[LiarsSetting]:
+        """All fleets: for each size and rule first the one without liars."""
+        found = []
+        for members in self.members:
+            most = (members - 1) // 2 if members <= self.most_below else 1
+            liars = sorted({1, max(1, most)})
+            for rule, lies in ((CALIBRATED, self.lies), (PAPER, (SHOUT,))):
+                told = [(0, HONEST), *((count, lie) for count in liars for lie in lies)]
+                found += [LiarsSetting(rule, members, count, lie, self) for count, lie in told]
+        return found
 
 
-def describe(lives: Sequence[Life]) -> str:
-    """Describe means over agents."""
-    if not lives:
-        return "-"
-    mean = {name: sum(getattr(life, name) for life in lives) / len(lives) for name in Life._fields}
-    worst = max(life.truth for life in lives)
-    return (
-        f"{mean['truth']:.4f} (worst {worst:.4f}) | {mean['verified']:.1%} | {mean['messages']:.3f} | {mean['tau']:.3f}"
-    )
+class LiarsCell(msgspec.Struct, frozen=True, kw_only=True):
+    """What one fleet's honest agents had, as means over them: in the liars' own cluster, or in the other one.
+
+    `error` is per token, `worst` that of the agent with the largest one. `verified` is the share of tokens that the
+    cloud settled, `messages` the number sent upwards per token, and `tau` the last threshold. The differences are those
+    to the fleet of the same size without liars: a ratio for messages, and tau less its tau.
+    """
+
+    rule: str
+    members: int
+    liars: int
+    lie: str
+    here: bool
+    error: float
+    worst: float
+    verified: float
+    messages: float
+    tau: float
+    messages_ratio: float
+    tau_moved: float
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 1 if the honest agents of some fleet exceed the budget."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedhlm_lab.studies.liars", description="what liars can do to the honest"
-    )
-    parser.add_argument("--members", type=int, nargs="+", default=[2, 3, 4, 8, 16, 32])
-    parser.add_argument("--liars", choices=("one", "most"), default="one", help="most: f < n/2, at least one")
-    parser.add_argument("--lies", nargs="+", choices=LIES, default=list(LIES))
-    parser.add_argument("--generations", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--budget", type=float, default=0.05)
-    parser.add_argument("--agreement", type=float, default=AGREEMENT)
-    parser.add_argument("--runs", type=int, default=1)
-    options = parser.parse_args(arguments)
-    config = load(preset="budget", environ={}, flags={"generation.budget": str(options.budget)}).config
-    print("| members | liars | lie | cluster | error | verified | messages a token | tau |\n" + "|---" * 8 + "|")
-    above = 0
-    for members in options.members:
-        most = max(1, (members - 1) // 2) if options.liars == "most" else 1
-        for lie in (HONEST, *options.lies):
-            liars = 0 if lie == HONEST else most
-            setting = LiarsSetting(members, liars, lie, options.temperature, options.generations, options.tokens)
-            lives = study(config, setting, range(options.runs), options.agreement)
+class LiarsFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """All cells, and how many of them miss the target: an error above the budget, or a tenth more messages.
+
+    Cells under `paper-fl`, which promises no budget, have no target.
+    """
+
+    plan: LiarsPlan
+    cells: list[LiarsCell]
+    missed: int
+
+
+def lives_of(setting: LiarsSetting) -> tuple[LiarsSetting, list[Life]]:
+    """Run a fleet in virtual time. Returns the setting, and the lives of the honest agents."""
+    plan = setting.plan
+    return setting, run_virtual(fleet_of(toy.pair(plan.agreement), setting))
+
+
+def study(plan: LiarsPlan, *, jobs: int = 1, ended: Callable[[LiarsCell], object] | None = None) -> LiarsFigures:
+    """Run all fleets of a plan; `ended` is called with each cell."""
+    calm: dict[tuple[str, int, bool], LiarsCell] = {}
+    waiting: list[tuple[LiarsSetting, list[Life]]] = []
+    cells: list[LiarsCell] = []
+    for done in across(lives_of, plan.settings(), jobs):
+        waiting.append(done)
+        for setting, lives in [*waiting]:
             for here in (True, False):
-                group = [life for life in lives if life.here is here]
-                where = "same" if here else "other"
-                print(f"| {members} | {liars} | {lie} | {where} | {describe(group)} |", flush=True)
-                above += sum(life.truth for life in group) > options.budget * len(group)
-    return int(above > 0)
+                key = (setting.rule, setting.members, here)
+                if setting.liars == 0:
+                    calm[key] = cell_of(setting, lives, here)
+                elif key not in calm:
+                    break
+                cells.append(cell_of(setting, lives, here, calm[key]))
+                if ended is not None:
+                    ended(cells[-1])
+            else:
+                waiting.remove((setting, lives))
+    cells.sort(key=lambda cell: (cell.rule, cell.members, cell.liars, cell.lie, not cell.here))
+    return LiarsFigures(plan=plan, cells=cells, missed=sum(misses(plan, cell) for cell in cells))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def misses(plan: LiarsPlan, cell: LiarsCell) -> bool:
+    """Whether the honest of a fleet lost more than the target allows."""
+    return cell.rule == CALIBRATED and (cell.error > plan.budget or cell.messages_ratio > MESSAGES_MORE)
+
+
+def cell_of(setting: LiarsSetting, lives: Sequence[Life], here: bool, calm: LiarsCell | None = None) -> LiarsCell:
+    """Sum up the honest agents of one cluster; `calm` is the cell of the fleet without liars."""
+    group = [life for life in lives if life.here is here]
+    mean = {name: sum(getattr(life, name) for life in group) / len(group) for name in Life._fields}
+    return LiarsCell(
+        rule=setting.rule,
+        members=setting.members,
+        liars=setting.liars,
+        lie=setting.lie,
+        here=here,
+        error=mean["truth"],
+        worst=max(life.truth for life in group),
+        verified=mean["verified"],
+        messages=mean["messages"],
+        tau=mean["tau"],
+        messages_ratio=1.0 if calm is None else mean["messages"] / calm.messages,
+        tau_moved=0.0 if calm is None else mean["tau"] - calm.tau,
+    )
+
+
+def table(figures: LiarsFigures) -> str:
+    """Return the worst cell of each lie and number of liars as Markdown, and whether it keeps to the target."""
+    lines = [
+        "| rule | liars | lie | error, its cluster (worst agent) | error, the other | messages | tau moved |",
+        "|" + "---|" * 7,
+    ]
+    pairs: dict[tuple[str, int, int, str], dict[bool, LiarsCell]] = {}
+    for cell in figures.cells:
+        pairs.setdefault((cell.rule, cell.members, cell.liars, cell.lie), {})[cell.here] = cell
+    for (rule, members, liars, lie), both in pairs.items():
+        here, there = both[True], both[False]
+        missed = " **missed**" if any(misses(figures.plan, cell) for cell in both.values()) else ""
+        lines.append(
+            f"| {rule} | {liars} of {members} | {lie} | {here.error:.3f} ({here.worst:.3f}) | {there.error:.3f} "
+            f"| {max(here.messages_ratio, there.messages_ratio):.2f} | {here.tau_moved:+.3f}{missed} |"
+        )
+    return "\n".join(lines)

@@ -12,7 +12,17 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.sampling import Logits
 from fedhlm.protocol.messages import Sampling
 from fedhlm_fleet.chaos.invariants import HeardToken, RequestStory
-from fedhlm_fleet.chaos.oracle import CLOUD, CLOUD_REGRET, DRAFT, Judgement, checks_of, judge, perturbed, regret
+from fedhlm_fleet.chaos.oracle import (
+    CLOUD,
+    CLOUD_REGRET,
+    DRAFT,
+    Judgement,
+    checks_of,
+    judge,
+    over_budget,
+    perturbed,
+    regret,
+)
 
 VOCABULARY = 40
 
@@ -177,3 +187,19 @@ def test_behind_a_hole_of_unknown_tokens_nothing_is_judged() -> None:
     assert judgement.violations == []
     assert judgement.tokens == {"cloud": 1}
     assert judgement.unjudged == 2
+
+
+def test_kept_tokens_that_the_llm_would_not_have_written_are_counted_against_the_budget() -> None:
+    sampling = Sampling(3, coupling="gumbel")
+    story = written(["local"] * 30 + ["unverified"] * 10 + ["cloud"] * 20, sampling)
+    found = judge([story], MODELS, CHECKS)
+    wrong, tokens = found.errors["porch"]
+    context, expected = MODELS["llm"].encode(story.prompt), 0
+    for place in range(30):
+        row = MODELS["llm"].row(context)
+        expected += regret(row, sampling, len(context), story.tokens[place].token) > CLOUD_REGRET
+        context.append(story.tokens[place].token)
+    assert (wrong, tokens) == (expected, 60)
+    assert expected > 20, "two unrelated models seldom agree"
+    assert [broken.rule for broken in over_budget(found, 0.05)] == ["budget"]
+    assert over_budget(found, 0.9) == []

@@ -18,7 +18,13 @@ def report(*violations: BrokenInvariant) -> ChaosReport:
         options={"seed": 3},
         stories=stories,
         recoveries=[Recovery("kill cloud", 1.0, 2.0), Recovery("cut edge", 9.0, 9.5), Recovery("kill cloud", 3.0, 6.0)],
-        judgement=Judgement(tokens={"cloud": 1, "unverified": 1}, unjudged=1, ties=1, regrets={"oracle": 0.001}),
+        judgement=Judgement(
+            tokens={"cloud": 1, "unverified": 1},
+            unjudged=1,
+            ties=1,
+            regrets={"oracle": 0.001},
+            errors={"a": (2, 90)},
+        ),
         memory={"cloud": MemoryUse(400_000_000, 7_000_000, 61.0), "edge-1": MemoryUse(48_000_000, None, 3.0)},
         violations=violations,
         wall_s=12.0,
@@ -43,3 +49,4 @@ def test_every_violation_is_shown_and_fails_the_run() -> None:
     assert "oracle: a r0: position 0" in shown
     assert "log: cloud: Traceback" in shown
     assert "cloud 400 (+7 in 61 s), edge-1 48" in shown
+    assert "kept tokens that the LLM would not have written: a 2 of 90" in shown

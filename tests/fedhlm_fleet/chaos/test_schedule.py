@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedhlm_fleet.chaos.schedule import HOLD_S, LINKED, ON_LINKS, ROLES, TOGETHER, Fault, schedule
 
 PARTS = {"broker": ["broker"], "edge": ["edge-1", "edge-2"], "cloud": ["cloud"], "agent": ["a", "b", "c"]}
-DECK = len(ROLES) + len(ON_LINKS) * len(LINKED) + len(TOGETHER) + len(ROLES) + 2 + 2
+DECK = len(ROLES) + len(ON_LINKS) * len(LINKED) + len(TOGETHER) + len(ROLES) + 2 + 2 + 1
 SHORT_DECK = len(ROLES) + len(ON_LINKS)
 
 
@@ -52,7 +52,7 @@ def test_faults_are_of_those_who_are_there_and_within_their_limits(seed: int, pe
         assert f.number == number
         assert all(target in PARTS[role] for target, role in zip(f.targets, f.roles, strict=True))
         assert HOLD_S[f.kind][0] <= f.hold_s <= HOLD_S[f.kind][1]
-        assert (f.amount > 0.0) == (f.kind in ("throttle", "delay"))
+        assert (f.amount > 0.0) == (f.kind in ("throttle", "delay", "lie"))
         assert f.keep in given
         assert "broker" not in f.roles or f.kind in ("kill", "freeze"), "the broker has no link of its own"
 
@@ -60,3 +60,10 @@ def test_faults_are_of_those_who_are_there_and_within_their_limits(seed: int, pe
 def test_both_kinds_of_broker_restart_occur() -> None:
     kept = {f.keep for f in first(2 * DECK, 0) if f.kind == "kill" and "broker" in f.roles}
     assert kept == {True, False}
+
+
+def test_only_some_kinds_on_demand() -> None:
+    lies = list(islice(schedule(1, PARTS, only=("lie",)), 20))
+    assert {(fault.kind, fault.roles) for fault in lies} == {("lie", ("agent",))}
+    assert len({fault.amount for fault in lies}) > 3
+    assert [fault.number for fault in lies] == list(range(20))

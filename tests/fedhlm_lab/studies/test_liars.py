@@ -1,42 +1,83 @@
-"""What liars can do, counted on toy models (the full study: python -m fedhlm_lab.studies.liars)."""
+"""What liars can do, counted on toy models (the full study: fedhlm lab liars)."""
 
-from dataclasses import dataclass
+import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from fedhlm.config import load
-from fedhlm_lab.studies.liars import HONEST, LiarsSetting, Life, study
+from fedhlm_fleet.cli import main
+from fedhlm_lab.sim.liars import LIES
+from fedhlm_lab.studies.liars import (
+    CALIBRATED,
+    HONEST,
+    LiarsCell,
+    LiarsPlan,
+    LiarsSetting,
+    Life,
+    cell_of,
+    lives_of,
+    misses,
+)
 
-BUDGET = 0.05
-
-
-@dataclass
-class Mean:
-    truth: float
-    messages: float
-
-
-def mean(lives: list[Life], *, here: bool) -> Mean:
-    group = [life for life in lives if life.here is here]
-    return Mean(*(sum(getattr(life, name) for life in group) / len(group) for name in ("truth", "messages")))
+SMALL = LiarsPlan(members=(2,), texts=15, seed=1)
 
 
 @cache
-def lives(members: int, liars: int, lie: str) -> list[Life]:
-    config = load(preset="budget", environ={}, flags={"generation.budget": str(BUDGET)}).config
-    return study(config, LiarsSetting(members, liars, lie, 0.0, 30, 24), seeds=[1])
+def lives(members: int, liars: int, lie: str, rule: str = CALIBRATED) -> list[Life]:
+    return lives_of(LiarsSetting(rule, members, liars, lie, SMALL))[1]
 
 
-@pytest.mark.parametrize(
-    ("lie", "members", "liars"),
-    [
-        *((lie, 2, 1) for lie in ("bin-0", "seen", "bin-63", "harmless", "harmful", "drift")),
-        ("harmless", 5, 2),
-    ],
-)
-def test_liars_below_half_change_nothing_for_the_honest(lie: str, members: int, liars: int) -> None:
-    calm, misled = lives(members, 0, HONEST), lives(members, liars, lie)
+def cells(members: int, liars: int, lie: str, rule: str = CALIBRATED) -> list[LiarsCell]:
+    """What the honest had in the liars' own cluster, and in the other one."""
+    told = []
     for here in (True, False):
-        assert mean(misled, here=here).truth <= BUDGET
-        assert mean(misled, here=here).messages <= 1.1 * mean(calm, here=here).messages
+        calm = cell_of(LiarsSetting(rule, members, 0, HONEST, SMALL), lives(members, 0, HONEST, rule), here)
+        setting = LiarsSetting(rule, members, liars, lie, SMALL)
+        told.append(cell_of(setting, lives(members, liars, lie, rule), here, calm))
+    return told
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_one_liar_of_two_changes_nothing_for_the_honest(lie: str) -> None:
+    for cell in cells(2, 1, lie):
+        assert cell.error <= SMALL.budget
+        assert cell.messages_ratio <= 1.1
+        assert not misses(SMALL, cell)
+
+
+def test_liars_below_half_change_nothing_for_the_honest() -> None:
+    assert not any(misses(SMALL, cell) for cell in cells(5, 2, "harmless"))
+
+
+def test_a_plan_has_one_liar_and_the_most_below_half() -> None:
+    plan = LiarsPlan(members=(2, 5, 32), lies=("bin-0",))
+    assert [(s.rule, s.members, s.liars) for s in plan.settings() if s.rule == CALIBRATED] == [
+        (CALIBRATED, 2, 0),
+        (CALIBRATED, 2, 1),
+        (CALIBRATED, 5, 0),
+        (CALIBRATED, 5, 1),
+        (CALIBRATED, 5, 2),
+        (CALIBRATED, 32, 0),
+        (CALIBRATED, 32, 1),
+    ]
+
+
+def test_the_command_writes_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "liars.json"
+    words = ["--members", "2", "--lies", "bin-0", "--texts", "3", "--tokens", "6", "--jobs", "1", "--json", str(out)]
+    code = main(["lab", "liars", *words])
+    told = json.loads(out.read_text("utf-8"))
+    assert [(cell["rule"], cell["liars"], cell["lie"], cell["here"]) for cell in told["cells"]] == [
+        (rule, liars, lie, here)
+        for rule, lie in (("calibrated-fl", "bin-0"), ("paper-fl", "harmless"))
+        for liars, lie in ((0, HONEST), (1, lie))
+        for here in (True, False)
+    ]
+    assert code == int(told["missed"] > 0)
+    assert "| calibrated-fl | 1 of 2 | bin-0 |" in capsys.readouterr().out
+
+
+def test_an_unknown_lie_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "liars", "--lies", "half-truth"]) == 2
+    assert capsys.readouterr().err.startswith("fedhlm: --lies must be one of bin-0, ")

@@ -90,7 +90,7 @@ CHANGES: Final = (
     Change(
         "FedProx's anchor, as it is passed",
         "edge_agent/learner.py",
-        "local if self._global_threshold is None else self._global_threshold,",
+        "local if known.published is None else known.published,",
         "local,",
         _LEARNER,
     ),
@@ -104,22 +104,22 @@ CHANGES: Final = (
     Change(
         "SCAFFOLD's server control, as it is passed",
         "edge_agent/learner.py",
-        "            self._server_control,\n            self.round,",
+        "            known.server_control,\n            self.round,",
         "            0.0,\n            self.round,",
         _LEARNER,
     ),
     Change(
         "paper-fl's round",
         "edge_agent/learner.py",
-        "            self._server_control,\n            self.round,",
-        "            self._server_control,\n            0,",
+        "            known.server_control,\n            self.round,",
+        "            known.server_control,\n            0,",
         _LEARNER,
     ),
     Change(
         "paper-fl's tokens",
         "edge_agent/learner.py",
-        "if not seen.skipped and len(self._pairs)",
-        "if len(self._pairs)",
+        "if not seen.skipped and len(self._transmitted)",
+        "if len(self._transmitted)",
         _LEARNER,
     ),
     Change(
@@ -132,15 +132,15 @@ CHANGES: Final = (
     Change(
         "the audit's coin",
         "edge_agent/learner.py",
-        "over=coin >= probability)",
-        "over=True)",
+        "over=coin >= probability,",
+        "over=True,",
         _LEARNER,
     ),
     Change(
         "the audit's probability",
         "edge_agent/learner.py",
-        "over=coin >= probability)",
-        "over=coin >= probability / 2.0)",
+        "over=coin >= probability,",
+        "over=coin >= probability / 2.0,",
         _LEARNER,
     ),
     Change(
@@ -152,7 +152,7 @@ CHANGES: Final = (
     ),
     Change(
         "slack's rise",
-        "edge_agent/learner.py",
+        "edge_agent/accounts.py",
         "SLACK_RISE * self.factor",
         "1e9 * self.factor",
         _LEARNER,
@@ -160,15 +160,15 @@ CHANGES: Final = (
     Change(
         "peers' share of the budget",
         "edge_agent/learner.py",
-        "share = 1.0 - config.consensus.error_share",
-        "share = 1.0",
+        "allowed = self._allowed(measures, config) - self._peers_part(measures, config)",
+        "allowed = self._allowed(measures, config)",
         _LEARNER,
     ),
     Change(
         "shares and counts of one's own",
         "edge_agent/learner.py",
-        "return tau_of_budget(own, m, self._allowed(measures, config) * share",
-        "return tau_of_budget(evidence, m, self._allowed(measures, config) * share",
+        "return tau_of_budget(own, m, allowed, ",
+        "return tau_of_budget(self._evidence(measures.draft)[1], m, allowed, ",
         _LEARNER,
     ),
     Change(
@@ -209,7 +209,7 @@ CHANGES: Final = (
     Change(
         "verdicts noted at the edge",
         "edge_broker/service.py",
-        "            self.federation.settled.note(agent, verdict)\n",
+        "            self.federation.settled.note(agent, verdict, half_of(self.upstream))\n",
         "",
         ("tests/edge_broker/test_federation.py",),
     ),

@@ -209,7 +209,7 @@ CHANGES: Final = (
     Change(
         "verdicts noted at the edge",
         "edge_broker/service.py",
-        "            self.federation.settled.note(agent, verdict, half_of(self.upstream))\n",
+        "            self.federation.settled.note(agent, verdict, half_of(self.upstream), added=added, audit=audit)\n",
         "",
         ("tests/edge_broker/test_federation.py",),
     ),

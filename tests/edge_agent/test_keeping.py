@@ -80,7 +80,9 @@ def test_a_garbled_file_is_put_aside() -> None:
         disk.files[LEARNER_FILE] = b"garbled"
         fresh = Learner(Federation(), np.random.default_rng(1))
         fresh.meet(toy.FINGERPRINT, None)
-        assert service(disk).agent.learner.snapshot() == fresh.snapshot()
+        made = service(disk).agent.learner
+        fresh.began_ms = made.began_ms  # its evidence begins now
+        assert made.snapshot() == fresh.snapshot()
         assert disk.rejected == [LEARNER_FILE]
 
     run_virtual(scenario())

@@ -39,7 +39,7 @@ class PeersAnswer(NamedTuple):
     source: Literal["peer", "neighbour"]
 
 
-class Evidence(NamedTuple):
+class DraftSupport(NamedTuple):
     """What the memory knows of a doubtful draft at a position of the context.
 
     `match` is None if the nearest tokens disagree or are too few. `supports` is true if they agree with the draft and
@@ -161,14 +161,14 @@ class ClusterMemory:
                 source = found.match.origin
         return None if source is None else PeersAnswer(len(_ids(escalation.ids, vocab_size)), source)
 
-    def evidence(self, agent: str, escalation: Escalation, vocab_size: int) -> list[Evidence]:
+    def evidence(self, agent: str, escalation: Escalation, vocab_size: int) -> list[DraftSupport]:
         """The evidence that `answer` uses, draft by draft, without side effects.
 
         Empty if `answer` asks the cloud without looking.
         """
         return list(self._evidence(agent, escalation, vocab_size, used=False))
 
-    def _evidence(self, agent: str, escalation: Escalation, vocab_size: int, *, used: bool) -> Iterator[Evidence]:
+    def _evidence(self, agent: str, escalation: Escalation, vocab_size: int, *, used: bool) -> Iterator[DraftSupport]:
         hints = escalation.hints
         if hints is None or hints.similarity is None:
             return
@@ -180,7 +180,7 @@ class ClusterMemory:
         for i in doubtful:
             match = self._tokens.nearest(doubts[i], hints.votes, theta=hints.similarity if used else math.inf)
             supports = match is not None and match.similarity >= hints.similarity and match.token == ids[i]
-            yield Evidence(escalation.base + i, ids[i], match, supports)
+            yield DraftSupport(escalation.base + i, ids[i], match, supports)
 
     def await_verdict(self, agent: str, escalation: Escalation) -> None:
         """Remember a block that goes to the cloud, so that its verdict can be learnt."""

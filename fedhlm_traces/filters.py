@@ -25,7 +25,7 @@ def distinct(filters: Sequence[str]) -> tuple[str, ...]:
     for number, one in enumerate(kept):
         for other in kept[:number]:
             if _overlap(_levels(other), _levels(one)):
-                raise TraceError(f"filters {other!r} and {one!r} overlap: messages under both would come twice")
+                raise TraceError(f"filters {other!r} and {one!r} overlap: messages under both would be recorded twice")
     return kept
 
 

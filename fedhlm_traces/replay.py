@@ -221,5 +221,5 @@ def _checked(topic: str) -> str:
     try:
         check_topic(topic)
     except ValueError as exc:
-        raise TraceError(f"the recording has a message that no broker takes: {exc}") from exc
+        raise TraceError(f"the recording has a message that no broker accepts: {exc}") from exc
     return topic

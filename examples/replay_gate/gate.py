@@ -13,7 +13,7 @@ from fedhlm_fleet.cli import main
 
 
 def failed(folder: Path) -> list[str]:
-    """The names of the recordings in which something is decided otherwise today; all are checked."""
+    """The names of the recordings in which something is decided differently today; all are checked."""
     recordings = sorted(folder.glob("*.trace"))
     if not recordings:
         raise SystemExit(f"no recording (*.trace) in {folder}")
@@ -23,4 +23,4 @@ def failed(folder: Path) -> list[str]:
 if __name__ == "__main__":
     different = failed(Path(sys.argv[1]))
     if different:
-        sys.exit(f"decided otherwise: {', '.join(different)}")
+        sys.exit(f"decided differently: {', '.join(different)}")

@@ -16,7 +16,7 @@ from fedhlm.errors import ConfigError
 _PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
 # What each TLS alert of a broker means for the client that it rejects.
 _ALERTS: Final = {
-    "certificate required": "asks for a certificate of ours: set cert and key",
+    "certificate required": "asks for our certificate: set cert and key",
     "certificate revoked": "refused our certificate: it has been revoked",
     "certificate expired": "refused our certificate: it, its CA or the broker's revocation list has expired",
     "unknown ca": "refused our certificate: another CA made it, or the broker has no revocation list of its CA",
@@ -133,7 +133,7 @@ def tls_refusal(error: str) -> str | None:
     if (alert := _ALERT.search(error)) is not None:
         return _ALERTS[alert[1]]
     if (distrust := _DISTRUST.search(error)) is not None and _PASSING not in distrust[1]:
-        return f"is not to be trusted: {distrust[1]}"
+        return f"cannot be trusted: {distrust[1]}"
     return None
 
 

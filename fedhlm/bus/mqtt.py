@@ -433,7 +433,7 @@ class MqttBus:
         return True
 
     def _tell_too_large(self, item: Outgoing, size: int, largest: int) -> None:
-        text = "%s: dropped a message of %d bytes for %s: too large, the broker takes at most %d bytes"
+        text = "%s: dropped a message of %d bytes for %s: too large, the broker accepts at most %d bytes"
         warn_once(_log, f"{self.client_id} {item.topic} size", text, self, size, item.topic, largest)
 
     def _publish_refused(self, topic: str, reason: str) -> None:

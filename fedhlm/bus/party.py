@@ -170,7 +170,7 @@ class Party:
         sent = [await self._publish(topic, name, part, expiry_s) for part in parts]
         if refused:
             self.counters.add("too_large_messages", len(refused))
-            text = "dropped a message for %s: too large, the broker takes at most %d bytes"
+            text = "dropped a message for %s: too large, the broker accepts at most %d bytes"
             warn_once(log, f"too large {topic.pattern}", text, name, largest)
         return Sent(sum(s.packet_bytes for s in sent), sum(s.comparable_bytes for s in sent), tuple(refused))
 
@@ -180,7 +180,7 @@ class Party:
 
     def why_too_large(self) -> str:
         """The error text for whoever waits for the answer to a message that was too large."""
-        return f"the message is larger than the broker takes ({self.bus.max_packet_bytes} bytes)"
+        return f"the message is larger than the broker accepts ({self.bus.max_packet_bytes} bytes)"
 
     def _packet_bytes(self, topic: Topic, name: str, size: int, expiry_s: float | None) -> int:
         return publish_wire_bytes(name, size, qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s)

@@ -10,6 +10,11 @@ PRIVATE: Final = 0o600
 PUBLIC: Final = 0o644
 
 
+def aside_of(path: Path) -> Path:
+    """Return where `replacing` writes the new content of `path` until the block ends."""
+    return path.with_name(f"{path.name}.new")
+
+
 @contextmanager
 def replacing(path: Path, *, mode: int = PUBLIC, owner: int | None = None) -> Iterator[BinaryIO]:
     """Open a file for the new content of `path`. It replaces `path` when the block ends, and is removed if it fails.
@@ -20,7 +25,7 @@ def replacing(path: Path, *, mode: int = PUBLIC, owner: int | None = None) -> It
     Raises:
         OSError: the folder does not exist, cannot be written, or is full. `path` is unchanged.
     """
-    aside = path.with_name(f"{path.name}.new")
+    aside = aside_of(path)
     aside.unlink(missing_ok=True)  # a file that a crash left behind may have another mode
     try:
         with os.fdopen(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode), "w+b") as file:

@@ -340,7 +340,9 @@ class Chaos:
         stories = list(self.observer.stories.values())
         found = [*self.violations, *(v for story in stories for v in story.violations), *judgement.violations]
         if refused := self.counters["refused_messages"]:
-            found.append(BrokenInvariant("malformed", "client", f"{refused} messages that were none of their topic"))
+            found.append(
+                BrokenInvariant("malformed", "client", f"{refused} messages that do not belong to their topic")
+            )
         return ChaosReport.of(
             options=msgspec.to_builtins(self.options),
             stories=stories,

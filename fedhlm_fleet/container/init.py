@@ -155,7 +155,7 @@ def _issued(pki: Path, party: Recipient, now: datetime) -> str:
             f"the role of {party.name!r} must be {party.role} (got {entry.role}): give one of them another name"
         )
     if entry is not None and entry.newest.revoked is not None:
-        return "was revoked and stays so; `fedhlm pki issue` gives it a new certificate"
+        return "remains revoked; `fedhlm pki issue` gives it a new certificate"
     if entry is not None and entry.newest.not_after - now > EXPIRING:
         return f"good until {entry.newest.not_after:%Y-%m-%d}"
     # An operator may have added host names to a broker by hand; a renewal keeps them.

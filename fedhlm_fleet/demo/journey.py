@@ -119,7 +119,7 @@ class Journey:
 
     def _threshold(self, taus: list[float]) -> str:
         if max(taus) == 0.0:
-            return "tau 0: every token goes up, nothing is known yet that could be kept"
+            return "tau 0: every token is verified, since too little is known to keep any"
         low, high, mean = min(taus), max(taus), sum(taus) / len(taus)
         return f"tau {mean:.2f}" + (f", {low:.2f} to {high:.2f} by agent" if low < high else "")
 

@@ -253,7 +253,7 @@ def notes(report: Report) -> list[str]:
             f"as the LLM alone: compared with what it writes by itself, in the run for {report.compared} requests."
         )
     if any(c.compared and c.identical_to_llm is None for c in (report, *report.comparisons)):
-        lines.append("-: this preset draws other random numbers than the LLM alone, so its texts are not to be equal.")
+        lines.append("-: this preset draws other random numbers than the LLM alone, so its texts need not be equal.")
     if report.risk_limit is not None:
         lines.append(
             "error per token: what skipping is estimated to cost (R-hat); at most: the certificate's limit, at the preset's "

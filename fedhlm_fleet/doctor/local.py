@@ -32,7 +32,7 @@ _DISK_ADVICE: Final = {
     errno.ENOSPC: "free some space: df -h, journalctl --vacuum-size=50M",
     errno.EDQUOT: "free some space, or raise this user's quota",
     errno.EROFS: "mount it writable; a failing SD card becomes read-only by itself: look at dmesg",
-    errno.EIO: "the disk fails: look at dmesg, and replace it",
+    errno.EIO: "the disk is failing: look at dmesg, and replace it",
 }
 MEASURED_TOKENS: Final = 128
 
@@ -122,14 +122,16 @@ def state_folder(subject: Subject) -> Remark:
     folder = Path(configured)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        return fail(f"{nearest} is no folder", f"set {key} to a folder")
+        return fail(f"{nearest} is not a folder", f"set {key} to a folder")
     try:
         with tempfile.TemporaryFile(dir=nearest, prefix=".doctor-") as file:
             file.write(os.urandom(WRITTEN_BYTES))
             file.flush()
             os.fsync(file.fileno())
     except OSError as exc:
-        advice = _DISK_ADVICE.get(exc.errno or 0, f"let this user write there: sudo chown {subject.user_id} {nearest}")
+        advice = _DISK_ADVICE.get(
+            exc.errno or 0, f"give this user write access: sudo chown {subject.user_id} {nearest}"
+        )
         return fail(f"{nearest} cannot be written ({exc.strerror})", advice)
     disk = os.statvfs(nearest)
     free = disk.f_bavail * disk.f_frsize // MIB

@@ -47,7 +47,7 @@ def processor(subject: Subject) -> Remark:
     cores = os.cpu_count() or 1
     if needed not in flags:
         found = f"{cores} cores without {needed}" if flags else f"{cores} cores, their features are not listed"
-        return warn(found, "the model runs slowly here: look at the decode speed below")
+        return warn(found, "the model runs slowly here: see the decode speed below")
     fast = [flag for flag in DOT_PRODUCTS[needed] if flag in flags]
     return ok(f"{cores} cores, {needed}{', ' + fast[0] if fast else ', without int8 dot products'}")
 
@@ -132,7 +132,7 @@ def clock(subject: Subject) -> Remark:
         return fail(f"{shown}, which is before this software was installed: no certificate is valid then", sync)
     synchronised = _synchronised()
     if synchronised is None:
-        return warn(f"{shown}, and the kernel does not say whether it is kept", sync)
+        return warn(f"{shown}, and the kernel does not say whether it is synchronised", sync)
     if not synchronised:
         return warn(f"{shown}, not synchronised", sync)
     return ok(f"{shown}, synchronised")

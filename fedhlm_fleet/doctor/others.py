@@ -45,13 +45,11 @@ def edge(subject: Subject) -> Remark:
         )
         return fail(f"no edge of cluster {cluster} was ever seen on this broker", advice)
     if not found[-1].online:
-        return fail(
-            f"the edge of cluster {cluster} is offline", "start it, or run `fedhlm doctor edge` where it stands"
-        )
+        return fail(f"the edge of cluster {cluster} is offline", "start it, or run `fedhlm doctor edge` on its machine")
     if found[-1].upstream is None:
         return fail(
             f"the edge of cluster {cluster} is online ({found[-1].software}), but sees no cloud",
-            "run `fedhlm doctor edge` where it stands",
+            "run `fedhlm doctor edge` on its machine",
         )
     return ok(f"the edge of cluster {cluster} is online ({found[-1].software}) and sees the cloud")
 
@@ -64,7 +62,7 @@ def cloud(subject: Subject) -> Remark:
             "no cloud was ever seen on this broker", "start it (fedhlm cloud), or correct the address of its broker"
         )
     if not found[-1].online:
-        return fail("the cloud is offline", "start it, or run `fedhlm doctor cloud` where it stands")
+        return fail("the cloud is offline", "start it, or run `fedhlm doctor cloud` on its machine")
     return ok(f"the cloud is online ({found[-1].software})")
 
 
@@ -76,7 +74,7 @@ def agreement_of_agent(subject: Subject) -> Remark:
     """Compare this agent's tokenizer, vocabulary and noise with those of the cloud, which its edge announces."""
     theirs = [p.upstream for p in _presences(subject, "broker", topics.EDGE_STATUS).values()]
     if subject.model is None or not theirs or theirs[-1] is None:
-        return skip("the edge tells no fingerprint of the cloud")
+        return skip("the edge does not announce the cloud's fingerprint")
     return _compared(subject.model.fingerprint, theirs[-1], "the cloud")
 
 
@@ -84,7 +82,7 @@ def agreement_of_edge(subject: Subject) -> Remark:
     """Compare the cloud's fingerprint with those of the cluster's agents."""
     clouds = [p.fingerprint for p in _presences(subject, _up(subject), topics.CLOUD_STATUS).values()]
     if not clouds or clouds[-1] is None:
-        return skip("the cloud tells no fingerprint")
+        return skip("the cloud does not announce a fingerprint")
     agents = {
         name: presence.fingerprint
         for name, presence in _presences(subject, "broker", topics.AGENT_STATUS).items()
@@ -143,5 +141,5 @@ def clocks(subject: Subject) -> Remark:
             "synchronise both clocks (timedatectl set-ntp true); certificates and logs need them, verdicts do not",
         )
     if fresh:
-        return ok(f"{len(fresh)} fresh messages, {worst:.1f} s apart at most (with their way here)")
-    return ok("no fresh message while we looked; none that was kept comes from our future")
+        return ok(f"{len(fresh)} new messages, {worst:.1f} s apart at most (including the network's delay)")
+    return ok("no new message while the doctor listened; no retained one is dated in the future")

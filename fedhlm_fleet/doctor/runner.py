@@ -26,10 +26,10 @@ def examine(
         begun_s = clock_s()
         missing = [name for name in check.needs if levels.get(name) not in ("ok", "warn")]
         if missing:
-            why = "failed" if levels.get(missing[0]) == "fail" else "was not looked at"
-            said = skip(f"not looked at, because {missing[0]!r} {why}")
+            why = "failed" if levels.get(missing[0]) == "fail" else "was not checked"
+            said = skip(f"not checked, because {missing[0]!r} {why}")
         elif begun_s >= ends_s:
-            said = skip(f"not looked at: {budget_s:g} s are over")
+            said = skip(f"not checked: {budget_s:g} s are over")
         else:
             said = _within(check, subject, min(check.deadline_s, ends_s - begun_s))
         levels[check.name] = said.level

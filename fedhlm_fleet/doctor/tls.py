@@ -14,12 +14,12 @@ ALERT_S: Final = 0.3  # a broker that rejects our certificate sends its alert af
 # Advice for some of OpenSSL's X509_V_ERR numbers.
 ADVICE: Final = {
     9: "it is not valid yet: set this machine's clock (timedatectl)",
-    10: "it has expired: issue the broker's certificate anew and restart the broker; is this machine's clock right?",
+    10: "it has expired: renew the broker's certificate and restart the broker; is this machine's clock right?",
     18: "the broker's certificate is self-signed: set {key}.ca to the authority's ca.crt",
     19: "another authority signed it: give {key}.ca the ca.crt of the authority that issued the broker's certificate",
     20: "another authority signed it: give {key}.ca the ca.crt of the authority that issued the broker's certificate",
-    62: "connect by a name that stands in the certificate, or issue it with --dns {host}",
-    64: "connect by an address that stands in the certificate, or issue it with --dns {host}",
+    62: "connect by a name that is in the certificate, or issue it with --dns {host}",
+    64: "connect by an address that is in the certificate, or issue it with --dns {host}",
 }
 
 
@@ -54,18 +54,18 @@ def broker_certificate(address: BrokerUrl, key: str, *, timeout_s: float, now_s:
             except TimeoutError:
                 pass  # a broker sends nothing before it gets a request
     except ssl.SSLCertVerificationError as exc:
-        advice = ADVICE.get(exc.verify_code, "issue the broker's certificate anew")
+        advice = ADVICE.get(exc.verify_code, "renew the broker's certificate")
         return fail(
             f"the broker's certificate is refused: {exc.verify_message}", advice.format(key=key, host=address.host)
         )
     except ssl.SSLError as exc:
         return fail(
             f"the broker ends the handshake: {exc.reason or exc}",
-            f"issue our certificate anew and set {key}.cert and {key}.key; is the port one with TLS?",
+            f"renew our certificate and set {key}.cert and {key}.key; is the port one with TLS?",
         )
     except OSError as exc:
         return fail(f"the connection broke: {exc.strerror or exc}", "is the port one with TLS?")
-    return _dates(facts, now_s, f"{version}, the broker's certificate", "issue the broker's certificate anew")
+    return _dates(facts, now_s, f"{version}, the broker's certificate", "renew the broker's certificate")
 
 
 def own_certificate(address: BrokerUrl, key: str, *, now_s: float) -> Remark:
@@ -88,12 +88,12 @@ def own_certificate(address: BrokerUrl, key: str, *, now_s: float) -> Remark:
     try:
         facts = shown(server, context)
     except ssl.SSLCertVerificationError as exc:
-        advice = f"issue it anew: fedhlm pki issue, then put the files where {key}.cert and {key}.key point"
+        advice = f"renew it: fedhlm pki issue, then put the files where {key}.cert and {key}.key point"
         return fail(f"our certificate would be refused: {exc.verify_message}", advice)
     if facts is None:
         return ok("our certificate and key belong together; without an authority its dates cannot be checked")
     name = common_name(facts) or "nameless"
-    return _dates(facts, now_s, f"our certificate ({name})", "issue it anew in time: fedhlm pki issue")
+    return _dates(facts, now_s, f"our certificate ({name})", "renew it in time: fedhlm pki issue")
 
 
 def _dates(facts: dict[str, Any], now_s: float, what: str, advice: str) -> Remark:

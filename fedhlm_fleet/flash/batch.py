@@ -9,12 +9,13 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
 from fedhlm.config import load, presets
 from fedhlm.errors import ConfigError, FedhlmError
+from fedhlm.process.files import PRIVATE, aside_of, replacing
 from fedhlm_fleet.flash import cloudinit, disks
 from fedhlm_fleet.flash.image import BootPartition, Folder, Target, boot_partition, needed_bytes, require_room
 from fedhlm_fleet.flash.plan import Device, FlashError, Payload, PlannedFile, Wifi
@@ -236,23 +237,17 @@ def _target(order: Order, parts: Sequence[PlannedFile], say: Say) -> Iterator[Ta
                 _copy(order.image, device, say)
         yield BootPartition(order.disk)
     elif order.out is not None and order.image is not None:
-        # The file is renamed when it is complete, so that nobody takes a partial image for a whole one.
-        partial = order.out.with_name(f".{order.out.name}.part")
+        # The file gets its name when it is complete, so that nobody takes a partial image for a whole one.
         try:
             if order.image.suffix != ".xz":
                 require_room(BootPartition(order.image), parts)
             order.out.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                # The file will contain the card's private key and Wi-Fi password.
-                os.fchmod(file.fileno(), 0o600)
+            # It will contain the card's private key and Wi-Fi password.
+            with replacing(order.out, mode=PRIVATE) as file:
                 _copy(order.image, file, say)
-            yield BootPartition(partial)
-            partial.replace(order.out)
+                yield BootPartition(aside_of(order.out))
         except OSError as exc:
             raise FlashError(f"cannot write {order.out}: {exc.strerror or exc}") from exc
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
     else:
         yield BootPartition(order.place)
 

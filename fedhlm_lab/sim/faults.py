@@ -117,7 +117,7 @@ def _cutting(targets: Targets) -> Sequence[str]:
 
 KINDS: Final[dict[str, FaultKind]] = {
     "drop": FaultKind(6, 0.3, 0.0, 1.0, "share of the messages of a link that are lost", _linked, _share),
-    "duplicate": FaultKind(8, 0.5, 0.0, 1.0, "share of the messages that come twice", _linked, _share),
+    "duplicate": FaultKind(8, 0.5, 0.0, 1.0, "share of the messages that are duplicated", _linked, _share),
     "reorder": FaultKind(10, 0.5, 0.0, 1.0, "share of the messages that are overtaken", _linked, _share),
     "spikes": FaultKind(4, 1.0, 0.0, 3_600.0, "seconds of delay more", _linked, _share),
     "partition": FaultKind(

@@ -226,7 +226,8 @@ class Monitor:
         told = (list(output.ids), list(output.sources))
         if not any((a.ids[start:end], a.sources[start:end]) == told and a.agent == output.sender for a in made):
             self.fail(
-                "output", f"{output.sender} says {output.ids} at {start} of {output.request}, and committed otherwise"
+                "output",
+                f"{output.sender} says {output.ids} at {start} of {output.request}, and committed something else",
             )
         return None
 

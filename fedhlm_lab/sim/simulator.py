@@ -226,7 +226,7 @@ class Simulation:
         self._unanswered.remove(request.name)
         known = self.monitor.attempts[request.seed]
         if not any(attempt.over and tuple(attempt.ids) == answer.ids for attempt in known):
-            self.monitor.fail("output", f"{request.agent} answered {answer.ids}, and committed otherwise")
+            self.monitor.fail("output", f"{request.agent} answered {answer.ids}, and committed something else")
         if answer.text != toy.ToyTokenizer().decode(answer.ids):
             self.monitor.fail("output", f"{request.agent} wrote {answer.text!r} for {answer.ids}")
         self.texts.append(list(answer.ids))
@@ -275,7 +275,7 @@ class Simulation:
             self._relayed.add(f"edge-{self._home(name, cluster)}")
         unverified = sum(SOURCES[source].unreachable for source in sources)
         if unverified and self.scenario.deadline_s >= self.answer_s:
-            self.monitor.fail("steady", f"{name} left {unverified} tokens unverified in calm weather")
+            self.monitor.fail("steady", f"{name} left {unverified} tokens unverified without any fault")
 
 
 def _watched(monitor: Monitor, part: Part, **named: object) -> WatchedAgent:

@@ -91,6 +91,10 @@ def test_public_ci_runs_what_ci_runs() -> None:
     jobs = parsed(".github/workflows/ci.yml")["jobs"]
     assert "bash .ci/run" in [step.get("run") for step in jobs["whole"]["steps"]]
     assert "make docs" in [step.get("run") for step in jobs["docs"]["steps"]]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    (installed,) = (step["run"] for step in jobs["newest"]["steps"] if "pip install" in step.get("run", ""))
+    (named,) = re.findall(r"\.\[([\w,]+)\]", installed)
+    assert set(named.split(",")) <= set(extras)
 
 
 def test_hooks_and_templates_are_what_their_readers_expect() -> None:

@@ -292,7 +292,7 @@ def test_a_token_that_does_not_fit_the_broker_ends_the_text_with_an_error(monkey
             await client.find("a")
             monkeypatch.setattr(LoopbackBus, "max_packet_bytes", 300)
             answer = client.ask("a", TEXT, max_tokens=60, seed=SEED)
-            with pytest.raises(RequestRefused, match="larger than the broker takes .300 bytes"):
+            with pytest.raises(RequestRefused, match="larger than the broker accepts .300 bytes"):
                 await answer.whole()
             assert answer.result.ids == ()
             monkeypatch.undo()

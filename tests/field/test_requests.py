@@ -1,4 +1,4 @@
-"""Every request gets an answer: thousands at once, and outputs that are larger than the broker takes."""
+"""Every request gets an answer: thousands at once, and outputs that are larger than the broker accepts."""
 
 import asyncio
 import os

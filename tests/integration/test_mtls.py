@@ -117,7 +117,7 @@ async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: Broke
 
 async def test_without_a_certificate_nobody_gets_in(shared: Secured) -> None:
     bus = MqttBus(f"{shared.host}?ca={shared.pki.folder / 'ca.crt'}", client_id="x", connect_timeout_s=10.0)
-    assert await refused(bus) == f"broker {shared.host} asks for a certificate of ours: set cert and key"
+    assert await refused(bus) == f"broker {shared.host} asks for our certificate: set cert and key"
 
 
 async def test_without_tls_nobody_gets_in(shared: Secured) -> None:
@@ -136,7 +136,7 @@ async def test_a_broker_of_another_authority_is_not_trusted(shared: Secured) -> 
     with Pki() as stranger:
         url = f"{shared.host}?ca={stranger.folder / 'ca.crt'}"
         told = await refused(MqttBus(url, client_id="x", connect_timeout_s=10.0))
-    assert f"broker {shared.host} is not to be trusted: " in told
+    assert f"broker {shared.host} cannot be trusted: " in told
 
 
 async def test_a_broker_under_another_name_is_not_trusted() -> None:
@@ -145,7 +145,7 @@ async def test_a_broker_under_another_name_is_not_trusted() -> None:
         pki.issue("desk", "client")
         async with Secured(pki, BrokerPlace("shared")) as broker:
             told = await refused(broker.bus("desk"))
-    assert "is not to be trusted: Hostname mismatch, certificate is not valid for 'localhost'" in told
+    assert "cannot be trusted: Hostname mismatch, certificate is not valid for 'localhost'" in told
 
 
 async def test_an_expired_certificate_is_refused(pki: Pki) -> None:
@@ -166,7 +166,7 @@ async def test_a_certificate_for_parties_serves_no_broker(pki: Pki) -> None:
         for suffix in ("crt", "key"):
             shutil.copy(pki.folder / "issued" / "porch" / f"porch.{suffix}", broker.folder / f"broker.{suffix}")
         await broker.start()
-        assert "is not to be trusted: " in await refused(broker.bus("desk"))
+        assert "cannot be trusted: " in await refused(broker.bus("desk"))
 
 
 async def test_a_revoked_certificate_is_refused_after_sighup(pki: Pki, caplog: pytest.LogCaptureFixture) -> None:

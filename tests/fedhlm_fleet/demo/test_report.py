@@ -258,7 +258,7 @@ def test_peers_settle_from_the_similarity_that_the_agents_report() -> None:
     told = journey()
     told.finished(request("continue", [1], "x", ["cloud"], "a", tau=-1.0))
     assert any(line.startswith("peers      may settle nothing yet") for line in told.lines())
-    assert "threshold  tau 0: every token goes up, nothing is known yet that could be kept" in told.lines()
+    assert "threshold  tau 0: every token is verified, since too little is known to keep any" in told.lines()
     told.finished(request("continue", [1], "x", ["cloud"], "b", similarity=0.9))
     assert "peers      may settle where contexts are similar by 0.90 or more, for 1 of 2 agents" in told.lines()
 

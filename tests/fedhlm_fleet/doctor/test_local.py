@@ -95,7 +95,7 @@ def test_a_state_folder_on_a_full_or_read_only_disk_fails(tmp_path: Path) -> Non
     assert local.state_folder(subject(agent__state="/proc/self")).level == "fail"
     file = tmp_path / "file"
     file.write_text("")
-    assert "no folder" in local.state_folder(subject(agent__state=str(file / "state"))).found
+    assert "is not a folder" in local.state_folder(subject(agent__state=str(file / "state"))).found
 
 
 def test_little_space_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

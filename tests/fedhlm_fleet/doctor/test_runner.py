@@ -52,7 +52,7 @@ def test_a_check_that_raises_is_a_failure_and_hides_nothing() -> None:
         (ok("x"), True, ""),
         (warn("x", "y"), True, ""),
         (fail("x", "y"), False, "'first' failed"),
-        (skip("x"), False, "'first' was not looked at"),
+        (skip("x"), False, "'first' was not checked"),
     ],
 )
 def test_what_needs_a_check_runs_only_after_it(said: Remark, runs: bool, why: str) -> None:

@@ -107,7 +107,7 @@ def test_many_cards_are_made_from_one_image_and_a_failure_stops_no_other(tmp_pat
         batch.order_of({**values, "agent": name, "out": f"{tmp_path}/out/{name}.img"}) for name in ("a", "b", "c")
     ]
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/.b.img.part").mkdir()
+    (tmp_path / "out/b.img.new").mkdir()
     said: list[str] = []
     done, failed = batch.make_all(orders, payload_of, said.append)
     assert [made.order.device.agent for made in done] == ["a", "c"]

@@ -19,7 +19,7 @@ from fedhlm.bus.broker_url import tls_refusal
         ("[SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca (_ssl.c:2580)", "another CA"),
         (
             "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired (_ssl.c:1006)",
-            "is not to be trusted: certificate has expired",
+            "cannot be trusted: certificate has expired",
         ),
     ],
 )

@@ -15,6 +15,11 @@ from fedhlm.protocol.roles import ROLES, Role
 DEFAULT_ROOT: Final = "fedhlm/1"
 
 
+class _AnyLevel(dict[str, str]):
+    def __missing__(self, _level: str) -> str:
+        return "+"
+
+
 class Topic(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the table.
 
@@ -34,6 +39,10 @@ class Topic(msgspec.Struct, frozen=True, kw_only=True):
     def name(self, root: str = DEFAULT_ROOT, **levels: str) -> str:
         """Return the full topic name, or a filter when a level is given as ``+``."""
         return f"{root}/{self.pattern.format(**levels)}"
+
+    def filter(self, root: str = DEFAULT_ROOT, **levels: str) -> str:
+        """Return a filter in which every level that is not given is ``+``."""
+        return f"{root}/{self.pattern.format_map(_AnyLevel(levels))}"
 
     def parse(self, name: str, root: str = DEFAULT_ROOT) -> dict[str, str] | None:
         """Return the levels of a full topic name; None when it does not match this row."""

@@ -213,7 +213,7 @@ def filters_of(subject: Subject, key: str) -> list[str]:
         if subject.role in topic.subscribers and side:
             agent = subject.name if traits.drafts and topic is not topics.PEER else "+"
             many = traits.verifies or topic is topics.NEIGHBOUR
-            found.append(topic.name(root, cluster="+" if many else cluster, agent=agent, client="+"))
+            found.append(topic.filter(root, cluster="+" if many else cluster, agent=agent))
     return found
 
 

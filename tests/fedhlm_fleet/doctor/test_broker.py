@@ -54,10 +54,10 @@ def acl(role: PartRole) -> str:
         agent = "porch" if role == "agent" else "+"
         cluster = "+" if role == "cloud" else "home"
         if role in topic.publishers:
-            lines.append(f"topic write {topic.name(cluster=cluster, agent=agent, client='+')}")
+            lines.append(f"topic write {topic.filter(cluster=cluster, agent=agent)}")
         if role in topic.subscribers:
             everybody = topic in (topics.PEER, topics.NEIGHBOUR)
-            read = topic.name(cluster="+" if everybody else cluster, agent="+" if everybody else agent, client="+")
+            read = topic.filter(cluster="+" if everybody else cluster, agent="+" if everybody else agent)
             lines.append(f"topic read {read}")
     return "\n".join(lines)
 

@@ -327,7 +327,7 @@ class _Telling:
             )
         if not same(then.similarity, now.similarity):
             reasons.append(f"similarity was {_number(then.similarity)} and is {_number(now.similarity)}")
-        same_as = f"tau {_tau(now.tau)} and similarity {_number(now.similarity)} are the same, the rule has changed"
+        same_as = f"tau {_tau(now.tau)} and similarity {_number(now.similarity)} are the same, the rule is another"
         return "; ".join(reasons) or same_as
 
 

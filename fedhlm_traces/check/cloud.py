@@ -63,7 +63,7 @@ def check_cloud(life: PartJournal, engine: Engine | None, spell: Spell = by_numb
     """
     outcome = CheckOutcome(skipped=[life.complaint] if life.complaint else [], notes=list(life.notes))
     if life.number or not life.notes or life.notes[0].kind != "state":
-        outcome.skipped.append(f"{life.name}: a journal without its beginning cannot be replayed")
+        outcome.skipped.append(f"{life.name}: a journal without the beginning of its life cannot be replayed")
         return outcome
     try:
         born = born_of(life)
@@ -127,12 +127,12 @@ class _CloudReplay:
             elif note.kind in ("sent", "dropped"):
                 await self._compare_sent(number, note)
         if self._closed:
-            self._outcome.skipped.append("the journal ends before the decisions that follow from its last round")
+            self._outcome.skipped.append("the journal ends before what its last round led to")
         self._rewrite()
         for count, words in (
-            (self._counts["blocks"], f"not replayed: this needs the model {self._born.fingerprint.model!r}"),
+            (self._counts["blocks"], f"not settled again: that takes the model {self._born.fingerprint.model!r}"),
             (self._counts["unanswered"], "without an answer in the journal: out of time, or at its end"),
-            (self._counts["unsure"], "of sessions of which messages are missing, decided differently"),
+            (self._counts["unsure"], "of sessions of which messages are missing, decided otherwise"),
         ):
             if count:
                 self._outcome.skipped.append(f"{plural(count, 'block')} {words}")
@@ -142,7 +142,7 @@ class _CloudReplay:
             )
         if self._counts["assignments"]:
             self._outcome.skipped.append(
-                f"{plural(self._counts['assignments'], 'assignment')} to clusters: grouping is not replayed"
+                f"{plural(self._counts['assignments'], 'assignment')} to clusters: grouping is not decided again"
             )
 
     # Verdicts
@@ -346,7 +346,7 @@ def from_bus(
     """
     if not ROLES[part].verifies:
         raise TraceError(
-            f"the recording must be made with telemetry.journal on: without its journal the inputs of the {part} are unknown"
+            f"the recording must be made with telemetry.journal on: without its journal what the {part} took in is not known"
         )
     notes: list[Note] = []
     fingerprint: Fingerprint | None = None

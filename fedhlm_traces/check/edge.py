@@ -42,7 +42,7 @@ from fedhlm_traces.spelling import Spell, by_number
 
 _DUE_SLACK_S: Final = 1e-6
 _BY_TIMER: Final = (topics.CLOUD_VERIFY, topics.NEIGHBOUR, topics.EDGE_STATUS, topics.ROSTER)
-_NOTHING: Final = "no such message"
+_NOTHING: Final = "nothing of the kind"
 
 Name = tuple[Any, ...]
 """What a decision is about; the same in both runs."""
@@ -70,7 +70,7 @@ def check_edge(life: PartJournal, spell: Spell = by_number) -> CheckOutcome:
     """
     outcome = CheckOutcome(skipped=[life.complaint] if life.complaint else [])
     if life.number or not life.notes or life.notes[0].kind != "state":
-        outcome.skipped.append(f"{life.name}: a journal without its beginning cannot be replayed")
+        outcome.skipped.append(f"{life.name}: a journal without the beginning of its life cannot be replayed")
         return CheckOutcome(skipped=outcome.skipped, notes=life.notes)
     try:
         born = msgspec.msgpack.decode(life.notes[0].data, type=journal.EdgeStart)
@@ -206,7 +206,7 @@ class _EdgeReplay:
         block = self._block_heard(step.trigger)
         self._outcome.decisions += max(len(then.keys() | now.keys()), block is not None)
         if last and not now.keys() <= then.keys():
-            self._outcome.skipped.append("the journal ends before the decisions that follow from its last input")
+            self._outcome.skipped.append("the journal ends before what its last input led to")
             now = {name: decision for name, decision in now.items() if name in then}
         clean = True
         for name in dict.fromkeys((*then, *now)):
@@ -312,7 +312,7 @@ class _EdgeReplay:
                 recorded, decided = federation_words(then and then.fact, now and now.fact)
                 members = self._service.members
                 why = (
-                    f"the same contributions of {plural(len(members), 'member')} are pooled differently: "
+                    f"the same contributions of {plural(len(members), 'member')} are put together otherwise: "
                     f"weight_cap {members.federation.weight_cap:g}, trim {members.federation.trim:g}"
                 )
             case _:

@@ -62,12 +62,12 @@ def evidence(
     """The evidence for or against an answer by the edge: the first unsupported draft, or the weakest support."""
     hints = escalation.hints
     if hints is None or hints.similarity is None:
-        return "the block does not allow an answer from the edge"
+        return "the block asks for no answer of the edge"
     if fingerprint is None:
         return "neither the agent's nor the cloud's tokenizer is known"
     known = memory.evidence(agent, escalation, fingerprint.vocab_size)
     if not known:
-        return "none of its drafts was doubtful"
+        return "none of its drafts was doubted"
     against = [found for found in known if not found.supports]
     told = against[0] if against else min(known, key=lambda found: found.match.similarity if found.match else 0.0)
     place = f"token at position {told.position} ({spell(told.token)})"

@@ -64,11 +64,11 @@ class _Pieces:
         after = len(self.notes) - len(notes)
         complaints = []
         if first:
-            complaints.append(f"the recording begins in the middle of this journal: notes 0 to {first - 1} are missing")
+            complaints.append(f"the recording begins in the middle of this life: notes 0 to {first - 1} are missing")
         if after:
             again = min(n for n in self.notes if n > end)
             complaints.append(
-                f"notes {end} to {again - 1} are missing: what came after them, {after} notes, was skipped"
+                f"notes {end} to {again - 1} are missing: what came after them, {after} notes, was passed over"
             )
         return PartJournal(
             part=self.part,

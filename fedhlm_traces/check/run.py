@@ -43,7 +43,9 @@ def _cloud(life: PartJournal, large: LargeModel | None) -> CheckOutcome:
     born = born_of(life)
     if born.fingerprint != large.fingerprint:
         outcome = check_cloud(life, None)
-        words = f"its verdicts: they are of {born.fingerprint.model}, {large.fingerprint.model} is installed here (--cloud.model)"
+        words = (
+            f"its verdicts: they are of {born.fingerprint.model}, {large.fingerprint.model} is at hand (--cloud.model)"
+        )
         outcome.skipped.append(words)
         return outcome
     return check_cloud(life, large.engine, speller(born.fingerprint.tokenizer))
@@ -88,7 +90,7 @@ def check_file(file: Path, which: Which = "all", update: Path | None = None, mod
     different = sum(bool(o.divergences) for _, o in outcomes)
     print(
         f"{decisions} decisions of {len(found)} parts: "
-        + (f"{different} parts decide differently" if different else "all the same")
+        + (f"{different} parts decide otherwise" if different else "all the same")
     )
     return 1 if different else 0
 

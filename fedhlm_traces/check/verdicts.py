@@ -307,7 +307,7 @@ def _why_probs(then: Verdict, now: Verdict, place: int) -> str:
     for i in range(min(len(x), len(y), place + 1)):
         units = abs(int(np.float16(x[i]).view(np.int16)) - int(np.float16(y[i]).view(np.int16)))
         if units > PROB_UNITS:
-            return f"the model's law has changed: p of draft {i} of the block was {x[i]:.4g} and is {y[i]:.4g}"
+            return f"the model's law is another: p of draft {i} of the block was {x[i]:.4g} and is {y[i]:.4g}"
     if then.missed != now.missed and then.accepted == now.accepted:
         return "the model's probabilities are the same, so the rule for missed tokens has changed"
     return "the model's probabilities are the same, so the rule that settles has changed"
@@ -329,8 +329,8 @@ async def _why_law(
         facts += [f"with the seed's noise {spell(token)} scores {noisy[token]:.5g}" for token in tokens]
         facts.append(f"the best is {spell(int(np.argmax(noisy)))}")
     elif coupling is not None and not coupling.shared:
-        facts.append(f"the draw for acceptance is {uniform(sampling.seed, position, ACCEPT_STREAM):.4g}")
-        facts.append(f"the draw for resampling is {uniform(sampling.seed, position, RESAMPLE_STREAM):.4g}")
+        facts.append(f"u to accept is {uniform(sampling.seed, position, ACCEPT_STREAM):.4g}")
+        facts.append(f"u to resample {uniform(sampling.seed, position, RESAMPLE_STREAM):.4g}")
     else:
         facts.append(f"the likeliest is {spell(int(np.argmax(row)))}")
     return ", ".join(facts)

@@ -119,10 +119,10 @@ MUTANTS: dict[str, tuple[Patch, str, tuple[str, ...]]] = {
         "exact",
         ("probabilities are the same, so the rule", "with the seed's noise", "the best is"),
     ),
-    "acceptance": (accept_less, "u-hlm", ("draft id", "stands, p(d)", "is replaced by", "the draw for acceptance is")),
+    "acceptance": (accept_less, "u-hlm", ("draft id", "stands, p(d)", "is replaced by", "u to accept is")),
     "context": (refuse_all, "exact", ("settled", "refused escalation reaches position", "with")),
     "sessions": (forget_epochs, "exact", ("settled", "unprimed", "without a prime")),
-    "pool": (pool_otherwise, "budget", ("sum of weight", "are pooled differently")),
+    "pool": (pool_otherwise, "budget", ("sum of weight", "are put together otherwise")),
 }
 
 
@@ -157,7 +157,7 @@ def test_another_model_is_named_as_the_cause() -> None:
     assert not check_cloud(life, other_model(1.0 + 1e-9)).divergences
     divergences = check_cloud(life, other_model(1.1)).divergences
     assert divergences
-    assert all("the model's law has changed: p of draft" in d.why for d in divergences)
+    assert all("the model's law is another: p of draft" in d.why for d in divergences)
 
 
 @settings(max_examples=8, deadline=None)
@@ -201,7 +201,7 @@ def test_without_its_model_only_the_federation_is_decided_again() -> None:
     outcome = check_cloud(life, None)
     assert not outcome.divergences
     assert outcome.decisions > 1
-    assert any("blocks not replayed: this needs the model 'toy'" in words for words in outcome.skipped)
+    assert any("blocks not settled again: that takes the model 'toy'" in words for words in outcome.skipped)
 
 
 @settings(max_examples=6, deadline=None)

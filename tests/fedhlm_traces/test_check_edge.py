@@ -95,8 +95,8 @@ MUTANTS: dict[str, tuple[Patch, str, bool, tuple[str, ...]]] = {
     "nearer": (compare_by(1.0), "fedhlm", False, ("not answered here", "similarity 0.8 asked: near enough")),
     "farther": (compare_by(0.0), "fedhlm", False, ("stand by", "similarity 0.8 asked: too far")),
     "learn less": (learn_less, "budget", False, ("not told", "the cloud's verdict on base")),
-    "average": (average_otherwise, "fedhlm", False, ("threshold 0.", "are pooled differently")),
-    "pool": (pool_otherwise, "budget", False, ("sum of weight", "are pooled differently")),
+    "average": (average_otherwise, "fedhlm", False, ("threshold 0.", "are put together otherwise")),
+    "pool": (pool_otherwise, "budget", False, ("sum of weight", "are put together otherwise")),
 }
 
 

@@ -22,7 +22,7 @@ from fedhlm_fleet.pki import authority, mosquitto
 from fedhlm_fleet.pki.acl import BrokerPlace
 from fedhlm_fleet.pki.files import PkiError
 from fedhlm_fleet.pki.registry import EXPIRING, Registry
-from fedhlm_fleet.pki.roles import CertificateRole
+from fedhlm_fleet.pki.roles import CERTIFICATES, CertificateRole
 
 CERT: Final = "party.crt"
 KEY: Final = "party.key"
@@ -95,7 +95,7 @@ def provide(
     for party in (*(p for p in parties if p.place is None), *brokers):
         if party.place is None:
             _deliver(_pair(pki, party.name, CERT, KEY), party.folder, owners.part)
-            if party.role == "agent":
+            if CERTIFICATES[party.role].party.drafts:
                 _make_api_key(party.folder, owners.part)
         else:
             _deliver_broker(pki, party, party.place, owners.broker, port=port, root=root, now=now)

@@ -80,7 +80,7 @@ def measure(
     delay_s = 0.02
     eos = frozenset(llm.info.eos_ids)
     for prompt, sampling, text in texts:
-        cloud = Cloud(llm, Session(sampling, llm.info.vocab_size, eos, list(prompt)), totals)
+        cloud = Cloud(llm, Session(sampling, llm.vocabulary.size, eos, list(prompt)), totals)
         context = cloud.session.context
         while len(context) < len(text):
             before = len(context)

@@ -34,7 +34,7 @@ class LargeModel(NamedTuple):
     def of(cls, decoder: Decoder, engine: Engine) -> "LargeModel":
         """Describe a decoder's model, which `engine` runs."""
         info = decoder.info
-        fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.label)
+        fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
         return cls(engine, fingerprint, frozenset(info.eos_ids), info.context)
 
     def sessions(self, sessions_max: int, sessions_bytes: int = SESSIONS_BYTES) -> Sessions:

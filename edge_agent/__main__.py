@@ -59,7 +59,7 @@ async def run(
     folder = configured_folder(config.agent.model, key="agent.model")
     decoder = Decoder.load(folder, threads=config.agent.threads, providers=config.agent.providers)
     info = decoder.info
-    fingerprint = fingerprint_of(decoder.tokenizer_digest, info.vocab_size, noise=NOISE, model=info.label)
+    fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
     projection = load_projection(folder, info.hidden_size)
     store = store_of(config.agent.state, key="agent.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)

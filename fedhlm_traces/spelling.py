@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fedhlm.decoding.decoder import TOKENIZER_FILE, tokenizer_digest
+from fedhlm.decoding.vocabulary import TOKENIZER_FILE, vocabulary_of
 from fedhlm.errors import ModelError, TraceError
 from fedhlm_zoo.shipped import model_folder
 
@@ -28,7 +28,7 @@ def spelling_of(folder: Path) -> Spelling:
         TraceError: what it has is none.
         ModuleNotFoundError: the library that reads it is absent.
     """
-    digest = tokenizer_digest(folder)
+    digest = vocabulary_of(folder).digest
     from tokenizers import Tokenizer
 
     try:

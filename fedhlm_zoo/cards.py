@@ -6,7 +6,8 @@ from typing import Final
 
 import msgspec
 
-from fedhlm.decoding.decoder import GRAPH_FILE, TOKENIZER_FILE, ModelInfo, load_info
+from fedhlm.decoding.decoder import GRAPH_FILE, ModelInfo, load_info
+from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm_zoo.evaluate import Agreement, Evaluation
 from fedhlm_zoo.info import graph_bytes
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from fedhlm.decoding.alone import Alone
-from fedhlm.decoding.decoder import INFO_FILE, TOKENIZER_FILE, Decoder, DecoderInput
+from fedhlm.decoding.decoder import INFO_FILE, Decoder, DecoderInput
 from fedhlm.decoding.sampling import perturbed_argmax, scores
+from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
 from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.corpus import TOPIC_LINE, TOPICS, Article
@@ -55,11 +56,12 @@ class Model(Protocol):
     """What the measurements need from a model."""
 
     tokenizer: Tokenizer
+    vocabulary: Vocabulary
     context: int
     end_id: int
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Number and logits (length, vocab_size) of every sequence, in any order."""
+        """Number and logits (length, vocabulary.size) of every sequence, in any order."""
         ...
 
     def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
@@ -73,6 +75,7 @@ class OnnxModel:
     def __init__(self, folder: Path, *, threads: int = 1) -> None:
         self._decoder = Decoder.load(folder, threads=threads)
         self.tokenizer = self._decoder.tokenizer
+        self.vocabulary = self._decoder.vocabulary
         self.context = self._decoder.info.context
         self.end_id = min(self._decoder.info.eos_ids, default=-1)
 
@@ -96,6 +99,7 @@ class TorchModel:
         if not file.is_file():
             raise ModelError(f"{file} is missing: give the tokenizer's folder")
         self.tokenizer = Tokenizer.from_file(str(file))
+        self.vocabulary = vocabulary_of(file.parent)
         self.context = int(self._model.config.max_position_embeddings)
         eos = self._model.config.eos_token_id
         self.end_id = min(eos if isinstance(eos, list) else [-1 if eos is None else eos])
@@ -113,7 +117,9 @@ class TorchModel:
             for row, number in enumerate(taken):
                 ids[row, : len(sequences[number])] = sequences[number]
             with torch.inference_mode():
-                logits: NDArray[np.float32] = self._model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+                logits: NDArray[np.float32] = self._model(torch.from_numpy(ids), use_cache=False).logits.numpy()[
+                    ..., : self.vocabulary.size
+                ]
             for row, number in enumerate(taken):
                 yield number, logits[row, : len(sequences[number])]
 
@@ -123,7 +129,7 @@ class TorchModel:
         from fedhlm_zoo.generate import continue_prompts
 
         def choose(logits: Any, rows: NDArray[np.int64], step: int) -> Any:
-            values = zip(logits.numpy(), rows.tolist(), strict=True)
+            values = zip(logits.numpy()[:, : self.vocabulary.size], rows.tolist(), strict=True)
             return torch.tensor([_draw(row, temperature, n, len(prompts[n]) + step) for row, n in values])
 
         return continue_prompts(self._model, prompts, tokens=tokens, end_id=self.end_id, choose=choose)
@@ -191,10 +197,10 @@ def agreement(
     """Let `target` continue the titles, and count where `draft` would have written the same token.
 
     Raises:
-        ModelError: the two have different tokenizers.
+        ModelError: the ids of the two have different meanings.
     """
-    if draft.tokenizer.to_str() != target.tokenizer.to_str():
-        raise ModelError("draft and target have different tokenizers: agreement needs one vocabulary")
+    if draft.vocabulary != target.vocabulary:
+        raise ModelError("draft and target have different vocabularies: agreement needs the same meaning of every id")
     titles = [a.title or a.text.split("\n")[0] for a in articles]
     encoded = target.tokenizer.encode_batch([f"{t}\n" for t in titles], add_special_tokens=False)
     longest = min(draft.context, target.context) - tokens - 1

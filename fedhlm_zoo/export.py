@@ -17,12 +17,12 @@ import onnx
 from fedhlm.decoding.decoder import (
     GRAPH_FILE,
     INFO_FILE,
-    TOKENIZER_FILE,
     Cache,
     Decoder,
     DecoderInput,
     ModelInfo,
 )
+from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
 from fedhlm_zoo import graph
 from fedhlm_zoo.info import copy_chat_files, write_info
@@ -169,9 +169,10 @@ def compare_with_torch(model: Any, decoder: Decoder, *, seed: int = 0) -> float:
     import torch
 
     length = min(24, decoder.info.context)
-    ids = np.random.default_rng(seed).integers(0, decoder.info.vocab_size, length).tolist()
+    ids = np.random.default_rng(seed).integers(0, decoder.vocabulary.size, length).tolist()
     with torch.no_grad():
-        expected = model(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()  # (length, vocab_size)
+        expected = model(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()  # (length, rows of the table)
+    expected = expected[:, : decoder.vocabulary.size]
     cache: Cache = decoder.empty_cache()
     worst, begin = 0.0, 0
     for end in (length // 2, length // 2 + 1, length):

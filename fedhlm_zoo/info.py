@@ -10,12 +10,12 @@ from fedhlm.decoding.decoder import (
     CHAT_FILES,
     GRAPH_FILE,
     INFO_FILE,
-    TOKENIZER_FILE,
     FileInfo,
     ModelInfo,
     file_digest,
     load_info,
 )
+from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 
 GRAPH_DATA_FILE: Final = f"{GRAPH_FILE}_data"
 

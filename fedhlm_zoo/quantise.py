@@ -16,7 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, TOKENIZER_FILE, ModelInfo, load_info
+from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, ModelInfo, load_info
+from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
 from fedhlm_zoo import graph
 from fedhlm_zoo.info import copy_chat_files, graph_bytes, write_info

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import msgspec
 from tokenizers import Tokenizer
 
-from fedhlm.decoding.decoder import TOKENIZER_FILE
+from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ConfigError
 from fedhlm.process.files import replacing
 from fedhlm_zoo.corpus import load_ag_news, load_news

@@ -13,6 +13,7 @@ from fedhlm.errors import ConfigError
 from fedhlm_zoo.tokenizer import END_OF_TEXT, save_tokenizer
 
 VOCAB_SIZE: Final = 257
+PADDED_ROWS: Final = 272  # of the embedding table of a family that pads it, as Qwen2.5 does
 CONTEXT: Final = 96
 
 
@@ -53,7 +54,7 @@ def _llama() -> Any:
 def _qwen2() -> Any:
     from transformers import Qwen2Config
 
-    return Qwen2Config(tie_word_embeddings=False, num_key_value_heads=2, **_SHAPE, **_IDS)
+    return Qwen2Config(tie_word_embeddings=False, num_key_value_heads=2, **_SHAPE, **_IDS | {"vocab_size": PADDED_ROWS})
 
 
 def _gpt2() -> Any:

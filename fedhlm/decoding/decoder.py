@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
 from fedhlm.telemetry import warn_once
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRAPH_FILE: Final = "model.onnx"
-TOKENIZER_FILE: Final = "tokenizer.json"
 INFO_FILE: Final = "model.json"
 TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
@@ -49,7 +49,10 @@ class FileInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The contents of ``model.json``. `context` is the longest sequence that the model supports, in tokens."""
+    """The contents of ``model.json``. `context` is the longest sequence that the model supports, in tokens.
+
+    `vocab_size` is the number of rows of its embedding table, which may be padded.
+    """
 
     name: str
     architecture: str
@@ -107,7 +110,7 @@ class DecoderInput(NamedTuple):
 class DecoderOutput(NamedTuple):
     """One row for each id for which logits are wanted, and the cache up to the last id.
 
-    `logits` is (rows, vocab_size) float32. `hidden` is the input of the output head, (rows, hidden_size) float32; it is
+    `logits` is (rows, V) float32 for the V ids of the tokenizer; padding of the model is left out. `hidden` is the input of the output head, (rows, hidden_size) float32; it is
     None where the graph has no such output. Where no request of a call wants logits, the output head is not computed.
     """
 
@@ -120,18 +123,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """First 16 hex digits of the SHA-256 of the folder's ``tokenizer.json``. Equal digests mean equal token ids.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    try:
-        return file_digest(folder / TOKENIZER_FILE)[:16]
-    except OSError as exc:
-        raise ModelError(f"{folder / TOKENIZER_FILE} cannot be read: {exc.strerror}") from exc
 
 
 def load_info(folder: Path) -> ModelInfo:
@@ -188,11 +179,11 @@ class Decoder:
     """A loaded model. Calls block while the model computes. Only one thread may use a Decoder at a time."""
 
     def __init__(
-        self, *, session: Any, info: ModelInfo, tokenizer: "Tokenizer", digest: str, to_fetches: Any = None
+        self, *, session: Any, info: ModelInfo, tokenizer: "Tokenizer", vocabulary: Vocabulary, to_fetches: Any = None
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
-        self.tokenizer_digest = digest
+        self.vocabulary = vocabulary
         self._session = session
         self._to_fetches = to_fetches  # run options of onnxruntime: compute only what is fetched
         inputs = {i.name: i for i in session.get_inputs()}
@@ -247,15 +238,18 @@ class Decoder:
         from tokenizers import Tokenizer
 
         info = load_info(folder)
-        digest = tokenizer_digest(folder)
+        vocabulary = vocabulary_of(folder)
         try:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as exc:  # the tokenizers package raises bare Exception
             raise ModelError(f"{folder / TOKENIZER_FILE} is not a tokenizer: {exc}") from exc
         # A prompt is text: the name of a control token in it must not become that control token.
         tokenizer.encode_special_tokens = True
-        if (entries := tokenizer.get_vocab_size()) > info.vocab_size:
-            raise ModelError(f"{folder / TOKENIZER_FILE} has {entries} entries: the model has {info.vocab_size}")
+        if vocabulary.size > info.vocab_size:
+            raise ModelError(
+                f"ids of {folder / TOKENIZER_FILE} must be below {info.vocab_size}, the size of the model's vocabulary "
+                f"(got {vocabulary.size - 1})"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -272,7 +266,7 @@ class Decoder:
         _tell_missing(usable, session.get_providers())
         to_fetches = onnxruntime.RunOptions()
         to_fetches.only_execute_path_to_fetches = True
-        return cls(session=session, info=info, tokenizer=tokenizer, digest=digest, to_fetches=to_fetches)
+        return cls(session=session, info=info, tokenizer=tokenizer, vocabulary=vocabulary, to_fetches=to_fetches)
 
     @property
     def token_bytes(self) -> int:
@@ -294,8 +288,8 @@ class Decoder:
         for cache, ids, _ in requests:
             if not ids:
                 raise ValueError("ids of a request must be at least one (got none)")
-            if min(ids) < 0 or max(ids) >= self.info.vocab_size:
-                raise ValueError(f"ids must be in 0..{self.info.vocab_size - 1} (got {min(ids)}..{max(ids)})")
+            if min(ids) < 0 or max(ids) >= self.vocabulary.size:
+                raise ValueError(f"ids must be in 0..{self.vocabulary.size - 1} (got {min(ids)}..{max(ids)})")
             if cache.length + len(ids) > self.info.context:
                 raise ValueError(
                     f"cache and ids must be at most {self.info.context} tokens (got {cache.length} + {len(ids)})"
@@ -309,9 +303,13 @@ class Decoder:
         """Return logits, hidden states and cache arrays. Without `rows` only the cache arrays are computed."""
         if rows:
             outputs = self._session.run(self._output_names, feeds)
-            return outputs[0], outputs[-1] if self._has_hidden else None, outputs[1 : 1 + len(self._past_names)]
+            return (
+                outputs[0][..., : self.vocabulary.size],
+                outputs[-1] if self._has_hidden else None,
+                outputs[1 : 1 + len(self._past_names)],
+            )
         outputs = self._session.run(self._output_names[1 : 1 + len(self._past_names)], feeds, self._to_fetches)
-        nothing = np.zeros((batch, 0, self.info.vocab_size), np.float32)
+        nothing = np.zeros((batch, 0, self.vocabulary.size), np.float32)
         hidden = np.zeros((batch, 0, self.info.hidden_size), np.float32) if self._has_hidden else None
         return nothing, hidden, outputs
 

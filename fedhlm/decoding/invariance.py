@@ -22,7 +22,7 @@ def block_difference(decoder: Decoder) -> float:
     The ids are random, and always the same for a size of the vocabulary. It takes seven calls of at most LENGTH ids.
     """
     length = min(LENGTH, decoder.info.context)
-    ids = np.random.default_rng(0).integers(0, decoder.info.vocab_size, length).tolist()
+    ids = np.random.default_rng(0).integers(0, decoder.vocabulary.size, length).tolist()
     whole = DecoderInput(decoder.empty_cache(), ids)
     expected = decoder.forward([whole])[0].logits
     short = DecoderInput(decoder.empty_cache(), ids[: length // 2])

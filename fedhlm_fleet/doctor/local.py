@@ -9,9 +9,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
-from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, Decoder, DecoderInput, load_info, tokenizer_digest
+from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, Decoder, DecoderInput, load_info
 from fedhlm.decoding.invariance import TOLERANCE, block_difference
 from fedhlm.decoding.sampling import NOISE
+from fedhlm.decoding.vocabulary import vocabulary_of
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.protocol.fingerprint import fingerprint_of
@@ -151,9 +152,8 @@ def model(subject: Subject) -> Remark:
     try:
         folder = model_folder(part.model, SHIPPED[subject.role])
         info = load_info(folder)
-        digest = tokenizer_digest(folder)
         space = load_projection(folder, info.hidden_size).digest[:8]
-        fingerprint = fingerprint_of(digest, info.vocab_size, noise=NOISE, model=info.label)
+        fingerprint = fingerprint_of(*vocabulary_of(folder), noise=NOISE, model=info.label)
     except FedhlmError as exc:
         return fail(str(exc), f"copy the folder again, or set {key} to one made by `fedhlm models export`")
     subject.model = CheckedModel(folder, info, fingerprint, space)

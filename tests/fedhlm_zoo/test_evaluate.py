@@ -67,10 +67,10 @@ def test_another_model_agrees_less(both: tuple[Model, Model], news_model: Callab
     assert result.gumbel < 0.9
 
 
-def test_models_with_different_tokenizers_are_not_compared(
+def test_models_whose_ids_differ_are_not_compared(
     both: tuple[Model, Model], exported: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    with pytest.raises(ModelError, match="different tokenizers"):
+    with pytest.raises(ModelError, match="different vocabularies"):
         agreement(both[0], open_model(exported("llama")[1]), ITEMS[:2])
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput, load_info, tokenizer_digest
+from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput, load_info
+from fedhlm.decoding.vocabulary import vocabulary_of
 from fedhlm.errors import ModelError
 
 torch = pytest.importorskip("torch", reason="makes its models with torch")
@@ -38,7 +39,7 @@ class Case:
 
     def torch_logits(self, ids: list[int]) -> NDArray[np.float32]:
         with torch.no_grad():
-            return np.asarray(self._torch(torch.tensor([ids])).logits[0])  # (len(ids), V)
+            return np.asarray(self._torch(torch.tensor([ids])).logits[0, :, : tiny.VOCAB_SIZE])  # (len(ids), V)
 
     def torch_hidden(self, ids: list[int]) -> NDArray[np.float32]:
         with torch.no_grad():
@@ -182,9 +183,18 @@ def test_the_full_context_can_be_used(case: Case) -> None:
     assert differs(result.logits, case.torch_logits(ids)[-1:]) < CLOSE
 
 
-def test_the_digest_is_that_of_the_tokenizer_alone(case: Case, llama: Case) -> None:
-    assert case.decoder.tokenizer_digest == llama.decoder.tokenizer_digest == tokenizer_digest(llama.folder)
-    assert len(llama.decoder.tokenizer_digest) == 16
+def test_the_vocabulary_is_that_of_the_tokenizer_however_the_model_pads_its_table(case: Case, llama: Case) -> None:
+    assert case.decoder.vocabulary == llama.decoder.vocabulary == vocabulary_of(llama.folder)
+    assert case.decoder.vocabulary.size == tiny.VOCAB_SIZE
+
+
+def test_some_family_pads_its_table() -> None:
+    assert {make().vocab_size for make in tiny.ARCHITECTURES.values()} == {tiny.VOCAB_SIZE, tiny.PADDED_ROWS}
+
+
+def test_without_rows_there_are_no_logits_of_the_vocabularys_width(case: Case) -> None:
+    result = case.decoder.forward([DecoderInput(case.decoder.empty_cache(), [3, 4], 0)])[0]
+    assert result.logits.shape == (0, tiny.VOCAB_SIZE)
 
 
 def broken_copy(case: Case, target: Path) -> Path:
@@ -236,7 +246,7 @@ def test_a_malformed_description_is_refused(llama: Case, tmp_path: Path, content
         ({"layers": 3}, r"without the inputs \['past_key_values.2.key'"),
         ({"layers": 1}, r"got \['past_key_values.1.key'"),
         ({"kv_heads": 2}, "key cache of shape"),
-        ({"vocab_size": 100}, "257 entries: the model has 100"),
+        ({"vocab_size": 100}, "must be below 100, the size of the model's vocabulary .got 256."),
         ({"files": {}}, "lists no model.onnx"),
     ],
 )

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from edge_agent.auditor import Auditor
+from edge_agent.coins import peers_coin
 from edge_agent.events import (
     Answered,
     Cancelled,
@@ -41,7 +42,6 @@ from edge_agent.result import GenerationResult, Job
 from edge_agent.turn import NextEvent, Turn, close, count, drafted, next_event
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.important import important_of
-from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.decoding.tree import pack_branches
 from fedhlm.errors import ProtocolError
 from fedhlm.process.saver import Saver
@@ -425,7 +425,7 @@ class AgentCore:
     async def _publish_doubts(self, turn: Turn, action: Escalate) -> None:
         """Publish the block's doubtful drafts to the cluster before the block is sent, if that is worth its bytes."""
         job = turn.job
-        coin = uniform(job.sampling.seed, 1, AUDIT_STREAM)
+        coin = peers_coin(job.sampling.seed)
         if not action.uncertain or not self.peers.asks(job.config, coin):
             return
         comparable_bytes = 0

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 
 from edge_agent.auditor import Auditor, audit_of
+from edge_agent.coins import audit_coin
 from edge_agent.learner import Learner
 from edge_agent.measures import measures_of
 from edge_agent.peers import Peers
@@ -12,7 +13,6 @@ from edge_agent.result import GenerationResult
 from edge_agent.turn import Turn
 from fedhlm import choices
 from fedhlm.bus.party import Party
-from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Contribution, Profile
 from fedhlm.settings import Generation
@@ -65,7 +65,7 @@ class Lessons:
             escalation_bytes=result.escalation_bytes,
             escalated=result.escalated,
             # Drawn for the finished text, because the audit probability depends on its tail.
-            coin=uniform(job.sampling.seed, 0, AUDIT_STREAM),
+            coin=audit_coin(job.sampling.seed),
         )
         if text is not None:
             self._auditor.wait(audit_of(turn, measures, text, now_s))

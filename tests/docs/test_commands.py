@@ -26,8 +26,8 @@ PAGES: Final = sorted(
 )
 # What a page's commands are typed with: the same kind of work, less of it.
 SHORTER: Final = {
-    "make demo ": 'make demo ARGS="--duration 3 --tokens 8"',
     'make demo ARGS="': 'make demo ARGS="--duration 3 ',
+    "make demo ": 'make demo ARGS="--duration 3 --tokens 8" ',
     "fedhlm demo ": "fedhlm demo --duration 3 ",
     "--seeds 0..99 ": "--seeds 0..2 ",
     "--seeds 0..999 ": "--seeds 0..2 ",
@@ -72,6 +72,7 @@ KITS: Final = {
     "docs/quickstart.md": Kit(clone=True, made=(".env",), shows=(("fedhlm agent", r"\w+ \w+"),)),
     "docs/demo.md": Kit(
         clone=True,
+        fleet=("edge",),
         files=(("titles.txt", TITLES), ("mine.toml", SHOWN)),
         made=("result.json",),
         shows=(("make demo", r"tokens +\d+: "),),
@@ -137,8 +138,9 @@ def typed(command: str, port: int, apis: Mapping[str, int]) -> str:
     """A command as it is typed here: less work, and a broker and APIs on ports of this test's own."""
     command = API.sub(lambda found: str(apis[found[0]]), command)
     for long, short in SHORTER.items():
-        if f"{command} ".startswith(long) or long.startswith("-"):
-            command = f"{command} ".replace(long, short, 1).rstrip()
+        whole = f"{command} "
+        if whole.startswith(long) or (long.startswith("-") and long in whole):
+            command = whole.replace(long, short, 1).rstrip()
             break
     command = BROKER.sub(f"mqtt://127.0.0.1:{port}", command)
     if re.match(r"fedhlm +edge\b", command):

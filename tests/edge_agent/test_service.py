@@ -30,13 +30,14 @@ TEXT = toy.ToyTokenizer().decode([5, 6])
 class World:
     """A calm fleet with one agent, which is slow enough to be interrupted."""
 
-    def __init__(self, preset: str, tokenizer: toy.ToyTokenizer) -> None:
+    def __init__(self, preset: str, tokenizer: toy.ToyTokenizer, **flags: str) -> None:
         self.preset, self.tokenizer = preset, tokenizer
+        self.flags = {"generation.temperature": "0.8"} | {f"generation.{key}": value for key, value in flags.items()}
         self.fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
         self.heard: list[Received] = []
 
     async def serve(self) -> None:
-        loaded = load(preset=self.preset, environ={}, flags={"generation.temperature": "0.8"})
+        loaded = load(preset=self.preset, environ={}, flags=self.flags)
         numbers = iter(range(1, 10_000))
         drafter = toy.ToyDrafter(agreement=0.8)
         facts = ModelFacts(self.tokenizer, None, frozenset({toy.EOS_ID}), toy.CONTEXT)
@@ -61,9 +62,10 @@ def played(
     *,
     preset: str = "exact",
     tokenizer: toy.ToyTokenizer | None = None,
+    **flags: str,
 ) -> None:
     async def main() -> None:
-        world = World(preset, tokenizer or toy.ToyTokenizer())
+        world = World(preset, tokenizer or toy.ToyTokenizer(), **flags)
         for node in world.fleet.nodes.values():
             node.start()
         serving = asyncio.create_task(world.serve(), name="agent")
@@ -114,7 +116,7 @@ def test_a_request_that_waits_for_the_cloud_is_cancelled_at_once() -> None:
             (only,) = world.outputs(answer.request)
             assert (only.finish, only.position) == ("cancelled", 0)
 
-    played(scene)
+    played(scene, wait_offline="true")
 
 
 def test_a_request_that_waits_is_cancelled_at_once() -> None:

@@ -63,7 +63,7 @@ def test_the_highest_source_wins_and_is_named(chosen: set[str], tmp_path_factory
         ("flag", 5, "flag --generation.pipeline.block"),
         ("env", 4, f"env {name}"),
         ("file", 3, f"file {file}"),
-        ("preset", 8, "preset budget"),
+        ("preset", 20, "preset budget"),
     ]
     _, value, source = next(rank for rank in ranking if rank[0] in chosen | {"preset"})
     assert loaded.config.generation.pipeline.block == value

@@ -317,7 +317,7 @@ def test_the_log_names_pairs_whose_model_is_gone(caplog: pytest.LogCaptureFixtur
 def test_a_snapshot_of_an_earlier_version_is_refused() -> None:
     kept = msgspec.msgpack.decode(agents().snapshot())
     kept[0] = 1
-    with pytest.raises(ProtocolError, match="versions of the federation snapshot"):
+    with pytest.raises(ProtocolError, match="version of the federation snapshot must be 2 .got 1."):
         agents().restore(msgspec.msgpack.encode(kept))
 
 

@@ -132,7 +132,8 @@ async def test_restarts_of_edge_and_broker_change_no_token(llm: Alone) -> None:
     if MOSQUITTO is None:
         pytest.skip("mosquitto is not installed")
     title = load_items()[3].title
-    async with Mosquitto() as broker, live(broker.url, flags={"generation.retry_ms": 200}) as system:
+    patient: dict[str, object] = {"generation.retry_ms": 200, "generation.wait_offline": True}
+    async with Mosquitto() as broker, live(broker.url, flags=patient) as system:
         asked = asyncio.create_task(system.ask(title, max_tokens=64, seed=5))
         await system.until(lambda: bool(system.heard), 30.0)
         await broker.stop()

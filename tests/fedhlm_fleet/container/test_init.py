@@ -112,7 +112,7 @@ def test_who_was_revoked_stays_without(parts: Path) -> None:
     before = certificates(parts)
     authority.revoke(parts.parent / "pki", "porch", now=NOW)
     lines = run(parts, NOW + timedelta(days=1))
-    assert any(line.startswith("porch: was revoked") for line in lines)
+    assert any(line.startswith("porch: remains revoked") for line in lines)
     assert certificates(parts) == before
     rights = (parts / "brokers/home/acl").read_text("utf-8")
     assert "user porch" not in rights

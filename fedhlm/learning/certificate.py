@@ -69,12 +69,12 @@ def audit_chance(most: float, tokens: float, harm: float, *, budget: float, conf
     """
     goal = _log_odds(confidence)
     for chance in AUDIT_CHANCES:
-        if chance >= most or tokens <= 0.0:
+        if chance >= most:
             break
         live = chance >= _ROOM * SLOPES * (1.0 - _ROUNDING)  # (K,) bool
         slopes, weights = SLOPES[live], _LOG_WEIGHTS[live]
         each = -most * np.log1p(-slopes / most) / slopes  # what a wrong token costs, in units of harm
-        if float((harm * each + (goal - weights) / (slopes * tokens)).min()) < _TIGHT * budget:
+        if float((tokens * harm * each + (goal - weights) / slopes).min()) < _TIGHT * budget * tokens:
             return chance
     return most
 

@@ -351,6 +351,7 @@ class AgentCore:
                     if machine.finished:
                         break
                     event = await self._next_event(turn.queue, machine.wake_s())
+                    actions = []  # those of the last event are done
                     if isinstance(event, LinkDown) and job.config.wait_offline:
                         continue
                     now = self._clock_s()
@@ -359,7 +360,6 @@ class AgentCore:
                         result.round_trips += 1
                         if SOURCES[event.source].verified:
                             result.settled(event.epoch, event.base, event.accepted)
-                    actions = []
                     if place != self.cluster:
                         # Sessions belong to clusters. A cloud that still held this session from an earlier stay might
                         # continue from an outdated context.

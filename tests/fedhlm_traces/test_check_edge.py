@@ -95,7 +95,7 @@ MUTANTS: dict[str, tuple[Patch, str, bool, tuple[str, ...]]] = {
     "nearer": (compare_by(1.0), "fedhlm", False, ("not answered here", "similarity 0.8 asked: near enough")),
     "farther": (compare_by(0.0), "fedhlm", False, ("stand by", "similarity 0.8 asked: too far")),
     "learn less": (learn_less, "budget", False, ("not told", "the cloud's verdict on base")),
-    "average": (average_otherwise, "fedhlm", False, ("threshold 0.", "are put together otherwise")),
+    "average": (average_otherwise, "fedhlm", False, ("threshold of ", "are put together otherwise")),
     "pool": (pool_otherwise, "budget", False, ("sum of weight", "are put together otherwise")),
 }
 
@@ -164,7 +164,7 @@ def test_the_beginning_of_a_journal_can_be_checked_alone(preset: str, seed: int,
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_edge_between_two_brokers_is_read_by_both_roots(preset: str) -> None:
     life = edges(preset, 0)[0]
-    names = {"fedhlm/1/cloud/": "up/2/cloud/", "fedhlm/1/neighbour/": "up/2/neighbour/"}
+    names = {f"fedhlm/1/{level}/": f"up/2/{level}/" for level in ("cloud", "neighbour", "federation")}
     notes = []
     for note in life.notes:
         name = next((n.replace(a, b) for a, b in names.items() if (n := note.subject).startswith(a)), note.subject)

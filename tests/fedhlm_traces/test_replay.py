@@ -306,7 +306,7 @@ def test_a_dead_broker_is_an_error_in_time(tmp_path: Path) -> None:
 @pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 @pytest.mark.parametrize(
     ("entry", "words"),
-    [(Record(0.0, 0, "a/+", b""), "that no broker takes"), (Record(5.0, 0, "a", b""), "no message .* was selected")],
+    [(Record(0.0, 0, "a/+", b""), "that no broker accepts"), (Record(5.0, 0, "a", b""), "no message .* was selected")],
 )
 def test_what_cannot_be_published_is_an_error(entry: Record, words: str, tmp_path: Path) -> None:
     path = written(tmp_path / "odd.trace", [entry])

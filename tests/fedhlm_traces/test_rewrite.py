@@ -62,9 +62,8 @@ def mapping(record: Record) -> Renames:
     agents = {getattr(item, "agent", None) for item in items} | {getattr(message, "agent", None)}
     agents |= {found[1].get("agent"), found[1].get("member")}
     clusters = {found[1].get("cluster"), getattr(message, "cluster", None)}
-    (clusters if found[0] is topics.CLOUD_ROSTER else agents).update(
-        row.name for row in getattr(message, "members", ()) if row
-    )
+    if isinstance(message, Roster):
+        (clusters if found[0] is topics.CLOUD_ROSTER else agents).update(row.name for row in message.members)
     return Renames(
         {old: f"zzcluster{i}" for i, old in enumerate(sorted(filter(None, clusters)))},
         {old: f"zzagent{i}" for i, old in enumerate(sorted(filter(None, agents)))},

@@ -246,7 +246,8 @@ def spoilt_topic(rng: Rng, name: str) -> str:
     match rng.randrange(4):
         case 0:
             row = rng.choice(TABLE)
-            return row.name(cluster=rng.choice((*CLUSTERS, "x")), agent=rng.choice((*AGENTS, "x")), client="client")
+            cluster, agent = rng.choice((*CLUSTERS, "x")), rng.choice((*AGENTS, "x"))
+            return row.name(cluster=cluster, agent=agent, client="client", member=agent)
         case 1:
             levels = name.split("/")
             levels[rng.randrange(len(levels))] = rng.choice(NASTY_TEXT)

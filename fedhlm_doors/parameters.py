@@ -70,7 +70,7 @@ def checked(given: Mapping[str, Any], table: Table, prefix: str = "") -> dict[st
         if value is None:
             continue
         if parameter.use == "must be off":
-            if value not in parameter.off:
+            if not any(_same(value, off) for off in parameter.off):
                 raise unsupported(full, parameter.about)
             continue
         checked_value = convert(value, parameter.type, full)
@@ -96,6 +96,11 @@ def convert(value: Any, kind: Any, param: str) -> Any:
             f"{param} cannot be used: {exc} (got {_shown(value)})", param=param, code="invalid_value"
         ) from exc
     return converted
+
+
+def _same(value: object, other: object) -> bool:
+    """Whether two JSON values are equal: in JSON true is not 1, and false is not 0."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
 def _shown(value: object) -> str:

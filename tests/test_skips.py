@@ -38,7 +38,7 @@ PACKAGES = Path(__file__).parents[1] / ".ci" / "packages"
 
 
 def run(folder: Path, *, ci: bool, **files: str) -> subprocess.CompletedProcess[str]:
-    shutil.copy(Path(__file__).with_name("conftest.py"), folder)
+    shutil.copy(Path(__file__).with_name("skips.py"), folder / "conftest.py")
     (folder / ".ci").mkdir()
     shutil.copy(PACKAGES, folder / ".ci")
     for name, text in files.items():

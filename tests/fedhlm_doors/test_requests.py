@@ -20,6 +20,7 @@ from fedhlm_doors import ollama, openai, tables
 from fedhlm_doors.chat import ChatTemplate, text_ids
 from fedhlm_doors.keys import ANYONE, ApiKeys, Rates
 from fedhlm_doors.openapi import document
+from fedhlm_doors.parameters import Table, checked
 from fedhlm_doors.refusals import ApiError
 from fedhlm_doors.serving import address, door_of, listening
 from fedhlm_zoo.shipped import ARTEFACTS
@@ -138,6 +139,18 @@ def test_what_switches_nothing_on_is_accepted(offer: Offer) -> None:
     asked = openai.chat(body(**given), offer, ChatTemplate.of(offer), "a")
     (question,) = asked.questions
     assert (question.preset, question.asker, question.seed, question.max_tokens) == ("exact", "a", None, 65_536)
+
+
+@pytest.mark.parametrize(
+    "table", [openai.CHAT, openai.COMPLETION, ollama.OPTIONS], ids=["chat", "completion", "options"]
+)
+def test_true_is_not_one_and_false_is_not_zero(table: Table) -> None:
+    twins = [(name, {0: False, 1: True}[value] if type(value) is int else int(value))
+             for name, parameter in table.items() for value in parameter.off if isinstance(value, int)]  # fmt: skip
+    assert twins
+    for name, twin in twins:
+        with pytest.raises(ApiError, match=name):
+            checked({name: twin}, {name: table[name]})
 
 
 def test_each_choice_has_a_seed_of_its_own(offer: Offer) -> None:

@@ -70,20 +70,23 @@ def _object(table: Table, inner: Mapping[str, Table]) -> dict[str, Any]:
 
 def _schema(parameter: Parameter, table: Table) -> dict[str, Any]:
     outer = _of(parameter)
-    if outer.get("type") == "array":
+    if "array" in outer["type"]:
         return outer | {"items": _object(table, {})}
-    return {"anyOf": [_object(table, {}), {"type": "null"}], "description": parameter.about}
+    return _object(table, {}) | outer
 
 
 def _of(parameter: Parameter) -> dict[str, Any]:
+    about = {"description": parameter.about}
     if parameter.use == "must be off":
         return {"enum": [None, *parameter.off], "description": f"must be off: {parameter.about}"}
     (schema,), components = msgspec.json.schema_components([parameter.type])
     if components:
         raise AssertionError(f"a parameter's type must need no components (got {sorted(components)})")
     if parameter.required:
-        return schema | {"description": parameter.about}
-    return {"anyOf": [schema, {"type": "null"}], "description": parameter.about}
+        return schema | about
+    if isinstance(schema.get("type"), str):
+        return schema | about | {"type": [schema["type"], "null"]}
+    return {"anyOf": [schema, {"type": "null"}]} | about
 
 
 def _responses(path: str) -> dict[str, Any]:

@@ -193,6 +193,11 @@ def test_the_document_describes_every_table(offer: Offer) -> None:
     assert set(schema["properties"]) == set(openai.CHAT)
     assert schema["required"] == ["model", "messages"]
     assert set(schema["properties"]["messages"]["items"]["properties"]) == set(openai.MESSAGE)
+    schema = found["paths"]["/api/chat"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    messages, options = schema["properties"]["messages"], schema["properties"]["options"]
+    assert (messages["type"], options["type"]) == (["array", "null"], ["object", "null"])
+    assert set(messages["items"]["properties"]) == set(ollama.MESSAGE)
+    assert set(options["properties"]) == set(ollama.OPTIONS)
 
 
 # Templates

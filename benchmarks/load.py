@@ -29,6 +29,7 @@ from fedhlm.bus.party import Received
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import decode
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     Escalation,
@@ -38,7 +39,6 @@ from fedhlm.protocol.messages import (
     Sampling,
     Verdict,
     VerdictBatch,
-    decode,
 )
 from fedhlm.protocol.packing import pack_ids, unpack_ids
 from fedhlm.settings import Config

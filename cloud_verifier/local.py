@@ -16,7 +16,8 @@ from fedhlm.answering import Offer, Question, Slice, TokenOrigin
 from fedhlm.bus.party import Stamp
 from fedhlm.decoding.sampling import law
 from fedhlm.decoding.text import StoppedText, TextStream
-from fedhlm.protocol.messages import Escalation, FinishReason, Prime, Sampling
+from fedhlm.protocol.fields import FinishReason
+from fedhlm.protocol.messages import Escalation, Prime, Sampling
 from fedhlm.protocol.packing import pack_ids
 from fedhlm.settings import Generation
 

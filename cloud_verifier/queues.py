@@ -7,7 +7,7 @@ from typing import Final
 
 from cloud_verifier.calls import BlockJob, Running
 from cloud_verifier.sessions import Key
-from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES
+from fedhlm.protocol.fields import MAX_PAYLOAD_BYTES
 
 WAITING_MAX: Final = 16_384
 WAITING_BYTES: Final = 64 * 1024 * 1024

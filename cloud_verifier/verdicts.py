@@ -8,7 +8,8 @@ import numpy as np
 from cloud_verifier.batching import Outcome
 from cloud_verifier.sessions import RefusedBlock, StaleBlock, UnprimedBlock
 from cloud_verifier.verifier import Settled
-from fedhlm.protocol.messages import MAX_BATCH, MAX_PAYLOAD_BYTES, Escalation, RoutedVerdict, Verdict, refused
+from fedhlm.protocol.fields import MAX_BATCH, MAX_PAYLOAD_BYTES
+from fedhlm.protocol.messages import Escalation, RoutedVerdict, Verdict, refused
 from fedhlm.protocol.packing import pack_bits, pack_ids, pack_probs
 
 ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # most bytes of verdicts in one message

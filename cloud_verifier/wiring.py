@@ -14,8 +14,9 @@ from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.process.runtime import OpenBus, Runtime
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import encode
 from fedhlm.protocol.fingerprint import fingerprint_of
-from fedhlm.protocol.messages import Fingerprint, encode
+from fedhlm.protocol.messages import Fingerprint
 from fedhlm.settings import Config
 
 NAME: Final = "cloud"

@@ -5,7 +5,8 @@ from typing import Final
 
 import msgspec
 
-from fedhlm.protocol.messages import PaperThreshold, Unit
+from fedhlm.protocol.fields import Unit
+from fedhlm.protocol.messages import PaperThreshold
 
 SLACK_MEMORY: Final = 0.95  # weight of the counts after one more generation
 SLACK_EVIDENCE: Final = 10.0  # least number of skipped tokens

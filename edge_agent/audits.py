@@ -14,7 +14,8 @@ from edge_agent.events import Answered, Observation, Tail
 from edge_agent.generation import scored
 from edge_agent.measures import Measures
 from fedhlm.decoding.ids import digest_of
-from fedhlm.protocol.messages import MAX_RIDERS, Fingerprint, Prime, Rider, Sampling
+from fedhlm.protocol.fields import MAX_RIDERS
+from fedhlm.protocol.messages import Fingerprint, Prime, Rider, Sampling
 from fedhlm.protocol.packing import pack_ids
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation

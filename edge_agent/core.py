@@ -46,12 +46,11 @@ from fedhlm.decoding.tree import pack_branches
 from fedhlm.errors import ProtocolError
 from fedhlm.process.saver import Saver
 from fedhlm.protocol import topics
+from fedhlm.protocol.fields import MAX_DOUBTS, FinishReason
 from fedhlm.protocol.messages import (
-    MAX_DOUBTS,
     Assignment,
     Escalation,
     Fingerprint,
-    FinishReason,
     Hints,
     Learned,
     Presence,

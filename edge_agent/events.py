@@ -6,7 +6,8 @@ from typing import NamedTuple
 from edge_agent.gate import Gate
 from edge_agent.pipeline import PipelineRules
 from fedhlm.decoding.tree import Branch
-from fedhlm.protocol.messages import FinishReason, Sampling, Source, Uncertain
+from fedhlm.protocol.fields import FinishReason, Source
+from fedhlm.protocol.messages import Sampling, Uncertain
 
 
 class Drafted(NamedTuple):

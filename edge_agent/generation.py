@@ -38,7 +38,8 @@ from edge_agent.pipeline import Pending, expected_rejection
 from fedhlm.decoding.couplings import rejection_probability
 from fedhlm.decoding.ids import digest_of
 from fedhlm.decoding.tree import Branch, Tree
-from fedhlm.protocol.messages import FinishReason, Source, Uncertain
+from fedhlm.protocol.fields import FinishReason, Source
+from fedhlm.protocol.messages import Uncertain
 from fedhlm.protocol.sources import SOURCES
 
 RETRY_CAP: Final = 8  # the wait between two sends of an unanswered block doubles up to this many times `retry_s`

@@ -22,7 +22,8 @@ from edge_agent.events import (
 from edge_agent.result import Job
 from fedhlm.bus.party import Party
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol.messages import Fingerprint, FinishReason, Kind, Sampling
+from fedhlm.protocol.fields import FinishReason, Kind
+from fedhlm.protocol.messages import Fingerprint, Sampling
 from fedhlm.settings import Consensus, Federation, Generation
 
 _EVENTS: Final[dict[str, Any]] = {

@@ -33,17 +33,9 @@ from fedhlm.learning.thresholds import (
     tau_of_budget,
     tau_of_price,
 )
+from fedhlm.protocol.fields import MAX_CURVES, Count, Milliseconds, Pair
 from fedhlm.protocol.fingerprint import large_of, pair_in, pair_of
-from fedhlm.protocol.messages import (
-    MAX_CURVES,
-    Count,
-    Evidence,
-    Fingerprint,
-    Learned,
-    Milliseconds,
-    Pair,
-    PaperThreshold,
-)
+from fedhlm.protocol.messages import Evidence, Fingerprint, Learned, PaperThreshold
 from fedhlm.protocol.packing import check_saved_version
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Federation, Generation

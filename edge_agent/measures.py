@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from fedhlm.protocol.messages import Pair, Sampling
+from fedhlm.protocol.fields import Pair
+from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Generation
 
 

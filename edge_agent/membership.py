@@ -12,7 +12,8 @@ from fedhlm.bus.interface import Retained, subscribe_to
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.errors import BusError, ProtocolError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Fingerprint, Presence, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Fingerprint, Presence
 
 log = logging.getLogger(__name__)
 

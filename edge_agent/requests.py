@@ -6,7 +6,8 @@ from typing import Final, NamedTuple, TypeVar
 
 from edge_agent.events import Committed, Judged
 from fedhlm.answering import Slice, TokenOrigin
-from fedhlm.protocol.messages import Cancel, FinishReason, Presence, Prompt, Refusal
+from fedhlm.protocol.fields import FinishReason, Refusal
+from fedhlm.protocol.messages import Cancel, Presence, Prompt
 
 PROMPTS_MAX: Final = 256
 CLIENT_MAX: Final = 192  # per client, so that the other places are left for others

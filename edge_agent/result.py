@@ -8,7 +8,8 @@ from typing import NamedTuple
 from edge_agent.events import Committed, Finish, Observation
 from fedhlm.answering import Drafting
 from fedhlm.learning.certificate import Certificate
-from fedhlm.protocol.messages import FinishReason, Sampling
+from fedhlm.protocol.fields import FinishReason
+from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
 

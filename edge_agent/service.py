@@ -21,7 +21,8 @@ from fedhlm.config import Loaded
 from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import MAX_REASON, Cancel, FinishReason, Output, Presence, Prompt, Refusal, Sampling
+from fedhlm.protocol.fields import MAX_REASON, FinishReason, Refusal
+from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt, Sampling
 from fedhlm.protocol.prompts import unusable
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import warn_once

@@ -12,7 +12,8 @@ from edge_agent.profile import PromptSample
 from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Party
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Escalation, FinishReason, Pair
+from fedhlm.protocol.fields import FinishReason, Pair
+from fedhlm.protocol.messages import Escalation
 from fedhlm.telemetry import Counters
 
 CLOSE_S: Final = 20.0  # seconds for which the end of a session is worth its delivery

@@ -14,7 +14,8 @@ import msgspec
 from fedhlm.errors import ProtocolError
 from fedhlm.peers.context_keys import DIMS, Key, unpack_key
 from fedhlm.peers.neighbours import Match, Memory, Origin
-from fedhlm.protocol.messages import MAX_BLOCK, Escalation, UncertainTokens, Verdict, Verified, VerifiedTokens
+from fedhlm.protocol.fields import MAX_BLOCK
+from fedhlm.protocol.messages import Escalation, UncertainTokens, Verdict, Verified, VerifiedTokens
 from fedhlm.protocol.packing import unpack_bits, unpack_ids, unpack_probs
 from fedhlm.protocol.sources import SOURCES
 

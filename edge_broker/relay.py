@@ -10,16 +10,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, NamedTuple
 
-from fedhlm.protocol.messages import (
-    MAX_BATCH,
-    MAX_BATCH_BYTES,
-    MAX_PAYLOAD_BYTES,
-    Escalation,
-    RoutedEscalation,
-    RoutedVerdict,
-    Verdict,
-    VerdictBatch,
-)
+from fedhlm.protocol.fields import MAX_BATCH, MAX_BATCH_BYTES, MAX_PAYLOAD_BYTES
+from fedhlm.protocol.messages import Escalation, RoutedEscalation, RoutedVerdict, Verdict, VerdictBatch
 
 SESSIONS_MAX: Final = 4_096
 PENDING_OF_ONE: Final = 256  # blocks that wait, per agent

@@ -27,9 +27,9 @@ from fedhlm.learning.learnt_state import State
 from fedhlm.learning.roster import roster_of
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
+from fedhlm.protocol.fields import MAX_BATCH
 from fedhlm.protocol.fingerprint import half_of
 from fedhlm.protocol.messages import (
-    MAX_BATCH,
     AnyMessage,
     Assignment,
     Contribution,

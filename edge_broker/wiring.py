@@ -11,7 +11,7 @@ from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import presence
 from fedhlm.process.runtime import OpenBus, Runtime
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import encode
+from fedhlm.protocol.codec import encode
 from fedhlm.protocol.roles import edge_name
 from fedhlm.settings import Config
 

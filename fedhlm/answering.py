@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from fedhlm.protocol.messages import FinishReason, Refusal, Source
+from fedhlm.protocol.fields import FinishReason, Refusal, Source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

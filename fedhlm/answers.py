@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from fedhlm.errors import AskError, RequestCancelled, RequestNameTaken, RequestRefused
-from fedhlm.protocol.messages import FinishReason, Output, Source
+from fedhlm.protocol.fields import FinishReason, Source
+from fedhlm.protocol.messages import Output
 from fedhlm.protocol.sources import SOURCES
 
 EARLY_MAX: Final = 1_024  # most pieces that wait for an earlier one

@@ -3,7 +3,7 @@
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import encode
+from fedhlm.protocol.codec import encode
 
 
 def birth_and_will(stamp: Stamp, connection: str, root: str) -> tuple[Retained, Retained]:

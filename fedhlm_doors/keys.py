@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from fedhlm.errors import ConfigError
-from fedhlm.protocol.messages import NAME_PATTERN
+from fedhlm.protocol.fields import NAME_PATTERN
 from fedhlm_doors.refusals import ApiError
 
 KEY: Final = "api.keys"

@@ -7,7 +7,8 @@ from msgspec import Meta
 from msgspec.structs import fields
 
 from fedhlm.answering import Offer, Question
-from fedhlm.protocol.messages import MAX_STOPS, MAX_TOKENS, Prompt, Seed
+from fedhlm.protocol.fields import MAX_STOPS, MAX_TOKENS, Seed
+from fedhlm.protocol.messages import Prompt
 from fedhlm_doors.refusals import ApiError
 
 CHOICES_MAX: Final = 16

@@ -13,7 +13,8 @@ from typing import Any, Final
 import msgspec
 
 from fedhlm.bus.interface import ProtocolVersion
-from fedhlm.protocol.messages import Escalation, Prime, Verdict, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Escalation, Prime, Verdict
 from fedhlm_traces.decoded import Seen, Vocabularies, gist, look, unpacked_ids, wire_bytes
 from fedhlm_traces.file import Header, Record
 

@@ -11,7 +11,7 @@ from typing import Any
 from edge_agent.events import Committed, Judged
 from edge_agent.journal import Began, Planned, unpack
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol import messages
+from fedhlm.protocol import codec, messages
 from fedhlm.protocol.messages import Journal, Note
 
 
@@ -86,7 +86,7 @@ class JournalReader:
 def _request_of(payload: bytes) -> str:
     """The request of an output; "" for any other message."""
     try:
-        message = messages.decode(payload)
+        message = codec.decode(payload)
     except ProtocolError:
         return ""
     return message.request if isinstance(message, messages.Output) else ""

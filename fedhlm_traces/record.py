@@ -23,7 +23,8 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.process.run import DEFAULT_URL
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Fingerprint, Presence, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.messages import Fingerprint, Presence
 from fedhlm.telemetry import warn_once
 from fedhlm_traces.file import MAX_RECORD_BYTES, Header, Record, Writer, direction_of, part_path
 from fedhlm_traces.filters import distinct

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol.messages import Escalation, FinishReason, Output, Prompt, Source, UncertainTokens, Verdict
+from fedhlm.protocol.fields import FinishReason, Source
+from fedhlm.protocol.messages import Escalation, Output, Prompt, UncertainTokens, Verdict
 from fedhlm.protocol.packing import unpack_bits, unpack_probs
 from fedhlm_traces.decoded import unpacked_ids
 

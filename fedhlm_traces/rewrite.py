@@ -11,17 +11,9 @@ from msgspec.structs import replace
 
 from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import (
-    AnyMessage,
-    Assignment,
-    EscalationBatch,
-    Message,
-    Name,
-    Profile,
-    Roster,
-    VerdictBatch,
-    encode,
-)
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.fields import Name
+from fedhlm.protocol.messages import AnyMessage, Assignment, EscalationBatch, Message, Profile, Roster, VerdictBatch
 from fedhlm.protocol.roles import EDGE_PREFIX, cluster_of, edge_name, traits_of
 from fedhlm.protocol.topics import Topic
 from fedhlm_traces.file import Record

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Final, Literal, NamedTuple, Protocol, Self
 
 from fedhlm.errors import BusError
-from fedhlm.protocol.messages import MAX_PAYLOAD_BYTES
+from fedhlm.protocol.fields import MAX_PAYLOAD_BYTES
 
 ProtocolVersion = Literal["5", "3.1.1"]
 

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from fedhlm.protocol.messages import MAX_NOTES, Kind, Note
+from fedhlm.protocol.fields import MAX_NOTES, Kind
+from fedhlm.protocol.messages import Note
 
 FLUSH_S: Final = 0.5
 FLUSH_BYTES: Final = 64 * 1024

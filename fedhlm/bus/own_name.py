@@ -5,7 +5,7 @@ import ssl
 from typing import Any
 
 from fedhlm.bus.broker_url import BrokerUrl
-from fedhlm.protocol.messages import NAME_PATTERN
+from fedhlm.protocol.fields import NAME_PATTERN
 
 
 def own_name(address: BrokerUrl) -> str | None:

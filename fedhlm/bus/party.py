@@ -12,15 +12,8 @@ from fedhlm.bus.interface import Bus, Delivery, publish_wire_bytes
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.pieces import divided
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol.messages import (
-    SCHEMA_VERSION,
-    AnyMessage,
-    Fingerprint,
-    Journal,
-    Presence,
-    comparable_bytes,
-    encode,
-)
+from fedhlm.protocol.codec import comparable_bytes, encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Journal, Presence
 from fedhlm.protocol.topics import DEFAULT_ROOT, Topic, check_sender, decode_for, lookup
 from fedhlm.telemetry import Counters, warn_once
 from fedhlm.version import __version__

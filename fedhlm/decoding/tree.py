@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol.messages import MAX_BLOCK
+from fedhlm.protocol.fields import MAX_BLOCK
 from fedhlm.protocol.packing import id_bytes, pack_ids, unpack_ids
 
 BRANCHES_MAX: Final = MAX_BLOCK

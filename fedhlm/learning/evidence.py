@@ -13,8 +13,9 @@ import msgspec
 from msgspec import Meta
 
 from fedhlm.learning.certificate import Certificate
+from fedhlm.protocol.fields import MAX_PAIRS, LogSums, Milliseconds, Name, Pair
 from fedhlm.protocol.fingerprint import large_of
-from fedhlm.protocol.messages import MAX_PAIRS, Evidence, LogSums, Milliseconds, Name, Pair
+from fedhlm.protocol.messages import Evidence
 from fedhlm.telemetry import Counters
 
 ACCOUNTS_MAX: Final = 4_096  # beyond this number the sums of the most silent member lose its name

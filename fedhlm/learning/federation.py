@@ -22,20 +22,9 @@ from fedhlm.learning.orders import Obeyed, Orders, check_time
 from fedhlm.learning.robust import near_median, pool, winsorised
 from fedhlm.learning.settled import Claim
 from fedhlm.learning.thresholds import PaperUpdate, cluster_mean, global_mean, mean_control
+from fedhlm.protocol.fields import MAX_CURVES, MAX_PAIRS, Count, Name, Pair
 from fedhlm.protocol.fingerprint import half_of, large_of, pair_in
-from fedhlm.protocol.messages import (
-    MAX_CURVES,
-    MAX_PAIRS,
-    SCHEMA_VERSION,
-    Contribution,
-    Count,
-    Fingerprint,
-    Forget,
-    Learned,
-    Name,
-    Pair,
-    PaperThreshold,
-)
+from fedhlm.protocol.messages import SCHEMA_VERSION, Contribution, Fingerprint, Forget, Learned, PaperThreshold
 from fedhlm.protocol.packing import check_saved_version
 from fedhlm.settings import Federation
 from fedhlm.telemetry import warn_once

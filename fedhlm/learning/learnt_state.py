@@ -8,7 +8,8 @@ import numpy as np
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.evidence import certificates_of
-from fedhlm.protocol.messages import MAX_CURVES, MAX_PAIRS, Contribution, Evidence, Learned, Pair, PaperThreshold
+from fedhlm.protocol.fields import MAX_CURVES, MAX_PAIRS, Pair
+from fedhlm.protocol.messages import Contribution, Evidence, Learned, PaperThreshold
 
 CONTROL_MAX: Final = 1e12  # largest control variate: it is a mean gradient on [0, 1], and sums must stay finite
 

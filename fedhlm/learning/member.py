@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.thresholds import PaperUpdate
-from fedhlm.protocol.messages import Contribution, Pair
+from fedhlm.protocol.fields import Pair
+from fedhlm.protocol.messages import Contribution
 
 
 class KnownMember(NamedTuple):

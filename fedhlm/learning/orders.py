@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol.messages import MAX_ROSTER, Forget, Milliseconds, Name, Session
+from fedhlm.protocol.fields import MAX_ROSTER, Milliseconds, Name, Session
+from fedhlm.protocol.messages import Forget
 
 ORDERS_MAX: Final = 4_096
 FUTURE_MS: Final = 86_400_000

@@ -5,7 +5,8 @@ from typing import Any
 
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.federation import Members
-from fedhlm.protocol.messages import MAX_ROSTER, MemberSums, Roster
+from fedhlm.protocol.fields import MAX_ROSTER
+from fedhlm.protocol.messages import MemberSums, Roster
 
 
 def roster_of(members: Members, header: dict[str, Any]) -> Roster:

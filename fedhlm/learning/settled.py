@@ -14,8 +14,9 @@ import numpy as np
 from fedhlm.learning.certificate import AUDIT_CHANCES, audit_probability
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.evidence import Witness
+from fedhlm.protocol.fields import MAX_PAIRS, Pair
 from fedhlm.protocol.fingerprint import large_of, pair_in
-from fedhlm.protocol.messages import MAX_PAIRS, Pair, PaperThreshold, Verdict
+from fedhlm.protocol.messages import PaperThreshold, Verdict
 
 AGENTS_MAX: Final = 4_096
 SLACK_TOKENS: Final = 256.0  # tokens that may have passed while this edge, or its disk, was absent

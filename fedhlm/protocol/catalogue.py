@@ -13,11 +13,12 @@ import msgspec
 from msgspec import inspect
 
 from fedhlm.marks import cell, rewritten
-from fedhlm.protocol import asyncapi, messages, topics
+from fedhlm.protocol import asyncapi, fields, messages, topics
+from fedhlm.protocol.codec import encode
 
 HEADER: Final = messages.Message
 KINDS: Final[tuple[type[messages.AnyMessage], ...]] = get_args(messages.AnyMessage)
-_NAME: Final = rf"^{messages.NAME_PATTERN}\Z"
+_NAME: Final = rf"^{fields.NAME_PATTERN}\Z"
 _NOTHING: Final = {"": '""', b"": "empty", (): "[]"}
 _POWER_FROM: Final = 1 << 17  # larger limits are written as powers of two
 
@@ -42,7 +43,7 @@ def structs() -> list[type[msgspec.Struct]]:
     return [struct for struct in found if struct not in KINDS]
 
 
-def fields(struct: type[msgspec.Struct]) -> list[FieldFacts]:
+def field_facts(struct: type[msgspec.Struct]) -> list[FieldFacts]:
     """Return the fields of a struct. A message's own come without its header; the fields of the header with HEADER."""
     info = inspect.type_info(struct)
     if not isinstance(info, inspect.StructType):
@@ -193,8 +194,8 @@ def _constants() -> Iterator[str]:
     yield "|---|---|"
     yield f"| schema version | {messages.SCHEMA_VERSION} |"
     yield f"| root of all topics, by default | `{topics.DEFAULT_ROOT}` |"
-    yield f"| a name | `{cell(messages.NAME_PATTERN)}`, whole and in ASCII |"
-    yield f"| largest payload | {messages.MAX_PAYLOAD_BYTES:,} bytes |"
+    yield f"| a name | `{cell(fields.NAME_PATTERN)}`, whole and in ASCII |"
+    yield f"| largest payload | {fields.MAX_PAYLOAD_BYTES:,} bytes |"
 
 
 def _example() -> Iterator[str]:
@@ -202,7 +203,7 @@ def _example() -> Iterator[str]:
         version=messages.SCHEMA_VERSION, sender="me", sequence=1, sent_ms=1_800_000_000_000, request="me-1",
         text="Oil prices rise", max_tokens=32, seed=7,
     )  # fmt: skip
-    payload = messages.encode(prompt)
+    payload = encode(prompt)
     array = json.dumps(msgspec.msgpack.decode(payload))
     yield f"As JSON, and as {len(payload)} bytes of msgpack:"
     yield ""
@@ -214,7 +215,7 @@ def _example() -> Iterator[str]:
 def _table(struct: type[msgspec.Struct]) -> Iterator[str]:
     yield "| place | field | type | unit | limits | default | meaning |"
     yield "|" + "---|" * 7
-    for row in fields(struct):
+    for row in field_facts(struct):
         cells = (str(row.place), f"`{row.name}`", row.type, row.unit, row.limits, row.default, row.meaning)
         yield f"| {' | '.join(map(cell, cells))} |"
 

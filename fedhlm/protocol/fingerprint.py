@@ -11,7 +11,8 @@ from typing import Final
 import msgspec
 
 from fedhlm.errors import FingerprintMismatch, ModelError
-from fedhlm.protocol.messages import Fingerprint, Measure, Pair
+from fedhlm.protocol.fields import Measure, Pair
+from fedhlm.protocol.messages import Fingerprint
 
 SHARED_FIELDS: Final = ("tokenizer", "vocab_size", "noise")
 _DIGITS: Final = 6  # of each half of a pair: 24 bits

@@ -1,10 +1,9 @@
-"""Every message on the bus: frozen structs in one tagged union, with one encoder and one decoder.
+"""Every message on the bus: frozen structs in one tagged union (`fedhlm.protocol.codec` encodes and decodes them).
 
 Structs travel as msgpack arrays: first the tag, then the fields in order. The order of fields is therefore part of the
 protocol, and changing it raises SCHEMA_VERSION.
 
-Token ids and probabilities travel as raw little-endian bytes, whose length is checked before use. For a payload that
-breaks a limit or a type, `decode` raises ProtocolError and nothing else.
+Token ids and probabilities travel as raw little-endian bytes, whose length is checked before use.
 """
 
 from typing import Annotated, Any, Final, Literal
@@ -13,56 +12,48 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import replace
 
-from fedhlm.errors import ProtocolError
-from fedhlm.protocol.older import with_thresholds
+from fedhlm.protocol.fields import (
+    MAX_BATCH,
+    MAX_BLOCK,
+    MAX_CONTEXT,
+    MAX_CURVES,
+    MAX_DOUBTS,
+    MAX_KEY,
+    MAX_NOTES,
+    MAX_PAIRS,
+    MAX_PAYLOAD_BYTES,
+    MAX_REASON,
+    MAX_RIDERS,
+    MAX_ROSTER,
+    MAX_STOPS,
+    MAX_TOKENS,
+    Count,
+    Digest,
+    FinishReason,
+    Ids,
+    Key,
+    Kind,
+    LogSums,
+    Measure,
+    Milliseconds,
+    Name,
+    Pair,
+    Position,
+    Reason,
+    Refusal,
+    Seed,
+    Session,
+    Source,
+    Space,
+    Sums,
+    Text,
+    TokenId,
+    TopK,
+    Unit,
+)
 from fedhlm.protocol.roles import Role
 
 SCHEMA_VERSION: Final = 3
-MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
-# The cloud refuses a payload that is too large as a whole, and with it the small blocks of other agents.
-MAX_BATCH_BYTES: Final = MAX_PAYLOAD_BYTES // 2
-MAX_CONTEXT: Final = 131_072
-MAX_BLOCK: Final = 4_096
-MAX_BATCH: Final = 1_024
-MAX_DOUBTS: Final = 64
-MAX_TEXT: Final = 1_048_576
-MAX_TOKENS: Final = 65_536
-MAX_KEY: Final = 1_024
-MAX_CURVES: Final = 16
-MAX_PAIRS: Final = 8
-MAX_NOTES: Final = 1_024
-MAX_STOPS: Final = 16
-MAX_REASON: Final = 1_024
-MAX_RIDERS: Final = 64
-MAX_ROSTER: Final = 256
-
-NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-
-# \Z, because $ would let a name end in a newline.
-Name = Annotated[str, Meta(max_length=64, pattern=rf"^{NAME_PATTERN}\Z")]
-Session = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Count = Annotated[int, Meta(ge=0, lt=2**31)]
-Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
-Digest = Annotated[int, Meta(ge=0, lt=2**32)]
-TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
-TopK = Annotated[int, Meta(ge=0, lt=2**24)]
-Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
-Ids = Annotated[bytes, Meta(max_length=3 * MAX_CONTEXT)]
-Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-Reason = Annotated[str, Meta(max_length=MAX_REASON)]
-Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
-Key = Annotated[bytes, Meta(max_length=MAX_KEY)]
-Space = Annotated[str, Meta(max_length=16)]
-Measure = Annotated[str, Meta(max_length=64)]
-Pair = Annotated[str, Meta(max_length=16)]
-Sums = Annotated[bytes, Meta(max_length=4_096)]
-LogSums = Annotated[bytes, Meta(max_length=128)]
-
-Source = Literal["local", "peer", "neighbour", "cloud", "unverified"]
-Kind = Literal["state", "began", "heard", "fed", "round", "plan", "judged", "sent", "dropped", "committed", "ended"]
-FinishReason = Literal["length", "stop", "error", "cancelled", "context"]
-Refusal = Literal["invalid", "taken", "busy", "late"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -491,40 +482,3 @@ AnyMessage = (
     | Forget
     | Roster
 )
-
-_encoder: Final = msgspec.msgpack.Encoder()
-_USUAL_BYTES: Final = 3 + 9  # msgpack of a running number of 256 to 65,535 and of a time after February 1970
-_decoder: Final[msgspec.msgpack.Decoder[AnyMessage]] = msgspec.msgpack.Decoder(AnyMessage)
-
-
-def encode(message: AnyMessage) -> bytes:
-    """Encode a message as msgpack."""
-    return _encoder.encode(message)
-
-
-def comparable_bytes(message: Message, payload_bytes: int) -> int:
-    """Size in bytes of an encoded message of `payload_bytes`, with a running number and a time of usual size.
-
-    Messages of equal content have equal sizes, whenever and after however many messages they are sent. The headers of
-    messages inside a batch are counted as they are.
-    """
-    varying = len(_encoder.encode(message.sequence)) + len(_encoder.encode(message.sent_ms))
-    return payload_bytes - varying + _USUAL_BYTES
-
-
-def decode(payload: bytes) -> AnyMessage:
-    """Decode a payload into a message.
-
-    Raises:
-        ProtocolError: the payload is too large, not msgpack or not a known message, has a field out of range, or has
-            another schema version.
-    """
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise ProtocolError(f"payload must be at most {MAX_PAYLOAD_BYTES} bytes (got {len(payload)})")
-    try:
-        message = _decoder.decode(with_thresholds(payload))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ProtocolError(f"payload of {len(payload)} bytes is not a message: {exc}") from exc
-    if message.version != SCHEMA_VERSION:
-        raise ProtocolError(f"message.version must be {SCHEMA_VERSION} (got {message.version})")
-    return message

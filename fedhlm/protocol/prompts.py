@@ -6,7 +6,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from fedhlm.errors import ConfigError, ProtocolError
-from fedhlm.protocol.messages import MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Name, Prompt, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.fields import MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Name
+from fedhlm.protocol.messages import Prompt
 
 _NAME: Final = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
 EXPECTED: Final = {

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import msgspec
 
 from fedhlm.errors import ProtocolError
-from fedhlm.protocol import messages
+from fedhlm.protocol import codec, fields, messages
 from fedhlm.protocol.roles import ROLES, Role
 
 DEFAULT_ROOT: Final = "fedhlm/1"
@@ -68,7 +68,7 @@ _REGEXES: Final[dict[str, re.Pattern[str]]] = {}
 def _regex_of(pattern: str) -> re.Pattern[str]:
     if pattern not in _REGEXES:
         # A level must be a valid party name, so that no hostile text reaches a file name or a log.
-        _REGEXES[pattern] = re.compile(re.sub(r"\{(\w+)\}", rf"(?P<\1>{messages.NAME_PATTERN})", pattern))
+        _REGEXES[pattern] = re.compile(re.sub(r"\{(\w+)\}", rf"(?P<\1>{fields.NAME_PATTERN})", pattern))
     return _REGEXES[pattern]
 
 
@@ -387,7 +387,7 @@ def decode_for(topic: Topic, payload: bytes) -> messages.AnyMessage:
     Raises:
         ProtocolError: the payload is not a message, or a message of another type.
     """
-    message = messages.decode(payload)
+    message = codec.decode(payload)
     if type(message) is not topic.payload:
         raise ProtocolError(f"{topic.pattern} carries {topic.payload.__name__}, not {type(message).__name__}")
     return message

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from fedhlm.bus.broker_url import BrokerUrl, TlsFiles
-from fedhlm.protocol import messages, topics
+from fedhlm.protocol import fields, topics
 from fedhlm.settings.generation import Consensus, Generation, Learning, Pipeline
 from fedhlm.settings.section import MASK, Section, WaitMs, is_secret, masked
 
@@ -35,7 +35,7 @@ DEFAULT_PRESET: Final = "budget"
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Threads = Annotated[int, Meta(ge=0, le=256)]
-BatchSize = Annotated[int, Meta(ge=1, le=messages.MAX_BATCH)]
+BatchSize = Annotated[int, Meta(ge=1, le=fields.MAX_BATCH)]
 # The providers of onnxruntime for Linux. Which of them a build has is known at run time only.
 Provider = Literal[
     "CPUExecutionProvider",
@@ -118,15 +118,15 @@ class Broker(Section, frozen=True):
 class Cluster(Section, frozen=True):
     """The group of agents that share one edge."""
 
-    name: Annotated[messages.Name, Meta(description="Name of the cluster, a level of its topics.")] = "home"
+    name: Annotated[fields.Name, Meta(description="Name of the cluster, a level of its topics.")] = "home"
 
 
 class Agent(Section, frozen=True):
     """An agent: the program on a device, which drafts with the small model."""
 
-    id: Annotated[
-        messages.Name, Meta(description="Name of the agent, a level of its topics; unique in its cluster.")
-    ] = "agent"
+    id: Annotated[fields.Name, Meta(description="Name of the agent, a level of its topics; unique in its cluster.")] = (
+        "agent"
+    )
     model: Annotated[str, Meta(description="Folder of the small model (ONNX). Empty: the shipped one.")] = ""
     state: Annotated[
         str,

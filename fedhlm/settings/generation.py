@@ -4,10 +4,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from fedhlm.protocol import messages
+from fedhlm.protocol import fields, messages
 from fedhlm.settings.section import Section, Unit, WaitMs
 
-BlockSize = Annotated[int, Meta(ge=1, le=messages.MAX_BLOCK)]
+BlockSize = Annotated[int, Meta(ge=1, le=fields.MAX_BLOCK)]
 
 
 class Pipeline(Section, frozen=True):
@@ -276,7 +276,7 @@ class Generation(Section, frozen=True):
         Meta(gt=0.0, le=1.0, description="Nucleus of the sampling, if a prompt does not set its own. 1: all tokens."),
     ] = 1.0
     top_k: Annotated[
-        messages.TopK,
+        fields.TopK,
         Meta(description="Number of likeliest tokens to sample from, if a prompt does not set its own. 0: all tokens."),
     ] = 0
     min_p: Annotated[
@@ -286,12 +286,10 @@ class Generation(Section, frozen=True):
             "own. 0: all tokens."
         ),
     ] = 0.0
-    seed: Annotated[messages.Seed, Meta(description="Seed of the noise, if a prompt does not set its own.")] = 0
+    seed: Annotated[fields.Seed, Meta(description="Seed of the noise, if a prompt does not set its own.")] = 0
     max_tokens: Annotated[
         int,
-        Meta(
-            ge=1, le=messages.MAX_TOKENS, description="Most tokens of a text, if a prompt does not set its own number."
-        ),
+        Meta(ge=1, le=fields.MAX_TOKENS, description="Most tokens of a text, if a prompt does not set its own number."),
     ] = 64
     deadline_ms: Annotated[
         int,

@@ -5,11 +5,11 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from fedhlm.protocol import messages
+from fedhlm.protocol import fields
 
 MASK: Final = "***"
 
-Unit = messages.Unit
+Unit = fields.Unit
 WaitMs = Annotated[float, Meta(ge=0.0, le=60_000.0)]
 
 

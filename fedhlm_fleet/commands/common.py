@@ -12,7 +12,7 @@ from cyclopts.validators import Number
 from fedhlm.errors import ConfigError, FedhlmError
 
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
-Tokens = Annotated[int, Parameter(validator=Number(gte=1, lte=65_536))]  # messages.MAX_TOKENS
+Tokens = Annotated[int, Parameter(validator=Number(gte=1, lte=65_536))]  # fields.MAX_TOKENS
 Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
 Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]

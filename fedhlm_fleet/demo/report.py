@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedhlm import choices
 from fedhlm.learning.certificate import Certificate
-from fedhlm.protocol.messages import Source
+from fedhlm.protocol.fields import Source
 from fedhlm.settings import Generation
 
 SOURCES: Final[dict[Source, str]] = {

@@ -19,7 +19,8 @@ from fedhlm.bus.party import Stamp
 from fedhlm.errors import BusError
 from fedhlm.process.run import DEFAULT_URL
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import AnyMessage, UncertainTokens, Verdict, VerdictBatch, VerifiedTokens, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import AnyMessage, UncertainTokens, Verdict, VerdictBatch, VerifiedTokens
 from fedhlm.settings import Broker
 from fedhlm_fleet.doctor import tls
 from fedhlm_fleet.doctor.finding import Remark, Subject, fail, ok, skip, warn

@@ -4,8 +4,9 @@ from typing import Final
 
 from fedhlm.errors import FingerprintMismatch, ProtocolError
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import decode
 from fedhlm.protocol.fingerprint import check_agreement
-from fedhlm.protocol.messages import Fingerprint, Presence, decode
+from fedhlm.protocol.messages import Fingerprint, Presence
 from fedhlm_fleet.doctor.broker import STRANGER, UPSTREAM, section_of
 from fedhlm_fleet.doctor.finding import Remark, Subject, fail, ok, skip, warn
 from fedhlm_fleet.doctor.probe import HeardMessage

@@ -14,7 +14,7 @@ import msgspec
 
 from fedhlm.bus.broker_url import BrokerUrl
 from fedhlm.errors import ConfigError, FedhlmError
-from fedhlm.protocol.messages import NAME_PATTERN
+from fedhlm.protocol.fields import NAME_PATTERN
 from fedhlm_fleet.flash import toml
 
 FOLDER: Final = "fedhlm"

@@ -20,7 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedhlm.errors import ConfigError
 from fedhlm.process.files import PRIVATE
-from fedhlm.protocol.messages import NAME_PATTERN
+from fedhlm.protocol.fields import NAME_PATTERN
 from fedhlm.protocol.roles import EDGE_PREFIX, reserved
 from fedhlm_fleet.pki import files
 from fedhlm_fleet.pki.files import PkiError

@@ -12,7 +12,7 @@ from fedhlm.bus.dial import MAX_IN_FLIGHT
 from fedhlm.bus.interface import DEFAULT_MAX_INCOMING
 from fedhlm.errors import ConfigError
 from fedhlm.process.files import PRIVATE
-from fedhlm.protocol.messages import MAX_BATCH_BYTES
+from fedhlm.protocol.fields import MAX_BATCH_BYTES
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_fleet.pki import files
 from fedhlm_fleet.pki.acl import BrokerPlace, Kind, acl, described

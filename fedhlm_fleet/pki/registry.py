@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from fedhlm.protocol.messages import Name
+from fedhlm.protocol.fields import Name
 from fedhlm_fleet.pki import files
 from fedhlm_fleet.pki.files import PkiError
 from fedhlm_fleet.pki.roles import CertificateRole

@@ -29,7 +29,9 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.federation import MEMBERS_MAX
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Cancel, FinishReason, Output, Sampling, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.fields import FinishReason
+from fedhlm.protocol.messages import Cancel, Output, Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import Packet

@@ -11,7 +11,8 @@ import numpy as np
 
 from edge_agent.learner import Learner
 from fedhlm.learning.curve import BINS, Curve
-from fedhlm.protocol.messages import Contribution, Pair, PaperThreshold
+from fedhlm.protocol.fields import Pair
+from fedhlm.protocol.messages import Contribution, PaperThreshold
 from fedhlm.settings import Generation
 
 BOAST: Final = 1e6  # tokens that a liar claims

@@ -16,7 +16,8 @@ import msgspec
 from edge_agent.service import AgentService, ModelFacts
 from fedhlm.bus.party import Stamp
 from fedhlm.client import Client
-from fedhlm.protocol.messages import Presence, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.messages import Presence
 from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.sim import toy

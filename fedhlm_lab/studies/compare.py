@@ -27,7 +27,8 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.learning.certificate import Certificate
-from fedhlm.protocol.messages import FinishReason, Sampling
+from fedhlm.protocol.fields import FinishReason
+from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Config
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual

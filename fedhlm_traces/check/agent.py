@@ -22,7 +22,8 @@ from fedhlm.errors import ProtocolError
 from fedhlm.learning.thresholds import KEEP_NONE
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Escalation, FinishReason, Kind, Note, Prompt, Sampling
+from fedhlm.protocol.fields import FinishReason, Kind
+from fedhlm.protocol.messages import Escalation, Note, Prompt, Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
 from fedhlm.telemetry import Counters

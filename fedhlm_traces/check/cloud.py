@@ -18,8 +18,9 @@ from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import ProtocolError, TraceError
 from fedhlm.learning.federation import Members, mean_of_clusters
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.fields import MAX_CONTEXT
 from fedhlm.protocol.messages import (
-    MAX_CONTEXT,
     Escalation,
     EscalationBatch,
     Fingerprint,
@@ -29,8 +30,6 @@ from fedhlm.protocol.messages import (
     RoutedVerdict,
     Verdict,
     VerdictBatch,
-    decode,
-    encode,
 )
 from fedhlm.protocol.packing import id_bytes
 from fedhlm.protocol.roles import ROLES, PartRole

@@ -14,7 +14,8 @@ from edge_agent import journal
 from edge_agent.events import Committed, Judged
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.curve import Curve
-from fedhlm.protocol.messages import Contribution, Learned, Note, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.messages import Contribution, Learned, Note
 
 RELATIVE: Final = 1e-6  # the curves of a federation travel as float32
 HEADER: Final = frozenset({"version", "sender", "sequence", "sent_ms"})

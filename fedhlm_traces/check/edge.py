@@ -18,6 +18,7 @@ from fedhlm.bus.party import Received
 from fedhlm.errors import ProtocolError
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import decode
 from fedhlm.protocol.messages import (
     Contribution,
     Escalation,
@@ -29,7 +30,6 @@ from fedhlm.protocol.messages import (
     Verdict,
     VerdictBatch,
     VerifiedTokens,
-    decode,
 )
 from fedhlm.settings import Config
 from fedhlm.telemetry import Counters

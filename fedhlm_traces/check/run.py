@@ -11,7 +11,9 @@ import msgspec
 from cloud_verifier.wiring import LargeModel
 from edge_agent.journal import AgentStart, unpack
 from fedhlm.errors import ProtocolError, TraceError
-from fedhlm.protocol.messages import MAX_CONTEXT, MAX_NOTES, Journal, Note, decode, encode
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.fields import MAX_CONTEXT, MAX_NOTES
+from fedhlm.protocol.messages import Journal, Note
 from fedhlm.protocol.roles import PARTS, ROLES, PartRole
 from fedhlm_traces.check.agent import check_agent
 from fedhlm_traces.check.cloud import born_of, check_cloud, from_bus

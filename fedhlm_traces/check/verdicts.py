@@ -27,6 +27,7 @@ from fedhlm.errors import ProtocolError
 from fedhlm.learning.federation import Members, mean_of_clusters
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import decode
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     Escalation,
@@ -36,7 +37,6 @@ from fedhlm.protocol.messages import (
     Sampling,
     Verdict,
     VerdictBatch,
-    decode,
 )
 from fedhlm.protocol.packing import unpack_ids
 from fedhlm.settings import Config

@@ -10,17 +10,9 @@ from cloud_verifier import verdicts
 from cloud_verifier.sessions import RefusedBlock, StaleBlock, UnprimedBlock
 from cloud_verifier.verdicts import portions, verdict_of
 from cloud_verifier.verifier import Settled
-from fedhlm.protocol.messages import (
-    MAX_BATCH,
-    MAX_REASON,
-    SCHEMA_VERSION,
-    Escalation,
-    RoutedVerdict,
-    Verdict,
-    VerdictBatch,
-    decode,
-    encode,
-)
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.fields import MAX_BATCH, MAX_REASON
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, RoutedVerdict, Verdict, VerdictBatch
 from fedhlm.protocol.packing import unpack_bits, unpack_ids, unpack_probs
 
 VOCAB_SIZE = 4_096

@@ -13,7 +13,8 @@ from edge_agent.result import GenerationResult, Job
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.config import load
-from fedhlm.protocol.messages import FinishReason, Sampling
+from fedhlm.protocol.fields import FinishReason
+from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.world import Fleet
 from tests.edge_agent.test_core import nobody, with_fleet

@@ -12,7 +12,9 @@ from edge_agent.result import GenerationResult, Job
 from fedhlm.bus.party import Stamp
 from fedhlm.config import load
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint, FinishReason, Sampling, Verdict, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.fields import FinishReason
+from fedhlm.protocol.messages import SCHEMA_VERSION, Fingerprint, Sampling, Verdict
 from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBus

@@ -15,7 +15,8 @@ from fedhlm.config import load
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.evidence import certificates_of
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Learned, Sampling, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.messages import Learned, Sampling
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet

@@ -18,7 +18,8 @@ from fedhlm.learning.certificate import AUDIT_CHANCES
 from fedhlm.learning.curve import Curve, shrunk
 from fedhlm.learning.privacy import sigma_for
 from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
-from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sampling, Source
+from fedhlm.protocol.fields import Source
+from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sampling
 from fedhlm.settings import Federation, Generation
 from fedhlm_lab.sim.liars import LIES
 

@@ -13,7 +13,8 @@ from fedhlm.bus.interface import BusStatistics
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.errors import BusError, ProtocolError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Presence, Prompt, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.messages import Presence, Prompt
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus

@@ -21,6 +21,7 @@ from fedhlm.learning.curve import Curve
 from fedhlm.learning.thresholds import KEEP_NONE
 from fedhlm.peers.context_keys import unpack_key
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import decode
 from fedhlm.protocol.fingerprint import fingerprint_of, half_of, large_of, pair_in, pair_of
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
@@ -30,7 +31,6 @@ from fedhlm.protocol.messages import (
     Sampling,
     Verified,
     VerifiedTokens,
-    decode,
 )
 from fedhlm.settings import Federation, Generation
 from fedhlm_lab.sim import toy

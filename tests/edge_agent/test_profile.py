@@ -11,7 +11,8 @@ from cloud_verifier.clustering import TOKENS_MAX, TOKENS_MIN
 from cloud_verifier.coordinator import sample_of
 from edge_agent.profile import FRESH_MIN, PROMPT_ROWS, ROWS_MAX, PromptSample, Sampler
 from fedhlm.peers.context_keys import DIMS
-from fedhlm.protocol.messages import SCHEMA_VERSION, Profile, decode, encode
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, Profile
 
 HEADER: dict[str, Any] = {"version": SCHEMA_VERSION, "sender": "a", "sequence": 1, "sent_ms": 1}
 

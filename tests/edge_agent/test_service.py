@@ -16,7 +16,8 @@ from fedhlm.bus.party import Party, Received, Stamp, presence
 from fedhlm.config import load
 from fedhlm.errors import RequestRefused
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Cancel, Output, Prompt, Sampling, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Cancel, Output, Prompt, Sampling
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.parts import Part

@@ -10,7 +10,8 @@ from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning.learnt_state import State
 from fedhlm.learning.settled import SLACK_TOKENS
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Contribution, Learned, PaperThreshold, RoutedVerdict, Verdict, VerdictBatch, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.messages import Contribution, Learned, PaperThreshold, RoutedVerdict, Verdict, VerdictBatch
 from fedhlm.protocol.packing import pack_probs
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import PRIOR_TOKENS, RULES, Disk, Hand, Node, World, contribute, curve

@@ -9,7 +9,8 @@ import pytest
 from fedhlm.learning.learnt_state import State
 from fedhlm.learning.orders import FUTURE_MS
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Forget, Learned, Roster, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.messages import Forget, Learned, Roster
 from fedhlm.protocol.roles import edge_name
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import PRIOR_TOKENS, RULES, Disk, Hand, Node, World, contribute

@@ -4,16 +4,9 @@ import msgspec
 from msgspec.structs import replace
 
 from edge_broker.relay import SESSIONS_MAX, Relay
-from fedhlm.protocol.messages import (
-    MAX_BATCH_BYTES,
-    SCHEMA_VERSION,
-    Escalation,
-    EscalationBatch,
-    RoutedVerdict,
-    Verdict,
-    VerdictBatch,
-    encode,
-)
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.fields import MAX_BATCH_BYTES
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, EscalationBatch, RoutedVerdict, Verdict, VerdictBatch
 
 
 def escalation(session: int = 1, epoch: int = 0, base: int = 5, ids: bytes = b"ab") -> Escalation:

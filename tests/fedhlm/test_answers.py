@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from fedhlm.answers import Assembly, Piece, failure_of
 from fedhlm.errors import AskError, RequestCancelled, RequestNameTaken, RequestRefused
-from fedhlm.protocol.messages import SCHEMA_VERSION, Output, Source
+from fedhlm.protocol.fields import Source
+from fedhlm.protocol.messages import SCHEMA_VERSION, Output
 
 LOCAL: Source = "local"
 CLOUD: Source = "cloud"

@@ -12,7 +12,7 @@ from edge_agent.pipeline import PIPELINES, Pending, PipelineLimits
 from fedhlm import choices
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.learning.thresholds import OPTIMISERS
-from fedhlm.protocol.messages import Source
+from fedhlm.protocol.fields import Source
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation, Learning, Pipeline
 

@@ -15,7 +15,8 @@ from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.client import AWAY_S, HOLE_S
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Cancel, Output, Prompt, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Cancel, Output, Prompt
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim.link import LinkModel
 from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus

@@ -18,7 +18,9 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.errors import FedhlmError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Cancel, Output, Prompt, Source, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.fields import Source
+from fedhlm.protocol.messages import Cancel, Output, Prompt
 from fedhlm.telemetry import Counters
 from fedhlm_fleet.commands.ask import read_words
 from tests.brokers import Mosquitto

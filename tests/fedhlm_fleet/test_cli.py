@@ -12,7 +12,7 @@ import pytest
 
 from fedhlm.config import KEYS, Loaded, presets
 from fedhlm.errors import FedhlmError
-from fedhlm.protocol.messages import MAX_TOKENS
+from fedhlm.protocol.fields import MAX_TOKENS
 from fedhlm.settings import DEFAULT_PRESET
 from fedhlm_fleet import cli
 from fedhlm_fleet.commands.common import needing

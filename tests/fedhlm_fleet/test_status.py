@@ -14,7 +14,8 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Evidence, Fingerprint, Learned, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Evidence, Fingerprint, Learned
 from fedhlm_fleet.cli import main
 from fedhlm_fleet.commands.status import age
 from fedhlm_fleet.status import Heard, missing, rows

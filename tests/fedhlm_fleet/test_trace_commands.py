@@ -18,7 +18,8 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.errors import TraceError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Escalation, Fingerprint, Presence, decode, encode
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.messages import Escalation, Fingerprint, Presence
 from fedhlm_fleet import cli
 from fedhlm_fleet.commands import traces as commands
 from fedhlm_traces.file import Header, Record, Trace, Writer, read

@@ -14,7 +14,8 @@ from cloud_verifier.sessions import Sessions
 from fedhlm.decoding import couplings
 from fedhlm.errors import TraceError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Sampling, VerdictBatch, decode, encode
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.messages import Sampling, VerdictBatch
 from fedhlm_lab.sim import toy
 from fedhlm_traces.check.cloud import check_cloud, from_bus
 from fedhlm_traces.check.divergence import plain

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Output, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Output
 from fedhlm_traces.decoded import GIST_CHARS, GISTS, Seen, gist, look, number, wire_bytes
 from fedhlm_traces.export import FORMATS
 from fedhlm_traces.file import Header, Record

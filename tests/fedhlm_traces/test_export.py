@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Output, Prime, Verdict, decode, encode
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Output, Prime, Verdict
 from fedhlm.protocol.packing import pack_ids
 from fedhlm_traces.decoded import gist, look
 from fedhlm_traces.export import COLUMNS, FORMATS, named

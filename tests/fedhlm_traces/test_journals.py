@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Journal, Note, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, Journal, Note
 from fedhlm_traces.check.journals import lives
 from fedhlm_traces.file import Record
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import TraceError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Presence, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, Presence
 from fedhlm_traces.file import Record
 from fedhlm_traces.mosquitto import LOSSLESS, MAX_LINE_BYTES, LineTally, guess_root, lines_of, recording, records
 from tests.brokers import MOSQUITTO, Mosquitto

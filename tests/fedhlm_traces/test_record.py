@@ -16,7 +16,8 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.errors import BusError, TraceError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Escalation, Fingerprint, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Escalation, Fingerprint
 from fedhlm_traces.file import MAX_RECORD_BYTES, Header, Record, part_path, read
 from fedhlm_traces.record import Recorder, Summary, record
 from tests.brokers import MOSQUITTO, Mosquitto, TcpProxy, free_port

@@ -10,8 +10,9 @@ from msgspec.structs import replace
 from fedhlm.bus.party import Stamp
 from fedhlm.errors import TraceError
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.fields import NAME_PATTERN
 from fedhlm.protocol.messages import (
-    NAME_PATTERN,
     Assignment,
     Contribution,
     Escalation,
@@ -26,8 +27,6 @@ from fedhlm.protocol.messages import (
     RoutedVerdict,
     Verdict,
     VerdictBatch,
-    decode,
-    encode,
 )
 from fedhlm.protocol.topics import TABLE, Topic
 from fedhlm_traces.file import Record

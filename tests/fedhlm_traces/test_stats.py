@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedhlm.bus.interface import ProtocolVersion, publish_wire_bytes
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Output, Verdict, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Output, Verdict
 from fedhlm_traces.decoded import look, protocol_of
 from fedhlm_traces.file import Header, Record
 from fedhlm_traces.stats import FOREIGN, Accounting, Latencies, Row, Statistics, statistics

@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Journal, Output, Prompt, Verdict, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Journal, Output, Prompt, Verdict
 from fedhlm_traces.decoded import look
 from fedhlm_traces.file import Record
 from fedhlm_traces.request import Step, Story

@@ -13,7 +13,8 @@ import pytest
 
 from fedhlm.bus.party import Stamp
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Cancel, Output, Prompt, Sampling, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Cancel, Output, Prompt, Sampling
 from fedhlm_lab.sim import toy
 from tests.brokers import until
 from tests.field.fleet import Fleet, both_brokers, every_broker, fleets

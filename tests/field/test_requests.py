@@ -12,7 +12,8 @@ import msgspec
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import DeadlinePassed
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Output, Sampling, Source
+from fedhlm.protocol.fields import Source
+from fedhlm.protocol.messages import Output, Sampling
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim import toy
 from tests.brokers import until

@@ -7,7 +7,8 @@ import pytest
 from fedhlm.bus.party import Stamp
 from fedhlm.errors import ConfigError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Output, Prompt, Sampling, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Output, Prompt, Sampling
 from fedhlm_lab.sim import toy
 from tests.brokers import until
 from tests.field.fleet import both_brokers, fleets

@@ -13,14 +13,9 @@ from fedhlm.decoding.tree import Branch, pack_branches
 from fedhlm.learning.curve import Curve
 from fedhlm.peers.context_keys import DIMS
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.fields import MAX_BATCH, MAX_BLOCK, MAX_CONTEXT, MAX_CURVES, MAX_KEY, MAX_PAIRS, MAX_PAYLOAD_BYTES
 from fedhlm.protocol.messages import (
-    MAX_BATCH,
-    MAX_BLOCK,
-    MAX_CONTEXT,
-    MAX_CURVES,
-    MAX_KEY,
-    MAX_PAIRS,
-    MAX_PAYLOAD_BYTES,
     SCHEMA_VERSION,
     Contribution,
     Escalation,
@@ -41,7 +36,6 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
     Verified,
     VerifiedTokens,
-    encode,
 )
 from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy

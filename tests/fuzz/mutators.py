@@ -19,8 +19,9 @@ from fedhlm.decoding.tree import Branch, pack_branches
 from fedhlm.learning.curve import Curve
 from fedhlm.peers.context_keys import DIMS
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.fields import MAX_CONTEXT
 from fedhlm.protocol.messages import (
-    MAX_CONTEXT,
     SCHEMA_VERSION,
     AnyMessage,
     Escalation,
@@ -29,7 +30,6 @@ from fedhlm.protocol.messages import (
     Prime,
     RoutedEscalation,
     Sampling,
-    encode,
 )
 from fedhlm.protocol.packing import pack_ids
 from fedhlm.protocol.topics import TABLE, Topic

@@ -31,7 +31,9 @@ from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning import federation
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import MAX_CURVES, Assignment, Output, Prompt, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.fields import MAX_CURVES
+from fedhlm.protocol.messages import Assignment, Output, Prompt
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBus
 from tests.edge_broker.world import Hand, World

@@ -22,7 +22,7 @@ from fedhlm.learning.learnt_state import State
 from fedhlm.learning.thresholds import KEEP_NONE, tau_of_budget
 from fedhlm.peers.context_keys import DIMS, unpack_key
 from fedhlm.peers.neighbours import Memory
-from fedhlm.protocol import messages, packing, topics
+from fedhlm.protocol import codec, messages, packing, topics
 from fedhlm.settings import Federation
 from fedhlm_lab.sim import toy
 from tests.fuzz import mutators
@@ -37,15 +37,15 @@ V: Final = toy.VOCAB_SIZE
 
 
 def _message(data: bytes) -> None:
-    message = messages.decode(data)
-    again = messages.encode(message)
+    message = codec.decode(data)
+    again = codec.encode(message)
     # As bytes, because a statistic may be NaN.
-    require(messages.encode(messages.decode(again)) == again, f"{message!r} does not survive the codec")
+    require(codec.encode(codec.decode(again)) == again, f"{message!r} does not survive the codec")
     if isinstance(message, messages.Profile):
         sample_of(message)
     if isinstance(message, messages.Learned):
         restored = State.of(message).learned(_HEADER)
-        messages.decode(messages.encode(restored))
+        codec.decode(codec.encode(restored))
 
 
 _HEADER: Final[dict[str, Any]] = {"version": messages.SCHEMA_VERSION, "sender": "x", "sequence": 0, "sent_ms": 0}
@@ -195,7 +195,7 @@ def _cluster_memory_seed(rng: Rng) -> bytes:
 def _members(data: bytes) -> None:
     members = Members(Federation(), mean_of_clusters)
     members.restore(data)
-    messages.decode(messages.encode(members.close().learned(_HEADER)))
+    codec.decode(codec.encode(members.close().learned(_HEADER)))
     Members(Federation(), mean_of_clusters).restore(members.snapshot())
 
 
@@ -235,7 +235,7 @@ def use_learner(learner: Learner) -> None:
         require(ended is not None, "no contribution")
         thresholds, curves = ended or ({}, {})
         sent = messages.Contribution(**_HEADER, round=number, members=1, thresholds=thresholds, curves=curves)
-        messages.decode(messages.encode(sent))
+        codec.decode(codec.encode(sent))
 
 
 def _learner_seed(rng: Rng) -> bytes:
@@ -250,7 +250,7 @@ def _learner_seed(rng: Rng) -> bytes:
 
 def _learned(data: bytes) -> None:
     """A state that an edge sends, taken over by an agent and used."""
-    message = messages.decode(data)
+    message = codec.decode(data)
     if not isinstance(message, messages.Learned):
         raise ProtocolError("another message")
     learner = Learner(Federation(), np.random.default_rng(1))
@@ -259,9 +259,7 @@ def _learned(data: bytes) -> None:
 
 
 def _learned_seed(rng: Rng) -> bytes:
-    return messages.encode(
-        msgspec.structs.replace(mutators.typed(rng, messages.Learned), version=messages.SCHEMA_VERSION)
-    )
+    return codec.encode(msgspec.structs.replace(mutators.typed(rng, messages.Learned), version=messages.SCHEMA_VERSION))
 
 
 DECODERS: Final[dict[str, Target]] = {

@@ -12,7 +12,8 @@ from cloud_verifier import sessions
 from cloud_verifier.sessions import EXTEND_MAX
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import EscalationBatch, Presence, RoutedEscalation, VerdictBatch, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import EscalationBatch, Presence, RoutedEscalation, VerdictBatch
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.fuzz import mutators

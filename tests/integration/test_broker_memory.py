@@ -9,7 +9,9 @@ import pytest
 
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import MAX_DOUBTS, SCHEMA_VERSION, Uncertain, UncertainTokens, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.fields import MAX_DOUBTS
+from fedhlm.protocol.messages import SCHEMA_VERSION, Uncertain, UncertainTokens
 from fedhlm_fleet.pki.acl import Kind
 from fedhlm_fleet.pki.mosquitto import LIMITS, Listener, _limits
 from tests.brokers import MOSQUITTO, Mosquitto

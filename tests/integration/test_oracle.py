@@ -9,7 +9,8 @@ import pytest
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.decoding.alone import Alone
 from fedhlm.errors import PiecesLost, RequestRefused
-from fedhlm.protocol.messages import Prompt, Sampling, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Prompt, Sampling
 from fedhlm.protocol.topics import ESCALATE, OUTPUT, PROMPT
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder

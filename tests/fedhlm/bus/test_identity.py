@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedhlm.bus.identity import MAX_ID_BYTES, client_id
-from fedhlm.protocol.messages import NAME_PATTERN
+from fedhlm.protocol.fields import NAME_PATTERN
 
 NAMES = st.from_regex(NAME_PATTERN, fullmatch=True)
 ROOTS = st.text(min_size=1, max_size=256)

@@ -10,7 +10,9 @@ from fedhlm.bus import journal
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import MAX_NOTES, Journal, Note, Prompt, decode, encode
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.fields import MAX_NOTES
+from fedhlm.protocol.messages import Journal, Note, Prompt
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
 from fedhlm_lab.sim.virtual import run_virtual

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fedhlm.bus.party import Stamp
 from fedhlm.bus.pieces import divided
+from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import (
     AnyMessage,
     Assignment,
@@ -21,7 +22,6 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
     Verified,
     VerifiedTokens,
-    encode,
 )
 
 STAMP = Stamp("edge")

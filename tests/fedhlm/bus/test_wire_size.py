@@ -3,7 +3,8 @@
 import pytest
 
 from fedhlm.bus.interface import publish_wire_bytes
-from fedhlm.protocol.messages import Escalation, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Escalation
 from fedhlm.protocol.packing import pack_ids
 from fedhlm.protocol.topics import ESCALATE
 

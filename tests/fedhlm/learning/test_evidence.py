@@ -14,7 +14,8 @@ from fedhlm.errors import ProtocolError
 from fedhlm.learning.certificate import AUDIT_CHANCES, SLOPES, Certificate, audit_probability
 from fedhlm.learning.evidence import FleetEvidence, SavedEvidence, Witness, Witnessed, certificates_of, fleet_of
 from fedhlm.learning.settled import SettledTokens
-from fedhlm.protocol.messages import MAX_PAIRS, SCHEMA_VERSION, Evidence, Pair, Verdict
+from fedhlm.protocol.fields import MAX_PAIRS, Pair
+from fedhlm.protocol.messages import SCHEMA_VERSION, Evidence, Verdict
 
 PAIR, OTHER = "3fa4b1.09c2de", "3fa4b1.f00baa"
 

@@ -14,8 +14,10 @@ from fedhlm.learning import federation, learnt_state
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.federation import LEAP, OVERTAKEN_S, Members, mean_of_agents, mean_of_clusters
 from fedhlm.learning.learnt_state import State
+from fedhlm.protocol.codec import decode, encode
+from fedhlm.protocol.fields import MAX_CURVES
 from fedhlm.protocol.fingerprint import fingerprint_of
-from fedhlm.protocol.messages import MAX_CURVES, SCHEMA_VERSION, Contribution, Learned, PaperThreshold, decode, encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, Contribution, Learned, PaperThreshold
 from fedhlm.settings import Federation
 
 PRIOR_TOKENS = 256.0

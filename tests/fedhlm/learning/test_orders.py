@@ -10,7 +10,8 @@ from fedhlm.learning.federation import Members, mean_of_agents, mean_of_clusters
 from fedhlm.learning.orders import FUTURE_MS, ORDERS_MAX, Orders
 from fedhlm.learning.roster import roster_of
 from fedhlm.learning.settled import SLACK_TOKENS, SettledTokens
-from fedhlm.protocol.messages import MAX_ROSTER, Contribution, Forget, Learned
+from fedhlm.protocol.fields import MAX_ROSTER
+from fedhlm.protocol.messages import Contribution, Forget, Learned
 from fedhlm.settings import Federation
 
 NOW_MS = 10 * FUTURE_MS

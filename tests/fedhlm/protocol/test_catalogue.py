@@ -16,9 +16,10 @@ from fedhlm.errors import ProtocolError
 from fedhlm.learning.certificate import Certificate
 from fedhlm.marks import rewritten
 from fedhlm.protocol import asyncapi, catalogue, topics
-from fedhlm.protocol.catalogue import HEADER, KINDS, fields, parts, structs
+from fedhlm.protocol.catalogue import HEADER, KINDS, field_facts, parts, structs
+from fedhlm.protocol.codec import decode, encode
 from fedhlm.protocol.meanings import MEANINGS
-from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Prompt, decode, encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Prompt
 from tests import npm
 from tests.fedhlm.protocol.test_messages import any_message
 
@@ -53,7 +54,7 @@ def test_files_that_say_something_else_are_noticed_and_mended(tmp_path: Path) ->
 
 @pytest.mark.parametrize("struct", DESCRIBED, ids=lambda struct: struct.__name__)
 def test_every_field_has_a_meaning_and_the_unit_that_its_name_ends_in(struct: type[msgspec.Struct]) -> None:
-    rows = fields(struct)
+    rows = field_facts(struct)
     assert [row.name for row in rows] == list(MEANINGS[struct.__name__])
     for row in rows:
         assert re.fullmatch(r"\S.{5,}[^.\s]", row.meaning), row
@@ -67,13 +68,13 @@ def test_nothing_else_has_a_meaning() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_place_is_where_the_field_travels(kind: type[AnyMessage]) -> None:
-    rows = [*fields(HEADER), *fields(kind)]
+    rows = [*field_facts(HEADER), *field_facts(kind)]
     assert [row.place for row in rows] == list(range(1, len(rows) + 1))
     assert [row.name for row in rows] == list(kind.__struct_fields__)
 
 
 def test_limits_and_defaults_are_told() -> None:
-    rows = {row.name: row for row in fields(Prompt)}
+    rows = {row.name: row for row in field_facts(Prompt)}
     assert (rows["max_tokens"].limits, rows["max_tokens"].default) == ("1 to 65,536", "`64`")
     assert (rows["seed"].type, rows["seed"].limits, rows["seed"].default) == ("int or nil", "0 to 2^63 - 1", "nil")
     assert (rows["request"].limits, rows["request"].default) == ("a name", "required")

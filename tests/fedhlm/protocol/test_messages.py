@@ -10,18 +10,9 @@ from hypothesis import strategies as st
 
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol import messages
-from fedhlm.protocol.messages import (
-    MAX_PAYLOAD_BYTES,
-    SCHEMA_VERSION,
-    AnyMessage,
-    Contribution,
-    Learned,
-    Presence,
-    Prompt,
-    comparable_bytes,
-    decode,
-    encode,
-)
+from fedhlm.protocol.codec import comparable_bytes, decode, encode
+from fedhlm.protocol.fields import MAX_PAYLOAD_BYTES
+from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Contribution, Learned, Presence, Prompt
 from fedhlm.protocol.packing import id_bytes, pack_bits, pack_ids, pack_probs, unpack_bits, unpack_ids, unpack_probs
 
 KINDS: tuple[type[AnyMessage], ...] = get_args(AnyMessage)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedhlm.bus.interface import check_filter, check_topic, topic_matches
 from fedhlm.errors import ProtocolError
+from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     AnyMessage,
@@ -20,7 +21,6 @@ from fedhlm.protocol.messages import (
     Roster,
     UncertainTokens,
     VerifiedTokens,
-    encode,
 )
 from fedhlm.protocol.topics import AGENT_STATUS, DEFAULT_ROOT, PROMPT, TABLE, Topic, decode_for, lookup
 

@@ -12,7 +12,8 @@ from fedhlm.bus.party import Stamp, presence
 from fedhlm.config import load
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import AnyMessage, Fingerprint, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import AnyMessage, Fingerprint
 from fedhlm_fleet.doctor import broker, local, others
 from fedhlm_fleet.doctor.finding import Remark, Subject
 

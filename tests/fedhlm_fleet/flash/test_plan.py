@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.errors import ConfigError
-from fedhlm.protocol.messages import NAME_PATTERN
+from fedhlm.protocol.fields import NAME_PATTERN
 from fedhlm_fleet.flash import bundle, plan, toml
 from fedhlm_fleet.flash.plan import Device, PlannedFile, Tls, Wifi
 

@@ -15,7 +15,9 @@ from edge_agent.result import Job
 from fedhlm.bus.party import Party
 from fedhlm.config import load, presets
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Assignment, Escalation, FinishReason, Presence, Sampling, Verdict, decode
+from fedhlm.protocol.codec import decode
+from fedhlm.protocol.fields import FinishReason
+from fedhlm.protocol.messages import Assignment, Escalation, Presence, Sampling, Verdict
 from fedhlm.settings import Federation, Generation
 from fedhlm_lab.sim import links, toy
 from fedhlm_lab.sim.loopback import LoopbackBus

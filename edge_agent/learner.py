@@ -1,37 +1,32 @@
-"""What a device learns about its doubts, and what its cluster told it: curves of harm, the threshold, the error budget.
+"""What a device learns about its doubts, and what its cluster told it: curves of harm, thresholds, certificates.
 
-Everything here is a function of observations. Messages are encoded and decoded, but not sent. A measure names what a
+Everything here is a function of observations; `edge_agent.policy` decides what follows from it. Messages are encoded and decoded, but not sent. A measure names what a
 curve is about (form of doubt, coupling, greedy or sampled, pair of models), so that different ways of generating and
 different models never mix.
 """
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_agent.accounts import OpenText, PaperState, Slack
 from edge_agent.events import Observation, Token
 from edge_agent.measures import Measures
+from edge_agent.policy import CurvePair, Knowledge
 from fedhlm import choices
 from fedhlm.errors import ConfigError, ProtocolError
 from fedhlm.learning.certificate import Certificate, CertificateState, audit_chance, tail_probability
-from fedhlm.learning.curve import Curve, bin_of, isotonic, shrunk
+from fedhlm.learning.curve import Curve, bin_of, isotonic
 from fedhlm.learning.evidence import certificates_of
 from fedhlm.learning.learnt_state import check_thresholds
 from fedhlm.learning.privacy import noised, sigma_for
 from fedhlm.learning.thresholds import (
-    KEEP_NONE,
     OPTIMISERS,
     PaperSettings,
-    mean_limits,
-    shares,
-    tau_of_budget,
-    tau_of_price,
 )
 from fedhlm.protocol.fields import MAX_CURVES, Count, Milliseconds, Pair
 from fedhlm.protocol.fingerprint import large_of, pair_in, pair_of
@@ -238,7 +233,7 @@ class Learner:
         fewer of them need to be seen to show that they are harmless. The certificate that counts is that of the fleet,
         as far as this device knows its size.
         """
-        own, evidence = self._evidence(measures.draft)
+        own, evidence = self._curves_of(measures.draft)
         m = isotonic(own)  # not the cluster's, which may lie
         known = self._certificates[measures.draft]
         harmless = audit_chance(
@@ -283,76 +278,27 @@ class Learner:
         """The fleet's certificate for the current pair, as the cluster told it last."""
         return self._fleet.get(self.pair)
 
-    def tau(self, measures: Measures, config: Generation) -> float:
-        """The threshold on the doubt for the next generation. KEEP_NONE verifies everything."""
-        return THRESHOLDS[config.threshold](self, measures, config)
+    def knowledge(self, measures: Measures, config: Generation) -> Knowledge:
+        """What decides on the next generation (`edge_agent.policy`)."""
+        slack = self._slack.get(measures.draft)
+        return Knowledge(
+            draft=self._curves_of(measures.draft),
+            peers=self._curves_of(measures.peers),
+            certificate=self.certificate(measures, config),
+            slack=slack.factor if slack else 1.0,
+            published=self.threshold,
+            escalation_bytes=self.escalation_bytes,
+        )
 
-    def similarity(self, measures: Measures, config: Generation) -> float | None:
-        """The cosine from which peers may settle a token; None: never, because there is no evidence that it is safe."""
-        consensus = config.consensus
-        if not choices.PEERS[config.peers].asked:
-            return None
-        if not (consensus.adapt and choices.THRESHOLDS[config.threshold].keeps_budget):
-            return consensus.similarity
-        if self._overdrawn(measures, config):
-            return None
-        own, evidence = self._evidence(measures.peers)
-        m = shrunk(own, evidence, config.learning.shrinkage)
-        share = tau_of_budget(own, m, self._allowed(measures, config) * consensus.error_share, self._delta(config))
-        return None if share == KEEP_NONE else max(consensus.similarity, 1.0 - share)
+    @property
+    def escalation_bytes(self) -> float:
+        """The mean number of bytes per escalated token; 0 before the first."""
+        return self._escalation_bytes / self._escalated if self._escalated else 0.0
 
-    def calibrated(self, measures: Measures, config: Generation) -> float:
-        """The threshold that the budget, or the price of a transmission, allows (docs/algorithms.md, 4.2)."""
-        own, evidence = self._evidence(measures.draft)
-        m = shrunk(own, evidence, config.learning.shrinkage)
-        return OBJECTIVES[config.learning.objective](self, measures, config, own, m)
-
-    def tau_by_price(self, _measures: Measures, config: Generation, _own: Curve, m: NDArray[np.float64]) -> float:
-        """The threshold below which a transmission costs more than the harm that it prevents."""
-        return tau_of_price(m, self.price(config))
-
-    def tau_by_budget(self, measures: Measures, config: Generation, own: Curve, m: NDArray[np.float64]) -> float:
-        """The highest threshold that keeps the error within the budget, less the peers' share of it."""
-        if self._overdrawn(measures, config):
-            return KEEP_NONE
-        allowed = self._allowed(measures, config) - self._peers_part(measures, config)
-        return tau_of_budget(own, m, allowed, self._delta(config))
-
-    def _peers_part(self, measures: Measures, config: Generation) -> float:
-        """The harm per token that peers may cause: the upper limit of it that is known here, within their share."""
-        if (similarity := self.similarity(measures, config)) is None:
-            return 0.0
-        most = self._allowed(measures, config) * config.consensus.error_share
-        own = self.curves[measures.peers]
-        if not config.consensus.adapt or own.total_weight < 1.0:
-            return most
-        means = np.cumsum(shares(own) * isotonic(own))  # (BINS,) expected harm per token up to each score
-        _, upper = mean_limits(means, own.total_weight, self._delta(config))
-        return min(most, float(upper[bin_of(1.0 - similarity)]))
-
-    def price(self, config: Generation) -> float:
-        """c/w: the price of escalating a token, by the bytes measured here, in units of a wrong token."""
-        learning = config.learning
-        measured = self._escalation_bytes / self._escalated if self._escalated else 0.0
-        return (measured + learning.round_trip_bytes) / learning.harm_bytes
-
-    def _overdrawn(self, measures: Measures, config: Generation) -> bool:
-        """Whether R-hat exceeds the budget by more than two standard errors. While it does, everything is verified."""
-        known = self.certificate(measures, config)
-        return known is not None and known.estimate - 2.0 * known.standard_error > config.budget
-
-    def _allowed(self, measures: Measures, config: Generation) -> float:
-        """The harm per kept token that the curve may allow: the budget times the slack."""
-        return min(1.0, config.budget * self._slack[measures.draft].factor)
-
-    def _delta(self, config: Generation) -> float:
-        return 1.0 - config.confidence
-
-    def _evidence(self, measure: str) -> tuple[Curve, Curve]:
-        """This device's curve, and the larger one of it and its cluster's."""
-        own = self.curves[measure]
+    def _curves_of(self, measure: str) -> CurvePair:
+        own = self.curves.get(measure, Curve.empty())
         cluster = self.cluster.get(measure)
-        return own, own if cluster is None or cluster.total_weight < own.total_weight else cluster
+        return CurvePair(own, own if cluster is None or cluster.total_weight < own.total_weight else cluster)
 
     def due(self, config: Generation, now_s: float) -> bool:
         """Whether this round's contribution must be sent."""
@@ -485,24 +431,3 @@ class Learner:
         self.curves.update(curves)
         self.cluster = cluster
         self._certificates.update(certificates)
-
-
-def _fixed(_learner: Learner, _measures: Measures, config: Generation) -> float:
-    return config.tau
-
-
-def _published(learner: Learner, _measures: Measures, config: Generation) -> float:
-    return config.tau if learner.threshold is None else learner.threshold
-
-
-OBJECTIVES: Final[dict[str, Callable[[Learner, Measures, Generation, Curve, NDArray[np.float64]], float]]] = {
-    "budget": Learner.tau_by_budget,
-    "price": Learner.tau_by_price,
-}
-
-THRESHOLDS: Final[dict[str, Callable[[Learner, Measures, Generation], float]]] = {
-    "none": _fixed,
-    "fixed": _fixed,
-    "paper-fl": _published,
-    "calibrated-fl": Learner.calibrated,
-}

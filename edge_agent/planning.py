@@ -1,5 +1,6 @@
 """The plan of a generation, and verdicts as events for its machine."""
 
+from edge_agent import policy
 from edge_agent.events import Answered, Event, Plan, Refused, Unprimed
 from edge_agent.gate import GATES, Settings
 from edge_agent.learner import Learner
@@ -26,8 +27,8 @@ def plan_of(job: Job, learner: Learner, peers: Peers) -> Plan:
         survival_floor=pipeline.survival_floor,
         bonus=pipeline.bonus,
     )
-    tau = learner.tau(measures, config)
-    similarity = learner.similarity(measures, config)
+    known = learner.knowledge(measures, config)
+    tau, similarity = policy.tau(known, config), policy.similarity(known, config)
     coupling = COUPLINGS[sampling.coupling]
     return Plan(
         sampling=sampling,

@@ -1,7 +1,7 @@
 """The choices that make up a preset, by their names in the configuration, and the properties of each.
 
 Code that depends on a property of a choice looks it up here and compares no names. The behaviour of the choices is in
-the tables of `edge_agent.gate`, `edge_agent.peers`, `edge_agent.learner`, `edge_agent.pipeline` and
+the tables of `edge_agent.gate`, `edge_agent.peers`, `edge_agent.policy`, `edge_agent.pipeline` and
 `fedhlm.decoding.couplings`.
 """
 

@@ -88,7 +88,7 @@ def test_what_is_measured_does_not_depend_on_headers(preset: str) -> None:
 
         result, agent = with_fleet(work)
         known = agent.peers.collaboration[config.peers]
-        return [agent.learner.price(config), known.llm_bytes, known.p2p_bytes], result.uplink_bytes
+        return [agent.learner.escalation_bytes, known.llm_bytes, known.p2p_bytes], result.uplink_bytes
 
     (early, few), (late, many) = measured(0.0, 0), measured(9.0e12, 2**30)
     assert early == late

@@ -20,6 +20,7 @@ from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.parts import Part
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
+from tests.edge_agent.devices import tau_of
 
 LOADED = load(preset="budget", environ={})
 MEASURES = measures_of(LOADED.config.generation, Sampling(1), pair_of(toy.FINGERPRINT, None))
@@ -68,7 +69,7 @@ def test_what_was_learnt_survives_a_restart() -> None:
         await first.agent.save()
         again = service(disk).agent.learner
         assert again.snapshot() == first.agent.learner.snapshot()
-        assert again.tau(MEASURES, LOADED.config.generation) > 0.0
+        assert tau_of(again, MEASURES, LOADED.config.generation) > 0.0
         assert disk.rejected == []
 
     asyncio.run(scenario())

@@ -37,6 +37,7 @@ from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet
 from fedhlm_lab.studies.compare import nobody
+from tests.edge_agent.devices import tau_of
 
 SAMPLING = Sampling(1, 0.0)
 
@@ -77,7 +78,7 @@ def teach(device: Learner, config: Generation, count: int = 2_000) -> None:
 
 
 def tau(device: Learner, config: Generation) -> float:
-    return device.tau(measures_of(config, SAMPLING, device.pair), config)
+    return tau_of(device, measures_of(config, SAMPLING, device.pair), config)
 
 
 def tokens(device: Learner, config: Generation) -> float:

@@ -6,9 +6,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from edge_agent.gate import GATES, Settings
-from edge_agent.learner import OBJECTIVES, THRESHOLDS
 from edge_agent.peers import RULES
 from edge_agent.pipeline import PIPELINES, Pending, PipelineLimits
+from edge_agent.policy import OBJECTIVES, THRESHOLDS
 from fedhlm import choices
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.learning.thresholds import OPTIMISERS

@@ -70,7 +70,7 @@ def a_looser_bound(patch: pytest.MonkeyPatch) -> None:
     def looser(evidence: Curve, m: Bins, allowed: float, delta: float) -> float:
         return tau_of_budget(evidence, m, 1.5 * allowed, delta)
 
-    patch.setattr("edge_agent.learner.tau_of_budget", looser)
+    patch.setattr("edge_agent.policy.tau_of_budget", looser)
 
 
 def at_least_instead_of_above(patch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ import msgspec
 import numpy as np
 
 from cloud_verifier.coordinator import sample_of
-from edge_agent.learner import THRESHOLDS, Learner
+from edge_agent import policy
+from edge_agent.learner import Learner
 from edge_agent.measures import measures_of
+from edge_agent.policy import THRESHOLDS
 from edge_broker.memory import ClusterMemory
 from fedhlm.decoding.couplings import COUPLINGS, split_laws
 from fedhlm.decoding.laws import decode_full, decode_lattice, decode_top_k
@@ -219,10 +221,11 @@ def use_learner(learner: Learner) -> None:
     """What an agent does with what it has learnt: plan a generation, contribute to a round."""
     generation = budget_config().config.generation
     measures = measures_of(generation, messages.Sampling(1), learner.pair)
+    knowledge = learner.knowledge(measures, generation)
     for rule in THRESHOLDS.values():
-        tau = rule(learner, measures, generation)
+        tau = rule(knowledge, generation)
         require(tau == KEEP_NONE or 0.0 <= tau <= 1.0, f"tau is {tau}")
-    similarity = learner.similarity(measures, generation)
+    similarity = policy.similarity(knowledge, generation)
     require(similarity is None or 0.0 <= similarity <= 1.0, f"similarity is {similarity}")
     known = learner.certificate(measures, generation)
     require(known is None or 0.0 <= known.limit(0.95) <= 1.0, "no limit")

@@ -17,6 +17,7 @@ class Change(NamedTuple):
 
 
 _LEARNER = ("tests/edge_agent/test_learner.py",)
+_POLICY = ("tests/edge_agent/test_policy.py",)
 _GATE = ("tests/edge_agent/test_gate.py",)
 _DOUBT = ("tests/fedhlm/decoding/test_uncertainty.py",)
 _COUPLINGS = ("tests/fedhlm/decoding/test_couplings.py",)
@@ -145,45 +146,45 @@ CHANGES: Final = (
     ),
     Change(
         "slack ignored",
-        "edge_agent/learner.py",
-        "config.budget * self._slack[measures.draft].factor",
+        "edge_agent/policy.py",
+        "config.budget * known.slack",
         "config.budget",
-        _LEARNER,
+        _POLICY,
     ),
     Change(
         "slack's rise",
         "edge_agent/accounts.py",
         "SLACK_RISE * self.factor",
         "1e9 * self.factor",
-        _LEARNER,
+        _POLICY,
     ),
     Change(
         "peers' share of the budget",
-        "edge_agent/learner.py",
-        "allowed = self._allowed(measures, config) - self._peers_part(measures, config)",
-        "allowed = self._allowed(measures, config)",
-        _LEARNER,
+        "edge_agent/policy.py",
+        "allowed = _allowed(known, config) - _peers_part(known, config)",
+        "allowed = _allowed(known, config)",
+        _POLICY,
     ),
     Change(
         "shares and counts of one's own",
-        "edge_agent/learner.py",
-        "return tau_of_budget(own, m, allowed, ",
-        "return tau_of_budget(self._evidence(measures.draft)[1], m, allowed, ",
-        _LEARNER,
+        "edge_agent/policy.py",
+        "return tau_of_budget(known.draft.own, ",
+        "return tau_of_budget(known.draft.evidence, ",
+        _POLICY,
     ),
     Change(
         "the cluster believed without limits",
         "fedhlm/learning/thresholds.py",
         "risk = np.clip(np.cumsum(shares(own) * m), *mean_limits(mine, count, 1.0 - TRUST))",
         "risk = np.cumsum(shares(own) * m) + 0.0 * mine",
-        _LEARNER,
+        _POLICY,
     ),
     Change(
         "verification that comes back",
-        "edge_agent/learner.py",
-        "known.standard_error > config.budget",
-        "known.standard_error > 1e9",
-        _LEARNER,
+        "edge_agent/policy.py",
+        "found.standard_error > config.budget",
+        "found.standard_error > 1e9",
+        _POLICY,
     ),
     Change(
         "a member near the median one",

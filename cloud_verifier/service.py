@@ -22,9 +22,9 @@ from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received
 from fedhlm.bus.rates import Allowance
 from fedhlm.errors import ProtocolError
-from fedhlm.learning import rounds
 from fedhlm.learning.evidence import count_fleet
 from fedhlm.learning.roster import roster_of
+from fedhlm.learning.rounds import Rounds
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import half_of
@@ -96,8 +96,7 @@ class CloudService:
         self._batch_wait_s = config.cloud.batch_wait_ms / 1000.0
         self._clock_s = runtime.clock_s
         self._work = asyncio.Event()
-        self._contributed = asyncio.Event()
-        self._roster_due = asyncio.Event()
+        self._rounds = Rounds(coordinator.members, party, runtime.clock_s)
         self._to_announce = to_announce
         self._assign_s = config.federation.assign_s
         self._in_thread = runtime.in_thread
@@ -139,19 +138,11 @@ class CloudService:
 
     async def run(self) -> None:
         """Serve until cancelled, or until the broker refuses the connection for good (BusError)."""
-        rounds_made = rounds.keep_rounds(
-            self.coordinator.members,
-            bus=self._party.bus,
-            changed=self._contributed,
-            clock_s=self._clock_s,
-            publish=self.end_round,
-        )
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive(), name="cloud-receive")
                 group.create_task(self._verify(), name="cloud-verify")
-                group.create_task(rounds_made, name="cloud-rounds")
-                group.create_task(rounds.keep_roster(self._roster_due, self.send_roster), name="cloud-roster")
+                group.create_task(self._rounds.keep(self.end_round, self.send_roster), name="cloud-rounds")
                 group.create_task(self._announce(), name="cloud-announce")
                 group.create_task(self._regroup(), name="cloud-regroup")
                 group.create_task(self._saver.keep(), name="cloud-save")
@@ -239,26 +230,16 @@ class CloudService:
 
     def _contribute(self, cluster: str, contribution: Contribution) -> None:
         wall_ms = self._party.stamp.wall_ms()
-        match self.coordinator.members.take(cluster, contribution, self._clock_s(), wall_ms=wall_ms):
-            case "taken":
-                self._counters.add("contributions")
-                self._contributed.set()
-            case "duplicate":
-                self._counters.add("duplicate_messages")
-            case "refused":
-                self._counters.add("refused_contributions")
-        self._roster_due.set()
+        self._rounds.count(self.coordinator.members.take(cluster, contribution, self._clock_s(), wall_ms=wall_ms))
 
     def _inherit(self, learned: Learned) -> None:
         self.coordinator.members.inherit(learned, wall_ms=self._party.stamp.wall_ms())
-        self._contributed.set()
+        self._rounds.changed.set()
 
     def _obey(self, member: str, forget: Forget) -> None:
         name = cluster_of(member) or member
         if self.coordinator.members.obey(name, forget, wall_ms=self._party.stamp.wall_ms()):
-            self._counters.add("forgotten_members")
-            self._contributed.set()
-            self._roster_due.set()
+            self._rounds.obeyed()
 
     def _take(self, what: str, take: Callable[..., object], *given: object) -> None:
         try:
@@ -269,10 +250,7 @@ class CloudService:
 
     async def end_round(self) -> None:
         """Close the federation's round and publish the result to the edges."""
-        if self._party.journal is not None:
-            self._party.journal.note("round", at_s=self._clock_s())
-        self._counters.add("rounds")
-        self.coordinator.members.age(self._clock_s())
+        self.coordinator.members.age(self._rounds.note_end())
         self.coordinator.members.close()
         await self._send_learned()
 
@@ -299,7 +277,7 @@ class CloudService:
         """Publish the retained state of the federation, if a round has been closed."""
         if self.coordinator.members.told:
             await self._send_learned()
-            self._roster_due.set()
+            self._rounds.roster_due.set()
 
     async def _regroup(self) -> None:
         while self._assign_s:

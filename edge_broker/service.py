@@ -21,10 +21,10 @@ from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
 from fedhlm.bus.rates import Allowance
 from fedhlm.errors import ProtocolError
-from fedhlm.learning import rounds
 from fedhlm.learning.evidence import count_fleet
 from fedhlm.learning.learnt_state import State
 from fedhlm.learning.roster import roster_of
+from fedhlm.learning.rounds import Rounds
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.fields import MAX_BATCH
@@ -100,7 +100,6 @@ class EdgeService:
         self._confidence = config.generation.confidence
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None
-        self._roster_due = asyncio.Event()
         self._counters = runtime.counters
         self._counters.follow(self.memory, refused_keys="refused_keys")
         self._counters.follow(
@@ -114,7 +113,7 @@ class EdgeService:
         self._batch_wait_s = config.edge.batch_wait_ms / 1000.0
         self._waiting = asyncio.Event()
         self._to_announce = to_announce
-        self._contributed = asyncio.Event()
+        self._rounds = Rounds(self.members, down, runtime.clock_s)
         self._learnt = asyncio.Event()
         self._digest_full = asyncio.Event()
         self._assigned: OrderedDict[str, Assignment] = OrderedDict()
@@ -166,13 +165,6 @@ class EdgeService:
     async def run(self) -> None:
         """Serve until cancelled, or until a broker refuses the connection for good (BusError)."""
         parties = [self.down] if self.up.bus is self.down.bus else [self.down, self.up]
-        rounds_made = rounds.keep_rounds(
-            self.members,
-            bus=self.down.bus,
-            changed=self._contributed,
-            clock_s=self._clock_s,
-            publish=self.end_round,
-        )
         try:
             async with asyncio.TaskGroup() as group:
                 for party in parties:
@@ -180,8 +172,7 @@ class EdgeService:
                 group.create_task(self._send_batches(), name="edge-batches")
                 group.create_task(self._announce(), name="edge-announce")
                 group.create_task(self._send_digests(), name="edge-digests")
-                group.create_task(rounds_made, name="edge-rounds")
-                group.create_task(rounds.keep_roster(self._roster_due, self.send_roster), name="edge-roster")
+                group.create_task(self._rounds.keep(self.end_round, self.send_roster), name="edge-rounds")
                 group.create_task(self._saver.keep(), name="edge-save")
                 journal = self.down.keep_journal(topics.EDGE_JOURNAL, lambda: {"cluster": self.cluster})
                 group.create_task(journal, name="edge-journal")
@@ -361,25 +352,16 @@ class EdgeService:
 
     def _contribute(self, agent: str, contribution: Contribution) -> None:
         cut, wall_ms = self.members.cut, self.down.stamp.wall_ms()
-        match self.federation.contribute(agent, contribution, self._clock_s(), wall_ms=wall_ms):
-            case "taken":
-                self._counters.add("contributions")
-                self._contributed.set()
-            case "duplicate":
-                self._counters.add("duplicate_messages")
-            case "refused":
-                self._counters.add("refused_contributions")
+        self._rounds.count(self.federation.contribute(agent, contribution, self._clock_s(), wall_ms=wall_ms))
         self._counters.add("cut_contributions", self.members.cut - cut)
-        self._roster_due.set()
 
     def _be_told(self, received: Received, told: Learned | Forget) -> None:
         wall_ms = self.down.stamp.wall_ms()
         try:
             match told:
                 case Forget() as forget:
-                    obeyed = self.federation.obey(received.levels["member"], forget, wall_ms=wall_ms)
-                    self._counters.add("forgotten_members", obeyed)
-                    self._roster_due.set()
+                    if self.federation.obey(received.levels["member"], forget, wall_ms=wall_ms):
+                        self._rounds.obeyed()
                 case Learned() as learned if received.topic is topics.FL_STATE:
                     self.members.inherit(replace(learned, evidence=None), wall_ms=wall_ms)  # that is the fleet's
                 case Learned() as learned:
@@ -390,16 +372,13 @@ class EdgeService:
             what = received.topic.pattern
             warn_once(log, what, "refused a message on %s: %s", what, exc)
         else:
-            self._contributed.set()
+            self._rounds.changed.set()
 
     async def end_round(self) -> None:
         """Close the federation's round, tell the cluster and, if the sums have grown, the cloud."""
-        if self.down.journal is not None:
-            self.down.journal.note("round", at_s=self._clock_s())
-        self.federation.age(self._clock_s())
+        self.federation.age(self._rounds.note_end())
         grown = self.members.grown
         state = self.members.close()
-        self._counters.add("rounds")
         await self._send_learned(state)
         if grown:
             await self._send_contribution(state)
@@ -446,7 +425,7 @@ class EdgeService:
             return
         if self.federation.moved_away(agent):
             self.members.touch(self._clock_s())
-            self._contributed.set()
+            self._rounds.changed.set()
 
     # Presence
 
@@ -501,5 +480,5 @@ class EdgeService:
         if self.members.told:
             # The broker may have lost the retained messages in a restart of its own.
             await self._send_learned(self.members.state())
-            self._roster_due.set()
+            self._rounds.roster_due.set()
         return bool(sent)

@@ -6,37 +6,20 @@ from collections.abc import Callable
 from edge_agent.accounts import OpenText
 from edge_agent.audits import ANSWER_S, WAIT_S, Audit, Audits
 from edge_agent.events import Answered, Event, Unprimed
-from edge_agent.learner import Learner
 from edge_agent.measures import Measures
-from edge_agent.peers import Peers
+from edge_agent.surroundings import Surroundings
 from edge_agent.turn import Turn
-from fedhlm.bus.party import Party
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Escalation, Fingerprint, Hints, Rider
-from fedhlm.telemetry import Counters
 
 
 class Auditor:
     """Sends the audits of one device, and tells its learner and its peers the results."""
 
-    def __init__(
-        self,
-        *,
-        party: Party,
-        fingerprint: Fingerprint,
-        counters: Counters,
-        learner: Learner,
-        peers: Callable[[], Peers],
-        cluster: Callable[[], str],
-        clock_s: Callable[[], float],
-    ) -> None:
+    def __init__(self, here: Surroundings, fingerprint: Fingerprint, *, clock_s: Callable[[], float]) -> None:
         self.audits = Audits()
-        self._party = party
+        self._here = here
         self._fingerprint = fingerprint
-        self._counters = counters
-        self._learner = learner
-        self._peers = peers
-        self._cluster = cluster
         self._clock_s = clock_s
         self._changed = asyncio.Event()
 
@@ -66,16 +49,16 @@ class Auditor:
 
     def _end(self, audit: Audit) -> None:
         scores = [audit.scores[place] for place in range(len(audit.tail.tokens))]
-        self._counters.add("audits")
-        self._learner.observe(audit.measures, audit.config, scores)
-        self._learner.audited(audit.text, [s.committed_harm for s in scores])
+        self._here.party.counters.add("audits")
+        self._here.learner.observe(audit.measures, audit.config, scores)
+        self._here.learner.audited(audit.text, [s.committed_harm for s in scores])
         for seen in scores:
-            self._peers().learn(audit.config, seen, audit.similarity)
+            self._here.peers().learn(audit.config, seen, audit.similarity)
 
     def _give_up(self, audits: list[Audit]) -> None:
         for audit in audits:
-            self._counters.add("lost_audits")
-            self._learner.audited(audit.text, None)
+            self._here.party.counters.add("lost_audits")
+            self._here.learner.audited(audit.text, None)
 
     def give_up_all(self) -> None:
         """Give up all open audits, because another LLM answers now."""
@@ -84,15 +67,15 @@ class Auditor:
     async def send_overdue(self) -> None:
         """Send the audits that no escalation has carried in time, and give up those that nobody answers."""
         now = self._clock_s()
-        if self._party.journal is not None:
-            self._party.journal.note("round", "audits", at_s=now)
+        if self._here.party.journal is not None:
+            self._here.party.journal.note("round", "audits", at_s=now)
         alone, given_up = self.audits.overdue(now)
         self._give_up(given_up)
         if not alone:
             return
         first, *rest = self.riders(alone=True)
         message = Escalation(
-            **self._party.stamp(),
+            **self._here.party.stamp(),
             session=first.session,
             epoch=first.epoch,
             base=first.base,
@@ -103,10 +86,10 @@ class Auditor:
             before=first.before,
             hints=Hints(riders=tuple(rest)) if rest else None,
         )
-        sent = await self._party.send(
-            topics.ESCALATE, message, expiry_s=ANSWER_S, cluster=self._cluster(), agent=self._party.stamp.sender
+        sent = await self._here.send(topics.ESCALATE, message, expiry_s=ANSWER_S)
+        self._here.party.counters.add_all(
+            audit_messages=bool(sent), uplink_messages=bool(sent), uplink_bytes=sent.packet_bytes
         )
-        self._counters.add_all(audit_messages=bool(sent), uplink_messages=bool(sent), uplink_bytes=sent.packet_bytes)
 
     async def keep(self) -> None:
         """Send overdue audits until cancelled."""

@@ -39,6 +39,7 @@ from edge_agent.peers import Peers
 from edge_agent.planning import event_of, plan_of
 from edge_agent.profile import Sampler
 from edge_agent.result import GenerationResult, Job
+from edge_agent.surroundings import Surroundings
 from edge_agent.turn import NextEvent, Turn, close, count, drafted, next_event
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.important import important_of
@@ -115,24 +116,9 @@ class AgentCore:
         self._sampler = sampler
         self._clock_s = clock_s or (lambda: asyncio.get_running_loop().time())
         self._next_event = next_event
-        self.auditor = Auditor(
-            party=party,
-            fingerprint=fingerprint,
-            counters=self._counters,
-            learner=learner,
-            peers=lambda: self.peers,
-            cluster=lambda: self.cluster,
-            clock_s=self._clock_s,
-        )
-        self._lessons = Lessons(
-            party=party,
-            learner=learner,
-            auditor=self.auditor,
-            sampler=sampler,
-            peers=lambda: self.peers,
-            cluster=lambda: self.cluster,
-            guest=guest,
-        )
+        here = Surroundings(party, learner, peers=lambda: self.peers, cluster=lambda: self.cluster)
+        self.auditor = Auditor(here, fingerprint, clock_s=self._clock_s)
+        self._lessons = Lessons(here, self.auditor, sampler, guest=guest)
         self._notes = Notes(party)
         self._routes: dict[int, asyncio.Queue[Event]] = {}
         self._delay = Delay()

@@ -6,7 +6,6 @@
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from fedhlm.config import (
@@ -23,7 +22,7 @@ from fedhlm.config import (
     presets,
 )
 from fedhlm.errors import UnknownKey
-from fedhlm.marks import cell, rewritten
+from fedhlm.marks import cell, rewrite
 from fedhlm.settings import DEFAULT_PRESET, is_secret
 
 CHOICES: Final = ("coupling", "gate", "peers", "threshold", "pipeline.kind")
@@ -129,12 +128,5 @@ def _preset_rows() -> Iterator[str]:
         yield f"| `{name}`{' (default)' if name == DEFAULT_PRESET else ''} | {cell(promise)} | {cells} |"
 
 
-def main(arguments: list[str]) -> int:
-    """Rewrite the tables of the given pages."""
-    for path in map(Path, arguments):
-        path.write_text(rewritten(path.read_text("utf-8"), tables()), "utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    rewrite(sys.argv[1:], tables())

@@ -3,10 +3,9 @@
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
-from fedhlm.marks import cell, rewritten
+from fedhlm.marks import cell, rewrite
 from fedhlm_doors import ollama, openai
 from fedhlm_doors.parameters import Parameter, Table
 
@@ -44,12 +43,5 @@ def _about(parameter: Parameter) -> str:
     return f"Rejected unless {off}: {parameter.about}."
 
 
-def main(arguments: list[str]) -> int:
-    """Rewrite the tables of the given pages."""
-    for path in map(Path, arguments):
-        path.write_text(rewritten(path.read_text("utf-8"), tables()), "utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    rewrite(sys.argv[1:], tables())

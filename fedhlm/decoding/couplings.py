@@ -228,6 +228,17 @@ def _beta(draft_prob: float, target_prob: float, _missed: bool) -> float:
     return rejection_probability(draft_prob, target_prob)
 
 
+def _published(k_of: Truncation) -> Coupling:
+    return Coupling(
+        draft=_draft_published(k_of),
+        settle=_settle_by(decode_top_k),
+        law_size=top_k_size,
+        check=decode_top_k,
+        harm=_beta,
+        shared=False,
+    )
+
+
 COUPLINGS: Final[dict[str, Coupling]] = {
     "gumbel": Coupling(
         draft=_draft_gumbel, settle=_settle_gumbel, law_size=_nothing, check=_nothing, harm=_mismatch, shared=True
@@ -258,20 +269,6 @@ COUPLINGS: Final[dict[str, Coupling]] = {
         harm=_beta,
         shared=False,
     ),
-    "published-cu": Coupling(
-        draft=_draft_published(_offline),
-        settle=_settle_by(decode_top_k),
-        law_size=top_k_size,
-        check=decode_top_k,
-        harm=_beta,
-        shared=False,
-    ),
-    "published-cu-online": Coupling(
-        draft=_draft_published(_online),
-        settle=_settle_by(decode_top_k),
-        law_size=top_k_size,
-        check=decode_top_k,
-        harm=_beta,
-        shared=False,
-    ),
+    "published-cu": _published(_offline),
+    "published-cu-online": _published(_online),
 }

@@ -263,11 +263,16 @@ def fleet_words(known: Certificate, confidence: float) -> str:
 
 
 def count_fleet(counters: Counters, evidence: Evidence | None, large: str, confidence: float) -> None:
-    """Export the fleet's certificate for the present LLM."""
+    """Export the fleet's certificate for the present LLM, if there is one."""
     known = fleet_of(evidence, large)
     if known is not None:
-        limit = known.limit(confidence)
-        counters.set_all(fleet_risk=known.estimate, fleet_risk_limit=limit, fleet_risk_tokens=known.tokens)
+        export_fleet(counters, known, confidence)
+
+
+def export_fleet(counters: Counters, known: Certificate, confidence: float) -> None:
+    """Export a fleet's certificate."""
+    limit = known.limit(confidence)
+    counters.set_all(fleet_risk=known.estimate, fleet_risk_limit=limit, fleet_risk_tokens=known.tokens)
 
 
 def _base(claim: Certificate, begin: Certificate, seen: Witness | None) -> Certificate:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, get_args
 import msgspec
 from msgspec import inspect
 
-from fedhlm.marks import cell, rewritten
+from fedhlm.marks import cell, rewrite
 from fedhlm.protocol import asyncapi, fields, messages, topics
 from fedhlm.protocol.codec import encode
 
@@ -231,9 +231,10 @@ def _section(struct: type[msgspec.Struct]) -> Iterator[str]:
 
 def main(paths: list[str]) -> int:
     """Write the generated parts of pages (.md), and the document for AsyncAPI (.json)."""
-    for path in map(Path, paths):
-        page = path.suffix == ".md"
-        path.write_text(rewritten(path.read_text("utf-8"), parts()) if page else document(), "utf-8")
+    pages = [path for path in paths if path.endswith(".md")]
+    rewrite(pages, parts())
+    for path in set(paths) - set(pages):
+        Path(path).write_text(document(), "utf-8")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
@@ -18,6 +19,47 @@ if TYPE_CHECKING:
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 Python = Literal["3.11", "3.12", "3.13"]
 BUNDLE: Final = Path("bundle")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class IdentityFlags:
+    """The flags that give an agent its certificate, and further keys."""
+
+    pki: Path | None = None
+    """Folder of `fedhlm pki`: the agent's certificate is taken from there, and issued if there is none."""
+
+    cert: Path | None = None
+    """Certificate of the agent in PEM, instead of --pki."""
+
+    key: Path | None = None
+    """Private key of --cert."""
+
+    ca: Path | None = None
+    """Certificate of the authority that signed the broker's certificate and --cert."""
+
+    config: Path | None = None
+    """TOML file with further keys of the agent, such as agent.providers."""
+
+    def files(self) -> dict[str, Path | None]:
+        """Return the files by the names that a device has for them."""
+        return {"config": self.config, "cert": self.cert, "key": self.key, "ca": self.ca}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ContentFlags:
+    """The flags that say what is installed."""
+
+    wheels: Path | None = None
+    """Folder of wheels to use as it is, without network access."""
+
+    model: Path | None = None
+    """Model folder to use instead of the shipped one."""
+
+
+NO_IDENTITY: Final = IdentityFlags()
+SHIPPED: Final = ContentFlags()
 
 
 def flash(
@@ -37,14 +79,9 @@ def flash(
     wifi_password_file: Path | None = None,
     wifi_country: str = "",
     wifi_hidden: Flag = False,
-    pki: Path | None = None,
-    cert: Path | None = None,
-    key: Path | None = None,
-    ca: Path | None = None,
-    config: Path | None = None,
+    identity: IdentityFlags = NO_IDENTITY,
     bundle: Path = BUNDLE,
-    wheels: Path | None = None,
-    model: Path | None = None,
+    contents: ContentFlags = SHIPPED,
     python: Python = "3.13",
     manifest: Path | None = None,
     dry_run: Flag = False,
@@ -87,22 +124,8 @@ def flash(
         Country code, such as DE.
     wifi_hidden
         The network does not announce its name.
-    pki
-        Folder of `fedhlm pki`: the agent's certificate is taken from there, and issued if there is none.
-    cert
-        Certificate of the agent in PEM, instead of --pki.
-    key
-        Private key of --cert.
-    ca
-        Certificate of the authority that signed the broker's certificate and --cert.
-    config
-        TOML file with further keys of the agent.
     bundle
         Folder that keeps the wheels for the device; pip fills it when it is empty.
-    wheels
-        Folder of wheels to use as it is, without network access.
-    model
-        Model folder to use instead of the shipped one.
     python
         Python version of the image: 3.13 for Trixie, 3.11 for Bookworm.
     manifest
@@ -120,7 +143,7 @@ def flash(
     values = given(
         agent=agent, cluster=cluster, broker=broker, hostname=hostname, user=user, ssh_key=ssh_key, wifi_ssid=wifi_ssid,
         wifi_password_file=wifi_password_file, wifi_country=wifi_country,
-        wifi_hidden="yes" if wifi_hidden else "", config=config, cert=cert, key=key, ca=ca,
+        wifi_hidden="yes" if wifi_hidden else "", **identity.files(),
         boot=boot, image=image, device=device, out=out,
     )  # fmt: skip
     orders = batch.read(csv, values) if csv is not None else [batch.order_of(values)]
@@ -128,12 +151,12 @@ def flash(
         raise ConfigError(
             "--manifest", str(manifest), "left out unless images are written (--image, and --out for several)"
         )
-    found = bundles.wheels(wheels, python=python) if wheels else bundles.fill(bundle, python=python)
-    parts = bundles.parts(found, model=model)
+    found = bundles.wheels(contents.wheels, python=python) if contents.wheels else bundles.fill(bundle, python=python)
+    parts = bundles.parts(found, model=contents.model)
     units = bundles.shipped_units()
 
     def payload_of(order: "Order") -> "Payload":
-        tls = tls_of(order.party, pki, now, issue=not dry_run)
+        tls = tls_of(order.party, identity.pki, now, issue=not dry_run)
         made_s = int(now.timestamp())
         return payload(order.device, tls=tls, settings=order.party.settings, bundle=parts, units=units, made_s=made_s)
 

@@ -1,6 +1,7 @@
 """`fedhlm lab`: studies, which print their figures and can write them to a file."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -14,6 +15,49 @@ CORES: Final = os.cpu_count() or 1
 Sizes = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="", validator=Number(gte=2, lte=1_024))]
 Lies = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class StudyFlags:
+    """The flags of every study."""
+
+    texts: Positive = 60
+    """Texts per device."""
+
+    tokens: Positive = 24
+    """Tokens per text."""
+
+    seed: Seed = 0
+    """First seed; further ones count up from it."""
+
+    budget: Share = 0.05
+    """Allowed error per token."""
+
+    jobs: Positive = CORES
+    """Number of parallel processes."""
+
+    json: Path | None = None
+    """JSON file to write the figures to."""
+
+    def check_writable(self) -> None:
+        """Check that the file can be written, before a study runs for long.
+
+        Raises:
+            ConfigError: its folder cannot be written.
+        """
+        if self.json is not None and not os.access(self.json.resolve().parent, os.W_OK):
+            raise ConfigError("--json", str(self.json), "a file in a writable folder")
+
+    def write(self, figures: object) -> None:
+        """Write the figures to the file, if there is one."""
+        import msgspec
+
+        if self.json is not None:
+            self.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=2) + b"\n")
+
+
+STUDY: Final = StudyFlags()
+
 app = App(name="lab", help="Run a study and print its figures.")
 
 
@@ -21,14 +65,9 @@ app = App(name="lab", help="Run a study and print its figures.")
 def coverage(
     *,
     lives: Positive = 200,
-    texts: Positive = 60,
-    tokens: Positive = 24,
-    seed: Seed = 0,
-    budget: Share = 0.05,
+    given: StudyFlags = STUDY,
     audit: Share = 0.25,
     temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.8,
-    jobs: Positive = CORES,
-    json: Path | None = None,
 ) -> int:
     """Measure how often the certificate of a device is wrong, and how soon its limit falls below the budget.
 
@@ -38,36 +77,25 @@ def coverage(
     Parameters
     ----------
     lives
-        Number of lives; their seeds count up from `seed`.
-    texts
-        Texts per life.
-    tokens
-        Tokens per text.
-    seed
-        Seed of the first life.
-    budget
-        Allowed error per token.
+        Number of lives; their seeds count up from --seed.
     audit
         Probability of an audit for each token that nothing else scored.
     temperature
         Temperature of the texts.
-    jobs
-        Number of parallel processes.
-    json
-        JSON file to write the figures to.
     """
     import msgspec
 
-    check_writable(json)
+    given.check_writable()
     with needing("lab"):
         from fedhlm_fleet.commands.watching import watching_study
         from fedhlm_lab.studies.coverage import CoveragePlan, study
-    plan = CoveragePlan(texts=texts, tokens=tokens, budget=budget, audit=audit, temperature=temperature)
+    plan = CoveragePlan(
+        texts=given.texts, tokens=given.tokens, budget=given.budget, audit=audit, temperature=temperature
+    )
     with watching_study("lives", lives) as ended:
-        found = study(plan, lives=lives, seed=seed, jobs=min(jobs, lives), ended=lambda _life: ended())
+        found = study(plan, lives=lives, seed=given.seed, jobs=min(given.jobs, lives), ended=lambda _life: ended())
     facts = msgspec.to_builtins(found)
-    if json is not None:
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
+    given.write(facts)
     print_facts({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in facts.items()})
     return int(found.share_ever_above > 0.05)
 
@@ -78,13 +106,8 @@ def liars(
     members: Sizes = (2, 3, 4, 8, 16, 32),
     lies: Lies = (),
     most_below: Positive = 16,
-    texts: Positive = 60,
-    tokens: Positive = 24,
-    seed: Seed = 0,
-    budget: Share = 0.05,
+    given: StudyFlags = STUDY,
     temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.0,
-    jobs: Positive = CORES,
-    json: Path | None = None,
 ) -> int:
     """Measure what lying members of a federation do to the errors and messages of the honest ones.
 
@@ -100,24 +123,10 @@ def liars(
         Names of lies; by default all.
     most_below
         Largest cluster that runs with more than one liar.
-    texts
-        Texts per agent.
-    tokens
-        Tokens per text.
-    seed
-        Seed of the fleets.
-    budget
-        Allowed error per token.
     temperature
         Temperature of the texts.
-    jobs
-        Number of parallel processes.
-    json
-        JSON file to write all cells to.
     """
-    import msgspec
-
-    check_writable(json)
+    given.check_writable()
     with needing("lab"):
         from fedhlm_fleet.commands.watching import watching_study
         from fedhlm_lab.sim.liars import LIES
@@ -129,25 +138,14 @@ def liars(
         members=tuple(members),
         lies=tuple(lies) or tuple(LIES),
         most_below=most_below,
-        texts=texts,
-        tokens=tokens,
+        texts=given.texts,
+        tokens=given.tokens,
         temperature=temperature,
-        budget=budget,
-        seed=seed,
+        budget=given.budget,
+        seed=given.seed,
     )
     with watching_study("clusters", 2 * len(plan.settings())) as ended:
-        found = study(plan, jobs=jobs, ended=lambda _cell: ended())
-    if json is not None:
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+        found = study(plan, jobs=given.jobs, ended=lambda _cell: ended())
+    given.write(found)
     print(table(found))
     return int(found.missed > 0)
-
-
-def check_writable(json: Path | None) -> None:
-    """Check that a file can be written, before a study runs for long.
-
-    Raises:
-        ConfigError: its folder cannot be written.
-    """
-    if json is not None and not os.access(json.resolve().parent, os.W_OK):
-        raise ConfigError("--json", str(json), "a file in a writable folder")

@@ -8,7 +8,7 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from fedhlm_fleet.commands.common import print_facts
-from fedhlm_fleet.commands.flash import Flag, Python, given, tls_of
+from fedhlm_fleet.commands.flash import NO_IDENTITY, SHIPPED, ContentFlags, Flag, IdentityFlags, Python, given, tls_of
 
 Port = Annotated[int | None, Parameter(validator=Number(gte=1, lte=65_535))]
 
@@ -23,14 +23,9 @@ def ssh(
     agent: str,
     cluster: str,
     broker: str,
-    pki: Path | None = None,
-    cert: Path | None = None,
-    key: Path | None = None,
-    ca: Path | None = None,
-    config: Path | None = None,
+    certificate: IdentityFlags = NO_IDENTITY,
     bundle: Path | None = None,
-    wheels: Path | None = None,
-    model: Path | None = None,
+    contents: ContentFlags = SHIPPED,
     python: Python | None = None,
     interpreter: Path | None = None,
     port: Port = None,
@@ -51,23 +46,9 @@ def ssh(
         Name of its cluster, cluster.name.
     broker
         URL of its broker, mqtts://HOST[:PORT].
-    pki
-        Folder of `fedhlm pki`: the agent's certificate is taken from there, and issued if there is none.
-    cert
-        Certificate of the agent in PEM, instead of --pki.
-    key
-        Private key of --cert.
-    ca
-        Certificate of the authority that signed the broker's certificate and --cert.
-    config
-        TOML file with further keys of the agent, such as agent.providers.
     bundle
         Folder that keeps the wheels for this kind of machine; pip fills it when it is empty. By default
         bundle-MACHINE-PYTHON.
-    wheels
-        Folder of wheels to use as it is, without network access.
-    model
-        Model folder to use instead of the shipped one.
     python
         Python version of --interpreter; by default the machine's own.
     interpreter
@@ -85,15 +66,15 @@ def ssh(
     from fedhlm_fleet.flash.plan import payload
 
     now = datetime.now(UTC)
-    party = batch.party_of(given(agent=agent, cluster=cluster, broker=broker, config=config, cert=cert, key=key, ca=ca))
+    party = batch.party_of(given(agent=agent, cluster=cluster, broker=broker, **certificate.files()))
     run = provision.over_ssh(host, port=port, identity=str(identity or ""))
     found = provision.probe(run)
     version = provision.python_for(found, wanted=python, interpreter=interpreter is not None)
     folder = bundle or Path(f"bundle-{found.machine}-{version}")
     kind = {"python": version, "machine": found.machine}
-    listed = bundles.wheels(wheels, **kind) if wheels else bundles.fill(folder, **kind)
-    parts = bundles.parts(listed, model=model, interpreter=interpreter)
-    tls = tls_of(party, pki, now, issue=not dry_run)
+    listed = bundles.wheels(contents.wheels, **kind) if contents.wheels else bundles.fill(folder, **kind)
+    parts = bundles.parts(listed, model=contents.model, interpreter=interpreter)
+    tls = tls_of(party, certificate.pki, now, issue=not dry_run)
     made = payload(
         party.device,
         tls=tls,

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, Final, Literal
 
@@ -25,14 +26,43 @@ Hyphen = Annotated[Path, Parameter(allow_leading_hyphen=True)]
 STDIN: Final = "-"
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PartFlags:
+    """The flags that choose a part of a recording."""
+
+    topics: Many = ()
+    """Subscription filters, with or without the root; by default all topics."""
+
+    from_: From = 0.0
+    """Second of the recording at which to begin."""
+
+    until: Seconds | None = None
+    """Second of the recording before which to end."""
+
+    agent: str = ""
+    """Only messages that this agent sent or received, or that mention it."""
+
+    def checked(self) -> "Selection":
+        """Return what is to be selected.
+
+        Raises:
+            TraceError: a filter is malformed, or the part ends before it begins.
+        """
+        from fedhlm_traces.edit import Selection
+
+        until_s = float("inf") if self.until is None else self.until
+        return Selection(self.from_, until_s, self.topics, self.agent).checked()
+
+
+WHOLE: Final = PartFlags()
+
+
 @app.command
 def show(
     file: Path,
     *,
-    topics: Many = (),
-    from_: From = 0.0,
-    until: Seconds | None = None,
-    agent: str = "",
+    part: PartFlags = WHOLE,
     request: str = "",
     story: Flag = False,
     tokenizer: Path | None = None,
@@ -45,14 +75,6 @@ def show(
     ----------
     file
         Recording; the further files of a rotated one are found automatically.
-    topics
-        Subscription filters, with or without the root; by default all topics.
-    from_
-        Second of the recording at which to begin.
-    until
-        Second of the recording before which to end.
-    agent
-        Only messages that this agent sent or received, or that mention it.
     request
         Only messages that belong to this request.
     story
@@ -66,9 +88,9 @@ def show(
     """
     from fedhlm_fleet.commands.trace_show import belonging, messages_told, stories_told
 
-    trace, header, records = _selected(file, topics, from_, until, agent, root)
+    trace, header, records = _selected(file, part, root)
     told = (
-        stories_told(records, header, agent, request, tokenizer)
+        stories_told(records, header, part.agent, request, tokenizer)
         if story
         else messages_told(records, header, belonging(trace, header, request))
     )
@@ -83,10 +105,7 @@ def show(
 def stats(
     file: Path,
     *,
-    topics: Many = (),
-    from_: From = 0.0,
-    until: Seconds | None = None,
-    agent: str = "",
+    part: PartFlags = WHOLE,
     json: Flag = False,
     root: str | None = None,
 ) -> int:
@@ -96,14 +115,6 @@ def stats(
     ----------
     file
         Recording; the further files of a rotated one are found automatically.
-    topics
-        Subscription filters, with or without the root; by default all topics.
-    from_
-        Second of the recording at which to begin.
-    until
-        Second of the recording before which to end.
-    agent
-        Only messages that this agent sent or received, or that mention it.
     json
         Print one JSON object instead of text.
     root
@@ -115,7 +126,7 @@ def stats(
     from fedhlm_traces.stats import statistics
     from fedhlm_traces.stats_text import lines_of
 
-    trace, header, records = _selected(file, topics, from_, until, agent, root)
+    trace, header, records = _selected(file, part, root)
     found = statistics(records, header, protocol=protocol_of(trace, header))
     found.lost_bytes = trace.lost_bytes
     if json:
@@ -132,10 +143,7 @@ def cut(
     file: Path,
     out: Path,
     *,
-    topics: Many = (),
-    from_: From = 0.0,
-    until: Seconds | None = None,
-    agent: str = "",
+    part: PartFlags = WHOLE,
 ) -> int:
     """Write a part of a recording to a new file; the times stay as they are.
 
@@ -145,20 +153,12 @@ def cut(
         Recording.
     out
         File to write; it must not exist yet.
-    topics
-        Subscription filters, with or without the root; by default all topics.
-    from_
-        Second of the recording at which to begin.
-    until
-        Second of the recording before which to end.
-    agent
-        Only messages that this agent sent or received, or that mention it.
     """
     from fedhlm_traces import edit
     from fedhlm_traces.file import read
 
     trace = read(file)
-    count = edit.cut(trace, out, _selection(topics, from_, until, agent))
+    count = edit.cut(trace, out, part.checked())
     print(f"{out}: {count:,} messages")
     _note_lost(trace)
     return 0
@@ -192,10 +192,7 @@ def export(
     *,
     format: Literal["jsonl", "csv"] = "jsonl",  # noqa: A002 - the flag's name
     out: Path | None = None,
-    topics: Many = (),
-    from_: From = 0.0,
-    until: Seconds | None = None,
-    agent: str = "",
+    part: PartFlags = WHOLE,
     root: str | None = None,
 ) -> int:
     """Export a recording as JSON lines with all fields of all messages, or as CSV with one row per message.
@@ -208,21 +205,13 @@ def export(
         jsonl keeps everything; csv has the fields that fit in a table.
     out
         File to write; it must not exist yet. By default standard output.
-    topics
-        Subscription filters, with or without the root; by default all topics.
-    from_
-        Second of the recording at which to begin.
-    until
-        Second of the recording before which to end.
-    agent
-        Only messages that this agent sent or received, or that mention it.
     root
         First levels of the topics, if they differ from those that the recording names.
     """
     from fedhlm_traces.decoded import protocol_of
     from fedhlm_traces.export import FORMATS
 
-    trace, header, records = _selected(file, topics, from_, until, agent, root)
+    trace, header, records = _selected(file, part, root)
     lines = FORMATS[format](records, header, protocol_of(trace, header))
     if out is None:
         sys.stdout.writelines(lines)
@@ -279,22 +268,14 @@ def _opened(plain: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _selection(topics: tuple[str, ...], from_s: float, until_s: float | None, agent: str) -> "Selection":
-    from fedhlm_traces.edit import Selection
-
-    return Selection(from_s, float("inf") if until_s is None else until_s, topics, agent).checked()
-
-
-def _selected(
-    file: Path, topics: tuple[str, ...], from_s: float, until_s: float | None, agent: str, root: str | None
-) -> "tuple[Trace, Header, Iterator[Record]]":
+def _selected(file: Path, part: PartFlags, root: str | None) -> "tuple[Trace, Header, Iterator[Record]]":
     from msgspec.structs import replace
 
     from fedhlm_traces.file import read
 
     trace = read(file)
     header = trace.header if root is None else replace(trace.header, root=root)
-    return trace, header, _selection(topics, from_s, until_s, agent).of(trace, header.root)
+    return trace, header, part.checked().of(trace, header.root)
 
 
 def _note_lost(trace: "Trace") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edge_agent.core import AgentCore
+from edge_agent.events import Committed
 from edge_agent.result import GenerationResult, Job
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.bus.party import Stamp, presence
@@ -89,6 +90,27 @@ def test_a_running_text_goes_on_at_once_as_well_unless_it_is_to_wait(wait: str, 
         return result
 
     with_fleet(work)
+
+
+def test_a_text_that_is_to_wait_is_the_same_whatever_presence_says_meanwhile() -> None:
+    """Presence comes between its events; each token is still committed once, and is the one that the cloud settled."""
+
+    async def work(_fleet: Fleet, agent: AgentCore) -> GenerationResult:
+        committed: list[Committed] = []
+
+        async def note(tokens: list[Committed]) -> FinishReason | None:
+            committed.extend(tokens)
+            for _ in range(2):
+                agent.on_edge(edge(online=False))
+            return None
+
+        result = await agent.generate(job(**{"generation.wait_offline": "true"}), [5], note)
+        assert [token.token for token in committed] == result.ids
+        return result
+
+    result, _ = with_fleet(work)
+    assert result.ids == toy.large_alone([5], Sampling(seed=3), 16)
+    assert set(result.sources) == {"cloud"}
 
 
 async def test_the_command_line_marks_what_nobody_verified_and_says_who_is_missing() -> None:

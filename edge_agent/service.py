@@ -19,7 +19,7 @@ from fedhlm.answers import Piece
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
 from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
-from fedhlm.errors import BusError, FedhlmError, ProtocolError
+from fedhlm.errors import BusError, ConfigError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
 from fedhlm.protocol.fields import MAX_REASON, FinishReason, Refusal
 from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt, Sampling
@@ -252,7 +252,9 @@ class AgentService:
                     await self._end(request, LATE)
                 else:
                     await self._complete_in_turn(request)
-            except (FedhlmError, ValueError) as exc:
+            except (ConfigError, ValueError) as exc:
+                await self._end(request, End("error", str(exc), None if request.count else "invalid"))
+            except FedhlmError as exc:
                 await self._end(request, End("error", str(exc)))
             except Exception as exc:  # the failure of one request must not end the service
                 log.exception("request %s failed", request.prompt.request)

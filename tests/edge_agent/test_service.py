@@ -191,7 +191,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_what_cannot_be_served_is_answered_where_its_request_can_be_read(bad: str) -> None:
+def test_what_cannot_be_decoded_is_answered_where_its_request_can_be_read(bad: str) -> None:
     async def scene(world: World) -> None:
         async with world.client() as client:
             await client.find("a")
@@ -205,6 +205,24 @@ def test_what_cannot_be_served_is_answered_where_its_request_can_be_read(bad: st
             assert (only.finish, only.refusal, only.client) == ("error", "invalid", "client")
             assert bad.split(maxsplit=1)[0] in only.error
             assert len((await client.write("a", TEXT, max_tokens=3, seed=SEED)).ids) == 3
+
+    played(scene)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [({"preset": "nope"}, "preset must be one of"), ({"text": "ab" * 2_000}, "shorter than the model's context")],
+)
+def test_what_the_agent_cannot_serve_is_refused_as_invalid(bad: dict[str, Any], said: str) -> None:
+    async def scene(world: World) -> None:
+        async with world.client() as client:
+            await client.find("a")
+            prompt = Prompt(**(client.party.stamp() | {"request": "r", "text": TEXT, "max_tokens": 3} | bad))
+            await client.party.send(topics.PROMPT, prompt, cluster="c0", agent="a")
+            await asyncio.sleep(5.0)
+            (only,) = world.outputs("r")
+            assert (only.finish, only.refusal) == ("error", "invalid")
+            assert said in only.error
 
     played(scene)
 

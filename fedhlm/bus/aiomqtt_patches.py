@@ -9,7 +9,7 @@ import logging
 import socket
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import aiomqtt
 import paho.mqtt.client as paho
@@ -22,10 +22,20 @@ _log: Final = logging.getLogger(__name__)
 
 # paho's reason code for a connection that the broker closed without a DISCONNECT; brokers may also send it.
 _UNSPECIFIED: Final = 0x80
+_PUBACK: Final = 0x40
+_PUBACK_CODES: Final = {0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99}  # MQTT 5, section 3.4.2.1
 
 
 class ClosedEarlyError(aiomqtt.MqttError):
     """The broker closed the connection instead of answering CONNECT. Some brokers without MQTT 5 do this."""
+
+
+class RefusedMessage(NamedTuple):
+    """A message that the broker rejects: its topic, the bytes of topic and payload, and the reason code."""
+
+    topic: str
+    size: int
+    code: int
 
 
 class _Complaints(logging.Logger):
@@ -47,13 +57,14 @@ class PatchedClient(aiomqtt.Client):
         cut_by_broker: whether the broker ended the connection, with a reason or without.
         opened: set when paho's thread has ended, which opens the connection and cannot be stopped.
 
-    `on_refused` is called with the topic of a message that the broker rejects and the reason (MQTT 5, QoS 1 and 2).
+    `on_refused` is called with a message that the broker rejects and the reason code (MQTT 5, QoS 1 and 2).
     """
 
     def __init__(
-        self, hostname: str, port: int, *, on_refused: Callable[[str, str], None] | None = None, **options: Any
+        self, hostname: str, port: int, *, on_refused: Callable[[RefusedMessage], None] | None = None, **options: Any
     ) -> None:
         self._on_refused = on_refused
+        self._strange: dict[int, int] = {}  # by packet identifier: reason codes that a PUBACK must not have
         self._complaints = _Complaints(__name__, logging.ERROR)
         super().__init__(hostname, port, logger=self._complaints, **options)
         self.opened = asyncio.Event()
@@ -108,7 +119,8 @@ class PatchedClient(aiomqtt.Client):
             and reason_code.is_failure
             and (message := client._out_messages.get(mid)) is not None
         ):
-            self._on_refused(message.topic, str(reason_code))
+            code = self._strange.pop(mid, reason_code.value)
+            self._on_refused(RefusedMessage(message.topic, len(message.topic.encode()) + len(message.payload), code))
         super()._on_publish(client, userdata, mid, reason_code, properties)
 
     def _on_socket_register_write(self, client: paho.Client, userdata: object, sock: Any) -> None:
@@ -146,6 +158,26 @@ class PatchedClient(aiomqtt.Client):
 
         paho_client._sock_recv = receive_and_acknowledge  # type: ignore[method-assign]
 
+    def take_strange_reasons(self) -> None:
+        """Take a PUBACK with a reason code that the standard does not have for it. Call before connecting.
+
+        mosquitto answers with 0x95 where a message is above its message_size_limit. paho cannot decode that: the link
+        would break, and the message would be sent again for ever.
+        """
+        paho_client = self._client
+        handle: Callable[[], MQTTErrorCode] = paho_client._packet_handle
+
+        def handle_any() -> MQTTErrorCode:
+            packet = paho_client._in_packet
+            body = packet["packet"]
+            if packet["command"] & 0xF0 == _PUBACK and len(body) > 2 and body[2] not in _PUBACK_CODES:
+                if failed := body[2] >= _UNSPECIFIED:
+                    self._strange[int.from_bytes(body[:2])] = body[2]
+                body[2] = _UNSPECIFIED if failed else 0
+            return handle()
+
+        paho_client._packet_handle = handle_any  # type: ignore[method-assign]
+
     def read_ahead(self, size_bytes: int = 16_384) -> None:
         """Read up to `size_bytes` with one system call, where paho makes four calls per packet.
 
@@ -164,9 +196,13 @@ class PatchedClient(aiomqtt.Client):
 
         def read_all(max_packets: int = 1) -> MQTTErrorCode:
             # The event loop does not see the bytes in our buffer, so read until it is empty.
-            code = read_packet(max_packets)
-            while buffer and code == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            try:
                 code = read_packet(max_packets)
+                while buffer and code == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                    code = read_packet(max_packets)
+            except Exception:
+                self.cut_by_broker = True  # it sent what cannot be decoded, perhaps as the answer to a message
+                raise
             return code
 
         paho_client._sock_recv = take  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from fedhlm.bus.aiomqtt_patches import ClosedEarlyError, PatchedClient, drop, enter_quietly, funnel
+from fedhlm.bus.aiomqtt_patches import ClosedEarlyError, PatchedClient, RefusedMessage, drop, enter_quietly, funnel
 from fedhlm.bus.broker_url import BrokerUrl, tls_refusal
 from fedhlm.bus.interface import MAX_PACKET_BYTES, ProtocolVersion, Retained
 from fedhlm.bus.limits import Limits
@@ -45,7 +45,7 @@ class Dialler:
         protocol: Literal["auto", "5", "3.1.1"],
         keepalive_s: int,
         take: Callable[[aiomqtt.Message], None],
-        on_refused: Callable[[str, str], None],
+        on_refused: Callable[[RefusedMessage], None],
     ) -> None:
         self.protocol: ProtocolVersion | None = None if protocol == "auto" else protocol
         self.limits = Limits()
@@ -122,6 +122,7 @@ class Dialler:
         client.pending_calls_threshold = 2 * MAX_IN_FLIGHT
         client.set_tcp_timeout(TCP_TIMEOUT_S)
         client.acknowledge_at_once()
+        client.take_strange_reasons()
         client.read_ahead()
         return client
 

@@ -18,7 +18,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from fedhlm.bus import reasons
-from fedhlm.bus.aiomqtt_patches import PatchedClient, drop, publish_properties, watch
+from fedhlm.bus.aiomqtt_patches import PatchedClient, RefusedMessage, drop, publish_properties, watch
 from fedhlm.bus.backoff import CAP_S, Backoff, Wait
 from fedhlm.bus.broker_url import BrokerUrl
 from fedhlm.bus.dial import MAX_IN_FLIGHT, Dialler
@@ -436,9 +436,13 @@ class MqttBus:
         text = "%s: dropped a message of %d bytes for %s: too large, the broker accepts at most %d bytes"
         warn_once(_log, f"{self.client_id} {item.topic} size", text, self, size, item.topic, largest)
 
-    def _publish_refused(self, topic: str, reason: str) -> None:
+    def _publish_refused(self, message: RefusedMessage) -> None:
         self._statistics.dropped_out += 1
-        warn_once(_log, f"{self.client_id} {topic}", "%s: the broker refused a message on %s: %s", self, topic, reason)
+        if message.code == reasons.TOO_LARGE:
+            self._dial.learn_largest(message.size - 1)
+        text = "%s: the broker refused a message of %d bytes on %s: %s"
+        key = f"{self.client_id} {message.topic} {message.code}"
+        warn_once(_log, key, text, self, message.size, message.topic, reasons.described(message.code))
 
     def _requeue(self, client: PatchedClient) -> None:
         """Put messages in flight back in front, except the one for which the broker ends connections."""

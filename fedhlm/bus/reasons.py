@@ -35,9 +35,12 @@ REASONS: Final[dict[int, Reason]] = {
     ),
     0x8F: Reason("topic filter invalid", _REPORT),
     0x90: Reason("topic name invalid", _REPORT),
+    0x91: Reason("packet identifier in use", _REPORT),
     0x93: Reason("receive maximum exceeded", _REPORT),
     0x94: Reason("topic alias invalid", _REPORT),
-    TOO_LARGE: Reason("packet too large", "raise the broker's largest packet (mosquitto: max_packet_size)"),
+    TOO_LARGE: Reason(
+        "packet too large", "raise the broker's largest packet (mosquitto: max_packet_size, message_size_limit)"
+    ),
     0x96: Reason("message rate too high", _SLOWER),
     0x97: Reason("quota exceeded", _SLOWER),
     0x98: Reason("administrative action", "ask the broker's operator"),

@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from edge_broker.embedded import EmbeddedBroker
+from edge_broker.mqtt import wire
+from edge_broker.mqtt.packets import PacketType
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp
@@ -82,6 +85,40 @@ async def test_a_message_that_ends_the_connection_ends_it_a_few_times_only(kind:
             # It has learnt: the next one of that size is refused at once.
             assert not await bus.publish("t/large", bytes(2 * LARGEST))
             assert bus.max_packet_bytes is not None
+
+
+async def test_a_message_above_mosquittos_other_limit_is_dropped_and_the_link_stays() -> None:
+    """It answers with a reason code that a PUBACK must not have, and never says in its CONNACK what it takes."""
+    async with (
+        asyncio.timeout(LIMIT_S),
+        Mosquitto(extra=f"message_size_limit {LARGEST}") as broker,
+        MqttBus(broker.url, client_id="x") as bus,
+        MqttBus(broker.url, client_id="y") as other,
+    ):
+        await other.subscribe("t/#")
+        assert await bus.publish("t/0", bytes(2 * LARGEST))
+        await until(lambda: bus.statistics.dropped_out == 1)
+        assert not await bus.publish("t/1", bytes(2 * LARGEST)), "it has learnt"
+        await bus.publish("t/2", b"small")
+        assert [delivery.topic for delivery in await take(other, 1)] == ["t/2"]
+        assert bus.statistics.reconnects == 0
+
+
+@pytest.mark.parametrize("code", [0x95, 0x82, 0x01, 0xFF])
+async def test_a_reason_code_that_no_puback_has_is_a_refusal(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = wire.answer
+
+    def strange(kind: PacketType, number: int, version: int, *more: Any) -> bytes:
+        return bytes([kind << 4, 3, *number.to_bytes(2), code]) if number == 2 else plain(kind, number, version, *more)
+
+    async with asyncio.timeout(LIMIT_S), EmbeddedBroker() as broker, MqttBus(broker.url, client_id="x") as bus:
+        await bus.wait_connected()
+        monkeypatch.setattr(wire, "answer", strange)
+        for n in range(4):
+            await bus.publish(f"t/{n}", bytes(100))
+        await until(lambda: len(bus._outbox) == 0)
+        assert (bus.statistics.dropped_out, bus.statistics.reconnects) == (1 if code >= 0x80 else 0, 0)
+        assert (bus.max_packet_bytes == 102) == (code == 0x95)
 
 
 @both_brokers

@@ -91,7 +91,7 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
         if (files.cert is None) != (files.key is None):
             raise ConfigError(key, shown, "given cert and key together")
         return cls(
-            host=parts.hostname,
+            host=unquote(parts.hostname),  # RFC 6874: the zone of fe80::1%25eth0
             port=port or _PORTS[parts.scheme],
             tls=parts.scheme == "mqtts",
             username=None if parts.username is None else unquote(parts.username),

@@ -6,16 +6,25 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Annotated, Final
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError, FedhlmError
 
-Positive = Annotated[int, Parameter(validator=Number(gte=1))]
-Tokens = Annotated[int, Parameter(validator=Number(gte=1, lte=65_536))]  # fields.MAX_TOKENS
+
+def whole(_type: type, tokens: Sequence[Token]) -> int:
+    """Read an integer. cyclopts alone would round "1.5"."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"must be an integer (got {tokens[0].value!r})") from None
+
+
+Positive = Annotated[int, Parameter(validator=Number(gte=1), converter=whole)]
+Tokens = Annotated[int, Parameter(validator=Number(gte=1, lte=65_536), converter=whole)]  # fields.MAX_TOKENS
 Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
 Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
-Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
+Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63), converter=whole)]
 SHOWN: Final = 32  # characters shown before a byte that is not UTF-8
 PACKAGES: Final = (
     "fedhlm",

@@ -32,6 +32,8 @@ LIMIT_S = 60.0
         ("mqtt://broker", BrokerUrl(host="broker", port=1883)),
         ("mqtts://broker", BrokerUrl(host="broker", port=8883, tls=True)),
         ("mqtt://[::1]:7", BrokerUrl(host="::1", port=7)),
+        ("mqtt://[fe80::1%25eth0]", BrokerUrl(host="fe80::1%eth0", port=1883)),
+        ("mqtt://[fe80::1%eth0]", BrokerUrl(host="fe80::1%eth0", port=1883)),
         ("mqtt://me:s%40cret@h:1/", BrokerUrl(host="h", port=1, username="me", password="s@cret")),
         (
             "mqtts://h?ca=a.pem&cert=c.pem&key=k.pem",

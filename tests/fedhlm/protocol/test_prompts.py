@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhlm.protocol.messages import Prompt, encode
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Prompt
 from fedhlm.protocol.prompts import leading_scalars, unusable
 
 PROMPT = Prompt(

@@ -31,7 +31,8 @@ MODEL_AT: Final = "/opt/fedhlm/model"
 _NAME: Final = re.compile(NAME_PATTERN)
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
-_COUNTRY: Final = re.compile(r"[A-Z]{2}")
+_COUNTRY: Final = re.compile(r"(?!UK|EU)[A-Z]{2}")  # people write these two, which no table of radio rules has
+_NUMBERS: Final = re.compile(r"[\d ;]*;[\d ;]*")  # NetworkManager reads such a name as a list of bytes
 _KEY: Final = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\r\n]*)?")
 _PSK: Final = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -61,8 +62,12 @@ class Wifi(msgspec.Struct, frozen=True, kw_only=True):
         """
         if not 1 <= len(ssid.encode()) <= 32 or not ssid.isprintable():
             raise ConfigError("--wifi-ssid", ssid, "1..32 bytes of text")
+        if _NUMBERS.fullmatch(ssid):
+            raise ConfigError("--wifi-ssid", ssid, "more than numbers and semicolons, which are read as bytes")
         if not _COUNTRY.fullmatch(country):
-            raise ConfigError("--wifi-country", country, "two capital letters, such as DE, since radio rules differ")
+            raise ConfigError(
+                "--wifi-country", country, "the two letters of ISO 3166, such as DE or GB, since radio rules differ"
+            )
         if password is None:
             return cls(ssid=ssid, country=country, hidden=hidden)
         if _PSK.fullmatch(password):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedhlm.errors import ConfigError
 from fedhlm_fleet.flash import cloudinit
 from fedhlm_fleet.flash.plan import Device, Wifi
 
@@ -26,6 +27,15 @@ WIFIS = {
     "signs in the name": Wifi.of('the "net": #1; a=b', "correct horse", "DE"),
     "letters": Wifi.of("Zuhause ☕", "correct horse", "DE"),
     "digits": Wifi.of("1234", "12345678", "DE"),
+    "a name in quotes": Wifi.of('"net"', "correct horse", "DE"),
+    "a backslash in the name": Wifi.of("a\\b\\", "correct horse", "DE"),
+    "spaces around the name": Wifi.of(" net ", "correct horse", "DE", hidden=True),
+    "32 bytes": Wifi.of(10 * "☕" + "ab", "correct horse", "DE", hidden=True),
+    "an apostrophe": Wifi.of("Joe's & Ann's", "correct horse", "DE"),
+    "a comment": Wifi.of("#net", "#" * 63, "DE"),
+    "semicolons": Wifi.of("a;b;", "correct horse", "DE"),
+    "one digit short of a key": Wifi.of("net", KEY[:63], "DE"),
+    "a key in capitals": Wifi.of("net", KEY.upper(), "DE"),
     "a name that yaml would read": Wifi.of("no", "correct horse", "NO"),
 }
 each_wifi = pytest.mark.parametrize("wifi", WIFIS.values(), ids=WIFIS.keys())
@@ -33,6 +43,26 @@ netplan = pytest.mark.skipif(GENERATE is None, reason="netplan is not installed"
 
 names = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8).filter(lambda s: s.isprintable())
 passphrases = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=8, max_size=63)
+
+
+@pytest.mark.parametrize(
+    ("ssid", "password", "country", "flag"),
+    [
+        ("", "correct horse", "DE", "--wifi-ssid"),
+        ("☕" * 11, "correct horse", "DE", "--wifi-ssid"),
+        ("net\nwork", "correct horse", "DE", "--wifi-ssid"),
+        ("49;50;", "correct horse", "DE", "--wifi-ssid"),
+        ("net", "2short!", "DE", "--wifi-password-file"),
+        ("net", "x" * 64, "DE", "--wifi-password-file"),
+        ("net", "schöner Tag", "DE", "--wifi-password-file"),
+        ("net", "correct horse", "UK", "--wifi-country .* DE or GB"),
+        ("net", "correct horse", "de", "--wifi-country"),
+    ],
+)
+def test_what_no_card_could_use_is_refused(ssid: str, password: str, country: str, flag: str) -> None:
+    with pytest.raises(ConfigError, match=flag) as caught:
+        Wifi.of(ssid, password, country)
+    assert password not in str(caught.value)
 
 
 def network_of(wifi: Wifi) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cloud_verifier.verifier import Block, Session, settle
-from edge_agent.growth import RANKS, TreeLimits
+from edge_agent.growth import RANKS, TreeLimits, TreeRequest
 from edge_agent.model import Slm
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput
@@ -118,7 +118,7 @@ def grown(slm: Slm, nodes: int, width: int, round_trip_s: float) -> Callable[...
     """A tree (a chain where `width` is 1) of at most `nodes` nodes, as far as they pay at this round trip."""
 
     def draft(ids: list[int], sampling: Sampling, room: int, delay_s: float) -> Draft:
-        tree = slm.grow(ids, sampling, TreeLimits(nodes, width, room, round_trip_s + delay_s))
+        tree = slm.grow(TreeRequest(ids, sampling, TreeLimits(nodes, width, room, round_trip_s + delay_s)))
         return [d.token for d in tree.chain], tree.branches
 
     return draft

@@ -29,7 +29,7 @@ from edge_agent.events import (
     Unprimed,
 )
 from edge_agent.generation import GenerationMachine
-from edge_agent.growth import RANKS, Delay, TreeLimits
+from edge_agent.growth import RANKS, Delay, TreeLimits, TreeRequest
 from edge_agent.journal import AgentStart, Ended, Notes, Planned
 from edge_agent.learner import Learner
 from edge_agent.lessons import Lessons
@@ -395,8 +395,8 @@ class AgentCore:
             chain = [drafted(action.revision, position, drawn, turn.important(ids, drawn.token))]
             queue.put_nowait(chain[0])
         else:
-            budget = TreeLimits(turn.job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
-            grown = await self._drafter.grow(ids, sampling, budget, uncertainty=uncertainty, settled=action.settled)
+            limits = TreeLimits(turn.job.config.pipeline.nodes, RANKS, action.levels, self._delay.mean_s)
+            grown = await self._drafter.grow(TreeRequest(ids, sampling, limits, uncertainty, action.settled))
             before = [*ids, *(drawn.token for drawn in grown.chain)]
             chain = [
                 drafted(action.revision, position + i, drawn, turn.important(before[: position + i], drawn.token))

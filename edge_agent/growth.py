@@ -50,6 +50,20 @@ class TreeLimits(NamedTuple):
     send_s: float = 0.0
 
 
+class TreeRequest(NamedTuple):
+    """A tree that is wanted below `ids` (at least one) under a shared coupling.
+
+    The first `settled` ids (None: all) belong to the prompt or were settled by the target. What they say about the last
+    tree is learnt. `uncertainty` is a key of `fedhlm.decoding.uncertainty.UNCERTAINTIES`.
+    """
+
+    ids: Sequence[int]
+    sampling: Sampling
+    limits: TreeLimits
+    uncertainty: str = "closed-form"
+    settled: int | None = None
+
+
 class Candidates(NamedTuple):
     """Candidate tokens, best first.
 
@@ -204,18 +218,16 @@ class Trees:
         self._stop_ids = stop_ids
         self._last: tuple[list[int], Sampling, Growth] | None = None  # the ids before the last tree, and its growth
 
-    def begin(self, ids: list[int], sampling: Sampling, budget: TreeLimits, settled: int | None) -> Growth:
-        """Begin a tree below `ids`.
-
-        The first `settled` ids (None: all) belong to the prompt or were settled by the target.
-        """
+    def begin(self, request: TreeRequest) -> Growth:
+        """Begin a tree."""
+        ids = list(request.ids)
         if self._last is not None:
             root, of_tree, growth = self._last
-            text = ids[:settled]
-            if of_tree == sampling and text[: len(root)] == root:
+            text = ids[: request.settled]
+            if of_tree == request.sampling and text[: len(root)] == root:
                 growth.learn(text[len(root) :])
-        growth = Growth(budget, self.acceptance, self._stop_ids)
-        self._last = ids, sampling, growth
+        growth = Growth(request.limits, self.acceptance, self._stop_ids)
+        self._last = ids, request.sampling, growth
         return growth
 
 

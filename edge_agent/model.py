@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.growth import TreeLimits, Trees, grow
+from edge_agent.growth import TreeRequest, Trees, grow
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput, DecoderOutput
 from fedhlm.decoding.ids import common_prefix
@@ -55,20 +55,8 @@ class Drafter(Protocol):
         `uncertainty` is a key of `fedhlm.decoding.uncertainty.UNCERTAINTIES`.
         """
 
-    async def grow(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        budget: TreeLimits,
-        *,
-        uncertainty: str = "closed-form",
-        settled: int | None = None,
-    ) -> TreeDraft:
-        """Draft a tree below `ids` (at least one) under a shared coupling.
-
-        The first `settled` ids (None: all) belong to the prompt or were settled by the target. What they say about the
-        last tree is learnt.
-        """
+    async def grow(self, request: TreeRequest) -> TreeDraft:
+        """Draft a tree."""
 
 
 class Slm:
@@ -96,20 +84,11 @@ class Slm:
         self._ids, self._cache = wanted, result.cache
         return self._drawn(result, sampling, len(wanted), uncertainty)
 
-    def grow(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        budget: TreeLimits,
-        *,
-        uncertainty: str = "closed-form",
-        settled: int | None = None,
-    ) -> TreeDraft:
+    def grow(self, request: TreeRequest) -> TreeDraft:
         """See `Drafter.grow`. Blocks while the model computes."""
-        wanted = list(ids)
+        wanted, sampling, limits = list(request.ids), request.sampling, request.limits
         room = max(1, self.decoder.info.context - len(wanted))
-        budget = budget._replace(levels=min(budget.levels, room))
-        growth = self.trees.begin(wanted, sampling, budget, settled)
+        growth = self.trees.begin(request._replace(limits=limits._replace(levels=min(limits.levels, room))))
         held: dict[int, DecoderOutput] = {}
         ready_s = self._clock_s()
 
@@ -134,7 +113,7 @@ class Slm:
         known = max((node for node in [0, *chain] if node in held), key=lambda node: len(growth.paths[node]))
         self._ids, self._cache = [*wanted, *growth.paths[known]], held[known].cache
         drawn = [
-            self._drawn(held[growth.parents[node]], sampling, len(wanted) + depth, uncertainty)
+            self._drawn(held[growth.parents[node]], sampling, len(wanted) + depth, request.uncertainty)
             for depth, node in enumerate(chain)
         ]
         return TreeDraft(drawn, tuple(branches), growth.expected)
@@ -172,18 +151,9 @@ class SlmDrafter:
         drawn: Drawn = await self._wait(partial(self._slm.draft, ids, sampling, uncertainty))
         return drawn
 
-    async def grow(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        budget: TreeLimits,
-        *,
-        uncertainty: str = "closed-form",
-        settled: int | None = None,
-    ) -> TreeDraft:
+    async def grow(self, request: TreeRequest) -> TreeDraft:
         """See `Drafter.grow`."""
-        call = partial(self._slm.grow, ids, sampling, budget, uncertainty=uncertainty, settled=settled)
-        grown: TreeDraft = await self._wait(call)
+        grown: TreeDraft = await self._wait(partial(self._slm.grow, request))
         return grown
 
 

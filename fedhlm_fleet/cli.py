@@ -31,11 +31,13 @@ from fedhlm_fleet.commands import (
     traces,
 )
 from fedhlm_fleet.commands.common import (
+    DEFAULTS,
     OPTIONS,
     Keys,
     Seconds,
     Seed,
     Share,
+    SourceFlags,
     Tokens,
     needing,
     parse_keys,
@@ -87,41 +89,27 @@ app.command(provision.app)
 
 
 @config_app.command(name="check")
-def config_check(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+def config_check(*keys: Keys, files: SourceFlags = DEFAULTS) -> int:
     """Print the merged configuration and the source of each value.
 
     Every configuration key is also a flag: --generation.seed 7.
-
-    Parameters
-    ----------
-    config
-        TOML file.
-    preset
-        Name of a shipped preset, or path of a preset file.
     """
     from fedhlm.config import check
 
-    print(check(_loaded(keys, config, preset)))
+    print(check(_loaded(keys, files)))
     return 0
 
 
 @config_app.command(name="explain")
-def config_explain(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+def config_explain(*keys: Keys, files: SourceFlags = DEFAULTS) -> int:
     """Explain a key, a section or a preset: what it does, its limits, its default and its current value.
 
     fedhlm config explain generation.budget; without a name, list all keys. Every configuration key is also a flag.
-
-    Parameters
-    ----------
-    config
-        TOML file.
-    preset
-        Name of a shipped preset, or path of a preset file.
     """
     from fedhlm.explain import explain
 
     named = 1 if keys and (len(keys) == 1 or not keys[0].startswith("--")) else 0
-    print(explain(_loaded(keys[named:], config, preset), keys[0] if named else ""))
+    print(explain(_loaded(keys[named:], files), keys[0] if named else ""))
     return 0
 
 
@@ -139,25 +127,19 @@ def presets() -> int:
 
 
 @app.command
-def agent(
-    *keys: Keys, config: Path | None = None, preset: str | None = None, prompt: Prompt = None, serve: str = ""
-) -> int:
+def agent(*keys: Keys, files: SourceFlags = DEFAULTS, prompt: Prompt = None, serve: str = "") -> int:
     """Run an agent, which drafts with the small model and sends drafts to its edge to be verified.
 
     Every configuration key is also a flag: --agent.id porch --broker.url mqtt://edge:1883.
 
     Parameters
     ----------
-    config
-        TOML file.
-    preset
-        Name of a shipped preset, or path of a preset file.
     prompt
         Continue this text, print the result and exit. Without it, the agent serves requests from the bus.
     serve
         HOST:PORT on which to serve the APIs of OpenAI and Ollama, too; the same as --api.listen.
     """
-    loaded = _loaded(keys, config, preset, (*OPTIONS, "--prompt", "--serve"), serve)
+    loaded = _loaded(keys, files, (*OPTIONS, "--prompt", "--serve"), serve)
     if prompt is not None:
         require_text("--prompt", prompt)
     with needing("agent"):
@@ -168,19 +150,12 @@ def agent(
 
 
 @app.command
-def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> int:
+def edge(*keys: Keys, files: SourceFlags = DEFAULTS) -> int:
     """Run the edge of a cluster; it starts its own MQTT broker when broker.url is empty.
 
     Every configuration key is also a flag: --cluster.name home --edge.upstream.url mqtt://cloud:1883.
-
-    Parameters
-    ----------
-    config
-        TOML file.
-    preset
-        Name of a shipped preset, or path of a preset file.
     """
-    loaded = _loaded(keys, config, preset)
+    loaded = _loaded(keys, files)
     with needing("edge"):
         from edge_broker.__main__ import main as run
 
@@ -188,21 +163,17 @@ def edge(*keys: Keys, config: Path | None = None, preset: str | None = None) -> 
 
 
 @app.command
-def cloud(*keys: Keys, config: Path | None = None, preset: str | None = None, serve: str = "") -> int:
+def cloud(*keys: Keys, files: SourceFlags = DEFAULTS, serve: str = "") -> int:
     """Run the cloud, which verifies drafts with the large model.
 
     Every configuration key is also a flag: --broker.url mqtt://localhost:1883 --cloud.threads 4.
 
     Parameters
     ----------
-    config
-        TOML file.
-    preset
-        Name of a shipped preset, or path of a preset file.
     serve
         HOST:PORT on which to serve the APIs of OpenAI and Ollama, too: the large model alone. The same as --api.listen.
     """
-    loaded = _loaded(keys, config, preset, (*OPTIONS, "--serve"), serve)
+    loaded = _loaded(keys, files, (*OPTIONS, "--serve"), serve)
     with needing("cloud"):
         if loaded.config.federation.assign_s:
             present(*REGROUPING)
@@ -336,13 +307,11 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _loaded(
-    keys: Sequence[str], file: Path | None, preset: str | None, options: Sequence[str] = OPTIONS, serve: str = ""
-) -> "Loaded":
+def _loaded(keys: Sequence[str], files: SourceFlags, options: Sequence[str] = OPTIONS, serve: str = "") -> "Loaded":
     from fedhlm.config import load
 
     flags = parse_keys(keys, options)
-    return load(file=file, preset=preset, flags=flags | ({"api.listen": serve} if serve else {}))
+    return load(file=files.config, preset=files.preset, flags=flags | ({"api.listen": serve} if serve else {}))
 
 
 def _door(loaded: "Loaded") -> "Door":

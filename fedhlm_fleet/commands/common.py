@@ -3,7 +3,9 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Final
 
 from cyclopts import Parameter, Token
@@ -39,6 +41,21 @@ PACKAGES: Final = (
 )
 OPTIONS: Final = ("--config", "--preset", "--help")  # every command that takes keys has them
 Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SourceFlags:
+    """The flags that name where the configuration comes from."""
+
+    config: Path | None = None
+    """TOML file."""
+
+    preset: str | None = None
+    """Name of a shipped preset, or path of a preset file."""
+
+
+DEFAULTS: Final = SourceFlags()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_verifier.engine import Engine, EngineInput, EngineOutput
-from edge_agent.growth import TreeLimits, Trees, grow
+from edge_agent.growth import TreeRequest, Trees, grow
 from edge_agent.model import Drawn, TreeDraft
 from fedhlm.decoding.alone import write
 from fedhlm.decoding.couplings import COUPLINGS
@@ -162,32 +162,16 @@ class ToyDrafter:
             drawn = self._drawn[name] = Drawn(token, prob, doubt, law, key_of(ids))
         return drawn
 
-    async def grow(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        budget: TreeLimits,
-        *,
-        uncertainty: str = "closed-form",
-        settled: int | None = None,
-    ) -> TreeDraft:
+    async def grow(self, request: TreeRequest) -> TreeDraft:
         """See `edge_agent.model.Drafter`."""
-        grown, calls = self.grow_now(ids, sampling, budget, uncertainty=uncertainty, settled=settled)
+        grown, calls = self.grow_now(request)
         await asyncio.sleep(calls * self._step_s)
         return grown
 
-    def grow_now(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        budget: TreeLimits,
-        *,
-        uncertainty: str = "closed-form",
-        settled: int | None = None,
-    ) -> tuple[TreeDraft, int]:
+    def grow_now(self, request: TreeRequest) -> tuple[TreeDraft, int]:
         """Grow a tree without taking time; also return the number of model calls."""
-        wanted = list(ids)
-        growth = self._trees.begin(wanted, sampling, budget, settled)
+        wanted, sampling = list(request.ids), request.sampling
+        growth = self._trees.begin(request)
         calls = 0
 
         def evaluate(nodes: list[int]) -> list[NDArray[np.float64]]:
@@ -205,6 +189,7 @@ class ToyDrafter:
         )
         chain, branches = growth.tree()
         drawn = [
-            self.draft_now([*wanted, *growth.paths[growth.parents[node]]], sampling, uncertainty) for node in chain
+            self.draft_now([*wanted, *growth.paths[growth.parents[node]]], sampling, request.uncertainty)
+            for node in chain
         ]
         return TreeDraft(drawn, tuple(branches), growth.expected), calls

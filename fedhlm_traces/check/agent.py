@@ -13,7 +13,7 @@ import numpy as np
 from edge_agent import journal
 from edge_agent.core import LEARNER_FILE, AgentCore
 from edge_agent.events import Committed, Event, Judged
-from edge_agent.growth import TreeLimits
+from edge_agent.growth import TreeRequest
 from edge_agent.model import Drawn, TreeDraft
 from edge_agent.wiring import SmallModel, agent_of
 from fedhlm import choices, settings
@@ -64,15 +64,7 @@ class _Still:
     async def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         return Drawn(0, 0.0, 0.0, b"", b"")
 
-    async def grow(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        budget: TreeLimits,
-        *,
-        uncertainty: str = "closed-form",
-        settled: int | None = None,
-    ) -> TreeDraft:
+    async def grow(self, request: TreeRequest) -> TreeDraft:
         return TreeDraft([], (), 0.0)
 
 

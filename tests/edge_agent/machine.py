@@ -21,7 +21,7 @@ from edge_agent.events import (
 )
 from edge_agent.gate import GATES, Settings
 from edge_agent.generation import GenerationMachine
-from edge_agent.growth import TreeLimits
+from edge_agent.growth import TreeLimits, TreeRequest
 from edge_agent.model import Drawn
 from edge_agent.pipeline import PIPELINES, PipelineLimits
 from fedhlm.decoding.couplings import COUPLINGS
@@ -155,7 +155,9 @@ class Bench:
         action = self.work.pop()
         if action.levels:
             budget = TreeLimits(nodes=12, width=4, levels=action.levels, delay_s=1.0)
-            grown, _ = self.drafter.grow_now(action.ids, self.plan.sampling, budget, settled=action.settled)
+            grown, _ = self.drafter.grow_now(
+                TreeRequest(action.ids, self.plan.sampling, budget, settled=action.settled)
+            )
             self.handle(
                 Grown(action.revision, len(action.ids), [self._event(action, d) for d in grown.chain], grown.branches)
             )

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cloud_verifier.verifier import Block, Session, Settled
-from edge_agent.growth import PRIOR_FIRST, RANKS, Acceptance, Candidates, Delay, Growth, TreeLimits, ranking
+from edge_agent.growth import (
+    PRIOR_FIRST,
+    RANKS,
+    Acceptance,
+    Candidates,
+    Delay,
+    Growth,
+    TreeLimits,
+    TreeRequest,
+    ranking,
+)
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.tree import Tree
 from fedhlm.protocol.messages import Sampling
@@ -87,7 +97,7 @@ def test_growth_keeps_its_budget_and_its_main_chain_is_the_models_drafts(
     prompt: list[int], sampling: Sampling, budget: TreeLimits
 ) -> None:
     drafter = toy.ToyDrafter(agreement=0.6)
-    tree, _ = drafter.grow_now(prompt, sampling, budget)
+    tree, _ = drafter.grow_now(TreeRequest(prompt, sampling, budget))
     assert tree.chain
     assert len(tree.chain) + len(tree.branches) <= budget.nodes
     walked = Tree([d.token for d in tree.chain], tree.branches)
@@ -115,7 +125,7 @@ def test_growth_goes_on_while_a_node_repays_its_time() -> None:
     def size(delay_s: float, node_s: float = 0.01, send_s: float = 0.0) -> int:
         drafter = toy.ToyDrafter(agreement=0.8, step_s=node_s)
         budget = TreeLimits(nodes=200, width=4, levels=50, delay_s=delay_s, send_s=send_s)
-        tree, _ = drafter.grow_now([3, 4], Sampling(seed=5), budget)
+        tree, _ = drafter.grow_now(TreeRequest([3, 4], Sampling(seed=5), budget))
         return len(tree.chain) + len(tree.branches)
 
     assert size(0.0) < size(0.1) < size(1.0)
@@ -155,7 +165,7 @@ def run(prompt: list[int], sampling: Sampling, budget: TreeLimits, tokens: int) 
     state = Session(sampling, toy.VOCAB_SIZE, frozenset({toy.EOS_ID}), list(prompt))
     trips, expected = 0, 0.0
     while len(state.context) < len(prompt) + tokens and state.context[-1] != toy.EOS_ID:
-        tree, _ = drafter.grow_now(state.context, sampling, budget)
+        tree, _ = drafter.grow_now(TreeRequest(state.context, sampling, budget))
         chain = [d.token for d in tree.chain]
         settle_tree(state, chain, Tree(chain, tree.branches))
         if toy.EOS_ID in state.context:

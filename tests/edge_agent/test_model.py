@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.growth import RANKS, TreeLimits
+from edge_agent.growth import RANKS, TreeLimits, TreeRequest
 from edge_agent.model import Slm, threaded
 from fedhlm.decoding.decoder import Decoder, DecoderInput, DecoderOutput
 from fedhlm.decoding.tree import Tree
@@ -64,8 +64,8 @@ def test_trees_and_drafts_do_not_depend_on_what_came_before(texts: list[tuple[li
     for more, steps, restart in texts:
         ids = list(more) if restart else ids + more
         # Learning from earlier trees is left out (settled=0), for it is meant to change the next one.
-        grown = held.grow(ids, SAMPLING, PATIENT, settled=0)
-        assert grown == slm().grow(ids, SAMPLING, PATIENT, settled=0)
+        grown = held.grow(TreeRequest(ids, SAMPLING, PATIENT, settled=0))
+        assert grown == slm().grow(TreeRequest(ids, SAMPLING, PATIENT, settled=0))
         chain = [d.token for d in grown.chain]
         assert held.draft(ids + chain[:steps], SAMPLING) == slm().draft(ids + chain[:steps], SAMPLING)
         node = 0
@@ -79,16 +79,16 @@ def test_the_settled_prefix_is_not_fed_again() -> None:
     drafter = slm()
     decoder = cast(ToyDecoder, drafter.decoder)
     prompt = list(range(1, 31))
-    grown = drafter.grow(prompt, SAMPLING, PATIENT)
+    grown = drafter.grow(TreeRequest(prompt, SAMPLING, PATIENT))
     chain = [d.token for d in grown.chain]
     decoder.fed = decoder.calls = 0
-    drafter.grow([*prompt, *chain[:2]], SAMPLING, PATIENT._replace(nodes=1))
+    drafter.grow(TreeRequest([*prompt, *chain[:2]], SAMPLING, PATIENT._replace(nodes=1)))
     assert decoder.fed == 1
 
 
 def test_branches_share_model_calls() -> None:
     drafter = slm()
-    grown = drafter.grow([1, 2], SAMPLING, PATIENT._replace(nodes=64))
+    grown = drafter.grow(TreeRequest([1, 2], SAMPLING, PATIENT._replace(nodes=64)))
     nodes = len(grown.chain) + len(grown.branches)
     assert nodes == 64
     assert cast(ToyDecoder, drafter.decoder).calls < nodes / 2
@@ -97,21 +97,21 @@ def test_branches_share_model_calls() -> None:
 def test_a_trees_text_teaches_the_next() -> None:
     drafter = slm()
     first = drafter.trees.acceptance.first
-    chain = [d.token for d in drafter.grow([5], SAMPLING, PATIENT).chain]
-    drafter.grow([5, *chain[:3]], SAMPLING, PATIENT, settled=1)
+    chain = [d.token for d in drafter.grow(TreeRequest([5], SAMPLING, PATIENT)).chain]
+    drafter.grow(TreeRequest([5, *chain[:3]], SAMPLING, PATIENT, settled=1))
     assert drafter.trees.acceptance.first == first  # the device's own text proves nothing
-    chain = [d.token for d in drafter.grow([5], SAMPLING, PATIENT).chain]
-    drafter.grow([5, *chain[:3]], SAMPLING, PATIENT)
+    chain = [d.token for d in drafter.grow(TreeRequest([5], SAMPLING, PATIENT)).chain]
+    drafter.grow(TreeRequest([5, *chain[:3]], SAMPLING, PATIENT))
     learnt = drafter.trees.acceptance.first
     assert learnt > first
-    drafter.grow([5], Sampling(seed=9), PATIENT)
-    drafter.grow([5, *chain[:3]], SAMPLING, PATIENT)
+    drafter.grow(TreeRequest([5], Sampling(seed=9), PATIENT))
+    drafter.grow(TreeRequest([5, *chain[:3]], SAMPLING, PATIENT))
     assert drafter.trees.acceptance.first == learnt  # a tree of another session
 
 
 def test_a_tree_ends_with_the_context() -> None:
     ids = [1] * (toy.CONTEXT - 3)
-    grown = slm().grow(ids, SAMPLING, PATIENT)
+    grown = slm().grow(TreeRequest(ids, SAMPLING, PATIENT))
     assert len(grown.chain) == 3
 
 
@@ -121,13 +121,13 @@ def test_keys_travel_where_a_projection_is_given() -> None:
     hidden = np.random.default_rng((4, 5)).standard_normal(HIDDEN).astype(np.float32)
     assert drawn.key == projection.key(hidden).tobytes()
     assert drawn._replace(key=b"") == slm().draft([4, 5], SAMPLING)
-    grown = slm(projection).grow([4, 5], SAMPLING, PATIENT)
+    grown = slm(projection).grow(TreeRequest([4, 5], SAMPLING, PATIENT))
     assert grown.chain[0] == drawn
     assert all(len(d.key) == 4 for d in grown.chain)
 
 
 async def test_the_threaded_drafter_grows_the_same_tree() -> None:
     async with threaded(slm()) as drafter:
-        grown = await drafter.grow([4, 5], SAMPLING, PATIENT, uncertainty="entropy", settled=2)
-    assert grown == slm().grow([4, 5], SAMPLING, PATIENT, uncertainty="entropy", settled=2)
+        grown = await drafter.grow(TreeRequest([4, 5], SAMPLING, PATIENT, uncertainty="entropy", settled=2))
+    assert grown == slm().grow(TreeRequest([4, 5], SAMPLING, PATIENT, uncertainty="entropy", settled=2))
     assert grown.chain[0].uncertainty == pytest.approx(slm().draft([4, 5], SAMPLING, "entropy").uncertainty)

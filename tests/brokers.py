@@ -89,8 +89,9 @@ class Mosquitto:
         lines = [f"listener {self.port} 127.0.0.1", f"allow_anonymous {'false' if self._users else 'true'}"]
         if self._users:
             passwords = folder / "passwords"
-            passwords.write_text("".join(f"{name}:{word}\n" for name, word in self._users.items()))
-            subprocess.run(["mosquitto_passwd", "-U", str(passwords)], check=True)
+            passwords.touch(0o600)
+            for name, word in self._users.items():  # -U would read a colon in a password as its end
+                subprocess.run(["mosquitto_passwd", "-b", str(passwords), name, word], check=True)
             passwords.chmod(0o644)
             lines.append(f"password_file {passwords}")
         config = folder / "mosquitto.conf"

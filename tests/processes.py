@@ -1,11 +1,31 @@
 """What tests that start programs share."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Final
 
 GONE_S: Final = 30.0
+PROGRAM: Final = (sys.executable, "-m", "fedhlm_fleet.cli")
+
+
+def run(*words: str, stdout: int | None = subprocess.PIPE, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The program with these words, until it ends."""
+    return subprocess.run(
+        [*PROGRAM, *words], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        env={**os.environ, **environ}, errors="surrogateescape",
+    )  # fmt: skip
+
+
+def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
+    """The only line that says why the program ended with this status."""
+    assert done.returncode == status, done
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("fedhlm: "))
+    assert "Traceback" not in done.stderr
+    return line
 
 
 def obey_interrupts() -> None:

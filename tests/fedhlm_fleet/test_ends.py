@@ -4,32 +4,16 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.processes import obey_interrupts
+from tests.processes import PROGRAM, obey_interrupts, one_line, run
 
-PROGRAM = [sys.executable, "-m", "fedhlm_fleet.cli"]
 NOBODY = "mqtt://127.0.0.1:1"
 HALF = os.fsdecode("café".encode()[:-1])
-
-
-def run(*words: str, stdout: int | None = subprocess.PIPE, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *words], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
-        env={**os.environ, **environ}, errors="surrogateescape",
-    )  # fmt: skip
-
-
-def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
-    assert done.returncode == status, done
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("fedhlm: "))
-    assert "Traceback" not in done.stderr
-    return line
 
 
 @pytest.mark.parametrize("words", [("presets",), ("config", "explain"), ("--help",)], ids=" ".join)
@@ -81,36 +65,6 @@ def test_bytes_that_are_no_text_are_one_line(words: Sequence[str], key: str) -> 
 def test_a_misspelt_option_gets_the_nearest(word: str, meant: str) -> None:
     line = one_line(run("agent", word, "Oil prices rise"), 2)
     assert line == f"fedhlm: {word} is not an option of this command: did you mean {meant}?"
-
-
-@pytest.mark.parametrize(
-    ("option", "given"), [("--seed", str(2**64)), ("--seed", "-1"), ("--tokens", "70000"), ("--duration", "0")]
-)
-def test_a_number_out_of_range_is_refused_at_once(option: str, given: str) -> None:
-    begun_s = time.monotonic()
-    assert option in one_line(run("demo", option, given), 2)
-    assert time.monotonic() - begun_s < 30.0
-
-
-@pytest.mark.parametrize("prompt", ["Oil prices rise", "- Oil prices rise", "-", "--seed"])
-def test_a_device_that_writes_alone_needs_no_broker(prompt: str) -> None:
-    done = run(
-        "agent", "--preset", "slm-only", "--broker.url", NOBODY, "--generation.max_tokens", "4", f"--prompt={prompt}"
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    assert "uplink_bytes 0;" in done.stderr
-    assert "WARNING" not in done.stderr
-
-
-def test_a_prompt_may_begin_with_a_hyphen_as_a_word_of_its_own() -> None:
-    done = run("agent", "--preset", "slm-only", "--generation.max_tokens", "4", "--prompt", "- Oil prices rise")
-    assert done.returncode == 0, done.stderr
-
-
-def test_all_others_need_one_and_say_which() -> None:
-    done = run("agent", "--preset", "exact", "--broker.url", NOBODY, "--broker.connect_timeout_s", "1", "--prompt", "x")
-    assert "127.0.0.1:1" in one_line(done, 2)
 
 
 @pytest.mark.parametrize(

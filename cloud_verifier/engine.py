@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 
+from fedhlm.decoding.grammar import Constrain, nothing_constrains
+
 
 class PrefixCache(Protocol):
     """Keys and values of a prefix. It is a value: a call never changes the cache that it is given."""
@@ -43,10 +45,11 @@ class Engine(NamedTuple):
     """A model: the cache before the first token, and `forward`, which runs several requests as one batch, in order.
 
     A cache takes `token_bytes` bytes per token. `release` returns unused memory to the system; the cloud calls it when
-    it is idle.
+    it is idle. `constrain` begins a text under a grammar over the model's vocabulary.
     """
 
     empty_cache: Any
     forward: Callable[[Sequence[EngineInput]], Awaitable[list[EngineOutput]]]
     token_bytes: int = 0
     release: Callable[[], None] = _nothing
+    constrain: Constrain = nothing_constrains

@@ -17,7 +17,7 @@ from fedhlm.bus.party import Stamp
 from fedhlm.decoding.sampling import law
 from fedhlm.decoding.text import StoppedText, TextStream
 from fedhlm.protocol.fields import FinishReason
-from fedhlm.protocol.messages import Escalation, Prime, Sampling
+from fedhlm.protocol.messages import Escalation, Grammar, Prime, Sampling
 from fedhlm.protocol.packing import pack_ids
 from fedhlm.settings import Generation
 
@@ -68,6 +68,7 @@ class ModelAlone:
             top_p=question.top_p,
             top_k=question.top_k,
             min_p=question.min_p,
+            grammar=None if question.grammar is None else Grammar(len(question.ids), question.grammar),
         )
         context = list(question.ids)
         text = StoppedText(TextStream(self._offer.tokenizer), question.stop)

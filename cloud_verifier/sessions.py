@@ -12,9 +12,10 @@ from typing import Any, Final, NamedTuple
 
 from cloud_verifier.verifier import Block, Session
 from fedhlm.decoding.couplings import COUPLINGS, split_laws
+from fedhlm.decoding.grammar import Constrain, nothing_constrains
 from fedhlm.decoding.ids import common_prefix, digest_of
 from fedhlm.decoding.tree import Tree, unpack_branches
-from fedhlm.errors import FingerprintMismatch, ProtocolError
+from fedhlm.errors import FingerprintMismatch, GrammarError, ProtocolError
 from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Escalation, Fingerprint, Prime
 from fedhlm.protocol.packing import id_bytes, unpack_ids
@@ -88,6 +89,7 @@ class Sessions:
         context_max: int,
         sessions_max: int,
         sessions_bytes: int = SESSIONS_BYTES,
+        constrain: Constrain = nothing_constrains,
     ) -> None:
         self.fingerprint = fingerprint
         self.context_max = context_max
@@ -96,6 +98,7 @@ class Sessions:
         self.evicted = 0
         self.mismatched = 0
         self.eos_ids = eos_ids
+        self._constrain = constrain
         self._entries: OrderedDict[Key, SessionEntry] = OrderedDict()
         self._held: Counter[tuple[str, str]] = Counter()  # number of sessions by owner
         self._tokens: dict[Key, int] = {}  # of each session's context, when it was used last
@@ -251,13 +254,18 @@ class Sessions:
         context = unpack_ids(prime.context, vocab_size)
         entry = self._entries.get(key)
         if entry is None or entry.state.sampling != prime.sampling:
-            state = Session(prime.sampling, self.fingerprint.vocab_size, self.eos_ids, context)
+            grammar = prime.sampling.grammar
+            try:
+                held = None if grammar is None else self._constrain(grammar)
+            except GrammarError as exc:
+                return RefusedBlock(str(exc))
+            state = Session(prime.sampling, self.fingerprint.vocab_size, self.eos_ids, context, held=held)
             self._held[key.owner] += entry is None
             self._entries[key] = SessionEntry(state)
         else:
-            held = entry.state.context
-            shared = common_prefix(held, context)
+            known = entry.state.context
+            shared = common_prefix(known, context)
             if shared < len(context):  # what the device has committed overrides what was settled here
-                held[shared:] = context[shared:]
+                known[shared:] = context[shared:]
         self._entries.move_to_end(key)
         return None

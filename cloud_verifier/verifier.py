@@ -8,9 +8,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fedhlm.decoding.couplings import COUPLINGS, Coupling
+from fedhlm.decoding.grammar import Constraint
 from fedhlm.decoding.ids import common_prefix
 from fedhlm.decoding.sampling import law
 from fedhlm.decoding.tree import Branch, Tree
@@ -28,6 +30,7 @@ class Session:
     epoch: int = 0
     rejected_at: int | None = None  # this epoch's first rejection; later blocks follow a discarded prefix
     fed: list[int] = field(default_factory=list)  # ids whose keys and values are in the cache
+    held: Constraint | None = None  # the text under the grammar of the sampling
 
 
 class Block(NamedTuple):
@@ -134,8 +137,12 @@ def _overwrite(context: list[int], base: int, fixed: list[int]) -> None:
 
 
 def _run(session: Session, start: int, ids: list[int]) -> Generator[Feed, NDArray[Any], NDArray[Any]]:
-    """The logits after the context before `start` and after each of `ids`; shape (len(ids) + 1, V)."""
-    return (yield _feed(session, start, ids))
+    """The logits after the context before `start` and after each of `ids`, under the grammar; (len(ids) + 1, V)."""
+    rows = yield _feed(session, start, ids)
+    if session.held is None:
+        return rows
+    before = session.context[:start]
+    return np.stack([session.held.masked(row, before + ids[:i]) for i, row in enumerate(rows)])
 
 
 def _stand(session: Session, block: Block, coupling: Coupling, rows: NDArray[Any]) -> int:

@@ -46,6 +46,7 @@ class LargeModel(NamedTuple):
             context_max=self.context,
             sessions_max=sessions_max,
             sessions_bytes=sessions_bytes,
+            constrain=self.engine.constrain,
         )
 
 

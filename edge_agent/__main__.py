@@ -76,7 +76,7 @@ async def run(
             loaded,
             runtime,
             SmallModel(drafter, fingerprint, projection.digest[:8]),
-            ModelFacts(decoder.tokenizer, info.bos_id, frozenset(info.eos_ids), info.context),
+            ModelFacts(decoder.tokenizer, info.bos_id, frozenset(info.eos_ids), info.context, decoder.constrain),
             open_bus=patient if prompt is None else impatient,
             open_next=patient if alone else impatient,
             new_session=lambda: random.SystemRandom().getrandbits(32),

@@ -42,7 +42,7 @@ from edge_agent.result import GenerationResult, Job
 from edge_agent.surroundings import Surroundings
 from edge_agent.turn import NextEvent, Turn, close, count, drafted, next_event
 from fedhlm.bus.party import Party, Received
-from fedhlm.decoding.important import important_of
+from fedhlm.decoding.important import TOOL_CALL, important_of
 from fedhlm.decoding.tree import pack_branches
 from fedhlm.errors import ProtocolError
 from fedhlm.process.saver import Saver
@@ -308,7 +308,9 @@ class AgentCore:
         machine = GenerationMachine(plan, list(prompt), link_up=link_up)
         result = GenerationResult(tau=plan.tau, similarity=plan.similarity, confidence=job.config.confidence)
         sample = None if self._sampler is None else self._sampler.begin()
-        important = important_of(job.config.always_verify, read)
+        # A text under a grammar is read by a program, which acts on the calls in it.
+        always = job.config.always_verify if job.sampling.grammar is None else (*job.config.always_verify, TOOL_CALL)
+        important = important_of(always, read)
         start = len(prompt)
         turn = Turn(
             session,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.grammar import POSSIBLE
 from fedhlm.decoding.sampling import gumbel, scores
 from fedhlm.decoding.tree import Branch
 from fedhlm.protocol.messages import Sampling
@@ -271,7 +272,7 @@ def ranking(sampling: Sampling) -> Callable[[Logits, int], Candidates]:
             wide = np.asarray(logits, np.float64)  # (V,)
         else:
             wide = scores(logits, sampling) + noise(position, len(logits))
-        count = min(RANKS, int(np.isfinite(wide).sum()))
+        count = min(RANKS, int((wide > POSSIBLE).sum()))
         some = np.argpartition(-wide, count - 1)[:count]
         best = some[np.lexsort((some, -wide[some]))]
         return Candidates(tuple(int(t) for t in best), wide[best])

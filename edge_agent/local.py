@@ -44,6 +44,7 @@ class LocalQuestions:
             min_p=question.min_p,
             stop=question.stop,
             preset=question.preset,
+            grammar=question.grammar,
         )
         slices: asyncio.Queue[Slice] = asyncio.Queue()
         service = self._service

@@ -16,5 +16,8 @@ class Measures(NamedTuple):
 
 def measures_of(config: Generation, sampling: Sampling, pair: Pair) -> Measures:
     """The measures that belong to a configuration, a request, and the pair of models that generates."""
-    law = f"{sampling.coupling}/{'greedy' if sampling.temperature == 0.0 else 'sampled'}/{pair}"
+    kind = "greedy" if sampling.temperature == 0.0 else "sampled"
+    if sampling.grammar is not None:
+        kind += "-grammar"
+    law = f"{sampling.coupling}/{kind}/{pair}"
     return Measures(f"{config.uncertainty}/{law}", f"{config.peers}/{law}")

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from edge_agent.growth import TreeRequest, Trees, grow
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput, DecoderOutput
+from fedhlm.decoding.grammar import Constraint
 from fedhlm.decoding.ids import common_prefix
 from fedhlm.decoding.tree import Branch
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.peers.context_keys import Projection
-from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.messages import Grammar, Sampling
 
 PRIOR_NODE_S: Final = 0.002  # seconds per node until one is measured
 NODE_WEIGHT: Final = 0.1  # weight of the newest tree in the running mean of the seconds per node
@@ -76,13 +77,15 @@ class Slm:
         self._clock_s = clock_s
         self._ids: list[int] = []
         self._cache: Cache = decoder.empty_cache()
+        self._grammar: Grammar | None = None
+        self._held: Constraint | None = None  # the text under that grammar
 
     def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
         """See `Drafter.draft`. Blocks while the model computes."""
         wanted = list(ids)
         result = self.decoder.forward([self._request(wanted)])[0]
         self._ids, self._cache = wanted, result.cache
-        return self._drawn(result, sampling, len(wanted), uncertainty)
+        return self._drawn(result, sampling, wanted, uncertainty)
 
     def grow(self, request: TreeRequest) -> TreeDraft:
         """See `Drafter.grow`. Blocks while the model computes."""
@@ -103,7 +106,7 @@ class Slm:
             held.update(zip(nodes, self.decoder.forward(requests), strict=True))
             if nodes == [0]:
                 ready_s = self._clock_s()  # the root's time is spent on the settled text before it
-            return [held[node].logits[-1] for node in nodes]
+            return [self._possible(held[node].logits[-1], [*wanted, *growth.paths[node]], sampling) for node in nodes]
 
         grow(growth, evaluate, sampling=sampling, position=len(wanted), node_s=self.node_s, clock_s=self._clock_s)
         if len(held) > 1:
@@ -113,8 +116,8 @@ class Slm:
         known = max((node for node in [0, *chain] if node in held), key=lambda node: len(growth.paths[node]))
         self._ids, self._cache = [*wanted, *growth.paths[known]], held[known].cache
         drawn = [
-            self._drawn(held[growth.parents[node]], sampling, len(wanted) + depth, request.uncertainty)
-            for depth, node in enumerate(chain)
+            self._drawn(held[parent], sampling, [*wanted, *growth.paths[parent]], request.uncertainty)
+            for parent in (growth.parents[node] for node in chain)
         ]
         return TreeDraft(drawn, tuple(branches), growth.expected)
 
@@ -123,8 +126,16 @@ class Slm:
         keep = min(common_prefix(self._ids, wanted), len(wanted) - 1)
         return DecoderInput(self._cache.truncated(keep), wanted[keep:])
 
-    def _drawn(self, result: DecoderOutput, sampling: Sampling, position: int, uncertainty: str) -> Drawn:
-        logits = result.logits[-1]
+    def _possible(self, logits: NDArray[Any], ids: list[int], sampling: Sampling) -> NDArray[Any]:
+        """The logits after `ids`, shape (V,), as the grammar of the sampling allows them."""
+        if sampling.grammar is None:
+            return logits
+        if self._held is None or sampling.grammar != self._grammar:
+            self._grammar, self._held = sampling.grammar, self.decoder.constrain(sampling.grammar)
+        return self._held.masked(logits, ids)
+
+    def _drawn(self, result: DecoderOutput, sampling: Sampling, ids: list[int], uncertainty: str) -> Drawn:
+        logits, position = self._possible(result.logits[-1], ids, sampling), len(ids)
         token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, position)
         doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, position)
         return Drawn(token, prob, doubt, law, self._key(result.hidden))

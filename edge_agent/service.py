@@ -18,11 +18,12 @@ from fedhlm.answering import Slice
 from fedhlm.answers import Piece
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
+from fedhlm.decoding.grammar import Constrain, nothing_constrains
 from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, ConfigError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
 from fedhlm.protocol.fields import MAX_REASON, FinishReason, Refusal
-from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt, Sampling
+from fedhlm.protocol.messages import Cancel, Grammar, Output, Presence, Prompt, Sampling
 from fedhlm.protocol.prompts import unusable
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import warn_once
@@ -48,6 +49,7 @@ class ModelFacts(NamedTuple):
     bos_id: int | None
     eos_ids: frozenset[int]
     context: int
+    constrain: Constrain = nothing_constrains
 
 
 class AgentService:
@@ -283,6 +285,7 @@ class AgentService:
 
         Raises:
             ConfigError: the preset is unknown, or this agent does not allow it.
+            GrammarError: the grammar cannot be used.
             ValueError: the prompt has no tokens, or is longer than the model's context.
         """
         return await self._complete_in_turn(RoutedPrompt(cluster or self.agent.cluster, prompt), show)
@@ -296,14 +299,6 @@ class AgentService:
     async def _complete(self, request: RoutedPrompt, show: Callable[[Piece], object] | None) -> GenerationResult:
         prompt, now_s = request.prompt, asyncio.get_running_loop().time
         config = self._config(prompt)
-        sampling = self._sampling(prompt, config)
-        job = Job(
-            config,
-            sampling,
-            max_tokens=prompt.max_tokens,
-            context_max=self._model.context,
-            eos_ids=self._model.eos_ids,
-        )
         text = StoppedText(TextStream(self._model.tokenizer), prompt.stop)
 
         async def publish(tokens: list[Committed]) -> FinishReason | None:
@@ -326,6 +321,13 @@ class AgentService:
         ids = request.ids
         if ids is None:
             ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
+        job = Job(
+            config,
+            self._sampling(prompt, config, len(ids)),
+            max_tokens=prompt.max_tokens,
+            context_max=self._model.context,
+            eos_ids=self._model.eos_ids,
+        )
         result = await self.agent.generate(job, list(ids), publish, request.judged, self._read)
         result.keep(request.count)
         if text.stopped:
@@ -349,13 +351,22 @@ class AgentService:
     def _config(self, prompt: Prompt) -> GenerationConfig:
         return self._loaded.asked(prompt.preset).config.generation
 
-    def _sampling(self, prompt: Prompt, config: GenerationConfig) -> Sampling:
+    def _sampling(self, prompt: Prompt, config: GenerationConfig, start: int) -> Sampling:
+        grammar = None
+        if prompt.grammar is not None:
+            grammar = Grammar(start, prompt.grammar)
+            self._model.constrain(grammar)  # an error belongs to this request
         seed = prompt.seed
         if seed is None:  # so that two outputs never share their noise
             digest = hashlib.sha256(f"{config.seed}/{self.agent.name}/{prompt.request}".encode()).digest()
             seed = int.from_bytes(digest[:8]) >> 1
         return config.sampling(
-            seed, temperature=prompt.temperature, top_p=prompt.top_p, top_k=prompt.top_k, min_p=prompt.min_p
+            seed,
+            temperature=prompt.temperature,
+            top_p=prompt.top_p,
+            top_k=prompt.top_k,
+            min_p=prompt.min_p,
+            grammar=grammar,
         )
 
     async def _publish(

@@ -15,7 +15,7 @@ from fedhlm.errors import ProtocolError
 from fedhlm.peers.context_keys import DIMS, Key, unpack_key
 from fedhlm.peers.neighbours import Match, Memory, Origin
 from fedhlm.protocol.fields import MAX_BLOCK
-from fedhlm.protocol.messages import Escalation, UncertainTokens, Verdict, Verified, VerifiedTokens
+from fedhlm.protocol.messages import Escalation, Sampling, UncertainTokens, Verdict, Verified, VerifiedTokens
 from fedhlm.protocol.packing import unpack_bits, unpack_ids, unpack_probs
 from fedhlm.protocol.sources import SOURCES
 
@@ -61,7 +61,7 @@ class _Doubt(NamedTuple):
 class _Block(NamedTuple):
     ids: bytes
     fixed: int
-    greedy: bool
+    greedy: bool | None  # whether the cloud settles it greedily; None: nothing may be learnt from it
     primes: bool
 
 
@@ -89,7 +89,7 @@ class ClusterMemory:
         self._doubts_held = 0
         self._pending: OrderedDict[tuple[str, int, int, int], _Block] = OrderedDict()
         self._pending_bytes = 0
-        self._greedy: OrderedDict[tuple[str, int], None] = OrderedDict()  # sessions that the cloud settles greedily
+        self._greedy: OrderedDict[tuple[str, int], bool] = OrderedDict()  # of the sessions that may be learnt from
         self._digest: deque[Verified] = deque(maxlen=DIGEST_MAX * DIGESTS_MAX)
 
     @property
@@ -186,11 +186,14 @@ class ClusterMemory:
     def await_verdict(self, agent: str, escalation: Escalation) -> None:
         """Remember a block that goes to the cloud, so that its verdict can be learnt."""
         name = (agent, escalation.session, escalation.epoch, escalation.base)
-        self._take_pending(name)
+        earlier = self._take_pending(name)
         session, prime = (agent, escalation.session), escalation.prime
-        if prime is not None and prime.sampling.temperature > 0.0:
+        known = self._greedy.get(session)
+        greedy = known if prime is None else _is_greedy(prime.sampling)
+        if greedy != known:
             self._greedy.pop(session, None)
-        greedy = session in self._greedy if prime is None else prime.sampling.temperature == 0.0
+        if earlier is not None and earlier.greedy != greedy:
+            greedy = None  # it is not known which of the two the next verdict is about
         self._pending[name] = _Block(escalation.ids, escalation.fixed, greedy, prime is not None)
         self._pending_bytes += len(escalation.ids)
         while len(self._pending) > PENDING_MAX or self._pending_bytes > PENDING_BYTES:
@@ -206,20 +209,22 @@ class ClusterMemory:
 
         The agent chooses temperature, seed and draft law, so acceptance by itself proves little. An accepted token is
         learnt only if its target probability is above one half: then no other token is likelier, at any temperature.
-        The token that replaces a rejected draft is learnt only if the cloud settles greedily.
+        The token that replaces a rejected draft is learnt only if the cloud settles greedily. Under a grammar of the
+        agent's choice any token can be the likeliest one, so nothing is learnt, nor from a session whose prime the edge
+        has not seen.
         """
         block = self._take_pending((agent, verdict.session, verdict.epoch, verdict.base))
         if block is None or verdict.status != "settled":
             return ()
-        if block.primes and block.greedy:
-            self._settles_greedily((agent, verdict.session))
+        if block.primes and block.greedy is not None:
+            self._note_law((agent, verdict.session), greedy=block.greedy)
         ids, settled = _ids(block.ids, vocab_size), _ids(verdict.ids, vocab_size)
         accepted = min(verdict.accepted, len(ids))
         missed = unpack_bits(verdict.missed, block.fixed)
         probs = _probs(verdict.target_probs)
         tokens = {
             i: ids[i]
-            for i in range(min(accepted, len(probs)))
+            for i in range(0 if block.greedy is None else min(accepted, len(probs)))
             if probs[i] > LIKELIEST and (i >= block.fixed or not missed[i])
         }
         if block.greedy and accepted < len(ids) and settled:
@@ -231,8 +236,8 @@ class ClusterMemory:
         self._forget_doubts(agent, verdict, replaced_at=verdict.base + accepted if accepted < len(ids) else None)
         return learnt
 
-    def _settles_greedily(self, session: tuple[str, int]) -> None:
-        self._greedy[session] = None
+    def _note_law(self, session: tuple[str, int], *, greedy: bool) -> None:
+        self._greedy[session] = greedy
         self._greedy.move_to_end(session)
         while len(self._greedy) > SESSIONS_MAX:
             self._greedy.popitem(last=False)
@@ -287,6 +292,11 @@ class ClusterMemory:
         except ProtocolError:
             self.refused_keys += 1
             return None
+
+
+def _is_greedy(sampling: Sampling) -> bool | None:
+    """Whether the cloud settles greedily under this sampling; None: nothing may be learnt from what it settles."""
+    return None if sampling.grammar is not None else sampling.temperature == 0.0
 
 
 def _ids(data: bytes, vocab_size: int) -> list[int]:

@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from fedhlm.decoding.grammar import Constrain, nothing_constrains
 from fedhlm.protocol.fields import FinishReason, Refusal, Source
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class Question(NamedTuple):
     """What a local client asks. `asker` is its name in the queue, where clients take turns.
 
-    `ids` are the prompt's, the begin-of-text id included. None means the part's own setting. `logprobs` is how many
+    `ids` are the prompt's, the begin-of-text id included. None means the part's own setting. The answer is held to
+    `grammar`, in llguidance's Lark dialect, where there is one. `logprobs` is how many
     alternatives of each token are wanted (None: no probabilities).
     """
 
@@ -34,6 +36,7 @@ class Question(NamedTuple):
     min_p: float | None = None
     stop: tuple[str, ...] = ()
     preset: str | None = None
+    grammar: str | None = None
     logprobs: int | None = None
 
 
@@ -80,7 +83,7 @@ class Offer(NamedTuple):
 
     `name` is the name of its model, and `presets` are what a question may name, the part's own first (empty: there is
     no choice). `folder` is the model's, and `context` is in tokens. `probabilities` says whether log-probabilities can
-    be had.
+    be had. `constrain` says whether a grammar can be used.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Offer(NamedTuple):
     context: int
     presets: tuple[str, ...] = ()
     probabilities: bool = False
+    constrain: Constrain = nothing_constrains
     parameters: int = 0
     size_bytes: int = 0
     quantisation: str = ""
@@ -109,6 +113,7 @@ class Offer(NamedTuple):
             info.context,
             presets,
             probabilities,
+            decoder.constrain,
             info.parameters,
             sum(file.bytes for file in info.files.values()),
             info.quantisation,

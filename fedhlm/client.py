@@ -157,6 +157,7 @@ class Client:
         min_p: float | None = None,
         stop: tuple[str, ...] = (),
         preset: str | None = None,
+        grammar: str | None = None,
         deadline_s: float | None = None,
         patience_s: float = PATIENCE_S,
         request: str | None = None,
@@ -165,7 +166,8 @@ class Client:
 
         Leaving the iteration early, or `aclose`, cancels the request. For options that are None the agent uses its own
         configuration. `deadline_s` limits the time of the whole answer, and `patience_s` the time without a piece of
-        it, both in seconds. `request` is the name of the request; None gives a new unique name.
+        it, both in seconds. `request` is the name of the request; None gives a new unique name. The answer is held to
+        `grammar`, in llguidance's Lark dialect (`fedhlm.decoding.grammar`).
 
         Raises:
             ConfigError: a value is out of range.
@@ -183,6 +185,7 @@ class Client:
             "min_p": min_p,
             "stop": tuple(stop),
             "preset": preset,
+            "grammar": grammar,
         }
         fields["request"] = request or f"{self._prefix}-{self._asked}"
         place = {"agent": agent} if cluster is None else {"agent": agent, "cluster": cluster}

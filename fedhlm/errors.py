@@ -5,6 +5,7 @@ FedhlmError
 │   └── UnknownKey     a key that does not exist, with the nearest one
 ├── DataMissing        training or benchmark data is not there
 ├── ModelError         a model folder is missing, incomplete or of the wrong kind
+├── GrammarError       a grammar cannot be used, or no text can be held to it here
 ├── FingerprintMismatch  agent and cloud do not run the same tokenizer, vocabulary or sampler
 ├── ProtocolError      bytes on a topic are not a message of that topic
 ├── BusError           the broker cannot be reached, or rejects the connection
@@ -59,6 +60,10 @@ class DataMissing(FedhlmError):
 
 class ModelError(FedhlmError):
     """A model folder cannot be used. The message names the file and what was expected."""
+
+
+class GrammarError(FedhlmError):
+    """A grammar is wrong, or the model cannot hold a text to one."""
 
 
 class FingerprintMismatch(FedhlmError):

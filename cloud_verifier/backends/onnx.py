@@ -39,7 +39,7 @@ def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
 
         return await wait(call)
 
-    return Engine(decoder.empty_cache(), forward, decoder.token_bytes, release)
+    return Engine(decoder.empty_cache(), forward, decoder.token_bytes, release, decoder.constrain)
 
 
 @asynccontextmanager

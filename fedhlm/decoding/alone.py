@@ -62,14 +62,19 @@ class Alone:
         return str(self.decoder.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def write(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> list[int]:
-        """Generate ids as the function `write` does, with the end-of-text ids and the context of the model."""
+        """Generate ids as the function `write` does, with the end-of-text ids and the context of the model.
+
+        Raises:
+            GrammarError: the grammar of `sampling` cannot be used.
+        """
         info, cache = self.decoder.info, self.decoder.empty_cache()
+        held = None if sampling.grammar is None else self.decoder.constrain(sampling.grammar)
 
         def logits_after(ids: list[int]) -> NDArray[Any]:
             nonlocal cache
             result = self.decoder.forward([DecoderInput(cache, ids[cache.length :])])[0]
             cache = result.cache
             row: NDArray[Any] = result.logits[-1]
-            return row
+            return row if held is None else held.masked(row, ids)
 
         return write(logits_after, prompt, sampling, max_tokens, eos_ids=info.eos_ids, context_max=info.context)

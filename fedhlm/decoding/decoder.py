@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhlm.decoding.grammar import Constrain, Grammars
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
 from fedhlm.telemetry import warn_once
@@ -184,6 +185,7 @@ class Decoder:
         self.info = info
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self.constrain: Constrain = Grammars(tokenizer, vocabulary.size, info.eos_ids).constrain
         self._session = session
         self._to_fetches = to_fetches  # run options of onnxruntime: compute only what is fetched
         inputs = {i.name: i for i in session.get_inputs()}

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+TOOL_CALL: Final = "tool-call"
 PATTERN: Final = "re:"  # begins a pattern of the user
 WINDOW: Final = 256  # characters before the draft that patterns may match
 _TOOL_OPENS: Final = re.compile(r"<tool_call>|<function=|<\|python_tag\|>|\[TOOL_CALLS\]")
@@ -42,7 +43,7 @@ def _in_tool_call(before: str, draft: str) -> bool:
 
 
 RULES: Final[dict[str, Rule]] = {
-    "tool-call": _in_tool_call,
+    TOOL_CALL: _in_tool_call,
     "number": _matching(_NUMBER),
     "negation": _matching(_NEGATION),
 }

@@ -18,6 +18,7 @@ MAX_CURVES: Final = 16
 MAX_PAIRS: Final = 8
 MAX_NOTES: Final = 1_024
 MAX_STOPS: Final = 16
+MAX_GRAMMAR: Final = 16_384
 MAX_REASON: Final = 1_024
 MAX_RIDERS: Final = 64
 MAX_ROSTER: Final = 256
@@ -36,6 +37,7 @@ TopK = Annotated[int, Meta(ge=0, lt=2**24)]
 Milliseconds = Annotated[int, Meta(ge=0, lt=2**53)]
 Ids = Annotated[bytes, Meta(max_length=3 * MAX_CONTEXT)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+GrammarSource = Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR)]
 Reason = Annotated[str, Meta(max_length=MAX_REASON)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 Key = Annotated[bytes, Meta(max_length=MAX_KEY)]

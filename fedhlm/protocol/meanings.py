@@ -34,6 +34,11 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "coupling": ("", "rule by which drafts are accepted or rejected"),
         "top_k": ("tokens", "keep this many of the likeliest tokens; nil keeps all"),
         "min_p": ("", "keep tokens of at least this share of the likeliest one's probability; nil keeps all"),
+        "grammar": ("", "the grammar that the text is held to; nil for none"),
+    },
+    "Grammar": {
+        "start": ("tokens", "position at which the text begins: the length of the prompt"),
+        "source": ("characters", "the grammar, in llguidance's Lark dialect"),
     },
     "Presence": {
         "role": ("", "what kind of part it is"),
@@ -56,6 +61,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "top_k": ("tokens", "0 keeps all tokens; nil means the agent's own"),
         "min_p": ("", "0 keeps all tokens; nil means the agent's own"),
         "connection": ("", "as in the client's presence, whose end ends the request"),
+        "grammar": ("characters", "the grammar that the answer is held to, in llguidance's Lark dialect; nil for none"),
     },
     "Output": {
         "request": ("", "the request's name, as in the prompt"),

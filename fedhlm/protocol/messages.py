@@ -30,6 +30,7 @@ from fedhlm.protocol.fields import (
     Count,
     Digest,
     FinishReason,
+    GrammarSource,
     Ids,
     Key,
     Kind,
@@ -74,11 +75,18 @@ class Fingerprint(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     model: Annotated[str, Meta(max_length=128)]
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The grammar of a text that begins at position `start`, after its prompt (`fedhlm.decoding.grammar`)."""
+
+    start: Position
+    source: GrammarSource
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Sampling parameters of one generation. Temperature 0 is greedy; `coupling` is a key of `couplings.COUPLINGS`.
 
     The filters apply in the order of vLLM: temperature, `min_p`, `top_k`, `top_p`. A filter that removes nothing is
-    None (1 for `top_p`), which is a byte on the wire.
+    None (1 for `top_p`), which is a byte on the wire. A `grammar` comes before them all.
     """
 
     seed: Seed
@@ -87,6 +95,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     coupling: Annotated[str, Meta(max_length=32)] = "gumbel"
     top_k: TopK | None = None
     min_p: Unit | None = None
+    grammar: Grammar | None = None
 
 
 class Presence(Message, tag=1, frozen=True):
@@ -126,6 +135,7 @@ class Prompt(Message, tag=2, frozen=True):
     top_k: TopK | None = None
     min_p: Unit | None = None
     connection: Name | None = None
+    grammar: GrammarSource | None = None
 
 
 class Output(Message, tag=3, frozen=True):

@@ -7,7 +7,7 @@ import msgspec
 
 from fedhlm.errors import ConfigError, ProtocolError
 from fedhlm.protocol.codec import decode
-from fedhlm.protocol.fields import MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Name
+from fedhlm.protocol.fields import MAX_GRAMMAR, MAX_STOPS, MAX_TEXT, MAX_TOKENS, NAME_PATTERN, Name
 from fedhlm.protocol.messages import Prompt
 
 _NAME: Final = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
@@ -26,6 +26,7 @@ EXPECTED: Final = {
     "preset": "the name of a shipped preset",
     "patience_ms": "a number of milliseconds, 0 or more",
     "connection": _NAME,
+    "grammar": f"1 to {MAX_GRAMMAR} characters of a grammar in llguidance's Lark dialect",
 }
 _FIELDS: Final = Prompt.__struct_fields__
 _TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Prompt)} | {"agent": Name, "cluster": Name}

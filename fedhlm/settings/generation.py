@@ -324,8 +324,9 @@ class Generation(Section, frozen=True):
         top_p: float | None = None,
         top_k: int | None = None,
         min_p: float | None = None,
+        grammar: messages.Grammar | None = None,
     ) -> messages.Sampling:
-        """Return the sampling of one text. For values that are None these settings count."""
+        """Return the sampling of one text. For values that are None these settings count; no text has a `grammar` by them."""
         return messages.Sampling(
             seed=seed,
             temperature=self.temperature if temperature is None else temperature,
@@ -333,4 +334,5 @@ class Generation(Section, frozen=True):
             coupling=self.coupling,
             top_k=(self.top_k if top_k is None else top_k) or None,
             min_p=(self.min_p if min_p is None else min_p) or None,
+            grammar=grammar,
         )

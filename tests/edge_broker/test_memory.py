@@ -15,6 +15,7 @@ from fedhlm.errors import ProtocolError
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     Escalation,
+    Grammar,
     Hints,
     Prime,
     Sampling,
@@ -53,9 +54,10 @@ def block(
     similarity: float | None = 0.9,
     votes: int = 1,
     session: int = 1,
-    temperature: float | None = None,
+    temperature: float | None = 0.8,
+    grammar: Grammar | None = None,
 ) -> Escalation:
-    """With a `temperature` it carries the prime that says so."""
+    """It carries the prime that says the `temperature`; none where that is None."""
     hints = None if similarity is None else Hints(similarity, votes)
     return Escalation(
         **HEADER,
@@ -65,7 +67,7 @@ def block(
         ids=pack_ids(ids, VOCAB),
         patience_ms=1,
         fixed=fixed,
-        before=None if temperature is None else Prime(Sampling(1, temperature), toy.FINGERPRINT, b""),
+        before=None if temperature is None else Prime(Sampling(1, temperature, grammar=grammar), toy.FINGERPRINT, b""),
         hints=hints,
     )
 
@@ -78,11 +80,12 @@ def verdict(
     missed: list[bool] | None = None,
     status: Literal["settled", "unprimed", "refused"] = "settled",
     probs: list[float] | None = None,
+    session: int = 1,
 ) -> Verdict:
     """All ids that were looked at are certain for the target, unless `probs` says otherwise."""
     return Verdict(
         **HEADER,
-        session=1,
+        session=session,
         epoch=0,
         base=base,
         status=status,
@@ -243,6 +246,30 @@ def test_a_session_is_greedy_once_the_cloud_has_settled_it_so_and_until_it_is_no
     assert replaced(temperature=None)
     assert not replaced(temperature=0.8)
     assert not replaced(temperature=None)
+
+
+def test_what_a_grammar_forced_teaches_nothing_nor_does_a_session_of_unknown_law() -> None:
+    memory, forced = cluster(), Grammar(0, "start: /the lie/")
+
+    def learnt(grammar: Grammar | None, *, session: int, temperature: float | None) -> bool:
+        memory.doubt("a", doubt((10, 1, key(0)), session=session))
+        memory.await_verdict("a", block([1], session=session, temperature=temperature, grammar=grammar))
+        return bool(memory.learn("a", verdict(1, [], probs=[1.0], session=session), VOCAB))
+
+    for temperature in (0.0, 0.8):
+        assert not learnt(forced, session=7, temperature=temperature)
+        assert not learnt(None, session=7, temperature=None), "a later block of the session, without a prime"
+    assert not learnt(None, session=8, temperature=None)
+    assert learnt(None, session=7, temperature=0.8)
+    assert learnt(None, session=7, temperature=None)
+
+
+def test_two_blocks_of_one_name_and_different_laws_teach_nothing() -> None:
+    memory, forced = cluster(), Grammar(0, "start: /the lie/")
+    memory.doubt("a", doubt((10, 1, key(0))))
+    memory.await_verdict("a", block([1], grammar=forced))
+    memory.await_verdict("a", block([1]))
+    assert memory.learn("a", verdict(1, [], probs=[1.0]), VOCAB) == ()
 
 
 def test_a_block_teaches_once_and_only_when_it_is_settled() -> None:

@@ -1,16 +1,19 @@
 """Oracle 1: over real MQTT, on the shipped pair, the text is the LLM's own, token for token."""
 
 import asyncio
+import json
 from collections import Counter
 from typing import Any
 
+import jsonschema
 import pytest
 
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.decoding.alone import Alone
+from fedhlm.decoding.grammar import of_schema
 from fedhlm.errors import PiecesLost, RequestRefused
 from fedhlm.protocol.codec import encode
-from fedhlm.protocol.messages import Prompt, Sampling
+from fedhlm.protocol.messages import Grammar, Prompt, Sampling
 from fedhlm.protocol.topics import ESCALATE, OUTPUT, PROMPT
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
@@ -49,6 +52,32 @@ async def test_exact_is_the_llm_alone(broker: Mosquitto | EmbeddedBroker, llm: A
     assert set(seen) == {"cloud", "rollbacks"}
     assert seen["rollbacks"] > PROMPTS
     assert differing <= TOLERATED * total, f"{differing} of {total} tokens differ"
+
+
+@pytest.mark.slow
+async def test_exact_under_a_grammar_is_the_llm_alone_under_it(llm: Alone) -> None:
+    """Blocks, trees and the cloud's own writing gives one text, and other presets a valid one."""
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"topic": {"enum": ["world", "sports", "business"]}, "sure": {"type": "boolean"}},
+        "required": ["topic", "sure"],
+        "additionalProperties": False,
+    }
+    async with EmbeddedBroker() as broker, live(broker.url) as system:
+        for number, item in enumerate(load_items()[:6]):
+            prompt = llm.encode(item.title + "\n")
+            asked: dict[str, Any] = {"max_tokens": 64, "seed": number, "temperature": 0.8, "grammar": of_schema(schema)}
+            sampling = Sampling(number, 0.8, grammar=Grammar(len(prompt), asked["grammar"]))
+            oracle = llm.write(prompt, sampling, 64)
+            for preset in ("exact", "speculative", "llm-only", "slm-only"):
+                answer = await system.ask(item.title + "\n", preset=preset, **asked)
+                assert answer.finish == "stop", preset
+                jsonschema.validate(json.loads(answer.text), schema)
+                if preset in ("exact", "llm-only"):
+                    assert list(answer.ids) == oracle, preset
+        for wrong in ("start: nothing", "start: /(/"):
+            with pytest.raises(RequestRefused, match="grammar must be one that llguidance reads"):
+                await system.ask("Oil", grammar=wrong)
 
 
 async def test_concurrent_agents_share_batches_and_keep_their_texts(llm: Alone) -> None:

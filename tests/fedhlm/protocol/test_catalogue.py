@@ -1,12 +1,12 @@
 """docs/protocol.md and docs/asyncapi.json say what the code does, field by field, and both are generated from it."""
 
-import importlib
 import json
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 from hypothesis import given
@@ -22,8 +22,6 @@ from fedhlm.protocol.meanings import MEANINGS
 from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Prompt
 from tests import npm
 from tests.fedhlm.protocol.test_messages import any_message
-
-jsonschema: Any = importlib.import_module("jsonschema")
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "protocol.md"

@@ -62,10 +62,18 @@ class Drafting(NamedTuple):
     accepted: tuple[int, ...] = ()
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool in an answer. `arguments` is a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
 class Slice(NamedTuple):
     """A part of an answer. The first one is empty: it says that the question waits for its turn.
 
-    Text may come later than its tokens. The last slice has a `finish` reason and the answer's figures, in the units of
+    Text may come later than its tokens. A part leaves `calls` empty: they are in its text, from which
+    `fedhlm_doors.tools` takes them. The last slice has a `finish` reason and the answer's figures, in the units of
     docs/protocol.md. `refusal` says why a question was not served at all.
     """
 
@@ -76,6 +84,7 @@ class Slice(NamedTuple):
     refusal: Refusal | None = None
     statistics: dict[str, float] = {}  # noqa: RUF012 - never modified
     drafting: Drafting | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 class Offer(NamedTuple):

@@ -142,7 +142,7 @@ class HttpApi:
     # Both
 
     async def _write(self, request: Request, asked: ApiRequest, reply: Written) -> ASGIApp:
-        questions = await Questions.ask(self._answerer, asked.questions, self._pace)
+        questions = await Questions.ask(self._answerer, asked.questions, self._pace, calls=asked.calls)
         if asked.stream:
             return Streaming(questions.stream(reply), reply.kind, questions.aclose, reply.quiet)
         try:

@@ -63,30 +63,30 @@ class ChatTemplate:
         special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
         return cls(source, {name: value for name, value in special.items() if value is not None}, offer)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation up to where the assistant's answer begins.
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of a conversation up to where the assistant's answer begins, with the tools that it may call.
 
         Raises:
             ApiError: the template rejects the conversation.
         """
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._special
+                messages=messages, add_generation_prompt=True, tools=tools or None, documents=None, **self._special
             )
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as exc:
             raise ApiError(
                 f"the chat template rejects the messages: {exc}", param="messages", code="invalid_value"
             ) from exc
 
-    def encode(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[int, ...]:
         """The prompt ids of a conversation, the begin-of-text id included.
 
         Raises:
             ApiError: the template rejects the conversation, or it is far longer than the context.
         """
-        mark = _unused(messages)
+        mark = _unused([*messages, *tools])
         split = {name: name[0] + mark + name[1:] for name in self._control if len(name) > 1}
-        text = self.render([_with(message, split) for message in messages])
+        text = self.render([_with(message, split) for message in messages], [_with(tool, split) for tool in tools])
         ids: list[int] = []
         for plain, control in _pieces(text, self._control):
             ids += text_ids(self._offer, plain.replace(mark, ""), param="messages")

@@ -6,12 +6,13 @@ from msgspec import Meta
 
 from fedhlm.answering import Offer
 from fedhlm_doors.chat import ChatTemplate, begun, text_ids
+from fedhlm_doors.formats import ollama_grammar
 from fedhlm_doors.openai import MESSAGES_MAX, ROLES, TOP_MAX, ApiRequest
 from fedhlm_doors.parameters import Table, checked, idle, must_be_off, read, used
 from fedhlm_doors.questions import MinP, SeedNumber, Stops, Temperature, TopK, TopP, no_probabilities, question
 from fedhlm_doors.refusals import ApiError
+from fedhlm_doors.tools import Tools, earlier_calls, wanted
 
-_CONSTRAINED: Final = "answers cannot be held to a grammar yet"
 _SCORES: Final = "the noise of both models is drawn for unchanged logits"
 _MACHINE: Final = "The part's own configuration says how it runs."
 
@@ -64,7 +65,7 @@ COMMON: Final[Table] = {
     "stream": used(bool, "Whether the answer comes in lines of JSON. Default: true."),
     "options": used(dict[str, Any], "See the table of options."),
     "keep_alive": idle(float | str, "The model stays loaded as long as the part runs."),
-    "format": must_be_off(_CONSTRAINED, ""),
+    "format": used(str | dict[str, Any], "`json`, or a JSON schema that the answer follows."),
     "think": must_be_off("the models do not reason apart", False),
     "logprobs": used(bool, "Log-probabilities of the tokens: at a cloud. A device does not know the LLM's."),
     "top_logprobs": used(Annotated[int, Meta(ge=0, le=TOP_MAX)], "With `logprobs`: 0 to 20 alternatives per token."),
@@ -74,7 +75,7 @@ CHAT: Final[Table] = COMMON | {
         Annotated[list[dict[str, Any]], Meta(max_length=MESSAGES_MAX)],
         "The conversation, written with the model's chat template. Empty: the model is loaded, as it is anyway.",
     ),
-    "tools": must_be_off(_CONSTRAINED, []),
+    "tools": used(Tools, "Functions that the answer may call. Calls are valid under their schemas."),
 }
 GENERATE: Final[Table] = COMMON | {
     "prompt": used(str, "The prompt, written as a message with the chat template where the model has one."),
@@ -89,12 +90,12 @@ GENERATE: Final[Table] = COMMON | {
     "steps": must_be_off("the models know text only"),
 }
 MESSAGE: Final[Table] = {
-    "role": used(str, "system, user or assistant.", required=True),
+    "role": used(str, "system, user, assistant or tool.", required=True),
     "content": used(str, "The text."),
     "thinking": must_be_off("the models do not reason apart", ""),
     "images": must_be_off("the models know text only", []),
-    "tool_calls": must_be_off(_CONSTRAINED, []),
-    "tool_name": must_be_off(_CONSTRAINED, ""),
+    "tool_calls": used(Tools, "The calls of an earlier answer."),
+    "tool_name": used(str, "The function whose result this is."),
 }
 NAMED: Final[Table] = {
     "model": used(str, "A model of /api/tags."),
@@ -118,8 +119,10 @@ def chat(body: bytes, offer: Offer, template: ChatTemplate | None, asker: str) -
     messages = [_message(m, f"messages[{i}]") for i, m in enumerate(given.get("messages", ()))]
     if messages and template is None:
         raise ApiError(f"{offer.name} does not support chat: its model folder has no chat template")
-    ids = template.encode(messages) if template is not None and messages else None
-    return _asked(given, offer, asker, ids, "messages")
+    tools = wanted(given.get("tools", ()), otherwise=ollama_grammar(given.get("format")))
+    ids = template.encode(messages, tools.for_template) if template is not None and messages else None
+    asked = _asked(given, offer, asker, ids, "messages", tools.grammar)
+    return asked._replace(calls=bool(tools.for_template))
 
 
 def generate(body: bytes, offer: Offer, template: ChatTemplate | None, asker: str) -> ApiRequest:
@@ -129,15 +132,16 @@ def generate(body: bytes, offer: Offer, template: ChatTemplate | None, asker: st
         ApiError: the request cannot be obeyed.
     """
     given = read(body, GENERATE)
+    form = ollama_grammar(given.get("format"))
     prompt, system = given.get("prompt", ""), given.get("system", "")
     if not prompt:
-        return _asked(given, offer, asker, None, "prompt")
+        return _asked(given, offer, asker, None, "prompt", form)
     if template is None or given.get("raw"):
         ids = begun(offer, text_ids(offer, system + prompt, param="prompt"))
     else:
         before = [{"role": "system", "content": system}] if system else []
         ids = template.encode([*before, {"role": "user", "content": prompt}])
-    return _asked(given, offer, asker, ids, "prompt")
+    return _asked(given, offer, asker, ids, "prompt", form)
 
 
 def named(body: bytes) -> tuple[str, bool]:
@@ -153,14 +157,20 @@ def named(body: bytes) -> tuple[str, bool]:
     return name, given.get("stream", True)
 
 
-def _message(given: dict[str, Any], param: str) -> dict[str, str]:
+def _message(given: dict[str, Any], param: str) -> dict[str, Any]:
     found = checked(given, MESSAGE, f"{param}.")
     if found["role"] not in ROLES:
         raise ApiError(f"{param}.role must be one of {', '.join(ROLES)} (got {found['role'][:64]!r})", param=param)
-    return {"role": found["role"], "content": found.get("content", "")}
+    calls = earlier_calls(found.get("tool_calls", ()), f"{param}.tool_calls")
+    more: dict[str, Any] = {"tool_calls": calls} if calls else {}
+    if "tool_name" in found:
+        more["name"] = found["tool_name"]
+    return {"role": found["role"], "content": found.get("content", "")} | more
 
 
-def _asked(given: dict[str, Any], offer: Offer, asker: str, ids: tuple[int, ...] | None, param: str) -> ApiRequest:
+def _asked(
+    given: dict[str, Any], offer: Offer, asker: str, ids: tuple[int, ...] | None, param: str, grammar: str | None
+) -> ApiRequest:
     chat = param == "messages"
     options = checked(given.get("options", {}), OPTIONS, "options.")
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
@@ -171,7 +181,9 @@ def _asked(given: dict[str, Any], offer: Offer, asker: str, ids: tuple[int, ...]
     stream = given.get("stream", True)
     asking = options | {"model": given["model"]}
     if ids is None:
-        question(offer, asker, (0,), asking, max_tokens=1, param=param)  # the model is checked all the same
+        question(
+            offer, asker, (0,), asking, max_tokens=1, param=param, grammar=grammar
+        )  # the model is checked all the same
         return ApiRequest(given["model"], chat, [], stream, logprobs=logprobs)
     if len(ids) >= window:
         raise ApiError(
@@ -179,6 +191,13 @@ def _asked(given: dict[str, Any], offer: Offer, asker: str, ids: tuple[int, ...]
         )
     room = window - len(ids)
     one = question(
-        offer, asker, ids, asking, max_tokens=min(limit, room) if limit > 0 else room, param=param, logprobs=logprobs
+        offer,
+        asker,
+        ids,
+        asking,
+        max_tokens=min(limit, room) if limit > 0 else room,
+        param=param,
+        logprobs=logprobs,
+        grammar=grammar,
     )
     return ApiRequest(given["model"], chat, [one], stream, logprobs=logprobs)

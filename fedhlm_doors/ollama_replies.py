@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from fedhlm.answering import Offer, Slice, TokenOrigin
+from fedhlm.answering import Offer, Slice, TokenOrigin, ToolCall
 from fedhlm_doors.metrics import metrics, origin
 from fedhlm_doors.openai import ApiRequest
 from fedhlm_doors.refusals import ApiError
@@ -38,6 +38,7 @@ class LineReply:
         self._first_s: float | None = None
         self._tokens: list[TokenOrigin] = []
         self._text = ""
+        self._calls: list[ToolCall] = []
         self._end: Slice | None = None
 
     def feed(self, _index: int, piece: Slice) -> None:
@@ -46,6 +47,7 @@ class LineReply:
         if self._first_s is None and piece.tokens:
             self._first_s = self._ended_s
         self._text += piece.text
+        self._calls += piece.calls
         self._tokens += piece.tokens
         self._end = piece if piece.finish is not None else None
 
@@ -64,22 +66,26 @@ class LineReply:
     def chunk(self, _index: int, piece: Slice) -> bytes:
         """The line of a slice that was fed; empty if the slice says nothing."""
         if piece.finish is not None:
-            return line(self._said(piece.text, piece.tokens) | self._last())
-        if not (piece.text or piece.tokens):
+            return line(self._said(piece.text, piece.tokens, piece.calls) | self._last())
+        if not (piece.text or piece.tokens or piece.calls):
             return b""
-        return line(self._said(piece.text, piece.tokens) | {"done": False})
+        return line(self._said(piece.text, piece.tokens, piece.calls) | {"done": False})
 
     def whole(self) -> bytes:
         """The response without streaming, after all slices were fed."""
-        return _encode(self._said(self._text, self._tokens) | self._last())
+        return _encode(self._said(self._text, self._tokens, self._calls) | self._last())
 
     def loaded(self) -> bytes:
         """The response to a request without a question."""
         return line(self._said("", ()) | {"done": True, "done_reason": "load"})
 
-    def _said(self, text: str, tokens: Sequence[TokenOrigin]) -> dict[str, Any]:
+    def _said(self, text: str, tokens: Sequence[TokenOrigin], calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         found: dict[str, Any] = {"model": self._asked.model, "created_at": _now()}
         found |= {"message": {"role": "assistant", "content": text}} if self._asked.chat else {"response": text}
+        if calls:
+            found["message"]["tool_calls"] = [
+                {"function": {"name": c.name, "arguments": msgspec.Raw(c.arguments.encode())}} for c in calls
+            ]
         if tokens:
             found["fedhlm"] = {"tokens": [origin(token) for token in tokens]}
         if tokens and self._asked.logprobs is not None:
@@ -155,7 +161,7 @@ def shown(offer: Offer, template: str, modified: str) -> dict[str, Any]:
             "general.parameter_count": offer.parameters,
             f"{family}.context_length": offer.context,
         },
-        "capabilities": ["completion"],
+        "capabilities": ["completion", "tools"],
         "modified_at": modified,
     }
 

@@ -6,6 +6,7 @@ from msgspec import Meta
 
 from fedhlm.answering import Offer, Question
 from fedhlm_doors.chat import ChatTemplate, begun, text_ids
+from fedhlm_doors.formats import response_grammar
 from fedhlm_doors.parameters import Table, checked, convert, idle, must_be_off, read, used
 from fedhlm_doors.questions import (
     CHOICES_MAX,
@@ -21,13 +22,14 @@ from fedhlm_doors.questions import (
     question,
 )
 from fedhlm_doors.refusals import ApiError, unsupported
+from fedhlm_doors.tools import Tools, earlier_calls, wanted
 
 COMPLETION_TOKENS: Final = 16  # OpenAI's default where a completion names no limit
 MESSAGES_MAX: Final = 4_096
 TOP_MAX: Final = 20
 Id = Annotated[int, Meta(ge=0, lt=2**24)]
 Choices = Annotated[int, Meta(ge=1, le=CHOICES_MAX)]
-_CONSTRAINED: Final = "answers cannot be held to a grammar yet"
+_TOOLS: Final = "functions were replaced by tools"
 _SCORES: Final = "the noise of both models is drawn for unchanged logits"
 
 STREAM_OPTIONS: Final[Table] = {
@@ -51,6 +53,7 @@ COMMON: Final[Table] = {
     "presence_penalty": must_be_off(_SCORES, 0),
     "frequency_penalty": must_be_off(_SCORES, 0),
     "logit_bias": must_be_off(_SCORES, {}),
+    "structured_outputs": used(dict[str, Any], "One of `json`, `regex`, `choice` and `grammar`, as at vLLM."),
 }
 
 CHAT: Final[Table] = COMMON | {
@@ -69,12 +72,12 @@ CHAT: Final[Table] = COMMON | {
     "prompt_cache_key": idle(str, "Prefixes are always reused."),
     "prompt_cache_options": idle(dict[str, Any], "Prefixes are always reused."),
     "prompt_cache_retention": idle(str, "Prefixes are always reused."),
-    "parallel_tool_calls": idle(bool, "There are no tools."),
-    "response_format": must_be_off(_CONSTRAINED, {"type": "text"}),
-    "tools": must_be_off(_CONSTRAINED, []),
-    "tool_choice": must_be_off(_CONSTRAINED, "none", "auto"),
-    "functions": must_be_off(_CONSTRAINED, []),
-    "function_call": must_be_off(_CONSTRAINED, "none", "auto"),
+    "response_format": used(dict[str, Any], "text, json_object, or json_schema with a schema that the answer follows."),
+    "tools": used(Tools, "Functions that the answer may call. Calls are valid under their schemas."),
+    "tool_choice": used(str | dict[str, Any], "none, auto, required, or one function."),
+    "parallel_tool_calls": used(bool, "Whether an answer may have several calls. Default: true."),
+    "functions": must_be_off(_TOOLS, []),
+    "function_call": must_be_off(_TOOLS, "none", "auto"),
     "modalities": must_be_off("the models know text only", ["text"]),
     "audio": must_be_off("the models know text only"),
     "prediction": must_be_off("the device drafts by itself"),
@@ -98,23 +101,24 @@ COMPLETION: Final[Table] = COMMON | {
 }
 
 MESSAGE: Final[Table] = {
-    "role": used(str, "system, developer, user or assistant.", required=True),
+    "role": used(str, "system, developer, user, assistant or tool.", required=True),
     "content": used(str | list[dict[str, Any]], "A text, or parts of the type text."),
     "name": idle(str, "Templates are given the role only."),
     "annotations": idle(list[Any], "What earlier answers carry."),
     "refusal": must_be_off("the models refuse nothing apart"),
     "audio": must_be_off("the models know text only"),
-    "tool_calls": must_be_off(_CONSTRAINED, []),
-    "function_call": must_be_off(_CONSTRAINED),
+    "tool_calls": used(Tools, "The calls of an earlier answer."),
+    "tool_call_id": idle(str, "The results of calls are in the order of the calls."),
+    "function_call": must_be_off(_TOOLS),
 }
-ROLES: Final = ("system", "developer", "user", "assistant")
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
 
 class ApiRequest(NamedTuple):
     """A request as questions, one for each choice.
 
     `model` is as the client named it. `chat` tells chat completions from completions. `logprobs` is how many
-    alternatives of each token are wanted (None: no probabilities).
+    alternatives of each token are wanted (None: no probabilities). `calls` says that the answers may call tools.
     """
 
     model: str
@@ -123,6 +127,7 @@ class ApiRequest(NamedTuple):
     stream: bool = False
     include_usage: bool = False
     logprobs: int | None = None
+    calls: bool = False
 
 
 def chat(body: bytes, offer: Offer, template: ChatTemplate | None, asker: str) -> ApiRequest:
@@ -144,8 +149,16 @@ def chat(body: bytes, offer: Offer, template: ChatTemplate | None, asker: str) -
         raise ApiError("top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
     logprobs = (top or 0) if given.get("logprobs") else None
     messages = [message(m, f"messages[{i}]") for i, m in enumerate(given["messages"])]
-    ids = template.encode(messages)
-    return _asked(given, offer, asker, [ids], logprobs, chat=True, max_tokens=limits[0] if limits else None)
+    tools = wanted(
+        given.get("tools", ()),
+        given.get("tool_choice"),
+        parallel=given.get("parallel_tool_calls", True),
+        otherwise=response_grammar(given),
+    )
+    ids = template.encode(messages, tools.for_template)
+    limit = limits[0] if limits else None
+    asked = _asked(given, offer, asker, [ids], logprobs, chat=True, max_tokens=limit, grammar=tools.grammar)
+    return asked._replace(calls=bool(tools.for_template))
 
 
 def completion(body: bytes, offer: Offer, asker: str) -> ApiRequest:
@@ -162,10 +175,11 @@ def completion(body: bytes, offer: Offer, asker: str) -> ApiRequest:
     alone = isinstance(prompt, str) or kinds == {int}
     prompts = [_prompt_ids(offer, one) for one in ([prompt] if alone else prompt)]
     limit = given.get("max_tokens", COMPLETION_TOKENS)
-    return _asked(given, offer, asker, prompts, given.get("logprobs"), chat=False, max_tokens=limit)
+    form = response_grammar(given)
+    return _asked(given, offer, asker, prompts, given.get("logprobs"), chat=False, max_tokens=limit, grammar=form)
 
 
-def message(given: dict[str, Any], param: str) -> dict[str, str]:
+def message(given: dict[str, Any], param: str) -> dict[str, Any]:
     """Check one message of a conversation, and join its parts.
 
     Raises:
@@ -181,7 +195,8 @@ def message(given: dict[str, Any], param: str) -> dict[str, str]:
     content = found.get("content", "")
     if isinstance(content, list):
         content = "".join(_part(part, f"{param}.content[{i}]") for i, part in enumerate(content))
-    return {"role": found["role"], "content": content}
+    calls = earlier_calls(found.get("tool_calls", ()), f"{param}.tool_calls")
+    return {"role": found["role"], "content": content} | ({"tool_calls": calls} if calls else {})
 
 
 def _part(part: dict[str, Any], param: str) -> str:
@@ -206,6 +221,7 @@ def _asked(
     *,
     chat: bool,
     max_tokens: int | None,
+    grammar: str | None = None,
 ) -> ApiRequest:
     if logprobs is not None and not offer.probabilities:
         raise no_probabilities("logprobs")
@@ -225,7 +241,7 @@ def _asked(
     param = "messages" if chat else "prompt"
     questions = [
         question(
-            offer, asker, ids, given, max_tokens=max_tokens, param=param, number=number, logprobs=logprobs
+            offer, asker, ids, given, max_tokens=max_tokens, param=param, number=number, logprobs=logprobs, grammar=grammar
         )
         for ids in prompts
         for number in range(count)

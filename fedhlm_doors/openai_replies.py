@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
-from fedhlm.answering import Offer, Slice, TokenOrigin
+from fedhlm.answering import Offer, Slice, TokenOrigin, ToolCall
 from fedhlm_doors.metrics import metrics, origin
 from fedhlm_doors.openai import ApiRequest
 from fedhlm_doors.refusals import ApiError
@@ -35,13 +35,16 @@ class EventReply:
         self._offset = [0 for _ in asked.questions]
         self._ends: list[Slice] = []
         self._finish: list[str | None] = [None for _ in asked.questions]
+        self._calls: list[list[dict[str, Any]]] = [[] for _ in asked.questions]
 
     def feed(self, index: int, piece: Slice) -> None:
         """Add a slice to the choice `index`."""
         self._text[index] += piece.text
+        self._calls[index] += [self._call(index, call) for call in piece.calls]
         self._tokens[index] += piece.tokens
         if piece.finish is not None:
-            self._finish[index] = _FINISH.get(piece.finish)
+            called = self._calls[index] and piece.finish == "stop"
+            self._finish[index] = "tool_calls" if called else _FINISH.get(piece.finish)
             self._ends.append(piece)
 
     @property
@@ -57,10 +60,10 @@ class EventReply:
 
     def chunk(self, index: int, piece: Slice) -> bytes:
         """The chunk of a slice that was fed; empty if the slice says nothing."""
-        if not (piece.text or piece.tokens or piece.finish is not None):
+        if not (piece.text or piece.tokens or piece.calls or piece.finish is not None):
             return b""
         choice: dict[str, Any] = {"index": index, "finish_reason": self._finish[index] if piece.finish else None}
-        choice |= {"delta": {"content": piece.text}} if self._asked.chat else {"text": piece.text}
+        choice |= {"delta": self._delta(index, piece)} if self._asked.chat else {"text": piece.text}
         choice |= self._about(index, piece.tokens, piece.text)
         last = self.complete and piece.finish is not None and not self._asked.include_usage
         return self._chunk([choice], self._metrics() if last else {})
@@ -80,13 +83,26 @@ class EventReply:
         choices = []
         for index, text in enumerate(self._text):
             choice: dict[str, Any] = {"index": index, "finish_reason": self._finish[index]}
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            said: dict[str, Any] = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            if calls := self._calls[index]:
+                said["message"] |= {"content": text or None, "tool_calls": calls}
             choice |= said if self._asked.chat else {"text": text}
             choices.append(choice | self._about(index, self._tokens[index], text))
         kind = "chat.completion" if self._asked.chat else "text_completion"
         return _encode(
             self._head | {"object": kind, "choices": choices, "usage": self._usage()} | self._metrics()
         )  # fmt: skip
+
+    def _call(self, index: int, call: ToolCall) -> dict[str, Any]:
+        name = f"call_{self._head['id']}_{index}_{len(self._calls[index])}"
+        return {"id": name, "type": "function", "function": call._asdict()}
+
+    def _delta(self, index: int, piece: Slice) -> dict[str, Any]:
+        if not piece.calls:
+            return {"content": piece.text}
+        first = len(self._calls[index]) - len(piece.calls)
+        calls = [{"index": i} | call for i, call in enumerate(self._calls[index][first:], start=first)]
+        return {"content": piece.text or None, "tool_calls": calls}
 
     def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any] | None = None) -> bytes:
         kind = "chat.completion.chunk" if self._asked.chat else "text_completion"

@@ -7,7 +7,7 @@ import msgspec
 
 from fedhlm.answering import Offer
 from fedhlm.version import __version__
-from fedhlm_doors import ollama, openai
+from fedhlm_doors import formats, ollama, openai, tools
 from fedhlm_doors.parameters import Parameter, Table
 from fedhlm_doors.questions import models
 
@@ -21,10 +21,16 @@ REQUESTS: Final[dict[str, Table]] = {
 }
 READS: Final = ("/", "/v1/models", "/api/version", "/api/tags", "/api/ps")
 _INNER: Final[Mapping[str, Mapping[str, Table]]] = {
-    "/v1/completions": {"stream_options": openai.STREAM_OPTIONS},
-    "/v1/chat/completions": {"stream_options": openai.STREAM_OPTIONS, "messages": openai.MESSAGE},
+    "/v1/completions": {"stream_options": openai.STREAM_OPTIONS, "structured_outputs": formats.STRUCTURED},
+    "/v1/chat/completions": {
+        "stream_options": openai.STREAM_OPTIONS,
+        "structured_outputs": formats.STRUCTURED,
+        "response_format": formats.RESPONSE_FORMAT,
+        "messages": openai.MESSAGE,
+        "tools": tools.TOOL,
+    },
     "/api/generate": {"options": ollama.OPTIONS},
-    "/api/chat": {"options": ollama.OPTIONS, "messages": ollama.MESSAGE},
+    "/api/chat": {"options": ollama.OPTIONS, "messages": ollama.MESSAGE, "tools": tools.TOOL},
 }
 _ERRORS: Final = ("400", "401", "403", "404", "408", "413", "429", "500")
 

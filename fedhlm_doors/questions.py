@@ -7,8 +7,9 @@ from msgspec import Meta
 from msgspec.structs import fields
 
 from fedhlm.answering import Offer, Question
-from fedhlm.protocol.fields import MAX_STOPS, MAX_TOKENS, Seed
-from fedhlm.protocol.messages import Prompt
+from fedhlm.errors import GrammarError
+from fedhlm.protocol.fields import MAX_GRAMMAR, MAX_STOPS, MAX_TOKENS, Seed
+from fedhlm.protocol.messages import Grammar, Prompt
 from fedhlm_doors.refusals import ApiError
 
 CHOICES_MAX: Final = 16
@@ -65,13 +66,14 @@ def question(
     param: str,
     number: int = 0,
     logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> Question:
     """Make the question of one choice, the choice `number` of its request. `param` holds the prompt.
 
     With a seed, each choice has its own: the seed plus the number.
 
     Raises:
-        ApiError: the prompt is empty or fills the context, or the model does not exist.
+        ApiError: the prompt is empty or fills the context, the model does not exist, or the grammar cannot be used.
     """
     if not ids:
         raise ApiError(f"{param} must hold at least one token (got none)", param=param, code="invalid_value")
@@ -81,6 +83,17 @@ def question(
             param=param,
             code="context_length_exceeded",
         )
+    if grammar is not None:
+        if len(grammar) > MAX_GRAMMAR:
+            raise ApiError(
+                f"schemas and tools must be at most {MAX_GRAMMAR} characters as a grammar (got {len(grammar)})",
+                param="response_format",
+                code="invalid_grammar",
+            )
+        try:
+            offer.constrain(Grammar(len(ids), grammar))
+        except GrammarError as exc:
+            raise ApiError(str(exc), param="response_format", code="invalid_grammar") from exc
     seed = given.get("seed")
     return Question(
         asker=asker,
@@ -94,6 +107,7 @@ def question(
         stop=stops(given.get("stop")),
         preset=preset_of(offer, given["model"]),
         logprobs=logprobs,
+        grammar=grammar,
     )
 
 

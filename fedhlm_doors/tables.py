@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from fedhlm.marks import cell, rewrite
-from fedhlm_doors import ollama, openai
+from fedhlm_doors import formats, ollama, openai, tools
 from fedhlm_doors.parameters import Parameter, Table
 
 TABLES: Final[dict[str, Table]] = {
@@ -14,6 +14,10 @@ TABLES: Final[dict[str, Table]] = {
     "Messages of `/v1/chat/completions`": openai.MESSAGE,
     "`POST /v1/completions`": openai.COMPLETION,
     "`stream_options` of both": openai.STREAM_OPTIONS,
+    "`structured_outputs` of both": formats.STRUCTURED,
+    "`response_format`": formats.RESPONSE_FORMAT,
+    "`json_schema` of `response_format`": formats.JSON_SCHEMA,
+    "Functions of `tools`, at all doors": tools.FUNCTION,
     "`POST /api/chat`": ollama.CHAT,
     "Messages of `/api/chat`": ollama.MESSAGE,
     "`POST /api/generate`": ollama.GENERATE,

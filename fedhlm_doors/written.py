@@ -9,6 +9,7 @@ from typing import Final, Protocol, Self
 from fedhlm.answering import Answerer, Question, Slice
 from fedhlm_doors.flow import together
 from fedhlm_doors.refusals import ApiError
+from fedhlm_doors.tools import with_calls
 
 RETRY_MAX_S: Final = 60.0
 MEAN_WEIGHT: Final = 0.2  # weight of the newest answer in the running mean of the seconds of answers
@@ -75,13 +76,14 @@ class Questions:
         self._began_s = pace.now_s()
 
     @classmethod
-    async def ask(cls, answerer: Answerer, questions: Sequence[Question], pace: Pace) -> Self:
-        """Ask all questions, and return when each of them has its place in the queue.
+    async def ask(cls, answerer: Answerer, questions: Sequence[Question], pace: Pace, *, calls: bool) -> Self:
+        """Ask all questions, and return when each of them has its place in the queue. With `calls` answers may have some.
 
         Raises:
             ApiError: one of them was turned away; then none is answered.
         """
-        asked = cls([answerer.answer(question) for question in questions], pace)
+        answers = [answerer.answer(question) for question in questions]
+        asked = cls([with_calls(answer) for answer in answers] if calls else answers, pace)
         try:
             for answer in asked._answers:
                 error = failure(await anext(answer), pace.retry_s)

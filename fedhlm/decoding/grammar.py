@@ -8,7 +8,8 @@ Grammars are written in the Lark dialect of llguidance, in which ``%json {...}``
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,21 +25,36 @@ if TYPE_CHECKING:
 EXTRA: Final = "serve"  # the extra that brings llguidance to a device
 FORBIDDEN: Final = -1e30  # the logit of an impossible token; finite, as 0 times infinity is not a number
 _ONE_LINE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SLASH: Final = re.compile(r"\\.|/|\n", re.DOTALL)  # an escaped character is left as it is
 STRIDE: Final = 64  # ids from one state that is kept to the next
 POSSIBLE: Final = -1e28  # every possible token is above, after division by any temperature
 
 
-def of_schema(schema: Mapping[str, Any]) -> str:
-    """The grammar of the JSON values that a JSON schema allows, written on one line with one space between items.
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """An expression of a grammar: the JSON values that a JSON schema allows, on one line with one space between items.
 
     White space elsewhere would be allowed by JSON, but a small model may never come back from it.
     """
-    return f"start: %json {json.dumps({'x-guidance': _ONE_LINE} | dict(schema))}"
+    return f"%json {json.dumps({'x-guidance': _ONE_LINE} | dict(schema))}"
+
+
+def of_schema(schema: Mapping[str, Any]) -> str:
+    """The grammar of the JSON values that a JSON schema allows, written as `json_rule` says."""
+    return f"start: {json_rule(schema)}"
 
 
 def of_regex(pattern: str) -> str:
     """The grammar of the texts that a regular expression of Rust's regex crate matches from end to end."""
-    return "start: /" + pattern.replace("/", "\\/") + "/"
+    return f"start: /{_SLASH.sub(_quoted, pattern)}/"
+
+
+def of_choice(texts: Iterable[str]) -> str:
+    """The grammar of these texts."""
+    return f"start: {' | '.join(json.dumps(text) for text in texts)}"
+
+
+def _quoted(found: re.Match[str]) -> str:
+    return {"/": "\\/", "\n": "\\n"}.get(found[0], found[0])
 
 
 class Constraint:

@@ -88,8 +88,7 @@ def test_home_assistant_lists_pulls_and_chats(doors: House) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"tools": [{"type": "function", "function": {"name": "turn_on", "parameters": {"type": "object"}}}]},
-        {"format": {"type": "object"}},
+        {"keep_alive": 5, "options": {"mirostat": 1}},
         {"think": True},
         {"options": {"repeat_penalty": 1.1}},
     ],

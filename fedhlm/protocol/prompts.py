@@ -26,7 +26,7 @@ EXPECTED: Final = {
     "preset": "the name of a shipped preset",
     "patience_ms": "a number of milliseconds, 0 or more",
     "connection": _NAME,
-    "grammar": f"1 to {MAX_GRAMMAR} characters of a grammar in llguidance's Lark dialect",
+    "grammar": f"at most {MAX_GRAMMAR} characters of a grammar in llguidance's Lark dialect",
 }
 _FIELDS: Final = Prompt.__struct_fields__
 _TYPES: Final = {field.name: field.type for field in msgspec.structs.fields(Prompt)} | {"agent": Name, "cluster": Name}

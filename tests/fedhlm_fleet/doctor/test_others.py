@@ -1,6 +1,7 @@
 """Who else is on the bus: presences published on a real broker, toy models, and clocks that are wrong."""
 
 import asyncio
+import re
 import time
 
 import msgspec
@@ -133,4 +134,6 @@ async def test_a_clock_that_is_wrong_is_seen_as_far_as_it_can_be(ahead_s: float,
         said = others.clocks(examined)
         examined.close()
     assert said.level == level, said
-    assert level == "ok" or "3600 s apart" in said.found
+    # A busy machine hears the message late, which no clock can tell from a party whose clock is behind.
+    apart = re.search(r"(\d+) s apart", said.found)
+    assert level == "ok" or (apart is not None and 3_540 <= int(apart[1]) <= 3_660)

@@ -12,7 +12,7 @@ from fedhlm_lab.sim import faults, links
 from fedhlm_lab.sim.faults import Event
 from fedhlm_lab.sim.liars import LIES
 from fedhlm_lab.sim.scenario import Scenario
-from fedhlm_lab.sim.simulator import Violation, simulate
+from fedhlm_lab.sim.simulator import RunTotals, Violation, simulate
 
 LAN = links.load("lan")
 
@@ -26,9 +26,15 @@ def fleet(lie: str | None, **options: Any) -> Scenario:
     )
 
 
+@pytest.fixture(scope="module")
+def honest() -> RunTotals:
+    """The same fleet without a liar."""
+    return simulate(fleet(None))
+
+
 @pytest.mark.parametrize("lie", LIES)
-def test_the_honest_keep_to_their_budget_and_still_skip(lie: str) -> None:
-    honest, misled = simulate(fleet(None)), simulate(fleet(lie))
+def test_the_honest_keep_to_their_budget_and_still_skip(honest: RunTotals, lie: str) -> None:
+    misled = simulate(fleet(lie))
     assert misled.faults["liar"] == 1
     assert misled.tokens["local"] > 0
     assert misled.tokens["cloud"] <= 1.1 * honest.tokens["cloud"]

@@ -322,7 +322,8 @@ def _require_known(key: str, value: object, source: str, spelling: Callable[[str
         return
     if key in SECTIONS:
         raise _error(key, value, "a section of keys, not a value", source)
-    raise UnknownKey(key, masked(key, value), near(key, KEYS, spelling), source=source)
+    known = (*SECTIONS, *KEYS) if isinstance(value, dict) else KEYS
+    raise UnknownKey(key, masked(key, value), near(key, known, spelling), source=source)
 
 
 def near(word: str, known: Sequence[str], spelling: Callable[[str], str] = str) -> str:

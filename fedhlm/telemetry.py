@@ -194,6 +194,17 @@ class Counters:
 
 
 @contextmanager
+def silenced() -> Iterator[None]:
+    """Write no log record below CRITICAL inside the block, in which parts run for another purpose than to serve."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def exported(counters: Counters, *, party: str, port: int, host: str = "127.0.0.1") -> Iterator[int]:
     """Serve counters and gauges to Prometheus over HTTP while the block runs. Yields the port; 0 serves nothing.
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError, FedhlmError, root_of
 from fedhlm_fleet.commands import (
@@ -42,8 +41,10 @@ from fedhlm_fleet.commands.common import (
     needing,
     parse_keys,
     present,
+    require_option_or_key,
     require_text,
 )
+from fedhlm_fleet.commands.mistakes import Between, sentence
 
 if TYPE_CHECKING:
     from fedhlm.answering import Door
@@ -108,6 +109,7 @@ def config_explain(*keys: Keys, files: SourceFlags = DEFAULTS) -> int:
     """
     from fedhlm.explain import explain
 
+    require_option_or_key(keys[:1])
     named = 1 if keys and (len(keys) == 1 or not keys[0].startswith("--")) else 0
     print(explain(_loaded(keys[named:], files), keys[0] if named else ""))
     return 0
@@ -193,8 +195,8 @@ def demo(
     broker: str = "",
     duration: Seconds = 30.0,
     budget: Share | None = None,
-    alpha: Annotated[float, Parameter(validator=Number(gt=0))] | None = None,
-    temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.0,
+    alpha: Annotated[float, Parameter(validator=Between(gt=0))] | None = None,
+    temperature: Annotated[float, Parameter(validator=Between(gte=0, lte=10))] = 0.0,
     json: Path | None = None,
     record: Path | None = None,
 ) -> int:
@@ -274,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(given, result_action="return_value", exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except CycloptsError as exc:
-        return _fail(f"{exc} (fedhlm --help lists the commands)")
+        return _fail(sentence(exc))
     except KeyboardInterrupt:
         return INTERRUPTED
     except (FedhlmError, OSError, BaseExceptionGroup) as exc:

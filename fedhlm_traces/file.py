@@ -96,6 +96,18 @@ def part_path(path: Path, part: int) -> Path:
     return path if part == 0 else path.with_name(f"{path.stem}.{part:04d}{path.suffix}")
 
 
+def require_new(path: Path) -> None:
+    """Check that a recording can be made: neither its file nor the next part exists, and their folder does.
+
+    Raises:
+        TraceError: it cannot.
+    """
+    if not path.parent.is_dir():
+        raise TraceError(f"{path} must be in a folder that exists (got {str(path.parent)!r})")
+    if path.exists() or (path := part_path(path, 1)).exists():
+        raise TraceError(f"{path} must be a new file (it exists already)")
+
+
 class Writer:
     """Appends records to a new file; leaving the context flushes the buffer.
 

@@ -20,13 +20,13 @@ import msgspec
 from fedhlm import settings
 from fedhlm.bus.identity import client_id
 from fedhlm.bus.mqtt import MqttBus
-from fedhlm.errors import ProtocolError, TraceError
+from fedhlm.errors import ProtocolError
 from fedhlm.process.run import DEFAULT_URL
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import decode
 from fedhlm.protocol.messages import Fingerprint, Presence
 from fedhlm.telemetry import warn_once
-from fedhlm_traces.file import MAX_RECORD_BYTES, Header, Record, Writer, direction_of, part_path
+from fedhlm_traces.file import MAX_RECORD_BYTES, Header, Record, Writer, direction_of, require_new
 from fedhlm_traces.filters import distinct
 from fedhlm_traces.properties import properties_of
 
@@ -192,11 +192,7 @@ async def record(
     section = broker if broker.url else msgspec.structs.replace(broker, url=DEFAULT_URL)
     address = section.address()
     wanted = distinct(filters or (f"{broker.root}/#",))
-    for path in (out, part_path(out, 1)):
-        if path.exists():
-            raise TraceError(f"{path} must be a new file (it exists already)")
-    if not out.parent.is_dir():
-        raise TraceError(f"{out}: folder {out.parent} does not exist")
+    require_new(out)
     header = Header(
         created_ms=int(time.time() * 1000.0), root=broker.root, source=str(address), filters=wanted, facts=facts or {}
     )

@@ -19,6 +19,7 @@ from fedhlm.decoding.decoder import INFO_FILE, Decoder, DecoderInput
 from fedhlm.decoding.sampling import perturbed_argmax, scores
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
+from fedhlm.progress import progress
 from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.corpus import TOPIC_LINE, TOPICS, Article
 
@@ -80,12 +81,19 @@ class OnnxModel:
         self.end_id = min(self._decoder.info.eos_ids, default=-1)
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        for number, ids in enumerate(sequences):
-            yield number, self._decoder.forward([DecoderInput(self._decoder.empty_cache(), ids)])[0].logits
+        with progress("texts read", len(sequences)) as ended:
+            for number, ids in enumerate(sequences):
+                yield number, self._decoder.forward([DecoderInput(self._decoder.empty_cache(), ids)])[0].logits
+                ended()
 
     def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
         alone = Alone(self._decoder)
-        return [alone.write(prompt, Sampling(seed, temperature), tokens) for seed, prompt in enumerate(prompts)]
+        texts = []
+        with progress("texts written", len(prompts)) as ended:
+            for seed, prompt in enumerate(prompts):
+                texts.append(alone.write(prompt, Sampling(seed, temperature), tokens))
+                ended()
+        return texts
 
 
 class TorchModel:
@@ -108,20 +116,22 @@ class TorchModel:
         import torch
 
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        while order:
-            # The longest sequences come last, and as many of them as fit share one call of that width. The padding is
-            # on the right, where the causal mask hides it.
-            width = len(sequences[order[-1]])
-            taken, order = order[-max(1, CALL_TOKENS // width) :], order[: -max(1, CALL_TOKENS // width)]
-            ids = np.zeros((len(taken), width), np.int64)
-            for row, number in enumerate(taken):
-                ids[row, : len(sequences[number])] = sequences[number]
-            with torch.inference_mode():
-                logits: NDArray[np.float32] = self._model(torch.from_numpy(ids), use_cache=False).logits.numpy()[
-                    ..., : self.vocabulary.size
-                ]
-            for row, number in enumerate(taken):
-                yield number, logits[row, : len(sequences[number])]
+        with progress("texts read", len(sequences)) as ended:
+            while order:
+                # The longest sequences come last, and as many of them as fit share one call of that width. The padding
+                # is on the right, where the causal mask hides it.
+                width = len(sequences[order[-1]])
+                taken, order = order[-max(1, CALL_TOKENS // width) :], order[: -max(1, CALL_TOKENS // width)]
+                ids = np.zeros((len(taken), width), np.int64)
+                for row, number in enumerate(taken):
+                    ids[row, : len(sequences[number])] = sequences[number]
+                with torch.inference_mode():
+                    logits: NDArray[np.float32] = self._model(torch.from_numpy(ids), use_cache=False).logits.numpy()[
+                        ..., : self.vocabulary.size
+                    ]
+                for row, number in enumerate(taken):
+                    yield number, logits[row, : len(sequences[number])]
+                    ended()
 
     def continuations(self, prompts: Sequence[Sequence[int]], *, tokens: int, temperature: float) -> list[list[int]]:
         import torch

@@ -24,6 +24,7 @@ from fedhlm.decoding.decoder import (
 )
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
+from fedhlm.progress import progress
 from fedhlm_zoo import graph
 from fedhlm_zoo.info import copy_chat_files, write_info
 
@@ -47,12 +48,14 @@ def export(source: str | Path, out: Path, *, tokenizer: Path | None = None, name
         ModelError: the source is missing, is no causal LM, has no fast tokenizer, cannot be exported by optimum, or
             the exported graph differs from torch by more than TOLERANCE in a logit.
     """
-    model = load_torch(source)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(source, tokenizer, out / TOKENIZER_FILE)
-    _write_graph(model, out / GRAPH_FILE)
-    info = write_info(out, _describe(model, out / GRAPH_FILE, name or Path(str(source)).name))
-    difference = compare_with_torch(model, Decoder.load(out))
+    with progress(f"exporting {source}"):
+        model = load_torch(source)
+        out.mkdir(parents=True, exist_ok=True)
+        _write_tokenizer(source, tokenizer, out / TOKENIZER_FILE)
+        _write_graph(model, out / GRAPH_FILE)
+        info = write_info(out, _describe(model, out / GRAPH_FILE, name or Path(str(source)).name))
+    with progress(f"comparing {out} with torch"):
+        difference = compare_with_torch(model, Decoder.load(out))
     log.info("exported %s: largest logit difference to torch %.2g", info.name, difference)
     if not difference <= TOLERANCE:
         (out / INFO_FILE).unlink()

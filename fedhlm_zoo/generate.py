@@ -4,7 +4,6 @@ Prompts of one batch have the same length, so nothing is padded and every row ge
 Finished rows leave the batch.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from fedhlm.progress import progress
 
 # choose(logits (rows, V), prompt numbers (rows,), step) -> next ids (rows,)
 Choose = Callable[[Tensor, NDArray[np.int64], int], Tensor]
@@ -29,15 +28,15 @@ def continue_prompts(
         The new ids of each prompt, in the order of `prompts`; a continuation that ended has `end_id` as its last id.
     """
     continuations: list[list[int]] = [[] for _ in prompts]
-    done = 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for _, group in groupby(order, key=lambda i: len(prompts[i])):
-        numbers = list(group)
-        for begin in range(0, len(numbers), batch):
-            rows = np.array(numbers[begin : begin + batch])
-            _continue_batch(model, prompts, rows, continuations, tokens=tokens, end_id=end_id, choose=choose)
-            done += len(rows)
-            log.debug("continued %d of %d prompts", done, len(prompts))
+    with progress("texts written", len(prompts)) as ended:
+        for _, group in groupby(order, key=lambda i: len(prompts[i])):
+            numbers = list(group)
+            for begin in range(0, len(numbers), batch):
+                rows = np.array(numbers[begin : begin + batch])
+                _continue_batch(model, prompts, rows, continuations, tokens=tokens, end_id=end_id, choose=choose)
+                for _row in rows:
+                    ended()
     return continuations
 
 

@@ -7,7 +7,7 @@ into a model folder and lists it in the folder's ``model.json``.
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedhlm.decoding.decoder import INFO_FILE, Decoder, DecoderInput, FileInfo, file_digest, load_info
 from fedhlm.errors import FedhlmError, ModelError
 from fedhlm.peers.context_keys import DIMS, PROJECTION_FILE, Projection
+from fedhlm.progress import progress
 from fedhlm_zoo.corpus import Article, load_ag_news
 from fedhlm_zoo.evaluate import sample
 from fedhlm_zoo.prompts import load_items
@@ -28,11 +29,18 @@ log = logging.getLogger(__name__)
 EIGENVALUE_FLOOR: Final = 1e-3
 
 
-def fit(decoder: Decoder, sequences: Iterable[Sequence[int]], *, dims: int = DIMS) -> Projection:
+def fit(
+    decoder: Decoder,
+    sequences: Iterable[Sequence[int]],
+    *,
+    dims: int = DIMS,
+    ended: Callable[[], object] = lambda: None,
+) -> Projection:
     """Mean and whitening matrix of the hidden states at every position of the id sequences.
 
     They keep the `dims` directions of largest variance, each divided by its standard deviation. Eigenvalues are
-    floored at EIGENVALUE_FLOOR of the largest. Sequences longer than the context are cut, empty ones skipped.
+    floored at EIGENVALUE_FLOOR of the largest. Sequences longer than the context are cut, empty ones skipped. `ended` is
+    called for each.
 
     Raises:
         ModelError: the graph gives no hidden state, is narrower than `dims`, or there are not more positions than `dims`.
@@ -44,6 +52,7 @@ def fit(decoder: Decoder, sequences: Iterable[Sequence[int]], *, dims: int = DIM
         )
     count, total, squares = 0, np.zeros(width), np.zeros((width, width))
     for ids in sequences:
+        ended()
         if not ids:
             continue
         result = decoder.forward([DecoderInput(decoder.empty_cache(), ids[: decoder.info.context])])[0]
@@ -105,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             articles = load_items(given.texts)
         else:
             articles = sample([a for a in load_ag_news("train", given.data) if a.title], given.articles)
-        entry = write_projection(given.folder, fit(decoder, sequences_of(decoder, articles)))
+        with progress("texts read", len(articles)) as ended:
+            fitted = fit(decoder, sequences_of(decoder, articles), ended=ended)
+        entry = write_projection(given.folder, fitted)
     except FedhlmError as exc:
         sys.stderr.write(f"{exc}\n")
         return 2

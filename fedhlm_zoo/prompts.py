@@ -36,7 +36,7 @@ def load_items(path: str | Path | None = None) -> tuple[Article, ...]:
     try:
         lines = source.read_bytes().splitlines()
     except OSError as exc:
-        raise DataMissing(f"prompt file {str(source)!r} cannot be read: {exc.strerror}") from exc
+        raise DataMissing(f"prompt file must be readable (got {str(source)!r}: {exc.strerror})") from exc
     items = tuple(_parse(line, source.name, number) for number, line in enumerate(lines, start=1) if line.strip())
     if not items:
         raise DataMissing(f"prompt file {str(source)!r} must be one JSON object a line (it is empty)")
@@ -47,7 +47,7 @@ def _parse(line: bytes, name: str, number: int) -> Article:
     try:
         item = _decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise DataMissing(f"{name} line {number} is not a news item (title, text, topic): {exc}") from exc
+        raise DataMissing(f"{name} line {number} must be a news item with title, text and topic (got {exc})") from exc
     if not item.title.strip():
         raise DataMissing(f"{name} line {number} has an empty title: the title is the prompt")
     return Article(item.title.strip(), item.text.strip(), item.topic)

@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from fedhlm.decoding.decoder import GRAPH_FILE, INFO_FILE, ModelInfo, load_info
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
+from fedhlm.progress import progress
 from fedhlm_zoo import graph
 from fedhlm_zoo.info import copy_chat_files, graph_bytes, write_info
 
@@ -64,9 +65,10 @@ def quantise(folder: Path, out: Path, mode: str) -> Quantised:
         raise ModelError(f"quantisation in {folder / INFO_FILE} must be fp32 (got {info.quantisation!r})")
     if out.resolve() == folder.resolve():
         raise ModelError(f"target must be another folder than the source (got {str(out)!r} for both)")
-    model = _MODES[mode](onnx.load(str(folder / GRAPH_FILE)))
-    out.mkdir(parents=True, exist_ok=True)
-    graph.save_graph(model, out / GRAPH_FILE)
+    with progress(f"quantising {folder}"):
+        model = _MODES[mode](onnx.load(str(folder / GRAPH_FILE)))
+        out.mkdir(parents=True, exist_ok=True)
+        graph.save_graph(model, out / GRAPH_FILE)
     shutil.copyfile(folder / TOKENIZER_FILE, out / TOKENIZER_FILE)
     copy_chat_files(folder, out)
     written = write_info(out, msgspec.structs.replace(info, quantisation=mode))

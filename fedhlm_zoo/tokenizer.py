@@ -6,6 +6,8 @@ from typing import Final
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fedhlm.progress import progress
+
 END_OF_TEXT: Final = "<|endoftext|>"
 
 
@@ -23,7 +25,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with progress("training the tokenizer"):
+        tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

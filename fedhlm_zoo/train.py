@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedhlm.errors import ConfigError, DataMissing
 from fedhlm.process.files import replacing
+from fedhlm.progress import progress
 from fedhlm_zoo.corpus import TOPIC_LINE, Article
 
 log = logging.getLogger(__name__)
@@ -214,7 +215,10 @@ def train(
     model.train()
     began = time.monotonic()
     tokens = config.batch * config.length
-    with (run / "loss.jsonl").open("a", encoding="utf-8") as losses:
+    with (
+        (run / "loss.jsonl").open("a", encoding="utf-8") as losses,
+        progress(f"steps of {run.name}", config.steps - first_step) as ended,
+    ):
         for step, (ids, weights) in enumerate(batches(pack, config, first_step), start=first_step):
             scale = learning_rate(step, config)
             for optimizer, rates in zip(optimizers, peak, strict=True):
@@ -246,6 +250,7 @@ def train(
             losses.flush()
             if done % config.checkpoint_every == 0 or done == config.steps:
                 _save(checkpoint, model, optimizers, done)
+            ended()
     model.save_pretrained(run / "model")
     return run / "model"
 

@@ -77,6 +77,8 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(key, shown, f"{_EXPECTED}, the port an integer in 1..65535") from None
         if parts.scheme not in _PORTS or not parts.hostname or port == 0:
             raise ConfigError(key, shown, _EXPECTED)
+        if not _can_be_looked_up(parts.hostname):
+            raise ConfigError(key, shown, f"{_EXPECTED}, the host a name or an address")
         if parts.path not in ("", "/") or parts.fragment:
             raise ConfigError(key, shown, f"{_EXPECTED}, without a path")
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -126,6 +128,15 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
                 found = f"{self.files.cert}, {self.files.key}"
                 raise ConfigError(f"{key} (cert, key)", found, "a PEM pair", why=_reason(exc)) from exc
         return context
+
+
+def _can_be_looked_up(host: str) -> bool:
+    """Whether a resolver takes the name of a host; others make it fail with an error that is no OSError."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return host.isprintable() and " " not in host
 
 
 def tls_refusal(error: str) -> str | None:

@@ -283,7 +283,10 @@ class MqttBus:
             )
             _log.warning(text, self, reasons.REASONS[reasons.TAKEN_OVER].advice, wait.seconds)
         else:
-            _log.log(logging.WARNING if first else logging.DEBUG, "%s: no link, trying again: %s", self, exc)
+            # Who waits for a limited time is told by the error at its end.
+            waited_for = self._connect_timeout_s is not None and not self._ever_connected
+            worth = logging.WARNING if first and not waited_for else logging.DEBUG
+            _log.log(worth, "%s: no link, trying again: %s", self, exc)
 
     async def _serve(self, client: PatchedClient) -> None:
         """Use a fresh connection until it breaks (MqttError), or until the bus is closed and everything is sent."""

@@ -11,7 +11,6 @@ from typing import Annotated, Final
 
 import msgspec
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.validators import Number
 
 from fedhlm.errors import FedhlmError, root_of
 from fedhlm.telemetry import configure_logging
@@ -19,6 +18,7 @@ from fedhlm_fleet.chaos.report import ChaosReport
 from fedhlm_fleet.chaos.run import Chaos, Options
 from fedhlm_fleet.chaos.schedule import Kind, Persistence
 from fedhlm_fleet.commands.common import Positive, Seed
+from fedhlm_fleet.commands.mistakes import Between, sentence
 
 USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
@@ -29,8 +29,8 @@ app = App(name="chaos", help="Inject faults into a running fleet, and check ever
 @app.default
 def chaos(
     *,
-    minutes: Annotated[float, Parameter(validator=Number(gt=0))] = 10.0,
-    faults: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
+    minutes: Annotated[float, Parameter(validator=Between(gt=0))] = 10.0,
+    faults: Annotated[int, Parameter(validator=Between(gte=0))] = 0,
     seed: Seed = 0,
     preset: str = "exact",
     clusters: Positive = 2,
@@ -106,7 +106,7 @@ def main() -> int:
     try:
         code = app(sys.argv[1:], result_action="return_value", exit_on_error=False, print_error=False)
     except (FedhlmError, CycloptsError) as exc:
-        print(f"chaos: {exc}", file=sys.stderr)
+        print(f"chaos: {sentence(exc, 'chaos') if isinstance(exc, CycloptsError) else exc}", file=sys.stderr)
         return USAGE_ERROR
     except BaseExceptionGroup as group:
         raise root_of(group) from group

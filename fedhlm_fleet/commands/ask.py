@@ -1,6 +1,8 @@
 """`fedhlm ask`: send a request to one agent, and print its answer as it arrives."""
 
 import asyncio
+import difflib
+import inspect
 import json as jsons
 import re
 import sys
@@ -81,7 +83,8 @@ def ask(
     from fedhlm.config import load
     from fedhlm.telemetry import configure_logging
 
-    agent, text, keys = read_words(words)
+    options = (f"--{name.replace('_', '-')}" for name in inspect.signature(ask).parameters)
+    agent, text, keys = read_words(words, [*options, "--help"])
     loaded = load(file=config, flags=parse_keys(keys))
     configure_logging("ERROR", NAME, secrets=(loaded.config.broker.password,))
     asked = {
@@ -102,8 +105,8 @@ def ask(
     return asyncio.run(_ask(loaded, agent, text, cluster=place, away_s=wait, json=json, asked=asked))
 
 
-def read_words(words: Sequence[str]) -> tuple[str, str, list[str]]:
-    """Split the arguments into the agent, the text, and the flags for configuration keys.
+def read_words(words: Sequence[str], options: Sequence[str] = ()) -> tuple[str, str, list[str]]:
+    """Split the arguments into the agent, the text, and the flags for configuration keys; misspelt `options` get a hint.
 
     Raises:
         FedhlmError: there are not exactly two words, agent and text, or an option is unknown.
@@ -118,7 +121,9 @@ def read_words(words: Sequence[str]) -> tuple[str, str, list[str]]:
             continue
         name, separator, _ = word.partition("=")
         if "." not in name:
-            raise FedhlmError(f"{name} is no option of ask; a text that looks like one is read from standard input (-)")
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]}?" if near else "a text that looks like one is read from standard input (-)"
+            raise FedhlmError(f"{name} is not an option of fedhlm ask: {hint}")
         keys += [word] if separator else [word, *rest[:1]]
         del rest[: 0 if separator else 1]
     if len(plain) != 2:

@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from cyclopts import Parameter, Token
-from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError, FedhlmError
+from fedhlm_fleet.commands.mistakes import Between
 
 
 def whole(_type: type, tokens: Sequence[Token]) -> int:
-    """Read an integer. cyclopts alone would round "1.5"."""
-    try:
-        return int(tokens[0].value)
-    except ValueError:
-        raise ValueError(f"must be an integer (got {tokens[0].value!r})") from None
+    """Read an integer. cyclopts alone would round "1.5".
+
+    Raises:
+        ValueError: the text is not an integer.
+    """
+    return int(tokens[0].value)
 
 
-Positive = Annotated[int, Parameter(validator=Number(gte=1), converter=whole)]
-Tokens = Annotated[int, Parameter(validator=Number(gte=1, lte=65_536), converter=whole)]  # fields.MAX_TOKENS
-Seconds = Annotated[float, Parameter(validator=Number(gt=0))]
-Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
-Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63), converter=whole)]
+Positive = Annotated[int, Parameter(validator=Between(gte=1, lte=1_000_000), converter=whole)]
+Jobs = Annotated[int, Parameter(validator=Between(gte=1, lte=1_024), converter=whole)]
+Fleet = Annotated[int, Parameter(validator=Between(gte=1, lte=10_000), converter=whole)]
+Tokens = Annotated[int, Parameter(validator=Between(gte=1, lte=65_536), converter=whole)]  # fields.MAX_TOKENS
+Seconds = Annotated[float, Parameter(validator=Between(gt=0))]
+Share = Annotated[float, Parameter(validator=Between(gt=0, lte=1))]
+Seed = Annotated[int, Parameter(validator=Between(gte=0, lt=2**63), converter=whole)]
 SHOWN: Final = 32  # characters shown before a byte that is not UTF-8
 PACKAGES: Final = (
     "fedhlm",
@@ -95,15 +98,25 @@ def parse_keys(tokens: Sequence[str], options: Sequence[str] = OPTIONS) -> dict[
         flag, separator, value = rest.pop(0).partition("=")
         if not flag.startswith("--") or len(flag) == len("--"):
             raise FedhlmError(f"argument must be --key value, such as --generation.seed 7 (got {flag!r})")
-        near = difflib.get_close_matches(flag, options, n=1)
-        if "." not in flag and near:
-            raise FedhlmError(f"{flag} is not an option of this command: did you mean {near[0]}?")
+        require_option_or_key([flag], options)
         if not separator:
             if not rest or rest[0].startswith("--"):
                 raise FedhlmError(f"{flag} must be given a value (got nothing)")
             value = rest.pop(0)
         found[flag.removeprefix("--").replace("-", "_")] = value
     return found
+
+
+def require_option_or_key(flags: Sequence[str], options: Sequence[str] = OPTIONS) -> None:
+    """Reject a flag that is near one of the command's options, and so no configuration key.
+
+    Raises:
+        FedhlmError: the message names the option.
+    """
+    for flag in flags:
+        near = difflib.get_close_matches(flag.partition("=")[0], options, n=1)
+        if flag.startswith("--") and "." not in flag and near:
+            raise FedhlmError(f"{flag} is not an option of this command: did you mean {near[0]}?")
 
 
 def require_text(key: str, given: str) -> None:

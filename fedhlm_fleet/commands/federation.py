@@ -75,6 +75,10 @@ def forget(name: str, /, *keys: Keys, broker: str | None = None, config: Path | 
     config
         TOML file.
     """
+    from fedhlm.protocol.prompts import check
+    from fedhlm.protocol.roles import cluster_of
+
+    check("agent", cluster_of(name) or name)  # the name of an edge holds one, too
     return have_forgotten(section(keys, broker, config), name, known_only=True)
 
 

@@ -135,6 +135,7 @@ def flash(
     yes
         Write to --device without asking.
     """
+    from fedhlm.decoding.decoder import load_info
     from fedhlm_fleet.flash import batch
     from fedhlm_fleet.flash import bundle as bundles
     from fedhlm_fleet.flash.plan import payload
@@ -151,6 +152,11 @@ def flash(
         raise ConfigError(
             "--manifest", str(manifest), "left out unless images are written (--image, and --out for several)"
         )
+    if len(orders) == 1:  # of several, one that fails does not stop the others
+        batch.require_place(orders[0])
+        tls_of(orders[0].party, identity.pki, now, issue=False)
+    if contents.model is not None:
+        load_info(contents.model)
     found = bundles.wheels(contents.wheels, python=python) if contents.wheels else bundles.fill(bundle, python=python)
     parts = bundles.parts(found, model=contents.model)
     units = bundles.shipped_units()

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from cyclopts import App, Parameter
-from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError
-from fedhlm_fleet.commands.common import Positive, Seed, Share, needing, print_facts
+from fedhlm.progress import progress
+from fedhlm_fleet import figures as figures_file
+from fedhlm_fleet.commands.common import Jobs, Positive, Seed, Share, Tokens, needing, print_facts
+from fedhlm_fleet.commands.mistakes import Between
 
 CORES: Final = os.cpu_count() or 1
-Sizes = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="", validator=Number(gte=2, lte=1_024))]
-Lies = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
+Sizes = Annotated[
+    tuple[int, ...], Parameter(consume_multiple=(1, 64), negative="", validator=Between(gte=2, lte=1_024))
+]
+Lies = Annotated[tuple[str, ...], Parameter(consume_multiple=(1, 64), negative="", show_default=False)]
 
 
 @Parameter(name="*")
@@ -24,7 +28,7 @@ class StudyFlags:
     texts: Positive = 60
     """Texts per device."""
 
-    tokens: Positive = 24
+    tokens: Tokens = 24
     """Tokens per text."""
 
     seed: Seed = 0
@@ -33,27 +37,11 @@ class StudyFlags:
     budget: Share = 0.05
     """Allowed error per token."""
 
-    jobs: Positive = CORES
+    jobs: Jobs = CORES
     """Number of parallel processes."""
 
     json: Path | None = None
     """JSON file to write the figures to."""
-
-    def check_writable(self) -> None:
-        """Check that the file can be written, before a study runs for long.
-
-        Raises:
-            ConfigError: its folder cannot be written.
-        """
-        if self.json is not None and not os.access(self.json.resolve().parent, os.W_OK):
-            raise ConfigError("--json", str(self.json), "a file in a writable folder")
-
-    def write(self, figures: object) -> None:
-        """Write the figures to the file, if there is one."""
-        import msgspec
-
-        if self.json is not None:
-            self.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=2) + b"\n")
 
 
 STUDY: Final = StudyFlags()
@@ -67,7 +55,7 @@ def coverage(
     lives: Positive = 200,
     given: StudyFlags = STUDY,
     audit: Share = 0.25,
-    temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.8,
+    temperature: Annotated[float, Parameter(validator=Between(gte=0, lte=10))] = 0.8,
 ) -> int:
     """Measure how often the certificate of a device is wrong, and how soon its limit falls below the budget.
 
@@ -85,17 +73,16 @@ def coverage(
     """
     import msgspec
 
-    given.check_writable()
+    figures_file.try_out(given.json)
     with needing("lab"):
-        from fedhlm_fleet.commands.watching import watching_study
         from fedhlm_lab.studies.coverage import CoveragePlan, study
     plan = CoveragePlan(
         texts=given.texts, tokens=given.tokens, budget=given.budget, audit=audit, temperature=temperature
     )
-    with watching_study("lives", lives) as ended:
+    with progress("lives", lives) as ended:
         found = study(plan, lives=lives, seed=given.seed, jobs=min(given.jobs, lives), ended=lambda _life: ended())
     facts = msgspec.to_builtins(found)
-    given.write(facts)
+    figures_file.write(given.json, facts)
     print_facts({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in facts.items()})
     return int(found.share_ever_above > 0.05)
 
@@ -107,7 +94,7 @@ def liars(
     lies: Lies = (),
     most_below: Positive = 16,
     given: StudyFlags = STUDY,
-    temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.0,
+    temperature: Annotated[float, Parameter(validator=Between(gte=0, lte=10))] = 0.0,
 ) -> int:
     """Measure what lying members of a federation do to the errors and messages of the honest ones.
 
@@ -126,9 +113,8 @@ def liars(
     temperature
         Temperature of the texts.
     """
-    given.check_writable()
+    figures_file.try_out(given.json)
     with needing("lab"):
-        from fedhlm_fleet.commands.watching import watching_study
         from fedhlm_lab.sim.liars import LIES
         from fedhlm_lab.studies.liars import LiarsPlan, study, table
     for lie in lies:
@@ -144,8 +130,8 @@ def liars(
         budget=given.budget,
         seed=given.seed,
     )
-    with watching_study("clusters", 2 * len(plan.settings())) as ended:
+    with progress("clusters", 2 * len(plan.settings())) as ended:
         found = study(plan, jobs=given.jobs, ended=lambda _cell: ended())
-    given.write(found)
+    figures_file.write(given.json, found)
     print(table(found))
     return int(found.missed > 0)

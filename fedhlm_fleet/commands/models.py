@@ -6,9 +6,17 @@ from typing import Literal
 from cyclopts import App
 from msgspec.structs import asdict
 
+from fedhlm.errors import ConfigError
 from fedhlm_fleet.commands.common import Positive, needing, print_facts
 
 app = App(name="models", help="Train, export, quantise and inspect models.")
+
+
+def _require_folders(*folders: Path) -> None:
+    """Check that folders are there, before the libraries are, whose loading takes long."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError("folder", str(folder), "an existing folder")
 
 
 @app.command(name="export")
@@ -83,6 +91,8 @@ def models_train(runs: Path, *, data: Path | None = None, until: str | None = No
     """
     from fedhlm.telemetry import configure_logging
 
+    if runs.is_file():
+        raise ConfigError("RUNS", str(runs), "a folder, or the name of a new one")
     with needing("models"):
         from fedhlm_zoo.recipe import run_recipe
     configure_logging("INFO", "models")
@@ -119,6 +129,7 @@ def models_release(
     """
     from fedhlm.telemetry import configure_logging
 
+    _require_folders(runs)
     with needing("models"):
         from fedhlm_zoo.release import release
     configure_logging("INFO", "models")
@@ -156,11 +167,12 @@ def models_evaluate(
     threads
         Number of threads of an exported model.
     """
+    _require_folders(folder, *([] if target is None else [target]))
     with needing("models"):
         from fedhlm_zoo import evaluate
         from fedhlm_zoo.corpus import load_ag_news
-    split = load_ag_news("test", data)
     model = evaluate.open_model(folder, tokenizer=tokenizer, threads=threads)
+    split = load_ag_news("test", data)
     print_facts(asdict(evaluate.evaluate(model, evaluate.sample(split, articles))))
     if target is not None:
         other = evaluate.open_model(target, tokenizer=tokenizer, threads=threads)

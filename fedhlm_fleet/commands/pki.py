@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from cyclopts import App, Parameter
-from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.commands import federation
 from fedhlm_fleet.commands.common import Keys, needing, print_facts
+from fedhlm_fleet.commands.mistakes import Between
 from fedhlm_fleet.pki.roles import CERTIFICATES, CertificateRole
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Many = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
-Days = Annotated[int, Parameter(validator=Number(gte=1, lte=36_500))]
-Port = Annotated[int | None, Parameter(validator=Number(gte=1, lte=65_535))]
+Days = Annotated[int, Parameter(validator=Between(gte=1, lte=36_500))]
+Port = Annotated[int | None, Parameter(validator=Between(gte=1, lte=65_535))]
 PKI: Final = Path("pki")
 
 app = App(name="pki", help="Issue certificates for a fleet, and configure brokers that trust them.")

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from cyclopts.validators import Number
 
 from fedhlm_fleet.commands.common import print_facts
 from fedhlm_fleet.commands.flash import NO_IDENTITY, SHIPPED, ContentFlags, Flag, IdentityFlags, Python, given, tls_of
+from fedhlm_fleet.commands.mistakes import Between
 
-Port = Annotated[int | None, Parameter(validator=Number(gte=1, lte=65_535))]
+Port = Annotated[int | None, Parameter(validator=Between(gte=1, lte=65_535))]
 
 app = App(name="provision", help="Set up an agent on a machine that is already running.")
 

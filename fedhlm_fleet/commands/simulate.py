@@ -1,6 +1,6 @@
 """`fedhlm simulate`: whole fleets under faults in virtual time, with the invariants checked at every step."""
 
-import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
 from fedhlm.errors import ConfigError, FedhlmError
+from fedhlm.telemetry import silenced
 from fedhlm_fleet import figures as figures_file
-from fedhlm_fleet.commands.common import Positive, Seconds
+from fedhlm_fleet.commands.common import Fleet, Jobs, Positive, Seconds, Tokens
+from fedhlm_fleet.commands.mistakes import Between
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,27 +24,28 @@ if TYPE_CHECKING:
 
 ALL: Final = "all"
 LINES_EVERY_S: Final = 60.0
+SEEDS: Final = 2**63
 SHRUNK_MAX: Final = 3  # failing seeds that are shrunk; the others are only named
 
 
 def simulate(
     *,
-    agents: Positive = 4,
-    clusters: Positive = 2,
+    agents: Fleet = 4,
+    clusters: Fleet = 2,
     preset: str = "exact",
     link: str = "lte",
     upstream: str = "lan",
     faults: str = "all",
     seeds: str = "0..99",
     prompts: Positive = 2,
-    tokens: Positive = 16,
-    temperature: Annotated[float, Parameter(validator=Number(gte=0, lte=10))] = 0.8,
+    tokens: Tokens = 16,
+    temperature: Annotated[float, Parameter(validator=Between(gte=0, lte=10))] = 0.8,
     deadline: Seconds = 600.0,
     set: Annotated[tuple[str, ...], Parameter(negative="")] = (),  # noqa: A002 - the flag's name
     shrink: Annotated[bool, Parameter(negative="")] = False,
     out: Path = Path("simulated"),
     again: Path | None = None,
-    jobs: Positive = 1,
+    jobs: Jobs = 1,
     json: Path | None = None,
 ) -> int:
     """Simulate whole fleets of toy models in virtual time, and check every message and token.
@@ -123,8 +125,8 @@ def _seeds(text: str) -> range:
         found = range(int(first), int(last if dots else first) + 1)
     except ValueError:
         found = range(0)
-    if not found or found[0] < 0:
-        raise ConfigError("--seeds", text, "a seed of at least 0, or A..B with A at most B")
+    if not found or found[0] < 0 or found[-1] >= SEEDS:
+        raise ConfigError("--seeds", text, f"a seed from 0 below {SEEDS}, or A..B with A at most B")
     return found
 
 
@@ -134,8 +136,9 @@ def _sweep(
     from fedhlm_lab.sim.sweep import Totals, sweep
 
     figures_file.try_out(json_file)
+    _require_folder(out)
     totals, began_s = Totals(), time.monotonic()
-    with _quiet(), _shown(sweep(plan, seeds, jobs=jobs), len(seeds), console) as ended:
+    with silenced(), _shown(sweep(plan, seeds, jobs=jobs), len(seeds), console) as ended:
         for one in ended:
             totals.add(one)
             if one.failure is not None:
@@ -144,17 +147,6 @@ def _sweep(
     _print_summary(totals, figures)
     figures_file.write(json_file, figures)
     return 1 if totals.failures else 0
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the logs: the parts warn about the faults, which are injected on purpose."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 @contextmanager
@@ -199,6 +191,13 @@ def _tell(plan: "SweepPlan", failure: "Failure", console: "Console", out: Path, 
     _say(console, f"  fedhlm simulate --again {path}")
 
 
+def _require_folder(out: Path) -> None:
+    """Check that failing seeds can be saved, before the work; the folder itself is made only for them."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError("--out", str(out), "a writable folder", why=f"{there} is none")
+
+
 def _save(out: Path, seed: int, scenario: "Scenario") -> Path:
     from fedhlm_lab.sim.recording import save
 
@@ -219,7 +218,7 @@ def _again(path: Path, console: "Console") -> int:
     from fedhlm_lab.sim.shrink import attempt
 
     scenario = scenario_of(path)
-    with _quiet():
+    with silenced():
         violation = attempt(scenario)
     _say(console, *_story(scenario, violation))
     return 0 if violation is None else 1

@@ -222,7 +222,7 @@ def export(
         except FileExistsError as exc:
             raise TraceError(f"{out} must be a new file (it exists already)") from exc
         except OSError as exc:
-            raise TraceError(f"{out}: not writable: {exc.strerror}") from exc
+            raise TraceError(f"{out} must be a writable file (got {exc.strerror})") from exc
     _note_lost(trace)
     return 0
 
@@ -271,8 +271,11 @@ def _opened(plain: Path) -> Iterator[BinaryIO]:
 def _selected(file: Path, part: PartFlags, root: str | None) -> "tuple[Trace, Header, Iterator[Record]]":
     from msgspec.structs import replace
 
+    from fedhlm.config import load
     from fedhlm_traces.file import read
 
+    if root is not None:
+        load(environ={}, flags={"broker.root": root})  # with its rules
     trace = read(file)
     header = trace.header if root is None else replace(trace.header, root=root)
     return trace, header, part.checked().of(trace, header.root)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
 from fedhlm.errors import TraceError
+from fedhlm.telemetry import silenced
 from fedhlm_fleet.commands.common import Keys, Seconds, needing, parse_keys, print_facts
+from fedhlm_fleet.commands.mistakes import Between
 
 if TYPE_CHECKING:
     from fedhlm.config import Loaded
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Many = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
-Moment = Annotated[float, Parameter(validator=Number(gte=0))]
+Moment = Annotated[float, Parameter(validator=Between(gte=0))]
 _T = TypeVar("_T")
 
 _UNITS: Final = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000}
@@ -133,10 +134,22 @@ def replay(
         TOML file.
     """
     if check is not None:
+        played_only = {
+            "--broker": broker, "--topics": topics, "--rename": rename, "--loop": loop, "--rebase-time": rebase_time,
+            "--from": from_, "--until": until, "--speed": speed != "1",
+        }  # fmt: skip
+        for option in (option for option, given in played_only.items() if given):
+            raise TraceError(
+                f"{option} must be left out with --check, which plays nothing and reads the whole recording"
+            )
         with needing("agent,edge,cloud"):
             from fedhlm_traces.check.run import check_file
-        model = _loaded(keys, config, broker, None).config.cloud.model
-        return check_file(file, check, update=update, model=Path(model) if model else None)
+            from fedhlm_traces.file import require_new
+        if update is not None:
+            require_new(update)
+        model = _loaded(keys, config, None, None).config.cloud.model
+        with silenced():  # what the parts warned of, they warned of when they were recorded
+            return check_file(file, check, update=update, model=Path(model) if model else None)
     if update is not None:
         raise TraceError("--update must be given with --check")
     loaded = _loaded(keys, config, broker, None)

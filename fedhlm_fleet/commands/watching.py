@@ -1,4 +1,4 @@
-"""Progress and final figures of `fedhlm record`, `fedhlm replay` and the studies.
+"""Progress and final figures of `fedhlm record` and `fedhlm replay`.
 
 Progress is a live line or bar on a terminal, and an occasional line elsewhere.
 """
@@ -33,27 +33,6 @@ class _Pace:
             return False
         self._last_s = now_s
         return True
-
-
-@contextlib.contextmanager
-def watching_study(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show on stderr how many of `total` items are done: a bar on a terminal, an occasional line elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        pace, count = _Pace(_LINE_EVERY_S), 0
-
-        def say() -> None:
-            nonlocal count
-            count += 1
-            if pace.due():
-                print(f"{count} of {total} {what}", file=console.file, flush=True)
-
-        yield say
-        return
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
 
 
 @contextlib.contextmanager

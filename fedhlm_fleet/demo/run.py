@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import msgspec
 from rich.console import Console
@@ -54,6 +54,8 @@ class Demo:
 
     With None as `alpha`, all agents share one list of prompts.
     """
+
+    children: ClassVar[type[Processes]] = Processes
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class Demo:
         journey = Journey(generation, measures_of(generation, sampling, pair="").draft, bars=bars)
         progress = Progress([p.agent for p in self.places], journey, plain=not console.is_terminal, console=console)
         self.progress = progress
-        async with Processes() as processes:
+        async with self.children() as processes:
             broker = await self._start_broker(processes)
             bus = bus_of(broker, client_id=f"demo-{os.getpid()}", connect_timeout_s=broker.connect_timeout_s)
             asker = Asker(bus, self.places, progress, root=self.root)

@@ -4,6 +4,7 @@ All orders are validated before the first card is written. A card that fails doe
 """
 
 import csv
+import difflib
 import lzma
 import os
 import time
@@ -145,7 +146,11 @@ def read(path: Path, defaults: Mapping[str, str]) -> list[Order]:
             reader = csv.DictReader(file, skipinitialspace=True)
             columns = [str(name) for name in reader.fieldnames or ()]
             if unknown := [name for name in columns if name not in COLUMNS]:
-                raise FlashError(f"{path} line 1: column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
+                near = difflib.get_close_matches(unknown[0], COLUMNS, n=1)
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                raise FlashError(
+                    f"columns in line 1 of {path} must be among {', '.join(COLUMNS)}{hint} (got {unknown[0]!r})"
+                )
             if "agent" not in columns:
                 raise FlashError(
                     f"line 1 of {path} must be the names of columns, 'agent' among them (got {', '.join(columns)})"
@@ -176,6 +181,22 @@ def read(path: Path, defaults: Mapping[str, str]) -> list[Order]:
     if not orders:
         raise FlashError(f"{path} has no line below the column names")
     return orders
+
+
+def require_place(order: Order) -> None:
+    """Check that a card can be made, before anything is downloaded for it.
+
+    Raises:
+        FlashError: the image, the folder or the disk cannot be used.
+    """
+    if order.boot is not None:
+        Folder(order.boot).room()
+    if order.disk is not None:
+        disks.require_card(order.disk)
+    if order.image is not None and order.image.suffix == ".xz" and not order.image.is_file():
+        raise FlashError(f"--image must be a file (got {str(order.image)!r})")
+    if order.image is not None and order.image.suffix != ".xz":
+        boot_partition(order.image)
 
 
 def make(order: Order, installed: Payload, say: Say, *, clock_s: Callable[[], float] = time.monotonic) -> WrittenCard:

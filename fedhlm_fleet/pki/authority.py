@@ -215,7 +215,7 @@ def ca_certificate(folder: Path) -> x509.Certificate:
     """
     path = folder / CA_CERT
     if not path.exists():
-        raise PkiError(f"{folder} holds no {CA_CERT}: `fedhlm pki init {folder}` makes a CA")
+        raise PkiError(f"{folder} must hold {CA_CERT}: `fedhlm pki init {folder}` makes a CA")
     try:
         return x509.load_pem_x509_certificate(files.read(path, "the CA's certificate"))
     except ValueError as exc:

@@ -4,7 +4,6 @@ Run: python -m fedhlm_lab.studies.compare [--presets exact budget ...] [--prompt
 [--json FILE]
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -27,12 +26,15 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.learning.certificate import Certificate
+from fedhlm.progress import progress
 from fedhlm.protocol.fields import FinishReason
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Config
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
+from fedhlm_lab.studies.command_line import COUNT, TEMPERATURE, Parser, limited, out_file, settings_of
+from fedhlm_lab.studies.command_line import run as run_study
 from fedhlm_zoo.corpus import TOPIC_LINE, Article, load_ag_news
 from fedhlm_zoo.partition import dirichlet_partition, skew
 from fedhlm_zoo.prompts import load_items
@@ -141,13 +143,15 @@ async def work(
     eos_ids: frozenset[int],
     context: int,
     read: Callable[[Sequence[int]], str] | None = None,
+    ended: Callable[[], object] = lambda: None,
 ) -> list[FinishedTask]:
-    """Process one agent's share of the tasks, one at a time."""
+    """Process one agent's share of the tasks, one at a time; call `ended` after each."""
     done = []
     for task in tasks:
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, 1.0, config.generation.coupling)
         job = Job(config.generation, sampling, task.max_tokens, context, eos_ids)
         done.append(FinishedTask(agent.name, task, await agent.generate(job, task.prompt, nobody, read=read)))
+        ended()
     return done
 
 
@@ -157,8 +161,11 @@ async def run_fleet(
     parts: Sequence[Sequence[StudyTask]],
     delay_s: float,
     read: Callable[[Sequence[int]], str] | None = None,
+    ended: Callable[[], object] = lambda: None,
 ) -> tuple[list[FinishedTask], float]:
-    """Run all tasks through a fleet without faults. `read` returns the text of ids (`AgentCore.generate`).
+    """Run all tasks through a fleet without faults, and call `ended` after each.
+
+    `read` returns the text of ids (`AgentCore.generate`).
 
     Returns:
         The answers in the order of the agents, and the number of messages for audits alone.
@@ -172,7 +179,7 @@ async def run_fleet(
         name = f"agent-{place}"
         async with fleet.online(f"c{place // AGENTS}", name, pair.drafter()) as agent:
             await asyncio.sleep(1.0)
-            return await work(agent, config, iter(parts[place]), pair.eos_ids, pair.context, read)
+            return await work(agent, config, iter(parts[place]), pair.eos_ids, pair.context, read, ended)
 
     groups = await asyncio.gather(*(live(place) for place in range(CLUSTERS * AGENTS)))
     for node in fleet.nodes.values():
@@ -186,7 +193,11 @@ def line_of(preset: str, kind: str, done: Sequence[FinishedTask], large: Oracle,
     if not line.tokens:
         return line
     coupling = COUPLINGS[config.generation.coupling].alone
-    oracle = [large.write(d.task, coupling) for d in done]
+    with progress("texts of the LLM alone", len(done)) as ended:
+        oracle = []
+        for one in done:
+            oracle.append(large.write(one.task, coupling))
+            ended()
     line.agreement = sum(
         a == b for d, o in zip(done, oracle, strict=True) for a, b in zip(d.result.ids, o, strict=False)
     ) / sum(max(len(d.result.ids), len(o)) for d, o in zip(done, oracle, strict=True))
@@ -247,24 +258,29 @@ def show(lines: Sequence[Line]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedhlm_lab.studies.compare", description="presets side by side on news prompts"
-    )
+    parser = Parser(prog="python -m fedhlm_lab.studies.compare", description="presets side by side on news prompts")
     parser.add_argument("--presets", nargs="+", default=list(presets()))
     parser.add_argument("--kinds", nargs="+", default=["topic", "continue"], choices=["topic", "continue"])
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--skip", type=int, default=0, help="leave out so many items at the beginning")
+    parser.add_argument("--prompts", type=COUNT, default=200)
     parser.add_argument(
-        "--warm", type=int, default=0, help="so many further items go before, to learn from; not counted"
+        "--skip", type=limited(int, 0, 1_000_000), default=0, help="leave out so many items at the beginning"
     )
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--delay", type=float, default=0.02, help="seconds, one way, on every link")
-    parser.add_argument("--alpha", type=float, help="Dirichlet partition of the topics over the agents")
+    parser.add_argument(
+        "--warm",
+        type=limited(int, 0, 1_000_000),
+        default=0,
+        help="so many further items go before, to learn from; not counted",
+    )
+    parser.add_argument("--tokens", type=COUNT, default=48)
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.8)
+    parser.add_argument("--delay", type=limited(float, 0, 60), default=0.02, help="seconds, one way, on every link")
+    parser.add_argument(
+        "--alpha", type=limited(float, 1e-6, 1e6), help="Dirichlet partition of the topics over the agents"
+    )
     parser.add_argument("--items", type=Path, help="news items, one JSON object a line; default: the shipped ones")
     parser.add_argument("--ag-news", action="store_true", help="the AG News test split, shuffled (see FEDHLM_DATA)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every preset")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=out_file)
     options = parser.parse_args(arguments)
     slm, llm = model_folder("", "slm"), model_folder("", "llm")
     pair, large = shipped_pair(slm, llm), Oracle(llm)
@@ -283,10 +299,10 @@ def main(arguments: list[str] | None = None) -> int:
             parts = [[tasks[i] for i in part] for part in split]
             print(f"{kind}: skew {skew(topics, split):.2f}", file=sys.stderr)
         for preset in options.presets:
-            config = load(preset=preset, environ={}, flags=dict(s.split("=", 1) for s in options.set)).config
-            done, alone = run_virtual(
-                partial(run_fleet, pair, config, parts, options.delay, large.decoder.tokenizer.decode)()
-            )
+            config = load(preset=preset, environ={}, flags=settings_of(options.set)).config
+            with progress(f"requests under {preset}", sum(map(len, parts))) as ended:
+                read = large.decoder.tokenizer.decode
+                done, alone = run_virtual(partial(run_fleet, pair, config, parts, options.delay, read, ended)())
             line = line_of(preset, kind, [d for d in done if id(d.task) not in warm], large, config)
             line.audit_messages = alone / max(1, sum(len(d.result.ids) for d in done))
             lines.append(line)
@@ -298,4 +314,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_study(main, "python -m fedhlm_lab.studies.compare"))

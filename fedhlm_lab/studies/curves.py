@@ -20,9 +20,12 @@ from fedhlm.decoding.laws import BETA_INTERCEPT, BETA_SLOPE
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.learning.curve import Curve, affine, correlation, isotonic, midpoints
 from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, cluster_mean, global_mean, tau_of_budget
+from fedhlm.progress import progress
 from fedhlm.settings import Generation
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.studies.command_line import COUNT, TEMPERATURE, Parser
+from fedhlm_lab.studies.command_line import run as run_study
 from fedhlm_lab.studies.compare import AGENTS, CLUSTERS, Oracle, observations_of, run_fleet, tasks_of
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
@@ -40,10 +43,11 @@ def observed(options: argparse.Namespace, coupling: str, uncertainty: str) -> li
     articles = load_items(options.items)[: options.prompts]
     tasks = tasks_of(articles, "continue", large.decoder, tokens=options.tokens, temperature=options.temperature)
     groups = []
-    for place in range(PLACES):
-        parts = [tasks[place::PLACES] if p == place else [] for p in range(PLACES)]
-        done, _ = run_virtual(partial(run_fleet, pair, config, parts, 0.0)())
-        groups.append(np.array([row(o) for o in observations_of(done)], np.float64).reshape(-1, 3))
+    with progress(f"texts, {coupling} and {uncertainty}", len(tasks)) as ended:
+        for place in range(PLACES):
+            parts = [tasks[place::PLACES] if p == place else [] for p in range(PLACES)]
+            done, _ = run_virtual(partial(run_fleet, pair, config, parts, 0.0, None, ended)())
+            groups.append(np.array([row(o) for o in observations_of(done)], np.float64).reshape(-1, 3))
     return groups
 
 
@@ -94,19 +98,18 @@ def calibrated_rounds(groups: Sequence[Pairs], rounds: int, budget: float) -> li
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedhlm_lab.studies.curves", description="u against beta, and thresholds by round"
-    )
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser = Parser(prog="python -m fedhlm_lab.studies.curves", description="u against beta, and thresholds by round")
+    parser.add_argument("--prompts", type=COUNT, default=200)
+    parser.add_argument("--tokens", type=COUNT, default=48)
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.8)
+    parser.add_argument("--rounds", type=COUNT, default=30)
     parser.add_argument("--items", type=Path)
     options = parser.parse_args(arguments)
     print(
         f"U-HLM's line: beta = {BETA_SLOPE} u {BETA_INTERCEPT:+}\n\n| coupling | u | tokens | corr(u, beta) | a | b | corr(u, harm) |"
     )
     print("|" + "---|" * 7)
+    sys.stdout.flush()  # what follows takes long
     kept: dict[str, list[Pairs]] = {}
     for coupling, uncertainty in [(c, u) for c in ("gumbel", "greedy") for u in UNCERTAINTIES]:
         groups = observed(options, coupling, uncertainty)
@@ -128,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"  u <= {u:.1f}: m {m[below][-1]:.3f}, tokens {shares[below].sum():.3f}, harm so far {(shares * m)[below].sum():.4f}"
             )
-    show = (0, 1, 2, 4, 9, 14, 19, options.rounds - 1)
+    show = [*(n for n in (0, 1, 2, 4, 9, 14, 19) if n < options.rounds - 1), options.rounds - 1]
     print(f"\nthreshold after round {[n + 1 for n in show]}, from 0.3 (greedy for the paper's rule)")
     for name in OPTIMISERS:
         trace = paper_rounds(kept["greedy"], options.rounds, PaperSettings(10.0, 0.001, 0.1, 0.01, 0.1, name), 0.3)
@@ -142,4 +145,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_study(main, "python -m fedhlm_lab.studies.curves"))

@@ -5,7 +5,6 @@ the SLM along its text. Both rules are asked about the tokens whose uncertainty 
 minutes on one thread.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -22,7 +21,10 @@ from fedhlm.errors import FedhlmError
 from fedhlm.peers.collaboration import fit_hit_ratio, simulate_hit_ratio
 from fedhlm.peers.context_keys import DIMS, Projection, load_projection
 from fedhlm.peers.neighbours import Centroid, Memory
+from fedhlm.progress import progress
 from fedhlm.protocol.messages import Sampling
+from fedhlm_lab.studies.command_line import COUNT, Parser, limited
+from fedhlm_lab.studies.command_line import run as run_study
 from fedhlm_zoo.evaluate import OnnxModel
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
@@ -60,11 +62,13 @@ def trace(llm: Path, slm: Path, titles: Sequence[str], *, tokens: int, temperatu
     prompts = [[large.end_id, *e.ids[: large.context - tokens - 1]] for e in encoded]
     texts = large.continuations(prompts, tokens=tokens, temperature=temperature)
     rows: list[tuple[int, int, float, NDArray[np.float32], int, int]] = []
-    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        for step, (logits, hidden) in enumerate(_walk(small, prompt, text)):
-            # Token by token as in an agent, because a dynamic int8 model gives other results in blocks.
-            draft = perturbed_argmax(scores(logits, Sampling(number, temperature)), number, len(prompt) + step)
-            rows.append((number, step, closed_form(logits, draft), hidden, draft, text[step]))
+    with progress("texts drafted", len(texts)) as ended:
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            for step, (logits, hidden) in enumerate(_walk(small, prompt, text)):
+                # Token by token as in an agent, because a dynamic int8 model gives other results in blocks.
+                draft = perturbed_argmax(scores(logits, Sampling(number, temperature)), number, len(prompt) + step)
+                rows.append((number, step, closed_form(logits, draft), hidden, draft, text[step]))
+            ended()
     columns = tuple(zip(*rows, strict=True))
     return TextTrace(
         np.array(columns[0], np.int64),
@@ -212,7 +216,8 @@ def study(run: TextTrace, projections: dict[str, Projection], *, agents: int, pe
         # A memory larger than the log never fills, so its ratio says nothing about size.
         sizes = [s for s in SIZES if s <= len(log)]
         for votes in (1, 3):
-            ratios = simulate_hit_ratio(keys[uncertain], log, sizes, theta=FIXED_THETA, votes=votes)
+            with progress("looking up all tokens in memories of each size"):
+                ratios = simulate_hit_ratio(keys[uncertain], log, sizes, theta=FIXED_THETA, votes=votes)
             fit = fit_hit_ratio(sizes, ratios)
             out(
                 f"\nhit ratio by size, votes {votes}, theta {FIXED_THETA}, {space} keys, log of {len(log)} uncertain tokens\n"
@@ -227,38 +232,32 @@ def study(run: TextTrace, projections: dict[str, Projection], *, agents: int, pe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedhlm_lab.studies.neighbours", description="How often are peers right?"
-    )
-    parser.add_argument("--prompts", type=int, default=200, help="titles to continue")
+    parser = Parser(prog="python -m fedhlm_lab.studies.neighbours", description="How often are peers right?")
+    parser.add_argument("--prompts", type=COUNT, default=200, help="titles to continue")
     parser.add_argument("--items", type=Path, help="file of news items; default: those that ship with the project")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens per continuation at most")
-    parser.add_argument("--agents", type=int, default=4, help="agents of the cluster, for the centroid rule")
+    parser.add_argument("--tokens", type=COUNT, default=48, help="tokens per continuation at most")
+    parser.add_argument("--agents", type=COUNT, default=4, help="agents of the cluster, for the centroid rule")
     parser.add_argument(
-        "--percentile", type=float, default=40.0, help="tokens with u above this percentile are asked about"
+        "--percentile",
+        type=limited(float, 0, 100),
+        default=40.0,
+        help="tokens with u above this percentile are asked about",
     )
     parser.add_argument("--slm", default="", help="model folder; default: the shipped one")
     parser.add_argument("--llm", default="", help="model folder; default: the shipped one")
     given = parser.parse_args(arguments)
-    if min(given.prompts, given.tokens, given.agents) < 1:
-        parser.error(
-            f"--prompts, --tokens and --agents must be at least 1 (got {given.prompts}, {given.tokens} and {given.agents})"
-        )
-    try:
-        slm, llm = model_folder(given.slm, "slm"), model_folder(given.llm, "llm")
-        titles = [item.title for item in load_items(given.items)[: given.prompts]]
-        for temperature in TEMPERATURES:
-            sys.stdout.write(f"\n== temperature {temperature} ==\n")
-            run = trace(llm, slm, titles, tokens=given.tokens, temperature=temperature)
-            width = run.hidden.shape[1]
-            # The published rule assumes raw embeddings: a space that is not centred.
-            projections = {"fitted": load_projection(slm, width), "fallback": Projection.fallback(width, DIMS)}
-            study(run, projections, agents=given.agents, percentile=given.percentile)
-    except FedhlmError as exc:
-        sys.stderr.write(f"{exc}\n")
-        return 2
+    slm, llm = model_folder(given.slm, "slm"), model_folder(given.llm, "llm")
+    titles = [item.title for item in load_items(given.items)[: given.prompts]]
+    for temperature in TEMPERATURES:
+        sys.stdout.write(f"\n== temperature {temperature} ==\n")
+        sys.stdout.flush()  # what follows takes long
+        run = trace(llm, slm, titles, tokens=given.tokens, temperature=temperature)
+        width = run.hidden.shape[1]
+        # The published rule assumes raw embeddings: a space that is not centred.
+        projections = {"fitted": load_projection(slm, width), "fallback": Projection.fallback(width, DIMS)}
+        study(run, projections, agents=given.agents, percentile=given.percentile)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_study(main, "python -m fedhlm_lab.studies.neighbours"))

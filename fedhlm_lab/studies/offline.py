@@ -7,11 +7,9 @@ Run: python -m fedhlm_lab.studies.offline --recording FILE [--kind topic] [--pro
 [--set KEY=VALUE]
 """
 
-import argparse
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -30,9 +28,12 @@ from fedhlm.decoding.important import important_of
 from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import Curve
+from fedhlm.progress import progress
 from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
+from fedhlm_lab.studies.command_line import COUNT, TEMPERATURE, Parser, limited, out_file, settings_of
+from fedhlm_lab.studies.command_line import run as run_study
 from fedhlm_lab.studies.compare import AGENTS, CLUSTERS, Oracle, shuffled_test_split, tasks_of
 from fedhlm_lab.studies.recorded import RecordedText, load_or_record
 from fedhlm_zoo.shipped import model_folder
@@ -163,19 +164,24 @@ def run(
     *,
     learners: Sequence[Learner],
     read: Callable[[Sequence[int]], str] | None = None,
+    ended: Callable[[], object] = lambda: None,
 ) -> tuple[list[TextFigures], Certificate]:
-    """Run a fleet: text i is of device i modulo their number. Its curves are summed whenever one has a round due."""
+    """Run a fleet: text i is of device i modulo their number. Its curves are summed whenever one has a round due.
+
+    `ended` is called for each text.
+    """
     devices = [OfflineDevice(learner, config, temperature, read) for learner in learners]
     shared: dict[int, dict[str, bytes]] = {}
     rows = []
     for number, text in enumerate(texts):
+        ended()
         place = number % len(devices)
         device = devices[place]
         rows.append(device.write(text, number))
         if device.learner.due(config, 0.0):
-            ended = device.learner.contribution(config, 0.0)
-            if ended is not None:
-                shared[place] = ended[1]
+            given = device.learner.contribution(config, 0.0)
+            if given is not None:
+                shared[place] = given[1]
                 state = _sum(shared.values())
                 for one in devices:
                     one.learner.learned(state)
@@ -213,31 +219,40 @@ def show(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fedhlm_lab.studies.offline", description="the preset budget on recorded AG News texts"
     )
-    parser.add_argument("--recording", type=Path, required=True, help="file of the recorded texts; written if absent")
+    parser.add_argument(
+        "--recording", type=out_file, required=True, help="file of the recorded texts; written if absent"
+    )
     parser.add_argument("--kind", default="topic", choices=["topic", "continue"])
-    parser.add_argument("--prompts", type=int, default=1_000)
-    parser.add_argument("--warm", type=int, default=3_000, help="so many items go before, to learn from; not counted")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--prompts", type=COUNT, default=1_000)
+    parser.add_argument(
+        "--warm",
+        type=limited(int, 0, 1_000_000),
+        default=3_000,
+        help="so many items go before, to learn from; not counted",
+    )
+    parser.add_argument("--tokens", type=COUNT, default=32)
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the preset")
     options = parser.parse_args(arguments)
-    flags = {"generation.peers": "none"} | dict(item.split("=", 1) for item in options.set)
+    flags = {"generation.peers": "none"} | settings_of(options.set)
     config = load(preset="budget", environ={}, flags=flags).config
     large = Oracle(model_folder("", "llm"))
     articles = shuffled_test_split()[: options.warm + options.prompts]
     tasks = tasks_of(articles, options.kind, large.decoder, tokens=options.tokens, temperature=options.temperature)
     small = Decoder.load(model_folder("", "slm"), threads=1)
-    texts = load_or_record(options.recording, tasks, large, small, config.generation.coupling)
+    with progress("texts recorded", len(tasks)) as ended:
+        texts = load_or_record(options.recording, tasks, large, small, config.generation.coupling, ended)
     learners = [Learner(config.federation, np.random.default_rng(place)) for place in range(CLUSTERS * AGENTS)]
-    rows, certificate = run(
-        texts, config.generation, options.temperature, learners=learners, read=small.tokenizer.decode
-    )
+    with progress("texts", len(texts)) as ended:
+        rows, certificate = run(
+            texts, config.generation, options.temperature, learners=learners, read=small.tokenizer.decode, ended=ended
+        )
     print(show(rows[options.warm :], texts[options.warm :], certificate, config.generation.confidence))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_study(main, "python -m fedhlm_lab.studies.offline"))

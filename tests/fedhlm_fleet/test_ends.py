@@ -48,7 +48,7 @@ def test_a_taken_port_is_named() -> None:
         (("agent", "--config", HALF), "file"),
         (("agent", "--cluster.name", HALF), "cluster.name"),
         (("config", "explain", HALF), "is not a known key"),
-        ((HALF,), "Unknown command"),
+        ((HALF,), "is not a command of fedhlm"),
     ],
     ids=lambda given: given[0] if isinstance(given, tuple) else given,
 )

@@ -163,9 +163,9 @@ def test_a_demo_that_is_killed_leaves_no_process() -> None:
             ["--preset", "exact", "--budget", "0.1"],
             "generation.budget must be left to a preset with generation.threshold",
         ),
-        (["--budget", "2"], '"2.0" for --budget. Must be <= 1'),
-        (["--alpha", "inf"], "--alpha must be a finite number above 0 (got inf"),
-        (["--alpha", "0"], '"0.0" for --alpha. Must be > 0'),
+        (["--budget", "2"], "--budget must be a number above 0 up to 1 (got '2')"),
+        (["--alpha", "inf"], "--alpha must be a number above 0 (got 'inf')"),
+        (["--alpha", "0"], "--alpha must be a number above 0 (got '0')"),
         (["--preset", "nowhere.toml"], "file must be a readable TOML file (got 'nowhere.toml'"),
     ],
 )

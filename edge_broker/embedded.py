@@ -7,13 +7,14 @@ loopback addresses only. `python -m edge_broker.embedded --port 1883` runs it al
 import argparse
 import asyncio
 import ipaddress
+import os
 import signal
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
 from edge_broker.mqtt.server import Counts, Server
-from fedhlm.errors import BusError, ConfigError
+from fedhlm.errors import ConfigError
 
 
 class EmbeddedBroker:
@@ -24,7 +25,7 @@ class EmbeddedBroker:
 
     Raises:
         ConfigError: `host` is neither an IPv4 address nor localhost, or others can reach it and there are no users.
-        BusError: the address cannot be bound (on entering).
+        ConfigError: the address cannot be bound (on entering).
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class EmbeddedBroker:
         """Start to listen. After `stop` the same port is used again, and retained messages are lost.
 
         Raises:
-            BusError: the address cannot be bound.
+            ConfigError: the address cannot be bound.
         """
         server = Server(users=self._users, **self._limits)
         try:
             await server.start(self._address, self.port)
         except OSError as exc:
-            raise BusError(f"embedded broker cannot listen on {self.host}:{self.port}: {exc}") from exc
+            why = os.strerror(exc.errno or 0)
+            raise ConfigError("edge.embedded_port", self.port, f"a port that is free on {self.host}", why=why) from exc
         self._server = server
         self.port = server.port
 

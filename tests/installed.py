@@ -34,8 +34,15 @@ def programs(*extras: str) -> Path:
     """The folder of the programs of an environment that holds the wheel with these extras, and nothing else."""
     folder = Path(_KEPT.name, "-".join(["plain", *extras]))
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    wanted = f"{wheel()}[{','.join(extras)}]" if extras else wheel()
-    _pip(folder / "bin" / "python", "install", "--constraint", ROOT / "constraints.txt", wanted)
+    install = (folder / "bin" / "python", "install", "--no-compile", "--constraint", ROOT / "constraints.txt")
+    if not extras:
+        _pip(*install, wheel())
+        return folder / "bin"
+    # What the plain environment has is copied; pip adds the extras, and the program for this environment.
+    for packages in (programs().parent / "lib").glob("python*/site-packages"):
+        shutil.copytree(packages, folder / packages.relative_to(programs().parent), dirs_exist_ok=True)
+    _pip(*install, "--no-deps", "--force-reinstall", wheel())
+    _pip(*install, f"{wheel()}[{','.join(extras)}]")
     return folder / "bin"
 
 

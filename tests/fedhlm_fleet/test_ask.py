@@ -163,7 +163,7 @@ async def test_what_did_not_come_whole_exits_1_and_says_why() -> None:
         (("porch", "Oil", "--cluster", "+"), b"", "cluster"),
         (("porch",), b"", "AGENT TEXT"),
         (("porch", "Oil", "prices"), b"", "quote a text"),
-        (("porch", "Oil", "--tokns", "5"), b"", "--tokns is no option"),
+        (("porch", "Oil", "--tokns", "5"), b"", "--tokns is not an option of fedhlm ask: did you mean --tokens?"),
         (("porch", "Oil", "--brokr.url", "x"), b"", "did you mean"),
     ],
 )
@@ -186,7 +186,7 @@ def test_words_are_an_agent_a_text_and_flags_in_any_order() -> None:
     assert read_words(["--broker.root", "x/1", "porch", "- Oil"]) == ("porch", "- Oil", ["--broker.root", "x/1"])
     assert read_words(["porch", "--broker.root=x/1", "-5"]) == ("porch", "-5", ["--broker.root=x/1"])
     assert read_words(["porch", "--- and so on"]) == ("porch", "--- and so on", [])
-    with pytest.raises(FedhlmError, match="no option of ask"):
+    with pytest.raises(FedhlmError, match="is not an option of fedhlm ask"):
         read_words(["porch", "--help-me"])
 
 

@@ -188,7 +188,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["merge", "good", "text", "out"], "a recording of format"),
     (["merge", "good", "good", "text"], "exists"),
     (["export", "good", "--out", "text"], "exists"),
-    (["export", "good", "--out", "nowhere/out"], "not writable"),
+    (["export", "good", "--out", "nowhere/out"], "must be a writable file"),
     (["export", "good", "--format", "xml"], "xml"),
     (["import", "absent", "out"], "absent"),
     (["import", "text", "out"], "lines lost bytes"),

@@ -270,7 +270,7 @@ def test_a_dead_broker_is_told_after_the_timeout(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("record", "--out", "{old}"), "old.trace must be a new file"),
-        (("record", "--out", "{old}/x"), "does not exist"),
+        (("record", "--out", "{old}/x"), "must be in a folder that exists"),
         (("record", "--out", "new", "--topics", "a/#/b"), "(got 'a/#/b')"),
         (("record", "--out", "new", "--topics", "a/+", "+/b"), "filters 'a/+' and '+/b' overlap"),
         (("record", "--out", "new", "--rotate", "10 miles"), "--rotate must be a size such as"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from edge_broker.mqtt import wire
+from edge_broker.mqtt.descriptors import room_for
 from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, SessionQueue
 from edge_broker.mqtt.packets import (
     V5,
@@ -38,10 +39,10 @@ _log: Final = logging.getLogger(__name__)
 MAX_CONNECT_BYTES: Final = 262_144
 CONNECT_TIMEOUT_S: Final = 10.0
 CLIENTS_MAX: Final = 4_096
+LINKS_MAX: Final = 2 * CLIENTS_MAX  # connections, those before their CONNECT included
 RECEIVE_MAXIMUM: Final = 1_024
 TICK_S: Final = 0.25
-# Section 3.1.2.10: one and a half times the keep-alive.
-PATIENCE: Final = 1.5
+PATIENCE: Final = 1.5  # keep-alives, section 3.1.2.10
 CLOSE_S: Final = 1.0
 _WRITE_BYTES: Final = 262_144
 
@@ -82,7 +83,8 @@ class Server:
         self._users = dict(users or {})
         self._routes = Routes()
         self._retained = RetainedMessages()
-        self._links: set[Link] = set()
+        self._links: dict[Link, None] = {}  # in order of arrival
+        self._links_max = 0
         self._clients: dict[str, Link] = {}
         self._server: asyncio.Server
         self._ticker: asyncio.Task[None]
@@ -91,8 +93,7 @@ class Server:
     @property
     def port(self) -> int:
         """The TCP port in use."""
-        number: int = self._server.sockets[0].getsockname()[1]
-        return number
+        return int(self._server.sockets[0].getsockname()[1])
 
     async def start(self, address: str, port: int) -> None:
         """Start to listen. Port 0 picks a free port.
@@ -102,6 +103,7 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         self.now_s = loop.time()
+        self._links_max = room_for(LINKS_MAX)
         self._server = await loop.create_server(lambda: Link(self), address, port)
         self._ticker = loop.create_task(self._tick(), name="broker")
 
@@ -134,12 +136,17 @@ class Server:
     # Called by links
 
     def add(self, link: "Link") -> None:
-        """Register a new TCP connection."""
-        self._links.add(link)
+        """Register a new TCP connection. Beyond the limit the oldest one that has not logged in is closed."""
+        self._links[link] = None
+        if len(self._links) > self._links_max:
+            del self._links[idle := next((one for one in self._links if not one.known), link)]
+            self.counts.refused += 1
+            warn_once(_log, "links", "%d connections are open: no others fit before they log in", self._links_max)
+            idle.abort()
 
     def remove(self, link: "Link") -> None:
         """Remove a closed TCP connection."""
-        self._links.discard(link)
+        self._links.pop(link, None)
 
     def admits(self, asked: Connect) -> bool:
         """Whether the login is valid: name and password match a user, or there are no users."""
@@ -219,6 +226,11 @@ class Link(asyncio.Protocol):
         self._heard_s = server.now_s
         self._received: set[int] = set()  # received QoS 2 messages that are not released yet
 
+    @property
+    def known(self) -> bool:
+        """Whether its CONNECT has come."""
+        return self._asked is not None
+
     # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -248,7 +260,6 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Handle all complete packets in the buffer."""
         self._buffer += data
-        self._heard_s = self._server.now_s
         try:
             while not self._ended and (found := self._next()) is not None:
                 self._handle(*found)
@@ -256,6 +267,8 @@ class Link(asyncio.Protocol):
             self._server.counts.refused += self._asked is None
             _log.info("client %s: connection ended: %s", self.name or "?", exc)
             self.end(exc.reason, str(exc), will=True)
+        if self.known:  # until then CONNECT_TIMEOUT_S counts from the beginning, however slowly bytes come
+            self._heard_s = self._server.now_s
 
     def _next(self) -> tuple[int, bytes] | None:
         """Remove the next packet from the buffer and return its first byte and body; None if it is incomplete."""

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_broker.embedded import EmbeddedBroker
+from edge_broker.mqtt import server
 from tests.brokers import until
 
 LIMIT_S = 30.0
@@ -309,3 +311,51 @@ async def test_stopping_tells_clients_and_leaves_no_connection() -> None:
         await until(lambda: bool(one.gone))
         assert one.gone == [0x8B]
         await place.broker.start()
+
+
+async def test_a_connect_that_comes_too_slowly_ends_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CONNECT_TIMEOUT_S", 1.0)
+    async with world() as place:
+        reader, writer = await asyncio.open_connection("127.0.0.1", place.broker.port)
+        with contextlib.suppress(ConnectionError):
+            for byte in b"\x10\x7f\0\4MQTT" + bytes(60):
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0.1)
+                if reader.at_eof():
+                    break
+        assert reader.at_eof()
+        assert place.broker.counts.silent == 1
+        writer.close()
+
+
+FEW_FILES = """
+import asyncio, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+from edge_broker import embedded
+asyncio.run(embedded.serve_forever(ready=lambda url: print(url, flush=True)))
+"""
+
+
+async def test_more_connections_than_open_files_leave_those_who_log_in_alone() -> None:
+    async with asyncio.timeout(LIMIT_S):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", FEW_FILES, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        port = int((await process.stdout.readline()).rpartition(b":")[2])
+        good = await asyncio.to_thread(Person, port, "good")
+        await until(lambda: good.up)
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(400)]
+            late = await asyncio.to_thread(Person, port, "late")
+            await until(lambda: late.up)
+            await good.subscribe("t")
+            await late.publish("t", b"x", qos=1)
+            await until(lambda: bool(good.heard))
+            assert silent[0].recv(1) == b"", "the oldest have made room"
+        for one in (good, late):
+            await asyncio.to_thread(one.close)
+        process.terminate()
+        _, said = await process.communicate()
+        assert b"out of system resource" not in said
+        assert said.count(b"\n") < 10

@@ -1,0 +1,17 @@
+"""How many connections this process may have open at once."""
+
+import resource
+from typing import Final
+
+# For files and our own links, and for what asyncio accepts in one go before it tells us of it.
+SPARE: Final = 128
+
+
+def room_for(connections: int) -> int:
+    """Raise the soft limit of open files where that makes room for so many connections; return how many have room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(connections, soft - SPARE))

@@ -1,12 +1,18 @@
-"""The verifier driven by hand: a block is settled with the logits of the toy LLM, and every feed is checked."""
+"""The verifier driven by hand: a block is settled with the logits of a toy LLM, and every feed is checked."""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cloud_verifier.verifier import Block, Session, Settled, settle
 from fedhlm_lab.sim import toy
 
+Logits = Callable[[Sequence[int]], NDArray[np.float64]]
+"""Maps the ids so far to the logits of the next token, shape (VOCAB_SIZE,)."""
 
-def drive(state: Session, block: Block) -> Settled:
+
+def drive(state: Session, block: Block, logits: Logits = toy.large_logits) -> Settled:
     """Settle a block, checking that every feed continues what the cache holds."""
     steps = settle(state, block)
     held: list[int] = list(state.fed)
@@ -15,7 +21,7 @@ def drive(state: Session, block: Block) -> Settled:
         assert feed.keep <= len(held)
         assert feed.ids
         held = held[: feed.keep] + feed.ids
-        rows = [toy.large_logits(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
+        rows = [logits(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
         try:
             feed = steps.send(np.stack(rows))
         except StopIteration as stop:

@@ -29,7 +29,7 @@ from fedhlm.decoding.tree import pack_branches
 from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Hints, Prime, Sampling
 from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
-from tests.cloud_verifier.driven import drive
+from tests.cloud_verifier.driven import Logits, drive
 
 EOS = frozenset({toy.EOS_ID})
 
@@ -63,9 +63,10 @@ def plan(
 
 
 class Cloud:
-    """Real admission and settling on the toy LLM; `lose` forgets everything, as a restart does."""
+    """Real admission and settling on a toy LLM; `lose` forgets everything, as a restart does."""
 
-    def __init__(self) -> None:
+    def __init__(self, logits: Logits = toy.large_logits) -> None:
+        self._logits = logits
         self.lose()
 
     def lose(self) -> None:
@@ -96,7 +97,7 @@ class Cloud:
         if isinstance(admission, Block):
             entry = self.sessions.entry(key)
             assert entry is not None
-            done = drive(entry.state, admission)
+            done = drive(entry.state, admission, self._logits)
             return Answered(action.epoch, action.base, done.accepted, done.ids, done.target_probs, "cloud", done.missed)
         if isinstance(admission, sessions.UnprimedBlock):
             return Unprimed(action.epoch)
@@ -108,12 +109,20 @@ class Cloud:
 class Bench:
     """The machine under test; `up` holds blocks on their way to the cloud, `down` its answers, `work` the draft."""
 
-    def __init__(self, plan: Plan, prompt: list[int], *, agreement: float = 0.7, link_up: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        prompt: list[int],
+        *,
+        agreement: float = 0.7,
+        link_up: bool = True,
+        logits: Logits = toy.large_logits,
+    ) -> None:
         self.plan = plan
         self.prompt = list(prompt)
         self.machine = GenerationMachine(plan, list(prompt), link_up=link_up)
         self.drafter = toy.ToyDrafter(agreement=agreement)
-        self.cloud = Cloud()
+        self.cloud = Cloud(logits)
         self.up: list[Escalate] = []
         self.down: list[Event] = []
         self.work: list[DraftNext] = []

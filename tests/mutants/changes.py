@@ -21,6 +21,7 @@ _POLICY = ("tests/edge_agent/test_policy.py",)
 _GATE = ("tests/edge_agent/test_gate.py",)
 _DOUBT = ("tests/fedhlm/decoding/test_uncertainty.py",)
 _COUPLINGS = ("tests/fedhlm/decoding/test_couplings.py",)
+_NO_LOOKAHEAD = ("tests/edge_agent/test_no_lookahead.py",)
 _THRESHOLDS = ("tests/fedhlm/learning/test_thresholds.py",)
 
 CHANGES: Final = (
@@ -583,5 +584,22 @@ CHANGES: Final = (
         "msgspec.convert(value, kind)",
         "msgspec.convert(value, kind, strict=False)",
         ("tests/fedhlm_doors/test_requests.py",),
+    ),
+    Change(
+        "no look-ahead: a bonus token replaces a kept draft",
+        "edge_agent/generation.py",
+        "            elif self._tail and self._tail[0].token == token:\n",
+        "            elif self._tail and not self._tail[0].escalate and self._tail[0].token != token:\n"
+        "                break\n"
+        "            elif self._tail and self._tail[0].token == token:\n",
+        _NO_LOOKAHEAD,
+    ),
+    Change(
+        "no look-ahead: what a verdict accepts is verified, whatever its doubt",
+        "edge_agent/generation.py",
+        "            self._take_draft(event.source, committed)\n        known = ",
+        "            kept = verified and not self._tail[0].escalate\n"
+        '            self._take_draft("local" if kept else event.source, committed)\n        known = ',
+        _NO_LOOKAHEAD,
     ),
 )

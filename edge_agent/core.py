@@ -412,7 +412,7 @@ class AgentCore:
     async def _publish_doubts(self, turn: Turn, action: Escalate) -> None:
         """Publish the block's doubtful drafts to the cluster before the block is sent, if that is worth its bytes."""
         job = turn.job
-        coin = peers_coin(job.sampling.seed)
+        coin = peers_coin(turn.session)
         if not action.uncertain or not self.peers.asks(job.config, coin):
             return
         comparable_bytes = 0

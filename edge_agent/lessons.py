@@ -50,7 +50,7 @@ class Lessons:
             escalation_bytes=result.escalation_bytes,
             escalated=result.escalated,
             # Drawn for the finished text, because the audit probability depends on its tail.
-            coin=audit_coin(job.sampling.seed),
+            coin=audit_coin(turn.session),
         )
         if text is not None:
             self._auditor.wait(audit_of(turn, measures, text, now_s))

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from edge_agent.accounts import OpenText
+from edge_agent.coins import audit_coin
 from edge_agent.events import Answered, Commit, Drafted, DraftNext, Escalate, Event, Finish, Observation, Observe, Plan
 from edge_agent.generation import GenerationMachine, scored
 from edge_agent.learner import Learner
@@ -25,7 +26,6 @@ from edge_agent.result import Job
 from fedhlm.config import load
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.important import important_of
-from fedhlm.decoding.sampling import AUDIT_STREAM, uniform
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import Curve
 from fedhlm.progress import progress
@@ -119,7 +119,7 @@ class OfflineDevice:
             tau=plan.tau,
             escalation_bytes=0,
             escalated=escalated,
-            coin=uniform(seed, 0, AUDIT_STREAM),
+            coin=audit_coin(seed),
         )
         if open_text is not None:
             self._audit(text, plan, end, open_text)

@@ -18,7 +18,8 @@ from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from edge_agent.events import Committed
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
-from fedhlm.protocol.messages import FinishReason, Sampling
+from fedhlm.protocol.fields import FinishReason
+from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual

@@ -553,21 +553,21 @@ CHANGES: Final = (
     Change(
         "the coin of an audit",
         "edge_agent/coins.py",
-        "return uniform(seed, 0, AUDIT_STREAM)",
+        "return uniform(session, 0, AUDIT_STREAM)",
         "return uniform(0, 0, AUDIT_STREAM)",
         ("tests/edge_agent/test_coins.py",),
     ),
     Change(
         "two coins",
         "edge_agent/coins.py",
-        "return uniform(seed, 1, AUDIT_STREAM)",
-        "return uniform(seed, 0, AUDIT_STREAM)",
+        "return uniform(session, 1, AUDIT_STREAM)",
+        "return uniform(session, 0, AUDIT_STREAM)",
         ("tests/edge_agent/test_coins.py",),
     ),
     Change(
         "the coin's use",
         "edge_agent/lessons.py",
-        "coin=audit_coin(job.sampling.seed),",
+        "coin=audit_coin(turn.session),",
         "coin=0.0,",
         ("tests/edge_agent/test_coins.py",),
     ),
@@ -601,5 +601,12 @@ CHANGES: Final = (
         "            kept = verified and not self._tail[0].escalate\n"
         '            self._take_draft("local" if kept else event.source, committed)\n        known = ',
         _NO_LOOKAHEAD,
+    ),
+    Change(
+        "the audit's coin is not the client's",
+        "edge_agent/lessons.py",
+        "coin=audit_coin(turn.session),",
+        "coin=audit_coin(job.sampling.seed),",
+        ("tests/edge_agent/test_coins.py",),
     ),
 )

@@ -199,6 +199,7 @@ def demo(
     temperature: Annotated[float, Parameter(validator=Between(gte=0, lte=10))] = 0.0,
     json: Path | None = None,
     record: Path | None = None,
+    truth: bool = False,
 ) -> int:
     """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled the tokens at what cost.
 
@@ -229,6 +230,8 @@ def demo(
         JSON file to write the results to.
     record
         File to record all messages to, journals included; there is no comparison then.
+    truth
+        Have the LLM score every kept token of the run afterwards, and print the truth beside each certificate.
     """
     with needing("agent,edge,cloud"):
         present(*DEMO)  # the child processes need them
@@ -245,6 +248,7 @@ def demo(
         temperature=temperature,
         json_file=json,
         recording=record,
+        truth=truth,
     )
 
 

@@ -6,7 +6,9 @@ from msgspec import structs
 
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.decoding.decoder import DecoderInput
 from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
 from fedhlm_fleet.demo.report import Alternatives, Figures, Generated, PresetRun, figures
 
@@ -31,6 +33,24 @@ class Judge:
         left_out = set() if texts_max is None else set(continued[texts_max:])
         chosen = [i for i in range(len(run.requests)) if i not in left_out]
         return figures(run, {i: self._alone(run.requests[i], run.generation) for i in chosen})
+
+    def kept_and_wrong(self, request: Generated, generation: Generation) -> tuple[int, int]:
+        """Score a text with the LLM: how many tokens were kept, and how many of them the LLM would not have written.
+
+        The LLM sees the text as it was written, so a token is judged after the tokens that really precede it.
+        """
+        kept = [place for place, source in enumerate(request.sources) if not SOURCES[source].verified]
+        if not kept:
+            return 0, 0
+        prompt, decoder = self._large.encode(request.prompt), self._large.decoder
+        ids = [*prompt, *request.ids[:-1]]
+        logits = decoder.forward([DecoderInput(decoder.empty_cache(), ids, len(request.ids))])[0].logits  # (n, V)
+        sampling = generation.sampling(request.seed, temperature=request.temperature)
+        settle = COUPLINGS[sampling.coupling].settle
+        wrong = sum(
+            settle(logits[place], sampling, len(prompt) + place, None, b"") != request.ids[place] for place in kept
+        )
+        return len(kept), wrong
 
     def _alone(self, request: Generated, generation: Generation) -> Alternatives:
         # Only gumbel and greedy texts are functions of the seed; for the other couplings the models write a gumbel

@@ -99,10 +99,32 @@ class Figures(msgspec.Struct, kw_only=True):
     wall_s: float
 
 
+class TruthRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The truth of one agent's texts at one temperature, or of `all` agents, and the certificate's words about them.
+
+    Only texts that the certificate accounts for are counted; the others wait for their audits. `tokens` leaves out those
+    that are always verified, which no budget counts. `wrong` of the `kept` tokens are not what the LLM would have
+    written, and `truth` is their share of `tokens`. `ever_above` says that the truth was once above `risk_limit`, after
+    any text.
+    """
+
+    agent: str
+    temperature: float
+    texts: int
+    tokens: int
+    kept: int
+    wrong: int
+    truth: float
+    risk: float
+    risk_limit: float
+    ever_above: bool
+
+
 class Report(Figures, kw_only=True):
     """The figures of the run, and those of the comparison after it: the same few prompts under several presets.
 
     `budget` is None if the preset has none; `alpha` and `skew` are None if all agents share one list of news.
+    `truth` is empty unless it was asked for.
     """
 
     budget: float | None = None
@@ -110,6 +132,7 @@ class Report(Figures, kw_only=True):
     skew: float | None = None
     rounds: dict[str, int] = {}
     comparisons: list[Figures] = []
+    truth: list[TruthRow] = []
     stopped_early: bool = False
 
 
@@ -254,6 +277,11 @@ def notes(report: Report) -> list[str]:
         )
     if any(c.compared and c.identical_to_llm is None for c in (report, *report.comparisons)):
         lines.append("-: this preset draws other random numbers than the LLM alone, so its texts need not be equal.")
+    if report.truth:
+        lines.append(
+            "truth: the share of tokens that were kept and that the LLM would not have written there, over the texts "
+            "that a certificate accounts for."
+        )
     if report.risk_limit is not None:
         lines.append(
             "error per token: what skipping is estimated to cost (R-hat); at most: the certificate's limit, at the preset's "

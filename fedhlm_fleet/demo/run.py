@@ -21,6 +21,7 @@ from rich.console import Console
 from edge_agent.measures import measures_of
 from fedhlm import choices, settings
 from fedhlm import config as configuration
+from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.errors import BusError, ConfigError, root_of
 from fedhlm.process.run import bus_of
 from fedhlm.telemetry import configure_logging
@@ -30,7 +31,8 @@ from fedhlm_fleet.demo.asking import Asker, Task, load_prompts, tasks_of
 from fedhlm_fleet.demo.journey import ASCII_BARS, BARS, Journey
 from fedhlm_fleet.demo.judge import Judge
 from fedhlm_fleet.demo.progress import Progress
-from fedhlm_fleet.demo.report import Figures, Generated, PresetRun, Report, figures, notes, tables
+from fedhlm_fleet.demo.report import Figures, Generated, PresetRun, Report, TruthRow, figures, notes, tables
+from fedhlm_fleet.demo.truth import truth_rows, truth_table
 from fedhlm_fleet.processes import Processes
 from fedhlm_zoo.partition import dirichlet_partition, skew
 from fedhlm_zoo.shipped import model_folder
@@ -70,6 +72,7 @@ class Demo:
         alpha: float | None = None,
         temperature: float = TEMPERATURE,
         recording: Path | None = None,
+        truth: bool = False,
     ) -> None:
         # A byte within a cluster costs nothing here: it never leaves the machine.
         self.overrides = {"generation.temperature": f"{temperature:g}", "generation.consensus.lan_price": "0"}
@@ -82,6 +85,10 @@ class Demo:
         if budget is not None and not self.has_budget:
             words = f"left to a preset with generation.threshold 'calibrated-fl', unlike {preset} ({generation.threshold!r})"
             raise ConfigError("generation.budget", budget, words, source="flag --budget")
+        if truth and not (generation.audit and COUPLINGS[generation.coupling].shared):
+            words = f"used with a preset that audits kept tokens under shared noise, unlike {preset}"
+            raise ConfigError("--truth", truth, words)
+        self.truth = truth
         self.preset = preset
         is_path = preset not in configuration.presets()
         self.preset_source = str(Path(preset).resolve()) if is_path else preset
@@ -216,6 +223,14 @@ class Demo:
             comparisons = [await asyncio.to_thread(judge.figures, other) for other in runs]
             judged = await asyncio.to_thread(judge.figures, run, JUDGED_TEXTS)
             self.report = self._reported(judged, progress, comparisons=comparisons)
+            if self.truth:
+                progress.stage("the LLM scores every kept token of the run")
+                self.report.truth = await asyncio.to_thread(self._truth_of, run, judge)
+
+    def _truth_of(self, run: PresetRun, judge: Judge) -> list[TruthRow]:
+        generation = run.generation
+        scores = [judge.kept_and_wrong(request, generation) for request in run.requests]
+        return truth_rows(run.requests, scores, temperature=generation.temperature, confidence=generation.confidence)
 
     def _news(self) -> list[str]:
         """Describe how the news are distributed."""
@@ -315,6 +330,7 @@ def run(
     temperature: float = TEMPERATURE,
     json_file: Path | None = None,
     recording: Path | None = None,
+    truth: bool = False,
 ) -> int:
     """Run the demo, print its table and return the exit code: 130 if interrupted, 1 if every request failed, else 0."""
     console = Console()
@@ -333,6 +349,7 @@ def run(
         alpha=alpha,
         temperature=temperature,
         recording=recording,
+        truth=truth,
     )
     code = 0
     try:
@@ -344,6 +361,8 @@ def run(
         raise root_of(group) from group
     if demo.report is not None:
         console.print(*tables(demo.report, console.width))
+        if demo.report.truth:
+            console.print(truth_table(demo.report.truth))
         for line in notes(demo.report):
             console.print(line, markup=False, highlight=False)
         figures_file.write(json_file, demo.report)

@@ -68,7 +68,7 @@ def checked_comparisons(report: dict[str, Any], name: str) -> dict[str, dict[str
 
 @pytest.mark.slow
 def test_the_default_shows_the_whole_journey(tmp_path: Path) -> None:
-    report, printed = measured(tmp_path, "--budget", "0.2", duration_s=7)
+    report, printed = measured(tmp_path, "--budget", "0.2", "--truth", duration_s=7)
     assert report["preset"] == DEFAULT_PRESET
     assert report["budget"] == 0.2
     comparisons = checked_comparisons(report, DEFAULT_PRESET)
@@ -78,6 +78,10 @@ def test_the_default_shows_the_whole_journey(tmp_path: Path) -> None:
     assert comparisons[DEFAULT_PRESET]["tau_start"] > 0.0  # and what was learnt is still known
     assert report["tokens_by_source"]["local"] > 0
     assert 0.0 <= report["risk"] <= report["risk_limit"] <= 1.0
+    every = report["truth"][-1]
+    assert (every["agent"], every["ever_above"]) == ("all", False)
+    assert 0.0 <= every["truth"] <= every["risk_limit"]
+    assert every["kept"] > 0
     for words in ("tokens ", "federated ", "m(u) ", "threshold  tau", "budget 0.2 per token", "kept on the device"):
         assert words in printed
 

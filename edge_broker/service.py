@@ -351,9 +351,10 @@ class EdgeService:
     # Federation
 
     def _contribute(self, agent: str, contribution: Contribution) -> None:
-        cut, wall_ms = self.members.cut, self.down.stamp.wall_ms()
+        cut, cut_evidence, wall_ms = self.members.cut, self.members.evidence.cut, self.down.stamp.wall_ms()
         self._rounds.count(self.federation.contribute(agent, contribution, self._clock_s(), wall_ms=wall_ms))
         self._counters.add("cut_contributions", self.members.cut - cut)
+        self._counters.add("cut_evidence", self.members.evidence.cut - cut_evidence)
 
     def _be_told(self, received: Received, told: Learned | Forget) -> None:
         wall_ms = self.down.stamp.wall_ms()

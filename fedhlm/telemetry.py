@@ -59,6 +59,7 @@ COUNTERS: Final[dict[str, str]] = {
     "contributions": "federated contributions taken, from agents at an edge or from clusters at the cloud",
     "refused_contributions": "federated contributions with impossible sums or thresholds",
     "cut_contributions": "contributions that claimed more tokens, or less harm, than the edge saw in verdicts",
+    "cut_evidence": "contributions whose certificate promised much more than what the edge saw in verdicts allows",
     "forgotten_members": "operators' orders to forget a member that were obeyed",
     "rounds": "federated rounds completed",
     "verified_tokens": "tokens that the cloud settled in doubtful contexts, remembered at the edge",

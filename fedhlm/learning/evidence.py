@@ -21,6 +21,10 @@ from fedhlm.telemetry import Counters
 ACCOUNTS_MAX: Final = 4_096  # beyond this number the sums of the most silent member lose its name
 ELSEWHERE: Final = 2.0  # a first claim of more than this many times the witnessed tokens was not made here
 ELSEWHERE_TOKENS: Final = 64.0  # and of so many tokens more
+CUT: Final = (
+    1.25  # a claim counts as cut if its limit rises by more; small cuts are the luck of an honest device's coins
+)
+CUT_CONFIDENCE: Final = 0.95  # of the limits that are compared for that
 
 
 class Witness(NamedTuple):
@@ -107,9 +111,13 @@ class SavedEvidence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
 
 
 class FleetEvidence:
-    """The evidence of a fleet. Members that left still count here for what they did here, until they are forgotten."""
+    """The evidence of a fleet. Members that left still count here for what they did here, until they are forgotten.
+
+    `cut` counts claims whose limit rose by more than a quarter when they were held to what was witnessed.
+    """
 
     def __init__(self) -> None:
+        self.cut = 0
         self.began_ms: int | None = None
         self._accounts: dict[str, dict[Pair, Account]] = {}
         self._rest: dict[Pair, Certificate] = {}
@@ -162,7 +170,10 @@ class FleetEvidence:
         account.counted = claim - account.base
         if seen is not None:
             account.seen = seen.tokens
-            account.counted = seen.limited(account.closed + account.counted) - account.closed
+            claimed = account.closed + account.counted
+            limited = seen.limited(claimed)
+            self.cut += limited.limit(CUT_CONFIDENCE) > CUT * claimed.limit(CUT_CONFIDENCE)
+            account.counted = limited - account.closed
         while len(accounts) > MAX_PAIRS:
             oldest = next(iter(accounts))
             self._keep(oldest, accounts.pop(oldest))

@@ -182,7 +182,10 @@ class Members:
             curves = curves_of(message)
             reason = "evidence"
             if message.evidence is not None:
+                before = self.evidence.cut
                 self.evidence.hear(name, message.evidence, witnessed)
+                if self.evidence.cut > before:
+                    warn_once(log, f"{name} cut evidence", "cut the evidence of %s to what its verdicts show", name)
         except ProtocolError as exc:
             self.refused[reason] += 1
             self._blame(name, reason)

@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 
 from fedhlm.bus.party import Stamp, presence
+from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.learnt_state import State
 from fedhlm.learning.settled import SLACK_TOKENS
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import decode
-from fedhlm.protocol.messages import Contribution, Learned, PaperThreshold, RoutedVerdict, Verdict, VerdictBatch
+from fedhlm.protocol.messages import (
+    Contribution,
+    Evidence,
+    Learned,
+    PaperThreshold,
+    RoutedVerdict,
+    Verdict,
+    VerdictBatch,
+)
 from fedhlm.protocol.packing import pack_probs
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import PRIOR_TOKENS, RULES, Disk, Hand, Node, World, contribute, curve
@@ -257,6 +266,31 @@ def test_a_contribution_beyond_what_passed_is_cut_counted_and_named(caplog: pyte
         assert tokens(retained(world, topics.FL_STATE, cluster="c1")) == pytest.approx(SLACK_TOKENS)
         assert world.counters["cut_contributions"] == 1
         assert "cut a contribution of a: it claims 1000000 tokens" in caplog.text
+
+    run_virtual(scenario())
+
+
+def test_a_certificate_that_hides_the_harm_that_passed_is_cut_counted_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        world = World()
+        await world.edge("c1").start()
+        cloud, agent = await Hand(world, "cloud").start(), await Hand(world, "a").start()
+        verdict = Verdict(
+            **cloud.party.stamp(), session=1, epoch=0, base=1, status="settled", accepted=1_000,
+            target_probs=pack_probs(np.full(1_000, 0.5)), missed=((1 << 100) - 1).to_bytes(125, "little"),
+        )  # fmt: skip
+        batch = VerdictBatch(**cloud.party.stamp(), items=(RoutedVerdict("a", verdict),))
+        await cloud.send(topics.CLOUD_VERDICT, batch, cluster="c1")
+        for number, wrong in enumerate((100, 100, 0), start=1):
+            known = Certificate()
+            known.add(number + 990, [1.0] * wrong)
+            evidence = Evidence(1, {"3fa4b1.": known.to_bytes()})
+            said = Contribution(**agent.party.stamp(), round=number, members=1, evidence=evidence)
+            await agent.send(topics.FL_UPDATE, said, cluster="c1", agent="a")
+            assert world.counters["cut_evidence"] == (wrong == 0)
+        assert "cut the evidence of a to what its verdicts show" in caplog.text
 
     run_virtual(scenario())
 

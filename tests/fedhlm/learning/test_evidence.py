@@ -316,6 +316,19 @@ def test_a_liar_of_eight_with_the_same_texts_moves_the_limit_by_a_few_percent(li
     assert 0.97 < np.mean(moves) <= 1.02
 
 
+def test_cuts_of_liars_are_counted_and_the_luck_of_the_honest_is_not() -> None:
+    tells = cuts = 0
+    for seed in range(20):
+        fleet, devices = fleet_of_eight(60, seed)
+        tells, cuts = tells + 3 * len(devices), cuts + fleet.cut
+        before = fleet.cut
+        liar = max(devices, key=lambda device: device.wrong)
+        lie = ("clean", "silent about harm")[seed % 2]
+        liar.tell(fleet, LIES[lie](liar))
+        assert fleet.cut == before + 1, lie
+    assert cuts <= 0.01 * tells
+
+
 def test_a_liar_gains_nothing_by_beginning_again_and_again() -> None:
     fleet, devices = fleet_of_eight(60, 1)
     before = total(fleet)

@@ -18,6 +18,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from fedhlm.bus import reasons
+
 _log: Final = logging.getLogger(__name__)
 
 # paho's reason code for a connection that the broker closed without a DISCONNECT; brokers may also send it.
@@ -55,6 +57,7 @@ class PatchedClient(aiomqtt.Client):
         connack: properties of the broker's CONNACK (MQTT 5).
         goodbye: reason code of the broker's DISCONNECT (MQTT 5).
         cut_by_broker: whether the broker ended the connection, with a reason or without.
+        lost: whether the connection has ended.
         opened: set when paho's thread has ended, which opens the connection and cannot be stopped.
 
     `on_refused` is called with a message that the broker rejects and the reason code (MQTT 5, QoS 1 and 2).
@@ -71,6 +74,7 @@ class PatchedClient(aiomqtt.Client):
         self.connack: Properties | None = None
         self.goodbye: int | None = None
         self.cut_by_broker = False
+        self.lost = False
 
     def _on_connect(
         self,
@@ -109,6 +113,9 @@ class PatchedClient(aiomqtt.Client):
             )
         if not self._connected.cancelled():
             super()._on_disconnect(client, userdata, flags, reason_code, properties)
+        self.lost = True
+        if self._disconnected.done() and not self._disconnected.cancelled():
+            self._disconnected.exception()  # retrieved: aiomqtt forgets it where it has not returned from connecting yet
 
     def _on_publish(
         self, client: paho.Client, userdata: object, mid: int, reason_code: ReasonCode, properties: Properties
@@ -232,13 +239,17 @@ async def watch(client: aiomqtt.Client) -> None:
         pass
 
 
-async def enter_quietly(client: aiomqtt.Client) -> aiomqtt.MqttError | None:
+async def enter_quietly(client: PatchedClient) -> aiomqtt.MqttError | None:
     """Connect, and return the error instead of raising it, so that the task never fails."""
     try:
         await client.__aenter__()
     except aiomqtt.MqttError as exc:
         return exc
-    return None
+    if not client.lost:
+        return None
+    # aiomqtt would take a connection that ended right behind its CONNACK for one that stands.
+    why = "" if client.goodbye is None else f": {reasons.described(client.goodbye)}"
+    return aiomqtt.MqttError(f"the broker ended the connection behind its CONNACK{why}")
 
 
 def drop(client: aiomqtt.Client) -> None:

@@ -1,10 +1,15 @@
-"""What our MQTT client does with a socket that is gone before its turn comes."""
+"""What our MQTT client does with a socket, or a connection, that is gone before its turn comes."""
 
 import asyncio
+import gc
 import socket
 from typing import Any
 
+import pytest
+
 from fedhlm.bus.aiomqtt_patches import PatchedClient
+from fedhlm.bus.mqtt import MqttBus
+from tests.brokers import until
 
 
 async def test_a_socket_closed_at_once_leaves_no_writer_to_the_next_one_of_its_number() -> None:
@@ -52,3 +57,31 @@ async def test_an_open_socket_is_written_to() -> None:
     assert loop.remove_writer(near.fileno())
     near.close()
     far.close()
+
+
+CONNACK_5 = b"\x20\x03\0\0\0"
+TAKEN_OVER_5 = b"\xe0\x02\x8e\0"
+
+
+@pytest.mark.parametrize("behind", [TAKEN_OVER_5, b""], ids=["taken over", "closed"])
+async def test_a_connection_that_ends_behind_its_connack_is_told_and_tried_again(
+    behind: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        await reader.read(1_024)
+        writer.write(CONNACK_5 + behind)
+        writer.close()
+
+    async with asyncio.timeout(20.0), await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        # No birth and no filters: nothing else would notice that nobody is there.
+        async with MqttBus(f"mqtt://127.0.0.1:{port}", client_id="x", protocol="5", backoff_cap_s=0.1) as bus:
+            await until(lambda: calls >= 3)
+            assert not bus.connected
+        gc.collect()
+    assert ("session taken over (reason code 0x8E)" in caplog.text) == bool(behind)
+    assert "never retrieved" not in caplog.text

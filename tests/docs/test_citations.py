@@ -7,7 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("fedhlm*", "edge_*", "cloud_*", "tests", "benchmarks", "deploy", "docs", "examples")
 KINDS = {".py", ".md", ".toml", ".yml", ".sh"}
-NOWHERE = re.compile(r"\b(?:ALGORITHMS|CERTIFICATE|HOUSE|STYLE)\b(?! =)|\bliterature\.md|\bliterature \d|/shared/")
+NOWHERE = re.compile(
+    r"\b(?:ALGORITHMS|CERTIFICATE|HOUSE|STYLE)\b(?! =|-----)|\bliterature\.md|\bliterature \d|/shared/"
+)
 
 
 def sources() -> Iterator[tuple[str, str]]:

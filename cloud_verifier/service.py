@@ -20,7 +20,7 @@ from cloud_verifier.verdicts import MODEL_FAILED, portions, verdict_of
 from cloud_verifier.verifier import Settled
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received
-from fedhlm.bus.rates import Allowance
+from fedhlm.bus.rates import Allowance, UnreadLimit
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.evidence import count_fleet
 from fedhlm.learning.roster import roster_of
@@ -91,8 +91,10 @@ class CloudService:
             self.batcher, expired_messages="expired", dropped_messages="overflowed", evicted_caches="evicted"
         )
         self._counters.follow(sessions, evictions="evicted", fingerprint_mismatches="mismatched")
-        party.admits = self._admits
         self._allowance = Allowance(config.cloud.cluster_blocks_s, config.cloud.cluster_bytes_s)
+        unread = UnreadLimit(self._allowance, self._owner, runtime.clock_s)
+        party.admits, party.bus.sheds = self._admits, unread.sheds
+        self._counters.follow(unread, limited_messages="unread")
         self._batch_wait_s = config.cloud.batch_wait_ms / 1000.0
         self._clock_s = runtime.clock_s
         self._work = asyncio.Event()
@@ -131,6 +133,9 @@ class CloudService:
         """
         await self._party.bus.subscribe(
             *(topic.name(self._party.root, cluster="+") for topic in CLUSTERS),
+            qos=0,  # who is not answered asks again, and a flood need not be acknowledged
+        )
+        await self._party.bus.subscribe(
             # The cloud's own retained state from before a restart.
             topics.CLOUD_FL_STATE.name(self._party.root),
             topics.FORGET.name(self._party.root, member="+"),
@@ -153,6 +158,11 @@ class CloudService:
     async def _receive(self) -> None:
         async for received in self._party.received():
             await self.handle(received)
+
+    def _owner(self, name: str) -> str:
+        """The cluster whose edge publishes on a topic; empty if it is none's."""
+        found = topics.lookup(name, self._party.root)
+        return found[1].get("cluster", "") if found is not None and found[0] in CLUSTERS else ""
 
     async def _admits(self, received: Received) -> bool:
         """Whether a cluster keeps to its rate. Blocks beyond it are refused at once; other messages are only counted."""

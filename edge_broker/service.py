@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from edge_broker.admission import AgentRates
 from edge_broker.federation import ClusterFederation
 from edge_broker.heard import BELOW, HEARD
 from edge_broker.journal import EdgeStart
@@ -19,7 +20,6 @@ from edge_broker.memory import DIGEST_MAX, ClusterMemory, PeersAnswer
 from edge_broker.relay import BUSY, Relay
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
-from fedhlm.bus.rates import Allowance
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.evidence import count_fleet
 from fedhlm.learning.learnt_state import State
@@ -56,7 +56,6 @@ from fedhlm.telemetry import warn_once
 log = logging.getLogger(__name__)
 
 DIGEST_S: Final = 0.5
-TOO_FAST: Final = "the agent sends more than its edge takes (edge.agent_messages_s, edge.agent_bytes_s)"
 ANNOUNCE_AGAIN_S: Final = 1.0
 ASSIGNED_MAX: Final = 4_096
 AGENTS_MAX: Final = 4_096
@@ -108,8 +107,7 @@ class EdgeService:
             stale_verdicts="stale_verdicts",
             duplicate_messages="repeated",
         )
-        down.admits = self._admits
-        self._allowance = Allowance(config.edge.agent_messages_s, config.edge.agent_bytes_s)
+        self.rates = AgentRates(config.edge, down, self.cluster, runtime.clock_s)
         self._batch_wait_s = config.edge.batch_wait_ms / 1000.0
         self._waiting = asyncio.Event()
         self._to_announce = to_announce
@@ -150,9 +148,10 @@ class EdgeService:
         """
         await self.down.bus.subscribe(
             *(topic.name(self.down.root, cluster=self.cluster, agent="+") for topic in BELOW),
-            # The edge's own retained state from before a restart.
-            topics.FL_STATE.name(self.down.root, cluster=self.cluster),
+            qos=0,  # an agent whose block is lost asks again, and a flood need not be acknowledged
         )
+        # The edge's own retained state from before a restart.
+        await self.down.bus.subscribe(topics.FL_STATE.name(self.down.root, cluster=self.cluster))
         await self.up.bus.subscribe(
             topics.CLOUD_STATUS.name(self.up.root),
             topics.CLOUD_VERDICT.name(self.up.root, cluster=self.cluster),
@@ -182,18 +181,6 @@ class EdgeService:
     async def _receive(self, party: Party) -> None:
         async for received in party.received():
             await self.handle(received)
-
-    async def _admits(self, received: Received) -> bool:
-        """Whether an agent keeps to its rate. A block beyond it is refused at once; other messages are only counted."""
-        agent, now_s = received.levels.get("agent", ""), self._clock_s()
-        if received.topic not in BELOW or not self._allowance.exceeds(agent, 1.0, received.wire_bytes, now_s):
-            return True
-        self._counters.add("limited_messages")
-        warn_once(log, f"rate {agent}", "agent %s sends more than it may: its messages are refused", agent)
-        if isinstance(received.message, Escalation) and self._allowance.tells(agent, now_s):
-            verdict = refused(self.down.stamp(), received.message, TOO_FAST)
-            await self.down.send_unnoted(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
-        return False
 
     async def handle(self, received: Received) -> None:
         """Handle one message. Messages outside the topics of HEARD are counted and dropped."""

@@ -13,6 +13,7 @@ from paho.mqtt.properties import Properties
 
 from fedhlm.bus.aiomqtt_patches import ClosedEarlyError, PatchedClient, RefusedMessage, drop, enter_quietly, funnel
 from fedhlm.bus.broker_url import BrokerUrl, tls_refusal
+from fedhlm.bus.gate import Sheds
 from fedhlm.bus.interface import MAX_PACKET_BYTES, ProtocolVersion, Retained
 from fedhlm.bus.limits import Limits
 from fedhlm.errors import BusError
@@ -33,7 +34,7 @@ class Dialler:
     """Opens connections of one client id to one broker.
 
     `limits` are the broker's limits of the last connection, lowered by what was learnt since. Incoming messages go to
-    `take`. `on_refused` is called for messages that the broker rejects.
+    `take`, except those that `sheds` drops. `on_refused` is called for messages that the broker rejects.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Dialler:
         keepalive_s: int,
         take: Callable[[aiomqtt.Message], None],
         on_refused: Callable[[RefusedMessage], None],
+        sheds: Sheds,
     ) -> None:
         self.protocol: ProtocolVersion | None = None if protocol == "auto" else protocol
         self.limits = Limits()
@@ -53,7 +55,7 @@ class Dialler:
         self._ssl = url.ssl_context()
         self._will = will
         self._keepalive_s = keepalive_s
-        self._take, self._on_refused = take, on_refused
+        self._take, self._on_refused, self._sheds = take, on_refused, sheds
         self._learnt_max: int | None = None
         self._ever_connected = False
 
@@ -123,7 +125,7 @@ class Dialler:
         client.set_tcp_timeout(TCP_TIMEOUT_S)
         client.acknowledge_at_once()
         client.take_strange_reasons()
-        client.read_ahead()
+        client.read_ahead(self._sheds)
         return client
 
     async def _enter(self, client: PatchedClient, group: asyncio.TaskGroup) -> aiomqtt.MqttError | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Protocol, Self
 
+from fedhlm.bus.gate import Sheds
 from fedhlm.errors import BusError
 from fedhlm.protocol.fields import MAX_PAYLOAD_BYTES
 
@@ -56,7 +57,12 @@ class BusStatistics:
 
 
 class Bus(Protocol):
-    """A connection to the bus, as a context manager: entering connects, leaving publishes the will and disconnects."""
+    """A connection to the bus, as a context manager: entering connects, leaving publishes the will and disconnects.
+
+    Messages of QoS 0 that `sheds` drops are not read; they are neither delivered nor counted here.
+    """
+
+    sheds: Sheds | None
 
     @property
     def connected(self) -> bool:

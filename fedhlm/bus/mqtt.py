@@ -22,6 +22,7 @@ from fedhlm.bus.aiomqtt_patches import PatchedClient, RefusedMessage, drop, publ
 from fedhlm.bus.backoff import CAP_S, Backoff, Wait
 from fedhlm.bus.broker_url import BrokerUrl
 from fedhlm.bus.dial import MAX_IN_FLIGHT, Dialler
+from fedhlm.bus.gate import Sheds
 from fedhlm.bus.interface import (
     DEFAULT_MAX_INCOMING,
     DEFAULT_MAX_OUTGOING,
@@ -90,7 +91,9 @@ class MqttBus:
             keepalive_s=keepalive_s,
             take=self._take,
             on_refused=self._publish_refused,
+            sheds=lambda topic, size: self.sheds is not None and self.sheds(topic, size),
         )
+        self.sheds: Sheds | None = None
         self._birth, self._will = birth, will
         self._connect_timeout_s = connect_timeout_s
         self._content_type = content_type
@@ -193,12 +196,12 @@ class MqttBus:
         item = Outgoing(topic, payload, qos, retain, deadline_s, properties)
         if self._too_large(item, expiry_s):
             return False
-        if not self._open or self._failure is not None or not self._outbox.put(item):
+        dropped = item if not self._open or self._failure is not None else self._outbox.put(item)
+        if dropped is not None:
             self._statistics.dropped_out += 1
             self._warn_full()
-            return False
         self._wakeup.set()
-        return True
+        return dropped is not item
 
     async def wait_backlog(self, at_most: int) -> None:
         """Return once at most `at_most` messages are waiting or in flight.

@@ -4,11 +4,13 @@ A bucket holds what a party may send in BURST_S seconds, and fills at the party'
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final
 
 BURST_S: Final = 4.0
 NAMES_MAX: Final = 4_096
 REFUSALS_S: Final = 50.0  # refusals a second that a party is told of
+UNREAD_BYTES: Final = 1.25  # bytes that are read, for each byte that is allowed
 
 
 class PartyRates:
@@ -50,3 +52,29 @@ class Allowance:
     def tells(self, name: str, now_s: float) -> bool:
         """Whether to tell a party of a refusal. Whoever sends thousands of messages a second is not told of each."""
         return self._refusals.allow(name, 1.0, now_s)
+
+
+class UnreadLimit:
+    """Which messages a part drops before it reads them: those far beyond what their parties may send.
+
+    Beyond its allowance a party is still read REFUSALS_S times a second, so that it can be told. `owner` returns the
+    party that a topic belongs to, or "" for a topic without a limit.
+    """
+
+    def __init__(self, allowance: Allowance, owner: Callable[[str], str], clock_s: Callable[[], float]) -> None:
+        self.unread = 0  # messages dropped so far
+        self._owner, self._clock_s = owner, clock_s
+        self._owners: dict[bytes, str] = {}
+        units_s, bytes_s = allowance.units.per_s, allowance.bytes.per_s
+        self._read = Allowance(units_s and units_s + REFUSALS_S, bytes_s * UNREAD_BYTES)
+
+    def sheds(self, topic: bytes, size_bytes: int) -> bool:
+        """Whether to drop a message unread; see `fedhlm.bus.gate.Sheds`."""
+        owner = self._owners.get(topic)
+        if owner is None:
+            if len(self._owners) >= NAMES_MAX:
+                self._owners.clear()
+            owner = self._owners[topic] = self._owner(topic.decode(errors="replace"))
+        drops = bool(owner) and self._read.exceeds(owner, 1.0, size_bytes, self._clock_s())
+        self.unread += drops
+        return drops

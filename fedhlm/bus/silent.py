@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
 
+from fedhlm.bus.gate import Sheds
 from fedhlm.bus.interface import BusStatistics, Delivery, LinkHook, ProtocolVersion, Retained
 
 
@@ -12,6 +13,7 @@ class SilentBus:
     """A bus that accepts every message. It is never connected, so that no part waits for an answer."""
 
     def __init__(self) -> None:
+        self.sheds: Sheds | None = None
         self._statistics = BusStatistics()
         self._closed = asyncio.Event()
 

@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from fedhlm.bus.gate import Sheds
 from fedhlm.bus.interface import (
     DEFAULT_MAX_INCOMING,
     DEFAULT_MAX_OUTGOING,
@@ -246,6 +247,9 @@ class LoopbackBus:
     `max_incoming` and `max_outgoing` may change at run time. Queued messages stay; new ones find the queue full.
     """
 
+    protocol: ProtocolVersion | None = "5"
+    max_packet_bytes: int | None = None
+
     def __init__(
         self,
         broker: LoopbackBroker,
@@ -270,6 +274,7 @@ class LoopbackBus:
         self._on_link = on_link
         self._statistics = BusStatistics()
         self._inbox = Inbox(max_incoming, self._statistics)
+        self.sheds: Sheds | None = None
         self._outgoing: deque[Packet] = deque()
         self._unheard: deque[Packet] = deque()
         self._filters: dict[str, None] = {}
@@ -285,14 +290,6 @@ class LoopbackBus:
     @property
     def connected(self) -> bool:
         return self._connected
-
-    @property
-    def protocol(self) -> ProtocolVersion:
-        return "5"
-
-    @property
-    def max_packet_bytes(self) -> int | None:
-        return None
 
     @property
     def statistics(self) -> BusStatistics:
@@ -451,6 +448,8 @@ class LoopbackBus:
         self._broker._publish(packet, self.client_id)
 
     def _receive(self, delivery: Delivery, size: int) -> None:
+        if self.sheds is not None and self.sheds(delivery.topic.encode(), size):
+            return
         if self.unread < self.max_incoming:
             self._inbox.put(delivery, size)
         else:

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from fedhlm.bus.gate import Sheds
 from fedhlm.bus.interface import BusStatistics, Delivery, LinkHook, ProtocolVersion, Retained
 from fedhlm.errors import ProtocolError
 from fedhlm.process.state import Store
@@ -25,6 +26,7 @@ class CapturingBus:
 
     def __init__(self, has_room: Callable[[int], bool]) -> None:
         self.sent: list[Captured] = []
+        self.sheds: Sheds | None = None
         self.connected = True
         self.statistics = BusStatistics()
         self.protocol: ProtocolVersion | None = "5"

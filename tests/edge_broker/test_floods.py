@@ -6,7 +6,7 @@ import time
 import msgspec
 
 from cloud_verifier import service as cloud_service
-from edge_broker import service as edge_service
+from edge_broker.admission import TOO_FAST
 from edge_broker.relay import BUSY, PENDING_OF_ONE, Relay
 from fedhlm.bus.interface import BusStatistics, Delivery, Inbox
 from fedhlm.bus.rates import BURST_S, REFUSALS_S
@@ -51,7 +51,7 @@ def test_blocks_beyond_an_agents_rate_are_refused_at_once_and_others_are_relayed
     async def scenario() -> None:
         scene = await Scene().start()
         edge = scene.edge.service
-        edge._allowance.units.per_s = RATE
+        edge.rates.allowance.units.per_s = RATE
         other = await Hand(scene.world, "b").start(topics.VERDICT.name(cluster="c1", agent="b"))
         flood = 10 * RATE
         for number in range(flood):
@@ -64,7 +64,7 @@ def test_blocks_beyond_an_agents_rate_are_refused_at_once_and_others_are_relayed
         assert relayed.count("b") == 1, "another agent's block is relayed"
         assert other.of(Verdict) == []
         assert relayed.count("a") == int(RATE * BURST_S)
-        assert {(v.status, v.reason) for v in refused} == {("refused", edge_service.TOO_FAST)}
+        assert {(v.status, v.reason) for v in refused} == {("refused", TOO_FAST)}
         assert len(refused) == flood - relayed.count("a")
         assert scene.world.counters["limited_messages"] == len(refused)
         await asyncio.sleep(BURST_S)
@@ -79,7 +79,7 @@ def test_an_agent_is_told_of_some_refusals_a_second_only() -> None:
 
     async def scenario() -> None:
         scene = await Scene().start()
-        scene.edge.service._allowance.units.per_s = 1
+        scene.edge.service.rates.allowance.units.per_s = 1
         for number in range(2_000):
             await scene.agent.party.send(
                 topics.ESCALATE, escalation(scene.agent, number), cluster="c1", agent="a", expiry_s=None
@@ -95,7 +95,7 @@ def test_an_agent_is_told_of_some_refusals_a_second_only() -> None:
 def test_large_messages_count_by_their_bytes() -> None:
     async def scenario() -> None:
         scene = await Scene().start()
-        scene.edge.service._allowance.bytes.per_s = 1_000
+        scene.edge.service.rates.allowance.bytes.per_s = 1_000
         heavy = msgspec.structs.replace(escalation(scene.agent, 1), laws=bytes(3_900))
         await scene.agent.send(topics.ESCALATE, heavy, cluster="c1", agent="a")
         await scene.agent.send(topics.ESCALATE, heavy, cluster="c1", agent="a")
@@ -107,7 +107,7 @@ def test_large_messages_count_by_their_bytes() -> None:
 def test_doubts_beyond_the_rate_are_dropped_and_counted() -> None:
     async def scenario() -> None:
         scene = await Scene().start()
-        scene.edge.service._allowance.units.per_s = RATE
+        scene.edge.service.rates.allowance.units.per_s = RATE
         for number in range(100):
             message: UncertainTokens = doubts(scene.agent, (number, 7))
             await scene.agent.party.send(topics.PEER, message, cluster="c1", agent="a", expiry_s=None)
@@ -145,11 +145,49 @@ def test_a_cluster_beyond_its_rate_is_refused_at_once_and_others_are_served() ->
     run_virtual(scenario())
 
 
+def test_a_flood_is_dropped_before_it_is_read() -> None:
+    """Every kind of message that an agent sends counts. Of the cloud's messages none is dropped."""
+
+    async def scenario() -> None:
+        scene = await Scene().start()
+        down = scene.edge.service.down.bus
+        before, now_s = down.statistics.messages_in, asyncio.get_running_loop().time()
+        for number in range(3_000):
+            await scene.agent.party.send(topics.PEER, doubts(scene.agent, (number, 7)), cluster="c1", agent="a")
+            await scene.agent.party.send(topics.ESCALATE, escalation(scene.agent, number), cluster="c1", agent="a")
+            await asyncio.sleep(1e-4)
+        took_s = asyncio.get_running_loop().time() - now_s
+        most = (Edge().agent_messages_s + REFUSALS_S) * (BURST_S + took_s)
+        assert 0.99 * most < down.statistics.messages_in - before <= most
+        assert scene.world.counters["limited_messages"] >= 6_000 - Edge().agent_messages_s * (BURST_S + took_s)
+        assert down.sheds is not None
+        answers = topics.CLOUD_VERDICT.name(cluster="c1").encode()
+        assert not any(down.sheds(answers, 1_000) for _ in range(10_000)), "on a broker of both sides"
+
+    run_virtual(scenario())
+
+
+def test_a_clusters_flood_is_dropped_before_it_is_read() -> None:
+    async def scenario() -> None:
+        world = World()
+        cloud = await world.cloud().start()
+        sheds = cloud.service.bus.sheds
+        assert sheds is not None
+        flood = [topic.name(cluster="a").encode() for topic in (topics.CLOUD_VERIFY, topics.CLOUD_PROFILE)]
+        read = sum(not sheds(flood[number % 2], 100) for number in range(20_000))
+        assert read == (Cloud().cluster_blocks_s + REFUSALS_S) * BURST_S
+        assert world.counters["limited_messages"] == 20_000 - read
+        assert not sheds(topics.CLOUD_VERIFY.name(cluster="b").encode(), 100)
+        assert not sheds(topics.FORGET.name(member="a").encode(), 100)
+
+    run_virtual(scenario())
+
+
 def test_the_settings_set_the_rates() -> None:
     async def scenario() -> None:
         world = World()
         edge = world.edge().service
-        assert (edge._allowance.units.per_s, edge._allowance.bytes.per_s) == (
+        assert (edge.rates.allowance.units.per_s, edge.rates.allowance.bytes.per_s) == (
             Edge().agent_messages_s,
             Edge().agent_bytes_s,
         )

@@ -22,6 +22,8 @@ _GATE = ("tests/edge_agent/test_gate.py",)
 _DOUBT = ("tests/fedhlm/decoding/test_uncertainty.py",)
 _COUPLINGS = ("tests/fedhlm/decoding/test_couplings.py",)
 _NO_LOOKAHEAD = ("tests/edge_agent/test_no_lookahead.py",)
+_FLOODS = ("tests/edge_broker/test_floods.py",)
+_OUTGOING = ("tests/fedhlm/bus/test_outgoing.py",)
 _THRESHOLDS = ("tests/fedhlm/learning/test_thresholds.py",)
 
 CHANGES: Final = (
@@ -608,5 +610,47 @@ CHANGES: Final = (
         "coin=audit_coin(turn.session),",
         "coin=audit_coin(job.sampling.seed),",
         ("tests/edge_agent/test_coins.py",),
+    ),
+    Change(
+        "an agent's flood is dropped unread",
+        "edge_broker/admission.py",
+        "party.admits, party.bus.sheds = self.admits, unread.sheds",
+        "party.admits = self.admits",
+        _FLOODS,
+    ),
+    Change(
+        "a cluster's flood is dropped unread",
+        "cloud_verifier/service.py",
+        "party.admits, party.bus.sheds = self._admits, unread.sheds",
+        "party.admits = self._admits",
+        _FLOODS,
+    ),
+    Change(
+        "messages that need an answer are not dropped unread",
+        "fedhlm/bus/gate.py",
+        "_KIND_AND_QOS: Final = 0xF6",
+        "_KIND_AND_QOS: Final = 0xF0",
+        ("tests/fedhlm/bus/test_gate.py",),
+    ),
+    Change(
+        "answers to one party do not hold up the others",
+        "fedhlm/bus/outgoing.py",
+        "AHEAD: Final = 32",
+        "AHEAD: Final = 10**9",
+        _OUTGOING,
+    ),
+    Change(
+        "a full outgoing queue takes from who has most",
+        "fedhlm/bus/outgoing.py",
+        "(dropped := self._push_out(item)) is item",
+        "(dropped := item) is item",
+        _OUTGOING,
+    ),
+    Change(
+        "who keeps to the rates is read",
+        "fedhlm/bus/rates.py",
+        "units_s and units_s + REFUSALS_S",
+        "units_s / 2.0",
+        ("tests/fedhlm/bus/test_rates.py",),
     ),
 )

@@ -233,6 +233,23 @@ def test_messages_published_while_the_broker_is_away_arrive_once_and_in_order(ki
     run_on(kind, scenario)
 
 
+def test_what_is_shed_is_never_delivered_and_everything_else_is(kind: Kind) -> None:
+    async def scenario(net: Network) -> None:
+        async with net.bus("one") as one, net.bus("two") as two:
+            two.sheds = lambda topic, size: topic == b"t/flood" and size > 20
+            await two.subscribe("t/+", qos=0)
+            for number in range(300):
+                await one.publish("t/flood", bytes(200))
+                if not number % 100:
+                    await one.publish("t/honest", bytes([number // 100]))
+                    await one.publish("t/flood", b"small")
+            heard = [(d.topic, d.payload) for d in await take(two, 6)]
+            assert sorted(heard) == [("t/flood", b"small")] * 3 + [("t/honest", bytes([n])) for n in range(3)]
+            assert two.statistics.messages_in == 6
+
+    run_on(kind, scenario)
+
+
 def test_an_expired_message_is_not_sent(kind: Kind) -> None:
     async def scenario(net: Network) -> None:
         async with net.bus("one") as one, net.bus("two") as two:

@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhlm.bus.rates import BURST_S, NAMES_MAX, PartyRates
+from fedhlm.bus.rates import BURST_S, NAMES_MAX, REFUSALS_S, Allowance, PartyRates, UnreadLimit
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.5), st.floats(0.1, 30.0)), max_size=200), st.floats(1.0, 50.0))
@@ -48,3 +48,52 @@ def test_names_are_bounded() -> None:
     for name in range(NAMES_MAX + 10):
         rates.allow(str(name), 1.0, 0.0)
     assert len(rates) == NAMES_MAX
+
+
+# What is not even read
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 0.5), st.integers(1, 5_000)), max_size=200),
+    st.floats(1.0, 50.0),
+    st.floats(100.0, 5_000.0),
+)
+def test_of_a_party_that_keeps_to_its_rates_everything_is_read(
+    sent: list[tuple[float, int]], units_s: float, bytes_s: float
+) -> None:
+    now_s = 0.0
+    allowance = Allowance(units_s, bytes_s)
+    limit = UnreadLimit(allowance, lambda name: name, lambda: now_s)
+    for wait_s, size in sent:
+        now_s += wait_s
+        shed = limit.sheds(b"a", size)
+        if allowance.exceeds("a", 1.0, size, now_s):
+            return
+        assert not shed
+
+
+def test_of_a_flood_little_more_than_the_allowance_is_read() -> None:
+    now_s = 0.0
+    limit = UnreadLimit(Allowance(10.0, 0.0), lambda name: name if name != "free" else "", lambda: now_s)
+    read = 0
+    for step in range(10_000):
+        now_s = step / 1_000
+        read += not limit.sheds(b"flood", 100)
+        assert not limit.sheds(b"free", 100)
+        assert step % 100 or not limit.sheds(b"honest", 100)
+    most = (10.0 + REFUSALS_S) * (10.0 + BURST_S)
+    assert 0.9 * most < read <= most
+    assert limit.unread == 10_000 - read
+
+
+def test_without_limits_everything_is_read() -> None:
+    limit = UnreadLimit(Allowance(0.0, 0.0), lambda name: name, lambda: 0.0)
+    assert not any(limit.sheds(b"a", 10**6) for _ in range(10_000))
+
+
+def test_invented_topics_take_little_memory() -> None:
+    limit = UnreadLimit(Allowance(1.0, 0.0), lambda _name: "a", lambda: 0.0)
+    for number in range(NAMES_MAX + 10):
+        limit.sheds(str(number).encode(), 1)
+    assert len(limit._owners) <= NAMES_MAX
+    assert not limit.sheds(b"\xff\xfe", 1) or limit.unread

@@ -14,6 +14,7 @@ from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.bus.rates import BURST_S, REFUSALS_S
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import (
     SCHEMA_VERSION,
     Escalation,
@@ -23,7 +24,6 @@ from fedhlm.protocol.messages import (
     Sampling,
     Verdict,
     VerdictBatch,
-    encode,
 )
 from fedhlm.protocol.packing import pack_ids, pack_probs
 from fedhlm.settings import Cluster, Config, Edge

@@ -27,8 +27,8 @@ from fedhlm.learning.roster import roster_of
 from fedhlm.learning.rounds import Rounds
 from fedhlm.process.runtime import Runtime
 from fedhlm.protocol import topics
-from fedhlm.protocol.fields import MAX_BATCH
-from fedhlm.protocol.fingerprint import half_of
+from fedhlm.protocol.fields import MAX_BATCH, Pair
+from fedhlm.protocol.fingerprint import half_of, pair_of
 from fedhlm.protocol.messages import (
     AnyMessage,
     Assignment,
@@ -268,7 +268,7 @@ class EdgeService:
             vocab_size = self._vocab_size(agent)
             added = len(verdict.ids) // id_bytes(vocab_size) if vocab_size is not None else 0
             audit = self.relay.audits(agent, verdict)
-            self.federation.settled.note(agent, verdict, half_of(self.upstream), added=added, audit=audit)
+            self.federation.settled.note(agent, verdict, self._pair(agent), added=added, audit=audit)
             await self._send_verdict(agent, verdict)
         if self.upstream is None:
             # The cloud answers, so its presence message was lost on the way, for example in a full queue. A new
@@ -334,6 +334,12 @@ class EdgeService:
         state = self.agents.get(agent)
         fingerprint = (state.fingerprint if state else None) or self.upstream
         return None if fingerprint is None else fingerprint.vocab_size
+
+    def _pair(self, agent: str) -> Pair:
+        """The models under which an agent's tokens are scored now; empty if it has not said what it runs."""
+        state = self.agents.get(agent)
+        small = state.fingerprint if state else None
+        return "" if small is None else pair_of(small, self.upstream)
 
     # Federation
 
@@ -420,10 +426,6 @@ class EdgeService:
     async def _note_agent(self, agent: str, state: Presence) -> None:
         if state.online:
             former = self.agents.get(agent)
-            new = former is None
-            if former is not None and former.fingerprint != state.fingerprint:
-                log.info("agent %s has another model: it is accounted for anew", agent)
-                self.federation.settled.forget(agent)
             if former is None or (former.sequence, former.sent_ms) != (state.sequence, state.sent_ms):
                 self.members.born(agent)
             self.agents[agent] = state
@@ -433,7 +435,7 @@ class EdgeService:
             if ours and theirs and (ours.tokenizer, ours.vocab_size) != (theirs.tokenizer, theirs.vocab_size):
                 self._counters.add("fingerprint_mismatches")
                 warn_once(log, f"mismatch {agent}", "agent %s has another tokenizer than the cloud", agent)
-            if new:
+            if former is None:
                 await self._carry_over(agent)
         else:
             self.agents.pop(agent, None)

@@ -44,7 +44,7 @@ class Outgoing:
 
 
 @dataclass(slots=True)
-class _Place:
+class _OutPlace:
     item: Outgoing | None
 
 
@@ -53,7 +53,7 @@ class _Turn(NamedTuple):
 
     turn: float
     number: int
-    place: _Place
+    place: _OutPlace
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class _Line:
     """The waiting messages of one topic; `turn` is the one after its newest."""
 
     turn: float
-    places: deque[_Place] = field(default_factory=deque)
+    places: deque[_OutPlace] = field(default_factory=deque)
 
 
 class Outbox:
@@ -110,7 +110,7 @@ class Outbox:
             return item
         line = self._lines.setdefault(item.topic, _Line(self._turn))
         line.turn = max(line.turn, self._turn)
-        place = _Place(item)
+        place = _OutPlace(item)
         self._number += 1
         heapq.heappush(self._turns, _Turn(max(self._turn, line.turn - AHEAD), self._number, place))
         line.turn += 1.0
@@ -125,7 +125,7 @@ class Outbox:
             return item
         return self._leave(heaviest, self._lines[heaviest].places[-1])
 
-    def _leave(self, topic: str, place: _Place) -> Outgoing:
+    def _leave(self, topic: str, place: _OutPlace) -> Outgoing:
         """Empty a place at either end of its topic's line."""
         line, item = self._lines[topic], place.item
         if item is None:

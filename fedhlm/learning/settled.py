@@ -15,7 +15,7 @@ from fedhlm.learning.certificate import AUDIT_CHANCES, audit_probability
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.evidence import Witness
 from fedhlm.protocol.fields import MAX_PAIRS, Pair
-from fedhlm.protocol.fingerprint import large_of, pair_in
+from fedhlm.protocol.fingerprint import pair_in
 from fedhlm.protocol.messages import PaperThreshold, Verdict
 
 AGENTS_MAX: Final = 4_096
@@ -51,10 +51,10 @@ class _Account:
 
 
 class SettledTokens:
-    """Accounts of at most AGENTS_MAX agents, one for each LLM that scored their tokens.
+    """Accounts of at most AGENTS_MAX agents, one for each pair of their SLM and the LLM that scored their tokens.
 
-    The agent that has been silent for longest is dropped first. An LLM is named by its half of a pair's name
-    (`fedhlm.protocol.fingerprint.large_of`).
+    The agent that has been silent for longest is dropped first. What an agent brings along counts at its first
+    contribution only. Of a pair that it names later, only tokens that pass from then on count.
 
     A measure whose name begins with one of `uncertainties` is about an agent's own drafts. Harm is checked for these
     only.
@@ -65,15 +65,15 @@ class SettledTokens:
         self._accounts: OrderedDict[str, OrderedDict[str, _Account]] = OrderedDict()
         self._begun: OrderedDict[str, None] = OrderedDict()
 
-    def note(self, agent: str, verdict: Verdict, large: str = "", *, added: int = 0, audit: bool = False) -> None:
-        """Count a verdict of the LLM `large` that passes to an agent.
+    def note(self, agent: str, verdict: Verdict, pair: Pair = "", *, added: int = 0, audit: bool = False) -> None:
+        """Count a verdict that passes to an agent, on tokens of `pair`.
 
         `added` is the number of its ids. An `audit` is the verdict on a tail.
         """
         scored = len(verdict.target_probs) // 2
         if verdict.status != "settled" or not scored:
             return
-        account = self._account(agent, large)
+        account = self._account(agent, pair)
         missed = int.from_bytes(verdict.missed, "little").bit_count()
         wrong = min(scored, missed + (scored > verdict.accepted))
         account.passed = Sums(account.passed.tokens + scored, account.passed.harm + wrong)
@@ -88,13 +88,13 @@ class SettledTokens:
             account.witness = seen._replace(settled=seen.settled + tokens, wrong=seen.wrong + missed)
 
     def witness(self, agent: str, pair: Pair) -> Witness:
-        """What passed to an agent from the LLM of a pair."""
+        """What passed to an agent under a pair."""
         accounts = self._accounts.get(agent)
-        account = None if accounts is None else accounts.get(large_of(pair))
+        account = None if accounts is None else accounts.get(_named(pair))
         return Witness() if account is None else account.witness
 
     def forget(self, agent: str) -> None:
-        """Close an agent's accounts: it has moved, has another SLM, or its name belongs to another agent."""
+        """Close an agent's accounts: it has moved, or its name belongs to another agent."""
         self._accounts.pop(agent, None)
 
     def begin(self, agent: str) -> None:
@@ -115,13 +115,14 @@ class SettledTokens:
         cut: list[str] = []
         possible: dict[str, Curve] = {}
         counted: dict[Pair, PaperThreshold] = {}
-        for large in sorted({*map(_large_in, curves), *map(large_of, thresholds)}):
+        begun = agent in self._begun or any(a.before is not None for a in self._accounts.get(agent, {}).values())
+        for pair in sorted({*map(pair_in, curves), *map(_named, thresholds)}):
             claim = self._checked(
-                self._account(agent, large),
-                {pair: threshold for pair, threshold in thresholds.items() if large_of(pair) == large},
-                {name: curve for name, curve in curves.items() if _large_in(name) == large},
-                {name: curve for name, curve in (known or {}).items() if _large_in(name) == large},
-                begun=agent in self._begun,
+                self._account(agent, pair),
+                {name: threshold for name, threshold in thresholds.items() if _named(name) == pair},
+                {name: curve for name, curve in curves.items() if pair_in(name) == pair},
+                {name: curve for name, curve in (known or {}).items() if pair_in(name) == pair},
+                begun=begun,
             )
             possible |= claim.curves
             counted |= claim.thresholds
@@ -166,11 +167,11 @@ class SettledTokens:
         least = HARM_SHARE * wrong - HARM_ERRORS * math.sqrt(wrong)
         return least - (claimed.harm - before.harm)
 
-    def _account(self, agent: str, large: str) -> _Account:
+    def _account(self, agent: str, pair: Pair) -> _Account:
         accounts = self._accounts.setdefault(agent, OrderedDict())
-        account = accounts.setdefault(large, _Account())
+        account = accounts.setdefault(_named(pair), _Account())
         self._accounts.move_to_end(agent)
-        accounts.move_to_end(large)
+        accounts.move_to_end(_named(pair))
         while len(self._accounts) > AGENTS_MAX:
             self._accounts.popitem(last=False)
         while len(accounts) > MAX_PAIRS:
@@ -198,8 +199,9 @@ class SettledTokens:
         return limited
 
 
-def _large_in(measure: str) -> str:
-    return large_of(pair_in(measure))
+def _named(pair: Pair) -> Pair:
+    """The pair whose account this is; empty for what names no two models, as `pair_in` says it of a measure."""
+    return pair_in(pair)
 
 
 def _history(claimed: Sums, passed: Sums) -> Sums:

@@ -5,11 +5,12 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.learnt_state import State
-from fedhlm.learning.settled import SLACK_TOKENS
+from fedhlm.learning.settled import SLACK_SHARE, SLACK_TOKENS
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import decode
 from fedhlm.protocol.messages import (
@@ -22,6 +23,7 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
 )
 from fedhlm.protocol.packing import pack_probs
+from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import PRIOR_TOKENS, RULES, Disk, Hand, Node, World, contribute, curve
 
@@ -331,6 +333,26 @@ def test_what_the_cloud_scored_may_be_claimed() -> None:
         await asyncio.sleep(ROUND_S)
         assert tokens(retained(world, topics.FL_STATE, cluster="c1")) == pytest.approx(1_010.0)
         assert world.counters["cut_contributions"] == 0
+
+    run_virtual(scenario())
+
+
+def test_another_fingerprint_reopens_no_account() -> None:
+    """What an agent brings along is believed once, whatever it announces afterwards."""
+
+    async def scenario() -> None:
+        world = World()
+        await world.edge("c1").start()
+        agent = await Hand(world, "a").start()
+        for number, model in enumerate(("small", "other", "small")):
+            fingerprint = replace(toy.FINGERPRINT, model=model)
+            state = presence(agent.party.stamp, "agent", online=True, fingerprint=fingerprint)
+            await agent.send(topics.AGENT_STATUS, state, cluster="c1", agent="a")
+            await contribute(agent, 1 + number, 1e3 * 100**number)
+        await asyncio.sleep(ROUND_S)
+        told = tokens(retained(world, topics.FL_STATE, cluster="c1"))
+        assert told == pytest.approx(1e3 * (1.0 + SLACK_SHARE) + SLACK_TOKENS)
+        assert world.counters["cut_contributions"] == 2
 
     run_virtual(scenario())
 

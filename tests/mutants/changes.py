@@ -213,7 +213,7 @@ CHANGES: Final = (
     Change(
         "verdicts noted at the edge",
         "edge_broker/service.py",
-        "            self.federation.settled.note(agent, verdict, half_of(self.upstream), added=added, audit=audit)\n",
+        "            self.federation.settled.note(agent, verdict, self._pair(agent), added=added, audit=audit)\n",
         "",
         ("tests/edge_broker/test_federation.py",),
     ),
@@ -652,5 +652,19 @@ CHANGES: Final = (
         "units_s and units_s + REFUSALS_S",
         "units_s / 2.0",
         ("tests/fedhlm/bus/test_rates.py",),
+    ),
+    Change(
+        "what an agent brings along is believed once",
+        "fedhlm/learning/settled.py",
+        "begun = agent in self._begun or any(",
+        "begun = agent in self._begun or all(",
+        ("tests/fedhlm/learning/test_settled.py",),
+    ),
+    Change(
+        "another fingerprint reopens no account",
+        "edge_broker/service.py",
+        "            if former is None or (former.sequence",
+        "            self.federation.settled.forget(agent)\n            if former is None or (former.sequence",
+        ("tests/edge_broker/test_federation.py",),
     ),
 )

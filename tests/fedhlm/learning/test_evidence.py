@@ -258,10 +258,10 @@ class Device:
         p = audit_probability(0.25, 4)
         for _ in range(texts):
             block, tail = (int(self._rng.binomial(n, self.rate)) for n in (20, 4))
-            self.edge.note(self.name, verdict(20, block), "09c2de")
+            self.edge.note(self.name, verdict(20, block), PAIR)
             audited = self._rng.random() < p
             if audited:
-                self.edge.note(self.name, verdict(4, tail), "09c2de", audit=True)
+                self.edge.note(self.name, verdict(4, tail), PAIR, audit=True)
             harms = [1.0] * tail + [0.0] * (4 - tail)
             self.known.add(24, [1.0] * block, 4, harms if audited else None, probability=p)
             self.wrong += block + tail

@@ -134,11 +134,37 @@ def test_the_harm_of_one_large_model_is_not_asked_of_another() -> None:
     """The old one disagreed with every second token, the new one with none."""
     edge = SettledTokens(UNCERTAINTIES)
     for i in range(1_000):
-        edge.note("a", verdict(i % 2, 1), "09c2de")
-        edge.note("a", verdict(1, 1), "f00baa")
+        edge.note("a", verdict(i % 2, 1), "3fa4b1.09c2de")
+        edge.note("a", verdict(1, 1), "3fa4b1.f00baa")
     clean = Curve.empty()
     clean.add(0.5, 0.0, 1_000.0)
     old, new = f"{DRAFTS}/3fa4b1.09c2de", f"{DRAFTS}/3fa4b1.f00baa"
     assert edge.check("a", {}, {new: clean}).cut == ()
     assert "lacks the harm" in " ".join(edge.check("a", {}, {old: clean}).cut)
     assert edge.check("a", {}, {new: clean.scaled(2.0)}).curves[new].total_weight < 1_300.0
+
+
+def test_another_small_model_is_not_held_to_the_harm_of_the_former_one() -> None:
+    edge = SettledTokens(UNCERTAINTIES)
+    for _ in range(1_000):
+        edge.note("a", verdict(0, 1), "bad000.09c2de")
+        edge.note("a", verdict(1, 1), "900d00.09c2de")
+    clean = Curve.empty()
+    clean.add(0.5, 0.0, 1_000.0)
+    assert edge.check("a", {}, {f"{DRAFTS}/900d00.09c2de": clean}).cut == ()
+    assert edge.witness("a", "900d00.09c2de").wrong == 0.0
+    assert edge.witness("a", "bad000.09c2de").settled == 0.0
+
+
+def test_a_pair_that_an_agent_names_later_brings_nothing_along() -> None:
+    """Otherwise each new fingerprint would be believed once more."""
+    edge = SettledTokens(UNCERTAINTIES)
+    boast = Curve.empty()
+    boast.add(0.5, 0.0, 1e6)
+    first, later = f"{DRAFTS}/3fa4b1.09c2de", f"{DRAFTS}/f00baa.09c2de"
+    assert edge.check("a", {}, {first: boast}).cut == ()
+    for _ in range(100):
+        edge.note("a", verdict(1, 1), "f00baa.09c2de")
+    claim = edge.check("a", {}, {first: boast, later: boast})
+    assert claim.curves[first].total_weight == pytest.approx(1e6)
+    assert claim.curves[later].total_weight == pytest.approx(100 + SLACK_TOKENS)

@@ -498,9 +498,9 @@ CHANGES: Final = (
     ),
     Change(
         "rates: an agent",
-        "edge_broker/service.py",
-        "if received.topic not in BELOW or not self._allowance.exceeds(agent, 1.0,",
-        'if received.topic not in BELOW or not self._allowance.exceeds("", 1.0,',
+        "edge_broker/admission.py",
+        "if received.topic not in BELOW or not self.allowance.exceeds(agent, 1.0,",
+        'if received.topic not in BELOW or not self.allowance.exceeds("", 1.0,',
         ("tests/edge_broker/test_floods.py",),
     ),
     Change(
@@ -519,8 +519,8 @@ CHANGES: Final = (
     ),
     Change(
         "rates: an agent's setting",
-        "edge_broker/service.py",
-        "Allowance(config.edge.agent_messages_s, ",
+        "edge_broker/admission.py",
+        "Allowance(settings.agent_messages_s, ",
         "Allowance(0.0, ",
         ("tests/edge_broker/test_floods.py",),
     ),

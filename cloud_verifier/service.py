@@ -51,6 +51,7 @@ CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PRO
 HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE, topics.FORGET)
 PATIENCE_MAX_S: Final = 60.0  # no block may be kept longer, in seconds
 IDLE_S: Final = 1.0  # seconds without work before memory is released
+BUSY_S: Final = 10.0  # seconds with work after which it is released all the same
 LOCAL: Final = "@"  # the cluster of clients on this machine; no cluster of a bus can have this name
 CACHES_S: Final = 60.0  # seconds more before the caches are dropped
 TOO_FAST: Final = "the cluster sends more than the cloud takes (cloud.cluster_blocks_s, cloud.cluster_bytes_s)"
@@ -97,6 +98,7 @@ class CloudService:
         self._counters.follow(unread, limited_messages="unread")
         self._batch_wait_s = config.cloud.batch_wait_ms / 1000.0
         self._clock_s = runtime.clock_s
+        self._released_s = runtime.clock_s()
         self._work = asyncio.Event()
         self._rounds = Rounds(coordinator.members, party, runtime.clock_s)
         self._to_announce = to_announce
@@ -316,16 +318,23 @@ class CloudService:
                 if self._batch_wait_s:
                     await asyncio.sleep(self._batch_wait_s)
             await self.verify_next()
+            if self._clock_s() - self._released_s > BUSY_S:
+                self._release()
+
+    def _release(self) -> None:
+        """Return memory to the system. Caches of all sizes come and go, and what they leave is not used again."""
+        self._released_s = self._clock_s()
+        self._engine.release()
 
     async def _wait_for_work(self) -> None:
         """Return when there is work. Memory is returned to the system meanwhile, and later that of the caches."""
         if await self._work_within(IDLE_S):
             return
-        self._engine.release()
+        self._release()
         if await self._work_within(CACHES_S):
             return
         self.batcher.drop_caches()
-        self._engine.release()
+        self._release()
         await self._work.wait()
 
     async def _work_within(self, seconds: float) -> bool:

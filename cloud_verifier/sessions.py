@@ -8,6 +8,7 @@ changes an answer.
 from collections import Counter, OrderedDict
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from cloud_verifier.verifier import Block, Session
@@ -22,6 +23,7 @@ from fedhlm.protocol.packing import id_bytes, unpack_ids
 
 TOKEN_BYTES: Final = 48  # about what a token of a context takes as an object in two lists
 SESSIONS_BYTES: Final = 64 * 1024 * 1024
+DONORS_MAX: Final = 16  # sessions that are looked at for a cache to go on with
 EXTEND_MAX: Final = 256  # bonus tokens per answer; who wants more asks again and waits behind the others
 
 
@@ -100,7 +102,7 @@ class Sessions:
         self.eos_ids = eos_ids
         self._constrain = constrain
         self._entries: OrderedDict[Key, SessionEntry] = OrderedDict()
-        self._held: Counter[tuple[str, str]] = Counter()  # number of sessions by owner
+        self._keys_of: dict[tuple[str, str], OrderedDict[Key, None]] = {}  # by owner, in the same order
         self._tokens: dict[Key, int] = {}  # of each session's context, when it was used last
         self._tokens_of: Counter[tuple[str, str]] = Counter()  # their sums by owner
 
@@ -111,8 +113,13 @@ class Sessions:
         """Return the entry and mark it as the most recently used one; None if it does not exist."""
         entry = self._entries.get(key)
         if entry is not None:
-            self._entries.move_to_end(key)
+            self._used(key)
         return entry
+
+    def _used(self, key: Key) -> None:
+        self._entries.move_to_end(key)
+        self._keys_of.setdefault(key.owner, OrderedDict())[key] = None
+        self._keys_of[key.owner].move_to_end(key)
 
     def entries(self) -> Iterable[SessionEntry]:
         """All entries, the least recently used first."""
@@ -126,12 +133,13 @@ class Sessions:
     def inherit(self, key: Key, entry: SessionEntry, running: Container[Key]) -> None:
         """Move the cache of an idle session to a new one that goes on with its text, as a conversation's next turn does.
 
-        The other session belongs to the same agent, is not `running`, and can be fed again. It keeps its cache unless
-        half of that is of use to the new one.
+        The other session is one of the DONORS_MAX that the same agent used last, is not `running`, and can be fed
+        again. It keeps its cache unless half of that is of use to the new one.
         """
         context, shared, donor = entry.state.context, 0, None
-        for other, held in self._entries.items():
-            if other.owner == key.owner and other != key and other not in running:
+        for other in islice(reversed(self._keys_of.get(key.owner, {})), DONORS_MAX):
+            held = self._entries[other]
+            if held.cached and other != key and other not in running:
                 length = common_prefix(held.state.fed[: held.cached], context)
                 if length > shared and 2 * length >= held.cached:
                     shared, donor = length, held
@@ -142,10 +150,10 @@ class Sessions:
     def forget(self, key: Key) -> None:
         """Drop one session, if it exists."""
         if self._entries.pop(key, None) is not None:
-            self._held[key.owner] -= 1
+            del self._keys_of[key.owner][key]
             self._tokens_of[key.owner] -= self._tokens.pop(key)
-            if not self._held[key.owner]:
-                del self._held[key.owner], self._tokens_of[key.owner]
+            if not self._keys_of[key.owner]:
+                del self._keys_of[key.owner], self._tokens_of[key.owner]
 
     def _measure(self, key: Key) -> None:
         tokens = len(self._entries[key].state.context)
@@ -157,10 +165,10 @@ class Sessions:
         while len(self._entries) > self.sessions_max or (
             len(self._entries) > 1 and self._tokens_of.total() > tokens_max
         ):
-            greedy = self._held[newest.owner] > max(1, self.sessions_max // 4)
-            greedy |= self._held[newest.owner] > 1 and self._tokens_of[newest.owner] > tokens_max // 4
-            mine = (key for key in self._entries if not greedy or key.owner == newest.owner)
-            self.forget(next(mine))
+            held = len(self._keys_of[newest.owner])
+            greedy = held > max(1, self.sessions_max // 4)
+            greedy |= held > 1 and self._tokens_of[newest.owner] > tokens_max // 4
+            self.forget(next(iter(self._keys_of[newest.owner] if greedy else self._entries)))
             self.evicted += 1
 
     def admit(self, key: Key, escalation: Escalation) -> Admission:
@@ -260,12 +268,11 @@ class Sessions:
             except GrammarError as exc:
                 return RefusedBlock(str(exc))
             state = Session(prime.sampling, self.fingerprint.vocab_size, self.eos_ids, context, held=held)
-            self._held[key.owner] += entry is None
             self._entries[key] = SessionEntry(state)
         else:
             known = entry.state.context
             shared = common_prefix(known, context)
             if shared < len(context):  # what the device has committed overrides what was settled here
                 known[shared:] = context[shared:]
-        self._entries.move_to_end(key)
+        self._used(key)
         return None

@@ -92,7 +92,7 @@ class Cache(NamedTuple):
             return self
         if not 0 <= length < self.length:
             raise ValueError(f"cache cannot be cut to {length} tokens: it holds {self.length}")
-        return Cache(length, tuple(np.ascontiguousarray(a[:, :, :length]) for a in self.arrays))
+        return Cache(length, tuple(a[:, :, :length].copy() for a in self.arrays))
 
 
 class DecoderInput(NamedTuple):
@@ -352,7 +352,8 @@ class Decoder:
         for row, request in enumerate(requests):
             cache, ids, _ = request
             kept = slice(past - cache.length, past + len(ids))
-            arrays = tuple(np.ascontiguousarray(o[row : row + 1, :, kept]) for o in outputs)
+            # A copy even where the part lies in one piece: otherwise one session's cache would hold the whole batch.
+            arrays = tuple(o[row : row + 1, :, kept].copy() for o in outputs)
             wanted = slice(len(ids) - request.wanted, len(ids))
             hidden = hiddens[row, wanted].copy() if hiddens is not None else None
             logits = logits_of[row, wanted].copy()

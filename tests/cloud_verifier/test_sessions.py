@@ -133,7 +133,7 @@ def test_the_end_of_a_session_is_not_answered_and_leaves_nothing() -> None:
     assert isinstance(sessions.admit(KEY, escalation()), Block)
     assert len(sessions) == 1
     assert sessions.admit(KEY, end) == StaleBlock()
-    assert (len(sessions), sessions._held) == (0, {})
+    assert (len(sessions), sessions._keys_of) == (0, {})
 
 
 def test_sessions_are_bounded_and_the_oldest_goes_first() -> None:
@@ -198,12 +198,12 @@ def test_an_agent_that_opens_session_after_session_drives_out_its_own() -> None:
     for number in range(100):
         sessions.admit(Key("c", "greedy", number), escalation())
         assert len(sessions) <= 8
-        assert sum(sessions._held.values()) == len(sessions)
+        assert sum(map(len, sessions._keys_of.values())) == len(sessions)
     assert all(sessions.entry(key) is not None for key in modest)
     assert sessions.entry(Key("c", "greedy", 99)) is not None
     for key in modest:
         sessions.forget(key)
-    assert dict(sessions._held) == {("c", "greedy"): 5}
+    assert {owner: len(keys) for owner, keys in sessions._keys_of.items()} == {("c", "greedy"): 5}
 
 
 def test_sessions_are_bounded_in_bytes_and_a_greedy_agent_loses_its_own() -> None:
@@ -234,3 +234,52 @@ def test_a_context_that_grew_counts_with_what_it_has() -> None:
     entry.state.context += [5] * 40
     sessions.admit(KEY, escalation(primed=False))
     assert sessions.context_bytes == 42 * sessions_module.TOKEN_BYTES
+
+
+def with_caches(held: Sessions, agent: str, count: int) -> None:
+    """Sessions of an agent whose caches hold their contexts."""
+    for number in range(count):
+        key = Key("c", agent, number)
+        held.admit(key, escalation(context=pack_ids([7, number % 9 + 1], toy.VOCAB_SIZE)))
+        entry = held.entry(key)
+        assert entry is not None
+        entry.cache, entry.cached = f"{agent}{number}", 2
+        entry.state.fed = list(entry.state.context)
+
+
+def test_a_new_session_goes_on_with_a_cache_however_many_sessions_there_are() -> None:
+    """Only a few are looked at: those that the same agent used last."""
+    held = store(sessions_max=20_000)
+    for number in range(100):
+        with_caches(held, f"other{number}", 100)
+    with_caches(held, "a", 1_000)
+    new = Key("c", "a", 5_000)
+    held.admit(new, escalation(context=pack_ids([7, 999 % 9 + 1], toy.VOCAB_SIZE)))
+    entry = held.entry(new)
+    assert entry is not None
+    looked: list[Key] = []
+
+    class Noting(set[Key]):
+        def __contains__(self, key: object) -> bool:
+            assert isinstance(key, Key)
+            looked.append(key)
+            return False
+
+    held.inherit(new, entry, Noting())
+    assert (entry.cache, entry.cached) == ("a999", 2)
+    assert len(looked) <= 16
+    assert {key.agent for key in looked} == {"a"}
+
+
+def test_the_books_about_owners_end_with_their_sessions() -> None:
+    held = store(sessions_max=8)
+    for number in range(100):
+        with_caches(held, f"agent{number}", 5)
+    assert len(held) == 8
+    assert sum(map(len, held._keys_of.values())) == 8
+    assert set(held._keys_of) == set(held._tokens_of) == {key.owner for key in held._entries}
+    for key in [*held._entries]:
+        held.forget(key)
+    assert not held._keys_of
+    assert not held._tokens_of
+    assert held.context_bytes == 0

@@ -667,4 +667,25 @@ CHANGES: Final = (
         "            self.federation.settled.forget(agent)\n            if former is None or (former.sequence",
         ("tests/edge_broker/test_federation.py",),
     ),
+    Change(
+        "a cache does not hold its batch",
+        "fedhlm/decoding/decoder.py",
+        "o[row : row + 1, :, kept].copy()",
+        "np.ascontiguousarray(o[row : row + 1, :, kept])",
+        ("tests/fedhlm/decoding/test_decoder.py",),
+    ),
+    Change(
+        "few sessions are looked at for a cache",
+        "cloud_verifier/sessions.py",
+        "islice(reversed(self._keys_of.get(key.owner, {})), DONORS_MAX)",
+        "[k for k in self._entries if k.owner == key.owner]",
+        ("tests/cloud_verifier/test_sessions.py",),
+    ),
+    Change(
+        "a busy cloud gives memory back",
+        "cloud_verifier/service.py",
+        "if self._clock_s() - self._released_s > BUSY_S:",
+        "if self._clock_s() < 0.0:",
+        ("tests/cloud_verifier/test_memory.py",),
+    ),
 )

@@ -157,6 +157,20 @@ def test_a_cache_is_a_value_that_no_call_changes(llama: Case) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(cache.arrays, before, strict=True))
 
 
+def test_a_cache_holds_its_own_tokens_and_nothing_else(case: Case) -> None:
+    """Neither the batch in which it was computed, nor the longer cache from which it was cut."""
+
+    def held(array: NDArray[Any]) -> int:
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        return array.nbytes
+
+    start = case.prefill(random_ids(9, seed=7))
+    caches = [done.cache for done in case.decoder.forward([DecoderInput(start, [1, 2, 3]) for _ in range(4)])]
+    for cache in (*caches, caches[0].truncated(5), start):
+        assert sum(held(a) for a in cache.arrays) == cache.length * case.decoder.token_bytes
+
+
 @pytest.mark.parametrize("length", [-1, 13])
 def test_a_cache_cannot_be_cut_to_a_length_it_does_not_have(llama: Case, length: int) -> None:
     with pytest.raises(ValueError, match=f"{length} tokens: it holds 12"):

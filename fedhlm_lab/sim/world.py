@@ -22,9 +22,10 @@ from edge_broker.service import EdgeService
 from edge_broker.wiring import edge_of
 from fedhlm import settings
 from fedhlm.bus.interface import LinkHook, Retained
-from fedhlm.bus.party import Party, Stamp
+from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.config import Loaded
 from fedhlm.process.runtime import OpenBus, Runtime
+from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Fingerprint
 from fedhlm.settings import Config, Federation
 from fedhlm.telemetry import Counters
@@ -231,6 +232,8 @@ class Fleet:
         async with self.bus(name) as bus:
             agent = self.agent(bus, cluster, name, drafter, lambda: rng.getrandbits(63))
             await agent.subscribe()
+            state = presence(agent.party.stamp, "agent", online=True, fingerprint=agent.fingerprint)
+            await agent.party.send(topics.AGENT_STATUS, state, cluster=cluster, agent=name)
             tasks = [
                 asyncio.create_task(listen(agent), name=f"{name}-listen"),
                 asyncio.create_task(agent.auditor.keep(), name=f"{name}-audits"),

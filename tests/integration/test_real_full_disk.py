@@ -3,6 +3,7 @@
 The file system is a small tmpfs, which takes root to mount.
 """
 
+import asyncio
 import logging
 import os
 import random
@@ -18,6 +19,7 @@ from cloud_verifier.service import FEDERATION_FILE
 from edge_agent.core import LEARNER_FILE
 from edge_broker.embedded import EmbeddedBroker
 from edge_broker.service import memory_file
+from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import TraceError
 from fedhlm.process import state
 from fedhlm_traces.file import Header, Record, Writer, read
@@ -153,3 +155,31 @@ def test_a_recording_on_a_full_disk_ends_with_one_error_and_stays_readable(disk:
         record()
     assert sum(1 for _ in read(path)) > 50
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("begins_full", [True, False])
+async def test_a_recorder_on_a_full_disk_says_so_once_and_ends_with_status_2(disk: Disk, begins_full: bool) -> None:
+    path = disk.path / "run.trace"
+    noise = random.Random(1)
+    if begins_full:
+        disk.fill()
+    async with EmbeddedBroker() as broker, MqttBus(broker.url, client_id="talker") as talker:
+        command = [sys.executable, "-m", "fedhlm_fleet.cli", "record", "--broker", broker.url, "--out", str(path)]
+        process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        try:
+            async with asyncio.timeout(60.0):
+                ending = asyncio.ensure_future(process.communicate())
+                while not ending.done():
+                    await talker.publish("fedhlm/1/x", noise.randbytes(8_192), qos=0)
+                    await asyncio.sleep(0.005)
+                _, told = ending.result()
+        finally:
+            if process.returncode is None:
+                process.kill()
+    lines = [line for line in told.decode().splitlines() if "No space left" in line]
+    assert process.returncode == 2, told
+    assert len(lines) == 1, told
+    assert lines[0].startswith(f"fedhlm: {path}")
+    assert "Traceback" not in told.decode()
+    if not begins_full:
+        assert sum(1 for _ in read(path)) > 10

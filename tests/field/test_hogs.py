@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 
-from edge_broker.service import TOO_FAST
+from edge_broker.admission import TOO_FAST
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Escalation, Sampling, Verdict

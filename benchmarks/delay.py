@@ -4,7 +4,6 @@ One agent talks to the broker through a TCP proxy that delays every byte by half
 and cloud are near. Run: python benchmarks/delay.py [--round-trips 0 50 200] [--prompts 6] [--tokens 64]
 """
 
-import argparse
 import asyncio
 import json
 import time
@@ -21,6 +20,7 @@ from fedhlm.config import load
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Presence
 from fedhlm.telemetry import Counters
+from fedhlm_lab.studies.command_line import COUNT, Parser, limited
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import with_agent_model, with_cloud_model
 
@@ -119,10 +119,12 @@ async def measure(round_trip_s: float, flags: dict[str, str], prompts: int, toke
 
 def main() -> None:
     """Print a table and, last, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--round-trips", type=float, nargs="+", default=[0.0, 50.0, 200.0], metavar="MS")
-    parser.add_argument("--prompts", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "--round-trips", type=limited(float, 0.0, 60_000.0), nargs="+", default=[0.0, 50.0, 200.0], metavar="MS"
+    )
+    parser.add_argument("--prompts", type=COUNT, default=6)
+    parser.add_argument("--tokens", type=COUNT, default=64)
     options = parser.parse_args()
     results: dict[str, dict[str, dict[str, float]]] = {}
     for round_trip_ms in options.round_trips:

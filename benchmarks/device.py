@@ -1,8 +1,7 @@
 """What a device pays: SLM decode speed beside transformers on the same weights, time of a step outside the model,
-cold start and resident memory of an agent. Run: python benchmarks/device.py [--reference HF_DIR]
+cold start and resident memory of an agent. Run: python benchmarks/device.py [--reference HF_DIR] [--rounds 5]
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -15,10 +14,10 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.uncertainty import closed_form
 from fedhlm.protocol.messages import Sampling
+from fedhlm_lab.studies.command_line import COUNT, Parser
 from fedhlm_zoo.shipped import model_folder
 
 TOKENS = 128
-ROUNDS = 5
 
 COLD_START = """
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 from edge_agent.model import Slm
 from edge_agent.service import AgentService
 from fedhlm.decoding.decoder import Decoder
-from fedhlm.bus.interface.mqtt import MqttBus
+from fedhlm.bus.mqtt import MqttBus
 from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo.shipped import model_folder
 slm = Slm(Decoder.load(model_folder("", "slm"), threads=1))
@@ -81,12 +80,13 @@ def transformers_decode(folder: Path) -> float:
 
 def main() -> None:
     """Measure everything, alternating the compared sides, and print medians as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--reference", type=Path, help="Hugging Face directory with the SLM's weights")
+    parser.add_argument("--rounds", type=COUNT, default=5, help="times that everything is measured")
     options = parser.parse_args()
     decoder = Decoder.load(model_folder("", "slm"), threads=1)
     rounds, eager, cold = [], [], []
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         rounds.append(onnx_decode(decoder))
         if options.reference:
             eager.append(transformers_decode(options.reference))

@@ -7,7 +7,6 @@ peak of memory is its own. Times are wall-clock. Those called "computed" are wha
 other programs on the machine do not change; the ratio is one of these.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -43,6 +42,7 @@ from fedhlm.protocol.messages import (
 from fedhlm.protocol.packing import pack_ids, unpack_ids
 from fedhlm.settings import Config
 from fedhlm.telemetry import Counters
+from fedhlm_lab.studies.command_line import Parser
 from fedhlm_traces.check.captured import CapturingBus
 from fedhlm_zoo.shipped import model_folder
 
@@ -258,7 +258,7 @@ async def measure(name: str) -> dict[str, float]:
 
 def main() -> None:
     """Print a line for each scenario and, last, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", choices=SCENARIOS, metavar="SCENARIO", help="one scenario, in this process")
     options = parser.parse_args()
     if options.only:

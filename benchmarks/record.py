@@ -23,6 +23,7 @@ import numpy as np
 
 from fedhlm.process.leash import leashed
 from fedhlm.settings import Broker
+from fedhlm_lab.studies.command_line import COUNT, Parser, limited
 from fedhlm_traces.file import Header, Record, Writer, read
 from fedhlm_traces.record import Summary, record
 from fedhlm_traces.replay import replay
@@ -190,11 +191,11 @@ def measure_jitter(url: str, rate: int, seconds: float) -> None:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", type=int, nargs="+", default=[1_000, 3_000, 6_000, 10_000])
-    parser.add_argument("--replay-rates", type=int, nargs="*", default=[50, 500])
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--payload", type=int, default=120)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", type=COUNT, nargs="+", default=[1_000, 3_000, 6_000, 10_000])
+    parser.add_argument("--replay-rates", type=COUNT, nargs="*", default=[50, 500])
+    parser.add_argument("--seconds", type=limited(float, 0.1, 3_600.0), default=10.0)
+    parser.add_argument("--payload", type=COUNT, default=120)
     parser.add_argument("--qos", type=int, choices=(0, 1), default=1)
     parser.add_argument("--patient", action="store_true", help="let mosquitto queue without limit for the recorder")
     options = parser.parse_args()

@@ -4,7 +4,6 @@ No bus: a round is one draft and one settling, and takes the device's and the cl
 given. Every text is compared with the LLM alone. Run: python benchmarks/tree.py [--prompts 20] [--tokens 64]
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput
 from fedhlm.decoding.tree import Branch
 from fedhlm.protocol.messages import Sampling
+from fedhlm_lab.studies.command_line import COUNT, TEMPERATURE, Parser, limited
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 
@@ -126,13 +126,15 @@ def grown(slm: Slm, nodes: int, width: int, round_trip_s: float) -> Callable[...
 
 def main() -> None:
     """Print a table and, last, JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--nodes", type=int, nargs="+", default=[16, 32, 64, 128])
-    parser.add_argument("--round-trips", type=float, nargs="+", default=[0.0, 50.0, 200.0], metavar="MS")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--prompts", type=COUNT, default=20)
+    parser.add_argument("--tokens", type=COUNT, default=64)
+    parser.add_argument("--temperature", type=TEMPERATURE, default=0.8)
+    parser.add_argument("--blocks", type=COUNT, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--nodes", type=COUNT, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument(
+        "--round-trips", type=limited(float, 0.0, 60_000.0), nargs="+", default=[0.0, 50.0, 200.0], metavar="MS"
+    )
     options = parser.parse_args()
     llm = Decoder.load(model_folder("", "llm"), threads=1)
     small = Decoder.load(model_folder("", "slm"), threads=1)

@@ -6,6 +6,7 @@ it stands in; under the title of the page that is the page. REASONS lists every 
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -69,8 +70,19 @@ def steps(page: str) -> Iterator[Step]:
             command = line.strip().removeprefix("$ ")
             while command.endswith("\\"):
                 command = command[:-1] + next(lines).strip()
+            while is_open(command):
+                command += f"\n{next(lines).strip()}"
             marks = ((begins, why) for known in left_out.values() for begins, why in known.items())
             yield Step(command, next((why for begins, why in marks if command.startswith(begins)), ""))
+
+
+def is_open(command: str) -> bool:
+    """Whether a quotation goes on in the next line. Quotes in the comment behind a command do not count."""
+    try:
+        shlex.split(command, comments=True)
+    except ValueError:
+        return True
+    return False
 
 
 class Terminals:

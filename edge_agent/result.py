@@ -11,6 +11,7 @@ from fedhlm.learning.certificate import Certificate
 from fedhlm.protocol.fields import FinishReason
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.sources import SOURCES
+from fedhlm.receipts import Receipt
 from fedhlm.settings import Generation
 
 
@@ -54,6 +55,7 @@ class GenerationResult:
     certificate: Certificate | None = None
     fleet: Certificate | None = None
     confidence: float = 0.95
+    receipt: Receipt | None = None
     wall_s: float = 0.0
     _sent: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # by epoch and base: fixed ids, drafts
     _accepted: Counter[int] = field(default_factory=Counter)

@@ -18,6 +18,7 @@ from fedhlm.answering import Slice
 from fedhlm.answers import Piece
 from fedhlm.bus.interface import Delivery
 from fedhlm.config import Loaded
+from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.grammar import Constrain, nothing_constrains
 from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, ConfigError, FedhlmError, ProtocolError
@@ -25,6 +26,8 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.fields import MAX_REASON, FinishReason, Refusal
 from fedhlm.protocol.messages import Cancel, Grammar, Output, Presence, Prompt, Sampling
 from fedhlm.protocol.prompts import unusable
+from fedhlm.protocol.sources import SOURCES
+from fedhlm.receipts import Receipt, receipt_of
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import warn_once
 
@@ -339,10 +342,28 @@ class AgentService:
         rest = text.rest()
         if show is not None:
             show(Piece(rest, (), (), request.count))
+        result.receipt = self._receipt(job, ids, result)
         await self._publish(request, [], rest, finish=result.finish, error=result.error, result=result)
         log.info("request %s: %s", prompt.request, result.summary())
         await self.agent.save()
         return result
+
+    def _receipt(self, job: Job, prompt: Sequence[int], result: GenerationResult) -> Receipt | None:
+        """The receipt of a text of which the LLM has verified every token; None for any other."""
+        large, agent = self.agent.upstream, self.agent
+        whole = result.finish in ("stop", "length", "context") and result.ids
+        verified = all(SOURCES[source].verified for source in result.sources)
+        if large is None or not whole or not verified or not COUPLINGS[job.sampling.coupling].shared:
+            return None
+        return receipt_of(
+            job.sampling,
+            large,
+            agent=agent.name,
+            cluster=agent.cluster,
+            made_ms=agent.party.stamp.wall_ms(),
+            prompt=prompt,
+            ids=result.ids,
+        )
 
     def _read(self, ids: Sequence[int]) -> str:
         """The text of ids with its special tokens, some of which open a tool call."""
@@ -384,7 +405,9 @@ class AgentService:
         statistics = {} if result is None else result.statistics()
         if request.tell is not None:
             drafting = None if result is None else result.drafting()
-            request.tell(Slice(text, request.origins(tokens), finish, error, refusal, statistics, drafting))
+            receipt = None if result is None else result.receipt
+            origins = request.origins(tokens)
+            request.tell(Slice(text, origins, finish, error, refusal, statistics, drafting, receipt=receipt))
             request.count += len(tokens)
             request.answered = finish is not None
             return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fedhlm.decoding.grammar import Constrain, nothing_constrains
 from fedhlm.protocol.fields import FinishReason, Refusal, Source
+from fedhlm.receipts import Receipt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,7 +75,7 @@ class Slice(NamedTuple):
 
     Text may come later than its tokens. A part leaves `calls` empty: they are in its text, from which
     `fedhlm_doors.tools` takes them. The last slice has a `finish` reason and the answer's figures, in the units of
-    docs/protocol.md. `refusal` says why a question was not served at all.
+    docs/protocol.md, and a `receipt` if the LLM has verified all of it. `refusal` says why a question was not served at all.
     """
 
     text: str = ""
@@ -85,6 +86,7 @@ class Slice(NamedTuple):
     statistics: dict[str, float] = {}  # noqa: RUF012 - never modified
     drafting: Drafting | None = None
     calls: tuple[ToolCall, ...] = ()
+    receipt: Receipt | None = None
 
 
 class Offer(NamedTuple):

@@ -16,6 +16,7 @@ FedhlmError
 │   ├── RequestCancelled   the client or the agent cancelled the request
 │   ├── RequestNameTaken   the agent knows the request's name from another prompt
 │   └── RequestRefused     the agent rejected the request or failed, and says why
+├── ReceiptError       a receipt is not about its text, or its signature is wrong
 └── TraceError         a recording cannot be read, written or used as asked
 """
 
@@ -128,6 +129,10 @@ def root_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+class ReceiptError(FedhlmError):
+    """A receipt cannot be checked, is about another text, or has a wrong signature."""
 
 
 class TraceError(FedhlmError):

@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from fedhlm.answering import Offer, Slice, TokenOrigin, ToolCall
-from fedhlm_doors.metrics import metrics, origin
+from fedhlm_doors.metrics import metrics, origin, proof
 from fedhlm_doors.openai import ApiRequest
 from fedhlm_doors.refusals import ApiError
 
@@ -66,14 +66,14 @@ class LineReply:
     def chunk(self, _index: int, piece: Slice) -> bytes:
         """The line of a slice that was fed; empty if the slice says nothing."""
         if piece.finish is not None:
-            return line(self._said(piece.text, piece.tokens, piece.calls) | self._last())
+            return line(self._proven(self._said(piece.text, piece.tokens, piece.calls)) | self._last())
         if not (piece.text or piece.tokens or piece.calls):
             return b""
         return line(self._said(piece.text, piece.tokens, piece.calls) | {"done": False})
 
     def whole(self) -> bytes:
         """The response without streaming, after all slices were fed."""
-        return _encode(self._said(self._text, self._tokens, self._calls) | self._last())
+        return _encode(self._proven(self._said(self._text, self._tokens, self._calls)) | self._last())
 
     def loaded(self) -> bytes:
         """The response to a request without a question."""
@@ -95,6 +95,11 @@ class LineReply:
                 if t.logprob is not None
             ]
         return found
+
+    def _proven(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Add the answer's receipt to its last line."""
+        proofs = {} if self._end is None else proof(self._asked.questions[0], self._end)
+        return said | {"fedhlm": said.get("fedhlm", {}) | proofs} if proofs else said
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": str(self._offer.tokenizer.decode([token], skip_special_tokens=False)), "logprob": logprob}

@@ -6,7 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from fedhlm.answering import Offer, Slice, TokenOrigin, ToolCall
-from fedhlm_doors.metrics import metrics, origin
+from fedhlm_doors.metrics import metrics, origin, proof
 from fedhlm_doors.openai import ApiRequest
 from fedhlm_doors.refusals import ApiError
 
@@ -34,6 +34,7 @@ class EventReply:
         self._text = ["" for _ in asked.questions]
         self._offset = [0 for _ in asked.questions]
         self._ends: list[Slice] = []
+        self._proofs: list[dict[str, Any]] = [{} for _ in asked.questions]
         self._finish: list[str | None] = [None for _ in asked.questions]
         self._calls: list[list[dict[str, Any]]] = [[] for _ in asked.questions]
 
@@ -46,6 +47,7 @@ class EventReply:
             called = self._calls[index] and piece.finish == "stop"
             self._finish[index] = "tool_calls" if called else _FINISH.get(piece.finish)
             self._ends.append(piece)
+            self._proofs[index] = proof(self._asked.questions[index], piece)
 
     @property
     def complete(self) -> bool:
@@ -110,7 +112,8 @@ class EventReply:
         return event(self._head | {"object": kind, "choices": choices} | usage | (more or {}))
 
     def _about(self, index: int, tokens: Sequence[TokenOrigin], text: str) -> dict[str, Any]:
-        found: dict[str, Any] = {"logprobs": None, "fedhlm": {"tokens": [origin(token) for token in tokens]}}
+        origins = {"tokens": [origin(token) for token in tokens]}
+        found: dict[str, Any] = {"logprobs": None, "fedhlm": origins | self._proofs[index]}
         if self._asked.logprobs is not None and tokens:
             given = [token for token in tokens if token.logprob is not None]
             found["logprobs"] = self._chat_logprobs(given) if self._asked.chat else self._logprobs(index, given)

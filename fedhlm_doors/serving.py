@@ -13,9 +13,10 @@ import uvicorn
 
 from fedhlm.answering import Answerer, Door
 from fedhlm.errors import ConfigError
-from fedhlm.settings import Api
+from fedhlm.settings import Api, Broker
 from fedhlm_doors.app import HttpApi
 from fedhlm_doors.keys import ApiKeys, Rates
+from fedhlm_doors.signing import signer_of
 from fedhlm_doors.written import Pace
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 KEY: Final = "api.listen"
 CONNECTIONS_MAX: Final = 1_024  # further ones are answered by 503
 BACKLOG: Final = 512
+NO_BROKER: Final = Broker()
 KEEP_ALIVE_S: Final = 75
 CLOSE_S: Final = 2  # seconds in which open responses may end when the part stops
 _ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):([0-9]{1,5})\Z")
@@ -48,8 +50,10 @@ def address(listen: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
-def door_of(settings: Api) -> Door:
+def door_of(settings: Api, broker: Broker = NO_BROKER) -> Door:
     """Return the door that a section of the settings describes. Entering it opens the port, which it yields.
+
+    Receipts are signed with the key of `broker`, if it has one.
 
     Raises:
         ConfigError: the address or the file of keys cannot be used, or an address that others can reach needs keys.
@@ -59,9 +63,11 @@ def door_of(settings: Api) -> Door:
     if not (keys.needed or _is_loopback(host)):
         raise ConfigError(KEY, settings.listen, "a loopback address unless api.keys is set")
 
+    sign = signer_of(broker)
+
     @asynccontextmanager
     async def door(answerer: Answerer) -> AsyncIterator[int]:
-        api = HttpApi(answerer, keys, Rates(settings.rate, Pace().now_s))
+        api = HttpApi(answerer, keys, Rates(settings.rate, Pace().now_s), sign)
         with listening(settings.listen, host, port) as listener:
             config = uvicorn.Config(
                 api.app(),

@@ -9,7 +9,9 @@ from typing import Final, Protocol, Self
 from fedhlm.answering import Answerer, Question, Slice
 from fedhlm_doors.flow import together
 from fedhlm_doors.refusals import ApiError
-from fedhlm_doors.tools import with_calls
+
+Stage = Callable[[AsyncGenerator[Slice, None]], AsyncGenerator[Slice, None]]
+"""Changes the slices of an answer as they come. Closing it closes the answer."""
 
 RETRY_MAX_S: Final = 60.0
 MEAN_WEIGHT: Final = 0.2  # weight of the newest answer in the running mean of the seconds of answers
@@ -76,14 +78,18 @@ class Questions:
         self._began_s = pace.now_s()
 
     @classmethod
-    async def ask(cls, answerer: Answerer, questions: Sequence[Question], pace: Pace, *, calls: bool) -> Self:
-        """Ask all questions, and return when each of them has its place in the queue. With `calls` answers may have some.
+    async def ask(cls, answerer: Answerer, questions: Sequence[Question], pace: Pace, *stages: Stage) -> Self:
+        """Ask all questions, and return when each of them has its place in the queue.
+
+        Every answer goes through the `stages`, in order.
 
         Raises:
             ApiError: one of them was turned away; then none is answered.
         """
         answers = [answerer.answer(question) for question in questions]
-        asked = cls([with_calls(answer) for answer in answers] if calls else answers, pace)
+        for stage in stages:
+            answers = [stage(answer) for answer in answers]
+        asked = cls(answers, pace)
         try:
             for answer in asked._answers:
                 error = failure(await anext(answer), pace.retry_s)

@@ -24,6 +24,7 @@ from fedhlm_fleet.commands import (
     models,
     pki,
     provision,
+    receipts,
     simulate,
     status,
     trace,
@@ -85,6 +86,7 @@ app.command(traces.replay)
 app.command(trace.app)
 app.command(doctor.doctor)
 app.command(status.status)
+app.command(receipts.verify_receipt)
 app.command(flash.flash)
 app.command(provision.app)
 
@@ -329,7 +331,7 @@ def _door(loaded: "Loaded") -> "Door":
     with needing("serve"):
         from fedhlm_doors.serving import door_of
 
-        return door_of(loaded.config.api)
+        return door_of(loaded.config.api, loaded.config.broker)
 
 
 def _fail(reason: str) -> int:

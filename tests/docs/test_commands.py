@@ -92,7 +92,14 @@ KITS: Final = {
             ("fedhlm agent --config agent.toml --prompt", r"\w+ \w+"),
         ),
     ),
-    "docs/api.md": Kit(shows=(("curl", r'"object":"chat\.completion"'),)),
+    "docs/api.md": Kit(
+        fleet=("edge", "cloud"),
+        made=("answer.json",),
+        shows=(
+            ("curl http", r'"object":"chat\.completion"'),
+            ("fedhlm verify-receipt", r"16 of 16 tokens are the LLM.s own"),
+        ),
+    ),
     "docs/checking.md": Kit(
         fleet=("edge",),
         files=(("porch.toml", '[agent]\nid = "porch"\n'), ("monday.trace", SMALL), ("traces/monday.trace", SMALL)),

@@ -93,10 +93,11 @@ KITS: Final = {
         ),
     ),
     "docs/api.md": Kit(
-        fleet=("edge", "cloud"),
+        fleet=("edge",),
         made=("answer.json",),
         shows=(
-            ("curl http", r'"object":"chat\.completion"'),
+            ("curl http://127.0.0.1:11434/v1/chat", r'"object":"chat\.completion"'),
+            ("curl http://127.0.0.1:11434/v1/completions", r'"text":" (World|Business)"'),
             ("fedhlm verify-receipt", r"16 of 16 tokens are the LLM.s own"),
         ),
     ),

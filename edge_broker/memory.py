@@ -98,6 +98,11 @@ class ClusterMemory:
         return self._tokens.size
 
     @property
+    def capacity(self) -> int:
+        """How many verified tokens the memory can hold."""
+        return self._tokens.capacity
+
+    @property
     def keys(self) -> str:
         """The space of all keys in this memory; empty before the first key."""
         return self._keys

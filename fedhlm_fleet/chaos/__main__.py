@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Final
 
-import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
 from fedhlm.errors import FedhlmError, root_of
 from fedhlm.telemetry import configure_logging
+from fedhlm_fleet import figures
 from fedhlm_fleet.chaos.report import ChaosReport
 from fedhlm_fleet.chaos.run import Chaos, Options
 from fedhlm_fleet.chaos.schedule import Kind, Persistence
@@ -71,6 +71,7 @@ def chaos(
     logs
         Folder for the logs of every process; by default they are checked and deleted.
     """
+    figures.try_out(json)
     if logs is not None:
         logs.mkdir(parents=True, exist_ok=True)
     configure_logging("ERROR", "chaos")  # links break on purpose here, so warnings about them are noise
@@ -89,8 +90,7 @@ def chaos(
     run = Chaos(options, say=lambda line: print(line, flush=True), logs=logs)
     report = asyncio.run(_interruptible(run))
     print("\n".join(["", *report.lines()]))
-    if json is not None:
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    figures.write(json, report)
     return 0 if report.passed else 1
 
 

@@ -273,7 +273,7 @@ def bounds(part: Part, scenario: Scenario) -> Iterator[Bound]:
             blocks = scenario.agents * scenario.loaded.config.generation.pipeline.window * scenario.prompts * 8
             yield Bound("relay", len(service.relay.pending), blocks)
             yield Bound("epochs", len(service.relay._epochs), relay.SESSIONS_MAX)
-            yield Bound("verified tokens", held.size, held._tokens.capacity)
+            yield Bound("verified tokens", held.size, held.capacity)
             yield Bound("sessions of doubts", len(held._doubts), memory.SESSIONS_MAX)
             yield Bound("doubts", max(map(len, held._doubts.values()), default=0), memory.DOUBTS_MAX)
             yield Bound("blocks", len(held._pending), memory.PENDING_MAX)

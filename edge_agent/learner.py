@@ -26,6 +26,7 @@ from fedhlm.learning.learnt_state import check_thresholds
 from fedhlm.learning.privacy import noised, sigma_for
 from fedhlm.learning.thresholds import (
     OPTIMISERS,
+    LocalRound,
     PaperSettings,
 )
 from fedhlm.protocol.fields import MAX_CURVES, Count, Milliseconds, Pair
@@ -354,15 +355,16 @@ class Learner:
         known = self._paper[self.pair]
         local = config.tau if known.threshold is None else known.threshold
         pairs = np.array(self._transmitted, np.float64).reshape(-1, 2)  # (n, 2)
-        update = OPTIMISERS[learning.optimiser](
+        given = LocalRound(
             pairs,
             local,
-            local if known.published is None else known.published,
-            known.control,
-            known.server_control,
-            self.round,
-            settings,
+            global_threshold=local if known.published is None else known.published,
+            client_control=known.control,
+            server_control=known.server_control,
+            number=self.round,
+            settings=settings,
         )
+        update = OPTIMISERS[learning.optimiser](given)
         known.threshold, known.control = update.threshold, update.control
         return PaperThreshold(update.threshold, update.count, update.control, update.steps)
 

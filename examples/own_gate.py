@@ -12,7 +12,7 @@ from edge_agent.gate import GATES, Gate, Settings
 from fedhlm.decoding.sampling import GATE_STREAM, uniform
 from fedhlm_fleet.cli import main
 
-FIRST = 16  # tokens
+FIRST = 16  # tokens, those of the prompt included
 
 
 def early(settings: Settings) -> Gate:

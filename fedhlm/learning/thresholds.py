@@ -83,97 +83,95 @@ class PaperUpdate(NamedTuple):
     steps: int
 
 
-Optimiser = Callable[[Pairs, float, float, float, float, int, PaperSettings], PaperUpdate]
+class LocalRound(NamedTuple):
+    """What a client has for its update of a round.
+
+    `pairs` holds u and beta of the tokens that it transmitted, shape (n, 2). `local` is its threshold and
+    `global_threshold` the one that its cluster published last. The controls are those of SCAFFOLD.
+    """
+
+    pairs: Pairs
+    local: float
+    global_threshold: float
+    client_control: float
+    server_control: float
+    number: int
+    settings: PaperSettings
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of this round."""
+        return self.settings.rate(self.number)
+
+    def gradient(self, pairs: Pairs, tau: float) -> float:
+        """dL/dtau over some pairs."""
+        return paper_gradient(pairs, tau, self.settings.gamma, self.settings.lam)
+
+    def unchanged(self) -> PaperUpdate:
+        """The update of a client that transmitted nothing."""
+        return PaperUpdate(self.local, 0, self.client_control, 0)
+
+
+Optimiser = Callable[[LocalRound], PaperUpdate]
 
 
 def _clip(tau: float) -> float:
     return min(1.0, max(0.0, tau))
 
 
-def fedavg(
-    pairs: Pairs,
-    local: float,
-    _global_threshold: float,
-    client_control: float,
-    _server_control: float,
-    round_number: int,
-    settings: PaperSettings,
-) -> PaperUpdate:
+def fedavg(given: LocalRound) -> PaperUpdate:
     """FedHLM eq. (6): tau <- tau - eta dL/dtau, repeated `local_steps` times."""
-    alone = settings._replace(mu=0.0)
-    return fedprox(pairs, local, local, client_control, 0.0, round_number, alone)
+    return fedprox(given._replace(settings=given.settings._replace(mu=0.0)))
 
 
-def fedprox(
-    pairs: Pairs,
-    local: float,
-    global_threshold: float,
-    client_control: float,
-    _server_control: float,
-    round_number: int,
-    settings: PaperSettings,
-) -> PaperUpdate:
+def fedprox(given: LocalRound) -> PaperUpdate:
     """FedHLM eq. (6) on L + mu/2 (tau - global)^2 (Li et al. 2020, eq. 2). It may lower a tau above the global one."""
-    if len(pairs) == 0:
-        return PaperUpdate(local, 0, client_control, 0)
-    tau, rate = local, settings.rate(round_number)
+    settings = given.settings
+    if len(given.pairs) == 0:
+        return given.unchanged()
+    tau = given.local
     for _ in range(settings.local_steps):
-        gradient = paper_gradient(pairs, tau, settings.gamma, settings.lam)
-        tau = _clip(tau - rate * (gradient + settings.mu * (tau - global_threshold)))
-    return PaperUpdate(tau, len(pairs), client_control, settings.local_steps)
+        gradient = given.gradient(given.pairs, tau)
+        tau = _clip(tau - given.rate * (gradient + settings.mu * (tau - given.global_threshold)))
+    return PaperUpdate(tau, len(given.pairs), given.client_control, settings.local_steps)
 
 
-def scaffold(
-    pairs: Pairs,
-    local: float,
-    _global_threshold: float,
-    client_control: float,
-    server_control: float,
-    round_number: int,
-    settings: PaperSettings,
-) -> PaperUpdate:
+def scaffold(given: LocalRound) -> PaperUpdate:
     """FedHLM eq. (6) with gradient - c_k + c (Karimireddy et al. 2020, option II).
 
     The new c_k is the mean gradient of the steps. It equals the paper's (start - end) / (K eta) as long as tau is not
     clipped, and stays right when tau is clipped.
     """
-    if len(pairs) == 0 or settings.local_steps == 0:
-        return PaperUpdate(local, 0, client_control, 0)
-    tau, rate, total = local, settings.rate(round_number), 0.0
-    for _ in range(settings.local_steps):
-        gradient = paper_gradient(pairs, tau, settings.gamma, settings.lam)
+    steps = given.settings.local_steps
+    if len(given.pairs) == 0 or steps == 0:
+        return given.unchanged()
+    tau, total = given.local, 0.0
+    for _ in range(steps):
+        gradient = given.gradient(given.pairs, tau)
         total += gradient
-        tau = _clip(tau - rate * (gradient - client_control + server_control))
-    return PaperUpdate(tau, len(pairs), total / settings.local_steps, settings.local_steps)
+        tau = _clip(tau - given.rate * (gradient - given.client_control + given.server_control))
+    return PaperUpdate(tau, len(given.pairs), total / steps, steps)
 
 
-def fednova(
-    pairs: Pairs,
-    local: float,
-    _global_threshold: float,
-    client_control: float,
-    _server_control: float,
-    round_number: int,
-    settings: PaperSettings,
-) -> PaperUpdate:
+def fednova(given: LocalRound) -> PaperUpdate:
     """One step per token, then the move divided by the number of tokens (Wang et al. 2020, eq. 7).
 
     A client with more tokens takes more steps, but normalised it moves no further. The effective number of steps, which
     the paper leaves free, is `local_steps`, so that [7] needs no change.
     """
-    steps = len(pairs) * settings.local_steps
+    count = len(given.pairs)
+    steps = count * given.settings.local_steps
     if steps == 0:
-        return PaperUpdate(local, 0, client_control, 0)
-    tau, rate = local, settings.rate(round_number)
+        return given.unchanged()
+    tau = given.local
     for step in range(steps):
-        pair = pairs[step % len(pairs)][None, :]  # (1, 2)
-        tau = _clip(tau - rate * paper_gradient(pair, tau, settings.gamma, settings.lam))
-    move = (tau - local) / len(pairs)
-    return PaperUpdate(_clip(local + move), len(pairs), client_control, steps)
+        pair = given.pairs[step % count][None, :]  # (1, 2)
+        tau = _clip(tau - given.rate * given.gradient(pair, tau))
+    move = (tau - given.local) / count
+    return PaperUpdate(_clip(given.local + move), count, given.client_control, steps)
 
 
-# Each: (pairs, local threshold, global threshold, client control, server control, round, settings) -> PaperUpdate.
-# Without pairs the threshold and the control stay as they are and the count is 0.
+# Without pairs the threshold and the control stay as they are, and the count is 0.
 OPTIMISERS: Final[dict[str, Optimiser]] = {
     "fedavg": fedavg,
     "fedprox": fedprox,

@@ -19,7 +19,15 @@ from fedhlm.config import load
 from fedhlm.decoding.laws import BETA_INTERCEPT, BETA_SLOPE
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.learning.curve import Curve, affine, correlation, isotonic, midpoints
-from fedhlm.learning.thresholds import KEEP_NONE, OPTIMISERS, PaperSettings, cluster_mean, global_mean, tau_of_budget
+from fedhlm.learning.thresholds import (
+    KEEP_NONE,
+    OPTIMISERS,
+    LocalRound,
+    PaperSettings,
+    cluster_mean,
+    global_mean,
+    tau_of_budget,
+)
 from fedhlm.progress import progress
 from fedhlm.settings import Generation
 from fedhlm_lab.sim.shipped import shipped_pair
@@ -74,7 +82,7 @@ def paper_rounds(groups: Sequence[Pairs], rounds: int, settings: PaperSettings, 
         for k, pairs in enumerate(groups):
             part = np.array_split(pairs, rounds)[number]
             sent = part[part[:, 0] > tau][:, :2]
-            update = OPTIMISERS[settings.optimiser](sent, tau, tau, controls[k], server, number, settings)
+            update = OPTIMISERS[settings.optimiser](LocalRound(sent, tau, tau, controls[k], server, number, settings))
             controls[k] = update.control
             updates.append(update)
         server = sum(controls) / len(controls)

@@ -14,6 +14,7 @@ from fedhlm.learning.curve import BINS, Curve, bin_of, isotonic, midpoints, uppe
 from fedhlm.learning.thresholds import (
     KEEP_NONE,
     OPTIMISERS,
+    LocalRound,
     PaperSettings,
     PaperUpdate,
     cluster_mean,
@@ -91,7 +92,7 @@ def test_pairs_outside_the_unit_square_are_refused(bad: list[list[float]]) -> No
 @given(PAIRS, UNIT, st.integers(1, 4), st.sampled_from(["fedavg", "fednova"]))
 def test_published_thresholds_only_rise(pairs: NDArray[np.float64], start: float, steps: int, name: str) -> None:
     settings = PaperSettings(local_steps=steps, optimiser=name)
-    update = OPTIMISERS[name](pairs, start, start, 0.0, 0.0, 3, settings)
+    update = OPTIMISERS[name](LocalRound(pairs, start, start, 0.0, 0.0, 3, settings))
     assert start <= update.threshold <= 1.0
 
 
@@ -99,7 +100,9 @@ def test_trained_on_all_tokens_the_published_threshold_ends_at_one() -> None:
     pairs = np.random.default_rng(1).random((50, 2))
     tau = 0.3
     for round_number in range(300):
-        tau = OPTIMISERS["fedavg"](pairs, tau, tau, 0.0, 0.0, round_number, PaperSettings(decay=0.0)).threshold
+        tau = OPTIMISERS["fedavg"](
+            LocalRound(pairs, tau, tau, 0.0, 0.0, round_number, PaperSettings(decay=0.0))
+        ).threshold
     assert tau == 1.0
 
 
@@ -107,7 +110,9 @@ def test_trained_on_transmitted_tokens_it_freezes_when_they_run_out() -> None:
     pairs = np.random.default_rng(2).random((50, 2)) * [0.8, 1.0]
     tau, counts = 0.3, []
     for round_number in range(300):
-        update = OPTIMISERS["fedavg"](pairs[pairs[:, 0] > tau], tau, tau, 0.0, 0.0, round_number, PaperSettings())
+        update = OPTIMISERS["fedavg"](
+            LocalRound(pairs[pairs[:, 0] > tau], tau, tau, 0.0, 0.0, round_number, PaperSettings())
+        )
         tau = update.threshold
         counts.append(update.count)
     assert counts[0] > 0
@@ -120,7 +125,7 @@ def test_a_client_without_pairs_changes_nothing(
     name: str, local: float, overall: float, own: float, server: float, round_number: int
 ) -> None:
     settings = PaperSettings(optimiser=name, local_steps=3)
-    update = OPTIMISERS[name](NO_PAIRS, local, overall, own, server, round_number, settings)
+    update = OPTIMISERS[name](LocalRound(NO_PAIRS, local, overall, own, server, round_number, settings))
     assert update == PaperUpdate(local, 0, own, 0)
 
 
@@ -129,7 +134,7 @@ def test_every_optimiser_stays_in_the_unit_interval(
     pairs: NDArray[np.float64], name: str, local: float, overall: float, own: float, server: float
 ) -> None:
     settings = PaperSettings(learning_rate=5.0, local_steps=2)
-    update = OPTIMISERS[name](pairs, local, overall, own, server, 0, settings)
+    update = OPTIMISERS[name](LocalRound(pairs, local, overall, own, server, 0, settings))
     assert 0.0 <= update.threshold <= 1.0
     assert update.count == len(pairs)
 
@@ -139,7 +144,7 @@ def test_one_step_by_hand() -> None:
     settings = PaperSettings(gamma=5.0, learning_rate=0.02, decay=0.5, mu=2.0)
     g = paper_gradient(pairs, 0.5, 5.0, 0.01)
     rate = 0.02 / (1.0 + 0.5 * 2)
-    run = {name: step(pairs, 0.5, 0.3, -0.7, -0.2, 2, settings) for name, step in OPTIMISERS.items()}
+    run = {name: step(LocalRound(pairs, 0.5, 0.3, -0.7, -0.2, 2, settings)) for name, step in OPTIMISERS.items()}
     assert run["fedavg"] == pytest.approx((0.5 - rate * g, 2, -0.7, 1))
     assert run["fedprox"] == pytest.approx((0.5 - rate * (g + 2.0 * 0.2), 2, -0.7, 1))
     assert run["scaffold"] == pytest.approx((0.5 - rate * (g + 0.7 - 0.2), 2, g, 1))
@@ -152,7 +157,8 @@ def test_fedprox_without_pull_and_scaffold_without_controls_are_fedavg() -> None
     pairs = np.random.default_rng(3).random((6, 2))
     settings = PaperSettings(mu=0.0, local_steps=4)
     average, prox, scaffold = (
-        OPTIMISERS[name](pairs, 0.2, 0.8, 0.0, 0.0, 1, settings).threshold for name in ("fedavg", "fedprox", "scaffold")
+        OPTIMISERS[name](LocalRound(pairs, 0.2, 0.8, 0.0, 0.0, 1, settings)).threshold
+        for name in ("fedavg", "fedprox", "scaffold")
     )
     assert average == prox == scaffold
 
@@ -160,7 +166,8 @@ def test_fedprox_without_pull_and_scaffold_without_controls_are_fedavg() -> None
 def test_fedprox_stays_nearer_to_the_global_threshold() -> None:
     pairs = np.random.default_rng(4).random((6, 2))
     free, pulled = (
-        OPTIMISERS["fedprox"](pairs, 0.5, 0.2, 0.0, 0.0, 0, PaperSettings(mu=mu)).threshold for mu in (0.0, 5.0)
+        OPTIMISERS["fedprox"](LocalRound(pairs, 0.5, 0.2, 0.0, 0.0, 0, PaperSettings(mu=mu))).threshold
+        for mu in (0.0, 5.0)
     )
     assert abs(pulled - 0.2) < abs(free - 0.2)
 
@@ -172,7 +179,7 @@ def test_scaffold_removes_the_drift_between_clients() -> None:
     gradients = [paper_gradient(pairs, 0.4, 10.0, 0.01) for pairs in clients]
     server = float(np.mean(gradients))
     ends = [
-        OPTIMISERS["scaffold"](pairs, 0.4, 0.4, g, server, 0, PaperSettings(learning_rate=1e-3)).threshold
+        OPTIMISERS["scaffold"](LocalRound(pairs, 0.4, 0.4, g, server, 0, PaperSettings(learning_rate=1e-3))).threshold
         for pairs, g in zip(clients, gradients, strict=True)
     ]
     assert ends[0] == pytest.approx(ends[1], abs=1e-12)
@@ -184,7 +191,7 @@ def test_fednova_does_not_move_further_for_more_of_the_same_tokens() -> None:
     settings = PaperSettings(learning_rate=1e-5)
     moves = {
         name: [
-            OPTIMISERS[name](np.repeat(pair, n, axis=0), 0.4, 0.4, 0.0, 0.0, 0, settings).threshold - 0.4
+            OPTIMISERS[name](LocalRound(np.repeat(pair, n, axis=0), 0.4, 0.4, 0.0, 0.0, 0, settings)).threshold - 0.4
             for n in (1, 20)
         ]
         for name in ("fedavg", "fednova")
@@ -356,7 +363,7 @@ def test_shares_fall_back_from_decisions_to_weight_to_uniform() -> None:
 def test_optimisers_agree_on_one_token_and_one_step() -> None:
     pair = np.array([[0.6, 0.3]])
     ends = [
-        OPTIMISERS[name](pair, 0.4, 0.4, 0.0, 0.0, 0, PaperSettings()).threshold
+        OPTIMISERS[name](LocalRound(pair, 0.4, 0.4, 0.0, 0.0, 0, PaperSettings())).threshold
         for name in ("fedavg", "fedprox", "fednova")
     ]
     assert all(a == pytest.approx(b, abs=1e-12) for a, b in itertools.pairwise(ends))
@@ -367,7 +374,7 @@ def test_fedprox_pulls_towards_the_global_threshold_from_either_side() -> None:
     settings = PaperSettings(mu=2.0, learning_rate=0.1, gamma=0.0, optimiser="fedprox")
     pairs = np.array([[0.5, 0.5]])
     for start, anchor in ((0.4, 0.8), (0.8, 0.4)):
-        moved = OPTIMISERS["fedprox"](pairs, start, anchor, 0.0, 0.0, 0, settings)
+        moved = OPTIMISERS["fedprox"](LocalRound(pairs, start, anchor, 0.0, 0.0, 0, settings))
         assert moved.threshold == pytest.approx(start + 0.1 * 2.0 * (anchor - start))
 
 
@@ -375,5 +382,5 @@ def test_scaffold_corrects_by_the_difference_of_the_controls() -> None:
     """Karimireddy et al. 2020: the step is against gradient - c_k + c."""
     settings = PaperSettings(learning_rate=0.1, gamma=0.0, optimiser="scaffold")
     pairs = np.array([[0.5, 0.5]])
-    moved = OPTIMISERS["scaffold"](pairs, 0.5, 0.9, 0.7, 0.2, 0, settings)
+    moved = OPTIMISERS["scaffold"](LocalRound(pairs, 0.5, 0.9, 0.7, 0.2, 0, settings))
     assert moved.threshold == pytest.approx(0.5 - 0.1 * (0.0 - 0.7 + 0.2))

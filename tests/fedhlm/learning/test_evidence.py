@@ -130,6 +130,17 @@ def test_a_device_that_loses_its_disk_starts_a_new_evidence_and_the_fleets_stays
     assert numbers(total(fleet)) == pytest.approx(numbers(certificate(1_000, 20) + certificate(80, 3)))
 
 
+def test_what_a_device_without_its_disk_did_elsewhere_does_not_count_here() -> None:
+    """Tokens that were seen here before stand for the former evidence, and not for the new one."""
+    fleet = FleetEvidence()
+    fleet.hear("a", said(certificate(1_000)), saw((PAIR, Witness(settled=1_000.0))))
+    elsewhere = certificate(1_000, wrong=300)
+    fleet.hear("a", said(elsewhere, began_ms=2), saw((PAIR, Witness(settled=1_000.0))))
+    fleet.hear("a", said(elsewhere + certificate(500), began_ms=2), saw((PAIR, Witness(settled=1_500.0))))
+    assert total(fleet).tokens == 1_500.0
+    assert total(fleet).figures()["harm"] == 0.0
+
+
 def test_a_device_that_leaves_takes_nothing_along_and_counts_elsewhere_by_what_it_does_there() -> None:
     here, there = FleetEvidence(), FleetEvidence()
     seen = Witness(1_000.0, 20.0)

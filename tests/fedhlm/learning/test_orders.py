@@ -3,18 +3,22 @@
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
+from edge_broker.federation import ClusterFederation
 from fedhlm.errors import ProtocolError
+from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.federation import Members, mean_of_agents, mean_of_clusters
 from fedhlm.learning.orders import FUTURE_MS, ORDERS_MAX, Orders
 from fedhlm.learning.roster import roster_of
 from fedhlm.learning.settled import SLACK_TOKENS, SettledTokens
 from fedhlm.protocol.fields import MAX_ROSTER
-from fedhlm.protocol.messages import Contribution, Forget, Learned
+from fedhlm.protocol.messages import Contribution, Evidence, Forget, Learned
 from fedhlm.settings import Federation
 
 NOW_MS = 10 * FUTURE_MS
+PAIR = "3fa4b1.09c2de"
 
 
 def header(sent_ms: int = NOW_MS, sequence: int = 0) -> dict[str, object]:
@@ -121,6 +125,34 @@ def test_among_clusters_all_that_was_made_before_the_order_goes() -> None:
     assert members.refused["forgotten"] == 1
     assert members.take("c1", contribution(90.0, 3, NOW_MS), 0.0) == "taken"
     assert tokens(members) == 140.0
+
+
+def test_a_forgotten_members_evidence_goes_with_its_sums() -> None:
+    members = Members(Federation(), mean_of_agents)
+    members.evidence.begin(NOW_MS)
+    for name, written in (("a", 300), ("b", 200)):
+        known = Certificate()
+        known.add(written, [1.0])
+        evidence = Evidence(NOW_MS, {PAIR: known.to_bytes()})
+        members.take(name, replace(contribution(1.0), evidence=evidence), 0.0)
+    assert members.evidence.totals()[PAIR].tokens == 500.0
+    assert members.obey("a", order(1), wall_ms=NOW_MS)
+    assert members.evidence.totals()[PAIR].tokens == 200.0
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_edge_lets_a_forgotten_agent_begin_with_nothing(restarted: bool) -> None:
+    """What it contributed before the order does not come back with its next contribution, which holds all its sums."""
+    edge = ClusterFederation(Federation())
+    edge.contribute("a", contribution(5_000.0), 0.0, wall_ms=NOW_MS)
+    assert tokens(edge.members) == 5_000.0
+    edge.obey("a", order(1), wall_ms=NOW_MS)
+    if restarted:
+        saved, edge = edge.members.snapshot(), ClusterFederation(Federation())
+        edge.members.restore(saved)
+        edge.restored()
+    edge.contribute("a", contribution(5_100.0, 2, NOW_MS + 1), 1.0, wall_ms=NOW_MS)
+    assert tokens(edge.members) <= SLACK_TOKENS
 
 
 def test_of_a_forgotten_member_only_tokens_that_pass_from_now_on_count() -> None:

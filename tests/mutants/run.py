@@ -10,7 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.mutants.changes import CHANGES, Change
+from tests.mutants.change import Change
+from tests.mutants.changes import CHANGES
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "golden", "*.egg-info", "build", "dist")

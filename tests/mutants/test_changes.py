@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.changes import CHANGES, Change
+from tests.mutants.change import Change
+from tests.mutants.changes import CHANGES
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,9 @@ import msgspec
 from fedhlm.bus.party import Party, Stamp
 from fedhlm.errors import DeadlinePassed
 from fedhlm.protocol import topics
+from fedhlm.protocol.codec import encode
 from fedhlm.protocol.fields import Source
-from fedhlm.protocol.messages import Output, Sampling
+from fedhlm.protocol.messages import Cancel, Output, Prompt, Sampling
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim import toy
 from tests.brokers import until
@@ -109,3 +110,84 @@ async def test_an_output_that_does_not_fit_comes_in_parts(kind: str) -> None:
         result = answer.result
         assert (result.ids, result.sources, result.text, result.finish) == (ids, whole.sources, whole.text, "length")
         assert fleet.reconnects == {}
+
+
+@both_brokers
+async def test_what_cannot_be_served_is_answered_at_once_whatever_is_wrong_with_it(kind: str) -> None:
+    async with fleets(kind) as (fleet,):
+        client = await fleet.whole("porch")
+        await client.find("porch")
+        assert (await client.write("porch", TEXT, max_tokens=1, seed=1, request="first")).finish == "length"
+        heard: dict[str, Output] = {}
+
+        def note(received: Any) -> None:
+            if isinstance(received.message, Output):
+                heard[received.message.request] = received.message
+
+        client._hear = note
+        good = Prompt(**Stamp("client")(), request="r", text=TEXT, max_tokens=2, seed=1)
+        wrong: dict[str, tuple[bytes, str]] = {
+            "range": (encode(msgspec.structs.replace(good, request="range", max_tokens=0)), "invalid"),
+            "preset": (encode(msgspec.structs.replace(good, request="preset", preset="nope")), "invalid"),
+            "long": (encode(msgspec.structs.replace(good, request="long", text=TEXT * 1_000)), "invalid"),
+            "cut": (encode(msgspec.structs.replace(good, request="cut"))[:-3], "invalid"),
+            "more": (encode(msgspec.structs.replace(good, request="more")) + b"\xc0", "invalid"),
+            "first": (encode(msgspec.structs.replace(good, request="first")), "taken"),
+            "late": (encode(msgspec.structs.replace(good, request="late", patience_ms=0)), "late"),
+        }
+        place = topics.PROMPT.name(cluster="home", agent="porch")
+        for payload, _ in wrong.values():
+            await client.party.bus.publish(place, payload)
+        async with asyncio.timeout(5.0):
+            await until(lambda: set(wrong) <= set(heard))
+        for name, (_, refusal) in wrong.items():
+            assert (heard[name].finish, heard[name].refusal, heard[name].ids) == ("error", refusal, ()), name
+            assert heard[name].error, name
+        kept = encode(msgspec.structs.replace(good, request="kept"))
+        await client.party.bus.publish(topics.PROMPT.name(cluster="home", agent="yard"), kept, retain=True)
+        await client.subscribe(topics.OUTPUT.name(cluster="home", agent="yard", client="client"))
+        await fleet.agent("yard")
+        now = encode(msgspec.structs.replace(good, request="now"))
+        await client.find("yard")
+        await client.party.bus.publish(topics.PROMPT.name(cluster="home", agent="yard"), now)
+        await until(lambda: "now" in heard and heard["now"].finish is not None)
+        assert "kept" not in heard
+
+
+@both_brokers
+async def test_a_request_is_cancelled_while_it_is_served_while_it_waits_and_before_it_comes(kind: str) -> None:
+    async with fleets(kind) as (fleet,):
+        client = await fleet.whole("porch")
+        await client.find("porch")
+        assert (await client.write("porch", TEXT, max_tokens=1, seed=1)).finish == "length"
+        heard: dict[str, list[Output]] = {"served": [], "waiting": [], "early": [], "kept": []}
+
+        def note(received: Any) -> None:
+            if isinstance(received.message, Output):
+                heard[received.message.request].append(received.message)
+
+        client._hear = note
+        place: Any = {"cluster": "home", "agent": "porch", "client": "client"}
+
+        async def cancel(name: str) -> None:
+            await client.party.send(topics.CANCEL_FROM, Cancel(**client.party.stamp(), request=name), **place)
+
+        await cancel("early")
+        for name in heard:
+            prompt = Prompt(
+                **client.party.stamp(), request=name, text=TEXT, max_tokens=LONG, seed=SEED, temperature=0.8
+            )
+            await client.party.send(topics.PROMPT_FROM, prompt, **place)
+        await until(lambda: bool(heard["served"]))
+        for name in ("waiting", "served", "served", "unknown"):
+            await cancel(name)
+        async with asyncio.timeout(20.0):
+            await until(lambda: all(said and said[-1].finish is not None for said in heard.values()))
+        assert {name: said[-1].finish for name, said in heard.items()} == {
+            "served": "cancelled",
+            "waiting": "cancelled",
+            "early": "cancelled",
+            "kept": "length",
+        }
+        assert sum(len(output.ids) for output in heard["served"]) < LONG
+        assert [output.ids for output in heard["waiting"] + heard["early"]] == [(), ()]

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from fedhlm.errors import AskError, RequestCancelled, RequestNameTaken, RequestRefused
+from fedhlm.errors import AskError, DeadlinePassed, RequestCancelled, RequestNameTaken, RequestRefused
 from fedhlm.protocol.fields import FinishReason, Source
 from fedhlm.protocol.messages import Output
 from fedhlm.protocol.sources import SOURCES
@@ -154,4 +154,6 @@ def failure_of(last: Output, *, agent: str) -> AskError | None:
     kind: type[AskError] = RequestRefused if last.finish == "error" else RequestCancelled
     if last.refusal == "taken":
         kind = RequestNameTaken
+    elif last.refusal == "late":  # the agent's clock struck before this one's
+        kind = DeadlinePassed
     return kind(agent, last.request, last.error or f"{agent} ended the request without giving a reason")

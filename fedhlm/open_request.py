@@ -1,10 +1,12 @@
 """A request of a client that is not finished, and waiting for what happens to it."""
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from fedhlm.answers import Assembly
 from fedhlm.protocol.messages import Output
+
+LINGER_S: Final = 0.5
 
 
 class OpenRequest:
@@ -36,9 +38,16 @@ class OpenRequest:
         return now_s() < limit_s
 
     def leave(self) -> None:
-        """Free the place in the window."""
+        """Free the place in the window, a little later if the agent has not ended the request and must hear of its end.
+
+        Else all requests that wait would be sent one after the other when many deadlines pass at once.
+        """
         window, self._window = self._window, None
-        if window is not None:
+        if window is None:
+            return
+        if self.sent and self.assembly.last is None:
+            asyncio.get_running_loop().call_later(LINGER_S, window.release)
+        else:
             window.release()
 
     def take(self, output: Output) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhlm.answers import Assembly, Piece, failure_of
-from fedhlm.errors import AskError, RequestCancelled, RequestNameTaken, RequestRefused
+from fedhlm.errors import AskError, DeadlinePassed, RequestCancelled, RequestNameTaken, RequestRefused
 from fedhlm.protocol.fields import Source
 from fedhlm.protocol.messages import SCHEMA_VERSION, Output
 
@@ -100,6 +100,7 @@ def test_ends_are_told_apart() -> None:
     assert [kind(finish=finish) for finish in ("stop", "length", "context")] == [None, None, None]
     assert kind(finish="error", error="no such preset") is RequestRefused
     assert kind(finish="error", error="in use", refusal="taken") is RequestNameTaken
+    assert kind(finish="error", error="its deadline passed", refusal="late") is DeadlinePassed
     assert kind(finish="cancelled") is RequestCancelled
     failure = failure_of(output(0, finish="error", error="no such preset"), agent="porch")
     assert failure is not None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fedhlm
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import Party, Stamp, presence
-from fedhlm.client import AWAY_S, HOLE_S
+from fedhlm.client import AWAY_S, HOLE_S, WINDOW
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import Cancel, Output, Prompt
@@ -243,6 +243,25 @@ def test_a_deadline_is_told_to_the_agent_and_kept() -> None:
             assert loop.time() - began_s < 9.0
         await asyncio.sleep(1.0)
         assert porch.cancelled == [prompt.request]
+
+    played(scene)
+
+
+def test_many_deadlines_that_pass_at_once_send_no_flood() -> None:
+    """Each place that comes free would be taken by a request that has milliseconds left, and so on through them all."""
+
+    async def scene(world: World) -> None:
+        porch = await world.agent()
+        async with world.client() as client:
+
+            async def ask(number: int) -> None:
+                with pytest.raises(fedhlm.DeadlinePassed):
+                    await client.write("porch", "Oil", deadline_s=2.0 + number / 10_000)
+
+            await asyncio.gather(*(ask(number) for number in range(10 * WINDOW)))
+            assert porch.prompts.qsize() == WINDOW
+            await asyncio.sleep(1.0)
+            assert len(porch.cancelled) == WINDOW
 
     played(scene)
 

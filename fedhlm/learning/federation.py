@@ -19,7 +19,7 @@ from fedhlm.learning.evidence import FleetEvidence, SavedEvidence, Witnessed
 from fedhlm.learning.learnt_state import State, check_thresholds, curves_of
 from fedhlm.learning.member import KnownMember
 from fedhlm.learning.orders import Obeyed, Orders, check_time
-from fedhlm.learning.robust import near_median, pool, winsorised
+from fedhlm.learning.robust import lower_median, near_median, pool, winsorised
 from fedhlm.learning.settled import Claim
 from fedhlm.learning.thresholds import PaperUpdate, cluster_mean, global_mean, mean_control
 from fedhlm.protocol.fields import MAX_CURVES, MAX_PAIRS, Count, Name, Pair
@@ -57,17 +57,17 @@ def mean_of_clusters(_fresh: Sequence[PaperUpdate], known: Sequence[PaperUpdate]
     return global_mean([update.threshold for update in known])
 
 
-def guarded(updates: Sequence[PaperUpdate], trim: float) -> list[PaperUpdate]:
+def guarded(updates: Sequence[PaperUpdate], trim: float, highest: float = math.inf) -> list[PaperUpdate]:
     """Make updates safe for the published averages.
 
-    Counts are cut near the median count. From five updates on, thresholds and controls are winsorised: the share `trim`
-    at either end is moved to the nearest value that is kept.
+    Counts are cut near the median count, and thresholds to `highest`. From five updates on, thresholds and controls are
+    winsorised: the share `trim` at either end is moved to the nearest value that is kept.
     """
     most = near_median([float(update.count) for update in updates])
     thresholds = winsorised([update.threshold for update in updates], trim=trim)
     controls = winsorised([update.control for update in updates], trim=trim)
     return [
-        update._replace(threshold=threshold, control=control, count=int(min(update.count, most)))
+        update._replace(threshold=min(threshold, highest), control=control, count=int(min(update.count, most)))
         for update, threshold, control in zip(updates, thresholds, controls, strict=True)
     ]
 
@@ -360,7 +360,10 @@ class Members:
     def _threshold(self, pair: Pair) -> PaperThreshold | None:
         """The threshold of a pair after this round."""
         fresh, known = self._updates(self._fresh, pair), self._updates(self._members, pair)
-        fresh, known = guarded(fresh, self.federation.trim), guarded(known, self.federation.trim)
+        # A threshold of the published rule only rises, so a liar gains by a high one. Among agents none counts for more
+        # than the median of all, and of two the lower one. Clusters may differ by right.
+        highest = math.inf if self._of_clusters else lower_median([update.threshold for update in known])
+        fresh, known = (guarded(updates, self.federation.trim, highest) for updates in (fresh, known))
         mean, old = self._mean(fresh, known), self._thresholds.get(pair)
         if mean is not None:
             count = min(_COUNT_END - 1, sum(update.count for update in fresh))

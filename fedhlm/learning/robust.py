@@ -55,8 +55,16 @@ def near_median(sizes: Sequence[float]) -> float:
 
     As long as fewer than half of the members are dishonest, it is at most NEAR times the size of some honest member.
     """
-    known = sorted(size for size in sizes if size > 0.0)
-    return NEAR * known[(len(known) - 1) // 2] if known else math.inf
+    return NEAR * lower_median([size for size in sizes if size > 0.0])
+
+
+def lower_median(values: Sequence[float]) -> float:
+    """The middle value, or the lower one of two; infinite without any.
+
+    As long as fewer than half of the values are dishonest, it is at most the largest honest one. Of two values, it is at
+    most the honest one.
+    """
+    return sorted(values)[(len(values) - 1) // 2] if values else math.inf
 
 
 def winsorised(values: Sequence[float], *, trim: float, enough: int = ENOUGH) -> list[float]:

@@ -143,7 +143,7 @@ class LiarsCell(msgspec.Struct, frozen=True, kw_only=True):
 
     `error` is per token, `worst` that of the agent with the largest one. `verified` is the share of tokens that the
     cloud settled, `messages` the number sent upwards per token, and `tau` the last threshold. The differences are those
-    to the fleet of the same size without liars: a ratio for messages, and tau less its tau.
+    to the fleet of the same size without liars: a ratio for messages, tau less its tau, and the error less its error.
     """
 
     rule: str
@@ -158,12 +158,13 @@ class LiarsCell(msgspec.Struct, frozen=True, kw_only=True):
     tau: float
     messages_ratio: float
     tau_moved: float
+    error_more: float
 
 
 class LiarsFigures(msgspec.Struct, frozen=True, kw_only=True):
     """All cells, and how many of them miss the target: an error above the budget, or a tenth more messages.
 
-    Cells under `paper-fl`, which promises no budget, have no target.
+    Under `paper-fl`, which promises no budget, the error may be that of the fleet without liars.
     """
 
     plan: LiarsPlan
@@ -201,8 +202,12 @@ def study(plan: LiarsPlan, *, jobs: int = 1, ended: Callable[[LiarsCell], object
 
 
 def misses(plan: LiarsPlan, cell: LiarsCell) -> bool:
-    """Whether the honest of a fleet lost more than the target allows."""
-    return cell.rule == CALIBRATED and (cell.error > plan.budget or cell.messages_ratio > MESSAGES_MORE)
+    """Whether the honest of a fleet lost more than the target allows.
+
+    `paper-fl` promises no budget: where it exceeds that without liars, liars must not add to it.
+    """
+    allowed = plan.budget if cell.rule == CALIBRATED else max(plan.budget, cell.error - cell.error_more)
+    return cell.error > allowed or cell.messages_ratio > MESSAGES_MORE
 
 
 def cell_of(setting: LiarsSetting, lives: Sequence[Life], here: bool, calm: LiarsCell | None = None) -> LiarsCell:
@@ -222,6 +227,7 @@ def cell_of(setting: LiarsSetting, lives: Sequence[Life], here: bool, calm: Liar
         tau=mean["tau"],
         messages_ratio=1.0 if calm is None else mean["messages"] / calm.messages,
         tau_moved=0.0 if calm is None else mean["tau"] - calm.tau,
+        error_more=0.0 if calm is None else mean["truth"] - calm.error,
     )
 
 

@@ -415,6 +415,20 @@ OF_FLEETS: Final = (
         ("tests/fedhlm/bus/test_rates.py",),
     ),
     Change(
+        "a published threshold counts as the median member's at most",
+        "fedhlm/learning/federation.py",
+        "highest = math.inf if self._of_clusters else",
+        "highest = math.inf if self.round >= 0 else",
+        ("tests/fedhlm/learning/test_federation.py",),
+    ),
+    Change(
+        "the median of all members, not of a round's",
+        "fedhlm/learning/federation.py",
+        "lower_median([update.threshold for update in known])",
+        "lower_median([update.threshold for update in fresh])",
+        ("tests/fedhlm/learning/test_federation.py",),
+    ),
+    Change(
         "what an agent brings along is believed once",
         "fedhlm/learning/settled.py",
         "begun = agent in self._begun or any(",

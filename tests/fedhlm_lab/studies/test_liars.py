@@ -5,12 +5,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fedhlm_fleet.cli import main
 from fedhlm_lab.sim.liars import LIES
 from fedhlm_lab.studies.liars import (
     CALIBRATED,
     HONEST,
+    PAPER,
+    SHOUT,
     LiarsCell,
     LiarsPlan,
     LiarsSetting,
@@ -48,6 +51,22 @@ def test_one_liar_of_two_changes_nothing_for_the_honest(lie: str) -> None:
 
 def test_liars_below_half_change_nothing_for_the_honest() -> None:
     assert not any(misses(SMALL, cell) for cell in cells(5, 2, "harmless"))
+
+
+def test_a_liar_under_the_published_rule_changes_nothing_for_the_honest() -> None:
+    for cell in cells(2, 1, SHOUT, PAPER):
+        assert cell.error <= SMALL.budget
+        assert cell.tau_moved <= 0.05
+        assert not misses(SMALL, cell)
+
+
+def test_what_the_published_rule_costs_without_liars_is_no_miss() -> None:
+    cell = cells(2, 1, SHOUT, PAPER)[0]
+    worse = replace(cell, error=0.2, error_more=0.0)
+    assert not misses(SMALL, worse)
+    assert misses(SMALL, replace(worse, error_more=0.01))
+    assert misses(SMALL, replace(worse, messages_ratio=1.2))
+    assert misses(SMALL, replace(worse, rule=CALIBRATED))
 
 
 def test_a_plan_has_one_liar_and_the_most_below_half() -> None:

@@ -283,6 +283,15 @@ def test_counts_and_thresholds_do_not_carry_the_published_threshold_away(members
     assert members < 10 or liars > 1 or abs(after.control) < 1.0
 
 
+def test_a_count_that_nobody_has_does_not_pull_the_published_threshold_down() -> None:
+    """Unguarded it ends at 0.0000001."""
+    members = agents()
+    members.take("liar", contribution(1, threshold=PaperThreshold(0.0, 2**31 - 1)), 0.0)
+    for name in "abc":
+        members.take(name, contribution(1, threshold=PaperThreshold(0.42, 30)), 0.0)
+    assert members.close().thresholds[PAIR].threshold == pytest.approx(0.42 * 90 / (90 + 4 * 30))
+
+
 def test_a_liar_that_is_alone_in_a_round_is_held_to_the_median_of_all() -> None:
     members = agents()
     members.take("a", contribution(1, threshold=PaperThreshold(0.3, 30)), 0.0)

@@ -215,6 +215,9 @@ def study(run: TextTrace, projections: dict[str, Projection], *, agents: int, pe
         log = run.token[uncertain].tolist()
         # A memory larger than the log never fills, so its ratio says nothing about size.
         sizes = [s for s in SIZES if s <= len(log)]
+        if not sizes:
+            out(f"\nhit ratio by size: needs {min(SIZES)} uncertain tokens, of which there are {len(log)}\n")
+            continue
         for votes in (1, 3):
             with progress("looking up all tokens in memories of each size"):
                 ratios = simulate_hit_ratio(keys[uncertain], log, sizes, theta=FIXED_THETA, votes=votes)

@@ -89,7 +89,7 @@ class Tasks(Processes):
 
     async def stop(self) -> None:
         await self.end(*self._tasks)
-        self.logs.rmdir()
+        await super().stop()
 
 
 class Recorded(Demo):

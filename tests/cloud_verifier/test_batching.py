@@ -470,3 +470,20 @@ def test_a_block_whose_deadline_passes_is_given_up_and_its_session_goes_on() -> 
     (done,) = settled(work)
     assert isinstance(done.outcome, Settled)
     assert done.outcome.ids == toy.large_alone(PROMPT, Sampling(1), 20)
+
+
+def test_beside_short_blocks_calls_for_long_contexts_are_small() -> None:
+    """Whoever asks for little waits for the call that runs, and no longer than a quarter of a full one takes."""
+    work = batcher(batch_tokens=64)
+    work.submit(job("hog", prompt=long_prompt(1)))
+    assert [running.piece for running in work.take(0.0)[0]] == [64], "nobody else asked lately"
+    work = batcher(batch_tokens=64)
+    for now_s, agent in enumerate(("quiet", "hog", "hog")):
+        if agent == "quiet":
+            work.submit(job("quiet"))
+        else:
+            work.submit(job("hog", now_s, prompt=long_prompt(now_s)))
+    while not work.idle:
+        batch, _ = work.take(0.5)
+        assert [r.job.key.agent for r in batch] == ["quiet"] or all(r.piece <= 16 for r in batch)
+        work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))

@@ -450,6 +450,13 @@ OF_FLEETS: Final = (
         ("tests/fedhlm/decoding/test_decoder.py",),
     ),
     Change(
+        "calls for long contexts are small beside short blocks",
+        "cloud_verifier/batching.py",
+        "SMALL: Final = 4",
+        "SMALL: Final = 3",
+        ("tests/cloud_verifier/test_batching.py",),
+    ),
+    Change(
         "few sessions are looked at for a cache",
         "cloud_verifier/sessions.py",
         "islice(reversed(self._keys_of.get(key.owner, {})), DONORS_MAX)",

@@ -38,7 +38,7 @@ from fedhlm.bus.interface import (
     publish_wire_bytes,
 )
 from fedhlm.bus.outgoing import TELLING_BYTES, Outbox, Outgoing
-from fedhlm.errors import BusError
+from fedhlm.errors import BusError, root_of
 from fedhlm.telemetry import warn_once
 
 _log: Final = logging.getLogger(__name__)
@@ -310,10 +310,7 @@ class MqttBus:
             broken, bugs = group.split(aiomqtt.MqttError)
             if bugs is not None or broken is None:
                 raise
-            error: BaseException = broken
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+            raise root_of(broken) from None
         finally:
             # Without a DISCONNECT the broker publishes the will, as it should unless we have published it ourselves.
             drop(client)
@@ -409,14 +406,7 @@ class MqttBus:
             if item.properties is not None and whole_s is not None:
                 item.properties.MessageExpiryInterval = whole_s
         self._statistics.messages_out += 1
-        self._statistics.bytes_out += publish_wire_bytes(
-            item.topic,
-            len(item.payload),
-            qos=qos,
-            protocol=self._dial.protocol or "5",
-            expiry_s=expiry_s,
-            content_type=self._content_type,
-        )
+        self._statistics.bytes_out += self._wire_bytes(item, qos, expiry_s)
         await client.publish(item.topic, item.payload, qos=qos, retain=retain, properties=properties)
 
     def _too_large(self, item: Outgoing, expiry_s: float | None) -> bool:
@@ -424,19 +414,22 @@ class MqttBus:
         largest = self._dial.limits.max_packet_bytes
         if largest is None or item.size + PACKET_HEAD_BYTES <= largest:
             return False
-        size = publish_wire_bytes(
-            item.topic,
-            len(item.payload),
-            qos=item.qos,
-            protocol=self._dial.protocol or "5",
-            expiry_s=expiry_s,
-            content_type=self._content_type,
-        )
+        size = self._wire_bytes(item, item.qos, expiry_s)
         if size <= largest and item.properties is None:
             return False
         self._statistics.dropped_out += 1
         self._tell_too_large(item, size, largest)
         return True
+
+    def _wire_bytes(self, item: Outgoing, qos: int, expiry_s: float | None) -> int:
+        return publish_wire_bytes(
+            item.topic,
+            len(item.payload),
+            qos=qos,
+            protocol=self._dial.protocol or "5",
+            expiry_s=expiry_s,
+            content_type=self._content_type,
+        )
 
     def _tell_too_large(self, item: Outgoing, size: int, largest: int) -> None:
         text = "%s: dropped a message of %d bytes for %s: too large, the broker accepts at most %d bytes"

@@ -55,19 +55,28 @@ class PartFlags:
         return Selection(self.from_, until_s, self.topics, self.agent).checked()
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReadFlags(PartFlags):
+    """The flags that choose a part of a recording and the topics' first levels."""
+
+    root: str | None = None
+    """First levels of the topics, if they differ from those that the recording names."""
+
+
 WHOLE: Final = PartFlags()
+AS_RECORDED: Final = ReadFlags()
 
 
 @app.command
 def show(
     file: Path,
     *,
-    part: PartFlags = WHOLE,
+    part: ReadFlags = AS_RECORDED,
     request: str = "",
     story: Flag = False,
     tokenizer: Path | None = None,
     limit: Positive | None = None,
-    root: str | None = None,
 ) -> int:
     """Print a line for each message or, with --story, for each generated token.
 
@@ -83,12 +92,10 @@ def show(
         Folder with the tokenizer.json of the recorded models; by default the shipped one, if the models use it.
     limit
         Maximum number of messages, or with --story of requests, to print.
-    root
-        First levels of the topics, if they differ from those that the recording names.
     """
     from fedhlm_fleet.commands.trace_show import belonging, messages_told, stories_told
 
-    trace, header, records = _selected(file, part, root)
+    trace, header, records = _selected(file, part)
     told = (
         stories_told(records, header, part.agent, request, tokenizer)
         if story
@@ -105,9 +112,8 @@ def show(
 def stats(
     file: Path,
     *,
-    part: PartFlags = WHOLE,
+    part: ReadFlags = AS_RECORDED,
     json: Flag = False,
-    root: str | None = None,
 ) -> int:
     """Count messages and bytes by topic, cluster and agent, and print the cost of a generated token.
 
@@ -117,8 +123,6 @@ def stats(
         Recording; the further files of a rotated one are found automatically.
     json
         Print one JSON object instead of text.
-    root
-        First levels of the topics, if they differ from those that the recording names.
     """
     import msgspec
 
@@ -126,7 +130,7 @@ def stats(
     from fedhlm_traces.stats import statistics
     from fedhlm_traces.stats_text import lines_of
 
-    trace, header, records = _selected(file, part, root)
+    trace, header, records = _selected(file, part)
     found = statistics(records, header, protocol=protocol_of(trace, header))
     found.lost_bytes = trace.lost_bytes
     if json:
@@ -192,8 +196,7 @@ def export(
     *,
     format: Literal["jsonl", "csv"] = "jsonl",  # noqa: A002 - the flag's name
     out: Path | None = None,
-    part: PartFlags = WHOLE,
-    root: str | None = None,
+    part: ReadFlags = AS_RECORDED,
 ) -> int:
     """Export a recording as JSON lines with all fields of all messages, or as CSV with one row per message.
 
@@ -205,13 +208,11 @@ def export(
         jsonl keeps everything; csv has the fields that fit in a table.
     out
         File to write; it must not exist yet. By default standard output.
-    root
-        First levels of the topics, if they differ from those that the recording names.
     """
     from fedhlm_traces.decoded import protocol_of
     from fedhlm_traces.export import FORMATS
 
-    trace, header, records = _selected(file, part, root)
+    trace, header, records = _selected(file, part)
     lines = FORMATS[format](records, header, protocol_of(trace, header))
     if out is None:
         sys.stdout.writelines(lines)
@@ -268,16 +269,16 @@ def _opened(plain: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _selected(file: Path, part: PartFlags, root: str | None) -> "tuple[Trace, Header, Iterator[Record]]":
+def _selected(file: Path, part: ReadFlags) -> "tuple[Trace, Header, Iterator[Record]]":
     from msgspec.structs import replace
 
     from fedhlm.config import load
     from fedhlm_traces.file import read
 
-    if root is not None:
-        load(environ={}, flags={"broker.root": root})  # with its rules
+    if part.root is not None:
+        load(environ={}, flags={"broker.root": part.root})  # with its rules
     trace = read(file)
-    header = trace.header if root is None else replace(trace.header, root=root)
+    header = trace.header if part.root is None else replace(trace.header, root=part.root)
     return trace, header, part.checked().of(trace, header.root)
 
 

@@ -65,16 +65,18 @@ class Partition(NamedTuple):
     size: int
 
 
-class Folder:
-    """A boot partition that the system has mounted, or a folder with its files."""
-
+class _Written:
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def label(self) -> str:
-        """The folder's path."""
+        """The path of the folder, image or device."""
         return str(self.path)
+
+
+class Folder(_Written):
+    """A boot partition that the system has mounted, or a folder with its files."""
 
     def room(self) -> Room:
         """Return the space of the file system. Raises FlashError if it is not the boot partition of a Raspberry Pi."""
@@ -96,16 +98,8 @@ class Folder:
             raise FlashError(f"cannot write to {self.path}: {exc.strerror or exc}") from exc
 
 
-class BootPartition:
+class BootPartition(_Written):
     """The FAT boot partition of an image file or device, accessed with mtools."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def label(self) -> str:
-        """The image's or device's path."""
-        return str(self.path)
 
     def room(self) -> Room:
         """Return the space of the first FAT partition. Raises FlashError if it is missing or incomplete."""

@@ -448,7 +448,7 @@ class LoopbackBus:
         self._broker._publish(packet, self.client_id)
 
     def _receive(self, delivery: Delivery, size: int) -> None:
-        if self.sheds is not None and self.sheds(delivery.topic.encode(), size):
+        if self.sheds is not None and self.sheds(delivery.topic.encode(errors="surrogatepass"), size):
             return
         if self.unread < self.max_incoming:
             self._inbox.put(delivery, size)

@@ -30,6 +30,13 @@ def test_a_party_within_its_rate_is_never_refused_beside_a_flood() -> None:
     assert refused > 19_000
 
 
+def test_an_idle_party_saves_up_one_burst_and_no_more() -> None:
+    rates = PartyRates(10.0)
+    assert rates.allow("a", 1.0, 0.0)
+    after_an_hour = [rates.allow("a", 1.0, 3_600.0) for _ in range(100)]
+    assert sum(after_an_hour) == 10.0 * BURST_S
+
+
 def test_a_clock_that_goes_back_gives_nothing() -> None:
     rates = PartyRates(1.0)
     assert all(rates.allow("a", 1.0, 100.0) for _ in range(int(BURST_S)))

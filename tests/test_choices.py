@@ -26,6 +26,7 @@ NAMES = frozenset[str]().union(
 )
 # The same word for something else.
 OTHERS = {
+    ("fedhlm_doors/tools.py", "none"): "a value of tool_choice in the APIs over HTTP",
     ("fedhlm_fleet/flash/batch.py", "agent"): "a column of a table of devices",
     ("fedhlm_fleet/flash/bundle.py", "none"): "the ABI tag of a wheel",
     ("fedhlm_lab/sim/faults.py", "none"): "the word for no faults",

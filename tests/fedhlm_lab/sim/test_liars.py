@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent import learner
+from edge_agent import policy
 from fedhlm.learning.curve import Bins, Curve
 from fedhlm.learning.thresholds import tau_of_budget
 from fedhlm_lab.sim import faults, links
@@ -52,7 +52,7 @@ def test_shares_from_the_cluster_break_the_budget(monkeypatch: pytest.MonkeyPatc
     def pooled(own: Curve, m: Bins, rho: float, delta: float) -> float:
         return tau_of_budget(own + boast, np.minimum(m, own.harm / np.maximum(own.weight, 1.0)), rho, delta)
 
-    monkeypatch.setattr(learner, "tau_of_budget", pooled)
+    monkeypatch.setattr(policy, "tau_of_budget", pooled)
     with pytest.raises(Violation, match="wrong ones must be"):
         simulate(fleet("bin-0"))
 

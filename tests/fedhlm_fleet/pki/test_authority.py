@@ -213,7 +213,7 @@ def test_an_unusable_ca_is_named(pki: Path, tmp_path: Path) -> None:
     def attempt(folder: Path = pki) -> None:
         issue(folder, "x", role="client", now=NOW)
 
-    with pytest.raises(PkiError, match=r"holds no ca\.crt: `fedhlm pki init"):
+    with pytest.raises(PkiError, match=r"must hold ca\.crt: `fedhlm pki init"):
         attempt(tmp_path / "nowhere")
     good = (pki / "ca.key").read_bytes()
     (pki / "ca.key").write_bytes(good[:50])

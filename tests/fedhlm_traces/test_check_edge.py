@@ -81,12 +81,12 @@ def learn_less(patch: pytest.MonkeyPatch) -> None:
 
 
 def average_otherwise(patch: pytest.MonkeyPatch) -> None:
-    """The largest threshold instead of the mean."""
+    """Half of the smallest threshold instead of the mean: the guard leaves two members' thresholds equal."""
 
-    def largest(updates: list[PaperUpdate]) -> float | None:
-        return max((update.threshold for update in updates), default=None)
+    def smaller(updates: list[PaperUpdate]) -> float | None:
+        return min((update.threshold / 2.0 for update in updates), default=None)
 
-    patch.setattr(federation, "cluster_mean", largest)
+    patch.setattr(federation, "cluster_mean", smaller)
 
 
 MUTANTS: dict[str, tuple[Patch, str, bool, tuple[str, ...]]] = {

@@ -137,7 +137,7 @@ def test_the_command_fits_on_a_file_of_items(
     assert all(ids[0] in decoder.info.eos_ids for ids in sequences_of(decoder, shipped[:3]))
     seen: list[int] = []
 
-    def count(_: Decoder, sequences: list[list[int]]) -> Projection:
+    def count(_: Decoder, sequences: list[list[int]], **_options: object) -> Projection:
         seen.append(len(sequences))
         return Projection.fallback(192)
 

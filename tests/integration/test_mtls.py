@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedhlm.bus import reasons
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.client import Client
@@ -246,9 +247,9 @@ async def test_what_an_agent_may_not_publish_is_refused_and_told_once(
         await bus.wait_backlog(0)
         assert bus.statistics.dropped_out == 3
     assert shared.log.count("Denied PUBLISH from porch") == 3
-    told = [
-        record for record in caplog.records if f"refused a message on {topic}: Not authorized" in record.getMessage()
-    ]
+    size, reason = len(topic) + 1, reasons.described(0x87)
+    words = f"refused a message of {size} bytes on {topic}: {reason}"
+    told = [record for record in caplog.records if words in record.getMessage()]
     assert [record.levelno for record in told] == [logging.WARNING, logging.DEBUG, logging.DEBUG]
 
 

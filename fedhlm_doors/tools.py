@@ -128,8 +128,18 @@ def _grammar(functions: Sequence[Mapping[str, Any]], *, must: bool, several: boo
     return "\n".join([f"start: {'(open called)* TEXT' if several else 'open called | TEXT'}", *rules])
 
 
+class _Written(msgspec.Struct):
+    """A call as a model writes it."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
 class CallReader:
-    """Takes calls out of a text that comes in pieces. What may still become a call is held back."""
+    """Takes calls out of a text that comes in pieces. What may still become a call is held back.
+
+    What only looks like a call stays text.
+    """
 
     def __init__(self) -> None:
         self._held = ""
@@ -142,8 +152,12 @@ class CallReader:
             end = self._held.find(CLOSE, at)
             if end < 0:
                 break
+            call = _call(self._held[at + len(OPEN) : end])
+            if call is None:
+                shown, self._held = shown + self._held[: at + len(OPEN)], self._held[at + len(OPEN) :]
+                continue
             shown += self._held[:at].rstrip("\n")
-            calls.append(_call(self._held[at + len(OPEN) : end]))
+            calls.append(call)
             self._held = self._held[end + len(CLOSE) :].removeprefix("\n")
         keep = len(self._held) - at if at >= 0 else _overlap(self._held)
         cut = len(self._held) if last else len(self._held) - keep
@@ -165,9 +179,13 @@ def _overlap(text: str) -> int:
     return next((n for n in range(len(OPEN) - 1, 0, -1) if text.endswith(OPEN[:n])), 0)
 
 
-def _call(text: str) -> ToolCall:
-    found = msgspec.json.decode(text)
-    return ToolCall(found["name"], json.dumps(found["arguments"], ensure_ascii=False))
+def _call(text: str) -> ToolCall | None:
+    """The call that a text between OPEN and CLOSE is; None if it is none, as in a text that no grammar held."""
+    try:
+        found = msgspec.json.decode(text, type=_Written)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return ToolCall(found.name, json.dumps(found.arguments, ensure_ascii=False))
 
 
 def earlier_calls(calls: Sequence[Mapping[str, Any]], param: str) -> list[dict[str, Any]]:

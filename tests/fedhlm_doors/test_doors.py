@@ -302,10 +302,8 @@ def test_errors_have_the_form_of_their_api(doors: House) -> None:
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("gpt-4o")
         with pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(
-                model="fedhlm", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
-            )
-        assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
+            client.chat.completions.create(model="fedhlm", messages=MESSAGES, presence_penalty=0.5)
+        assert (caught.value.param, caught.value.code) == ("presence_penalty", "unsupported_parameter")
 
 
 # Many

@@ -128,7 +128,7 @@ def _grammar(functions: Sequence[Mapping[str, Any]], *, must: bool, several: boo
     return "\n".join([f"start: {'(open called)* TEXT' if several else 'open called | TEXT'}", *rules])
 
 
-class _Written(msgspec.Struct):
+class _CallObject(msgspec.Struct):
     """A call as a model writes it."""
 
     name: str
@@ -182,7 +182,7 @@ def _overlap(text: str) -> int:
 def _call(text: str) -> ToolCall | None:
     """The call that a text between OPEN and CLOSE is; None if it is none, as in a text that no grammar held."""
     try:
-        found = msgspec.json.decode(text, type=_Written)
+        found = msgspec.json.decode(text, type=_CallObject)
     except (msgspec.DecodeError, RecursionError):
         return None
     return ToolCall(found.name, json.dumps(found.arguments, ensure_ascii=False))

@@ -22,6 +22,7 @@ from fedhlm.protocol.messages import Escalation, Fingerprint, Prime
 from fedhlm.protocol.packing import id_bytes, unpack_ids
 
 TOKEN_BYTES: Final = 48  # about what a token of a context takes as an object in two lists
+GRAMMAR_TOKENS: Final = 1_200  # what a text under a grammar takes besides, about 54 KB for a small schema
 SESSIONS_BYTES: Final = 64 * 1024 * 1024
 DONORS_MAX: Final = 16  # sessions that are looked at for a cache to go on with
 EXTEND_MAX: Final = 256  # bonus tokens per answer; who wants more asks again and waits behind the others
@@ -156,7 +157,8 @@ class Sessions:
                 del self._keys_of[key.owner], self._tokens_of[key.owner]
 
     def _measure(self, key: Key) -> None:
-        tokens = len(self._entries[key].state.context)
+        state = self._entries[key].state
+        tokens = len(state.context) + (0 if state.held is None else GRAMMAR_TOKENS)
         self._tokens_of[key.owner] += tokens - self._tokens.get(key, 0)
         self._tokens[key] = tokens
 

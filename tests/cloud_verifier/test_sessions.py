@@ -1,13 +1,17 @@
 """Admission: hostile and late escalations are refused with the reason, and sessions are bounded."""
 
+from unittest.mock import Mock
+
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from cloud_verifier import sessions as sessions_module
 from cloud_verifier.sessions import EXTEND_MAX, Admission, Key, RefusedBlock, Sessions, StaleBlock, UnprimedBlock
 from cloud_verifier.verifier import Block
+from fedhlm.decoding.grammar import Constraint
 from fedhlm.decoding.tree import Branch, pack_branches
-from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Fingerprint, Hints, Prime, Sampling
+from fedhlm.protocol.messages import SCHEMA_VERSION, Escalation, Fingerprint, Grammar, Hints, Prime, Sampling
 from fedhlm.protocol.packing import pack_ids, unpack_ids
 from fedhlm_lab.sim import toy
 
@@ -224,6 +228,24 @@ def test_sessions_are_bounded_in_bytes_and_a_greedy_agent_loses_its_own() -> Non
     for key in list(sessions._entries):
         sessions.forget(key)
     assert sessions.context_bytes == 0
+
+
+def test_a_grammar_counts_with_what_it_takes() -> None:
+    sessions = Sessions(
+        fingerprint=toy.FINGERPRINT,
+        eos_ids=frozenset({0}),
+        context_max=toy.CONTEXT,
+        sessions_max=1_000,
+        sessions_bytes=5 * sessions_module.GRAMMAR_TOKENS * sessions_module.TOKEN_BYTES,
+        constrain=lambda _grammar: Mock(spec=Constraint),
+    )
+    asked = escalation()
+    assert isinstance(asked.before, Prime)
+    held = replace(asked, before=replace(asked.before, sampling=Sampling(1, grammar=Grammar(2, "start: /a/"))))
+    for number in range(50):
+        assert isinstance(sessions.admit(Key("c", "a", number), held), Block)
+    assert len(sessions) < 5
+    assert sessions.context_bytes <= sessions.sessions_bytes
 
 
 def test_a_context_that_grew_counts_with_what_it_has() -> None:

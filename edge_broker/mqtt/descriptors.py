@@ -3,7 +3,10 @@
 import resource
 from typing import Final
 
-# For files and our own links, and for what asyncio accepts in one go before it tells us of it.
+# asyncio accepts so many connections in one turn of its loop, and tells us of them two turns later: up to three times
+# as many are open without our knowledge, whatever queue the system keeps in front of them.
+ACCEPTED_AT_ONCE: Final = 16
+# For files and our own links, and for connections that we do not know of yet.
 SPARE: Final = 128
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from edge_broker.mqtt import wire
-from edge_broker.mqtt.descriptors import room_for
+from edge_broker.mqtt.descriptors import ACCEPTED_AT_ONCE, room_for
 from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, SessionQueue
 from edge_broker.mqtt.packets import (
     V5,
@@ -41,6 +41,7 @@ CONNECT_TIMEOUT_S: Final = 10.0
 CLIENTS_MAX: Final = 4_096
 LINKS_MAX: Final = 2 * CLIENTS_MAX  # connections, those before their CONNECT included
 RECEIVE_MAXIMUM: Final = 1_024
+LISTEN_BACKLOG: Final = 512  # connections that the system keeps until they are accepted
 TICK_S: Final = 0.25
 PATIENCE: Final = 1.5  # keep-alives, section 3.1.2.10
 CLOSE_S: Final = 1.0
@@ -104,7 +105,9 @@ class Server:
         loop = asyncio.get_running_loop()
         self.now_s = loop.time()
         self._links_max = room_for(LINKS_MAX)
-        self._server = await loop.create_server(lambda: Link(self), address, port)
+        self._server = await loop.create_server(lambda: Link(self), address, port, backlog=ACCEPTED_AT_ONCE)
+        with self._server.sockets[0].dup() as sock:
+            sock.listen(LISTEN_BACKLOG)
         self._ticker = loop.create_task(self._tick(), name="broker")
 
     async def stop(self) -> None:

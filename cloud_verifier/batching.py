@@ -128,6 +128,11 @@ class Batcher:
         ]
 
     @property
+    def started(self) -> int:
+        """How many blocks have been started. Any thread may ask."""
+        return sum(self._running.values())
+
+    @property
     def cached_bytes(self) -> int:
         """How many bytes all caches take."""
         entries = {id(entry): entry for entry in self.sessions.entries()}

@@ -39,8 +39,8 @@ from fedhlm.protocol.messages import (
     Profile,
     RoutedVerdict,
     VerdictBatch,
-    refused,
 )
+from fedhlm.protocol.refusing import refused
 from fedhlm.protocol.roles import cluster_of
 from fedhlm.settings import Config
 from fedhlm.telemetry import warn_once
@@ -92,6 +92,8 @@ class CloudService:
             self.batcher, expired_messages="expired", dropped_messages="overflowed", evicted_caches="evicted"
         )
         self._counters.follow(sessions, evictions="evicted", fingerprint_mismatches="mismatched")
+        self._counters.measure("num_requests_running", lambda: self.batcher.started)
+        self._counters.measure("num_requests_waiting", lambda: self.batcher.waiting)
         self._allowance = Allowance(config.cloud.cluster_blocks_s, config.cloud.cluster_bytes_s)
         unread = UnreadLimit(self._allowance, self._owner, runtime.clock_s)
         party.admits, party.bus.sheds = self._admits, unread.sheds
@@ -353,6 +355,7 @@ class CloudService:
         batch, done = self.batcher.take(self._clock_s())
         if batch:
             self._counters.add("batches")
+            self._counters.observe("verifier_batch_blocks", len(batch))
             try:
                 outputs = await self._engine.forward([self.batcher.request(r) for r in batch])
             except Exception as exc:  # whatever a model runtime raises, the service must keep running

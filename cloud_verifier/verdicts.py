@@ -9,8 +9,9 @@ from cloud_verifier.batching import Outcome
 from cloud_verifier.sessions import RefusedBlock, StaleBlock, UnprimedBlock
 from cloud_verifier.verifier import Settled
 from fedhlm.protocol.fields import MAX_BATCH, MAX_PAYLOAD_BYTES
-from fedhlm.protocol.messages import Escalation, RoutedVerdict, Verdict, refused
+from fedhlm.protocol.messages import Escalation, RoutedVerdict, Verdict
 from fedhlm.protocol.packing import pack_bits, pack_ids, pack_probs
+from fedhlm.protocol.refusing import refused
 
 ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # most bytes of verdicts in one message
 MODEL_FAILED: Final = "the cloud's model failed"  # how the reason of such a refusal begins

@@ -64,6 +64,7 @@ class Lessons:
         if (evidence := result.certificate) is not None:
             limit = evidence.limit(config.confidence)
             self._here.party.counters.set_all(risk=evidence.estimate, risk_limit=limit, risk_generations=evidence.texts)
+            self._here.party.counters.set_all(risk_budget=config.budget)
         if (fleet := result.fleet) is not None:
             export_fleet(self._here.party.counters, fleet, config.confidence)
         contributes = choices.THRESHOLDS[config.threshold].learns and not self._guest

@@ -25,7 +25,7 @@ class End(NamedTuple):
 class RoutedPrompt:
     """A prompt, and the cluster through which it came and to which its output goes.
 
-    `limit_s` is when the client stops waiting, in seconds on the agent's clock. `count` is the number of tokens
+    `began_s` is when the prompt came, and `limit_s` when the client stops waiting, in seconds on the agent's clock. `count` is the number of tokens
     published, `over` is how the request ends before its text is whole, and `answered` says that the last output has
     been published.
 
@@ -46,6 +46,7 @@ class RoutedPrompt:
         self.ids = ids
         self.tell = tell
         self._judged: dict[int, Judged] = {}  # by position in the answer
+        self.began_s = now_s
         self.limit_s = float("inf") if prompt.patience_ms is None else now_s + prompt.patience_ms / 1000.0
         self.count = 0
         self.over: End | None = None

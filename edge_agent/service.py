@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from edge_agent.connection import Connection
 from edge_agent.core import AgentCore
 from edge_agent.events import Committed
+from edge_agent.latencies import Latencies
 from edge_agent.refusals import AT_ONCE, PAUSE_S, DueRefusal, Refusals
 from edge_agent.requests import CANCELLED, GONE, LATE, LATE_TEXT, End, Requests, RoutedPrompt
 from edge_agent.result import GenerationResult, Job
@@ -23,8 +24,8 @@ from fedhlm.decoding.grammar import Constrain, nothing_constrains
 from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, ConfigError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
-from fedhlm.protocol.fields import MAX_REASON, FinishReason, Refusal
-from fedhlm.protocol.messages import Cancel, Grammar, Output, Presence, Prompt, Sampling
+from fedhlm.protocol.fields import MAX_METRICS, MAX_REASON, FinishReason, Refusal
+from fedhlm.protocol.messages import Cancel, Grammar, MetricsReport, Output, Presence, Prompt, Sampling
 from fedhlm.protocol.prompts import unusable
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.receipts import Receipt, receipt_of
@@ -74,6 +75,8 @@ class AgentService:
         self._model = model
         self._counters = agent.party.counters
         self.requests = Requests(agent.name)
+        self._counters.measure("num_requests_running", lambda: self._current is not None)
+        self._counters.measure("num_requests_waiting", self._waiting)
         self._refusals = Refusals()
         self._refused = asyncio.Event()
         self._work = asyncio.Event()
@@ -97,12 +100,22 @@ class AgentService:
                 group.create_task(self._keep_journal(), name="agent-journal")
                 group.create_task(self._renew(), name="agent-renew")
                 group.create_task(self._send_refusals(), name="agent-refusals")
+                group.create_task(self._report(), name="agent-report")
         finally:
             self.agent.flush()
 
     async def _keep_journal(self) -> None:
         agent = self.agent
         await agent.party.keep_journal(topics.AGENT_JOURNAL, lambda: {"cluster": agent.cluster, "agent": agent.name})
+
+    async def _report(self) -> None:
+        """Send the agent's metrics to its edge, as often as `telemetry.report_s` says."""
+        agent, every_s = self.agent, self._loaded.config.telemetry.report_s
+        while every_s:
+            await asyncio.sleep(every_s)
+            values = dict(list(self._counters.snapshot().items())[:MAX_METRICS])
+            message = MetricsReport(**agent.party.stamp(), values=values)
+            await agent.party.send(topics.AGENT_METRICS, message, cluster=agent.cluster, agent=agent.name)
 
     async def _receive(self) -> None:
         party = self.agent.party
@@ -187,6 +200,7 @@ class AgentService:
 
     def _refuse(self, cluster: str, request: str, client: str | None, end: End) -> None:
         """Answer a prompt that is not served. The answer waits its turn, because a thousand of them may be due."""
+        self._count(end)
         output = Output(
             **self.agent.party.stamp(),
             request=request,
@@ -204,6 +218,13 @@ class AgentService:
         else:
             self._counters.add("dropped_messages")
             warn_once(log, "refusals", "too many prompts to refuse: %s gets no answer to %s", client, request)
+
+    def _waiting(self) -> int:
+        return max(0, len(self.requests.open) - (self._current is not None))
+
+    def _count(self, end: End) -> None:
+        if end.refusal is not None:
+            self._counters.add("refused_requests", label=end.refusal)
 
     async def _send_refusals(self) -> None:
         party = self.agent.party
@@ -271,6 +292,7 @@ class AgentService:
     async def _end(self, request: RoutedPrompt, end: End) -> None:
         """Publish the last output of a request. If it has been published already, only log the error."""
         self.requests.close(request)
+        self._count(end)
         if request.answered:
             log.error("after the end of request %s: %s", request.prompt.request, end.error)
             return
@@ -301,11 +323,13 @@ class AgentService:
 
     async def _complete(self, request: RoutedPrompt, show: Callable[[Piece], object] | None) -> GenerationResult:
         prompt, now_s = request.prompt, asyncio.get_running_loop().time
+        latencies = Latencies(self._counters, request.began_s or now_s())
         config = self._config(prompt)
         text = StoppedText(TextStream(self._model.tokenizer), prompt.stop)
 
         async def publish(tokens: list[Committed]) -> FinishReason | None:
             count, new = text.push([t.token for t in tokens])
+            latencies.committed(count, now_s())
             if count or new:
                 if show is not None:
                     sent = tokens[:count]
@@ -332,6 +356,7 @@ class AgentService:
             eos_ids=self._model.eos_ids,
         )
         result = await self.agent.generate(job, list(ids), publish, request.judged, self._read)
+        latencies.ended(now_s(), prompt_tokens=len(ids))
         result.keep(request.count)
         if text.stopped:
             result.finish = "stop"

@@ -72,6 +72,19 @@ def count(counters: Counters, tally: Tally, result: GenerationResult) -> None:
     for source, amount in Counter(result.sources).items():
         counters.add("tokens_by_source", amount, label=source)
     counters.add("generations", label=result.finish)
+    drafting = result.drafting()
+    counters.add_all(
+        spec_decode_num_drafts=sum(drafting.accepted),
+        spec_decode_num_draft_tokens=drafting.drafts,
+        spec_decode_num_accepted_tokens=sum(j * blocks for j, blocks in enumerate(drafting.accepted)),
+    )
+    for position in range(len(drafting.accepted) - 1):
+        blocks = sum(drafting.accepted[position + 1 :])
+        counters.add("spec_decode_num_accepted_tokens_per_pos", blocks, label=str(position))
+    for seen in result.observed:
+        counters.observe("doubt", seen.uncertainty)
+        if seen.harm is not None:
+            counters.observe("harm", min(1.0, max(0.0, seen.harm)))
 
 
 def drafted(revision: int, position: int, drawn: Drawn, rule: str) -> Drafted:

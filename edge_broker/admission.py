@@ -8,7 +8,8 @@ from edge_broker.heard import BELOW
 from fedhlm.bus.party import Party, Received
 from fedhlm.bus.rates import Allowance, UnreadLimit
 from fedhlm.protocol import topics
-from fedhlm.protocol.messages import Escalation, refused
+from fedhlm.protocol.messages import Escalation
+from fedhlm.protocol.refusing import refused
 from fedhlm.settings import Edge
 from fedhlm.telemetry import warn_once
 

@@ -4,7 +4,14 @@ from typing import Final
 
 from fedhlm.protocol import topics
 
-BELOW: Final = (topics.ESCALATE, topics.AGENT_STATUS, topics.PEER, topics.FL_UPDATE, topics.PROFILE)
+BELOW: Final = (
+    topics.ESCALATE,
+    topics.AGENT_STATUS,
+    topics.PEER,
+    topics.FL_UPDATE,
+    topics.PROFILE,
+    topics.AGENT_METRICS,
+)
 HEARD: Final = (
     *BELOW,
     topics.FL_STATE,

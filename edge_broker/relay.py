@@ -70,7 +70,8 @@ class Relay:
     _tails: OrderedDict[tuple[str, int, int, int], int] = field(default_factory=OrderedDict)  # fixed ids by block
 
     def __len__(self) -> int:
-        return sum(len(agent.blocks) for agent in self._agents.values())
+        # A copy, because metrics are read by another thread.
+        return sum(len(agent.blocks) for agent in tuple(self._agents.values()))
 
     @property
     def pending(self) -> list[RoutedEscalation]:

@@ -21,6 +21,7 @@ from edge_broker.relay import BUSY, Relay
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Received, presence
 from fedhlm.errors import ProtocolError
+from fedhlm.exposition import accepted
 from fedhlm.learning.evidence import count_fleet
 from fedhlm.learning.learnt_state import State
 from fedhlm.learning.roster import roster_of
@@ -38,6 +39,7 @@ from fedhlm.protocol.messages import (
     Fingerprint,
     Forget,
     Learned,
+    MetricsReport,
     Presence,
     Profile,
     UncertainTokens,
@@ -45,9 +47,9 @@ from fedhlm.protocol.messages import (
     VerdictBatch,
     Verified,
     VerifiedTokens,
-    refused,
 )
 from fedhlm.protocol.packing import id_bytes
+from fedhlm.protocol.refusing import refused
 from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
@@ -107,6 +109,9 @@ class EdgeService:
             stale_verdicts="stale_verdicts",
             duplicate_messages="repeated",
         )
+        self._counters.measure("num_requests_waiting", lambda: len(self.relay))
+        self._counters.measure("agents_online", lambda: len(self.agents))
+        self._counters.measure("cloud_online", lambda: self.upstream is not None)
         self.rates = AgentRates(config.edge, down, self.cluster, runtime.clock_s)
         self._batch_wait_s = config.edge.batch_wait_ms / 1000.0
         self._waiting = asyncio.Event()
@@ -190,11 +195,8 @@ class EdgeService:
             case VerdictBatch() as batch:
                 self._counters.add_all(downlink_messages=1, downlink_bytes=received.wire_bytes)
                 await self._settle(batch)
-            case UncertainTokens() as doubts:
-                self.memory.doubt(received.levels["agent"], doubts)
-            case VerifiedTokens() as verified:
-                if received.levels["cluster"] != self.cluster:
-                    self.memory.hear(verified)
+            case UncertainTokens() | VerifiedTokens() | MetricsReport() as said:
+                self._hear(received.levels, said)
             case Contribution() as contribution:
                 self._contribute(received.levels["agent"], contribution)
             case Learned() | Forget() as told:
@@ -209,6 +211,17 @@ class EdgeService:
                 await self._note_cloud(state)
             case _:
                 self._counters.add("refused_messages")
+
+    def _hear(self, levels: dict[str, str], said: UncertainTokens | VerifiedTokens | MetricsReport) -> None:
+        match said:
+            case UncertainTokens():
+                self.memory.doubt(levels["agent"], said)
+            case VerifiedTokens():
+                if levels["cluster"] != self.cluster:
+                    self.memory.hear(said)
+            case MetricsReport():
+                if levels["agent"] in self.agents:
+                    self._counters.relayed[levels["agent"]] = accepted(said.values)
 
     # Blocks
 
@@ -430,7 +443,9 @@ class EdgeService:
                 self.members.born(agent)
             self.agents[agent] = state
             while len(self.agents) > AGENTS_MAX:
-                del self.agents[next(iter(self.agents))]
+                eldest = next(iter(self.agents))
+                del self.agents[eldest]
+                self._counters.relayed.pop(eldest, None)
             ours, theirs = self.upstream, state.fingerprint
             if ours and theirs and (ours.tokenizer, ours.vocab_size) != (theirs.tokenizer, theirs.vocab_size):
                 self._counters.add("fingerprint_mismatches")
@@ -439,6 +454,7 @@ class EdgeService:
                 await self._carry_over(agent)
         else:
             self.agents.pop(agent, None)
+            self._counters.relayed.pop(agent, None)
             self._forget_if_moved(agent)
 
     async def _note_cloud(self, state: Presence) -> None:

@@ -1,108 +1,44 @@
-"""Logs, counters and gauges of a part.
+"""Logs, counters, gauges and histograms of a part.
 
-A log record is one line. It names the party that wrote it and contains no known secret. Counters and gauges have fixed,
-documented names, and counters only rise. If a port is configured, they are exported to Prometheus; its library is
-loaded only then.
+A log record is one line. It names the party that wrote it and contains no known secret. Counters, gauges and histograms
+have the names of the table in `fedhlm.metrics`; `fedhlm.exposition` serves them to Prometheus.
 """
 
 import logging
 import math
 import sys
 import threading
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 
-from fedhlm.errors import ConfigError
+from fedhlm.metrics import COUNTERS, GAUGES, HISTOGRAMS, LABELS
 
 MASK: Final = "***"
 WARNED_MAX: Final = 4_096
 KEY_MAX: Final = 256  # most characters of a warning's key that are stored
 MESSAGE_MAX: Final = 4_096  # most characters of one record; the name of a topic alone may have 65,535
 
-COUNTERS: Final[dict[str, str]] = {
-    "refused_messages": "payloads that were not a valid message of their topic, or came from the wrong sender",
-    "dropped_messages": "messages dropped because an incoming or outgoing queue was full",
-    "unsent_messages": "messages not sent: queue full, expired in the queue, rejected by the broker, or lost at QoS 0",
-    "limited_messages": "messages beyond their sender's rate: blocks among them are refused, others dropped",
-    "too_large_messages": "messages or items dropped because they are larger than the broker accepts",
-    "expired_messages": "blocks dropped because their deadline had passed",
-    "stale_verdicts": "verdicts of an epoch that a rollback had ended",
-    "late_verdicts": "verdicts for tokens that were committed already at their deadline",
-    "duplicate_messages": "messages that had been handled before",
-    "escalations": "blocks sent upwards",
-    "verdicts": "verdicts received or given",
-    "retries": "escalations sent again",
-    "stale_escalations": "blocks of an epoch that a rollback had ended",
-    "rollbacks": "drafts taken back after a verdict",
-    "reprimes": "sessions whose context had to be sent again",
-    "evictions": "sessions dropped from a full cache",
-    "evicted_caches": "KV caches dropped to make room for others, and computed again when needed",
-    "fingerprint_mismatches": "requests rejected because both ends have different tokenizers, vocabularies or noise",
-    "batches": "batches sent or computed",
-    "reconnects": "connections to the broker after the first",
-    "sent_messages": "messages sent to brokers",
-    "sent_bytes": "bytes sent to brokers in PUBLISH packets",
-    "received_messages": "messages received from brokers",
-    "received_bytes": "bytes received from brokers in PUBLISH packets",
-    "uplink_messages": "messages sent towards the cloud",
-    "uplink_bytes": "bytes sent towards the cloud, MQTT headers included",
-    "downlink_messages": "messages received from the cloud's side",
-    "downlink_bytes": "bytes received from the cloud's side, MQTT headers included",
-    "drafted_tokens": "tokens drafted by the small model",
-    "discarded_tokens": "drafts discarded without being committed",
-    "escalated_tokens": "drafts sent upwards",
-    "audits": "tails that the target scored for the certificate",
-    "lost_audits": "audits without an answer; their tokens count as wrong",
-    "audit_messages": "messages sent for audits only, because no escalation carried them in time",
-    "contributions": "federated contributions taken, from agents at an edge or from clusters at the cloud",
-    "refused_contributions": "federated contributions with impossible sums or thresholds",
-    "cut_contributions": "contributions that claimed more tokens, or less harm, than the edge saw in verdicts",
-    "cut_evidence": "contributions whose certificate promised much more than what the edge saw in verdicts allows",
-    "forgotten_members": "operators' orders to forget a member that were obeyed",
-    "rounds": "federated rounds completed",
-    "verified_tokens": "tokens that the cloud settled in doubtful contexts, remembered at the edge",
-    "peer_answers": "blocks that the edge settled from its own cluster's verified tokens",
-    "neighbour_answers": "blocks that the edge settled with a neighbour cluster's verified tokens",
-    "refused_keys": "context keys of another length than this edge's",
-    "assignments": "assignments of agents to another cluster, made by the cloud or relayed by an edge",
-    "broker_connections": "connections to the edge's own broker",
-    "broker_takeovers": "connections to it that ended because another client connected with the same id",
-    "broker_silences": "connections to it that ended because the client was silent",
-    "broker_refusals": "connections that it rejected",
-    "broker_received": "messages that it received",
-    "broker_sent": "messages that it sent",
-    "broker_dropped": "messages that it dropped: too large, or for a client that reads too slowly",
-    "tokens_by_source": "committed tokens, labelled by source",
-    "always_verified": "drafts that were verified whatever their doubt, labelled by rule",
-    "generations": "finished generations, labelled by finish reason",
-}
-LABELS: Final = {"tokens_by_source": "source", "always_verified": "rule", "generations": "finish"}
-
-GAUGES: Final[dict[str, str]] = {
-    "risk": "estimated harm per token of kept tokens (R-hat), after the newest generation that could be audited",
-    "risk_limit": "upper confidence limit of the harm per token",
-    "fleet_risk": "estimated harm per token of all devices' kept tokens, for the present large model",
-    "fleet_risk_limit": "upper confidence limit of the fleet's harm per token",
-    "fleet_risk_tokens": "tokens that the fleet's estimate covers",
-    "risk_generations": "generations that the estimate covers",
-    "tau": "threshold on the doubt in the newest generation; below 0 every token was verified",
-    "similarity": "cosine from which peers settled tokens, in the newest generation in which they could",
-}
-
 
 class Counters:
-    """Counters by the names of COUNTERS, with a label for the names in LABELS; and gauges by the names of GAUGES.
+    """Counters by the names of COUNTERS, with a label for the names in LABELS; gauges by GAUGES, histograms by HISTOGRAMS.
 
-    A count is raised by `add`, or read from an object that counts by itself (`follow`). Any thread may add, set and
-    read.
+    A count is raised by `add`, or read from an object that counts by itself (`follow`). A gauge is `set`, or read when
+    it is asked for (`measure`). Any thread may add, set, observe and read.
+
+    `relayed` holds the snapshots of other parts by their names, which are exported beside this part's own.
     """
 
     def __init__(self) -> None:
+        self.relayed: dict[str, dict[str, float]] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._followed: list[tuple[str, object, str]] = []
         self._values: dict[str, float] = {}
+        self._measured: dict[str, list[Callable[[], float]]] = {}
+        self._buckets: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def add(self, name: str, amount: int = 1, *, label: str = "") -> None:
@@ -164,6 +100,31 @@ class Counters:
             if value is not None:
                 self.set(name, value)
 
+    def measure(self, name: str, read: Callable[[], float]) -> None:
+        """Read a gauge by calling `read` from now on, in any thread. Several readers of a gauge are summed.
+
+        Raises:
+            KeyError: `name` is not in GAUGES.
+        """
+        if name not in GAUGES:
+            raise KeyError(name)
+        self._measured.setdefault(name, []).append(read)
+
+    def observe(self, name: str, value: float, times: int = 1) -> None:
+        """Add a value to a histogram, `times` times.
+
+        Raises:
+            KeyError: `name` is not in HISTOGRAMS.
+            ValueError: the value is not finite, or `times` is negative.
+        """
+        bounds = HISTOGRAMS[name]
+        if not math.isfinite(value) or times < 0:
+            raise ValueError(f"histogram {name} must observe a finite number 0 or more times (got {value!r}, {times})")
+        with self._lock:
+            counts = self._buckets.setdefault(name, [0] * (len(bounds) + 1))
+            counts[bisect_left(bounds, value)] += times
+            self._sums[name] = self._sums.get(name, 0.0) + value * times
+
     def gauges(self) -> dict[str, float]:
         """Return the value of each gauge that was set, in a fixed order."""
         with self._lock:
@@ -189,9 +150,17 @@ class Counters:
         return sorted(counts.items())
 
     def snapshot(self) -> dict[str, float]:
-        """Return all counts, with a labelled one as `name.label`, and the gauges that were set."""
+        """Return all counts, with a labelled one as `name.label`, all gauges, and histograms.
+
+        A histogram has its counts by bucket as `name.0`, `name.1`, ... (empty ones left out; the last has no upper
+        bound), and `name.sum`.
+        """
         counts = {f"{name}.{label}" if label else name: count for (name, label), count in self.items()}
-        return {**counts, **self.gauges()}
+        measured = {name: sum(read() for read in readers) for name, readers in self._measured.items()}
+        with self._lock:
+            observed = {f"{name}.{i}": n for name, found in self._buckets.items() for i, n in enumerate(found) if n}
+            sums = {f"{name}.sum": value for name, value in self._sums.items()}
+        return {**counts, **self.gauges(), **measured, **observed, **sums}
 
 
 @contextmanager
@@ -203,59 +172,6 @@ def silenced() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def exported(counters: Counters, *, party: str, port: int, host: str = "127.0.0.1") -> Iterator[int]:
-    """Serve counters and gauges to Prometheus over HTTP while the block runs. Yields the port; 0 serves nothing.
-
-    A counter is exported as `fedhlm_<name>_total{party=...}`, and a gauge that was set as `fedhlm_<name>{party=...}`.
-
-    Raises:
-        ConfigError: the port cannot be opened on this host.
-    """
-    if port == 0:
-        yield 0
-        return
-    from prometheus_client import CollectorRegistry, start_http_server
-
-    registry = CollectorRegistry()
-    registry.register(_Collector(counters, party))
-    try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
-    except OSError as exc:
-        raise ConfigError(
-            "telemetry.metrics_port", port, f"a port that is free on {host}", why=exc.strerror or str(exc)
-        ) from exc
-    try:
-        yield port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-class _Collector:
-    def __init__(self, counters: Counters, party: str) -> None:
-        self._counters = counters
-        self._party = party
-
-    def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        for name, meaning in COUNTERS.items():
-            label = LABELS.get(name)
-            family = CounterMetricFamily(f"fedhlm_{name}", meaning, labels=["party", label] if label else ["party"])
-            if label:
-                for value, count in self._counters.by_label(name).items():
-                    family.add_metric([self._party, value], count)
-            else:
-                family.add_metric([self._party], self._counters[name])
-            yield family
-        for name, newest in self._counters.gauges().items():
-            gauge = GaugeMetricFamily(f"fedhlm_{name}", GAUGES[name], labels=["party"])
-            gauge.add_metric([self._party], newest)
-            yield gauge
 
 
 class OneLine(logging.Formatter):

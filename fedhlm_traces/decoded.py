@@ -262,6 +262,7 @@ GISTS: Final[dict[type[Any], Callable[[Any, int | None], str]]] = {
     messages.Cancel: lambda m, _: f"request {m.request} of {m.sender} is cancelled",
     messages.Forget: lambda m, _: f"order {m.order} of {m.sender}",
     messages.Roster: _roster,
+    messages.MetricsReport: lambda m, _: f"metrics of {m.sender}: {_count(len(m.values), 'figure')}",
 }
 
 

@@ -56,6 +56,7 @@ class Rounds:
         if self._party.journal is not None:
             self._party.journal.note("round", at_s=now_s)
         self._party.counters.add("rounds")
+        self._party.counters.set("round", self._members.round + 1)
         return now_s
 
     async def keep(self, publish: Callable[[], Awaitable[None]], send_roster: Callable[[], Awaitable[None]]) -> None:

@@ -16,9 +16,10 @@ from fedhlm.bus.broker_url import BrokerUrl
 from fedhlm.bus.interface import LinkHook, Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import ConfigError, FedhlmError, root_of
+from fedhlm.exposition import exported
 from fedhlm.process.notify import Notifier
 from fedhlm.process.runtime import OpenBus
-from fedhlm.telemetry import Counters, configure_logging, exported
+from fedhlm.telemetry import Counters, configure_logging
 
 log = logging.getLogger(__name__)
 

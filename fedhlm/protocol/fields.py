@@ -22,6 +22,7 @@ MAX_GRAMMAR: Final = 16_384
 MAX_REASON: Final = 1_024
 MAX_RIDERS: Final = 64
 MAX_ROSTER: Final = 256
+MAX_METRICS: Final = 512
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 

@@ -215,4 +215,5 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "left_out": ("", "number of further members"),
         "obeyed": ("", "orders to forget a member that were obeyed last"),
     },
+    "MetricsReport": {"values": ("", "value by name, or by `name.label`; see the table of metrics")},
 }

@@ -6,7 +6,7 @@ protocol, and changing it raises SCHEMA_VERSION.
 Token ids and probabilities travel as raw little-endian bytes, whose length is checked before use.
 """
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -19,10 +19,10 @@ from fedhlm.protocol.fields import (
     MAX_CURVES,
     MAX_DOUBTS,
     MAX_KEY,
+    MAX_METRICS,
     MAX_NOTES,
     MAX_PAIRS,
     MAX_PAYLOAD_BYTES,
-    MAX_REASON,
     MAX_RIDERS,
     MAX_ROSTER,
     MAX_STOPS,
@@ -284,12 +284,6 @@ class Verdict(Message, tag=5, frozen=True):
     missed: Annotated[bytes, Meta(max_length=MAX_CONTEXT // 8 + 1)] = b""
 
 
-def refused(header: dict[str, Any], block: Escalation | Verdict, reason: str) -> Verdict:
-    """Make a verdict of status "refused" on a block, or in place of another verdict on it."""
-    about: dict[str, Any] = {"session": block.session, "epoch": block.epoch, "base": block.base}
-    return Verdict(**header, **about, status="refused", reason=reason[:MAX_REASON])
-
-
 class RoutedEscalation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One escalation of a batch, with the agent that sent it."""
 
@@ -473,6 +467,15 @@ class Roster(Message, tag=17, frozen=True):
     obeyed: Annotated[tuple[Session, ...], Meta(max_length=MAX_ROSTER)] = ()
 
 
+class MetricsReport(Message, tag=18, frozen=True):
+    """The metrics of an agent, for its edge to serve to Prometheus.
+
+    The keys of `values` are those of `fedhlm.telemetry.Counters.snapshot`. The edge ignores what it does not know.
+    """
+
+    values: Annotated[dict[Annotated[str, Meta(max_length=96)], float], Meta(max_length=MAX_METRICS)] = {}
+
+
 AnyMessage = (
     Presence
     | Prompt
@@ -491,4 +494,5 @@ AnyMessage = (
     | Cancel
     | Forget
     | Roster
+    | MetricsReport
 )

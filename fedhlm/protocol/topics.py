@@ -311,6 +311,16 @@ CLOUD_ROSTER: Final = Topic(
     purpose="the clusters of the cloud's federation",
 )
 
+AGENT_METRICS: Final = Topic(
+    pattern="c/{cluster}/a/{agent}/metrics",
+    payload=messages.MetricsReport,
+    qos=0,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("edge", "client"),
+    purpose="metrics of an agent, if `telemetry.report_s` is set",
+)
+
 AGENT_JOURNAL: Final = Topic(
     pattern="c/{cluster}/a/{agent}/journal",
     payload=messages.Journal,
@@ -366,6 +376,7 @@ TABLE: Final = (
     FORGET,
     ROSTER,
     CLOUD_ROSTER,
+    AGENT_METRICS,
     AGENT_JOURNAL,
     EDGE_JOURNAL,
     CLOUD_JOURNAL,

@@ -380,6 +380,15 @@ class Telemetry(Section, frozen=True):
         Meta(min_length=1, description="Address on which metrics are served to Prometheus, if `metrics_port` is set."),
     ] = "127.0.0.1"
     metrics_port: Annotated[Port, Meta(description="TCP port of the metrics. 0: none are served.")] = 0
+    report_s: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=3_600.0,
+            description="Seconds between two reports of an agent's metrics to its edge, which serves them with its own. "
+            "0: it reports nothing. Shorter shows more and costs about 2 KB each time.",
+        ),
+    ] = 0.0
     journal: Annotated[
         bool,
         Meta(

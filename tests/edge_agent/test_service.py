@@ -31,9 +31,12 @@ TEXT = toy.ToyTokenizer().decode([5, 6])
 class World:
     """A calm fleet with one agent, which is slow enough to be interrupted."""
 
-    def __init__(self, preset: str, tokenizer: toy.ToyTokenizer, **flags: str) -> None:
+    def __init__(
+        self, preset: str, tokenizer: toy.ToyTokenizer, telemetry: dict[str, str] | None = None, **flags: str
+    ) -> None:
         self.preset, self.tokenizer = preset, tokenizer
         self.flags = {"generation.temperature": "0.8"} | {f"generation.{key}": value for key, value in flags.items()}
+        self.flags |= telemetry or {}
         self.fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
         self.heard: list[Received] = []
 
@@ -63,10 +66,11 @@ def played(
     *,
     preset: str = "exact",
     tokenizer: toy.ToyTokenizer | None = None,
+    telemetry: dict[str, str] | None = None,
     **flags: str,
 ) -> None:
     async def main() -> None:
-        world = World(preset, tokenizer or toy.ToyTokenizer(), **flags)
+        world = World(preset, tokenizer or toy.ToyTokenizer(), telemetry, **flags)
         for node in world.fleet.nodes.values():
             node.start()
         serving = asyncio.create_task(world.serve(), name="agent")
@@ -85,6 +89,53 @@ def seed_of(length: int) -> int:
 
 
 SEED = seed_of(60)
+
+
+def test_an_agent_reports_what_it_did_to_its_edge() -> None:
+    async def scene(world: World) -> None:
+        async with world.client() as client:
+            began = asyncio.get_running_loop().time()
+            written = await client.write("a", TEXT, max_tokens=60, seed=SEED)
+            took_s = asyncio.get_running_loop().time() - began
+            with pytest.raises(RequestRefused):
+                await client.write("a", TEXT, preset="no-such")
+            await asyncio.sleep(3.0)
+        told = world.fleet.counters.relayed["a"]
+        assert told["tokens_by_source.cloud"] == len(written.ids) == 60
+        assert told["refused_requests.invalid"] == 1
+        first, between = (
+            sum(n for key, n in told.items() if key.startswith(f"{name}.") and not key.endswith(".sum"))
+            for name in ("time_to_first_token_seconds", "inter_token_latency_seconds")
+        )
+        assert first == 1
+        assert 0 < between < 60, "tokens that came with the first have no time of their own"
+        whole_s = told["time_to_first_token_seconds.sum"] + told["inter_token_latency_seconds.sum"]
+        assert whole_s == pytest.approx(took_s, rel=0.1)
+        positions = {key: n for key, n in told.items() if key.startswith("spec_decode_num_accepted_tokens_per_pos.")}
+        assert sum(positions.values()) == told["spec_decode_num_accepted_tokens"] > 0
+        assert list(positions.values()) == sorted(positions.values(), reverse=True)
+        assert told["spec_decode_num_accepted_tokens"] <= told["spec_decode_num_draft_tokens"]
+        assert told["num_requests_running"] == told["num_requests_waiting"] == 0
+
+    played(scene, telemetry={"telemetry.report_s": "1.0"})
+
+
+def test_an_agent_that_is_not_told_to_reports_nothing_and_one_that_left_is_forgotten() -> None:
+    async def silent(world: World) -> None:
+        await asyncio.sleep(60.0)
+        assert not world.fleet.counters.relayed
+
+    async def left(world: World) -> None:
+        await asyncio.sleep(3.0)
+        assert "a" in world.fleet.counters.relayed
+        party = world.service.agent.party
+        gone = presence(party.stamp, "agent", online=False)
+        await party.send(topics.AGENT_STATUS, gone, cluster="c0", agent="a")
+        await asyncio.sleep(0.5)
+        assert not world.fleet.counters.relayed
+
+    played(silent)
+    played(left, telemetry={"telemetry.report_s": "1.0"})
 
 
 def test_a_cancelled_request_ends_and_the_next_one_is_served() -> None:

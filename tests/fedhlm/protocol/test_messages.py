@@ -84,7 +84,7 @@ def test_tags_are_distinct_and_known_for_good() -> None:
     tags = {kind.__name__: kind.__struct_config__.tag for kind in KINDS}
     expected = ["Presence", "Prompt", "Output", "Escalation", "Verdict", "EscalationBatch", "VerdictBatch"]
     expected += ["UncertainTokens", "VerifiedTokens", "Contribution", "Learned", "Profile", "Assignment", "Journal"]
-    expected += ["Cancel", "Forget", "Roster"]
+    expected += ["Cancel", "Forget", "Roster", "MetricsReport"]
     assert tags == {name: tag for tag, name in enumerate(expected, start=1)}
 
 

@@ -16,6 +16,7 @@ from fedhlm.protocol.messages import (
     Assignment,
     Forget,
     Learned,
+    MetricsReport,
     Presence,
     Prompt,
     Roster,
@@ -100,8 +101,8 @@ def test_the_table_is_sound() -> None:
         assert topic.subscribers
         # Only state is kept by the broker; a kept request would be answered again after every restart.
         assert topic.retain == (topic.payload in (Presence, Learned, Assignment, Forget, Roster))
-        # What is lost of the peers' traffic costs a hit, all else a token, a state or an answer.
-        assert topic.qos == (0 if topic.payload in (UncertainTokens, VerifiedTokens) else 1)
+        # A lost metric costs nothing, what is lost of the peers' traffic costs a hit, all else a token, a state or an answer.
+        assert topic.qos == (0 if topic.payload in (UncertainTokens, VerifiedTokens, MetricsReport) else 1)
         if "agent" in topic.publishers:
             # An agent's own name is in every topic it writes, which is what its access rule is made of.
             assert "{agent}" in topic.pattern

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from edge_agent.connection import Connection
 from edge_agent.core import AgentCore
 from edge_agent.events import Committed
-from edge_agent.latencies import Latencies
 from edge_agent.refusals import AT_ONCE, PAUSE_S, DueRefusal, Refusals
+from edge_agent.request_times import RequestTimes
 from edge_agent.requests import CANCELLED, GONE, LATE, LATE_TEXT, End, Requests, RoutedPrompt
 from edge_agent.result import GenerationResult, Job
 from fedhlm.answering import Slice
@@ -323,13 +323,13 @@ class AgentService:
 
     async def _complete(self, request: RoutedPrompt, show: Callable[[Piece], object] | None) -> GenerationResult:
         prompt, now_s = request.prompt, asyncio.get_running_loop().time
-        latencies = Latencies(self._counters, request.began_s or now_s())
+        times = RequestTimes(self._counters, request.began_s or now_s())
         config = self._config(prompt)
         text = StoppedText(TextStream(self._model.tokenizer), prompt.stop)
 
         async def publish(tokens: list[Committed]) -> FinishReason | None:
             count, new = text.push([t.token for t in tokens])
-            latencies.committed(count, now_s())
+            times.committed(count, now_s())
             if count or new:
                 if show is not None:
                     sent = tokens[:count]
@@ -356,7 +356,7 @@ class AgentService:
             eos_ids=self._model.eos_ids,
         )
         result = await self.agent.generate(job, list(ids), publish, request.judged, self._read)
-        latencies.ended(now_s(), prompt_tokens=len(ids))
+        times.ended(now_s(), prompt_tokens=len(ids))
         result.keep(request.count)
         if text.stopped:
             result.finish = "stop"

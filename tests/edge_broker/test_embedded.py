@@ -323,7 +323,8 @@ async def test_a_connect_that_comes_too_slowly_ends_its_connection(monkeypatch: 
                 await asyncio.sleep(0.1)
                 if reader.at_eof():
                     break
-        assert reader.at_eof()
+        # A byte that arrives after the end is answered by a reset, which the reader keeps as its exception.
+        assert reader.at_eof() or isinstance(reader.exception(), ConnectionError)
         assert place.broker.counts.silent == 1
         writer.close()
 

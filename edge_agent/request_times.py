@@ -3,7 +3,7 @@
 from fedhlm.telemetry import Counters
 
 
-class Latencies:
+class RequestTimes:
     """Observes the latencies of one request. `began_s` is when its prompt came; all times are in seconds on one clock."""
 
     def __init__(self, counters: Counters, began_s: float) -> None:

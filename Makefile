@@ -5,6 +5,8 @@
 PYTHON ?= python3
 ARGS ?=
 PYTEST_ARGS ?=
+# Test processes: more of them start more brokers and fleets at once than two cores can keep up with.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +43,7 @@ demo: $(DEMO)
 	@$(BIN)/fedhlm demo $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST_ARGS)
 
 lint: $(TEST)
 	$(BIN)/ruff check .

@@ -385,7 +385,7 @@ class EdgeService:
         """Close the federation's round, tell the cluster and, if the sums have grown, the cloud."""
         self.federation.age(self._rounds.note_end())
         grown = self.members.grown
-        state = self.members.close()
+        state = self.members.close(self.agents)
         await self._send_learned(state)
         if grown:
             await self._send_contribution(state)

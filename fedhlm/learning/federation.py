@@ -7,7 +7,7 @@ up for repeated and lost ones. A contribution that breaks a limit is rejected an
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -70,6 +70,23 @@ def guarded(updates: Sequence[PaperUpdate], trim: float, highest: float = math.i
         update._replace(threshold=min(threshold, highest), control=control, count=int(min(update.count, most)))
         for update, threshold, control in zip(updates, thresholds, controls, strict=True)
     ]
+
+
+def highest_of(thresholds: Sequence[float], silent: int, old: PaperThreshold | None) -> float | None:
+    """The most that a published threshold of a cluster may count for; None where none may count yet.
+
+    A threshold of the published rule only rises, so a liar gains by a high one. No member counts for more than the
+    median of the cluster, and of two for the lower one. So that liars cannot be the first to contribute, `silent` ones
+    stand for the `old` threshold of the cluster. Where there is none, they stand for the lowest contributed one, and
+    more than half of the cluster must have contributed.
+
+    As long as fewer than half are dishonest, or one of two, the limit is at most the threshold of some honest member,
+    or the old one.
+    """
+    if old is None and len(thresholds) <= silent:
+        return None
+    rest = min(thresholds, default=math.inf) if old is None else old.threshold
+    return lower_median([*thresholds, *[rest] * silent])
 
 
 class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -344,12 +361,12 @@ class Members:
         at_s = self.due_s()
         return at_s is not None and now_s >= at_s
 
-    def close(self) -> State:
-        """End the round and return the new state."""
+    def close(self, present: Collection[str] = ()) -> State:
+        """End the round and return the new state. `present` are the names of the agents that are online."""
         voters = Counter(pair for member in self._members.values() for pair in member.message.thresholds)
         # Only dishonest members name more pairs than a message holds. Keep those that most members have.
         pairs = sorted({*voters, *self._thresholds}, key=lambda pair: (-voters[pair], pair))[:MAX_PAIRS]
-        closed = {pair: self._threshold(pair) for pair in pairs}
+        closed = {pair: self._threshold(pair, present) for pair in pairs}
         self._thresholds = {pair: threshold for pair, threshold in closed.items() if threshold is not None}
         self.round = (self.round + 1) % _COUNT_END
         self._fresh.clear()
@@ -357,14 +374,18 @@ class Members:
         self._told, self._grown = True, False
         return self.state()
 
-    def _threshold(self, pair: Pair) -> PaperThreshold | None:
+    def _threshold(self, pair: Pair, present: Collection[str]) -> PaperThreshold | None:
         """The threshold of a pair after this round."""
         fresh, known = self._updates(self._fresh, pair), self._updates(self._members, pair)
-        # A threshold of the published rule only rises, so a liar gains by a high one. Among agents none counts for more
-        # than the median of all, and of two the lower one. Clusters may differ by right.
-        highest = math.inf if self._of_clusters else lower_median([update.threshold for update in known])
-        fresh, known = (guarded(updates, self.federation.trim, highest) for updates in (fresh, known))
-        mean, old = self._mean(fresh, known), self._thresholds.get(pair)
+        old = self._thresholds.get(pair)
+        highest: float | None = math.inf  # clusters may differ by right
+        if not self._of_clusters:
+            silent = sum(pair not in self._thresholds_of(name) for name in present)
+            highest = highest_of([update.threshold for update in known], silent, old)
+        mean = None
+        if highest is not None:
+            fresh, known = (guarded(updates, self.federation.trim, highest) for updates in (fresh, known))
+            mean = self._mean(fresh, known)
         if mean is not None:
             count = min(_COUNT_END - 1, sum(update.count for update in fresh))
             steps = max((update.steps for update in fresh), default=0)
@@ -372,6 +393,10 @@ class Members:
         if old is not None:
             return PaperThreshold(old.threshold, 0, mean_control(known) if known else old.control, 0)
         return None
+
+    def _thresholds_of(self, name: str) -> Mapping[Pair, PaperThreshold]:
+        member = self._members.get(name)
+        return {} if member is None else member.message.thresholds
 
     def state(self) -> State:
         """The pool over all known members, with the thresholds of the last round."""

@@ -279,7 +279,9 @@ def test_what_the_agent_cannot_serve_is_refused_as_invalid(bad: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"\xc1", b"\x90", b"\x91\x02", encode(Cancel(**Stamp("client")(), request="r"))]
+    "payload",
+    [b"", b"\xc1", b"\x90", b"\x91\x02", encode(Cancel(**Stamp("client")(), request="r"))],
+    ids=["nothing", "no msgpack", "no fields", "a tag alone", "another message"],
 )
 def test_what_names_no_request_is_counted_and_passed_over(payload: bytes) -> None:
     async def scene(world: World) -> None:

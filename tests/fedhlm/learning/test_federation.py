@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from fedhlm.errors import ProtocolError
 from fedhlm.learning import federation, learnt_state
 from fedhlm.learning.curve import Curve
-from fedhlm.learning.federation import LEAP, OVERTAKEN_S, Members, mean_of_agents, mean_of_clusters
+from fedhlm.learning.federation import LEAP, OVERTAKEN_S, Members, highest_of, mean_of_agents, mean_of_clusters
 from fedhlm.learning.learnt_state import State
 from fedhlm.protocol.codec import decode, encode
 from fedhlm.protocol.fields import MAX_CURVES
@@ -301,6 +301,38 @@ def test_a_liar_that_is_alone_in_a_round_is_held_to_the_median_of_all() -> None:
         members.take("liar", contribution(number, threshold=PaperThreshold(1.0, 100)), 0.0)
         found = members.close().thresholds[PAIR]
         assert found.threshold == pytest.approx(0.3)
+
+
+def test_liars_that_contribute_first_are_held_to_the_honest() -> None:
+    """The published threshold never falls, so what it takes from the first ones would stay for ever."""
+    names = [f"a{i}" for i in range(8)]
+    members = agents()
+    for i, name in enumerate(names):
+        threshold = PaperThreshold(1.0, 2**20) if i < 3 else PaperThreshold(0.3 + i / 100, 30)
+        members.take(name, contribution(1, threshold=threshold), 0.0)
+        found = members.close(names).thresholds.get(PAIR)
+        assert (found is None) == (i < 4), "more than half have contributed"
+        assert found is None or 0.3 <= found.threshold <= 0.37
+    for number in range(2, 6):
+        for name in names[:3]:
+            members.take(name, contribution(number, threshold=PaperThreshold(1.0, 2**20)), 0.0)
+        assert members.close(names).thresholds[PAIR].threshold <= 0.37
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9), st.integers(0, 9), st.floats(0.0, 1.0), st.data())
+def test_the_limit_of_a_published_threshold_is_an_honest_one_or_the_old_one(
+    honest: list[float], silent: int, old: float, data: st.DataObject
+) -> None:
+    most = (len(honest) + silent - 1) // 2
+    lies = data.draw(st.lists(st.floats(0.0, 1.0), max_size=min(most, len(honest) + silent - 1)))
+    quiet = max(0, silent - len(lies))
+    first = highest_of([*lies, *honest], quiet, None)
+    assert (first is None) == (len(lies) + len(honest) <= quiet)
+    if 2 * len(lies) < len(lies) + len(honest) + quiet:
+        assert first is None or first <= max(honest)
+        later = highest_of([*lies, *honest], quiet, PaperThreshold(old, 1))
+        assert later is not None
+        assert later <= max(old, *honest)
 
 
 def test_the_global_threshold_is_the_plain_mean_of_all_clusters() -> None:

@@ -15,6 +15,7 @@ from fedhlm.answering import Answerer, Door
 from fedhlm.errors import ConfigError
 from fedhlm.settings import Api, Broker
 from fedhlm_doors.app import HttpApi
+from fedhlm_doors.connections import BACKLOG, DoorServer, limits
 from fedhlm_doors.keys import ApiKeys, Rates
 from fedhlm_doors.signing import signer_of
 from fedhlm_doors.written import Pace
@@ -22,20 +23,9 @@ from fedhlm_doors.written import Pace
 log = logging.getLogger(__name__)
 
 KEY: Final = "api.listen"
-CONNECTIONS_MAX: Final = 1_024  # further ones are answered by 503
-BACKLOG: Final = 512
 NO_BROKER: Final = Broker()
-KEEP_ALIVE_S: Final = 75
 CLOSE_S: Final = 2  # seconds in which open responses may end when the part stops
 _ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):([0-9]{1,5})\Z")
-
-
-class _Uvicorn(uvicorn.Server):
-    """A server that leaves the signals to the part."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def address(listen: str) -> tuple[str, int]:
@@ -73,16 +63,14 @@ def door_of(settings: Api, broker: Broker = NO_BROKER) -> Door:
                 api.app(),
                 lifespan="off",
                 ws="none",
-                http="h11",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=CONNECTIONS_MAX,
-                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CLOSE_S,
+                **limits(),
             )
             logging.getLogger("uvicorn").setLevel(logging.WARNING)
-            server = _Uvicorn(config)
+            server = DoorServer(config)
             serving = asyncio.create_task(server.serve(sockets=[listener]), name="doors")
             actual = listener.getsockname()[1]
             log.info("serving the APIs of OpenAI and Ollama on %s port %d", host, actual)

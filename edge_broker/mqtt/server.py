@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from edge_broker.mqtt import wire
-from edge_broker.mqtt.descriptors import ACCEPTED_AT_ONCE, room_for
+from fedhlm.process.descriptors import ACCEPTED_AT_ONCE, room_for
 from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, SessionQueue
 from edge_broker.mqtt.packets import (
     V5,

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from edge_broker.mqtt import wire
-from fedhlm.process.descriptors import ACCEPTED_AT_ONCE, room_for
 from edge_broker.mqtt.outbox import BYTES_MAX, MESSAGES_MAX, Due, SessionQueue
 from edge_broker.mqtt.packets import (
     V5,
@@ -32,6 +31,7 @@ from edge_broker.mqtt.packets import (
 )
 from edge_broker.mqtt.routes import RetainedMessages, Routes
 from fedhlm.bus.interface import MAX_PACKET_BYTES, share_of
+from fedhlm.process.descriptors import ACCEPTED_AT_ONCE, room_for
 from fedhlm.telemetry import warn_once
 
 _log: Final = logging.getLogger(__name__)

@@ -43,7 +43,7 @@ async def serving() -> AsyncIterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = DoorServer(uvicorn.Config(app, lifespan="off", ws="none", log_config=None, **limits()))
         task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0)
         try:
             yield listener.getsockname()[1]

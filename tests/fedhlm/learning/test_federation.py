@@ -303,20 +303,22 @@ def test_a_liar_that_is_alone_in_a_round_is_held_to_the_median_of_all() -> None:
         assert found.threshold == pytest.approx(0.3)
 
 
-def test_liars_that_contribute_first_are_held_to_the_honest() -> None:
+def test_liars_that_contribute_first_and_most_often_are_held_to_the_honest() -> None:
     """The published threshold never falls, so what it takes from the first ones would stay for ever."""
-    names = [f"a{i}" for i in range(8)]
+    liars, honest = [f"liar{i}" for i in range(3)], [f"a{i}" for i in range(5)]
     members = agents()
-    for i, name in enumerate(names):
-        threshold = PaperThreshold(1.0, 2**20) if i < 3 else PaperThreshold(0.3 + i / 100, 30)
-        members.take(name, contribution(1, threshold=threshold), 0.0)
-        found = members.close(names).thresholds.get(PAIR)
-        assert (found is None) == (i < 4), "more than half have contributed"
-        assert found is None or 0.3 <= found.threshold <= 0.37
-    for number in range(2, 6):
-        for name in names[:3]:
-            members.take(name, contribution(number, threshold=PaperThreshold(1.0, 2**20)), 0.0)
-        assert members.close(names).thresholds[PAIR].threshold <= 0.37
+    for number, name in enumerate([*honest, *honest], 1):
+        for liar in liars:
+            members.take(liar, contribution(number, threshold=PaperThreshold(1.0, 30)), 0.0)
+        early = members.close([*liars, *honest]).thresholds.get(PAIR)
+        threshold = PaperThreshold(0.3 + number / 100, 30)
+        members.take(name, contribution(1 + number // 6, threshold=threshold), 0.0)
+        for liar in liars:
+            members.take(liar, contribution(100 + number, threshold=PaperThreshold(1.0, 30)), 0.0)
+        found = members.close([*liars, *honest]).thresholds.get(PAIR)
+        assert (early is None) == (number <= 2), "more than half must have contributed"
+        assert (found is None) == (number < 2)
+        assert found is None or found.threshold <= 0.3 + number / 100
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9), st.integers(0, 9), st.floats(0.0, 1.0), st.data())

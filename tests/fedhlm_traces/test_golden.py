@@ -159,7 +159,7 @@ def nothing_but_the_count(patch: pytest.MonkeyPatch) -> None:
 
 
 def published_and_not_closed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Members, "close", Members.state)
+    patch.setattr(Members, "close", lambda members, _present=(): members.state())
 
 
 def closed_and_not_published(patch: pytest.MonkeyPatch) -> None:

@@ -417,15 +417,15 @@ OF_FLEETS: Final = (
     Change(
         "a published threshold counts as the median member's at most",
         "fedhlm/learning/federation.py",
-        "highest = math.inf if self._of_clusters else",
-        "highest = math.inf if self.round >= 0 else",
+        "        if not self._of_clusters:",
+        "        if False:",
         ("tests/fedhlm/learning/test_federation.py",),
     ),
     Change(
         "the median of all members, not of a round's",
         "fedhlm/learning/federation.py",
-        "lower_median([update.threshold for update in known])",
-        "lower_median([update.threshold for update in fresh])",
+        "highest_of([update.threshold for update in known]",
+        "highest_of([update.threshold for update in fresh]",
         ("tests/fedhlm/learning/test_federation.py",),
     ),
     Change(

@@ -62,7 +62,7 @@ class Loaded:
             ConfigError: no shipped preset has this name. A path is rejected, because the name may come from the bus.
         """
         if name not in presets():
-            raise _unknown_preset(name, "request")
+            raise _unknown_preset(name, "request", "")
         chosen: Layer = {"preset": Setting(name, "request")}
         return _merge(_read_preset(name, "request"), *self._layers[1:], chosen)
 
@@ -189,7 +189,7 @@ def _read_preset(wanted: str, source: str) -> Layer:
     is_path = wanted.endswith(".toml") or "/" in wanted or os.sep in wanted
     path = Path(wanted) if is_path else PRESET_FOLDER / f"{wanted}.toml"
     if not is_path and wanted not in presets():
-        raise _unknown_preset(wanted, source)
+        raise _unknown_preset(wanted, source, " or a path to a .toml file")
     table = _read_toml(path)
     promise = table.pop("promise", None)
     if not isinstance(promise, str) or not promise:
@@ -332,10 +332,10 @@ def near(word: str, known: Sequence[str], spelling: Callable[[str], str] = str) 
     return f"did you mean {spelling(close[0])}?" if close else "`fedhlm config explain` lists all keys"
 
 
-def _unknown_preset(name: str, source: str) -> ConfigError:
+def _unknown_preset(name: str, source: str, instead: str) -> ConfigError:
     near = difflib.get_close_matches(name, presets(), n=1)
     hint = f", did you mean {near[0]!r}?" if near else ""
-    return _error("preset", name, f"one of {', '.join(presets())} or a path to a .toml file{hint}", source)
+    return _error("preset", name, f"one of {', '.join(presets())}{instead}{hint}", source)
 
 
 def _secret_on_command_line(key: str, value: str) -> ConfigError:

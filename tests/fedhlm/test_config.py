@@ -391,8 +391,9 @@ def test_exchanging_the_preset_keeps_what_was_set_explicitly() -> None:
 
 def test_exchanging_the_preset_takes_no_path(written: Any) -> None:
     path = written('promise = "x"\n')
-    with pytest.raises(ConfigError, match="preset must be "):
+    with pytest.raises(ConfigError, match="preset must be ") as refused:
         load(environ={}).with_preset(str(path))
+    assert "or a path" not in refused.value.expectation
 
 
 NEVER_UP = ("slm-only",)

@@ -6,12 +6,12 @@ tests both. Publishing never waits for the network: a message that does not fit 
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, NamedTuple, Protocol, Self
 
+from fedhlm.bus.fair import FairQueue
 from fedhlm.bus.gate import Sheds
 from fedhlm.errors import BusError
 from fedhlm.protocol.fields import MAX_PAYLOAD_BYTES
@@ -217,90 +217,31 @@ def topic_matches(levels: list[str], topic: str) -> bool:
     return len(levels) == len(names)
 
 
-@dataclass(slots=True)
-class _Slot:
-    delivery: Delivery | None
-
-
-@dataclass(slots=True)
-class _TopicLoad:
-    slots: deque[_Slot] = field(default_factory=deque)
-    bytes: int = 0
-
-
 class Inbox:
-    """Bounded queue between a transport and the one consumer of `deliveries`, in order of arrival.
+    """Bounded queue between a transport and the one consumer of `deliveries`, fair to topics.
 
-    It is full at `limit` messages or at `limit_bytes` of topics and payloads. An empty queue takes any message. When it
-    is full, the topic that takes most of it loses its newest message. A flood on one topic therefore costs the messages
-    on the others a delay, and never their place.
+    It is full at `limit` messages or at `limit_bytes` of topics and payloads.
     """
 
     def __init__(self, limit: int, statistics: BusStatistics, *, limit_bytes: int = MAX_INCOMING_BYTES) -> None:
-        self._limit = limit
-        self._limit_bytes = limit_bytes
-        self._bytes = 0
+        self._queue: FairQueue[Delivery] = FairQueue(limit, _size_of, limit_bytes=limit_bytes)
         self._statistics = statistics
-        self._queue: deque[_Slot] = deque()  # with empty slots of messages that were dropped later
-        self._count = 0
-        self._topics: dict[str, _TopicLoad] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self._error: BusError | None = None
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._queue)
 
     def put(self, delivery: Delivery, wire_bytes: int) -> bool:
         """Add a message and count it; False when it was dropped, or another one in its place."""
-        size = _size_of(delivery)
-        placed = not self._closed
-        whole = True
-        while placed and (self._count >= self._limit or (self._count and self._bytes + size > self._limit_bytes)):
-            whole = False
-            placed = self._push_out(delivery.topic, size)
-        self._statistics.dropped_in += not placed
-        if not placed:
-            return False
-        self._count += 1
-        self._bytes += size
-        self._statistics.messages_in += 1
-        self._statistics.bytes_in += wire_bytes
-        slot = _Slot(delivery)
-        self._queue.append(slot)
-        load = self._topics.setdefault(delivery.topic, _TopicLoad())
-        load.slots.append(slot)
-        load.bytes += size
-        self._wake()
-        return whole
-
-    def _push_out(self, topic: str, size: int) -> bool:
-        """Drop the newest message of the topic that takes most of the queue, unless that is `topic`."""
-
-        def share(load: _TopicLoad, count: int = 0, more: int = 0) -> float:
-            return max((len(load.slots) + count) / self._limit, (load.bytes + more) / self._limit_bytes)
-
-        heaviest = max(self._topics, key=lambda name: share(self._topics[name]))
-        own = self._topics.get(topic, _TopicLoad())
-        if heaviest == topic or share(self._topics[heaviest]) <= share(own, 1, size):
-            return False
-        slot = self._topics[heaviest].slots.pop()
-        self._forget(slot)
-        self._statistics.dropped_in += 1
-        return True
-
-    def _forget(self, slot: "_Slot") -> Delivery:
-        """Empty a slot that has left its topic's line."""
-        delivery, slot.delivery = slot.delivery, None
-        if delivery is None:
-            raise AssertionError("a slot is emptied once")
-        load = self._topics[delivery.topic]
-        load.bytes -= _size_of(delivery)
-        if not load.slots:
-            del self._topics[delivery.topic]
-        self._count -= 1
-        self._bytes -= _size_of(delivery)
-        return delivery
+        dropped = [delivery] if self._closed else self._queue.put(delivery)
+        self._statistics.dropped_in += len(dropped)
+        if not (dropped and dropped[-1] is delivery):
+            self._statistics.messages_in += 1
+            self._statistics.bytes_in += wire_bytes
+            self._wake()
+        return not dropped
 
     def close(self, error: BusError | None = None) -> None:
         """End the iteration once the queue is empty, and raise `error` there if given. Only the first call counts."""
@@ -316,8 +257,7 @@ class Inbox:
         return self
 
     async def __anext__(self) -> Delivery:
-        while not self._count:
-            self._queue.clear()
+        while not self._queue:
             if self._closed:
                 if self._error is not None:
                     raise self._error
@@ -329,11 +269,7 @@ class Inbox:
                 await self._waiter
             finally:
                 self._waiter = None
-        slot = self._queue.popleft()
-        while slot.delivery is None:
-            slot = self._queue.popleft()
-        self._topics[slot.delivery.topic].slots.popleft()
-        return self._forget(slot)
+        return self._queue.take()
 
 
 def _size_of(delivery: Delivery) -> int:

@@ -1,19 +1,18 @@
 """The queue of outgoing messages: those waiting, those in flight, and both after a broken link; no I/O."""
 
-import heapq
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 from paho.mqtt.properties import Properties
+
+from fedhlm.bus.fair import FairQueue
 
 # A message that was in flight at this many broken links is sent alone. If the link breaks again, it is the cause.
 SUSPECT_BREAKS: Final = 2
 # A broker that states no limit may reject a message for other reasons than its size. Only a rejected message of at
 # least this size lowers the limit.
 TELLING_BYTES: Final = 16_384
-# A topic's messages keep their place among those of others while at most this many of it wait.
-AHEAD: Final = 32
 
 
 @dataclass(slots=True)
@@ -43,41 +42,15 @@ class Outgoing:
         return len(self.topic.encode()) + len(self.payload)
 
 
-@dataclass(slots=True)
-class _OutPlace:
-    item: Outgoing | None
-
-
-class _Turn(NamedTuple):
-    """When a message is sent: by `turn`, and in order of arrival where that is equal."""
-
-    turn: float
-    number: int
-    place: _OutPlace
-
-
-@dataclass(slots=True)
-class _Line:
-    """The waiting messages of one topic; `turn` is the one after its newest."""
-
-    turn: float
-    places: deque[_OutPlace] = field(default_factory=deque)
-
-
 class Outbox:
-    """Messages in order, with at most `limit` waiting. Messages in flight are numbered.
+    """Messages with at most `limit` waiting, fair to topics. Messages in flight are numbered.
 
-    A topic of which more than AHEAD messages wait has its turn with the others: many answers to one party do not hold
-    up the answers to others. When the queue is full, the topic that takes most of it loses its newest message.
+    Many answers to one party do not hold up the answers to others.
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
         self._again: deque[Outgoing] = deque()  # sent before the link broke, and to be sent first
-        self._turns: list[_Turn] = []  # a heap, with empty places of messages that were dropped later
-        self._lines: dict[str, _Line] = {}
-        self._turn = 0.0  # the turn of a new topic's message
-        self._count = 0
+        self._queue: FairQueue[Outgoing] = FairQueue(limit, _bytes_of)
         self._under_way: dict[int, Outgoing] = {}
         self._number = 0
 
@@ -87,7 +60,7 @@ class Outbox:
     @property
     def waiting(self) -> int:
         """How many messages wait to be sent."""
-        return len(self._again) + self._count
+        return len(self._again) + len(self._queue)
 
     @property
     def under_way(self) -> int:
@@ -97,61 +70,15 @@ class Outbox:
     @property
     def next(self) -> Outgoing | None:
         """The message to send next; None when none waits."""
-        if self._again:
-            return self._again[0]
-        while self._turns and self._turns[0].place.item is None:
-            heapq.heappop(self._turns)
-        return self._turns[0].place.item if self._turns else None
+        return self._again[0] if self._again else self._queue.first
 
     def put(self, item: Outgoing) -> Outgoing | None:
         """Add a message. Return the one that found no room: this one, or the newest of the topic that takes most."""
-        dropped = None
-        if self.waiting >= self._limit and (dropped := self._push_out(item)) is item:
-            return item
-        line = self._lines.setdefault(item.topic, _Line(self._turn))
-        line.turn = max(line.turn, self._turn)
-        place = _OutPlace(item)
-        self._number += 1
-        heapq.heappush(self._turns, _Turn(max(self._turn, line.turn - AHEAD), self._number, place))
-        line.turn += 1.0
-        line.places.append(place)
-        self._count += 1
-        return dropped
-
-    def _push_out(self, item: Outgoing) -> Outgoing:
-        heaviest = max(self._lines, key=lambda topic: len(self._lines[topic].places), default=item.topic)
-        own = self._lines.get(item.topic)
-        if heaviest == item.topic or len(self._lines[heaviest].places) <= (len(own.places) if own else 0) + 1:
-            return item
-        return self._leave(heaviest, self._lines[heaviest].places[-1])
-
-    def _leave(self, topic: str, place: _OutPlace) -> Outgoing:
-        """Empty a place at either end of its topic's line."""
-        line, item = self._lines[topic], place.item
-        if item is None:
-            raise AssertionError("a place is emptied once")
-        place.item = None
-        if line.places[0] is place:
-            line.places.popleft()
-        else:
-            line.places.pop()
-        if not line.places:
-            del self._lines[topic]
-        self._count -= 1
-        return item
+        return next(iter(self._queue.put(item, elsewhere=len(self._again))), None)
 
     def begin(self) -> tuple[int, Outgoing]:
         """Move the next message into flight and return it with its number."""
-        item = self.next
-        if item is None:
-            raise AssertionError("a message waits")
-        if self._again:
-            self._again.popleft()
-        else:
-            turn = heapq.heappop(self._turns)
-            # By a part of a turn for each topic that waits, so that no topic waits for ever behind ever new ones.
-            self._turn = max(turn.turn, self._turn + 1.0 / len(self._lines))
-            self._leave(item.topic, turn.place)
+        item = self._again.popleft() if self._again else self._queue.take()
         self._number += 1
         self._under_way[self._number] = item
         return self._number, item
@@ -181,9 +108,10 @@ class Outbox:
 
     def clear(self) -> int:
         """Drop all waiting messages and return their number."""
-        count = self.waiting
+        count = len(self._again) + self._queue.clear()
         self._again.clear()
-        self._turns.clear()
-        self._lines.clear()
-        self._count = 0
         return count
+
+
+def _bytes_of(item: Outgoing) -> int:
+    return item.size

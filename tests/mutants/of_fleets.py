@@ -394,17 +394,17 @@ OF_FLEETS: Final = (
         ("tests/fedhlm/bus/test_gate.py",),
     ),
     Change(
-        "answers to one party do not hold up the others",
-        "fedhlm/bus/outgoing.py",
+        "messages of one topic do not hold up the others",
+        "fedhlm/bus/fair.py",
         "AHEAD: Final = 32",
         "AHEAD: Final = 10**9",
         _OUTGOING,
     ),
     Change(
-        "a full outgoing queue takes from who has most",
-        "fedhlm/bus/outgoing.py",
-        "(dropped := self._push_out(item)) is item",
-        "(dropped := item) is item",
+        "a full queue takes from who has most",
+        "fedhlm/bus/fair.py",
+        "            if heaviest is None:",
+        "            if True:",
         _OUTGOING,
     ),
     Change(

@@ -5,6 +5,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedhlm.bus.fair import AHEAD
 from fedhlm.bus.interface import BusStatistics, Delivery, Inbox
 from fedhlm_lab.sim.virtual import run_virtual
 
@@ -43,3 +44,28 @@ def test_one_message_always_has_room() -> None:
             return len((await anext(inbox)).payload)
 
     assert run_virtual(main()) == 1_000
+
+
+def test_a_flood_on_one_topic_does_not_hold_up_the_others() -> None:
+    async def main() -> None:
+        inbox = Inbox(4_096, BusStatistics())
+        for number in range(3_000):
+            assert inbox.put(Delivery("flood", b"%d" % number, False), 1)
+        for number in range(3):
+            assert inbox.put(Delivery("honest", b"%d" % number, False), 1)
+        read = [await anext(inbox) for _ in range(3_003)]
+        assert [d.payload for d in read[:100] if d.topic == "honest"] == [b"0", b"1", b"2"]
+        assert [int(d.payload) for d in read if d.topic == "flood"] == [*range(3_000)]
+
+    run_virtual(main())
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=AHEAD))
+def test_few_messages_are_read_in_the_order_of_their_arrival(names: list[str]) -> None:
+    async def main() -> None:
+        inbox = Inbox(100, BusStatistics())
+        for name in names:
+            inbox.put(Delivery(name, b"", False), 1)
+        assert [(await anext(inbox)).topic for _ in names] == names
+
+    run_virtual(main())

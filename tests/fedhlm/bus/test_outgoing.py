@@ -5,7 +5,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhlm.bus.outgoing import AHEAD, SUSPECT_BREAKS, Outbox, Outgoing
+from fedhlm.bus.fair import AHEAD
+from fedhlm.bus.outgoing import SUSPECT_BREAKS, Outbox, Outgoing
 
 
 def item(name: str, size: int = 1, qos: int = 1) -> Outgoing:

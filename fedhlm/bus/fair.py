@@ -23,24 +23,24 @@ T = TypeVar("T", bound=Queued)
 
 
 @dataclass(slots=True)
-class _QueuePlace(Generic[T]):
+class _FairPlace(Generic[T]):
     item: T | None
 
 
-class _QueueTurn(NamedTuple, Generic[T]):
+class _FairTurn(NamedTuple, Generic[T]):
     """When a message leaves: by `turn`, and in order of arrival where that is equal."""
 
     turn: float
     number: int
-    place: _QueuePlace[T]
+    place: _FairPlace[T]
 
 
 @dataclass(slots=True)
-class _TopicLine(Generic[T]):
+class _FairLine(Generic[T]):
     """The waiting messages of one topic and their bytes. `turn` is the one after its newest."""
 
     turn: float
-    places: deque[_QueuePlace[T]] = field(default_factory=deque)
+    places: deque[_FairPlace[T]] = field(default_factory=deque)
     bytes: int = 0
 
 
@@ -54,8 +54,8 @@ class FairQueue(Generic[T]):
     def __init__(self, limit: int, size_of: Callable[[T], int], *, limit_bytes: float = math.inf) -> None:
         self._limit, self._limit_bytes = limit, limit_bytes
         self._size_of = size_of
-        self._turns: list[_QueueTurn[T]] = []  # a heap, with empty places of messages that were dropped later
-        self._lines: dict[str, _TopicLine[T]] = {}
+        self._turns: list[_FairTurn[T]] = []  # a heap, with empty places of messages that were dropped later
+        self._lines: dict[str, _FairLine[T]] = {}
         self._turn = 0.0  # the turn of a new topic's message
         self._number = 0
         self._count = 0
@@ -83,11 +83,11 @@ class FairQueue(Generic[T]):
             if heaviest is None:
                 return [*dropped, item]
             dropped.append(self._leave(heaviest, self._lines[heaviest].places.pop()))
-        line = self._lines.setdefault(item.topic, _TopicLine(self._turn))
+        line = self._lines.setdefault(item.topic, _FairLine(self._turn))
         line.turn = max(line.turn, self._turn)
-        place = _QueuePlace(item)
+        place = _FairPlace(item)
         self._number += 1
-        heapq.heappush(self._turns, _QueueTurn(max(self._turn, line.turn - AHEAD), self._number, place))
+        heapq.heappush(self._turns, _FairTurn(max(self._turn, line.turn - AHEAD), self._number, place))
         line.turn += 1.0
         line.places.append(place)
         line.bytes += size
@@ -116,7 +116,7 @@ class FairQueue(Generic[T]):
     def _heavier(self, topic: str, size: int) -> str | None:
         """The topic that takes most of the queue, if that is more than `topic` would with one message more."""
 
-        def share(line: _TopicLine[T] | None, count: int = 0, more: int = 0) -> float:
+        def share(line: _FairLine[T] | None, count: int = 0, more: int = 0) -> float:
             places, held = (0, 0) if line is None else (len(line.places), line.bytes)
             return max((places + count) / self._limit, (held + more) / self._limit_bytes)
 
@@ -124,7 +124,7 @@ class FairQueue(Generic[T]):
         own = share(self._lines.get(topic), 1, size)
         return None if heaviest == topic or share(self._lines[heaviest]) <= own else heaviest
 
-    def _leave(self, topic: str, place: _QueuePlace[T]) -> T:
+    def _leave(self, topic: str, place: _FairPlace[T]) -> T:
         """Empty a place that has left its topic's line."""
         line, item = self._lines[topic], place.item
         if item is None:

@@ -167,7 +167,7 @@ class HttpApi:
         origin, host = request.headers.get("origin"), request.headers.get("host", "")
         if origin is not None and urlsplit(origin).netloc != host:
             raise ApiError("pages of other sites are not let in", status=403, code="forbidden_origin")
-        if not self._keys.needed and not _is_address(host):
+        if not self._keys.needed and not is_address(host):
             raise ApiError("the host must be an address or localhost", status=403, code="forbidden_host")
         return self._keys.client(request.headers.get("authorization", ""))
 
@@ -191,7 +191,7 @@ async def body_of(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
     """Whether a Host header is an address. A site's own name could be made to point here by that site."""
     try:
         name = urlsplit(f"//{host}").hostname or ""

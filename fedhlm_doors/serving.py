@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from fedhlm.answering import Answerer, Door
 from fedhlm.errors import ConfigError
@@ -28,15 +29,15 @@ CLOSE_S: Final = 2  # seconds in which open responses may end when the part stop
 _ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):([0-9]{1,5})\Z")
 
 
-def address(listen: str) -> tuple[str, int]:
-    """Return host and port of `api.listen`.
+def address(listen: str, *, key: str = KEY) -> tuple[str, int]:
+    """Return host and port of the setting `key`.
 
     Raises:
         ConfigError: it is not HOST:PORT.
     """
     found = _ADDRESS.match(listen)
     if found is None or int(found[3]) > 65_535:
-        raise ConfigError(KEY, listen, "HOST:PORT")
+        raise ConfigError(key, listen, "HOST:PORT")
     return found[1] or found[2], int(found[3])
 
 
@@ -59,32 +60,54 @@ def door_of(settings: Api, broker: Broker = NO_BROKER) -> Door:
     async def door(answerer: Answerer) -> AsyncIterator[int]:
         api = HttpApi(answerer, keys, Rates(settings.rate, Pace().now_s), sign)
         with listening(settings.listen, host, port) as listener:
-            config = uvicorn.Config(
-                api.app(),
-                lifespan="off",
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=CLOSE_S,
-                **limits(),
-            )
-            logging.getLogger("uvicorn").setLevel(logging.WARNING)
-            server = DoorServer(config)
-            serving = asyncio.create_task(server.serve(sockets=[listener]), name="doors")
-            actual = listener.getsockname()[1]
-            log.info("serving the APIs of OpenAI and Ollama on %s port %d", host, actual)
-            try:
+            async with _served(api.app(), listener) as actual:
+                log.info("serving the APIs of OpenAI and Ollama on %s port %d", host, actual)
                 yield actual
-            finally:
-                server.should_exit = True
-                await asyncio.wait([serving])
 
     return door
 
 
+@asynccontextmanager
+async def page(app: ASGIApp, listen: str, *, key: str) -> AsyncIterator[str]:
+    """Serve an application to this machine only. Yields its address. `key` names the option `listen` in errors.
+
+    Raises:
+        ConfigError: the address is not one of this machine's own, or is not free.
+    """
+    host, port = address(listen, key=key)
+    if not _is_loopback(host):
+        raise ConfigError(
+            key, listen, "a loopback address; others reach it through ssh -L or a proxy that asks who they are"
+        )
+    with listening(listen, host, port, key=key) as listener:
+        async with _served(app, listener) as actual:
+            yield f"http://{f'[{host}]' if ':' in host else host}:{actual}/"
+
+
+@asynccontextmanager
+async def _served(app: ASGIApp, listener: socket.socket) -> AsyncIterator[int]:
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_S,
+        **limits(),
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    server = DoorServer(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="doors")
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await asyncio.wait([serving])
+
+
 @contextmanager
-def listening(listen: str, host: str, port: int) -> Iterator[socket.socket]:
+def listening(listen: str, host: str, port: int, *, key: str = KEY) -> Iterator[socket.socket]:
     """A socket that listens at an address. `listen` is the setting, for the error.
 
     Raises:
@@ -99,7 +122,7 @@ def listening(listen: str, host: str, port: int) -> Iterator[socket.socket]:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             yield listener
     except OSError as exc:
-        raise ConfigError(KEY, listen, "an address that is free on this machine", why=exc.strerror or str(exc)) from exc
+        raise ConfigError(key, listen, "an address that is free on this machine", why=exc.strerror or str(exc)) from exc
 
 
 def _is_loopback(host: str) -> bool:

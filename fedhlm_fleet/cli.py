@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 from fedhlm.errors import ConfigError, FedhlmError, root_of
 from fedhlm_fleet.commands import (
     ask,
+    console,
     doctor,
     federation,
     flash,
@@ -86,6 +87,7 @@ app.command(traces.replay)
 app.command(trace.app)
 app.command(doctor.doctor)
 app.command(status.status)
+app.command(console.console)
 app.command(receipts.verify_receipt)
 app.command(flash.flash)
 app.command(provision.app)

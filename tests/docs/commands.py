@@ -32,9 +32,11 @@ REASONS: Final = {
 _MARK: Final = re.compile(r"`([^`]+)`: ([^;`]+?)(?=; `| -->)")
 _PROGRAMS: Final = r"fedhlm|mkdir|make|pip|python|sudo|docker|cp|mosquitto|mosquitto_sub|systemctl|cat|git|mv|curl"
 _TYPED: Final = re.compile(rf"    (?:[A-Z_]+=\S+ )*(?:{_PROGRAMS}) ")
-_SERVES: Final = re.compile(r"(?:[A-Z_]+=\S+ )*(?:fedhlm +(?:edge|cloud|agent|record)|mosquitto|mosquitto_sub)\b")
+_SERVES: Final = re.compile(
+    r"(?:[A-Z_]+=\S+ )*(?:fedhlm +(?:edge|cloud|agent|record|console)|mosquitto|mosquitto_sub)\b"
+)
 _ENDS: Final = re.compile(r"--prompt|--duration")
-_READY: Final = re.compile(r"serving cluster|verifying with|drafting with")
+_READY: Final = re.compile(r"serving cluster|verifying with|drafting with|open http")
 _READY_S: Final = 90.0
 _LIMIT_S: Final = 600.0
 

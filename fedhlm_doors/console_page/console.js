@@ -1,0 +1,382 @@
+"use strict";
+// The page of the console. It only reads: the state comes whole when the connection begins, then what changes.
+
+const WORDS = {
+  local: "device kept", peer: "peer", neighbour: "neighbour cluster", cloud: "cloud", unverified: "unverified",
+  replaced: "cloud replaced", mixed: "several, not told apart",
+};
+const KINDS = { offline: "outages", online: "arrivals", refused: "refusals", round: "rounds", moved: "moves" };
+const LOG_MAX = 400;
+
+const $ = (id) => document.getElementById(id);
+const parts = new Map();
+const clusters = new Map();
+const texts = new Map();
+let log = [];
+let budget = 0, confidence = 0.95, missing = [], length = null, opens = 0;
+let picked = "", shown = "", drawn = 0, at = -1;
+let pending = false;
+
+function say(node, text) { if (node.textContent !== text) node.textContent = text; }
+function make(tag, name, text) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+function percent(share, digits = 1) { return `${(100 * share).toFixed(digits)} %`; }
+function width(share) { return `${(100 * Math.max(0, Math.min(1, share))).toFixed(2)}%`; }
+function clock(seconds) { return new Date(1000 * seconds).toLocaleTimeString([], { hour12: false }); }
+function plural(count, word) { return `${count} ${word}${count === 1 ? "" : "s"}`; }
+
+// What comes
+
+function whole(state) {
+  parts.clear();
+  clusters.clear();
+  budget = state.budget;
+  confidence = state.confidence;
+  length = state.length;
+  opens = state.opens;
+  if (length !== null) { texts.clear(); shown = ""; }
+  log = length === null && state.log.length === 0 ? log : [];
+  change(state);
+}
+
+function change(state) {
+  if (state.parts) {
+    const keys = new Set();
+    for (const part of state.parts) {
+      const key = `${part.cluster}/${part.name}`;
+      keys.add(key);
+      parts.set(key, part);
+    }
+    for (const key of parts.keys()) if (!keys.has(key)) parts.delete(key);
+    missing = state.missing;
+  }
+  if (state.clusters) for (const cluster of state.clusters) clusters.set(cluster.cluster, cluster);
+  for (const text of state.texts || []) {
+    const known = texts.get(text.id);
+    const before = known && text.from > 0 ? known.tokens.slice(0, text.from) : [];
+    if (text.from === 0 && shown === text.id) drawn = 0;
+    texts.delete(text.id);
+    texts.set(text.id, { ...text, tokens: before.concat(text.tokens) });
+  }
+  while (texts.size > 80) texts.delete(texts.keys().next().value);
+  if (state.log) log = state.log.slice().reverse().concat(log).slice(0, LOG_MAX);
+  if (!pending) {
+    pending = true;
+    requestAnimationFrame(draw);
+  }
+}
+
+function draw() {
+  pending = false;
+  drawWrong();
+  drawGauges();
+  drawFleet();
+  drawChoice();
+  drawText();
+  drawLog();
+}
+
+// Fleet
+
+function drawWrong() {
+  const lines = [...parts.values()].filter((p) => p.wrong).map((p) => `${p.cluster} ${p.name}: ${p.wrong}`.trim());
+  lines.push(...missing);
+  const list = $("wrongs");
+  if (list.dataset.lines === lines.join("\n")) return;
+  list.dataset.lines = lines.join("\n");
+  list.replaceChildren(...lines.map((line) => make("li", "", line)));
+  $("well").hidden = lines.length > 0 || parts.size === 0;
+}
+
+function drawGauges() {
+  const rows = [];
+  for (const cluster of clusters.values()) {
+    const best = cluster.errors[0];
+    if (best) rows.push([cluster.cluster === "" ? "fleet" : `as cluster ${cluster.cluster} knows it`, best]);
+  }
+  const fleet = rows.filter(([name]) => name === "fleet");
+  const told = fleet.length ? fleet : rows.slice(0, 1);
+  $("no-gauge").hidden = told.length > 0;
+  const box = $("gauges");
+  while (box.children.length > told.length) box.lastChild.remove();
+  told.forEach(([name, error], i) => {
+    let gauge = box.children[i];
+    if (!gauge) {
+      gauge = make("div", "gauge");
+      const words = make("div", "words");
+      words.append(make("span", "name"), make("span", "value"));
+      const track = make("div", "track");
+      track.setAttribute("role", "meter");
+      track.setAttribute("aria-valuemin", "0");
+      track.append(make("div", "limit"), make("div", "hat"), make("div", "allowed"));
+      gauge.append(words, track, make("p", "calm"));
+      box.append(gauge);
+    }
+    const scale = Math.max(2 * budget, 1.1 * Math.min(error.limit, 1));
+    const track = gauge.querySelector(".track");
+    say(gauge.querySelector(".name"), name);
+    say(gauge.querySelector(".value"), `error at most ${percent(error.limit)} at ${percent(confidence, 0)}`);
+    say(gauge.querySelector("p"),
+      `R-hat ${percent(error.estimate, 2)} (bar: its limit) of ${Math.round(error.tokens)} tokens; ` +
+      `budget ${percent(budget)} (dashed line)`);
+    track.classList.toggle("over", error.limit > budget);
+    track.setAttribute("aria-valuemax", scale.toFixed(3));
+    track.setAttribute("aria-valuenow", error.limit.toFixed(4));
+    track.setAttribute("aria-label", `Limit of the error per token, ${name}; the budget is ${percent(budget)}`);
+    track.children[0].style.width = width(error.limit / scale);
+    track.children[1].style.left = width(error.estimate / scale);
+    track.children[2].style.left = width(budget / scale);
+  });
+}
+
+function drawFleet() {
+  $("nobody").hidden = parts.size > 0;
+  const names = [...new Set([...parts.values()].map((part) => part.cluster))].sort();
+  const map = $("map");
+  for (const section of [...map.children]) if (!names.includes(section.dataset.cluster)) section.remove();
+  names.forEach((name, i) => {
+    let section = [...map.children].find((child) => child.dataset.cluster === name);
+    if (!section) {
+      section = make("section");
+      section.dataset.cluster = name;
+      section.append(make("h3"), make("ul", "parts"));
+      map.insertBefore(section, map.children[i] || null);
+    }
+    const round = clusters.get(name);
+    const learnt = round ? ` · round ${round.round} of ${plural(round.members, "member")}` : "";
+    say(section.querySelector("h3"), (name === "" ? "Cloud" : `Cluster ${name}`) + learnt);
+    drawParts(section.querySelector("ul"), [...parts.values()].filter((part) => part.cluster === name));
+  });
+}
+
+function drawParts(list, found) {
+  const rank = { cloud: 0, edge: 1, agent: 2 };
+  found.sort((a, b) => rank[a.role] - rank[b.role] || (a.name < b.name ? -1 : 1));
+  while (list.children.length > found.length) list.lastChild.remove();
+  found.forEach((part, i) => {
+    let card = list.children[i];
+    if (!card) {
+      card = make("li", "part");
+      const head = make("p", "head");
+      head.append(make("span", "name"), make("span", "state"));
+      card.append(head, make("p", "model"), make("p", "learnt"), make("div", "shares"));
+      list.append(card);
+    }
+    card.classList.toggle("off", !part.online);
+    card.classList.toggle("ill", part.online && part.wrong !== "");
+    say(card.querySelector(".name"), part.role === part.name ? part.name : `${part.role} ${part.name}`);
+    say(card.querySelector(".state"), !part.online ? "○ offline" : part.link ? `● reaches ${part.link}` : "● online");
+    say(card.querySelector(".model"), [part.model, part.software.replace("fedhlm ", "version ")].filter(Boolean).join(", "));
+    const learnt = [];
+    if (part.tau !== undefined) learnt.push(`threshold ${part.tau.toFixed(3)}`);
+    if (part.risk_limit !== undefined) learnt.push(`error at most ${percent(part.risk_limit)} at ${percent(confidence, 0)}`);
+    say(card.querySelector(".learnt"), learnt.join(", "));
+    drawShares(card.querySelector(".shares"), part.sources);
+  });
+}
+
+function drawShares(bar, sources) {
+  bar.hidden = !sources;
+  if (!sources) return;
+  const total = Object.values(sources).reduce((a, b) => a + b, 0) || 1;
+  const told = Object.entries(sources).filter(([, count]) => count > 0);
+  bar.setAttribute("role", "img");
+  bar.setAttribute("aria-label", told.map(([name, count]) => `${WORDS[name]} ${percent(count / total, 0)}`).join(", "));
+  bar.title = bar.getAttribute("aria-label");
+  for (const name of Object.keys(sources)) {
+    let piece = [...bar.children].find((child) => child.className === name);
+    if (!piece) bar.append((piece = make("span", name)));
+    piece.style.width = width(sources[name] / total);
+  }
+}
+
+// Texts
+
+function drawChoice() {
+  const select = $("which");
+  const ids = [...texts.keys()].reverse();
+  if (select.dataset.ids === ids.join("\n")) return;
+  select.dataset.ids = ids.join("\n");
+  const options = ids.map((id) => {
+    const text = texts.get(id);
+    const option = make("option", "", `${text.agent}: ${(text.prompt || text.id).replace(/\s+/g, " ").slice(0, 60)}`);
+    option.value = id;
+    return option;
+  });
+  select.replaceChildren(select.options[0], ...options);
+  select.value = texts.has(picked) ? picked : "";
+}
+
+function drawText() {
+  const id = texts.has(picked) ? picked : [...texts.keys()].pop();
+  const box = $("written");
+  const text = id === undefined ? null : texts.get(id);
+  if (id !== shown || text === null) {
+    shown = id || "";
+    drawn = 0;
+    at = -1;
+  }
+  if (text === null) {
+    box.replaceChildren();
+    say($("prompt"), "No text yet. Ask an agent: fedhlm ask AGENT TEXT");
+    say($("figures"), "");
+    return;
+  }
+  say($("prompt"), `${text.agent} in ${text.cluster} continues: ${text.prompt || "(the prompt was not seen)"}`);
+  if (drawn === 0 || drawn > text.tokens.length) {
+    box.replaceChildren();
+    drawn = 0;
+  }
+  const low = box.scrollTop + box.clientHeight >= box.scrollHeight - 40;
+  const fresh = document.createDocumentFragment();
+  for (; drawn < text.tokens.length; drawn++) {
+    const [word, source, , draft] = text.tokens[drawn];
+    const token = make("span", `t ${source}${draft !== null && draft !== word ? " replaced" : ""}`, word);
+    token.dataset.i = drawn;
+    fresh.append(token);
+  }
+  box.append(fresh);
+  if (low) box.scrollTop = box.scrollHeight;
+  const s = text.statistics;
+  const told = [plural(text.count, "token")];
+  if (text.finish) told.push(text.error ? `${text.finish}: ${text.error}` : text.finish);
+  if (s.uplink_bytes !== undefined) told.push(`${Math.round(s.uplink_bytes).toLocaleString()} bytes up`);
+  if (s.round_trips !== undefined) told.push(plural(s.round_trips, "round trip"));
+  if (s.rollbacks !== undefined) told.push(plural(s.rollbacks, "rollback"));
+  if (s.wall_s !== undefined) told.push(`${s.wall_s.toFixed(2)} s`);
+  say($("figures"), told.join(", "));
+}
+
+function look(index) {
+  const text = texts.get(shown);
+  const box = $("written");
+  if (!text || index < 0 || index >= text.tokens.length) return;
+  box.children[at]?.classList.remove("at");
+  at = index;
+  const token = box.children[at];
+  token.classList.add("at");
+  token.scrollIntoView({ block: "nearest" });
+  const [word, source, doubt, draft] = text.tokens[at];
+  const replaced = draft !== null && draft !== word;
+  const told = [`Token ${at + 1}, “${word}”: ${source === "missing" ? `${doubt} tokens were not seen` : WORDS[replaced && source === "cloud" ? "replaced" : source]}`];
+  if (source !== "missing" && doubt !== null) told.push(`doubt u = ${doubt.toFixed(3)}`);
+  if (text.statistics.tau !== undefined) told.push(`threshold ${text.statistics.tau.toFixed(3)}`);
+  if (draft !== null) told.push(replaced ? `the device had drafted “${draft}”` : "the device's draft was accepted");
+  if (doubt === null && source !== "mixed") told.push("doubt and draft are known where agents publish their journals");
+  say($("detail"), told.join("; ") + ".");
+}
+
+// Events
+
+function drawLog() {
+  const kinds = new Set([...document.querySelectorAll("#kinds input:checked")].map((box) => box.value));
+  const list = $("log");
+  const entries = log.filter((entry) => kinds.has(entry.kind)).slice(0, 200);
+  const mark = entries.length ? `${entries[0].n}/${entries.length}/${entries[0].at}` : "";
+  if (list.dataset.mark === mark) return;
+  list.dataset.mark = mark;
+  list.replaceChildren(...entries.map((entry) => {
+    const row = make("li");
+    const when = make("time", "", clock(entry.at));
+    when.dateTime = new Date(1000 * entry.at).toISOString();
+    row.append(when, make("span", entry.kind, `${entry.cluster} ${entry.who} ${entry.words}`.trim()));
+    return row;
+  }));
+}
+
+// Time of a recording
+
+let asked = null, asking = false, playing = null;
+
+async function goto(second) {
+  asked = Math.max(0, Math.min(length, second));
+  $("slider").value = asked;
+  say($("at"), `${asked.toFixed(1)} / ${length.toFixed(1)} s`);
+  if (asking) return;
+  asking = true;
+  while (asked !== null) {
+    const wanted = asked;
+    asked = null;
+    const answer = await fetch(`state?at=${wanted}`);
+    if (answer.ok) whole(await answer.json());
+  }
+  asking = false;
+}
+
+function play(start) {
+  if (playing !== null) clearInterval(playing);
+  playing = null;
+  if (start) {
+    if (Number($("slider").value) >= length) $("slider").value = 0;
+    playing = setInterval(() => {
+      const next = Number($("slider").value) + 0.2;
+      goto(next);
+      if (next >= length) play(false);
+    }, 200);
+  }
+  $("play").setAttribute("aria-pressed", String(start));
+  say($("play"), start ? "Pause" : "Play");
+}
+
+function recorded() {
+  $("time").hidden = length === null;
+  if (length === null || $("slider").max === String(length)) return;
+  $("slider").max = length;
+  const wanted = new URLSearchParams(location.hash.slice(1)).get("at");
+  goto(wanted === null ? opens : Number(wanted) || 0);  // #at=12.5 links to a second
+}
+
+// Start
+
+function begin() {
+  for (const [kind, word] of Object.entries(KINDS)) {
+    const label = make("label");
+    const box = make("input");
+    box.type = "checkbox";
+    box.value = kind;
+    box.checked = true;
+    box.addEventListener("change", drawLog);
+    label.append(box, word);
+    $("kinds").append(label);
+  }
+  for (const name of ["local", "peer", "neighbour", "cloud", "replaced", "unverified"]) {
+    const row = make("li");
+    row.append(make("span", `t ${name === "replaced" ? "cloud replaced" : name}`, "word"), WORDS[name]);
+    $("legend").append(row);
+  }
+  picked = new URLSearchParams(location.hash.slice(1)).get("text") || "";
+  $("which").addEventListener("change", (event) => {
+    picked = event.target.value;
+    history.replaceState(null, "", picked ? `#text=${encodeURIComponent(picked)}` : "#");
+    drawText();
+  });
+  const box = $("written");
+  box.addEventListener("pointerover", (event) => { if (event.target.dataset.i) look(Number(event.target.dataset.i)); });
+  box.addEventListener("click", (event) => { if (event.target.dataset.i) look(Number(event.target.dataset.i)); });
+  box.addEventListener("keydown", (event) => {
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: box.children.length - 1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    look(to);
+  });
+  $("slider").addEventListener("input", (event) => { play(false); goto(Number(event.target.value)); });
+  $("back").addEventListener("click", () => goto(Number($("slider").value) - 1));
+  $("on").addEventListener("click", () => goto(Number($("slider").value) + 1));
+  $("play").addEventListener("click", () => play(playing === null));
+
+  const source = new EventSource("events");
+  source.onopen = () => say($("link"), "connected");
+  source.onerror = () => say($("link"), "no connection to the console's server: trying again");
+  source.addEventListener("state", (event) => {
+    whole(JSON.parse(event.data));
+    say($("link"), length === null ? "live" : "recording");
+    recorded();
+  });
+  source.addEventListener("change", (event) => change(JSON.parse(event.data)));
+}
+
+begin();

@@ -1,0 +1,94 @@
+"""`fedhlm console`: show a fleet, or a recording of one, as a page in a browser."""
+
+import asyncio
+import contextlib
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from cyclopts import Parameter
+
+from fedhlm.errors import ModelError
+from fedhlm_fleet.commands.common import Keys, needing, parse_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fedhlm.settings import Config
+    from fedhlm_fleet.console.state import ConsoleState
+
+LISTEN: Final = "127.0.0.1:8808"
+OPTIONS: Final = ("--broker", "--trace", "--listen", "--config", "--help")
+
+
+def console(
+    *keys: Keys,
+    broker: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
+    trace: Path | None = None,
+    listen: str = LISTEN,
+    config: Path | None = None,
+) -> int:
+    """Show a fleet in a browser: its parts, texts as they are written and who decided each token, errors and events.
+
+    It listens to the broker and publishes nothing; the certificate of an observer lets it see everything.
+    Texts appear token by token if agent.model, or the shipped model, has the fleet's tokenizer.
+    Every configuration key is also a flag: --broker.ca ca.pem.
+
+    Parameters
+    ----------
+    broker
+        URL of a broker; may be given several times, once for each cluster's. By default broker.url.
+    trace
+        Show this recording instead, at any second of it.
+    listen
+        HOST:PORT on which the page is served, on this machine only.
+    config
+        TOML file.
+    """
+    from fedhlm.config import load
+    from fedhlm.telemetry import configure_logging
+
+    given = parse_keys(keys, OPTIONS) | ({"broker.url": broker[0]} if broker else {})
+    settings = load(file=config, flags=given).config
+    configure_logging("ERROR", "console", secrets=(settings.broker.password,))
+    with needing("serve"):
+        return asyncio.run(_serve(settings, broker[1:], trace, listen))
+
+
+async def _serve(settings: "Config", further: tuple[str, ...], trace: Path | None, listen: str) -> int:
+    from msgspec.structs import replace
+
+    from fedhlm_doors.console import ConsolePage
+    from fedhlm_doors.serving import page
+    from fedhlm_fleet.console.feeds import LiveFeed, RecordedFeed
+    from fedhlm_traces.file import read
+
+    make = _maker(settings)
+    recorded = None if trace is None else RecordedFeed(read(trace), make)
+    live = LiveFeed(make()) if recorded is None else None
+    async with page(ConsolePage(recorded or live or LiveFeed(make())).app(), listen, key="--listen") as address:
+        print(f"open {address}", flush=True)
+        if live is not None:
+            brokers = [settings.broker, *(replace(settings.broker, url=url) for url in further)]
+            await live.listen(brokers, f"console-{secrets.token_hex(4)}")
+        else:
+            await asyncio.Event().wait()
+    return 0
+
+
+def _maker(settings: "Config") -> "Callable[[], ConsoleState]":
+    from fedhlm_fleet.console.state import ConsoleState
+    from fedhlm_fleet.console.texts import Pieces, tokenizer_of
+    from fedhlm_zoo.shipped import model_folder
+
+    tokenizer = None
+    try:
+        with contextlib.suppress(ModuleNotFoundError):  # texts are then shown message by message
+            tokenizer = tokenizer_of(model_folder(settings.agent.model, "slm"))
+    except ModelError as exc:
+        if settings.agent.model:
+            raise
+        print(f"fedhlm: texts are shown message by message: {exc}", file=sys.stderr)
+    generation = settings.generation
+    return lambda: ConsoleState(lambda: Pieces(tokenizer), budget=generation.budget, confidence=generation.confidence)

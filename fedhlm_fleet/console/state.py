@@ -1,0 +1,276 @@
+"""The state of the console's page, from messages in order of arrival. No clock, no I/O.
+
+Everything is bounded, because a console may run for weeks: the newest texts, events and parts are kept.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from edge_agent.events import Judged
+from fedhlm.errors import ProtocolError
+from fedhlm.protocol.messages import (
+    AnyMessage,
+    Assignment,
+    Evidence,
+    Journal,
+    Learned,
+    MetricsReport,
+    Output,
+    Presence,
+    Prompt,
+)
+from fedhlm.protocol.roles import ROLES
+from fedhlm.protocol.sources import SOURCES
+from fedhlm_fleet.console.texts import Pieces
+from fedhlm_fleet.status import Heard, errors_of_fleet, missing, rows
+from fedhlm_traces.journal_reader import JournalReader
+
+TEXTS_MAX: Final = 40
+TOKENS_MAX: Final = 2_048  # of one text that are shown
+LOG_MAX: Final = 400
+PARTS_MAX: Final = 4_096
+PROMPTS_MAX: Final = 1_024
+FIGURES: Final = ("tau", "risk", "risk_limit")
+SHOWN: Final = 600  # characters of a prompt
+
+Place = tuple[str, str]  # cluster and name; the cloud's cluster is empty
+Made = Callable[[], Pieces]
+
+
+class ConsoleState:
+    """What the page shows. `changes` returns what is new since it was called last.
+
+    `pieces` makes a decoder of one text. `budget` and `confidence` are what the certificates are compared with.
+    """
+
+    def __init__(self, pieces: Made, *, budget: float, confidence: float) -> None:
+        self._pieces = pieces
+        self._budget, self._confidence = budget, confidence
+        self._heard: OrderedDict[Place, Heard] = OrderedDict()
+        self._figures: dict[Place, dict[str, Any]] = {}
+        self._clusters: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._prompts: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
+        self._decoders: dict[tuple[str, str], Pieces] = {}
+        self._journals: dict[str, JournalReader] = {}
+        self._log: deque[dict[str, Any]] = deque(maxlen=LOG_MAX)
+        self._logged = 0
+        self._told_log = 0
+        self._parts_changed = self._clusters_changed = False
+        self._from: dict[tuple[str, str], int] = {}  # the first token of each text that is new
+        self._now_s = 0.0
+
+    def put(self, message: AnyMessage, levels: dict[str, str], now_s: float, *, retained: bool = False) -> None:
+        """Take a message and the levels of its topic, at the Unix time `now_s`. Messages of no interest change nothing."""
+        self._now_s = now_s
+        match message:
+            case Presence() if not ROLES[message.role].asks:
+                self._presence(message, levels, retained=retained)
+            case Prompt():
+                self._prompts[levels["agent"], message.request] = message.text[:SHOWN], message.sender
+                while len(self._prompts) > PROMPTS_MAX:
+                    self._prompts.popitem(last=False)
+            case Output():
+                self._output(message, levels)
+            case Learned():
+                self._learned(message, levels.get("cluster", ""), retained=retained)
+            case MetricsReport():
+                self._reported(message, (levels["cluster"], levels["agent"]))
+            case Journal() if "agent" in levels:
+                self._journal(message, levels["agent"])
+            case Assignment():
+                self._note("moved", "", levels.get("agent", ""), f"is assigned to cluster {message.cluster}")
+
+    # What the page gets
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that the page shows."""
+        return {
+            "budget": self._budget,
+            "confidence": self._confidence,
+            "sources": list(SOURCES),
+            **self._parts(),
+            "clusters": list(self._clusters.values()),
+            "texts": [text | {"from": 0} for text in self._texts.values()],
+            "log": list(self._log),
+        }
+
+    def changes(self) -> dict[str, Any]:
+        """What is new since the last call; empty if nothing is."""
+        found: dict[str, Any] = self._parts() if self._parts_changed else {}
+        if self._clusters_changed:
+            found["clusters"] = list(self._clusters.values())
+        if self._from:
+            found["texts"] = [
+                self._texts[key] | {"from": start, "tokens": self._texts[key]["tokens"][start:]}
+                for key, start in self._from.items()
+                if key in self._texts
+            ]
+        if self._logged > self._told_log:
+            found["log"] = [entry for entry in self._log if entry["n"] > self._told_log]
+        self._told_log = self._logged
+        self._parts_changed = self._clusters_changed = False
+        self._from = {}
+        return found
+
+    def _parts(self) -> dict[str, Any]:
+        found = rows(self._heard.values(), now_s=self._now_s)
+        parts = [
+            {
+                "cluster": row.cluster,
+                "name": row.name,
+                "role": row.role,
+                "online": row.online,
+                "software": row.software,
+                "model": row.model,
+                "link": row.link,
+                "wrong": row.wrong,
+                "since": None if row.since_s is None else self._now_s - row.since_s,
+                **self._figures.get((row.cluster, row.name), {}),
+            }
+            for row in found
+        ]
+        return {"parts": parts, "missing": missing(found) if found else []}
+
+    # Messages
+
+    def _presence(self, state: Presence, levels: dict[str, str], *, retained: bool) -> None:
+        place = levels.get("cluster", ""), levels.get("agent", state.role)
+        before = self._heard.get(place)
+        self._heard[place] = Heard(*place, state)
+        while len(self._heard) > PARTS_MAX:
+            self._heard.popitem(last=False)
+        self._parts_changed = True
+        if state.fingerprint is not None:  # a last will does not tell it
+            self._figures.setdefault(place, {})["model"] = state.fingerprint.model
+        was = before.presence if before is not None else None
+        if state.online and (was is None or not was.online):
+            if not retained:
+                self._note("online", *place, "is online")
+        elif state.online and was is not None and state.fingerprint != was.fingerprint:
+            self._note("online", *place, "runs another model")
+        elif not state.online and (was is None or was.online):
+            self._note("offline", *place, "is offline")
+        if ROLES[state.role].relays and state.online and was is not None and was.online:
+            if state.upstream is None and was.upstream is not None:
+                self._note("offline", *place, "sees no cloud: new text stays unverified")
+            elif state.upstream is not None and was.upstream is None:
+                self._note("online", *place, "sees the cloud again")
+
+    def _learned(self, learned: Learned, cluster: str, *, retained: bool) -> None:
+        before = self._clusters.get(cluster)
+        self._clusters[cluster] = {
+            "cluster": cluster,
+            "round": learned.round,
+            "members": learned.members,
+            "tau": {pair: t.threshold for pair, t in learned.thresholds.items()},
+            "errors": self._errors(learned.evidence),
+        }
+        self._clusters_changed = True
+        if before is not None and before["round"] != learned.round and not retained:
+            members = f"{learned.members} member{'s' if learned.members != 1 else ''}"
+            self._note("round", cluster, "edge" if cluster else "cloud", f"closed round {learned.round} of {members}")
+
+    def _errors(self, evidence: Evidence | None) -> list[dict[str, Any]]:
+        try:
+            found = errors_of_fleet(evidence, confidence=self._confidence, now_s=self._now_s)
+        except ProtocolError:
+            return []
+        return [{"pair": e.pair, "limit": e.limit, "estimate": e.estimate, "tokens": e.tokens} for e in found]
+
+    def _reported(self, report: MetricsReport, place: Place) -> None:
+        self._note_figures(place, report.values)
+
+    def _note_figures(self, place: Place, values: Mapping[str, float]) -> None:
+        self._figures.setdefault(place, {}).update({name: values[name] for name in FIGURES if name in values})
+        self._parts_changed = True
+
+    def _output(self, output: Output, levels: dict[str, str]) -> None:
+        place, key = (levels["cluster"], levels["agent"]), (levels["agent"], output.request)
+        if output.refusal is not None:
+            self._note("refused", *place, f"refused a request: {output.error}")
+            return
+        text = self._texts.get(key)
+        if text is None or (text["finish"] is not None and output.position == 0 and output.ids):
+            text = self._begin(key, place, output)
+        if text["finish"] is not None or output.position < text["count"]:
+            return  # a duplicate, or what came late
+        self._from.setdefault(key, len(text["tokens"]))
+        if output.position > text["count"]:
+            text["tokens"].append([" … ", "missing", output.position - text["count"], None])
+        told = self._decoders[key].told(output.ids, output.text)
+        if len(text["tokens"]) < TOKENS_MAX:
+            text["tokens"] += [[shown, source, None, None] for shown, source in _joined(told, output)]
+        text["count"] = output.position + len(output.ids)
+        self._count(place, output)
+        if output.finish is not None:
+            self._finish(key, place, text, output)
+
+    def _begin(self, key: tuple[str, str], place: Place, output: Output) -> dict[str, Any]:
+        prompt, client = self._prompts.pop(key, ("", output.client or ""))
+        self._texts[key] = text = {
+            "id": f"{key[0]}/{key[1]}",
+            "agent": key[0],
+            "cluster": place[0],
+            "client": client,
+            "prompt": prompt,
+            "at": self._now_s,
+            "tokens": [],
+            "count": 0,
+            "finish": None,
+            "error": "",
+            "statistics": {},
+        }
+        self._decoders[key] = self._pieces()
+        while len(self._texts) > TEXTS_MAX:
+            eldest, _ = self._texts.popitem(last=False)
+            self._decoders.pop(eldest, None)
+            self._from.pop(eldest, None)
+        return text
+
+    def _count(self, place: Place, output: Output) -> None:
+        counts = self._figures.setdefault(place, {}).setdefault("sources", dict.fromkeys(SOURCES, 0))
+        for source in output.sources:
+            counts[source] += 1
+        self._parts_changed = True
+
+    def _finish(self, key: tuple[str, str], place: Place, text: dict[str, Any], output: Output) -> None:
+        text["finish"], text["error"] = output.finish, output.error
+        text["statistics"] = {name: value for name, value in output.statistics.items() if abs(value) < 1e15}
+        self._decoders.pop(key, None)
+        self._note_figures(place, text["statistics"])
+        if output.finish in ("error", "cancelled"):
+            self._note("refused", *place, f"ended a text: {output.finish}, {output.error}")
+
+    def _journal(self, journal: Journal, agent: str) -> None:
+        """Add doubts and replaced drafts to a finished text, if the agent publishes its journal."""
+        for told in self._journals.setdefault(agent, JournalReader()).read(journal):
+            key = agent, told.request
+            text = self._texts.get(key)
+            if text is None or len(text["tokens"]) != text["count"]:
+                continue
+            for place, judged in told.drafts.items():
+                if place < text["count"]:
+                    self._judged(text["tokens"][place], judged)
+            self._from[key] = 0
+
+    def _judged(self, token: list[Any], judged: Judged) -> None:
+        token[2] = round(judged.uncertainty, 4)
+        if judged.own != judged.token or judged.escalate:
+            token[3] = self._pieces().alone(judged.own)
+
+    def _note(self, kind: str, cluster: str, who: str, words: str) -> None:
+        self._logged += 1
+        self._log.append(
+            {"n": self._logged, "at": self._now_s, "kind": kind, "cluster": cluster, "who": who, "words": words}
+        )
+
+
+def _joined(told: list[str] | None, output: Output) -> list[tuple[str, str]]:
+    """The text of each token with its source; all of it as one, with the sources' names, if there is no tokenizer."""
+    if told is not None:
+        return list(zip(told, output.sources, strict=True))
+    if not output.text:
+        return []
+    return [(output.text, output.sources[0] if len(set(output.sources)) == 1 else "mixed")]

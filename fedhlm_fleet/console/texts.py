@@ -1,0 +1,50 @@
+"""The text of each single token, with the models' own tokenizer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedhlm.decoding.text import TextStream
+from fedhlm.errors import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class Pieces:
+    """Splits the text of messages into tokens. Without the fleet's tokenizer a message is one piece.
+
+    That the tokenizer is the fleet's is seen from the text: what it makes of the ids must be what the agent wrote.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer | None") -> None:
+        self._tokenizer = tokenizer
+        self._stream = None if tokenizer is None else TextStream(tokenizer)
+
+    def told(self, ids: tuple[int, ...], text: str) -> list[str] | None:
+        """Return the text of each id, in order; None if they cannot be told apart."""
+        if self._stream is None:
+            return None
+        pieces = [self._stream.push([token]) for token in ids]
+        if "".join(pieces) != text:
+            if ids or text:
+                self._stream = None
+            return None
+        return pieces
+
+    def alone(self, token: int) -> str | None:
+        """The text of one id by itself; None without a tokenizer."""
+        return None if self._tokenizer is None else str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+
+def tokenizer_of(folder: Path) -> "Tokenizer":
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        ModelError: the folder has none that can be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as exc:  # the library raises bare Exceptions
+        raise ModelError(f"{folder} has no readable tokenizer.json: {exc}") from exc

@@ -1,0 +1,118 @@
+"""A headless Chromium for tests, driven over its debugging pipe: it waits for what a page shows, and keeps its errors."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"),
+)
+WAIT_S = 120.0
+FIRST_FREE = 10  # so that the pipe's ends are not 3 and 4 already, which Chromium wants
+
+
+class Browser:
+    """One page. `errors` holds what its console and its scripts complained of."""
+
+    def __init__(self, to: int, back: int) -> None:
+        self.errors: list[Any] = []
+        self._to, self._back = to, back
+        self._buffer = b""
+        self._number = 0
+        self._session: str | None = None
+
+    def start(self) -> None:
+        page = self._call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        for domain in ("Runtime", "Log", "Page"):
+            self._call(f"{domain}.enable")
+
+    def open(self, url: str, *, width: int = 1440, height: int = 1000, dark: bool = False) -> None:
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[scheme])
+        size: dict[str, Any] = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+        self._call("Page.navigate", url=url)
+
+    def value(self, script: str) -> Any:
+        """The value of an expression on the page."""
+        found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def until(self, script: str) -> Any:
+        """Wait until an expression is true, and return its value."""
+        end_s = time.monotonic() + WAIT_S
+        while not (found := self.value(script)):
+            assert time.monotonic() < end_s, f"not within {WAIT_S:g} s: {script}"
+            time.sleep(0.05)
+        return found
+
+    def press(self, key: str) -> None:
+        """Press and release a key by its name."""
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def _call(self, method: str, **parameters: Any) -> Any:
+        self._number += 1
+        asked = {"id": self._number, "method": method, "params": parameters}
+        if self._session is not None:
+            asked["sessionId"] = self._session
+        os.write(self._to, json.dumps(asked).encode() + b"\0")
+        while True:
+            told = self._next()
+            if told.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.errors.append(told["params"])
+            if told.get("id") == self._number:
+                assert "error" not in told, told
+                return told["result"]
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            chunk = os.read(self._back, 1 << 16)
+            assert chunk, "the browser has ended"
+            self._buffer += chunk
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        found: dict[str, Any] = json.loads(message)
+        return found
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Browser]:
+    """Run a browser whose profile lies in `folder`."""
+    assert CHROMIUM is not None
+    pipes = [*os.pipe(), *os.pipe()]
+    theirs_in, to, back, theirs_out = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for end in pipes)
+    for end in pipes:
+        os.close(end)
+
+    def place() -> None:
+        os.dup2(theirs_in, 3)
+        os.dup2(theirs_out, 4)
+
+    process = subprocess.Popen(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={folder}"],
+        stderr=subprocess.DEVNULL,
+        pass_fds=(3, 4),
+        preexec_fn=place,  # noqa: PLW1509 - nothing else runs in the child
+    )
+    for end in (theirs_in, theirs_out):
+        os.close(end)
+    try:
+        found = Browser(to, back)
+        found.start()
+        yield found
+    finally:
+        process.kill()
+        process.wait()
+        for end in (to, back):
+            os.close(end)

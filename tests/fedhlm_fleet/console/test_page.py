@@ -1,0 +1,218 @@
+"""The console as its readers meet it: over HTTP, against a real broker, and in a browser."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from edge_broker.embedded import EmbeddedBroker
+from fedhlm.bus.interface import Retained
+from fedhlm.bus.mqtt import MqttBus
+from fedhlm.bus.party import Stamp, presence
+from fedhlm.errors import BusError, ConfigError
+from fedhlm.protocol import topics
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import Fingerprint, Output
+from fedhlm.settings import Broker
+from fedhlm_doors.console import FILES, ConsolePage
+from fedhlm_doors.serving import page
+from fedhlm_fleet.console.feeds import BEHIND_MAX, LiveFeed
+from fedhlm_fleet.console.state import ConsoleState
+from fedhlm_fleet.console.texts import Pieces
+from tests.brokers import free_port
+from tests.browser import CHROMIUM, browser
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SMALL = Fingerprint("abc", 4_096, "philox-1", "small")
+
+
+def state() -> ConsoleState:
+    return ConsoleState(lambda: Pieces(None), budget=0.05, confidence=0.95)
+
+
+def output(position: int, text: str, **options: Any) -> Output:
+    words = {"request": "r", "ids": (1,), "sources": ("local",), **options}
+    return Output(**Stamp("porch")(), position=position, text=text, **words)
+
+
+async def events(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    name = ""
+    async for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():  # noqa: ASYNC110 - the state tells nobody
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def open_page(feed: LiveFeed) -> AsyncIterator[httpx.AsyncClient]:
+    async with (
+        page(ConsolePage(feed).app(), "127.0.0.1:0", key="--listen") as address,
+        httpx.AsyncClient(base_url=address, timeout=30.0, trust_env=False) as client,
+    ):
+        yield client
+
+
+async def test_the_page_brings_everything_itself_and_lets_nothing_else_in() -> None:
+    async with open_page(LiveFeed(state())) as client:
+        for path in FILES:
+            answer = await client.get(path)
+            assert answer.status_code == 200
+            assert "default-src 'none'" in answer.headers["content-security-policy"]
+            assert not re.findall(r"https?://", answer.text), "no other host is asked for anything"
+        assert (await client.get("/state", headers={"host": "fedhlm.evil.example"})).status_code == 403
+        assert (await client.get("/events", headers={"host": "fedhlm.evil.example"})).status_code == 403
+        assert (await client.get("/state?at=nan")).status_code == 400
+        assert (await client.post("/state")).status_code == 405, "it only shows"
+        assert (await client.get("/console_page/../serving.py")).status_code == 404
+
+
+async def test_only_this_machine_is_served() -> None:
+    with pytest.raises(ConfigError, match=r"--listen must be a loopback address; others .* \(got '0\.0\.0\.0:0'\)"):
+        async with page(ConsolePage(LiveFeed(state())).app(), "0.0.0.0:0", key="--listen"):
+            pass
+
+
+async def test_a_page_gets_everything_and_then_every_change_once() -> None:
+    shown = state()
+    feed = LiveFeed(shown)
+    shown.put(output(0, "before"), {"cluster": "home", "agent": "porch"}, 1.0)
+    async with open_page(feed) as client, client.stream("GET", "/events") as answer:
+        assert answer.headers["content-type"] == "text/event-stream"
+        told = events(answer.aiter_lines())
+        name, whole = await anext(told)
+        assert (name, whole["length"]) == ("state", None)
+        assert [t[0] for t in whole["texts"][0]["tokens"]] == ["before"]
+        shown.put(output(1, " after"), {"cluster": "home", "agent": "porch"}, 2.0)
+        feed.tell()
+        name, change = await anext(told)
+        assert name == "change"
+        assert (change["texts"][0]["from"], change["texts"][0]["tokens"]) == (1, [[" after", "local", None, None]])
+
+
+async def test_a_page_that_falls_behind_begins_anew() -> None:
+    shown = state()
+    feed = LiveFeed(shown)
+    slow = feed.follow()
+    await anext(slow)
+    for i in range(BEHIND_MAX + 1):
+        shown.put(output(i, "x"), {"cluster": "home", "agent": "porch"}, float(i))
+        feed.tell()
+    assert [change async for change in slow] == []
+
+
+async def test_it_hears_a_broker_and_says_nothing_there() -> None:
+    port = free_port()
+    broker = EmbeddedBroker(host="127.0.0.1", port=port)
+    shown = state()
+    feed = LiveFeed(shown)
+    async with broker:
+        name = topics.AGENT_STATUS.name(cluster="home", agent="porch")
+        birth = Retained(name, encode(presence(Stamp("porch"), "agent", online=True, fingerprint=SMALL)))
+        async with MqttBus(f"mqtt://127.0.0.1:{port}", client_id="porch", birth=birth) as agent:
+            listening = asyncio.create_task(feed.listen([Broker(url=f"mqtt://127.0.0.1:{port}")], "console-1"))
+            async with asyncio.timeout(30.0):
+                await until(lambda: bool(shown.snapshot()["parts"]))
+                to = topics.OUTPUT.name(cluster="home", agent="porch", client="me")
+                await agent.publish(to, encode(output(0, "hello")), qos=1)
+                await until(lambda: bool(shown.snapshot()["texts"]))
+            assert agent.statistics.messages_in == 0, "it publishes nothing, not even its presence"
+            listening.cancel()
+            await asyncio.wait([listening])
+
+
+def test_a_broker_that_is_not_there_is_named_in_one_line() -> None:
+    arguments = "--broker", f"mqtt://127.0.0.1:{free_port()}", "--broker.connect_timeout_s", "1"
+    done = subprocess.run(
+        [sys.executable, "-m", "fedhlm_fleet.cli", "console", "--listen", "127.0.0.1:0", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("fedhlm: "), done.stderr
+    assert BusError.__name__ not in done.stderr
+
+
+@contextmanager
+def console(*arguments: str) -> Iterator[str]:
+    """A running console's address."""
+    command = [sys.executable, "-m", "fedhlm_fleet.cli", "console", "--listen", "127.0.0.1:0", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().removeprefix("open ").strip()
+        finally:
+            process.terminate()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_shows_a_recording_without_an_error(tmp_path: Path) -> None:
+    with console("--trace", str(GOLDEN / "budget.trace")) as address, browser(tmp_path) as seen:
+        for width, dark in ((1440, False), (360, True)):
+            seen.open(f"{address}?{width}#at=60", width=width, dark=dark)
+            seen.until("document.querySelectorAll('#written .t').length > 0")
+            assert seen.value("document.getElementById('link').textContent") == "recording"
+            seen.until("document.getElementById('at').textContent.startsWith('60.0 / ')")
+            seen.until("document.querySelectorAll('.part:not(.off):not(.ill)').length === 7")
+            assert seen.value("document.getElementById('well').hidden") is False, "nothing is wrong at that second"
+            assert seen.value("document.documentElement.scrollWidth <= innerWidth"), f"{width} px are enough"
+            assert seen.value("document.querySelector('[role=meter]').getAttribute('aria-valuenow') > 0")
+            assert seen.value("document.querySelector('.track .limit').offsetWidth > 5")
+
+            # By keyboard alone, from token to token.
+            seen.value("document.getElementById('written').focus()")
+            before = seen.value("document.getElementById('texts').offsetHeight")
+            seen.press("End")
+            assert "Token " in seen.value("document.getElementById('detail').textContent")
+            seen.press("Home")
+            assert seen.value("document.getElementById('detail').textContent").startswith("Token 1, ")
+            seen.press("ArrowRight")
+            assert seen.value("document.querySelectorAll('.t.at').length") <= 1
+            assert seen.value("document.getElementById('texts').offsetHeight") - before <= 24, "nothing jumps"
+
+            # To the recording's end, where everything has stopped.
+            seen.value("(goto(length), 0)")
+            seen.until("document.querySelectorAll('.part.off').length === 7")
+            assert seen.value("document.querySelectorAll('#wrongs li').length") >= 7
+            assert seen.value("document.querySelectorAll('#log li').length") > 10
+            seen.value("document.querySelector('#kinds input[value=offline]').click()")
+            assert seen.value("document.querySelectorAll('#log .offline').length") == 0
+        assert not seen.errors
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+async def test_a_browser_keeps_what_it_had_when_the_console_starts_again(tmp_path: Path) -> None:
+    here = {"cluster": "home", "agent": "porch"}
+    listen = f"127.0.0.1:{free_port()}"
+
+    def shows(word: str) -> str:
+        return f"[...texts.values()].some(text => text.tokens.some(token => token[0] === '{word}'))"
+
+    with browser(tmp_path) as seen:
+        for request, word in (("one", "first"), ("two", "<b>second</b>")):
+            shown = state()
+            feed = LiveFeed(shown)
+            async with page(ConsolePage(feed).app(), listen, key="--listen") as address:
+                if request == "one":
+                    await asyncio.to_thread(seen.open, address)
+                    await asyncio.to_thread(seen.until, "document.getElementById('link').textContent === 'live'")
+                shown.put(output(0, word, request=request), here, 1.0)
+                feed.tell()
+                await asyncio.to_thread(seen.until, shows(word))
+        assert await asyncio.to_thread(seen.value, shows("first")), "the new server does not know it"
+        assert await asyncio.to_thread(seen.until, "document.getElementById('written').textContent === '<b>second</b>'")
+        assert await asyncio.to_thread(seen.value, "document.querySelectorAll('#written b').length") == 0

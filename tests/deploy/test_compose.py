@@ -21,10 +21,11 @@ from fedhlm_fleet.pki.mosquitto import LIMITS
 
 ROOT: Final = Path(__file__).parents[2]
 BASE: Final = "docker-compose.yml"
-PLAIN, SCALE, CLUSTER, HOST, API, MODEL = (
-    f"compose.{name}.yml" for name in ("plain", "scale", "cluster", "host", "api", "model")
+PLAIN, SCALE, CLUSTER, HOST, API, MODEL, OBSERVE = (
+    f"compose.{name}.yml" for name in ("plain", "scale", "cluster", "host", "api", "model", "observe")
 )
-OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, API, MODEL, "compose.gpu.yml")
+OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, API, MODEL, OBSERVE, "compose.gpu.yml")
+WATCHERS: Final = ("prometheus", "grafana")  # no parties of the fleet: no certificate, no broker
 VARIABLE: Final = re.compile(r"\$\{(\w+):-([^}]*)\}")
 DOCKERFILES: Final = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
 MODELS: Final = {"agent": ["slm"], "cloud": ["llm"], "edge": [], "init": []}
@@ -122,7 +123,7 @@ def folders(body: dict[str, Any]) -> list[str]:
 def settings_of(body: dict[str, Any]) -> dict[str, str]:
     """The environment without what is not for `fedhlm.config`."""
     found = body.get("environment", {})
-    return {key: str(value) for key, value in found.items() if key != "LD_LIBRARY_PATH"}
+    return {key: str(value) for key, value in found.items() if key != "LD_LIBRARY_PATH" and not key.startswith("GF_")}
 
 
 @pytest.mark.parametrize("whole", WHOLE)
@@ -135,10 +136,13 @@ def test_every_service_is_locked_in(whole: dict[str, Any]) -> None:
         assert {"max-size", "max-file"} <= set(body["logging"]["options"]), name
         assert {"cpus", "memory", "pids"} <= set(body["deploy"]["resources"]["limits"]), name
         for port in body.get("ports", []):
-            assert re.fullmatch(r"127\.0\.0\.1:\d+:(8883|11434)", port), "for this machine alone, with TLS or a key"
+            assert re.fullmatch(r"127\.0\.0\.1:\d+:(8883|11434|3000)", port), (
+                "for this machine alone, with TLS or a key, or to look"
+            )
         assert not {"privileged", "pid", "ipc", "devices", "group_add", "configs", "secrets"} & set(body), name
         for folder in folders(body):
-            assert mounts(body)[folder][0].startswith("/models/"), name
+            own = "./deploy/observe/" if name in WATCHERS else "./models/"
+            assert folder.startswith(own) or mounts(body)[folder][0].startswith("/models/"), name
         user, _, group = body["user"].partition(":")
         if name == "init":
             assert (user, body["cap_add"], body["network_mode"]) == ("0", ["CHOWN"], "none")
@@ -170,6 +174,7 @@ def test_who_waits_for_whom(whole: dict[str, Any]) -> None:
             "cloud": {"broker-cloud"},
             "edge": {f"broker-{cluster}", "broker-cloud"},
             "agent": {f"edge-{cluster}"},
+            **{watcher: set() for watcher in WATCHERS},
         }
         assert set(waits) == expected[kind], name
 
@@ -185,6 +190,8 @@ def test_only_edges_are_in_two_networks_and_none_leads_outside(whole: dict[str, 
             continue
         cluster = body.get("environment", {}).get("FEDHLM_CLUSTER__NAME", name.removeprefix("broker-"))
         expected = ["cloud", cluster] if name.startswith("edge-") else [cluster]
+        scraped = "observe" in networks and (name == "cloud" or name.startswith("edge-"))
+        expected = ["observe"] if name in WATCHERS else [*expected, *(["observe"] if scraped else [])]
         assert body["networks"] == [*expected, *(["host"] if "ports" in body else [])], name
 
 
@@ -204,7 +211,7 @@ def test_each_secret_is_seen_by_the_init_service_and_one_other(whole: dict[str, 
         assert users == (["init", own] if volume.startswith("tls-") else [own]), volume
     for name, body in services(whole).items():
         if name != "init":
-            assert sum(volume.startswith("tls-") for volume in mounts(body)) == 1, name
+            assert (name in WATCHERS) + sum(volume.startswith("tls-") for volume in mounts(body)) == 1, name
 
 
 @pytest.mark.parametrize("whole", WHOLE)
@@ -295,6 +302,27 @@ def test_an_api_is_published_on_the_loopback_address_with_keys(agent: str, port:
         door_of(api)
 
 
+def test_prometheus_scrapes_who_serves_metrics_and_agents_report_to_them() -> None:
+    whole = fleet(OBSERVE)
+    scraped = yaml.safe_load((ROOT / "deploy/observe/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    targets = {target for job in scraped for group in job["static_configs"] for target in group["targets"]}
+    served = set()
+    for name, body in lasting(whole).items():
+        telemetry = config.load(environ=settings_of(body)).config.telemetry
+        if telemetry.metrics_port:
+            assert telemetry.metrics_host == "0.0.0.0"
+            served.add(f"{name}:{telemetry.metrics_port}")
+        assert bool(telemetry.report_s) == name.startswith("agent-"), name
+    assert targets == served
+    assert {target.partition(":")[0] for target in targets} == {"cloud", "edge-home", "edge-garden"}
+    for name in WATCHERS:
+        for folder in folders(services(whole)[name]):
+            assert (ROOT / folder).is_file(), folder
+    provisioned = yaml.safe_load((ROOT / "deploy/observe/dashboards.yml").read_text("utf-8"))["providers"]
+    held = {path.rpartition("/")[0] for path, _ in mounts(services(whole)["grafana"]).values()}
+    assert {provider["options"]["path"] for provider in provisioned} <= held
+
+
 def test_plain_leaves_no_certificate_anywhere() -> None:
     for name, body in services(fleet(PLAIN)).items():
         text = str(body.get("environment", {})) + str(body.get("healthcheck", {}))
@@ -326,7 +354,7 @@ def test_every_image_has_a_tag_that_stays(whole: dict[str, Any]) -> None:
     }
     for image in images:
         tag = image.rpartition("/")[2].partition(":")[2]
-        assert re.match(r"\d+\.\d+", tag), image
+        assert re.match(r"v?\d+\.\d+", tag), image
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)

@@ -222,6 +222,15 @@ def test_promtool_accepts_the_rules_and_the_alerts_fire_when_they_should() -> No
 
 
 @needs_promtool
+def test_prometheus_accepts_its_configuration(tmp_path: Path) -> None:
+    shutil.copy(OBSERVE / "rules.yml", tmp_path)
+    text = (OBSERVE / "prometheus.yml").read_text("utf-8")
+    assert "/etc/prometheus/rules.yml" in text
+    (tmp_path / "prometheus.yml").write_text(text.replace("/etc/prometheus/", f"{tmp_path}/"), "utf-8")
+    promtool("check", "config", tmp_path / "prometheus.yml")
+
+
+@needs_promtool
 def test_every_query_of_the_table_and_the_dashboard_is_promql(tmp_path: Path) -> None:
     panels = json.loads((OBSERVE / "dashboard.json").read_text("utf-8"))["panels"]
     queries = [metric.query for metric in METRICS]

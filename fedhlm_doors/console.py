@@ -30,7 +30,7 @@ HEADERS: Final = {
 QUIET: Final = b": quiet\n\n"
 
 
-class Feed(Protocol):
+class ConsoleFeed(Protocol):
     """What the page shows.
 
     Attributes:
@@ -51,7 +51,7 @@ class Feed(Protocol):
 class ConsolePage:
     """The routes around one feed."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: ConsoleFeed) -> None:
         self._feed = feed
 
     def app(self) -> Starlette:

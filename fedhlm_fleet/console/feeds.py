@@ -49,11 +49,11 @@ class LiveFeed:
         self._pages: set[asyncio.Queue[dict[str, Any] | None]] = set()
 
     def snapshot(self, _at_s: float | None = None) -> dict[str, Any]:
-        """See `fedhlm_doors.console.Feed`."""
+        """See `fedhlm_doors.console.ConsoleFeed`."""
         return self._state.snapshot()
 
     async def follow(self) -> AsyncGenerator[dict[str, Any], None]:
-        """See `fedhlm_doors.console.Feed`."""
+        """See `fedhlm_doors.console.ConsoleFeed`."""
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(BEHIND_MAX)
         self.tell()  # others get what is new; the snapshot holds it
         self._pages.add(queue)
@@ -115,7 +115,7 @@ class RecordedFeed:
         return isinstance(message, Output) and bool(message.ids)
 
     def snapshot(self, at_s: float | None = None) -> dict[str, Any]:
-        """See `fedhlm_doors.console.Feed`."""
+        """See `fedhlm_doors.console.ConsoleFeed`."""
         end = len(self._records) if at_s is None else bisect_right(self._times, at_s)
         if end < self._done:
             self._state, self._done = self._make(), 0
@@ -132,6 +132,6 @@ class RecordedFeed:
         return self._state.snapshot()
 
     async def follow(self) -> AsyncGenerator[dict[str, Any], None]:
-        """See `fedhlm_doors.console.Feed`: a recording does not change."""
+        """See `fedhlm_doors.console.ConsoleFeed`: a recording does not change."""
         yield self.snapshot(self.opens_s)
         await asyncio.Event().wait()

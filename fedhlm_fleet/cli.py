@@ -28,6 +28,7 @@ from fedhlm_fleet.commands import (
     receipts,
     simulate,
     status,
+    top,
     trace,
     traces,
 )
@@ -88,6 +89,7 @@ app.command(trace.app)
 app.command(doctor.doctor)
 app.command(status.status)
 app.command(console.console)
+app.command(top.top)
 app.command(receipts.verify_receipt)
 app.command(flash.flash)
 app.command(provision.app)

@@ -1,22 +1,16 @@
 """`fedhlm console`: show a fleet, or a recording of one, as a page in a browser."""
 
 import asyncio
-import contextlib
 import secrets
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
-from fedhlm.errors import ModelError
 from fedhlm_fleet.commands.common import Keys, needing, parse_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fedhlm.settings import Config
-    from fedhlm_fleet.console.state import ConsoleState
 
 LISTEN: Final = "127.0.0.1:8808"
 OPTIONS: Final = ("--broker", "--trace", "--listen", "--config", "--help")
@@ -57,38 +51,19 @@ def console(
 
 
 async def _serve(settings: "Config", further: tuple[str, ...], trace: Path | None, listen: str) -> int:
-    from msgspec.structs import replace
-
     from fedhlm_doors.console import ConsolePage
     from fedhlm_doors.serving import page
     from fedhlm_fleet.console.feeds import LiveFeed, RecordedFeed
+    from fedhlm_fleet.console.wiring import brokers_of, state_maker
     from fedhlm_traces.file import read
 
-    make = _maker(settings)
+    make = state_maker(settings)
     recorded = None if trace is None else RecordedFeed(read(trace), make)
     live = LiveFeed(make()) if recorded is None else None
     async with page(ConsolePage(recorded or live or LiveFeed(make())).app(), listen, key="--listen") as address:
         print(f"open {address}", flush=True)
         if live is not None:
-            brokers = [settings.broker, *(replace(settings.broker, url=url) for url in further)]
-            await live.listen(brokers, f"console-{secrets.token_hex(4)}")
+            await live.listen(brokers_of(settings, further), f"console-{secrets.token_hex(4)}")
         else:
             await asyncio.Event().wait()
     return 0
-
-
-def _maker(settings: "Config") -> "Callable[[], ConsoleState]":
-    from fedhlm_fleet.console.state import ConsoleState
-    from fedhlm_fleet.console.texts import Pieces, tokenizer_of
-    from fedhlm_zoo.shipped import model_folder
-
-    tokenizer = None
-    try:
-        with contextlib.suppress(ModuleNotFoundError):  # texts are then shown message by message
-            tokenizer = tokenizer_of(model_folder(settings.agent.model, "slm"))
-    except ModelError as exc:
-        if settings.agent.model:
-            raise
-        print(f"fedhlm: texts are shown message by message: {exc}", file=sys.stderr)
-    generation = settings.generation
-    return lambda: ConsoleState(lambda: Pieces(tokenizer), budget=generation.budget, confidence=generation.confidence)

@@ -39,12 +39,13 @@ SHOWN: Final = (
 
 
 class LiveFeed:
-    """Listens to brokers and publishes nothing. Enter it with `listening`."""
+    """Listens to brokers and publishes nothing. `connected` is set once a broker has answered."""
 
     length_s: float | None = None
     opens_s: float = 0.0
 
     def __init__(self, state: ConsoleState) -> None:
+        self.connected = asyncio.Event()
         self._state = state
         self._pages: set[asyncio.Queue[dict[str, Any] | None]] = set()
 
@@ -76,6 +77,8 @@ class LiveFeed:
         party = Party(bus=bus, stamp=Stamp(client_id), counters=Counters(), root=broker.root)
         await bus.subscribe(*(row.filter(broker.root) for row in SHOWN), qos=0)
         async with bus:
+            await bus.wait_connected()
+            self.connected.set()
             async for received in party.received():
                 self._state.put(received.message, received.levels, time.time(), retained=received.retained)
 

@@ -108,7 +108,9 @@ KITS: Final = {
         shows=(("fedhlm replay monday.trace", r"\d+ decisions"),),
     ),
     "docs/compose.md": Kit(clone=True, made=(".env",)),
-    "docs/console.md": Kit(fleet=("edge",), files=(("monday.trace", SMALL),)),
+    "docs/console.md": Kit(
+        fleet=("edge",), files=(("monday.trace", SMALL),), shows=(("fedhlm top", r"1 of 1 parts online"),)
+    ),
     "docs/doctor.md": Kit(fleet=FLEET),
     "docs/recordings.md": Kit(fleet=("edge",), made=("monday.trace",), shows=(("fedhlm record", r"messages +[\d,]+"),)),
     "docs/simulator.md": Kit(shows=(("fedhlm simulate", r"seeds +3, failed 0"),)),

@@ -42,6 +42,7 @@ class Browser:
         size: dict[str, Any] = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         self._call("Page.navigate", url=url)
+        self.until("document.readyState === 'complete'")
 
     def value(self, script: str) -> Any:
         """The value of an expression on the page."""
@@ -50,12 +51,15 @@ class Browser:
         return found["result"].get("value")
 
     def until(self, script: str) -> Any:
-        """Wait until an expression is true, and return its value."""
+        """Wait until an expression is true, and return its value. One that fails, because the page loads, is not."""
         end_s = time.monotonic() + WAIT_S
-        while not (found := self.value(script)):
-            assert time.monotonic() < end_s, f"not within {WAIT_S:g} s: {script}"
+        tolerant = f"(() => {{ try {{ return {script}; }} catch {{ return false; }} }})()"
+        while True:
+            told = self._told("Runtime.evaluate", expression=tolerant, returnByValue=True)
+            if found := told.get("result", {}).get("result", {}).get("value"):
+                return found
+            assert time.monotonic() < end_s, f"not within {WAIT_S:g} s: {script}: {told}"
             time.sleep(0.05)
-        return found
 
     def press(self, key: str) -> None:
         """Press and release a key by its name."""
@@ -63,6 +67,11 @@ class Browser:
             self._call("Input.dispatchKeyEvent", type=kind, key=key)
 
     def _call(self, method: str, **parameters: Any) -> Any:
+        told = self._told(method, **parameters)
+        assert "error" not in told, told
+        return told["result"]
+
+    def _told(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         asked = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
@@ -73,8 +82,7 @@ class Browser:
             if told.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.errors.append(told["params"])
             if told.get("id") == self._number:
-                assert "error" not in told, told
-                return told["result"]
+                return told
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:

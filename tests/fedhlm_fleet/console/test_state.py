@@ -74,6 +74,18 @@ def test_a_page_that_follows_shows_what_a_page_that_opens_late_shows(name: str) 
     assert not shown.changes(), "nothing is told twice"
 
 
+def test_a_change_holds_all_messages_since_the_one_before() -> None:
+    shown = state(tokenizer=False)
+    for position, word in enumerate(("a", "b", "c")):
+        shown.put(output(position, "local", text=word), HERE, 1.0)
+    [text] = shown.changes()["texts"]
+    assert (text["from"], [t[0] for t in text["tokens"]]) == (0, ["a", "b", "c"])
+    for position, word in ((3, "d"), (4, "e")):
+        shown.put(output(position, "local", text=word), HERE, 2.0)
+    [text] = shown.changes()["texts"]
+    assert (text["from"], [t[0] for t in text["tokens"]]) == (3, ["d", "e"])
+
+
 def test_every_token_has_its_text_its_source_its_doubt_and_its_draft() -> None:
     trace = read(GOLDEN / "budget.trace")
     shown = RecordedFeed(trace, state).snapshot()

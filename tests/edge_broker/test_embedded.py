@@ -342,21 +342,23 @@ async def test_more_connections_than_open_files_leave_those_who_log_in_alone() -
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", FEW_FILES, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
-        assert process.stdout is not None
-        port = int((await process.stdout.readline()).rpartition(b":")[2])
-        good = await asyncio.to_thread(Person, port, "good")
-        await until(lambda: good.up)
-        with contextlib.ExitStack() as stack:
-            silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(400)]
-            late = await asyncio.to_thread(Person, port, "late")
-            await until(lambda: late.up)
-            await good.subscribe("t")
-            await late.publish("t", b"x", qos=1)
-            await until(lambda: bool(good.heard))
-            assert silent[0].recv(1) == b"", "the oldest have made room"
-        for one in (good, late):
-            await asyncio.to_thread(one.close)
-        process.terminate()
+        try:
+            assert process.stdout is not None
+            port = int((await process.stdout.readline()).rpartition(b":")[2])
+            good = await asyncio.to_thread(Person, port, "good")
+            await until(lambda: good.up)
+            with contextlib.ExitStack() as stack:
+                silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(400)]
+                late = await asyncio.to_thread(Person, port, "late")
+                await until(lambda: late.up)
+                await good.subscribe("t")
+                await late.publish("t", b"x", qos=1)
+                await until(lambda: bool(good.heard))
+                assert silent[0].recv(1) == b"", "the oldest have made room"
+            for one in (good, late):
+                await asyncio.to_thread(one.close)
+        finally:
+            process.kill()
         _, said = await process.communicate()
         assert b"out of system resource" not in said
         assert said.count(b"\n") < 10

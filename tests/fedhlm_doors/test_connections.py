@@ -67,15 +67,17 @@ async def test_silent_connections_leave_those_who_ask_alone() -> None:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", FEW_FILES, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
-        assert process.stdout is not None
-        port = int(await process.stdout.readline())
-        with contextlib.ExitStack() as stack:
-            process.send_signal(signal.SIGSTOP)
-            silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(400)]
-            process.send_signal(signal.SIGCONT)
-            assert b" 200 OK" in await asked(port)
-            assert await asyncio.to_thread(silent[0].recv, 1) == b"", "the oldest has made room"
-        process.kill()
+        try:
+            assert process.stdout is not None
+            port = int(await process.stdout.readline())
+            with contextlib.ExitStack() as stack:
+                process.send_signal(signal.SIGSTOP)
+                silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(400)]
+                process.send_signal(signal.SIGCONT)
+                assert b" 200 OK" in await asked(port)
+                assert await asyncio.to_thread(silent[0].recv, 1) == b"", "the oldest has made room"
+        finally:
+            process.kill()
         _, said = await process.communicate()
         assert b"out of system resource" not in said
 

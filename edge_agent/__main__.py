@@ -5,10 +5,12 @@ import logging
 import random
 import secrets
 import sys
+from contextlib import nullcontext
 from typing import Final
 
 import numpy as np
 
+from edge_agent.home import AgentHome
 from edge_agent.local import LocalQuestions
 from edge_agent.model import Slm, threaded
 from edge_agent.service import AgentService, ModelFacts
@@ -89,7 +91,9 @@ async def run(
             about = f"drafting with {info.name} ({info.parameters} parameters, {info.quantisation})"
             if prompt is None:
                 offer = Offer.of(decoder, folder, name=NAME, presets=loaded.allowed)
-                async with door(LocalQuestions(service, offer)):
+                questions = LocalQuestions(service, offer)
+                home = AgentHome(service, questions, config, counters)
+                async with door(questions), home.kept() if config.home_assistant.enabled else nullcontext():
                     log.info(about)
                     notifier.serving()
                     await service.run()

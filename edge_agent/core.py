@@ -105,6 +105,7 @@ class AgentCore:
         self.peers = make_peers()
         self.link_up = True
         self.upstream: Fingerprint | None = None
+        self.edge_software = ""
         self.absent = ""  # what is missing upstream, as far as known; empty: nothing
         self._looked = asyncio.Event()
         self._drafter = drafter
@@ -224,6 +225,7 @@ class AgentCore:
     def on_edge(self, state: Presence) -> None:
         """Handle a change of presence of the edge or of the cloud behind it."""
         self.upstream = state.upstream if state.online else None
+        self.edge_software = state.software
         if self.upstream is not None:
             self._meet(self.upstream)
             self._set_link_up()

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 import msgspec
 
 from edge_broker.embedded import EmbeddedBroker
+from edge_broker.home import EdgeHome
 from edge_broker.wiring import edge_of
 from fedhlm.config import Loaded
 from fedhlm.process.notify import Notifier
@@ -59,6 +60,8 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
         await service.subscribe()
         for bus in service.buses:
             await stack.enter_async_context(bus)
+        if config.home_assistant.enabled:
+            await stack.enter_async_context(EdgeHome(service, config, counters).kept())
         log.info("serving cluster %s", config.cluster.name)
         notifier.serving()
         await service.run()

@@ -7,6 +7,7 @@ The decisions are made elsewhere: in `relay`, in `memory` (answers from verified
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -77,8 +78,8 @@ class EdgeService:
     """Serves a cluster until cancelled: relays blocks and verdicts, answers from memory, and pools the agents' sums.
 
     `to_announce` is set whenever the edge must publish its retained state; the cluster's bus sets it on every connect.
-    `bridges` says that cluster and cloud use different brokers, so that assignments must be forwarded. The constructor
-    restores the state that an earlier life saved, and begins the journal.
+    `bridges` says that cluster and cloud use different brokers, so that assignments must be forwarded. `tell_agent`
+    is called with an agent's name whenever its presence comes, and whether it is online. The constructor restores the state that an earlier life saved, and begins the journal.
     """
 
     def __init__(
@@ -101,6 +102,8 @@ class EdgeService:
         self._confidence = config.generation.confidence
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None
+        self.cloud_software = ""
+        self.tell_agent: Callable[[str, bool], Awaitable[None]] | None = None
         self._counters = runtime.counters
         self._counters.follow(self.memory, refused_keys="refused_keys")
         self._counters.follow(
@@ -437,6 +440,8 @@ class EdgeService:
     # Presence
 
     async def _note_agent(self, agent: str, state: Presence) -> None:
+        if self.tell_agent is not None:
+            await self.tell_agent(agent, state.online)
         if state.online:
             former = self.agents.get(agent)
             if former is None or (former.sequence, former.sent_ms) != (state.sequence, state.sent_ms):
@@ -459,6 +464,7 @@ class EdgeService:
 
     async def _note_cloud(self, state: Presence) -> None:
         self.upstream = state.fingerprint if state.online else None
+        self.cloud_software = state.software
         if self.upstream is not None:
             self.members.note_large(self.upstream)
             self.memory.belong(f"{self.upstream.tokenizer} {self.upstream.vocab_size} {self.upstream.model}")

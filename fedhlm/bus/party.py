@@ -39,6 +39,7 @@ class Received(NamedTuple):
 
 OnRefused = Callable[[Delivery, ProtocolError], Awaitable[None]]
 Admits = Callable[[Received], Awaitable[bool]]
+OnForeign = Callable[[Delivery], Awaitable[None]]
 
 
 class Sent(NamedTuple):
@@ -105,7 +106,8 @@ class Party:
     """The endpoint of one part on one bus. With a `journal` it notes what it sends and receives.
 
     `on_refused` is called with every delivery that is no valid message of its topic, and with the error. `admits` is
-    asked about every valid message; one that it does not admit is neither handled nor noted.
+    asked about every valid message; one that it does not admit is neither handled nor noted. `foreign` holds what is called
+    with each delivery on a topic that is no row of the table, such as those of `open_topics`, by the topic's full name.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Party:
         self.journal = journal
         self.on_refused = on_refused
         self.admits: Admits | None = None
+        self.foreign: dict[str, OnForeign] = {}
         self.bus = bus
 
     @property
@@ -215,6 +218,9 @@ class Party:
     async def received(self) -> AsyncIterator[Received]:
         """Yield valid messages in order of arrival. Ends when the bus is closed."""
         async for delivery in self.bus.deliveries():
+            if delivery.topic in self.foreign:
+                await self.foreign[delivery.topic](delivery)
+                continue
             try:
                 received = self.read(delivery.topic, delivery.payload)
             except ProtocolError as exc:

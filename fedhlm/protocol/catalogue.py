@@ -13,7 +13,7 @@ import msgspec
 from msgspec import inspect
 
 from fedhlm.marks import cell, rewrite
-from fedhlm.protocol import asyncapi, fields, messages, topics
+from fedhlm.protocol import asyncapi, fields, messages, open_topics, topics
 from fedhlm.protocol.codec import encode
 
 HEADER: Final = messages.Message
@@ -88,6 +88,7 @@ def parts() -> dict[str, str]:
     """Return the generated parts of docs/protocol.md, by the name of their marks."""
     return {
         "topics": topics.markdown(),
+        "open topics": open_topics.markdown(),
         "constants": "\n".join(_constants()),
         "header": "\n".join(_table(HEADER)),
         "example": "\n".join(_example()),

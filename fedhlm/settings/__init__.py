@@ -180,6 +180,34 @@ class Api(Section, frozen=True):
     ] = 0.0
 
 
+class HomeAssistant(Section, frozen=True):
+    """A part as a device of Home Assistant, by its MQTT discovery (docs/home-assistant.md)."""
+
+    enabled: Annotated[
+        bool,
+        Meta(
+            description="Whether an agent or an edge publishes a device of Home Assistant on its cluster's broker. An "
+            "edge also says there when one of its agents comes or goes."
+        ),
+    ] = False
+    client: Annotated[
+        fields.Name,
+        Meta(
+            description="Name of Home Assistant as a client, which is that of its certificate where the broker has "
+            "access rules. An agent is asked by this client only."
+        ),
+    ] = "homeassistant"
+    period_s: Annotated[
+        float,
+        Meta(
+            ge=10.0,
+            le=3_600.0,
+            description="Seconds between two messages with the values of the sensors. A value that is three periods "
+            "old is shown as unavailable.",
+        ),
+    ] = 30.0
+
+
 class Edge(Section, frozen=True):
     """The edge of a cluster, which relays and batches blocks and remembers verified tokens."""
 
@@ -417,3 +445,4 @@ class Config(Section, frozen=True):
     federation: Federation = Federation()
     telemetry: Telemetry = Telemetry()
     api: Api = Api()
+    home_assistant: HomeAssistant = HomeAssistant()

@@ -1,4 +1,4 @@
-"""Access rules of the brokers: the topic table, applied to the parties of a registry.
+"""Access rules of the brokers: both topic tables, applied to the parties of a registry.
 
 Each party gets its own `user` block, and a name without a block has no rights. mosquitto's `pattern` lines would hold
 for every certificate of the CA, so that an agent of one cluster could publish under its name in another.
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Final, Literal, NamedTuple
 
 from fedhlm.errors import ConfigError
+from fedhlm.protocol.open_topics import OPEN_TABLE, OpenTopic, device_of
 from fedhlm.protocol.roles import traits_of
 from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE, Topic
 from fedhlm_fleet.pki.registry import Entry
@@ -16,6 +17,7 @@ from fedhlm_fleet.pki.roles import CERTIFICATES
 
 _ROOT: Final = re.compile(r"[A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*")
 _CLUSTER_TOPICS: Final = "c/{cluster}/"
+Row = Topic | OpenTopic
 
 
 Kind = Literal["cluster", "cloud", "shared"]
@@ -57,7 +59,12 @@ def rights(entry: Entry, place: BrokerPlace, root: str = DEFAULT_ROOT) -> list[R
         return [Right("read", f"{root}/#")]
     if not ((traits.near and kind.near) or (traits.far and kind.far)):
         return []
-    found = [right for topic in TABLE if _travels(topic, kind) for right in _of_row(topic, entry, place, root)]
+    found = [
+        right
+        for topic in (*TABLE, *OPEN_TABLE)
+        if _travels(topic, kind)
+        for right in _of_row(topic, entry, place, root)
+    ]
     return sorted(set(found), key=found.index)
 
 
@@ -83,20 +90,22 @@ def described(place: BrokerPlace) -> str:
     return KINDS[place.kind].words.format(cluster=place.cluster)
 
 
-def _relayed(topic: Topic) -> bool:
+def _relayed(topic: Row) -> bool:
     # The edge forwards a topic that both cloud and edge publish from the cloud's broker to its cluster's broker.
     publishers = traits_of(topic.publishers)
     return any(role.verifies for role in publishers) and any(role.relays for role in publishers)
 
 
-def _travels(topic: Topic, kind: KindTraits) -> bool:
+def _travels(topic: Row, kind: KindTraits) -> bool:
+    if isinstance(topic, OpenTopic):
+        return kind.near
     of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
     # A client connects to the broker of the cluster that it asks, and has a last will wherever it connects.
     of_client = all(role.asks for role in traits_of(topic.publishers))
     return (kind.near and (of_cluster or of_client or _relayed(topic))) or (kind.far and not of_cluster)
 
 
-def _of_row(topic: Topic, entry: Entry, place: BrokerPlace, root: str) -> list[Right]:
+def _of_row(topic: Row, entry: Entry, place: BrokerPlace, root: str) -> list[Right]:
     found: list[Right] = []
     relay_only = CERTIFICATES[entry.role].party.relays and _relayed(topic) and KINDS[place.kind].far
     if entry.role in topic.publishers and not (relay_only or topic.open_only):
@@ -108,7 +117,7 @@ def _of_row(topic: Topic, entry: Entry, place: BrokerPlace, root: str) -> list[R
     return found
 
 
-def _names(topic: Topic, entry: Entry, place: BrokerPlace, root: str, *, everybody: bool) -> list[str]:
+def _names(topic: Row, entry: Entry, place: BrokerPlace, root: str, *, everybody: bool) -> list[str]:
     """Return a row's topic filters for this party; with `everybody`, also those for other parties of its role."""
     of_cluster, party = topic.pattern.startswith(_CLUSTER_TOPICS), CERTIFICATES[entry.role].party
     clusters = entry.clusters or ("+",)
@@ -118,7 +127,8 @@ def _names(topic: Topic, entry: Entry, place: BrokerPlace, root: str, *, everybo
         clusters = (place.cluster,)
     elif party.relays and everybody and not of_cluster:
         clusters = ("+",)
-    levels = {"agent": "+", "client": "+", "member": "+"}
+    device = device_of(entry.name) if party.drafts or party.relays else "+"
+    levels = {"agent": "+", "client": "+", "member": "+", "device": device}
     if party.level and not (everybody and of_cluster):
         levels[party.level] = entry.name
     return list(dict.fromkeys(topic.name(root, cluster=cluster, **levels) for cluster in clusters))

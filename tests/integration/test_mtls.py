@@ -17,6 +17,7 @@ from fedhlm.client import Client
 from fedhlm.decoding.alone import Alone
 from fedhlm.errors import BusError
 from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.open_topics import OPEN_TABLE, device_of
 from fedhlm.protocol.topics import (
     ASSIGN,
     CLOUD_STATUS,
@@ -82,9 +83,9 @@ async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: Broke
     """Everybody writes to everything and listens to everything, for every row of the table."""
     everything = [
         (topic, levels, topic.name(**levels))
-        for topic in TABLE
+        for topic in (*TABLE, *OPEN_TABLE)
         for levels in (
-            {"cluster": c, "agent": a, "client": p, "member": a}
+            {"cluster": c, "agent": a, "client": p, "member": a, "device": device_of(a)}
             for c, a, p in product(("home", "barn"), ("porch", "attic"), ("desk", "guest"))
         )
     ]
@@ -96,7 +97,7 @@ async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: Broke
         broker = await stack.enter_async_context(Secured(pki, place))
         buses = {who: await stack.enter_async_context(broker.bus(who.name)) for who in PARTIES}
         for bus in buses.values():
-            await bus.subscribe("fedhlm/1/#", "$SYS/#")
+            await bus.subscribe("fedhlm/1/#", "homeassistant/#", "$SYS/#")
         heard: dict[Who, list[str]] = {who: [] for who in PARTIES}
         for who, (name, (topic, levels)) in product(PARTIES, unique.items()):
             before = buses[who].statistics.dropped_out

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+from fedhlm.protocol.open_topics import HOME_DEVICE, OpenTopic, device_of
 from fedhlm.protocol.topics import ASSIGN, CANCEL, CLIENT_STATUS, NEIGHBOUR, PEER, PROMPT, Topic
 
 Access = Literal["read", "write"]
@@ -42,19 +43,21 @@ def allows(acl: str, user: str, access: Access, topic: str) -> bool:
     return False
 
 
-def expected(who: Who, access: Access, topic: Topic, levels: dict[str, str], where: Where, home: str = "") -> bool:
+def expected(
+    who: Who, access: Access, topic: Topic | OpenTopic, levels: dict[str, str], where: Where, home: str = ""
+) -> bool:
     """What the table and the rules of the house say: each row, each role, by name."""
     cluster, agent = levels.get("cluster"), levels.get("agent")
     if who.role == "observer":
-        return access == "read"
+        return access == "read" and topic is not HOME_DEVICE  # which is not under the root
     if who.role not in (topic.publishers if access == "write" else topic.subscribers):
         return False
+    if topic is HOME_DEVICE:
+        return _device_expected(who, access, levels["device"], where, home)
     inside = topic.pattern.startswith("c/")
     if where == "cluster" and not (topic in (ASSIGN, CLIENT_STATUS) or (inside and cluster == home)):
         return False
-    if where == "cluster" and who.role in ("agent", "edge") and home not in who.clusters:
-        return False
-    if where == "cluster" and who.role == "client" and who.clusters and home not in who.clusters:
+    if where == "cluster" and who.role in ("agent", "edge", "client") and who.clusters and home not in who.clusters:
         return False
     if access == "write" and topic in (PROMPT, CANCEL):  # nobody could tell who sent it
         return False
@@ -73,3 +76,8 @@ def expected(who: Who, access: Access, topic: Topic, levels: dict[str, str], whe
         case _:
             mine = agent in (None, who.name) or (topic is PEER and access == "read")
             return where != "cloud" and cluster in (None, *who.clusters) and mine
+
+
+def _device_expected(who: Who, access: Access, device: str, where: Where, home: str) -> bool:
+    near = where == "shared" or (where == "cluster" and (not who.clusters or home in who.clusters))
+    return near and (access == "read" or device == device_of(who.name))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhlm.errors import ConfigError
-from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE
+from fedhlm.protocol.open_topics import OPEN_TABLE, OpenTopic, device_of
+from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE, Topic
 from fedhlm_fleet.pki.acl import BrokerPlace, acl
 from fedhlm_fleet.pki.registry import Entry, Issued
 from fedhlm_fleet.pki.roles import CertificateRole
@@ -51,11 +52,18 @@ def test_every_row_role_cluster_and_agent_is_as_the_table_says(them: list[Who], 
     text = acl(map(entry_of, them), place, root)
     stranger = Who("agent", "nobody", CLUSTERS)
     accesses: tuple[Access, ...] = ("read", "write")
-    for who, topic, access in product([*them, stranger], TABLE, accesses):
+    rows: tuple[Topic | OpenTopic, ...] = (*TABLE, *OPEN_TABLE)
+    for who, topic, access in product([*them, stranger], rows, accesses):
         for cluster, agent, client in product(CLUSTERS, (*AGENTS, "nobody"), (who.name, "somebody")):
             levels = {
                 k: v
-                for k, v in (("cluster", cluster), ("agent", agent), ("client", client), ("member", agent))
+                for k, v in (
+                    ("cluster", cluster),
+                    ("agent", agent),
+                    ("client", client),
+                    ("member", agent),
+                    ("device", device_of(client)),
+                )
                 if f"{{{k}}}" in topic.pattern
             }
             name = topic.name(root, **levels)
@@ -72,6 +80,8 @@ def test_nobody_reaches_outside_the_root(them: list[Who], place: BrokerPlace) ->
             "$SYS/broker/uptime",
             "fedhlm/1/c/home",
             "fedhlm/1/c/home/a/porch/x",
+            "homeassistant/status",
+            "homeassistant/device/fedhlm-nobody/state",
             "#",
             "+",
         ):

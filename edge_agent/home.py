@@ -11,7 +11,7 @@ from fedhlm.answering import Question
 from fedhlm.bus.interface import Delivery
 from fedhlm.bus.party import OnForeign
 from fedhlm.decoding.text import encode_prompt
-from fedhlm.home import AGENT_SENSORS, STATE_MAX, Asking, Home, Place, as_json, discovery, tokens, values
+from fedhlm.home import AGENT_SENSORS, STATE_MAX, Asking, DeviceTopics, Home, as_json, discovery, tokens, values
 from fedhlm.protocol.open_topics import HOME_AGENT_AVAILABLE, HOME_AGENT_VALUES, HOME_ANSWER, HOME_ASK
 from fedhlm.protocol.roles import edge_name
 from fedhlm.settings import Config
@@ -56,16 +56,16 @@ class AgentHome:
     def _levels(self) -> dict[str, str]:
         return {"cluster": self._service.agent.cluster, "agent": self._service.agent.name}
 
-    def _place(self) -> Place:
+    def _place(self) -> DeviceTopics:
         root, levels = self._config.broker.root, self._levels()
         ask = HOME_ASK.name(root, client=self._config.home_assistant.client, **levels)
-        return Place(
+        return DeviceTopics(
             HOME_AGENT_AVAILABLE.name(root, **levels),
             HOME_AGENT_VALUES.name(root, **levels),
             Asking(ask, HOME_ANSWER.name(root, **levels)),
         )
 
-    def _describe(self, place: Place) -> dict[str, object]:
+    def _describe(self, place: DeviceTopics) -> dict[str, object]:
         agent = self._service.agent
         return discovery(
             agent.name,

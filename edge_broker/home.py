@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from edge_broker.service import EdgeService
-from fedhlm.home import AVAILABLE, EDGE_SENSORS, Home, Place, discovery, values
+from fedhlm.home import AVAILABLE, EDGE_SENSORS, DeviceTopics, Home, discovery, values
 from fedhlm.protocol.open_topics import HOME_AGENT_AVAILABLE, HOME_EDGE_AVAILABLE, HOME_EDGE_VALUES
 from fedhlm.protocol.roles import edge_name
 from fedhlm.settings import Config
@@ -42,11 +42,13 @@ class EdgeHome:
         name = HOME_AGENT_AVAILABLE.name(self._service.down.root, cluster=self._service.cluster, agent=agent)
         await self._home.send(name, AVAILABLE[online], HOME_AGENT_AVAILABLE)
 
-    def _place(self) -> Place:
+    def _place(self) -> DeviceTopics:
         root, cluster = self._service.down.root, self._service.cluster
-        return Place(HOME_EDGE_AVAILABLE.name(root, cluster=cluster), HOME_EDGE_VALUES.name(root, cluster=cluster))
+        return DeviceTopics(
+            HOME_EDGE_AVAILABLE.name(root, cluster=cluster), HOME_EDGE_VALUES.name(root, cluster=cluster)
+        )
 
-    def _describe(self, place: Place) -> dict[str, object]:
+    def _describe(self, place: DeviceTopics) -> dict[str, object]:
         cluster = self._service.cluster
         period_s = self._config.home_assistant.period_s
         return discovery(edge_name(cluster), f"edge of cluster {cluster}", place, EDGE_SENSORS, period_s=period_s)

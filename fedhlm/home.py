@@ -75,7 +75,7 @@ class Asking(NamedTuple):
     answer: str
 
 
-class Place(NamedTuple):
+class DeviceTopics(NamedTuple):
     """Where a part says whether it is there, and publishes its values; and where it can be asked, if it can."""
 
     available: str
@@ -89,7 +89,7 @@ def newest(software: Iterable[str]) -> str:
 
 
 def discovery(
-    name: str, model: str, place: Place, sensors: Iterable[Sensor], *, period_s: float, via: str = ""
+    name: str, model: str, place: DeviceTopics, sensors: Iterable[Sensor], *, period_s: float, via: str = ""
 ) -> dict[str, Any]:
     """The payload that makes a device of a party. `via` is the party behind which it stands, if there is one."""
     device = device_of(name)
@@ -195,8 +195,8 @@ class Home:
         name: str,
         settings: HomeAssistant,
         *,
-        place: Callable[[], Place],
-        describe: Callable[[Place], dict[str, Any]],
+        place: Callable[[], DeviceTopics],
+        describe: Callable[[DeviceTopics], dict[str, Any]],
         measure: Callable[[str], dict[str, object]],
         listen: Callable[[], dict[str, OnForeign]] = dict,
         secrets: Iterable[str] = (),
@@ -209,14 +209,14 @@ class Home:
         self._measure = measure
         self._listen = listen
         self._latest = LatestWarning(name, secrets)
-        self._told: tuple[Bus, int, Place] | None = None
+        self._told: tuple[Bus, int, DeviceTopics] | None = None
 
     async def send(self, topic: str, payload: bytes, row: OpenTopic) -> bool:
         """Publish on a topic as its row of the table says. Return whether there was room."""
         return await self._party.bus.publish(topic, payload, qos=row.qos, retain=row.retain)
 
     async def tell(self, rows: tuple[OpenTopic, OpenTopic]) -> None:
-        """Publish the values; before them the device, after a new connection or a move. `rows` are of a `Place`."""
+        """Publish the values; before them the device, after a new connection or a move. `rows` are of a `DeviceTopics`."""
         place, bus = self._place(), self._party.bus
         here = (bus, bus.statistics.reconnects, place)
         if here != self._told:

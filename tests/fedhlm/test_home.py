@@ -19,9 +19,9 @@ from fedhlm.home import (
     AGENT_SENSORS,
     EDGE_SENSORS,
     Asking,
+    DeviceTopics,
     Home,
     LatestWarning,
-    Place,
     Sensor,
     discovery,
     newest,
@@ -69,12 +69,12 @@ OPTIONS = {
 }
 STATE_CLASSES = {"measurement", "total", "total_increasing"}
 LIMIT_S = 30.0
-AT_DOOR = Place("r/available", "r/values", Asking("r/ask", "r/answer"))
+AT_DOOR = DeviceTopics("r/available", "r/values", Asking("r/ask", "r/answer"))
 
 
 def devices() -> list[dict[str, Any]]:
     agent = discovery("porch.1", "agent", AT_DOOR, AGENT_SENSORS, period_s=10.0, via="edge-home")
-    edge = discovery("edge-home", "edge", Place("r/available", "r/values"), EDGE_SENSORS, period_s=10.0)
+    edge = discovery("edge-home", "edge", DeviceTopics("r/available", "r/values"), EDGE_SENSORS, period_s=10.0)
     return [agent, edge]
 
 
@@ -171,7 +171,7 @@ async def seen(broker: Mosquitto, *filters: str) -> AsyncIterator[asyncio.Queue[
         yield queue
 
 
-def home(bus: MqttBus, place: Callable[[], Place]) -> Home:
+def home(bus: MqttBus, place: Callable[[], DeviceTopics]) -> Home:
     return Home(
         Party(bus=bus, stamp=Stamp("porch"), counters=Counters()),
         "porch",
@@ -197,7 +197,7 @@ async def test_a_device_is_told_once_and_again_after_a_move_or_a_new_connection(
             config = HOME_DEVICE.name(device="fedhlm-porch")
             assert await told(3) == [config, "r/available", "r/values"]
             assert await told(1) == ["r/values"]
-            here[0] = Place("s/available", "s/values")
+            here[0] = DeviceTopics("s/available", "s/values")
             assert await told(3) == [config, "s/available", "s/values"]
             bus.statistics.reconnects += 1
             assert await told(3) == [config, "s/available", "s/values"]

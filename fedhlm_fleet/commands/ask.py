@@ -39,6 +39,9 @@ def ask(
     top_k: int | None = None,
     min_p: float | None = None,
     stop: Many = (),
+    schema: Path | None = None,
+    regex: str | None = None,
+    grammar: Path | None = None,
     preset: str | None = None,
     deadline: Seconds | None = None,
     wait: Seconds = AWAY_S,
@@ -69,6 +72,12 @@ def ask(
         Least probability as a share of the likeliest token's, 0 to 1; by default the agent's own.
     stop
         End the text before this string; may be given several times.
+    schema
+        File with a JSON schema, under which the answer is valid.
+    regex
+        Regular expression that the whole answer matches.
+    grammar
+        File with a grammar, in llguidance's Lark dialect, that the whole answer follows.
     preset
         Name of a shipped preset; by default the agent's own.
     deadline
@@ -95,6 +104,7 @@ def ask(
         "top_k": top_k,
         "min_p": min_p,
         "stop": stop,
+        "grammar": read_form(schema, regex, grammar),
         "preset": preset,
         "deadline_s": deadline,
     }
@@ -129,6 +139,41 @@ def read_words(words: Sequence[str], options: Sequence[str] = ()) -> tuple[str, 
     if len(plain) != 2:
         raise ConfigError("fedhlm ask", " ".join(plain), "followed by AGENT TEXT; quote a text of several words")
     return plain[0], plain[1], keys
+
+
+def read_form(schema: Path | None, regex: str | None, grammar: Path | None) -> str | None:
+    """The grammar that the answer must follow; None: any text.
+
+    Raises:
+        ConfigError: more than one form is given, or a file cannot be used.
+    """
+    from fedhlm.decoding.grammar import of_regex, of_schema
+
+    given = {"--schema": schema, "--regex": regex, "--grammar": grammar}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ConfigError(names[1], given[names[1]], f"left out where {names[0]} is given")
+    if regex is not None:
+        return of_regex(regex)
+    if grammar is not None:
+        return _read_file("--grammar", grammar)
+    if schema is None:
+        return None
+    try:
+        found = jsons.loads(_read_file("--schema", schema))
+    except ValueError as exc:
+        raise ConfigError("--schema", str(schema), "a file with a JSON schema", why=str(exc)) from exc
+    if not isinstance(found, dict):
+        raise ConfigError("--schema", str(schema), "a file with a JSON schema, which is an object")
+    return of_schema(found)
+
+
+def _read_file(option: str, path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        why = (exc.strerror if isinstance(exc, OSError) else None) or str(exc)
+        raise ConfigError(option, str(path), "a file of UTF-8 text that can be read", why=why) from exc
 
 
 def read_text() -> str:

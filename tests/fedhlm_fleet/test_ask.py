@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +17,14 @@ from fedhlm.answers import Marks, Piece
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp, presence
-from fedhlm.errors import FedhlmError
+from fedhlm.decoding.grammar import of_regex, of_schema
+from fedhlm.errors import ConfigError, FedhlmError
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
 from fedhlm.protocol.fields import Source
 from fedhlm.protocol.messages import Cancel, Output, Prompt
 from fedhlm.telemetry import Counters
-from fedhlm_fleet.commands.ask import read_words
+from fedhlm_fleet.commands.ask import read_form, read_words
 from tests.brokers import Mosquitto
 from tests.processes import obey_interrupts
 
@@ -199,3 +201,27 @@ def test_marks_open_and_close_around_runs_of_unverified_text() -> None:
     assert shown(("cloud",), ("local", "peer")) == "<1><2>"
     assert shown(("unverified",), (), ("cloud",)) == "[unverified: <1><0>]<1>"
     assert shown(("cloud",), ("unverified", "cloud"), ()) == "<1>[unverified: <2><0>]"
+
+
+def test_the_form_of_an_answer_becomes_its_grammar(tmp_path: Path) -> None:
+    schema, lark = tmp_path / "schema.json", tmp_path / "form.lark"
+    schema.write_text('{"type": "object"}')
+    lark.write_text('start: "yes" | "no"')
+    assert read_form(None, None, None) is None
+    assert read_form(schema, None, None) == of_schema({"type": "object"})
+    assert read_form(None, "a+/b", None) == of_regex("a+/b")
+    assert read_form(None, None, lark) == 'start: "yes" | "no"'
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"\xff"])
+def test_a_file_that_holds_no_schema_is_refused_by_name(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "schema.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"--schema must be a file .*schema\.json"):
+        read_form(file, None, None)
+
+
+def test_an_answer_has_one_form_at_most(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--grammar must be left out where --regex is given"):
+        read_form(None, "a", tmp_path)

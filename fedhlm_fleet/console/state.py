@@ -77,8 +77,8 @@ class ConsoleState:
                 self._learned(message, levels.get("cluster", ""), retained=retained)
             case MetricsReport():
                 self._reported(message, (levels["cluster"], levels["agent"]))
-            case Journal() if "agent" in levels:
-                self._journal(message, levels["agent"])
+            case Journal():
+                self._journal(message, levels.get("agent"))
             case Assignment():
                 self._note("moved", "", levels.get("agent", ""), f"is assigned to cluster {message.cluster}")
 
@@ -243,8 +243,10 @@ class ConsoleState:
         if output.finish in ("error", "cancelled"):
             self._note("refused", *place, f"ended a text: {output.finish}, {output.error}")
 
-    def _journal(self, journal: Journal, agent: str) -> None:
-        """Add doubts and replaced drafts to a finished text, if the agent publishes its journal."""
+    def _journal(self, journal: Journal, agent: str | None) -> None:
+        """Add doubts and replaced drafts to a finished text, if its agent publishes its journal."""
+        if agent is None:
+            return
         for told in self._journals.setdefault(agent, JournalReader()).read(journal):
             key = agent, told.request
             text = self._texts.get(key)

@@ -10,10 +10,9 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fedhlm.process.descriptors import ACCEPTED_AT_ONCE, room_for
+from fedhlm.process.descriptors import ACCEPTED_AT_ONCE, BACKLOG, room_for
 
 CONNECTIONS_MAX: Final = 1_024
-BACKLOG: Final = 512  # connections that the system keeps until they are accepted
 REQUEST_S: Final = 30.0
 KEEP_ALIVE_S: Final = 75
 _LATE: Final = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"

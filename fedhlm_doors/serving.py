@@ -14,9 +14,10 @@ from starlette.types import ASGIApp
 
 from fedhlm.answering import Answerer, Door
 from fedhlm.errors import ConfigError
+from fedhlm.process.descriptors import BACKLOG
 from fedhlm.settings import Api, Broker
 from fedhlm_doors.app import HttpApi
-from fedhlm_doors.connections import BACKLOG, DoorServer, limits
+from fedhlm_doors.connections import DoorServer, limits
 from fedhlm_doors.keys import ApiKeys, Rates
 from fedhlm_doors.signing import signer_of
 from fedhlm_doors.written import Pace

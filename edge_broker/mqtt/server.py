@@ -31,7 +31,7 @@ from edge_broker.mqtt.packets import (
 )
 from edge_broker.mqtt.routes import RetainedMessages, Routes
 from fedhlm.bus.interface import MAX_PACKET_BYTES, share_of
-from fedhlm.process.descriptors import ACCEPTED_AT_ONCE, room_for
+from fedhlm.process.descriptors import ACCEPTED_AT_ONCE, BACKLOG, room_for
 from fedhlm.telemetry import warn_once
 
 _log: Final = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ CONNECT_TIMEOUT_S: Final = 10.0
 CLIENTS_MAX: Final = 4_096
 LINKS_MAX: Final = 2 * CLIENTS_MAX  # connections, those before their CONNECT included
 RECEIVE_MAXIMUM: Final = 1_024
-LISTEN_BACKLOG: Final = 512  # connections that the system keeps until they are accepted
 TICK_S: Final = 0.25
 PATIENCE: Final = 1.5  # keep-alives, section 3.1.2.10
 CLOSE_S: Final = 1.0
@@ -64,8 +63,7 @@ class Counts:
 class Server:
     """An MQTT server on an IPv4 address.
 
-    If `users` are given, clients must log in with a name and its password. `versions` are the protocol levels that are
-    accepted.
+    If `users` are given, clients must log in with a name and its password. `versions` are the accepted levels.
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class Server:
         self._links_max = room_for(LINKS_MAX)
         self._server = await loop.create_server(lambda: Link(self), address, port, backlog=ACCEPTED_AT_ONCE)
         with self._server.sockets[0].dup() as sock:
-            sock.listen(LISTEN_BACKLOG)
+            sock.listen(BACKLOG)
         self._ticker = loop.create_task(self._tick(), name="broker")
 
     async def stop(self) -> None:

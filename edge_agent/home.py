@@ -19,6 +19,7 @@ from fedhlm.telemetry import Counters
 
 ASKED_MAX: Final = 4  # questions that wait for their answers; further ones are refused
 BUSY: Final = f"at most {ASKED_MAX} questions may wait"
+NO_TEXT: Final = "question must be UTF-8 text"
 TOO_LONG: Final = f"question must be at most {STATE_MAX} characters (got {{}})"
 
 
@@ -58,11 +59,11 @@ class AgentHome:
 
     def _place(self) -> DeviceTopics:
         root, levels = self._config.broker.root, self._levels()
-        ask = HOME_ASK.name(root, client=self._config.home_assistant.client, **levels)
+        client = self._config.home_assistant.client
         return DeviceTopics(
             HOME_AGENT_AVAILABLE.name(root, **levels),
             HOME_AGENT_VALUES.name(root, **levels),
-            Asking(ask, HOME_ANSWER.name(root, **levels)),
+            Asking(HOME_ASK.name(root, client=client, **levels), HOME_ANSWER.name(root, client=client, **levels)),
         )
 
     def _describe(self, place: DeviceTopics) -> dict[str, object]:
@@ -98,7 +99,12 @@ class AgentHome:
         if delivery.retain:  # it was asked at another time
             self._counters.add("refused_messages")
             return
-        text = delivery.payload.decode(errors="replace")
+        try:
+            text = delivery.payload.decode()
+        except UnicodeDecodeError:
+            self._counters.add("refused_messages")
+            await self._say("", "", NO_TEXT)
+            return
         if len(text) > STATE_MAX or len(self._answers) >= ASKED_MAX:
             self._counters.add("dropped_messages")
             await self._say(text, "", BUSY if len(text) <= STATE_MAX else TOO_LONG.format(len(text)))

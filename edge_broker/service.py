@@ -79,7 +79,8 @@ class EdgeService:
 
     `to_announce` is set whenever the edge must publish its retained state; the cluster's bus sets it on every connect.
     `bridges` says that cluster and cloud use different brokers, so that assignments must be forwarded. `tell_agent`
-    is called with an agent's name whenever its presence comes, and whether it is online. The constructor restores the state that an earlier life saved, and begins the journal.
+    is called with an agent's name whenever its presence comes, and whether it is online. The constructor restores the
+    state that an earlier life saved, and begins the journal.
     """
 
     def __init__(

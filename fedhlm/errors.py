@@ -20,6 +20,8 @@ FedhlmError
 └── TraceError         a recording cannot be read, written or used as asked
 """
 
+from pathlib import PurePath
+
 
 class FedhlmError(Exception):
     """Base class of every error that a caller can handle."""
@@ -40,7 +42,8 @@ class ConfigError(FedhlmError):
         super().__init__(self._sentence())
 
     def _found(self) -> str:
-        found = "nothing" if self.value is None else repr(self.value)
+        value = str(self.value) if isinstance(self.value, PurePath) else self.value
+        found = "nothing" if value is None else repr(value)
         return f"{found}{f' from {self.source}' if self.source else ''}"
 
     def _sentence(self) -> str:

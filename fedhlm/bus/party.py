@@ -106,8 +106,9 @@ class Party:
     """The endpoint of one part on one bus. With a `journal` it notes what it sends and receives.
 
     `on_refused` is called with every delivery that is no valid message of its topic, and with the error. `admits` is
-    asked about every valid message; one that it does not admit is neither handled nor noted. `foreign` holds what is called
-    with each delivery on a topic that is no row of the table, such as those of `open_topics`, by the topic's full name.
+    asked about every valid message; one that it does not admit is neither handled nor noted. `foreign` holds what is
+    called with each delivery on a topic that is no row of the table, such as those of `open_topics`, by the topic's full
+    name.
     """
 
     def __init__(

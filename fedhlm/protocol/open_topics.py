@@ -8,7 +8,7 @@ import re
 from typing import Final, Literal, NamedTuple
 
 from fedhlm.protocol.roles import Role
-from fedhlm.protocol.topics import DEFAULT_ROOT
+from fedhlm.protocol.topics import DEFAULT_ROOT, TopicRow, table_of
 
 _OUTSIDE: Final = re.compile(r"[^A-Za-z0-9-]")
 
@@ -78,13 +78,13 @@ HOME_ASK: Final = OpenTopic(
     purpose="a text to continue, from the client that `home_assistant.client` names",
 )
 HOME_ANSWER: Final = OpenTopic(
-    pattern="c/{cluster}/a/{agent}/home/answer",
+    pattern="c/{cluster}/a/{agent}/to/{client}/answer",
     payload="JSON",
     qos=1,
     retain=False,
     publishers=("agent",),
     subscribers=("client",),
-    purpose="the last text that was asked, and its continuation",
+    purpose="the last text that was asked, and its continuation, for the client that asked",
 )
 HOME_EDGE_AVAILABLE: Final = OpenTopic(
     pattern="c/{cluster}/home/available",
@@ -118,16 +118,12 @@ OPEN_TABLE: Final = (
 
 def markdown() -> str:
     """Return the table as Markdown, as shown in docs/protocol.md."""
-    lines = ["| topic | payload | QoS | retained | publishers | subscribers | purpose |", "|" + "---|" * 7]
-    for topic in OPEN_TABLE:
-        cells = (
-            f"`{'ROOT/' * topic.rooted}{topic.pattern}`",
-            topic.payload,
-            str(topic.qos),
-            "yes" if topic.retain else "no",
-            ", ".join(topic.publishers),
-            ", ".join(topic.subscribers),
-            topic.purpose,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table_of(
+        "topic",
+        (
+            TopicRow(
+                f"{'ROOT/' * t.rooted}{t.pattern}", t.payload, t.qos, t.retain, t.publishers, t.subscribers, t.purpose
+            )
+            for t in OPEN_TABLE
+        ),
+    )

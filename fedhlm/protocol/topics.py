@@ -4,7 +4,8 @@ Names, subscription filters, access control files and the table in the documenta
 """
 
 import re
-from typing import Final, Literal
+from collections.abc import Iterable
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -415,21 +416,41 @@ def check_sender(name: str, topic: Topic, levels: dict[str, str], message: messa
         raise ProtocolError(f"message.sender on {name} must be {levels[level]!r} (got {message.sender!r})")
 
 
-def markdown() -> str:
-    """Return the table as Markdown, as shown in docs/protocol.md."""
-    lines = [
-        "| topic under the root | payload | QoS | retained | publishers | subscribers | purpose |",
-        "|" + "---|" * 7,
-    ]
-    for topic in TABLE:
+class TopicRow(NamedTuple):
+    """A line of a table of topics in docs/protocol.md."""
+
+    name: str
+    payload: str
+    qos: int
+    retain: bool
+    publishers: tuple[Role, ...]
+    subscribers: tuple[Role, ...]
+    purpose: str
+
+
+def table_of(first: str, rows: Iterable[TopicRow]) -> str:
+    """Return a table of topics as Markdown. `first` is the heading of its first column."""
+    lines = [f"| {first} | payload | QoS | retained | publishers | subscribers | purpose |", "|" + "---|" * 7]
+    for row in rows:
         cells = (
-            f"`{topic.pattern}`",
-            topic.payload.__name__,
-            str(topic.qos),
-            "yes" if topic.retain else "no",
-            ", ".join(topic.publishers),
-            ", ".join(topic.subscribers),
-            topic.purpose,
+            f"`{row.name}`",
+            row.payload,
+            str(row.qos),
+            "yes" if row.retain else "no",
+            ", ".join(row.publishers),
+            ", ".join(row.subscribers),
+            row.purpose,
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def markdown() -> str:
+    """Return the table as Markdown, as shown in docs/protocol.md."""
+    return table_of(
+        "topic under the root",
+        (
+            TopicRow(t.pattern, t.payload.__name__, t.qos, t.retain, t.publishers, t.subscribers, t.purpose)
+            for t in TABLE
+        ),
+    )

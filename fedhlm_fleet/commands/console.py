@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from fedhlm_fleet.commands.common import Keys, needing, parse_keys
 
 if TYPE_CHECKING:
-    from fedhlm.settings import Config
+    from fedhlm_fleet.console.wiring import Watch
 
 LISTEN: Final = "127.0.0.1:8808"
 OPTIONS: Final = ("--broker", "--trace", "--listen", "--config", "--help")
@@ -40,30 +40,27 @@ def console(
     config
         TOML file.
     """
-    from fedhlm.config import load
-    from fedhlm.telemetry import configure_logging
+    from fedhlm_fleet.console.wiring import watch_of
 
-    given = parse_keys(keys, OPTIONS) | ({"broker.url": broker[0]} if broker else {})
-    settings = load(file=config, flags=given).config
-    configure_logging("ERROR", "console", secrets=(settings.broker.password,))
+    watch = watch_of("console", broker, config, parse_keys(keys, OPTIONS))
     with needing("serve"):
-        return asyncio.run(_serve(settings, broker[1:], trace, listen))
+        return asyncio.run(_serve(watch, trace, listen))
 
 
-async def _serve(settings: "Config", further: tuple[str, ...], trace: Path | None, listen: str) -> int:
+async def _serve(watch: "Watch", trace: Path | None, listen: str) -> int:
     from fedhlm_doors.console import ConsolePage
     from fedhlm_doors.serving import page
     from fedhlm_fleet.console.feeds import LiveFeed, RecordedFeed
-    from fedhlm_fleet.console.wiring import brokers_of, state_maker
+    from fedhlm_fleet.console.wiring import state_maker
     from fedhlm_traces.file import read
 
-    make = state_maker(settings)
+    make = state_maker(watch.settings)
     recorded = None if trace is None else RecordedFeed(read(trace), make)
     live = LiveFeed(make()) if recorded is None else None
     async with page(ConsolePage(recorded or live or LiveFeed(make())).app(), listen, key="--listen") as address:
         print(f"open {address}", flush=True)
         if live is not None:
-            await live.listen(brokers_of(settings, further), f"console-{secrets.token_hex(4)}")
+            await live.listen(watch.brokers, f"console-{secrets.token_hex(4)}")
         else:
             await asyncio.Event().wait()
     return 0

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from fedhlm_fleet.commands.common import Keys, parse_keys
 
 if TYPE_CHECKING:
-    from fedhlm.settings import Config
+    from fedhlm_fleet.console.wiring import Watch
 
 OPTIONS: Final = ("--broker", "--once", "--config", "--help")
 HEARD_S: Final = 1.5  # in which the broker's retained messages come
@@ -37,26 +37,22 @@ def top(
     config
         TOML file.
     """
-    from fedhlm.config import load
-    from fedhlm.telemetry import configure_logging
+    from fedhlm_fleet.console.wiring import watch_of
 
-    given = parse_keys(keys, OPTIONS) | ({"broker.url": broker[0]} if broker else {})
-    settings = load(file=config, flags=given).config
-    configure_logging("ERROR", "top", secrets=(settings.broker.password,))
-    return asyncio.run(_watch(settings, broker[1:], once=once))
+    return asyncio.run(_show(watch_of("top", broker, config, parse_keys(keys, OPTIONS)), once=once))
 
 
-async def _watch(settings: "Config", further: tuple[str, ...], *, once: bool) -> int:
+async def _show(watch: "Watch", *, once: bool) -> int:
     from rich.console import Console
     from rich.live import Live
 
     from fedhlm_fleet.console.feeds import LiveFeed
     from fedhlm_fleet.console.screen import screen
-    from fedhlm_fleet.console.wiring import brokers_of, state_maker
+    from fedhlm_fleet.console.wiring import state_maker
 
-    feed, terminal = LiveFeed(state_maker(settings)()), Console(highlight=False)
+    feed, terminal = LiveFeed(state_maker(watch.settings)()), Console(highlight=False)
     async with asyncio.TaskGroup() as group:
-        listening = group.create_task(feed.listen(brokers_of(settings, further), f"top-{secrets.token_hex(4)}"))
+        listening = group.create_task(feed.listen(watch.brokers, f"top-{secrets.token_hex(4)}"))
         await feed.connected.wait()
         await asyncio.sleep(HEARD_S)
         if once or not terminal.is_terminal:

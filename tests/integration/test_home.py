@@ -67,7 +67,8 @@ async def test_home_assistant_finds_the_parts_asks_and_sees_one_go(broker: str) 
             at_edge = loaded(edge__embedded_port=port)
         await stack.enter_async_context(running(edge.run(at_edge.config, Counters())))
         bus = MqttBus(url, client_id="homeassistant")
-        await bus.subscribe("homeassistant/#", f"{HOME}/home/#", f"{HOME}/a/+/home/#")
+        mine = f"{HOME}/a/+/to/homeassistant/answer"
+        await bus.subscribe("homeassistant/#", f"{HOME}/home/#", f"{HOME}/a/+/home/#", mine)
         await stack.enter_async_context(bus)
         seen = Seen(bus)
         await stack.enter_async_context(running(seen.listen()))
@@ -91,8 +92,10 @@ async def test_home_assistant_finds_the_parts_asks_and_sees_one_go(broker: str) 
             assert said["answer"]
             assert not said["error"]
             del seen.newest[answer["state_topic"]]
-            await bus.publish(ask["command_topic"], b"x" * 256)
-            assert "at most 255 characters" in json.loads(await seen.until(answer["state_topic"]))["error"]
+            for payload, reason in ((b"x" * 256, "at most 255 characters"), (b"caf\xc3", "must be UTF-8 text")):
+                await bus.publish(ask["command_topic"], payload)
+                assert reason in json.loads(await seen.until(answer["state_topic"]))["error"]
+                del seen.newest[answer["state_topic"]]
         await seen.until(available, b"offline")
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhlm.errors import ConfigError
-from fedhlm.protocol.open_topics import OPEN_TABLE, OpenTopic, device_of
-from fedhlm.protocol.topics import DEFAULT_ROOT, TABLE, Topic
+from fedhlm.protocol.open_topics import HOME_ANSWER, HOME_ASK, OPEN_TABLE, OpenTopic, device_of
+from fedhlm.protocol.topics import CANCEL_FROM, DEFAULT_ROOT, OUTPUT, PROMPT_FROM, TABLE, Topic
 from fedhlm_fleet.pki.acl import BrokerPlace, acl
 from fedhlm_fleet.pki.registry import Entry, Issued
 from fedhlm_fleet.pki.roles import CertificateRole
@@ -87,6 +87,17 @@ def test_nobody_reaches_outside_the_root(them: list[Who], place: BrokerPlace) ->
         ):
             assert not allows(text, who.name, "write", name)
             assert not allows(text, who.name, "read", name) or who.role == "observer"
+
+
+def test_no_client_reads_what_another_one_asks_or_is_told() -> None:
+    """Not by the table alone, which could say so for a topic without the client in it."""
+    text = acl([entry_of(Who("client", name, ("home",))) for name in ("homeassistant", "other")], BrokerPlace("shared"))
+    levels = {"cluster": "home", "agent": "porch", "client": "homeassistant"}
+    for topic in (PROMPT_FROM, OUTPUT, CANCEL_FROM, HOME_ASK, HOME_ANSWER):
+        name = topic.name(**levels)
+        assert allows(text, "homeassistant", "read", name) or allows(text, "homeassistant", "write", name)
+        assert not allows(text, "other", "read", name)
+        assert not allows(text, "other", "write", name)
 
 
 def test_a_revoked_party_has_no_block() -> None:

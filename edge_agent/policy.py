@@ -12,7 +12,7 @@ import numpy as np
 from fedhlm import choices
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import Curve, bin_of, isotonic, shrunk
-from fedhlm.learning.thresholds import KEEP_NONE, mean_limits, shares, tau_of_budget, tau_of_price
+from fedhlm.learning.thresholds import KEEP_NONE, mean_limit, shares, tau_of_budget, tau_of_price
 from fedhlm.settings import Generation
 
 
@@ -99,8 +99,7 @@ def _peers_part(known: Knowledge, config: Generation) -> float:
     if not config.consensus.adapt or own.total_weight < 1.0:
         return most
     means = np.cumsum(shares(own) * isotonic(own))  # (BINS,) expected harm per token up to each score
-    _, upper = mean_limits(means, own.total_weight, _delta(config))
-    return min(most, float(upper[bin_of(1.0 - cosine)]))
+    return min(most, mean_limit(float(means[bin_of(1.0 - cosine)]), own.total_weight, _delta(config)))
 
 
 def _overdrawn(known: Knowledge, config: Generation) -> bool:

@@ -9,8 +9,8 @@ from fedhlm.errors import ConfigError
 KEY = "--json"
 
 
-def try_out(path: Path | None) -> None:
-    """Check that the file can be written, without changing it.
+def try_out(path: Path | None, key: str = KEY) -> None:
+    """Check that the file of the flag `key` can be written, without changing it.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -23,7 +23,7 @@ def try_out(path: Path | None) -> None:
         if new:
             path.unlink()
     except OSError as exc:
-        raise _refused(path, exc) from exc
+        raise _refused(path, exc, key) from exc
 
 
 def write(path: Path | None, figures: object) -> None:
@@ -40,5 +40,5 @@ def write(path: Path | None, figures: object) -> None:
         raise _refused(path, exc) from exc
 
 
-def _refused(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(KEY, str(path), "a writable file", why=error.strerror or str(error))
+def _refused(path: Path, error: OSError, key: str = KEY) -> ConfigError:
+    return ConfigError(key, str(path), "a writable file", why=error.strerror or str(error))

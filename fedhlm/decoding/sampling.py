@@ -151,7 +151,7 @@ def perturbed_argmax(log_law: NDArray[np.float64], seed: int, position: int) -> 
     raw = _raw(seed, position, _GUMBEL, log_law.size)
     favourite = int(np.argmax(log_law))
     slack = _ROUGH_ERROR * (1.0 + abs(float(log_law[favourite])))
-    largest, own = (-math.log(-math.log(u)) for u in _open_unit(np.array([raw.max(), raw[favourite]])))
+    largest, own = (-math.log(-math.log(((int(x) >> 12) + 0.5) * 2.0**-52)) for x in (raw.max(), raw[favourite]))
     able = np.flatnonzero(log_law >= log_law[favourite] + own - largest - slack)
     rough = log_law[able] - np.log(-np.log(_open_unit(raw[able])))
     near = able[rough >= rough.max() - slack]

@@ -183,16 +183,16 @@ class Certificate:
         """
         if not self.tokens:
             return 1.0
-        exponents = self._upper + _LOG_WEIGHTS  # (K,)
-        return _root(lambda mu: _log_sum(exponents + SLOPES * self.tokens * mu), _log_odds(confidence))
+        exponents, rates = (self._upper + _LOG_WEIGHTS).tolist(), (SLOPES * self.tokens).tolist()
+        return _root(lambda mu: _log_sum(exponents, rates, mu), _log_odds(confidence))
 
     def floor(self, confidence: float) -> float:
         """The anytime-valid lower limit of the harm per token, in [0, 1]; 0 without evidence. See `limit`."""
         goal = _log_odds(confidence)
-        exponents = self._lower + _LOG_WEIGHTS  # (K,)
-        if not self.tokens or _log_sum(exponents) <= goal:
+        exponents, rates = (self._lower + _LOG_WEIGHTS).tolist(), (-SLOPES * self.tokens).tolist()
+        if not self.tokens or _log_sum(exponents, rates, 0.0) <= goal:
             return 0.0
-        return _root(lambda mu: -_log_sum(exponents - SLOPES * self.tokens * mu), -goal)
+        return _root(lambda mu: -_log_sum(exponents, rates, mu), -goal)
 
     def __add__(self, other: "Certificate") -> "Certificate":
         """Add the evidence of two devices. The product of independent supermartingales is a supermartingale."""
@@ -335,9 +335,11 @@ def _log_odds(confidence: float) -> float:
     return -math.log1p(-confidence)
 
 
-def _log_sum(exponents: Sums) -> float:
-    top = float(exponents.max())
-    return top + math.log(float(np.exp(exponents - top).sum()))
+def _log_sum(exponents: Sequence[float], rates: Sequence[float], mu: float) -> float:
+    """ln of the sum of exp(exponent + rate mu), in Python numbers: NumPy takes five times as long for six of them."""
+    terms = [exponent + rate * mu for exponent, rate in zip(exponents, rates, strict=True)]
+    top = max(terms)
+    return top + math.log(sum(math.exp(term - top) for term in terms))
 
 
 def _root(rising: Callable[[float], float], goal: float) -> float:

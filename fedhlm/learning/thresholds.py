@@ -235,33 +235,45 @@ def tau_of_budget(own: Curve, m: Bins, rho: float, delta: float) -> float:
     count = own.total_weight
     if not (math.isfinite(count) and count >= 1.0):
         return KEEP_NONE
+    most = mean_allowed(rho, count, delta)
+    if most < 0.0:
+        return KEEP_NONE
     mine = np.cumsum(shares(own) * isotonic(own))  # (BINS,) expected harm per token up to each edge
-    risk = np.clip(np.cumsum(shares(own) * m), *mean_limits(mine, count, 1.0 - TRUST))  # (BINS,)
+    claimed = np.cumsum(shares(own) * m)  # (BINS,)
     known = np.flatnonzero(own.weight)[-1]  # nothing is known beyond the most doubtful scored token
-    allowed = np.flatnonzero(risk[: known + 1] <= mean_allowed(rho, count, delta))
-    return float(upper_edges()[allowed[-1]]) if allowed.size else KEEP_NONE
+    kept = np.flatnonzero(_at_most(most, claimed, mine, count, 1.0 - TRUST)[: known + 1])
+    return float(upper_edges()[kept[-1]]) if kept.size else KEEP_NONE
 
 
-def mean_limits(means: Bins, count: float, delta: float) -> tuple[Bins, Bins]:
-    """Lower and upper limits of the true mean for each observed mean of `count` values in [0, 1], shape (BINS,) each.
+def _at_most(most: float, claimed: Bins, mine: Bins, count: float, delta: float) -> NDArray[np.bool_]:
+    """Where the claimed means, held within the limits of the observed ones, are at most `most` in [0, 1]; (BINS,).
 
-    Each limit holds with probability 1 - delta for one mean (Hoeffding 1963, theorem 1, as in `mean_allowed`). The
-    lower limit is never above the mean, and the upper one never below.
+    The limits are those of `mean_limit` and its mirror image, of means of `count` values. `most` is above the lower one
+    iff the observed mean is below `most` or near it, and above the upper one iff it is below and far from it. The
+    limits themselves are not needed.
+    """
+    observed = np.clip(mine, 0.0, 1.0)
+    divergences = _divergences(observed, most)  # (BINS,)
+    bound = math.log(1.0 / delta) / count
+    below = observed <= most
+    return (below & ((divergences >= bound) | (most >= 1.0))) | ((claimed <= most) & (below | (divergences <= bound)))
+
+
+def mean_limit(mean: float, count: float, delta: float) -> float:
+    """The upper limit of the true mean of `count` values in [0, 1] whose mean is `mean`; never below that.
+
+    It holds with probability 1 - delta (Hoeffding 1963, theorem 1, as in `mean_allowed`).
     """
     bound = math.log(1.0 / delta) / count
-    observed = np.clip(means, 0.0, 1.0)
-    limits = []
-    for end in (0.0, 1.0):
-        inside, outside = observed.copy(), np.full(BINS, end)
-        for _ in range(40):
-            middle = (inside + outside) / 2.0
-            far = _divergences(observed, middle) > bound
-            inside, outside = np.where(far, inside, middle), np.where(far, middle, outside)
-        limits.append(inside)
-    return limits[0], limits[1]
+    inside = observed = min(1.0, max(0.0, mean))
+    outside = 1.0
+    for _ in range(40):
+        middle = (inside + outside) / 2.0
+        inside, outside = (inside, middle) if middle >= 1.0 or _kl(observed, middle) > bound else (middle, outside)
+    return inside
 
 
-def _divergences(p: Bins, q: Bins) -> Bins:
+def _divergences(p: Bins, q: float) -> Bins:
     """KL(p, q) of Bernoulli laws in nats, shape (BINS,); infinite where q excludes an outcome that p has."""
     with np.errstate(divide="ignore", invalid="ignore"):
         head = np.where(p > 0.0, p * np.log(p / q), 0.0)

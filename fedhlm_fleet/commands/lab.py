@@ -56,6 +56,7 @@ def coverage(
     given: StudyFlags = STUDY,
     audit: Share = 0.25,
     temperature: Annotated[float, Parameter(validator=Between(gte=0, lte=10))] = 0.8,
+    saved: Path | None = None,
 ) -> int:
     """Measure how often the certificate of a device is wrong, and how soon its limit falls below the budget.
 
@@ -70,17 +71,28 @@ def coverage(
         Probability of an audit for each token that nothing else scored.
     temperature
         Temperature of the texts.
+    saved
+        File that receives each life as it ends, and whose lives are not run again. Give the same file to go on with a
+        study that was ended.
     """
     import msgspec
 
     figures_file.try_out(given.json)
+    figures_file.try_out(saved, "--saved")
     with needing("lab"):
-        from fedhlm_lab.studies.coverage import CoveragePlan, study
+        from fedhlm_lab.studies.coverage import CoveragePlan, SavedLives, study
     plan = CoveragePlan(
         texts=given.texts, tokens=given.tokens, budget=given.budget, audit=audit, temperature=temperature
     )
     with progress("lives", lives) as ended:
-        found = study(plan, lives=lives, seed=given.seed, jobs=min(given.jobs, lives), ended=lambda _life: ended())
+        found = study(
+            plan,
+            lives=lives,
+            seed=given.seed,
+            jobs=min(given.jobs, lives),
+            saved=None if saved is None else SavedLives(saved, plan),
+            ended=lambda _life: ended(),
+        )
     facts = msgspec.to_builtins(found)
     figures_file.write(given.json, facts)
     print_facts({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in facts.items()})

@@ -29,28 +29,41 @@ CONTEXT: Final = 512
 TOKEN_BYTES: Final = 256 * 2**10  # of a cache, as large as a large model's: few contexts fit
 DRAWN_MAX: Final = 4_096
 _ORDER: Final = 3  # tokens that the next law depends on
+_CONTEXTS: Final = VOCAB_SIZE**_ORDER + 8_192  # above the number of different laws, each of which is made once
 _FIRST: Final = ord("@")
 _SPREAD: Final = 2.0  # standard deviation of the logits
 FINGERPRINT: Final = Fingerprint("toy", VOCAB_SIZE, NOISE, "toy")
 
 
-@lru_cache(maxsize=65_536)
 def _normal(model: int, suffix: tuple[int, ...]) -> NDArray[np.float64]:
-    noise = np.random.default_rng((model, *suffix)).standard_normal(VOCAB_SIZE)
-    noise.setflags(write=False)
-    return noise
+    return np.random.default_rng((model, *suffix)).standard_normal(VOCAB_SIZE)
 
 
-def large_logits(ids: Sequence[int]) -> NDArray[np.float64]:
-    """The LLM's logits after `ids`, shape (VOCAB_SIZE,). The end of text is rare."""
-    logits = _SPREAD * _normal(1, tuple(ids[-_ORDER:]))
+@lru_cache(maxsize=_CONTEXTS)
+def known_large(suffix: tuple[int, ...]) -> NDArray[np.float64]:
+    """The LLM's logits after the last tokens that count."""
+    logits = _SPREAD * _normal(1, suffix)
     logits[EOS_ID] = -1.5 * _SPREAD
+    logits.setflags(write=False)
     return logits
 
 
+@lru_cache(maxsize=_CONTEXTS)
+def known_small(suffix: tuple[int, ...], agreement: float) -> NDArray[np.float64]:
+    """The SLM's logits after the last tokens that count."""
+    logits = agreement * known_large(suffix) + (1.0 - agreement) * _SPREAD * _normal(2, suffix)
+    logits.setflags(write=False)
+    return logits
+
+
+def large_logits(ids: Sequence[int]) -> NDArray[np.float64]:
+    """The LLM's logits after `ids`, shape (VOCAB_SIZE,), read-only. The end of text is rare."""
+    return known_large(tuple(ids[-_ORDER:]))
+
+
 def small_logits(ids: Sequence[int], agreement: float) -> NDArray[np.float64]:
-    """The SLM's logits after `ids`; with agreement 1 they are the LLM's."""
-    return agreement * large_logits(ids) + (1.0 - agreement) * _SPREAD * _normal(2, tuple(ids[-_ORDER:]))
+    """The SLM's logits after `ids`, shape (VOCAB_SIZE,), read-only; with agreement 1 they are the LLM's."""
+    return known_small(tuple(ids[-_ORDER:]), agreement)
 
 
 def large_alone(prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> list[int]:
@@ -91,15 +104,16 @@ def engine(*, step_s: float = 0.02) -> Engine:
     return Engine(ToyCache(), partial(large_forward, step_s=step_s), TOKEN_BYTES)
 
 
-@lru_cache(maxsize=65_536)
-def _key(suffix: tuple[int, ...]) -> bytes:
+@lru_cache(maxsize=_CONTEXTS)
+def known_key(suffix: tuple[int, ...]) -> bytes:
+    """The key of the last tokens that count."""
     vector = np.random.default_rng((3, *suffix)).standard_normal(DIMS)  # (DIMS,)
     return np.rint(vector / np.linalg.norm(vector) * 127.0).astype(np.int8).tobytes()
 
 
 def key_of(ids: Sequence[int]) -> bytes:
     """The key of a context: equal where the toy models' laws are equal, almost orthogonal elsewhere."""
-    return _key(tuple(ids[-_ORDER:]))
+    return known_key(tuple(ids[-_ORDER:]))
 
 
 class Encoding(NamedTuple):

@@ -6,8 +6,9 @@ the same seed, would have written otherwise. It bounds the total variation per t
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -18,6 +19,7 @@ from edge_agent.result import GenerationResult, Job
 from edge_broker.service import EdgeService
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.errors import ConfigError
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.evidence import FleetEvidence
 from fedhlm.protocol.messages import Evidence, Sampling
@@ -43,13 +45,14 @@ class CoveragePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceLife(msgspec.Struct, frozen=True, kw_only=True):
-    """One device: its errors and tokens over all texts, its last report, and its costs.
+    """One device, by its seed: its errors and tokens over all texts, its last report, and its costs.
 
     `above` says that the truth was once above the limit, over the texts accounted for. `different` is the share of
     texts that are not the LLM's. `evidence` is what its edge tells the cloud, by pair of models
     (`fedhlm.protocol.messages.Evidence`).
     """
 
+    seed: int
     tokens: int
     wrong: int
     skipped: int
@@ -138,6 +141,7 @@ async def _live(plan: CoveragePlan, seed: int) -> DeviceLife:
         await node.crash()
     counted = fleet.counters.snapshot()
     return DeviceLife(
+        seed=seed,
         tokens=tokens[-1],
         wrong=wrong[-1],
         skipped=skipped,
@@ -167,16 +171,75 @@ def live(plan: CoveragePlan, seed: int) -> DeviceLife:
     return run_virtual(_live(plan, seed))
 
 
+class SavedLives:
+    """Lives that have ended, in a file with one JSON object a line: a study that was ended goes on with the rest.
+
+    What a process wrote of a line when it was killed is not a life, and is taken off the file.
+    """
+
+    def __init__(self, path: Path, plan: CoveragePlan) -> None:
+        self._path, self._plan = path, plan
+
+    def read(self) -> Iterator[DeviceLife]:
+        """The lives of the file.
+
+        Raises:
+            ConfigError: the file cannot be read, or has a line that is no life of this plan.
+        """
+        try:
+            data = self._path.read_bytes() if self._path.exists() else b""
+            whole, _, rest = data.rpartition(b"\n")
+            if rest:
+                self._path.write_bytes(whole + b"\n" if whole else b"")
+            for line in whole.splitlines():
+                kept = msgspec.json.decode(line, type=_SavedLife)
+                if kept.plan != self._plan:
+                    raise ConfigError("--saved", self._path, "a file of lives with these texts and settings")
+                yield kept.life
+        except OSError as exc:
+            raise ConfigError("--saved", self._path, "a file that can be read", why=exc.strerror or "") from exc
+        except msgspec.DecodeError as exc:
+            raise ConfigError("--saved", self._path, "a file of lives", why=str(exc)) from exc
+
+    def add(self, life: DeviceLife) -> None:
+        """Append a life."""
+        with self._path.open("ab") as file:
+            file.write(msgspec.json.encode(_SavedLife(self._plan, life)) + b"\n")
+
+
+class _SavedLife(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    plan: CoveragePlan
+    life: DeviceLife
+
+
 def study(
-    plan: CoveragePlan, *, lives: int, seed: int = 0, jobs: int = 1, ended: Callable[[DeviceLife], object] | None = None
+    plan: CoveragePlan,
+    *,
+    lives: int,
+    seed: int = 0,
+    jobs: int = 1,
+    saved: SavedLives | None = None,
+    ended: Callable[[DeviceLife], object] | None = None,
 ) -> CoverageFigures:
-    """Run independent lives, one per seed from `seed` on; `ended` is called with each."""
-    found: list[DeviceLife] = []
-    for one in across(partial(live, plan), range(seed, seed + lives), jobs):
-        found.append(one)
+    """Run independent lives, one per seed from `seed` on; `ended` is called with each.
+
+    Lives that `saved` has are not run again, and it receives the others.
+
+    Raises:
+        ConfigError: `saved` cannot be used.
+    """
+    wanted = range(seed, seed + lives)
+    found = {life.seed: life for life in (() if saved is None else saved.read()) if life.seed in wanted}
+    if ended is not None:
+        for life in found.values():
+            ended(life)
+    for one in across(partial(live, plan), [number for number in wanted if number not in found], jobs):
+        found[one.seed] = one
+        if saved is not None:
+            saved.add(one)
         if ended is not None:
             ended(one)
-    return figures(plan, found)
+    return figures(plan, [found[number] for number in wanted])
 
 
 def _fleet_limit(lives: list[DeviceLife], confidence: float) -> float:

@@ -148,6 +148,8 @@ OTHERS = (
     ("lab liars --members", "--members must be an integer from 2 up to 1024 (got nothing)"),
     ("lab liars --lies loud", "--lies must be one of"),
     ("lab coverage --json nowhere/x", "--json must be a writable file (got 'nowhere/x': No such file or directory)"),
+    ("lab coverage --saved folder", "--saved must be a writable file (got 'folder': Is a directory)"),
+    ("lab coverage --lives 1 --texts 1 --saved text", "--saved must be a file of lives (got 'text': "),
     ("models quantise folder new --mode int4", "--mode must be one of int8-dynamic, weights-int8, weights-fp16"),
     ("pki issue porch --pki nowhere", "nowhere"),
     ("pki init text", "text"),

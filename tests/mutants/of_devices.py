@@ -163,8 +163,8 @@ OF_DEVICES: Final = (
     Change(
         "the cluster believed without limits",
         "fedhlm/learning/thresholds.py",
-        "risk = np.clip(np.cumsum(shares(own) * m), *mean_limits(mine, count, 1.0 - TRUST))",
-        "risk = np.cumsum(shares(own) * m) + 0.0 * mine",
+        "_at_most(most, claimed, mine, count, 1.0 - TRUST)",
+        "(claimed <= most)",
         _POLICY,
     ),
     Change(

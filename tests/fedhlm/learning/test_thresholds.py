@@ -21,6 +21,7 @@ from fedhlm.learning.thresholds import (
     global_mean,
     mean_allowed,
     mean_control,
+    mean_limit,
     paper_gradient,
     shares,
     tau_of_budget,
@@ -313,6 +314,39 @@ def test_budget_threshold_grows_with_the_budget_and_holds_it(seed: int, scale: f
     assert small <= large
     kept = upper_edges() <= large
     assert float(shares(curve)[kept] @ m[kept]) <= rho + more
+
+
+def lower_limit(mean: float, count: float, delta: float) -> float:
+    """The mirror image of `mean_limit`: what it says of the values 1 - x."""
+    return 1.0 - mean_limit(1.0 - mean, count, delta)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.floats(1.0, 1e4), st.floats(0.0, 1.0))
+def test_the_claims_of_others_count_within_the_limits_of_what_a_device_saw(
+    seed: int, others: int, scale: float, rho: float
+) -> None:
+    own, m = random_curve(seed).scaled(scale), isotonic(random_curve(others))
+    count = own.total_weight
+    expected = KEEP_NONE
+    most = mean_allowed(rho, count, 0.05) if count >= 1.0 else -1.0
+    means, claims = np.cumsum(shares(own) * isotonic(own)), np.cumsum(shares(own) * m)
+    for edge, mean, claimed, rest in zip(upper_edges(), means, claims, own.weight[::-1].cumsum()[::-1], strict=True):
+        low, high = lower_limit(mean, count, 0.5), mean_limit(mean, count, 0.5)
+        believed = min(max(claimed, low), high)
+        if abs(believed - most) < 1e-9:  # a matter of rounding
+            return
+        if believed <= most and rest > 0.0:
+            expected = float(edge)
+    assert tau_of_budget(own, m, rho, 0.05) == expected
+
+
+@given(st.floats(0.0, 1.0), st.integers(1, 100_000))
+def test_the_limit_of_a_mean_is_where_its_divergence_is_the_bound(mean: float, count: int) -> None:
+    limit = mean_limit(mean, count, 0.05)
+    assert mean <= limit <= 1.0
+    if limit < 1.0 - 1e-6:
+        assert mean_allowed(limit + 1e-9, count, 0.05) >= mean - 1e-6
+        assert mean_allowed(limit - 1e-9, count, 0.05) <= mean + 1e-6
 
 
 @given(st.floats(0.001, 0.999), st.integers(1, 100_000))

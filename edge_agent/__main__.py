@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from edge_agent.a2a import AgentA2a
 from edge_agent.home import AgentHome
 from edge_agent.local import LocalQuestions
 from edge_agent.model import Slm, threaded
@@ -92,8 +93,12 @@ async def run(
             if prompt is None:
                 offer = Offer.of(decoder, folder, name=NAME, presets=loaded.allowed)
                 questions = LocalQuestions(service, offer)
-                home = AgentHome(service, questions, config, counters)
-                async with door(questions), home.kept() if config.home_assistant.enabled else nullcontext():
+                home, a2a = (kind(service, questions, config, counters) for kind in (AgentHome, AgentA2a))
+                async with (
+                    door(questions),
+                    home.kept() if config.home_assistant.enabled else nullcontext(),
+                    a2a.kept() if config.a2a.enabled else nullcontext(),
+                ):
                     log.info(about)
                     notifier.serving()
                     await service.run()

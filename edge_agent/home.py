@@ -11,8 +11,8 @@ from fedhlm.answering import Question
 from fedhlm.bus.interface import Delivery
 from fedhlm.bus.party import OnForeign
 from fedhlm.decoding.text import encode_prompt
-from fedhlm.home import AGENT_SENSORS, STATE_MAX, Asking, DeviceTopics, Home, as_json, discovery, tokens, values
-from fedhlm.protocol.open_topics import HOME_AGENT_AVAILABLE, HOME_AGENT_VALUES, HOME_ANSWER, HOME_ASK
+from fedhlm.home import AGENT_SENSORS, STATE_MAX, Asking, DeviceTopics, Home, discovery, tokens, values
+from fedhlm.protocol.open_topics import HOME_AGENT_AVAILABLE, HOME_AGENT_VALUES, HOME_ANSWER, HOME_ASK, as_json
 from fedhlm.protocol.roles import edge_name
 from fedhlm.settings import Config
 from fedhlm.telemetry import Counters

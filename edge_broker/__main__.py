@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 
 import msgspec
 
+from edge_broker.a2a import AgentCards
 from edge_broker.embedded import EmbeddedBroker
 from edge_broker.home import EdgeHome
 from edge_broker.wiring import edge_of
@@ -62,6 +63,8 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
             await stack.enter_async_context(bus)
         if config.home_assistant.enabled:
             await stack.enter_async_context(EdgeHome(service, config, counters).kept())
+        if config.a2a.enabled:
+            await stack.enter_async_context(AgentCards(service, config).kept())
         log.info("serving cluster %s", config.cluster.name)
         notifier.serving()
         await service.run()

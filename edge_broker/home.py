@@ -31,12 +31,12 @@ class EdgeHome:
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
         """Publish for as long as the context is entered."""
-        self._service.tell_agent = self._tell_agent
+        self._service.tell_agent.append(self._tell_agent)
         try:
             async with self._home.kept((HOME_EDGE_AVAILABLE, HOME_EDGE_VALUES)):
                 yield
         finally:
-            self._service.tell_agent = None
+            self._service.tell_agent.remove(self._tell_agent)
 
     async def _tell_agent(self, agent: str, online: bool) -> None:
         name = HOME_AGENT_AVAILABLE.name(self._service.down.root, cluster=self._service.cluster, agent=agent)

@@ -78,8 +78,8 @@ class EdgeService:
     """Serves a cluster until cancelled: relays blocks and verdicts, answers from memory, and pools the agents' sums.
 
     `to_announce` is set whenever the edge must publish its retained state; the cluster's bus sets it on every connect.
-    `bridges` says that cluster and cloud use different brokers, so that assignments must be forwarded. `tell_agent`
-    is called with an agent's name whenever its presence comes, and whether it is online. The constructor restores the
+    `bridges` says that cluster and cloud use different brokers, so that assignments must be forwarded. Each of
+    `tell_agent` is called with an agent's name whenever its presence comes, and whether it is online. The constructor restores the
     state that an earlier life saved, and begins the journal.
     """
 
@@ -104,7 +104,7 @@ class EdgeService:
         self.agents: dict[str, Presence] = {}
         self.upstream: Fingerprint | None = None
         self.cloud_software = ""
-        self.tell_agent: Callable[[str, bool], Awaitable[None]] | None = None
+        self.tell_agent: list[Callable[[str, bool], Awaitable[None]]] = []
         self._counters = runtime.counters
         self._counters.follow(self.memory, refused_keys="refused_keys")
         self._counters.follow(
@@ -441,8 +441,8 @@ class EdgeService:
     # Presence
 
     async def _note_agent(self, agent: str, state: Presence) -> None:
-        if self.tell_agent is not None:
-            await self.tell_agent(agent, state.online)
+        for tell in self.tell_agent:
+            await tell(agent, state.online)
         if state.online:
             former = self.agents.get(agent)
             if former is None or (former.sequence, former.sent_ms) != (state.sequence, state.sent_ms):

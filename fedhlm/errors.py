@@ -16,6 +16,7 @@ FedhlmError
 │   ├── RequestCancelled   the client or the agent cancelled the request
 │   ├── RequestNameTaken   the agent knows the request's name from another prompt
 │   └── RequestRefused     the agent rejected the request or failed, and says why
+├── A2aError           a request of another program over A2A cannot be served
 ├── ReceiptError       a receipt is not about its text, or its signature is wrong
 └── TraceError         a recording cannot be read, written or used as asked
 """
@@ -132,6 +133,15 @@ def root_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+class A2aError(FedhlmError):
+    """A request over A2A cannot be served. `code` is JSON-RPC's, and `request` the id of the request if it is known."""
+
+    def __init__(self, code: int, message: str, *, request: str | int | None = None) -> None:
+        self.code = code
+        self.request = request
+        super().__init__(message)
 
 
 class ReceiptError(FedhlmError):

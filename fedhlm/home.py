@@ -7,7 +7,6 @@ sensors expire (`expire_after`) where nobody is left to say it.
 """
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any, Final, NamedTuple
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import OnForeign, Party
 from fedhlm.errors import BusError
-from fedhlm.protocol.open_topics import HOME_DEVICE, OpenTopic, device_of
+from fedhlm.protocol.open_topics import HOME_DEVICE, OpenTopic, as_json, device_of
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import HomeAssistant
 from fedhlm.telemetry import Counters, OneLine, warn_once
@@ -177,11 +176,6 @@ class LatestWarning(logging.Handler):
         self.text = self.format(record).partition("\n")[0]
 
 
-def as_json(payload: Mapping[str, object]) -> bytes:
-    """The bytes of a payload."""
-    return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode()
-
-
 class Home:
     """Publishes a device and its values while `kept`.
 
@@ -209,6 +203,7 @@ class Home:
         self._measure = measure
         self._listen = listen
         self._latest = LatestWarning(name, secrets)
+        self._listened: dict[str, OnForeign] = {}
         self._told: tuple[Bus, int, DeviceTopics] | None = None
 
     async def send(self, topic: str, payload: bytes, row: OpenTopic) -> bool:
@@ -220,9 +215,8 @@ class Home:
         place, bus = self._place(), self._party.bus
         here = (bus, bus.statistics.reconnects, place)
         if here != self._told:
-            listened = self._listen()
-            self._party.foreign = listened
-            await bus.subscribe(*listened)
+            listened, self._listened = self._listened, self._listen()
+            await self._party.listen(self._listened, instead_of=listened)
             config = as_json(self._describe(place))
             sent = await self.send(HOME_DEVICE.name(device=device_of(self._name)), config, HOME_DEVICE)
             if sent and await self.send(place.available, AVAILABLE[True], rows[0]):

@@ -150,6 +150,10 @@ class TcpProxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.wait_closed()
 
+    async def mend(self) -> None:
+        """Take connections again after a cut, on the same port."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None

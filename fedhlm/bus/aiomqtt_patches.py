@@ -20,6 +20,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from fedhlm.bus import reasons
 from fedhlm.bus.gate import Gate, Sheds
+from fedhlm.bus.interface import Extras
 
 _log: Final = logging.getLogger(__name__)
 
@@ -276,3 +277,25 @@ def publish_properties(content_type: str | None, expiry_s: int | None) -> Proper
     if expiry_s is not None:
         properties.MessageExpiryInterval = expiry_s
     return properties
+
+
+def properties_with(extras: Extras) -> Properties:
+    """Return the MQTT 5 properties of a PUBLISH with `extras`."""
+    properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    if extras.response_topic:
+        properties.ResponseTopic = extras.response_topic
+    if extras.correlation is not None:
+        properties.CorrelationData = extras.correlation
+    if extras.user:
+        properties.UserProperty = list(extras.user)
+    return properties
+
+
+def extras_of(properties: Properties | None) -> Extras | None:
+    """The extras among the properties of a received PUBLISH; None where it has none."""
+    found = {} if properties is None else vars(properties)
+    if not found.keys() & {"ResponseTopic", "CorrelationData", "UserProperty"}:
+        return None
+    return Extras(
+        found.get("ResponseTopic", ""), found.get("CorrelationData"), tuple(map(tuple, found.get("UserProperty", ())))
+    )

@@ -28,12 +28,35 @@ MAX_PACKET_BYTES: Final = MAX_PAYLOAD_BYTES + 128 * 1024
 LinkHook = Callable[[bool], None]
 
 
+class Extras(NamedTuple):
+    """Properties of MQTT 5 for requests of other programs and their answers. Under 3.1.1 they are left out.
+
+    `response_topic` is where the answer is expected (empty: nowhere), with the same `correlation`. `user` holds pairs of
+    a name and a value.
+    """
+
+    response_topic: str = ""
+    correlation: bytes | None = None
+    user: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def wire_bytes(self) -> int:
+        """Their size in a PUBLISH packet."""
+        topic = 3 + len(self.response_topic.encode()) if self.response_topic else 0
+        correlation = 0 if self.correlation is None else 3 + len(self.correlation)
+        return topic + correlation + sum(5 + len(name.encode()) + len(value.encode()) for name, value in self.user)
+
+
 class Delivery(NamedTuple):
-    """One incoming message. `retain` is true for state that the broker kept from before the subscription."""
+    """One incoming message. `retain` is true for state that the broker kept from before the subscription.
+
+    `extras` is None where the message has none.
+    """
 
     topic: str
     payload: bytes
     retain: bool
+    extras: Extras | None = None
 
 
 class Retained(NamedTuple):
@@ -87,7 +110,14 @@ class Bus(Protocol):
     ) -> None: ...
 
     async def publish(
-        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        expiry_s: float | None = None,
+        extras: Extras | None = None,
     ) -> bool:
         """Enqueue one message. False when it was dropped: queue full, bus closed, or packet too large.
 
@@ -98,6 +128,7 @@ class Bus(Protocol):
             retain: whether the broker keeps the message for later subscribers.
             expiry_s: seconds after which the message is dropped if it still waits here or, under MQTT 5, at the broker;
                 None for never.
+            extras: further properties of MQTT 5.
 
         Raises:
             ValueError: the topic name is malformed.
@@ -147,6 +178,7 @@ def publish_wire_bytes(
     protocol: ProtocolVersion = "5",
     expiry_s: float | None = None,
     content_type: str | None = None,
+    extras: Extras | None = None,
 ) -> int:
     """Size of one PUBLISH packet in bytes: fixed header, topic, packet id, properties (MQTT 5 only) and payload."""
     body = 2 + len(topic.encode()) + (2 if qos else 0) + payload_bytes
@@ -154,6 +186,8 @@ def publish_wire_bytes(
         properties = 0 if expiry_s is None else 5
         if content_type is not None:
             properties += 3 + len(content_type.encode())
+        if extras is not None:
+            properties += extras.wire_bytes
         body += varint_bytes(properties) + properties
     return 1 + varint_bytes(body) + body
 

@@ -17,8 +17,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from fedhlm.bus import aiomqtt_patches as patches
 from fedhlm.bus import reasons
-from fedhlm.bus.aiomqtt_patches import PatchedClient, RefusedMessage, drop, publish_properties, watch
+from fedhlm.bus.aiomqtt_patches import PatchedClient, RefusedMessage
 from fedhlm.bus.backoff import CAP_S, Backoff, Wait
 from fedhlm.bus.broker_url import BrokerUrl
 from fedhlm.bus.dial import MAX_IN_FLIGHT, Dialler
@@ -28,6 +29,7 @@ from fedhlm.bus.interface import (
     DEFAULT_MAX_OUTGOING,
     BusStatistics,
     Delivery,
+    Extras,
     Inbox,
     LinkHook,
     ProtocolVersion,
@@ -190,10 +192,12 @@ class MqttBus:
         retain: bool = False,
         expiry_s: float | None = None,
         properties: Properties | None = None,
+        extras: Extras | None = None,
     ) -> bool:
         check_topic(topic)
         deadline_s = None if expiry_s is None else asyncio.get_running_loop().time() + expiry_s
-        item = Outgoing(topic, payload, qos, retain, deadline_s, properties)
+        given = properties if extras is None else patches.properties_with(extras)
+        item = Outgoing(topic, payload, qos, retain, deadline_s, given, extras)
         if self._too_large(item, expiry_s):
             return False
         dropped = item if not self._open or self._failure is not None else self._outbox.put(item)
@@ -216,8 +220,7 @@ class MqttBus:
             await self._moved.wait()
 
     def _warn_full(self) -> None:
-        level = logging.DEBUG if self._warned_full else logging.WARNING
-        self._warned_full = True
+        level, self._warned_full = logging.DEBUG if self._warned_full else logging.WARNING, True
         _log.log(level, "%s: outgoing queue full or closed, %d messages dropped", self, self._statistics.dropped_out)
 
     async def subscribe(self, *filters: str, qos: int = 1) -> None:
@@ -295,7 +298,7 @@ class MqttBus:
         """Use a fresh connection until it breaks (MqttError), or until the bus is closed and everything is sent."""
         try:
             async with asyncio.TaskGroup() as link:
-                watcher = link.create_task(watch(client), name=f"bus {self.client_id} watch")
+                watcher = link.create_task(patches.watch(client), name=f"bus {self.client_id} watch")
                 await self._resubscribe(client)
                 if self._birth is not None:
                     await self._transmit(client, Outgoing(*self._birth, 1, True))
@@ -313,7 +316,7 @@ class MqttBus:
             raise root_of(broken) from None
         finally:
             # Without a DISCONNECT the broker publishes the will, as it should unless we have published it ourselves.
-            drop(client)
+            patches.drop(client)
             self._set_link(None)
             self._requeue(client)
 
@@ -402,7 +405,7 @@ class MqttBus:
         properties = None
         if self._dial.protocol == "5":
             whole_s = None if expiry_s is None else expiry_seconds(expiry_s)
-            properties = item.properties or publish_properties(self._content_type, whole_s)
+            properties = item.properties or patches.publish_properties(self._content_type, whole_s)
             if item.properties is not None and whole_s is not None:
                 item.properties.MessageExpiryInterval = whole_s
         self._statistics.messages_out += 1
@@ -415,7 +418,7 @@ class MqttBus:
         if largest is None or item.size + PACKET_HEAD_BYTES <= largest:
             return False
         size = self._wire_bytes(item, item.qos, expiry_s)
-        if size <= largest and item.properties is None:
+        if size <= largest and (item.properties is None or item.extras is not None):
             return False
         self._statistics.dropped_out += 1
         self._tell_too_large(item, size, largest)
@@ -429,6 +432,7 @@ class MqttBus:
             protocol=self._dial.protocol or "5",
             expiry_s=expiry_s,
             content_type=self._content_type,
+            extras=item.extras,
         )
 
     def _tell_too_large(self, item: Outgoing, size: int, largest: int) -> None:
@@ -488,7 +492,8 @@ class MqttBus:
             protocol=self._dial.protocol or "5",
             expiry_s=getattr(properties, "MessageExpiryInterval", None),
             content_type=getattr(properties, "ContentType", None),
+            extras=(extras := patches.extras_of(properties)),
         )
-        if not self._inbox.put(Delivery(message.topic.value, payload, message.retain), wire_bytes):
+        if not self._inbox.put(Delivery(message.topic.value, payload, message.retain, extras), wire_bytes):
             level = logging.WARNING if self._statistics.dropped_in == 1 else logging.DEBUG
             _log.log(level, "%s: incoming queue full, %d messages dropped", self, self._statistics.dropped_in)

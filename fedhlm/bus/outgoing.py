@@ -7,6 +7,7 @@ from typing import Final
 from paho.mqtt.properties import Properties
 
 from fedhlm.bus.fair import FairQueue
+from fedhlm.bus.interface import Extras
 
 # A message that was in flight at this many broken links is sent alone. If the link breaks again, it is the cause.
 SUSPECT_BREAKS: Final = 2
@@ -29,6 +30,7 @@ class Outgoing:
     retain: bool
     deadline_s: float | None = None
     properties: Properties | None = None
+    extras: Extras | None = None
     breaks: int = 0
 
     @property

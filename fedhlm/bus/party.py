@@ -5,10 +5,10 @@ A payload that is no valid message of its topic, or names another sender than it
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-from fedhlm.bus.interface import Bus, Delivery, publish_wire_bytes
+from fedhlm.bus.interface import Bus, Delivery, publish_wire_bytes, topic_matches
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.pieces import divided
 from fedhlm.errors import ProtocolError
@@ -107,8 +107,8 @@ class Party:
 
     `on_refused` is called with every delivery that is no valid message of its topic, and with the error. `admits` is
     asked about every valid message; one that it does not admit is neither handled nor noted. `foreign` holds what is
-    called with each delivery on a topic that is no row of the table, such as those of `open_topics`, by the topic's full
-    name.
+    called with each delivery on a topic that is no row of the table, such as those of `open_topics`, by filter
+    (`listen`).
     """
 
     def __init__(
@@ -216,11 +216,28 @@ class Party:
         finally:
             await self.publish_journal(topic, levels())
 
+    async def listen(self, topics: Mapping[str, OnForeign], *, instead_of: Iterable[str] = ()) -> None:
+        """Subscribe to filters of foreign topics, each with what is called with its deliveries, and no more to others.
+
+        Raises:
+            BusError: the broker rejects a filter.
+        """
+        for former in instead_of:
+            self.foreign.pop(former, None)
+        self.foreign.update(topics)
+        await self.bus.subscribe(*topics)
+
+    def _stranger(self, topic: str) -> OnForeign | None:
+        exact = self.foreign.get(topic)
+        if exact is not None or not self.foreign or topic.startswith(f"{self.root}/"):
+            return exact
+        return next((call for name, call in self.foreign.items() if topic_matches(name.split("/"), topic)), None)
+
     async def received(self) -> AsyncIterator[Received]:
         """Yield valid messages in order of arrival. Ends when the bus is closed."""
         async for delivery in self.bus.deliveries():
-            if delivery.topic in self.foreign:
-                await self.foreign[delivery.topic](delivery)
+            if (stranger := self._stranger(delivery.topic)) is not None:
+                await stranger(delivery)
                 continue
             try:
                 received = self.read(delivery.topic, delivery.payload)

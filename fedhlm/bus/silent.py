@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from fedhlm.bus.gate import Sheds
-from fedhlm.bus.interface import BusStatistics, Delivery, LinkHook, ProtocolVersion, Retained
+from fedhlm.bus.interface import BusStatistics, Delivery, Extras, LinkHook, ProtocolVersion, Retained
 
 
 class SilentBus:
@@ -46,7 +46,14 @@ class SilentBus:
         self._closed.set()
 
     async def publish(
-        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        expiry_s: float | None = None,
+        extras: Extras | None = None,
     ) -> bool:
         """Drop the message and return True."""
         return True

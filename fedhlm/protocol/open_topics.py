@@ -5,7 +5,10 @@ derived from OPEN_TABLE as they are from `topics.TABLE`.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple
+
+import msgspec
 
 from fedhlm.protocol.roles import Role
 from fedhlm.protocol.topics import DEFAULT_ROOT, TopicRow, table_of
@@ -15,6 +18,8 @@ _OUTSIDE: Final = re.compile(r"[^A-Za-z0-9-]")
 
 class OpenTopic(NamedTuple):
     """One row of OPEN_TABLE. `{device}` is `device_of` a party's name; `rooted` says that the topic is under the root.
+
+    `{org}` is `a2a.org`, and `{suffix}` a level that the client chooses.
 
     All these topics are on the broker of a cluster. `payload` says in words what they carry.
     """
@@ -38,6 +43,11 @@ class OpenTopic(NamedTuple):
 def device_of(name: str) -> str:
     """The id of a party's device at Home Assistant, which knows letters, digits, '-' and '_' only. No two are alike."""
     return "fedhlm-" + _OUTSIDE.sub(lambda found: f"_{ord(found[0]):02x}", name)
+
+
+def as_json(payload: Mapping[str, object]) -> bytes:
+    """The bytes of a JSON payload. Numbers that JSON does not know become null."""
+    return msgspec.json.encode(payload)
 
 
 HOME_DEVICE: Final = OpenTopic(
@@ -105,6 +115,37 @@ HOME_EDGE_VALUES: Final = OpenTopic(
     purpose="the figures of an edge for its sensors",
 )
 
+A2A_CARD: Final = OpenTopic(
+    pattern="$a2a/v1/discovery/{org}/{cluster}/{agent}",
+    payload="JSON",
+    qos=1,
+    retain=True,
+    publishers=("agent", "edge"),
+    subscribers=("client", "edge"),
+    purpose="the card of an agent, with its status: its own word, and the edge's when its presence changes",
+    rooted=False,
+)
+A2A_REQUEST: Final = OpenTopic(
+    pattern="$a2a/v1/request/{org}/{cluster}/{agent}",
+    payload="JSON",
+    qos=1,
+    retain=False,
+    publishers=("client",),
+    subscribers=("agent",),
+    purpose="a request of JSON-RPC, with a Response Topic of the next row and Correlation Data",
+    rooted=False,
+)
+A2A_REPLY: Final = OpenTopic(
+    pattern="$a2a/v1/reply/{org}/{cluster}/{client}/{suffix}",
+    payload="JSON",
+    qos=1,
+    retain=False,
+    publishers=("agent",),
+    subscribers=("client",),
+    purpose="the answers to a client's requests, with the Correlation Data of each; the client chooses the suffix",
+    rooted=False,
+)
+
 OPEN_TABLE: Final = (
     HOME_DEVICE,
     HOME_AGENT_AVAILABLE,
@@ -113,6 +154,9 @@ OPEN_TABLE: Final = (
     HOME_ANSWER,
     HOME_EDGE_AVAILABLE,
     HOME_EDGE_VALUES,
+    A2A_CARD,
+    A2A_REQUEST,
+    A2A_REPLY,
 )
 
 

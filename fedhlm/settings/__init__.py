@@ -208,6 +208,25 @@ class HomeAssistant(Section, frozen=True):
     ] = 30.0
 
 
+class A2a(Section, frozen=True):
+    """An agent for other programs' agents, by EMQX's convention of A2A over MQTT (docs/a2a.md)."""
+
+    enabled: Annotated[
+        bool,
+        Meta(
+            description="Whether an agent publishes its A2A card on its cluster's broker and serves requests there. An "
+            "edge says there when one of its agents comes or goes. It needs MQTT 5."
+        ),
+    ] = False
+    org: Annotated[
+        fields.Name,
+        Meta(
+            description="Name of the organization in the topics of A2A; the unit is the cluster. Fleets on one broker "
+            "need different ones, and agents and edges of a fleet the same."
+        ),
+    ] = "fedhlm"
+
+
 class Edge(Section, frozen=True):
     """The edge of a cluster, which relays and batches blocks and remembers verified tokens."""
 
@@ -446,3 +465,4 @@ class Config(Section, frozen=True):
     telemetry: Telemetry = Telemetry()
     api: Api = Api()
     home_assistant: HomeAssistant = HomeAssistant()
+    a2a: A2a = A2a()

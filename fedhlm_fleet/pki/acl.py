@@ -96,10 +96,16 @@ def _relayed(topic: Row) -> bool:
     return any(role.verifies for role in publishers) and any(role.relays for role in publishers)
 
 
+def _of_cluster(topic: Row) -> bool:
+    if isinstance(topic, OpenTopic):
+        return "{cluster}" in topic.pattern
+    return topic.pattern.startswith(_CLUSTER_TOPICS)
+
+
 def _travels(topic: Row, kind: KindTraits) -> bool:
     if isinstance(topic, OpenTopic):
         return kind.near
-    of_cluster = topic.pattern.startswith(_CLUSTER_TOPICS)
+    of_cluster = _of_cluster(topic)
     # A client connects to the broker of the cluster that it asks, and has a last will wherever it connects.
     of_client = all(role.asks for role in traits_of(topic.publishers))
     return (kind.near and (of_cluster or of_client or _relayed(topic))) or (kind.far and not of_cluster)
@@ -119,7 +125,7 @@ def _of_row(topic: Row, entry: Entry, place: BrokerPlace, root: str) -> list[Rig
 
 def _names(topic: Row, entry: Entry, place: BrokerPlace, root: str, *, everybody: bool) -> list[str]:
     """Return a row's topic filters for this party; with `everybody`, also those for other parties of its role."""
-    of_cluster, party = topic.pattern.startswith(_CLUSTER_TOPICS), CERTIFICATES[entry.role].party
+    of_cluster, party = _of_cluster(topic), CERTIFICATES[entry.role].party
     clusters = entry.clusters or ("+",)
     if place.cluster:
         if not {"+", place.cluster} & set(clusters):
@@ -128,7 +134,7 @@ def _names(topic: Row, entry: Entry, place: BrokerPlace, root: str, *, everybody
     elif party.relays and everybody and not of_cluster:
         clusters = ("+",)
     device = device_of(entry.name) if party.drafts or party.relays else "+"
-    levels = {"agent": "+", "client": "+", "member": "+", "device": device}
+    levels = {"agent": "+", "client": "+", "member": "+", "device": device, "org": "+", "suffix": "+"}
     if party.level and not (everybody and of_cluster):
         levels[party.level] = entry.name
     return list(dict.fromkeys(topic.name(root, cluster=cluster, **levels) for cluster in clusters))

@@ -20,6 +20,7 @@ from fedhlm.bus.interface import (
     DEFAULT_MAX_OUTGOING,
     BusStatistics,
     Delivery,
+    Extras,
     Inbox,
     LinkHook,
     ProtocolVersion,
@@ -46,10 +47,11 @@ class Packet(NamedTuple):
     qos: int
     retain: bool
     deadline_s: float | None
+    extras: Extras | None = None
 
     def size_bytes(self) -> int:
         expiry_s = None if self.deadline_s is None else 1.0
-        return publish_wire_bytes(self.topic, len(self.payload), qos=self.qos, expiry_s=expiry_s)
+        return publish_wire_bytes(self.topic, len(self.payload), qos=self.qos, expiry_s=expiry_s, extras=self.extras)
 
 
 class _Session:
@@ -65,7 +67,7 @@ class _Session:
 
     def send(self, packet: Packet, *, retained: bool) -> None:
         size = packet.size_bytes()
-        delivery = Delivery(packet.topic, packet.payload, retained)
+        delivery = Delivery(packet.topic, packet.payload, retained, packet.extras)
         self.down.send(partial(self.bus._receive, delivery, size), size_bytes=size, reliable=packet.retain)
 
 
@@ -358,7 +360,14 @@ class LoopbackBus:
         self._up.set()
 
     async def publish(
-        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        expiry_s: float | None = None,
+        extras: Extras | None = None,
     ) -> bool:
         check_topic(topic)
         session = self._session if self._connected else None
@@ -367,7 +376,7 @@ class LoopbackBus:
             self._statistics.dropped_out += 1
             return False
         deadline_s = None if expiry_s is None else self._loop.time() + expiry_s
-        packet = Packet(topic, payload, qos, retain, deadline_s)
+        packet = Packet(topic, payload, qos, retain, deadline_s, extras)
         if session is None:
             self._outgoing.append(packet)
         else:

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from fedhlm.bus.gate import Sheds
-from fedhlm.bus.interface import BusStatistics, Delivery, LinkHook, ProtocolVersion, Retained
+from fedhlm.bus.interface import BusStatistics, Delivery, Extras, LinkHook, ProtocolVersion, Retained
 from fedhlm.errors import ProtocolError
 from fedhlm.process.state import Store
 
@@ -58,7 +58,14 @@ class CapturingBus:
         return None
 
     async def publish(
-        self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False, expiry_s: float | None = None
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        expiry_s: float | None = None,
+        extras: Extras | None = None,
     ) -> bool:
         """See `fedhlm.bus.interface.Bus`."""
         self.sent.append(Captured(topic, payload, self._has_room(len(self.sent))))

@@ -135,7 +135,7 @@ def test_the_newest_version_is_by_number() -> None:
 
 
 def test_no_topic_is_one_of_the_messages() -> None:
-    levels = {"cluster": "home", "agent": "porch", "client": "desk", "device": "porch"}
+    levels = {"cluster": "home", "agent": "porch", "client": "desk", "device": "porch", "org": "o", "suffix": "1"}
     names = [topic.name(**levels) for topic in OPEN_TABLE]
     assert len(set(names)) == len(names)
     assert [lookup(name) for name in names] == [None] * len(names)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedhlm.bus import reasons
-from fedhlm.bus.interface import Retained
+from fedhlm.bus.interface import Delivery, Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.client import Client
 from fedhlm.decoding.alone import Alone
@@ -85,7 +85,7 @@ async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: Broke
         (topic, levels, topic.name(**levels))
         for topic in (*TABLE, *OPEN_TABLE)
         for levels in (
-            {"cluster": c, "agent": a, "client": p, "member": a, "device": device_of(a)}
+            {"cluster": c, "agent": a, "client": p, "member": a, "device": device_of(a), "org": "o", "suffix": "s"}
             for c, a, p in product(("home", "barn"), ("porch", "attic"), ("desk", "guest"))
         )
     ]
@@ -97,7 +97,7 @@ async def test_the_real_broker_allows_what_the_table_says(pki: Pki, place: Broke
         broker = await stack.enter_async_context(Secured(pki, place))
         buses = {who: await stack.enter_async_context(broker.bus(who.name)) for who in PARTIES}
         for bus in buses.values():
-            await bus.subscribe("fedhlm/1/#", "homeassistant/#", "$SYS/#")
+            await bus.subscribe("fedhlm/1/#", "homeassistant/#", "$a2a/#", "$SYS/#")
         heard: dict[Who, list[str]] = {who: [] for who in PARTIES}
         for who, (name, (topic, levels)) in product(PARTIES, unique.items()):
             before = buses[who].statistics.dropped_out
@@ -264,7 +264,7 @@ async def test_a_last_will_under_another_name_is_not_published(shared: Secured) 
         assert [d.topic for d in await take(eye, 1)] == [own]
     async with asyncio.timeout(LIMIT_S), shared.bus("desk") as late:
         await late.subscribe("fedhlm/1/c/+/a/+/status")
-        assert await take(late, 1) == [(own, b"gone", True)]
+        assert await take(late, 1) == [Delivery(own, b"gone", True)]
 
 
 async def test_nobody_takes_over_another_ones_connection(shared: Secured) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from fedhlm.bus.interface import Delivery, Retained
+from fedhlm.bus.interface import Delivery, Extras, Retained
 from fedhlm.errors import BusError
 from tests.brokers import MOSQUITTO, Kind, Network, run_on, take, until
 
@@ -42,6 +42,30 @@ def test_a_message_reaches_the_subscriber_and_nobody_else(kind: Kind) -> None:
             assert await take(three, 1) == [Delivery("t/three", b"", False)]
             assert (two.statistics.messages_in, three.statistics.messages_in) == (1, 1)
             assert one.statistics.messages_out == 2
+
+    run_on(kind, scenario)
+
+
+def test_extras_travel_under_mqtt_5(kind: Kind) -> None:
+    async def scenario(net: Network) -> None:
+        async with net.bus("one") as one, net.bus("two") as two, net.bus("three") as three:
+            await two.subscribe("t", "kept")
+            extras = Extras("answers/here", b"\x00\xff", (("a", "1"), ("a", "2")))
+            some = Extras(user=(("who", "me"),))
+            await one.publish("t", b"asked", extras=extras)
+            await one.publish("kept", b"", retain=True, qos=0, extras=some)
+            await one.publish("kept", b"state", retain=True, extras=some)
+            await one.publish("t", b"plain")
+            heard = [await two.deliveries().__anext__() for _ in range(4)]
+            carries = not kind.endswith("3.1.1")
+            assert {d.payload: d.extras for d in heard} == {
+                b"asked": extras if carries else None,
+                b"": some if carries else None,
+                b"state": some if carries else None,
+                b"plain": None,
+            }
+            await three.subscribe("kept")
+            assert await take(three, 1) == [Delivery("kept", b"state", True, some if carries else None)]
 
     run_on(kind, scenario)
 

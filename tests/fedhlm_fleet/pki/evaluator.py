@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from fedhlm.protocol.open_topics import HOME_DEVICE, OpenTopic, device_of
+from fedhlm.protocol.open_topics import A2A_CARD, A2A_REPLY, A2A_REQUEST, HOME_DEVICE, OpenTopic, device_of
 from fedhlm.protocol.topics import ASSIGN, CANCEL, CLIENT_STATUS, NEIGHBOUR, PEER, PROMPT, Topic
 
 Access = Literal["read", "write"]
@@ -49,12 +49,12 @@ def expected(
     """What the table and the rules of the house say: each row, each role, by name."""
     cluster, agent = levels.get("cluster"), levels.get("agent")
     if who.role == "observer":
-        return access == "read" and topic is not HOME_DEVICE  # which is not under the root
+        return access == "read" and not (isinstance(topic, OpenTopic) and not topic.rooted)
     if who.role not in (topic.publishers if access == "write" else topic.subscribers):
         return False
     if topic is HOME_DEVICE:
         return _device_expected(who, access, levels["device"], where, home)
-    inside = topic.pattern.startswith("c/")
+    inside = topic.pattern.startswith("c/") or topic in (A2A_CARD, A2A_REQUEST, A2A_REPLY)
     if where == "cluster" and not (topic in (ASSIGN, CLIENT_STATUS) or (inside and cluster == home)):
         return False
     if where == "cluster" and who.role in ("agent", "edge", "client") and who.clusters and home not in who.clusters:

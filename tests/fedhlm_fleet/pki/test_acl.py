@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhlm.errors import ConfigError
-from fedhlm.protocol.open_topics import HOME_ANSWER, HOME_ASK, OPEN_TABLE, OpenTopic, device_of
+from fedhlm.protocol.open_topics import (
+    A2A_CARD,
+    A2A_REPLY,
+    A2A_REQUEST,
+    HOME_ANSWER,
+    HOME_ASK,
+    OPEN_TABLE,
+    OpenTopic,
+    device_of,
+)
 from fedhlm.protocol.topics import CANCEL_FROM, DEFAULT_ROOT, OUTPUT, PROMPT_FROM, TABLE, Topic
 from fedhlm_fleet.pki.acl import BrokerPlace, acl
 from fedhlm_fleet.pki.registry import Entry, Issued
@@ -63,6 +72,8 @@ def test_every_row_role_cluster_and_agent_is_as_the_table_says(them: list[Who], 
                     ("client", client),
                     ("member", agent),
                     ("device", device_of(client)),
+                    ("org", "some.org"),
+                    ("suffix", "s-1"),
                 )
                 if f"{{{k}}}" in topic.pattern
             }
@@ -82,6 +93,8 @@ def test_nobody_reaches_outside_the_root(them: list[Who], place: BrokerPlace) ->
             "fedhlm/1/c/home/a/porch/x",
             "homeassistant/status",
             "homeassistant/device/fedhlm-nobody/state",
+            "$a2a/v1/event/o/home/porch",
+            "$a2a/v1/request/o/home/pool/all",
             "#",
             "+",
         ):
@@ -98,6 +111,23 @@ def test_no_client_reads_what_another_one_asks_or_is_told() -> None:
         assert allows(text, "homeassistant", "read", name) or allows(text, "homeassistant", "write", name)
         assert not allows(text, "other", "read", name)
         assert not allows(text, "other", "write", name)
+
+
+def test_an_agent_answers_over_a2a_on_reply_topics_only_and_nobody_reads_those_of_others() -> None:
+    who = [Who("agent", "porch", ("home",)), Who("client", "desk", ("home",)), Who("client", "other", ("home",))]
+    text = acl(map(entry_of, who), BrokerPlace("shared"))
+    levels = {"org": "o", "cluster": "home", "agent": "porch", "client": "desk", "suffix": "1"}
+    reply, request, card = (topic.name(**levels) for topic in (A2A_REPLY, A2A_REQUEST, A2A_CARD))
+    assert allows(text, "porch", "write", reply)
+    assert allows(text, "desk", "read", reply)
+    assert not allows(text, "other", "read", reply)
+    assert not any(allows(text, client, "write", reply) for client in ("desk", "other"))
+    assert not any(allows(text, client, "read", request) for client in ("desk", "other"))
+    assert not allows(text, "porch", "write", request)
+    assert not allows(text, "porch", "write", A2A_CARD.name(**(levels | {"agent": "attic"})))
+    assert not allows(text, "porch", "write", A2A_REPLY.name(**(levels | {"cluster": "barn"})))
+    assert allows(text, "porch", "write", card)
+    assert not allows(text, "desk", "write", card)
 
 
 def test_a_revoked_party_has_no_block() -> None:

@@ -98,7 +98,7 @@ class Slm:
         def evaluate(nodes: list[int]) -> list[NDArray[np.float32]]:
             nonlocal ready_s
             requests = [
-                DecoderInput(held[growth.parents[node]].cache, growth.paths[node][-1:])
+                DecoderInput(held[growth.parents[node]].cache, growth.paths[node][-1:], 1)
                 if node
                 else self._request(wanted)
                 for node in nodes
@@ -122,9 +122,9 @@ class Slm:
         return TreeDraft(drawn, tuple(branches), growth.expected)
 
     def _request(self, wanted: list[int]) -> DecoderInput:
-        # The last id is always fed, because its logits are needed.
+        # The last id is always fed, because its logits are needed, and no others are.
         keep = min(common_prefix(self._ids, wanted), len(wanted) - 1)
-        return DecoderInput(self._cache.truncated(keep), wanted[keep:])
+        return DecoderInput(self._cache.truncated(keep), wanted[keep:], 1)
 
     def _possible(self, logits: NDArray[Any], ids: list[int], sampling: Sampling) -> NDArray[Any]:
         """The logits after `ids`, shape (V,), as the grammar of the sampling allows them."""

@@ -6,10 +6,17 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Final
 
 from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from fedhlm.decoding import decoder as runtime
 from fedhlm.decoding.decoder import Decoder
+
+# Parameters of glibc's mallopt, and what they are set to.
+M_TRIM_THRESHOLD: Final = -1
+M_MMAP_THRESHOLD: Final = -3
+KEPT_BYTES: Final = 2**30  # freed memory at the end of the heap that is kept
+MAPPED_BYTES: Final = 32 * 1024 * 1024  # smaller arrays lie in the heap; glibc allows no more
 
 Call = Callable[[], list[EngineOutput]]
 Wait = Callable[[Call], Awaitable[list[EngineOutput]]]
@@ -21,12 +28,25 @@ async def at_once(call: Call) -> list[EngineOutput]:
     return call()
 
 
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None if it has no such one, as every library but glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+def keep_until_released() -> None:
+    """Ask the C library to keep freed memory until `release`, for the whole process.
+
+    Otherwise the caches of each call are new pages, and a call with many long caches spends half of its time on those.
+    """
+    if (set_option := _of_glibc("mallopt")) is not None:
+        set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
 def release() -> None:
     """Ask the C library to return freed memory to the system. Only glibc can; elsewhere this does nothing."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if (trim := _of_glibc("malloc_trim")) is not None:
+        trim(0)
 
 
 def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
@@ -45,6 +65,7 @@ def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
 @asynccontextmanager
 async def threaded(decoder: Decoder) -> AsyncIterator[Engine]:
     """Yield an `Engine` that computes on its own worker thread. The thread ends when the context exits."""
+    keep_until_released()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, thread_name_prefix="llm") as pool:
         yield engine_of(decoder, lambda call: loop.run_in_executor(pool, call))

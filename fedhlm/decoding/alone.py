@@ -72,7 +72,7 @@ class Alone:
 
         def logits_after(ids: list[int]) -> NDArray[Any]:
             nonlocal cache
-            result = self.decoder.forward([DecoderInput(cache, ids[cache.length :])])[0]
+            result = self.decoder.forward([DecoderInput(cache, ids[cache.length :], 1)])[0]
             cache = result.cache
             row: NDArray[Any] = result.logits[-1]
             return row if held is None else held.masked(row, ids)

@@ -40,6 +40,9 @@ HASH_UP_TO_BYTES: Final = 64 * 1024 * 1024
 _DTYPES: Final[dict[str, Any]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 _NAME_SHOWN: Final = 100  # characters of a model's name in its label
+# Ids that one text feeds in a run of the graph. A CPU is not faster with more, and what a run holds grows with them.
+RUN_MAX: Final = 128
+RUN_MAX_ELSEWHERE: Final = 4_096  # on another device than the CPU
 
 
 class FileInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,8 +114,9 @@ class DecoderInput(NamedTuple):
 class DecoderOutput(NamedTuple):
     """One row for each id for which logits are wanted, and the cache up to the last id.
 
-    `logits` is (rows, V) float32 for the V ids of the tokenizer; padding of the model is left out. `hidden` is the input of the output head, (rows, hidden_size) float32; it is
-    None where the graph has no such output. Where no request of a call wants logits, the output head is not computed.
+    `logits` is (rows, V) float32 for the V ids of the tokenizer; padding of the model is left out. `hidden` is the
+    input of the output head, (rows, hidden_size) float32; it is None where the graph has no such output. The output
+    head is computed only in runs of the graph whose ids include one for which logits are wanted.
     """
 
     logits: NDArray[np.float32]
@@ -180,7 +184,14 @@ class Decoder:
     """A loaded model. Calls block while the model computes. Only one thread may use a Decoder at a time."""
 
     def __init__(
-        self, *, session: Any, info: ModelInfo, tokenizer: "Tokenizer", vocabulary: Vocabulary, to_fetches: Any = None
+        self,
+        *,
+        session: Any,
+        info: ModelInfo,
+        tokenizer: "Tokenizer",
+        vocabulary: Vocabulary,
+        to_fetches: Any = None,
+        run_max: int = RUN_MAX,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
@@ -188,6 +199,7 @@ class Decoder:
         self.constrain: Constrain = Grammars(tokenizer, vocabulary.size, info.eos_ids).constrain
         self._session = session
         self._to_fetches = to_fetches  # run options of onnxruntime: compute only what is fetched
+        self._run_max = run_max
         inputs = {i.name: i for i in session.get_inputs()}
         outputs = [o.name for o in session.get_outputs()]
         names = [f"{layer}.{part}" for layer in range(info.layers) for part in ("key", "value")]
@@ -268,7 +280,14 @@ class Decoder:
         _tell_missing(usable, session.get_providers())
         to_fetches = onnxruntime.RunOptions()
         to_fetches.only_execute_path_to_fetches = True
-        return cls(session=session, info=info, tokenizer=tokenizer, vocabulary=vocabulary, to_fetches=to_fetches)
+        return cls(
+            session=session,
+            info=info,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            to_fetches=to_fetches,
+            run_max=RUN_MAX if session.get_providers()[0] == CPU else RUN_MAX_ELSEWHERE,
+        )
 
     @property
     def token_bytes(self) -> int:
@@ -283,6 +302,8 @@ class Decoder:
 
     def forward(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:
         """Run the ids of each request after its cache. Several requests share one run of the graph if it has a mask.
+
+        The ids of a single request are fed in pieces, so that a long text needs little more memory than its cache.
 
         Raises:
             ValueError: a request has no ids, has an id outside the vocabulary, or ends beyond `info.context`.
@@ -317,31 +338,36 @@ class Decoder:
 
     def _run_one(self, request: DecoderInput) -> DecoderOutput:
         cache, ids, _ = request
-        end = cache.length + len(ids)
-        feeds: dict[str, NDArray[Any]] = dict(zip(self._past_names, cache.arrays, strict=True))
-        feeds["input_ids"] = np.array([ids], np.int64)  # (1, ids)
-        if self._has_mask:
-            feeds["attention_mask"] = self._ones[:, :end]
-        if self._has_positions:
-            feeds["position_ids"] = self._positions[:, cache.length : end]
-        rows = request.wanted
-        logits, hidden, arrays = self._outputs(feeds, rows=rows, batch=1)
-        first = logits.shape[1] - rows
-        return DecoderOutput(
-            logits[0, first:], None if hidden is None else hidden[0, first:], Cache(end, tuple(arrays))
-        )
+        first = len(ids) - request.wanted  # of the ids for which logits are wanted
+        logits, hiddens = [], []
+        for begin in range(0, len(ids), self._run_max):
+            piece = ids[begin : begin + self._run_max]
+            end = cache.length + len(piece)
+            feeds: dict[str, NDArray[Any]] = dict(zip(self._past_names, cache.arrays, strict=True))
+            feeds["input_ids"] = np.array([piece], np.int64)  # (1, ids)
+            if self._has_mask:
+                feeds["attention_mask"] = self._ones[:, :end]
+            if self._has_positions:
+                feeds["position_ids"] = self._positions[:, cache.length : end]
+            unwanted = max(0, first - begin)  # leading ids of the piece
+            rows, hidden, arrays = self._outputs(feeds, rows=max(0, len(piece) - unwanted), batch=1)
+            logits.append(rows[0, unwanted:])
+            hiddens += [] if hidden is None else [hidden[0, unwanted:]]
+            cache = Cache(end, tuple(arrays))
+        return DecoderOutput(_joined(logits), _joined(hiddens) if hiddens else None, cache)
 
     def _run_padded(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:
         past = max(cache.length for cache, _, _ in requests)
         width = max(len(ids) for _, ids, _ in requests)
         shape = (len(requests), self.info.kv_heads, past, self.info.head_dim)
-        feeds: dict[str, NDArray[Any]] = {name: np.zeros(shape, self._cache_dtype) for name in self._past_names}
+        feeds: dict[str, NDArray[Any]] = {name: np.empty(shape, self._cache_dtype) for name in self._past_names}
         ids_fed = np.zeros((len(requests), width), np.int64)
         mask = np.zeros((len(requests), past + width), np.int64)
         positions = np.zeros((len(requests), width), np.int64)
         for row, (cache, ids, _) in enumerate(requests):
             begin, count = past - cache.length, len(ids)
             for name, array in zip(self._past_names, cache.arrays, strict=True):
+                feeds[name][row, :, :begin] = 0.0  # it is masked, but must be finite
                 feeds[name][row, :, begin:] = array[0]
             ids_fed[row, :count] = ids
             mask[row, begin : past + count] = 1
@@ -359,3 +385,9 @@ class Decoder:
             logits = logits_of[row, wanted].copy()
             results.append(DecoderOutput(logits, hidden, Cache(cache.length + len(ids), arrays)))
         return results
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Rows of several pieces, one after the other. Pieces without rows are left out, unless all are."""
+    some = [part for part in parts if len(part)] or parts[-1:]
+    return some[0] if len(some) == 1 else np.concatenate(some)

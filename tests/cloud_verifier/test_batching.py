@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from cloud_verifier import batching
-from cloud_verifier.batching import RUNNING_OF_ONE, Batcher, Done
+from cloud_verifier.batching import LARGE, RUNNING_OF_ONE, SMALL, Batcher, Done
 from cloud_verifier.calls import READS, BlockJob, Running
 from cloud_verifier.engine import Engine
 from cloud_verifier.queues import BYTES_OF_ONE, WAITING_MAX, WAITING_OF_ONE
@@ -70,9 +70,10 @@ def step(work: Batcher, now_s: float = 0.0) -> list[Done]:
     """One model call, within its bounds."""
     batch, done = work.take(now_s)
     assert len(batch) <= work.batch_max
-    assert len(batch) <= 1 or cost(batch) <= work.batch_tokens
+    most = work.batch_tokens * (1 if any(r.short and r.left <= work.batch_tokens for r in batch) else LARGE)
+    assert len(batch) <= 1 or cost(batch) <= most
     for running in batch:
-        assert 1 <= running.piece <= max(1, work.batch_tokens)
+        assert 1 <= running.piece <= most
         assert running.wanted <= running.piece
     done += work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))
     growing = max((r.entry.cached for r in batch), default=0)
@@ -150,7 +151,7 @@ def test_caches_that_do_not_fit_are_dropped_and_computed_again() -> None:
 
 
 def test_only_the_rows_that_are_needed_are_asked_for() -> None:
-    work = batcher(batch_tokens=16)
+    work = batcher(batch_tokens=16 // LARGE)
     prompt = long_prompt(1, 100)
     work.submit(job(prompt=prompt, ids=toy.large_alone(prompt, Sampling(1), 3)))
     asked, calls = 0, 0
@@ -476,7 +477,7 @@ def test_beside_short_blocks_calls_for_long_contexts_are_small() -> None:
     """Whoever asks for little waits for the call that runs, and no longer than a quarter of a full one takes."""
     work = batcher(batch_tokens=64)
     work.submit(job("hog", prompt=long_prompt(1)))
-    assert [running.piece for running in work.take(0.0)[0]] == [64], "nobody else asked lately"
+    assert [running.piece for running in work.take(0.0)[0]] == [64 * LARGE], "nobody else asked lately"
     work = batcher(batch_tokens=64)
     for now_s, agent in enumerate(("quiet", "hog", "hog")):
         if agent == "quiet":
@@ -485,5 +486,5 @@ def test_beside_short_blocks_calls_for_long_contexts_are_small() -> None:
             work.submit(job("hog", now_s, prompt=long_prompt(now_s)))
     while not work.idle:
         batch, _ = work.take(0.5)
-        assert [r.job.key.agent for r in batch] == ["quiet"] or all(r.piece <= 16 for r in batch)
+        assert [r.job.key.agent for r in batch] == ["quiet"] or all(r.piece <= 64 // SMALL for r in batch)
         work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))

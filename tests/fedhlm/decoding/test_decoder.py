@@ -211,6 +211,46 @@ def test_without_rows_there_are_no_logits_of_the_vocabularys_width(case: Case) -
     assert result.logits.shape == (0, tiny.VOCAB_SIZE)
 
 
+class Watched:
+    """A session of onnxruntime that notes each run: how many ids it was fed, and whether it computed logits."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.runs: list[tuple[int, bool]] = []
+
+    def run(self, names: list[str], feeds: dict[str, Any], *options: Any) -> Any:
+        self.runs.append((feeds["input_ids"].shape[1], "logits" in names))
+        return self._session.run(names, feeds, *options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "runs"),
+    [
+        (1, [(12, False), (12, False), (12, True)]),
+        (13, [(12, False), (12, True), (12, True)]),
+        (0, [(12, False), (12, False), (12, False)]),
+        (None, [(12, True), (12, True), (12, True)]),
+    ],
+)
+def test_a_long_text_is_fed_in_pieces_and_only_the_last_ones_compute_logits(
+    case: Case, monkeypatch: pytest.MonkeyPatch, rows: int | None, runs: list[tuple[int, bool]]
+) -> None:
+    """Each piece holds as many rows as it has ids, so that memory does not grow with the text."""
+    ids = random_ids(36, seed=8)
+    watched = Watched(case.decoder._session)
+    monkeypatch.setattr(case.decoder, "_session", watched)
+    monkeypatch.setattr(case.decoder, "_run_max", 12)
+    result = case.decoder.forward([DecoderInput(case.decoder.empty_cache(), ids, rows)])[0]
+    assert watched.runs == runs
+    wanted = len(ids) if rows is None else rows
+    assert differs(result.logits, case.torch_logits(ids)[len(ids) - wanted :]) < CLOSE if wanted else True
+    assert result.logits.shape == (wanted, tiny.VOCAB_SIZE)
+    assert result.hidden is not None
+    assert len(result.hidden) == wanted
+    following = case.decoder.forward([DecoderInput(result.cache, [5])])[0]
+    assert differs(following.logits, case.torch_logits([*ids, 5])[-1:]) < CLOSE
+
+
 def broken_copy(case: Case, target: Path) -> Path:
     target.mkdir()
     for file in case.folder.iterdir():

@@ -265,14 +265,6 @@ def fleet_of(evidence: Evidence | None, large: str) -> Certificate | None:
     return sum(found, Certificate()) if found else None
 
 
-def fleet_words(known: Certificate, confidence: float) -> str:
-    """The fleet's certificate in words."""
-    return (
-        f"error of the fleet at most {known.limit(confidence):.4f} at {confidence:.0%} "
-        f"(estimated {known.estimate:.4f}, {known.tokens:,.0f} tokens)"
-    )
-
-
 def count_fleet(counters: Counters, evidence: Evidence | None, large: str, confidence: float) -> None:
     """Export the fleet's certificate for the present LLM, if there is one."""
     known = fleet_of(evidence, large)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedhlm.answers import Result
     from fedhlm.client import Answer
     from fedhlm.config import Loaded
+    from fedhlm_fleet.commands.paper import Plain
 
 NAME: Final = "ask"
 STDIN: Final = "-"
@@ -95,7 +96,8 @@ def ask(
     options = (f"--{name.replace('_', '-')}" for name in inspect.signature(ask).parameters)
     agent, text, keys = read_words(words, [*options, "--help"])
     loaded = load(file=config, flags=parse_keys(keys))
-    configure_logging("ERROR", NAME, secrets=(loaded.config.broker.password,))
+    form = loaded.config.telemetry.log_format
+    configure_logging("ERROR", NAME, secrets=(loaded.config.broker.password,), form=form)
     asked = {
         "max_tokens": tokens,
         "seed": seed,
@@ -192,37 +194,36 @@ async def _ask(
     loaded: "Loaded", agent: str, text: str, *, cluster: str | None, away_s: float, json: bool, asked: dict[str, Any]
 ) -> int:
     from fedhlm.client import Client
+    from fedhlm_fleet.commands.paper import paper_of
 
     client = Client(loaded.config.broker, cluster=cluster, name=NAME, away_s=away_s)
     answer = client.ask(agent, text, **asked)  # validated before anything connects to a broker
     try:
         async with client, answer:
-            return await _told(answer, json=json)
+            return await _told(answer, None if json else paper_of(loaded.config))
     except BusError as exc:
         print(f"fedhlm: {exc}", file=sys.stderr)
         return FAILED
 
 
-async def _told(answer: "Answer", *, json: bool) -> int:
-    from fedhlm.answers import Marks
-
+async def _told(answer: "Answer", paper: "Plain | None") -> int:
+    """Print an answer on paper, or as JSON if there is none."""
     failure: AskError | BusError | None = None
-    marks = Marks()
     try:
         async for piece in answer:
-            if not json:
-                print(marks.put(piece), end="", flush=True)
+            if paper is not None:
+                paper.put(piece)
     except (AskError, BusError) as exc:
         failure = exc
     result = answer.result
-    if json:
+    if paper is None:
         print(as_json(result, failure))
     elif failure is None or result.ids:
-        print(marks.end())
+        paper.end(result)
     if failure is not None:
         print(f"fedhlm: {' '.join(str(failure).split())}", file=sys.stderr)
-    elif not json and marks.unverified:
-        print(f"fedhlm: {marks.summary()}", file=sys.stderr)
+    elif paper is not None and paper.marks.unverified:
+        print(f"fedhlm: {paper.marks.summary()}", file=sys.stderr)
     return 0 if failure is None else FAILED
 
 

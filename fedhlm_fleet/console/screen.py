@@ -8,23 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedhlm_fleet.colours import WORDS, legend, painted
+
 TEXTS: Final = 2
 EVENTS: Final = 5
-# By source: the same colours as on the page, as far as terminals have them, and a line where colours are missing.
-STYLES: Final = {
-    "local": "cyan",
-    "peer": "green underline",
-    "neighbour": "magenta underline",
-    "cloud": "yellow",
-    "unverified": "bright_red italic",
-}
-WORDS: Final = {
-    "local": "kept",
-    "peer": "peers",
-    "neighbour": "neighbours",
-    "cloud": "cloud",
-    "unverified": "unverified",
-}
 
 
 def screen(state: Mapping[str, Any], *, texts: int = TEXTS, events: int = EVENTS) -> RenderableType:
@@ -35,11 +22,8 @@ def screen(state: Mapping[str, Any], *, texts: int = TEXTS, events: int = EVENTS
     lines += [Text(f"! {line}", style="bright_red") for line in (*wrong, *state["missing"])]
     if parts:
         lines.append(_table(parts))
-    legend = Text("tokens: ")
-    for source, style in STYLES.items():
-        legend.append(WORDS[source], style).append("  ")
     if state["texts"]:
-        lines.append(legend)
+        lines.append(legend())
     lines += [_written(text) for text in state["texts"][-texts:]]
     for entry in state["log"][-events:]:
         at = time.strftime("%H:%M:%S", time.localtime(entry["at"]))
@@ -85,7 +69,6 @@ def _table(parts: Sequence[Mapping[str, Any]]) -> Table:
 def _written(text: Mapping[str, Any]) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
     line.append(f"{text['agent']}: ", "bold")
-    for word, source, _, _ in text["tokens"]:
-        line.append(word.replace("\n", " "), STYLES.get(source, ""))
+    line.append(painted((word.replace("\n", " "), source) for word, source, _, _ in text["tokens"]))
     line.append("" if text["finish"] else " ...", "dim")
     return line

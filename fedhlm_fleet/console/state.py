@@ -199,9 +199,9 @@ class ConsoleState:
         self._from.setdefault(key, len(text["tokens"]))
         if output.position > text["count"]:
             text["tokens"].append([" … ", "missing", output.position - text["count"], None])
-        told = self._decoders[key].told(output.ids, output.text)
+        told = self._decoders[key].by_source(output.ids, output.text, output.sources)
         if len(text["tokens"]) < TOKENS_MAX:
-            text["tokens"] += [[shown, source, None, None] for shown, source in _joined(told, output)]
+            text["tokens"] += [[shown, source, None, None] for shown, source in told]
         text["count"] = output.position + len(output.ids)
         self._count(place, output)
         if output.finish is not None:
@@ -267,12 +267,3 @@ class ConsoleState:
         self._log.append(
             {"n": self._logged, "at": self._now_s, "kind": kind, "cluster": cluster, "who": who, "words": words}
         )
-
-
-def _joined(told: list[str] | None, output: Output) -> list[tuple[str, str]]:
-    """The text of each token with its source; all of it as one, with the sources' names, if there is no tokenizer."""
-    if told is not None:
-        return list(zip(told, output.sources, strict=True))
-    if not output.text:
-        return []
-    return [(output.text, output.sources[0] if len(set(output.sources)) == 1 else "mixed")]

@@ -1,5 +1,6 @@
 """The text of each single token, with the models' own tokenizer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,15 @@ class Pieces:
                 self._stream = None
             return None
         return pieces
+
+    def by_source(self, ids: tuple[int, ...], text: str, sources: Sequence[str]) -> list[tuple[str, str]]:
+        """Return the text of each id with its source; if they cannot be told apart, all of it, with `mixed` for several."""
+        told = self.told(ids, text)
+        if told is not None:
+            return list(zip(told, sources, strict=True))
+        if not text:
+            return []
+        return [(text, sources[0] if len(set(sources)) == 1 else "mixed")]
 
     def alone(self, token: int) -> str | None:
         """The text of one id by itself; None without a tokenizer."""

@@ -34,12 +34,12 @@ def watch_of(name: str, urls: Sequence[str], file: Path | None, keys: Mapping[st
     """
     broker = {"broker.url": urls[0]} if urls else {}
     settings = load(file=file, flags={**keys, **broker}).config
-    configure_logging("ERROR", name, secrets=(settings.broker.password,))
+    configure_logging("ERROR", name, secrets=(settings.broker.password,), form=settings.telemetry.log_format)
     return Watch(settings, [settings.broker, *(replace(settings.broker, url=url) for url in urls[1:])])
 
 
-def state_maker(settings: Config) -> Callable[[], ConsoleState]:
-    """Return a function that makes an empty state, with the tokenizer of `agent.model` or of the shipped model.
+def pieces_maker(settings: Config) -> Callable[[], Pieces]:
+    """Return a function that makes a decoder of one text, with the tokenizer of `agent.model` or of the shipped model.
 
     Raises:
         ModelError: `agent.model` has no readable tokenizer.
@@ -52,5 +52,14 @@ def state_maker(settings: Config) -> Callable[[], ConsoleState]:
         if settings.agent.model:
             raise
         print(f"fedhlm: texts are shown message by message: {exc}", file=sys.stderr)
-    generation = settings.generation
-    return lambda: ConsoleState(lambda: Pieces(tokenizer), budget=generation.budget, confidence=generation.confidence)
+    return lambda: Pieces(tokenizer)
+
+
+def state_maker(settings: Config) -> Callable[[], ConsoleState]:
+    """Return a function that makes an empty state.
+
+    Raises:
+        ModelError: `agent.model` has no readable tokenizer.
+    """
+    pieces, generation = pieces_maker(settings), settings.generation
+    return lambda: ConsoleState(pieces, budget=generation.budget, confidence=generation.confidence)

@@ -10,13 +10,15 @@ from typing import Final, NamedTuple
 from fedhlm import choices
 from fedhlm.learning.certificate import Certificate
 from fedhlm.learning.curve import BINS, Curve, isotonic
-from fedhlm.learning.evidence import certificates_of, fleet_words
+from fedhlm.learning.evidence import certificates_of
 from fedhlm.protocol.messages import Learned
 from fedhlm.settings import Generation
-from fedhlm_fleet.demo.report import SOURCES, Generated, certificate_of, taus_of
+from fedhlm_fleet.colours import WORDS
+from fedhlm_fleet.demo.report import Generated, certificate_of, taus_of
 
 BARS: Final = "▁▂▃▄▅▆▇█"
 ASCII_BARS: Final = "_.:-=+*#"
+LABEL: Final = 11  # the width of what a line begins with
 _POINTS: Final = 16
 _READ_AT: Final = (0.1, 0.5, 0.9)
 
@@ -75,70 +77,107 @@ class Journey:
         """Whether learning changes which tokens are kept."""
         return choices.THRESHOLDS[self._generation.threshold].learns
 
+    @property
+    def taus(self) -> list[float]:
+        """The threshold of each agent in its newest text; empty where no gate goes by doubt."""
+        if not choices.GATES[self._generation.gate].by_doubt:
+            return []
+        return [last for _, last in taus_of(self._finished)]
+
+    @property
+    def limit(self) -> float | None:
+        """The limit of the agents' pooled certificate; None where nothing is audited, or nothing was yet."""
+        known = certificate_of(self._finished) if self._generation.audit > 0.0 else None
+        return known.limit(self.confidence) if known is not None and known.tokens else None
+
+    @property
+    def budget(self) -> float:
+        """The error allowed per token."""
+        return self._generation.budget
+
+    @property
+    def confidence(self) -> float:
+        """The probability with which the limit holds."""
+        return self._generation.confidence
+
     def legend(self) -> list[str]:
         """Explain the words of `lines`."""
         if not self.learns:
             return []
         read = ", ".join(f"{u:g}" for u in _READ_AT)
-        return [
-            "doubt u: how unsure the small model is of a token; tau: up to this doubt a token is kept",
-            f"m(u): learnt share of wrong tokens, drawn from u = 0 to 1, as numbers at u = {read}",
-        ]
+        words = (
+            f"m(u), learnt from the LLM's verdicts, is the share of wrong drafts at doubt u. It is drawn from u = 0 to 1, "
+            f"with its values at u = {read}."
+        )
+        return [words]
 
-    def lines(self, *, brief: bool = False) -> list[str]:
-        """Describe the state, one thing per line; `brief` leaves out the lines of single clusters."""
+    def line(self) -> str:
+        """Describe the state in one line."""
+        told = [self._settled()]
+        if taus := self.taus:
+            told.append(f"tau {sum(taus) / len(taus):.2f}")
+        if (limit := self.limit) is not None:
+            told.append(f"error <= {limit:.4f}")
+        return "; ".join(told)
+
+    def lines(self) -> list[str]:
+        """Describe the state, one thing per line."""
         lines = [f"tokens     {self._settled()}"]
         if self.learns:
-            names = sorted(self.rounds, key=lambda name: (not name, name))
-            lines += [self._round(name) for name in names if not (brief and name and "" in self.rounds)]
-        if choices.GATES[self._generation.gate].by_doubt and (taus := taus_of(self._finished)):
-            lines.append(f"threshold  {self._threshold([last for _, last in taus])}")
+            lines += [self._round(name) for name in sorted(self.rounds, key=lambda name: (not name, name))]
+            lines += [words for name in sorted(self.rounds)[:1] if (words := self._curve(name))]
+        if taus := self.taus:
+            lines.append(f"threshold  {_threshold(taus)}")
         if choices.PEERS[self._generation.peers].asked and self._finished:
             lines.append(f"peers      {self._peers()}")
         if self._generation.audit > 0.0:
             lines.append(f"error      {self._error()}")
         if self._fleet is not None:
-            lines.append(f"fleet      {fleet_words(self._fleet, self._generation.confidence)}")
+            lines.append(f"fleet      at most {self._fleet.limit(self.confidence):.4f}, as the cloud sums it up")
         return lines
 
     def _settled(self) -> str:
         total = self.tokens.total()
-        shares = [f"{words} {self.tokens[s] / total:.1%}" for s, words in SOURCES.items() if self.tokens[s]]
-        return f"{total}: {', '.join(shares)}" if total else "none yet"
+        shares = [f"{words} {self.tokens[s] / total:.1%}" for s, words in WORDS.items() if self.tokens[s]]
+        return f"{total:,}: {', '.join(shares)}" if total else "none yet"
 
     def _round(self, cluster: str) -> str:
         state = self.rounds[cluster]
-        words = f"federated  {cluster or 'all'}: round {state.number}, {state.members} agents"
-        if state.threshold is not None:
-            words += f", tau {state.threshold:.3f}"
+        words = f"round {state.number} of {cluster or 'all'}, {state.members} agent{'s' if state.members != 1 else ''}"
         if state.curve is not None and state.curve.total_weight:
-            m = isotonic(state.curve)
-            read = " ".join(f"{m[int(u * BINS)]:.2f}" for u in _READ_AT)
-            words += f", {state.curve.total_weight:.0f} tokens, m(u) {sparkline(m.tolist(), self._bars)} {read}"
-        return words
+            words += f", {state.curve.total_weight:,.0f} verdicts"
+        return f"federated  {words}" + (f", tau {state.threshold:.3f}" if state.threshold is not None else "")
 
-    def _threshold(self, taus: list[float]) -> str:
-        if max(taus) == 0.0:
-            return "tau 0: every token is verified, since too little is known to keep any"
-        low, high, mean = min(taus), max(taus), sum(taus) / len(taus)
-        return f"tau {mean:.2f}" + (f", {low:.2f} to {high:.2f} by agent" if low < high else "")
+    def _curve(self, cluster: str) -> str:
+        curve = self.rounds[cluster].curve
+        if curve is None or not curve.total_weight:
+            return ""
+        m = isotonic(curve)
+        read = " ".join(f"{m[int(u * BINS)]:.2f}" for u in _READ_AT)
+        return f"m(u)       {sparkline(m.tolist(), self._bars)} {read}"
 
     def _peers(self) -> str:
         latest = {r.agent: r.statistics.get("similarity") for r in self._finished if r.finish != "error"}
         known = [similarity for similarity in latest.values() if similarity is not None]
         if not known:
-            return "may settle nothing yet: too few of their proposals were checked by the cloud"
-        return f"may settle where contexts are similar by {min(known):.2f} or more, for {len(known)} of {len(latest)} agents"
+            return "settle nothing yet: the cloud has checked too few proposals"
+        return f"settle where contexts are similar by {min(known):.2f} or more, at {len(known)} of {len(latest)} agents"
 
     def _error(self) -> str:
-        known = certificate_of(self._finished)
-        budget = f"budget {self._generation.budget:g} per token"
-        if known is None or not known.tokens:
-            return budget
-        limit, confidence = known.limit(self._generation.confidence), self._generation.confidence
+        known, limit = certificate_of(self._finished), self.limit
+        if known is None or limit is None:
+            return f"nothing audited yet; budget {self.budget:g} per token"
         return (
-            f"{budget}, estimated {known.estimate:.4f}, at most {limit:.4f} ({confidence:.0%}, {known.texts:.0f} texts)"
+            f"at most {limit:.4f} per token ({self.confidence:.0%}, {known.texts:.0f} texts), "
+            f"R-hat {known.estimate:.4f}, budget {self.budget:g}"
         )
+
+
+def _threshold(taus: Sequence[float]) -> str:
+    if max(taus) == 0.0:
+        return "tau 0: every draft is verified, since too little is known"
+    low, high, mean = min(taus), max(taus), sum(taus) / len(taus)
+    return f"tau {mean:.2f}" + (f", {low:.2f} to {high:.2f} by agent" if low < high else "")
 
 
 def sparkline(values: Sequence[float], bars: str = BARS) -> str:

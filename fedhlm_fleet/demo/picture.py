@@ -16,8 +16,10 @@ from rich.text import Text
 
 from fedhlm import settings
 from fedhlm.telemetry import configure_logging
+from fedhlm_fleet.demo.progress import wrapped
 from fedhlm_fleet.demo.report import Report, tables
 from fedhlm_fleet.demo.run import Demo
+from fedhlm_fleet.demo.story import outcome
 
 WIDTH: Final = 112  # columns
 LOOK_EVERY_S: Final = 0.25
@@ -39,11 +41,13 @@ async def watch(demo: Demo) -> RenderableType:
     return frame
 
 
-def svg(command: str, frame: RenderableType, report: Report) -> str:
-    """Draw the command, the view and the table as one terminal."""
+def svg(command: str, frame: RenderableType, report: Report, confidence: float) -> str:
+    """Draw the command, the view, the table and what came of it as one terminal."""
     console = Console(record=True, file=io.StringIO(), force_terminal=True, width=WIDTH, color_system="truecolor")
     console.print(Text(f"$ {command}", style="bold"))
     console.print(frame, Text(), *tables(report, WIDTH))
+    for line in outcome(report, confidence):
+        console.print(Text(wrapped(line, WIDTH, "- ")))
     return console.export_svg(title=command, code_format=_FORMAT, unique_id="demo")
 
 
@@ -59,7 +63,7 @@ def main() -> None:
     frame = asyncio.run(watch(demo))
     if demo.report is None:
         raise SystemExit("the demo ended without a report")
-    given.out.write_text(svg("fedhlm demo", frame, demo.report), "utf-8")
+    given.out.write_text(svg("fedhlm demo", frame, demo.report, demo.config.generation.confidence), "utf-8")
 
 
 if __name__ == "__main__":

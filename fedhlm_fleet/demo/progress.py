@@ -1,5 +1,6 @@
-"""Live view of a running fleet: a table and the journey's lines on a terminal, occasional plain lines elsewhere."""
+"""A running fleet, told as it goes: the story, under it a live view on a terminal, or a line now and then elsewhere."""
 
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +13,31 @@ from rich.table import Table
 from rich.text import Text
 
 from fedhlm.protocol.messages import Learned
-from fedhlm_fleet.demo.journey import Journey
-from fedhlm_fleet.demo.report import SOURCES, Generated
+from fedhlm_fleet.colours import STYLES, WORDS
+from fedhlm_fleet.demo.journey import LABEL, Journey
+from fedhlm_fleet.demo.report import Generated
+from fedhlm_fleet.demo.story import Story
 
-COLOURS: Final = {"cloud": "cyan", "local": "green", "peer": "yellow", "neighbour": "magenta", "unverified": "red"}
-_SHORT: Final = {"local": "device", "peer": "peers", "neighbour": "next door", "cloud": "cloud", "unverified": "nobody"}
 _LINES_EVERY_S: Final = 5.0
-_TEXT_WIDTH: Final = 36
+_TITLE_WIDTH: Final = 30
+_INDENT: Final = 10
+_LINE_MAX: Final = 100  # longer lines are hard to read
 _COLUMNS_WIDTH: Final = 48
 
 
+def wrapped(line: str, width: int, before: str = "") -> str:
+    """Wrap a line to a width, with `before` in front of it and as much room before what follows."""
+    return textwrap.fill(
+        line,
+        max(len(before) + _TITLE_WIDTH, min(width, _LINE_MAX)),
+        initial_indent=before,
+        subsequent_indent=" " * len(before),
+        break_on_hyphens=False,
+    )
+
+
 class Progress:
-    """The token counts and latest text of every agent, and the journey; `stage` begins a part of the demo."""
+    """The token counts and latest text of every agent, the journey and its story; `stage` begins a part of the demo."""
 
     def __init__(
         self,
@@ -35,6 +49,7 @@ class Progress:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.journey = journey
+        self._story = Story(journey)
         self._plain = plain
         self._console = console
         self._clock_s = clock_s
@@ -54,21 +69,30 @@ class Progress:
         with Live(console=self._console, refresh_per_second=8, transient=True, get_renderable=self.view) as live:
             yield live
 
-    def stage(self, words: str, *, watched: bool = False) -> None:
-        """Begin a part of the demo; only a `watched` one updates the journey and prints lines as it goes."""
+    def stage(self, words: str, *notes: str, watched: bool = False) -> None:
+        """Begin a part of the demo, with notes on it; only a `watched` one updates the journey and tells how it goes."""
         self._stage, self._watched = words, watched
         for tokens in self._tokens.values():
             tokens.clear()
         self._shown_s = self._clock_s()
-        self.say(f"{self._elapsed()} {words}")
+        self._timed(words)
+        for line in notes:
+            self.note(line)
 
     def note(self, line: str) -> None:
         """Print an indented line about the stage."""
-        self.say(f"    {line}")
+        self.say(line, " " * _INDENT)
 
-    def say(self, line: str) -> None:
-        """Print a line that stays above the live view."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def say(self, line: str, before: str = "") -> None:
+        """Print a line that stays above the live view, wrapped to the width of the output."""
+        self._console.print(wrapped(line, self._console.width, before), markup=False, highlight=False, soft_wrap=True)
+
+    def _timed(self, line: str) -> None:
+        self.say(line, f"{self._elapsed()}  ".rjust(_INDENT))
+
+    def _tell_news(self) -> None:
+        for line in self._story.news():
+            self._timed(line)
 
     def learned(self, cluster: str, state: Learned) -> None:
         """Take in a new state of a cluster or, with "", of all clusters.
@@ -78,6 +102,7 @@ class Progress:
         """
         if self._watched:
             self.journey.learned(cluster, state)
+            self._tell_news()
 
     def heard(self, generated: Generated) -> None:
         """Take in the new tokens of a request."""
@@ -85,6 +110,7 @@ class Progress:
         self._tokens[generated.agent].update(new)
         if self._watched:
             self.journey.heard(new)
+            self._tell_news()
         self._counted[id(generated)] = len(generated.sources)
         self._latest[generated.agent] = generated
 
@@ -96,15 +122,16 @@ class Progress:
         if not self._watched:
             return
         self.journey.finished(generated)
+        self._tell_news()
         if self._plain and self._clock_s() - self._shown_s >= _LINES_EVERY_S:
             self._shown_s = self._clock_s()
-            self.say(f"{self._elapsed()} {generated.agent} wrote: {_told(generated)}")
-            self.tell(brief=True)
+            self._timed(f"tokens {self.journey.line()}")
+            self.note(self._written(generated))
 
-    def tell(self, *, brief: bool = False) -> None:
+    def tell(self) -> None:
         """Print the journey's present lines."""
-        for line in self.journey.lines(brief=brief):
-            self.note(line)
+        for line in self.journey.lines():
+            self.say(line[LABEL:], " " * _INDENT + line[:LABEL])
 
     def _elapsed(self) -> str:
         return f"{self._clock_s() - self._began_s:5.1f} s"
@@ -118,9 +145,9 @@ class Progress:
         """Return the present view: the stage, a row for each agent, and the journey's lines."""
         shown = Table(box=None, padding=(0, 1), pad_edge=False, expand=True)
         shown.add_column("agent", no_wrap=True)
-        used = [s for s in SOURCES if any(tokens[s] for tokens in self._tokens.values())]
+        used = [s for s in WORDS if any(tokens[s] for tokens in self._tokens.values())]
         for source in used:
-            shown.add_column(_SHORT[source], justify="right", no_wrap=True, style=COLOURS[source])
+            shown.add_column(WORDS[source], justify="right", no_wrap=True, style=STYLES[source].split()[0])
         shown.add_column("writes", no_wrap=True, overflow="crop", ratio=1)
         # The end of the text is the new part; the table would cut it off, so the text is shortened here.
         room = max(1, self._console.width - _COLUMNS_WIDTH)
@@ -128,10 +155,10 @@ class Progress:
             text = " ".join(latest.text.split())[-room:] if latest else ""
             shown.add_row(agent, *(str(self._tokens[agent][s]) for s in used), Text(text))
         lines = [Text(line) for line in (self.journey.lines() if self._watched else [])]
-        return Group(Text(f"{self._elapsed()} {self._stage}", style="bold"), shown, *lines)
+        return Group(Text(f"{self._elapsed()}  {self._stage}", style="bold"), shown, *lines)
 
-
-def _told(generated: Generated) -> str:
-    title = " ".join(generated.prompt.split())[:_TEXT_WIDTH]
-    text = " ".join(generated.text.split())[:_TEXT_WIDTH]
-    return f"{title} | {text}"
+    def _written(self, generated: Generated) -> str:
+        """A text in one line, cut at its end."""
+        title = textwrap.shorten(generated.prompt, _TITLE_WIDTH, placeholder=" ...", break_on_hyphens=False)
+        line = f"{generated.agent} wrote: {title} | {' '.join(generated.text.split())}"
+        return line[: max(_TITLE_WIDTH, min(self._console.width, _LINE_MAX) - _INDENT)].rstrip()

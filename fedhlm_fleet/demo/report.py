@@ -18,7 +18,7 @@ SOURCES: Final[dict[Source, str]] = {
     "peer": "settled by peers",
     "neighbour": "by a neighbour cluster",
     "cloud": "by the cloud",
-    "unverified": "by nobody, link gone",
+    "unverified": "unverified, link gone",
 }
 # Texts of these couplings are functions of the seed and can equal the LLM's; under the others only the law is the same.
 SEEDED: Final = frozenset({"gumbel", "greedy"})
@@ -268,15 +268,14 @@ def notes(report: Report) -> list[str]:
             f"same {report.comparisons[0].requests}: the same requests, with the same seeds, of the same agents under "
             "every preset, asked after the run."
         )
-    lines.append(
-        "transmissions: messages to the cloud; saved: against one for each token. Bytes are those of MQTT packets."
-    )
+    lines.append("uplink: to the cloud; saved: against one message for each token. Bytes are those of MQTT packets.")
     if report.compared and report.identical_to_llm is not None:
         lines.append(
-            f"as the LLM alone: compared with what it writes by itself, in the run for {report.compared} requests."
+            "equal to LLM only: compared with what the LLM writes by itself with the same seed, in the run for "
+            f"{report.compared} requests. One token that differs changes all that follow; this is not the error per token."
         )
     if any(c.compared and c.identical_to_llm is None for c in (report, *report.comparisons)):
-        lines.append("-: this preset draws other random numbers than the LLM alone, so its texts need not be equal.")
+        lines.append("-: this preset draws other random numbers than the LLM only, so its texts need not be equal.")
     if report.truth:
         lines.append(
             "truth: the share of tokens that were kept and that the LLM would not have written there, over the texts "
@@ -284,8 +283,8 @@ def notes(report: Report) -> list[str]:
         )
     if report.risk_limit is not None:
         lines.append(
-            "error per token: what skipping is estimated to cost (R-hat); at most: the certificate's limit, at the preset's "
-            "confidence and at every moment."
+            "error per token: what keeping drafts is estimated to cost (R-hat); upper limit: the certificate's, at the "
+            "preset's confidence and at every moment."
         )
     return lines
 
@@ -302,20 +301,20 @@ _ROWS: Final[dict[str, Callable[[Figures], str]]] = {
     "requests failed": lambda c: f"{c.failed}",
     "tokens": lambda c: f"{c.tokens}",
     **{f"  {words}": _share_of(source) for source, words in SOURCES.items()},
-    "tokens as the LLM alone": lambda c: _percent(c.identical_to_llm),
-    "texts as the LLM alone": lambda c: _percent(c.exact_match),
-    "topic right": lambda c: _percent(c.topic_accuracy.system),
-    "  by the SLM alone": lambda c: _percent(c.topic_accuracy.slm),
-    "  by the LLM alone": lambda c: _percent(c.topic_accuracy.llm),
-    "transmissions per token": lambda c: f"{c.uplink_messages_per_token:.3f}",
+    "tokens equal to LLM only": lambda c: _percent(c.identical_to_llm),
+    "texts equal to LLM only": lambda c: _percent(c.exact_match),
+    "topic accuracy": lambda c: _percent(c.topic_accuracy.system),
+    "  SLM only": lambda c: _percent(c.topic_accuracy.slm),
+    "  LLM only": lambda c: _percent(c.topic_accuracy.llm),
+    "uplink messages per token": lambda c: f"{c.uplink_messages_per_token:.3f}",
     "  saved": lambda c: _percent(c.transmissions_saved),
     "uplink bytes per token": lambda c: f"{c.uplink_bytes_per_token:,.1f}",
     "cluster bytes per token": lambda c: f"{c.cluster_bytes_per_token:,.1f}",
     "round trips per token": lambda c: f"{c.round_trips_per_token:.3f}",
-    "error per token": lambda c: _number(c.risk, 4),
-    "  at most": lambda c: _number(c.risk_limit, 4),
-    "threshold at the start": lambda c: _number(c.tau_start, 2),
-    "threshold at the end": lambda c: _number(c.tau_end, 2),
+    "error per token (R-hat)": lambda c: _number(c.risk, 4),
+    "  upper limit": lambda c: _number(c.risk_limit, 4),
+    "threshold tau, first text": lambda c: _number(c.tau_start, 2),
+    "threshold tau, last text": lambda c: _number(c.tau_end, 2),
     "tokens per second": lambda c: f"{c.tokens_per_second:.0f}",
 }
 

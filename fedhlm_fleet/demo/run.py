@@ -30,8 +30,9 @@ from fedhlm_fleet.attendance import Place
 from fedhlm_fleet.demo.asking import Asker, Task, load_prompts, tasks_of
 from fedhlm_fleet.demo.journey import ASCII_BARS, BARS, Journey
 from fedhlm_fleet.demo.judge import Judge
-from fedhlm_fleet.demo.progress import Progress
+from fedhlm_fleet.demo.progress import Progress, wrapped
 from fedhlm_fleet.demo.report import Figures, Generated, PresetRun, Report, TruthRow, figures, notes, tables
+from fedhlm_fleet.demo.story import outcome, setting, task
 from fedhlm_fleet.demo.truth import truth_rows, truth_table
 from fedhlm_fleet.processes import Processes
 from fedhlm_zoo.partition import dirichlet_partition, skew
@@ -196,35 +197,41 @@ class Demo:
 
     async def _tell(self, asker: Asker, progress: Progress) -> None:
         with progress.live():
-            progress.stage(f"starting {CLUSTERS} clusters of {AGENTS} agents, {CLUSTERS} edges, a cloud and a broker")
-            for line in self._news():
-                progress.note(line)
+            progress.stage("A fleet starts.", setting(CLUSTERS, AGENTS), *self._news())
             try:
                 async with asyncio.timeout(READY_S):
                     await asker.wait_ready()
             except TimeoutError:
                 raise BusError(f"the fleet was not ready within {READY_S:g} s") from None
-            progress.stage(f"preset {self.name}: all agents write for {self.duration_s:g} s", watched=True)
-            for line in progress.journey.legend():
-                progress.note(line)
+            progress.stage(
+                f"The run: all agents write for {self.duration_s:g} s under preset {self.name}.",
+                *task(self.config.generation, self._promise(self.name)),
+                *progress.journey.legend(),
+                watched=True,
+            )
             began = time.monotonic()
             try:
                 await self._work(asker, self.shares(), self.duration_s, None)
             finally:
                 run = self._run_of(self.name, list(asker.requests), time.monotonic() - began)
                 self.report = self._reported(figures(run, {}), progress, stopped_early=True)
-            progress.stage("the run is over")
+            progress.stage("The run is over. This is what the fleet knows now:")
             progress.tell()
             # The comparison uses other presets, which do not belong into the recording.
             presets = self._compared_presets() if self.recording is None else []
+            if presets:
+                progress.stage(
+                    f"The comparison: {len(self.compared)} news items that were not in the run, under each of "
+                    f"{len(presets)} presets, with the same seeds and agents."
+                )
             runs = [await self._compare(asker, progress, name) for name in presets]
-            progress.stage("both models write the same alone, to compare")
+            progress.stage("The check: each model writes the same requests by itself, to compare the texts.")
             judge = await asyncio.to_thread(Judge, llm=self.llm, slm=self.slm)
             comparisons = [await asyncio.to_thread(judge.figures, other) for other in runs]
             judged = await asyncio.to_thread(judge.figures, run, JUDGED_TEXTS)
             self.report = self._reported(judged, progress, comparisons=comparisons)
             if self.truth:
-                progress.stage("the LLM scores every kept token of the run")
+                progress.stage("The truth: the LLM scores every kept token of the run.")
                 self.report.truth = await asyncio.to_thread(self._truth_of, run, judge)
 
     def _truth_of(self, run: PresetRun, judge: Judge) -> list[TruthRow]:
@@ -264,12 +271,18 @@ class Demo:
             for number, (place, part) in enumerate(zip(self.places, self.parts, strict=True))
         }
 
+    @staticmethod
+    def _promise(name: str) -> str:
+        """What a shipped preset promises; nothing for a file."""
+        return configuration.presets().get(name, "")
+
     def _compared_presets(self) -> list[str]:
         return [self.name, *(name for name in COMPARED if name != self.name)]
 
     async def _compare(self, asker: Asker, progress: Progress, name: str) -> PresetRun:
         """Send the requests of the comparison; each agent gets the same ones under every preset."""
-        progress.stage(f"the same {len(self.compared)} news items under preset {name}")
+        promise = self._promise(name)
+        progress.stage(f"Under preset {name}{f': {promise}' if promise else ''}.")
         tasks = list(tasks_of(self.compared, self.tokens, self.seed * _SEEDS_APART + _COMPARISON_SEEDS))
         # Two consecutive tasks belong to one item and go to the same agent, so that each agent gets both kinds.
         agents = len(self.places)
@@ -363,8 +376,12 @@ def run(
         console.print(*tables(demo.report, console.width))
         if demo.report.truth:
             console.print(truth_table(demo.report.truth))
-        for line in notes(demo.report):
-            console.print(line, markup=False, highlight=False)
+        for heading, lines in (
+            ("What came of it", outcome(demo.report, demo.config.generation.confidence)),
+            ("\nThe words of the table", notes(demo.report)),
+        ):
+            for line in [heading, *(wrapped(line, console.width, "- ") for line in lines)] if lines else []:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
         figures_file.write(json_file, demo.report)
         if 0 < demo.report.requests == demo.report.failed:
             code = code or NOTHING_ANSWERED

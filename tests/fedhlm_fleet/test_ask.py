@@ -1,8 +1,11 @@
 """`fedhlm ask` as a user runs it, against an agent that says what a test wants it to say, on both brokers."""
 
 import asyncio
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.answers import Marks, Piece
@@ -25,6 +29,9 @@ from fedhlm.protocol.fields import Source
 from fedhlm.protocol.messages import Cancel, Output, Prompt
 from fedhlm.telemetry import Counters
 from fedhlm_fleet.commands.ask import read_form, read_words
+from fedhlm_fleet.commands.paper import Coloured
+from fedhlm_fleet.console.texts import Pieces, tokenizer_of
+from fedhlm_zoo.shipped import model_folder
 from tests.brokers import Mosquitto
 from tests.processes import obey_interrupts
 
@@ -115,6 +122,62 @@ async def test_text_streams_and_what_nobody_verified_is_marked(broker: Mosquitto
         }
         assert (porch.prompts[-1].text, porch.prompts[-1].temperature) == ("Ø\n", 0.0)
         assert porch.prompts[-1].preset == "exact"
+
+
+async def on_a_terminal(url: str, **environ: str) -> str:
+    """What `fedhlm ask` writes on a terminal."""
+    ours, theirs = pty.openpty()
+    told = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while chunk := os.read(ours, 4_096):
+                told.extend(chunk)
+
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("FEDHLM_", "NO_COLOR", "FORCE_"))}
+    command = [sys.executable, "-m", "fedhlm_fleet.cli", "ask", "porch", "Oil", "--broker.url", url]
+    environment = {**kept, "TERM": "xterm-256color", "COLUMNS": "80", **environ}
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    reading = asyncio.create_task(asyncio.to_thread(read))
+    try:
+        assert await asyncio.wait_for(process.wait(), LIMIT_S) == 0, bytes(told)
+        await asyncio.wait_for(reading, LIMIT_S)
+    finally:
+        os.close(ours)
+    return told.decode().replace("\r\n", "\n")
+
+
+async def test_on_a_terminal_each_token_has_the_colour_of_its_source_and_a_legend_counts_them() -> None:
+    async with EmbeddedBroker() as broker, playing(broker.url, "cloud", "local", "peer", "unverified"):
+        told = await on_a_terminal(broker.url)
+        first, second, *_ = told.splitlines()
+        assert first == ("\x1b[33m 0\x1b[0m\x1b[36m 1\x1b[0m\x1b[4;32m 2\x1b[0m[unverified: \x1b[3;91m 3\x1b[0m]"), (
+            repr(told)
+        )
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", second)
+        assert plain.split() == ["tokens:", "kept", "1", "peers", "1", "cloud", "1", "unverified", "1"]
+        assert "\x1b[36mkept 1" in second
+        for quiet in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+            assert await on_a_terminal(broker.url, **quiet) == (
+                " 0 1 2[unverified:  3]\nfedhlm: nobody has verified 1 of 4 tokens\n"
+            )
+
+
+def test_a_message_with_tokens_of_two_sources_is_coloured_token_by_token() -> None:
+    tokenizer = tokenizer_of(model_folder("", "slm"))
+    ids = tuple(tokenizer.encode("Oil prices rise", add_special_tokens=False).ids)
+    sources: tuple[Source, ...] = tuple("local" if i % 2 else "cloud" for i in range(len(ids)))
+    text = tokenizer.decode(list(ids))
+    terminal = Console(width=80, force_terminal=True, color_system="standard", no_color=False, highlight=False)
+    paper = Coloured(terminal, Pieces(tokenizer))
+    with terminal.capture() as capture:
+        paper.put(Piece(text, ids, sources, 0))
+    told = re.findall(r"\x1b\[(\d+)m([^\x1b]*)\x1b\[0m", capture.get())
+    assert "".join(word for _, word in told) == text
+    assert [code for code, _ in told] == ["36" if source == "local" else "33" for source in sources]
 
 
 async def test_ctrl_c_cancels_and_exits_130(broker: Mosquitto | EmbeddedBroker) -> None:

@@ -16,8 +16,9 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import Fingerprint
 from fedhlm.protocol.sources import SOURCES
+from fedhlm_fleet.colours import STYLES, WORDS
 from fedhlm_fleet.console.feeds import RecordedFeed
-from fedhlm_fleet.console.screen import STYLES, WORDS, screen
+from fedhlm_fleet.console.screen import screen
 from fedhlm_fleet.console.state import ConsoleState
 from fedhlm_fleet.console.texts import Pieces, tokenizer_of
 from fedhlm_traces.file import read

@@ -13,7 +13,7 @@ from fedhlm_fleet.demo import picture
 from fedhlm_fleet.demo.report import Generated, PresetRun, Report, figures
 
 SHIPPED = Path(__file__).parents[3] / "docs" / "assets" / "demo.svg"
-ROWS = ("kept on the device", "by the cloud", "transmissions per token", "uplink bytes per token")
+ROWS = ("kept on the device", "by the cloud", "uplink messages per token", "uplink bytes per token")
 
 
 def texts_of(svg: str) -> str:
@@ -34,9 +34,9 @@ def test_the_picture_holds_the_command_the_view_and_the_table_and_loads_nothing(
     )  # fmt: skip
     measured = figures(PresetRun("hlm", generation, 1, [done], 1.0), {})
     report = Report(**{name: getattr(measured, name) for name in measured.__struct_fields__})
-    drawn = picture.svg("fedhlm demo", Text("agent-1a writes <this>", style="green"), report)
+    drawn = picture.svg("fedhlm demo", Text("agent-1a writes <this>", style="green"), report, 0.95)
     words = texts_of(drawn)
-    for expected in ("$ fedhlm demo", "agent-1a writes <this>", "by the cloud", "8,303.0"):
+    for expected in ("$ fedhlm demo", "agent-1a writes <this>", "by the cloud", "8,303.0", "settled without the cloud"):
         assert expected in words
     assert not loads_of(drawn)
 
@@ -50,7 +50,16 @@ def test_the_fonts_that_rich_would_load_are_what_is_left_out() -> None:
 def test_the_shipped_picture_is_of_the_demo_as_it_is() -> None:
     svg = SHIPPED.read_text("utf-8")
     words = texts_of(svg)
-    for expected in ("$ fedhlm demo", "agent-1a", "agent-2b", "threshold", "exact", "hlm", *ROWS):
+    for expected in (
+        "$ fedhlm demo",
+        "agent-1a",
+        "agent-2b",
+        "threshold",
+        "exact",
+        "hlm",
+        *ROWS,
+        "settled without the cloud",
+    ):
         assert expected in words
     assert not loads_of(svg)
 
@@ -61,6 +70,6 @@ def test_a_run_is_drawn_while_all_agents_write(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["picture", str(out), "--duration", "3", "--preset", "exact"])
     picture.main()
     words = texts_of(out.read_text("utf-8"))
-    assert "preset exact: all agents write for 3 s" in words
+    assert "all agents write for 3 s under preset exact" in words
     for expected in ("agent-1a", "agent-2b", *ROWS[1:]):
         assert expected in words

@@ -1,9 +1,10 @@
 """Logs, counters, gauges and histograms of a part.
 
-A log record is one line. It names the party that wrote it and contains no known secret. Counters, gauges and histograms
+A log record is one line, of text or JSON. It names the party that wrote it and contains no known secret. Counters, gauges and histograms
 have the names of the table in `fedhlm.metrics`; `fedhlm.exposition` serves them to Prometheus.
 """
 
+import json
 import logging
 import math
 import sys
@@ -12,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Final, TextIO
 
 from fedhlm.metrics import COUNTERS, GAUGES, HISTOGRAMS, LABELS
@@ -184,24 +186,51 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.party = self._party
-        text = super().format(record)
-        for secret in self._secrets:
-            text = text.replace(secret, MASK)
-        return text
+        return self._masked(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the name is the standard library's
         # Text from the bus may be part of a message. A line break in it must not look like another record, and a few
         # messages must not fill the disk.
-        text = super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
-        return text if len(text) <= MESSAGE_MAX else f"{text[:MESSAGE_MAX]}... ({len(text)} characters)"
+        return _cut(super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n"))
+
+    def _masked(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return text
+
+
+class OneObject(OneLine):
+    """Formats one JSON object a line: `time` in UTC, `level`, `party`, `logger`, `message`, and `traceback` after an error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "party": self._party,
+            "logger": record.name,
+            "message": _cut(self._masked(record.getMessage())),
+        }
+        if record.exc_info:
+            told["traceback"] = self._masked(self.formatException(record.exc_info))
+        return json.dumps(told, ensure_ascii=False)
+
+
+FORMATS: Final[dict[str, type[OneLine]]] = {"lines": OneLine, "json": OneObject}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MESSAGE_MAX else f"{text[:MESSAGE_MAX]}... ({len(text)} characters)"
 
 
 def configure_logging(
-    level: str, party: str, *, secrets: Iterable[str] = (), stream: TextIO | None = None
+    level: str, party: str, *, secrets: Iterable[str] = (), form: str = "lines", stream: TextIO | None = None
 ) -> logging.Handler:
-    """Send all records of `level` and above to `stream` (default: stderr). Replaces other handlers; returns its own."""
+    """Send all records of `level` and above to `stream` (default: stderr). Replaces other handlers; returns its own.
+
+    `form` is a name of FORMATS.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(OneLine(party, secrets))
+    handler.setFormatter(FORMATS[form](party, secrets))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     return handler
 

@@ -21,6 +21,7 @@ from fedhlm_fleet.commands import (
     doctor,
     federation,
     flash,
+    fleet,
     lab,
     models,
     pki,
@@ -80,6 +81,7 @@ app.command(config_app)
 app.command(ask.ask)
 app.command(models.app)
 app.command(lab.app)
+app.command(fleet.app)
 app.command(federation.app)
 app.command(pki.app)
 app.command(simulate.simulate)

@@ -123,7 +123,7 @@ def serve(
     `main` connects its links to the notifier, which tells the service manager when the part is ready.
     """
     secrets = (config.broker.password, config.edge.upstream.password)
-    configure_logging(config.telemetry.log_level, name, secrets=secrets)
+    configure_logging(config.telemetry.log_level, name, secrets=secrets, form=config.telemetry.log_format)
     counters = Counters()
     notifier = Notifier.of()
     with exported(counters, party=name, port=config.telemetry.metrics_port, host=config.telemetry.metrics_host):

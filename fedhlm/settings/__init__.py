@@ -422,6 +422,13 @@ class Telemetry(Section, frozen=True):
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="Lowest level of the records that are logged.")
     ] = "INFO"
+    log_format: Annotated[
+        Literal["lines", "json"],
+        Meta(
+            description="How a record is logged: `lines` for people, or `json`, one object a line with `time`, `level`, "
+            "`party`, `logger`, `message` and, after an error, `traceback`."
+        ),
+    ] = "lines"
     metrics_host: Annotated[
         str,
         Meta(min_length=1, description="Address on which metrics are served to Prometheus, if `metrics_port` is set."),

@@ -226,9 +226,9 @@ def _loaded(keys: tuple[str, ...], file: Path | None, broker: str | None, root: 
     flags = parse_keys(keys)
     flags |= {key: value for key, value in (("broker.url", broker), ("broker.root", root)) if value is not None}
     loaded = load(file=file, flags=flags)
-    asked = loaded.sources["telemetry.log_level"] != "default"
-    level = loaded.config.telemetry.log_level if asked else "WARNING"
-    configure_logging(level, "traces", secrets=(loaded.config.broker.password,))
+    telemetry = loaded.config.telemetry
+    level = telemetry.log_level if loaded.sources["telemetry.log_level"] != "default" else "WARNING"
+    configure_logging(level, "traces", secrets=(loaded.config.broker.password,), form=telemetry.log_format)
     return loaded
 
 

@@ -2,11 +2,14 @@
 
 import asyncio
 import io
+import json
 import logging
 import math
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -16,7 +19,9 @@ from edge_agent.result import GenerationResult
 from fedhlm.config import load
 from fedhlm.metrics import COUNTERS, GAUGES, LABELS
 from fedhlm.protocol.messages import Sampling
+from fedhlm.settings import Telemetry
 from fedhlm.telemetry import (
+    FORMATS,
     MESSAGE_MAX,
     WARNED_MAX,
     Counters,
@@ -71,6 +76,26 @@ def test_a_secret_is_replaced_in_message_and_traceback(log: logging.Logger) -> N
     assert "hunter2" not in stream.getvalue()
     assert "connecting with *** failed" in stream.getvalue()
     assert "ValueError: login *** refused" in stream.getvalue()
+
+
+def test_records_as_json_are_one_object_a_line_without_secrets(log: logging.Logger) -> None:
+    stream = io.StringIO()
+    configure_logging("INFO", "porch", secrets=["hunter2"], form="json", stream=stream)
+    log.info("broker %s is back", "b1\n{")
+    log.warning("x" * 2 * MESSAGE_MAX)
+    try:
+        raise ValueError("login hunter2 refused")
+    except ValueError:
+        log.exception("connecting with %s failed", "hunter2")
+    plain, long, failed = map(json.loads, stream.getvalue().splitlines())
+    assert list(plain) == ["time", "level", "party", "logger", "message"]
+    assert [*plain.values()][1:] == ["INFO", "porch", "fedhlm.somewhere", "broker b1\n{ is back"]
+    assert datetime.fromisoformat(plain["time"]).utcoffset() == timedelta(0)
+    assert len(long["message"]) < MESSAGE_MAX + 40
+    assert failed["message"] == "connecting with *** failed"
+    assert failed["traceback"].startswith("Traceback")
+    assert failed["traceback"].endswith("ValueError: login *** refused")
+    assert set(FORMATS) == set(get_args(get_args(get_type_hints(Telemetry, include_extras=True)["log_format"])[0]))
 
 
 def test_configuring_again_replaces_the_handler(log: logging.Logger) -> None:

@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 from edge_broker.embedded import EmbeddedBroker
-from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning.certificate import Certificate

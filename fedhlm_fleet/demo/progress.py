@@ -16,7 +16,7 @@ from fedhlm.protocol.messages import Learned
 from fedhlm_fleet.colours import STYLES, WORDS
 from fedhlm_fleet.demo.journey import LABEL, Journey
 from fedhlm_fleet.demo.report import Generated
-from fedhlm_fleet.demo.story import Story
+from fedhlm_fleet.demo.story import Narrator
 
 _LINES_EVERY_S: Final = 5.0
 _TITLE_WIDTH: Final = 30
@@ -49,7 +49,7 @@ class Progress:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.journey = journey
-        self._story = Story(journey)
+        self._story = Narrator(journey)
         self._plain = plain
         self._console = console
         self._clock_s = clock_s

@@ -34,7 +34,7 @@ def task(generation: Generation, promise: str) -> list[str]:
     return told
 
 
-class Story:
+class Narrator:
     """What is true of a journey, each sentence once, as soon as it is true."""
 
     def __init__(self, journey: Journey) -> None:

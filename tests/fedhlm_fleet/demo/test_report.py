@@ -360,7 +360,7 @@ CERTAIN.add(20_000, [1.0] * 100)
 
 def test_each_beat_of_the_story_is_told_once_when_it_is_true() -> None:
     told = journey()
-    heard = story.Story(told)
+    heard = story.Narrator(told)
     assert heard.news() == []
     told.learned("home", learned(None))
     assert [line.split(":")[1].strip() for line in heard.news()] == [
@@ -388,7 +388,7 @@ def test_each_beat_of_the_story_is_told_once_when_it_is_true() -> None:
 
 def test_nothing_is_told_of_learning_where_nothing_is_learnt() -> None:
     told = journey("exact")
-    heard = story.Story(told)
+    heard = story.Narrator(told)
     told.learned("home", learned(None))
     told.finished(request("continue", [1], "x", ["cloud"], "a", tau=0.4))
     assert heard.news() == []

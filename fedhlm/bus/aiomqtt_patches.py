@@ -6,10 +6,11 @@ The module uses private attributes of aiomqtt and paho. The contract tests fail 
 # ruff: noqa: SLF001
 import asyncio
 import logging
+import math
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import aiomqtt
 import paho.mqtt.client as paho
@@ -22,6 +23,7 @@ from fedhlm.bus import reasons
 from fedhlm.bus.gate import Gate, Sheds
 from fedhlm.bus.interface import Extras
 
+_T = TypeVar("_T")
 _log: Final = logging.getLogger(__name__)
 
 # paho's reason code for a connection that the broker closed without a DISCONNECT; brokers may also send it.
@@ -90,6 +92,15 @@ class PatchedClient(aiomqtt.Client):
         if not self._connected.done():
             self.connack = properties
         super()._on_connect(client, userdata, flags, reason_code, properties)
+
+    async def _wait_for(self, fut: Awaitable[_T], timeout: float | None) -> _T:  # noqa: ASYNC109  aiomqtt's signature
+        # Before Python 3.12, asyncio.wait_for swallows a cancellation that comes in the same turn as the result.
+        limit_s = self.timeout if timeout is None else timeout
+        try:
+            async with asyncio.timeout(None if limit_s == math.inf else limit_s):
+                return await fut
+        except TimeoutError:
+            raise aiomqtt.MqttError("Operation timed out") from None
 
     def _client_connect(self) -> None:
         try:

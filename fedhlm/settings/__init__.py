@@ -425,8 +425,8 @@ class Telemetry(Section, frozen=True):
     log_format: Annotated[
         Literal["lines", "json"],
         Meta(
-            description="How a record is logged: `lines` for people, or `json`, one object a line with `time`, `level`, "
-            "`party`, `logger`, `message` and, after an error, `traceback`."
+            description="How a record is logged: as lines for people, or as JSON, one object a line with time, level, party, "
+            "logger and message, and the traceback of an error."
         ),
     ] = "lines"
     metrics_host: Annotated[

@@ -5,6 +5,7 @@ import gc
 import socket
 from typing import Any
 
+import aiomqtt
 import pytest
 
 from fedhlm.bus.aiomqtt_patches import PatchedClient
@@ -85,3 +86,20 @@ async def test_a_connection_that_ends_behind_its_connack_is_told_and_tried_again
         gc.collect()
     assert ("session taken over (reason code 0x8E)" in caplog.text) == bool(behind)
     assert "never retrieved" not in caplog.text
+
+
+async def test_a_cancellation_in_the_same_turn_as_the_answer_is_not_lost() -> None:
+    client = PatchedClient("127.0.0.1", 1)
+    answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(client._wait_for(answer, None))
+    await asyncio.sleep(0)
+    answer.set_result(7)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_an_answer_that_does_not_come_in_time_is_an_error() -> None:
+    client = PatchedClient("127.0.0.1", 1)
+    with pytest.raises(aiomqtt.MqttError, match="timed out"):
+        await client._wait_for(asyncio.Event().wait(), 0.01)

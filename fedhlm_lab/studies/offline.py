@@ -8,7 +8,6 @@ Run: python -m fedhlm_lab.studies.offline --recording FILE [--kind topic] [--pro
 """
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from edge_agent.accounts import OpenText
 from edge_agent.coins import audit_coin
-from edge_agent.events import Answered, Commit, Drafted, DraftNext, Escalate, Event, Finish, Observation, Observe, Plan
+from edge_agent.events import Answered, Drafted, Escalate, Finish, Plan
 from edge_agent.generation import GenerationMachine, scored
 from edge_agent.learner import Learner
 from edge_agent.measures import measures_of
@@ -35,6 +34,7 @@ from fedhlm.settings import Generation
 from fedhlm_lab.studies.command_line import COUNT, TEMPERATURE, Parser, limited, out_file, settings_of
 from fedhlm_lab.studies.command_line import run as run_study
 from fedhlm_lab.studies.compare import AGENTS, CLUSTERS, Oracle, shuffled_test_split, tasks_of
+from fedhlm_lab.studies.driving import drive
 from fedhlm_lab.studies.recorded import RecordedText, load_or_record
 from fedhlm_zoo.shipped import model_folder
 
@@ -86,27 +86,13 @@ class OfflineDevice:
         job = Job(self.config, sampling, len(text.target), CONTEXT_MAX, frozenset())
         plan = plan_of(job, self.learner, self._peers)
         machine = GenerationMachine(plan, [0] * text.prompt)
-        todo = deque(machine.start(0.0))
-        sources: list[str] = []
-        seen: list[Observation] = []
-        end = Finish("error")
-        escalated = blocks = 0
-        while todo:
-            event: Event | None = None
-            match todo.popleft():
-                case DraftNext(revision, ids):
-                    event = self._drafted(text, revision, len(ids))
-                case Escalate() as block:
-                    blocks += 1
-                    event = _answer(text, block)
-                case Commit(tokens):
-                    sources += [token.source for token in tokens]
-                case Observe(found):
-                    seen += found
-                case Finish() as end:
-                    pass
-            if event is not None:
-                todo.extend(machine.handle(event, 0.0))
+        done = drive(
+            machine,
+            lambda wanted: self._drafted(text, wanted.revision, len(wanted.ids)),
+            lambda block: _answer(text, block),
+        )
+        seen, end, blocks = done.observed, done.end, done.blocks
+        sources = [token.source for token in done.tokens]
         escalated = machine.tally.escalated
         self.learner.observe(self.measures, self.config, seen)
         tail = end.tail.tokens

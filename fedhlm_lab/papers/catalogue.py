@@ -1,0 +1,41 @@
+"""The experiments by name, and how each is run from its file to its result."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from fedhlm.progress import progress
+from fedhlm_lab.papers import fedhlm, fedhlm_figures
+from fedhlm_lab.papers.experiment import FedhlmExperiment
+from fedhlm_lab.papers.laws import LawPrompt, Laws
+from fedhlm_lab.papers.pair import LabPair, decoder_of
+from fedhlm_lab.papers.report import LabResult
+from fedhlm_lab.papers.requests import SHIPPED, source_of, topic_prompts
+
+QUICK: Final = "A smaller sample (--quick): the figures are for looking at, not for citing."
+TOO_FEW: Final = "AG News was not found (FEDHLM_DATA names its folder), so these are few and simple texts."
+
+
+def run_fedhlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+    """Run FedHLM's experiment."""
+    experiment = FedhlmExperiment.load("fedhlm", quick=quick)
+    source = source_of(experiment.articles)
+    laws = laws_of(pair, cache, topic_prompts(source.articles, decoder_of(pair)))
+    runs = fedhlm.run(experiment.smaller(len(source.articles)), pair, source, laws)
+    return marked(fedhlm_figures.result_of(runs), laws, source.name, quick=quick)
+
+
+def laws_of(pair: LabPair, cache: Path, prompts: list[LawPrompt]) -> Laws:
+    """The laws of a pair over prompts, from the cache if they are there."""
+    with progress("laws of prompts", len(prompts)) as ended:
+        return Laws.load_or_compute(cache, prompts, pair.small, pair.large, ended)
+
+
+def marked(result: LabResult, laws: Laws, source: str, *, quick: bool) -> LabResult:
+    """The result with what it was made from, and with a warning where it is small."""
+    models = {"SLM": laws.facts.small, "LLM": laws.facts.large, "laws": laws.facts.digest}
+    warnings = [*([QUICK] if quick else []), *([TOO_FEW] if source == SHIPPED else [])]
+    return result._replace(facts={**result.facts, **models}, sentences=[*warnings, *result.sentences])
+
+
+EXPERIMENTS: Final[dict[str, Callable[..., LabResult]]] = {"fedhlm": run_fedhlm}

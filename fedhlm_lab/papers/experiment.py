@@ -1,0 +1,101 @@
+"""Experiments as TOML files in `fedhlm_lab/papers/experiments`: parameters, seeds, and the papers' values."""
+
+import tomllib
+from importlib import resources
+from typing import Annotated, Any, Final, Self
+
+import msgspec
+from msgspec import Meta
+from msgspec.structs import replace
+
+from fedhlm.errors import ConfigError
+
+Amount = Annotated[int, Meta(ge=1, le=1_000_000)]
+Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
+FOLDER: Final = resources.files("fedhlm_lab.papers") / "experiments"
+
+
+class PaperValue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A value of a paper: where it stands, what it is called here, and how far ours may be from it.
+
+    `why_not` says why the number cannot be right, or cannot be compared; empty where nothing speaks against it.
+    """
+
+    place: str
+    name: str
+    value: float
+    tolerance: Annotated[float, Meta(ge=0.0)]
+    why_not: str = ""
+
+    def met(self, ours: float) -> bool:
+        """Whether our value is within the tolerance."""
+        return abs(ours - self.value) <= self.tolerance
+
+
+class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every experiment has. `quick` holds what differs in the smaller sample."""
+
+    title: str
+    articles: Amount
+    seed: Annotated[int, Meta(ge=0, lt=2**31)]
+    sample: Amount
+    quick: dict[str, Any] = {}
+    paper: tuple[PaperValue, ...] = ()
+
+    @classmethod
+    def load(cls, name: str, *, quick: bool = False) -> Self:
+        """Read a shipped experiment.
+
+        Raises:
+            ConfigError: the file has an impossible value.
+        """
+        tree = tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
+        return cls.of(tree, f"{name}.toml", quick=quick)
+
+    @classmethod
+    def of(cls, tree: dict[str, Any], name: str, *, quick: bool = False) -> Self:
+        """Make an experiment from a parsed file.
+
+        Raises:
+            ConfigError: a value is impossible.
+        """
+        try:
+            found = msgspec.convert(tree, cls)
+            return msgspec.convert({**tree, **found.quick}, cls) if quick else found
+        except msgspec.ValidationError as exc:
+            raise ConfigError(name, str(exc), "an experiment", why="a value is impossible") from exc
+
+    def smaller(self, articles: int) -> Self:
+        """The same experiment where there are at most so many articles."""
+        return replace(self, articles=min(self.articles, articles))
+
+
+class FedhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """FedHLM's evaluation: clients in clusters answer requests of one token in rounds of learning."""
+
+    requests: Amount
+    clients: Amount
+    clusters: Amount
+    rounds: Amount
+    alphas: tuple[Annotated[float, Meta(gt=0.0)], ...]
+    send_probability: Unit
+    fixed_tau: Unit
+    budget: Annotated[float, Meta(gt=0.0, le=1.0)]
+
+
+class UhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """U-HLM's and CU-HLM's evaluation. Times are in seconds, the bandwidth in hertz, sizes in bytes, SNR in decibels."""
+
+    rows: Amount
+    temperature: Annotated[float, Meta(ge=0.0, le=10.0)]
+    taus: tuple[Unit, ...]
+    vocabularies: tuple[Annotated[int, Meta(ge=64)], ...]
+    bandwidth_hz: Annotated[float, Meta(gt=0.0)]
+    snr_db: tuple[float, ...]
+    slm_s: Annotated[float, Meta(ge=0.0)]
+    llm_s: Annotated[float, Meta(ge=0.0)]
+    paper_vocabulary: Amount
+    paper_law_bytes: Annotated[float, Meta(gt=0.0)]
+    paper_rate: Unit
+    paper_compression: Unit
+    paper_speedup: Annotated[float, Meta(gt=0.0)]

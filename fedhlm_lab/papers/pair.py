@@ -1,0 +1,58 @@
+"""The pair of models of an experiment, as sources of laws and as parts of a fleet."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.sampling import NOISE
+from fedhlm.errors import FedhlmError
+from fedhlm.peers.context_keys import load_projection
+from fedhlm.protocol.fingerprint import fingerprint_of
+from fedhlm.protocol.messages import Fingerprint
+from fedhlm_lab.papers.laws import FolderModel, LawModel
+from fedhlm_lab.sim.shipped import shipped_pair
+from fedhlm_lab.sim.world import Pair
+from fedhlm_zoo.shipped import model_folder
+
+
+class LabPair(NamedTuple):
+    """Both models, their fingerprints (SLM, LLM), the text of a token, and the pair as a fleet of the simulator has it."""
+
+    small: LawModel
+    large: LawModel
+    fingerprints: tuple[Fingerprint, Fingerprint]
+    word: Callable[[int], str]
+    fleet: Callable[[], Pair]
+    decoder: Decoder | None = None
+
+
+def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
+    """Open two model folders; empty: the shipped ones.
+
+    Raises:
+        ModelError: a folder cannot be used.
+    """
+    folders: tuple[Path, Path] = (model_folder(slm, "slm"), model_folder(llm, "llm"))
+    small, large = (Decoder.load(folder, threads=threads) for folder in folders)
+    projection = load_projection(folders[0], small.info.hidden_size)
+    prints = [fingerprint_of(*d.vocabulary, noise=NOISE, model=d.info.label) for d in (small, large)]
+    return LabPair(
+        FolderModel(small, projection, stepwise=True),
+        FolderModel(large),
+        (prints[0], prints[1]),
+        lambda token: str(small.tokenizer.decode([token])),
+        lambda: shipped_pair(*folders, threads=threads),
+        small,
+    )
+
+
+def decoder_of(pair: LabPair) -> Decoder:
+    """The SLM's decoder, whose tokenizer makes the prompts.
+
+    Raises:
+        FedhlmError: the pair has none, because its models are toys.
+    """
+    if pair.decoder is None:
+        raise FedhlmError("prompts must be made by a pair of model folders (got toy models)")
+    return pair.decoder

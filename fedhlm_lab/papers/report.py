@@ -1,0 +1,160 @@
+"""A result of the lab: tables, charts and sentences, written as Markdown, CSV, PNG and SVG with what they were made by."""
+
+import csv
+import importlib.metadata
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from fedhlm.errors import FedhlmError
+from fedhlm.process.files import replace_file
+from fedhlm.version import __version__
+from fedhlm_lab.papers.experiment import PaperValue
+
+LIBRARIES: Final = ("numpy", "onnxruntime", "tokenizers", "msgspec", "matplotlib")
+Cell = str | float | int | None
+
+
+class LabTable(NamedTuple):
+    """A table: the name of its files, a heading, columns, and rows as long as the columns."""
+
+    slug: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+
+class ChartSeries(NamedTuple):
+    """One line, bar or cloud of points of a chart."""
+
+    name: str
+    x: Sequence[float | str]
+    y: Sequence[float]
+
+
+class LabChart(NamedTuple):
+    """A chart. `kind` is line, points, bars (side by side) or stack; `levels` are lines across it."""
+
+    slug: str
+    title: str
+    x: str
+    y: str
+    kind: str
+    series: Sequence[ChartSeries]
+    levels: Mapping[str, float] = {}
+    log_x: bool = False
+    log_y: bool = False
+
+
+class PaperRow(NamedTuple):
+    """A value of a paper beside ours under the published rules and under the calibrated ones (None: not applicable)."""
+
+    paper: PaperValue
+    published: float | None
+    calibrated: float | None = None
+
+
+class LabResult(NamedTuple):
+    """All that an experiment found. `facts` say what it was made from, and `sentences` what it means."""
+
+    slug: str
+    title: str
+    facts: Mapping[str, Any]
+    sentences: Sequence[str]
+    compared: Sequence[PaperRow]
+    tables: Sequence[LabTable]
+    charts: Sequence[LabChart]
+
+
+def environment(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result was made by: versions, processor, and the experiment's own facts. No time, so results compare."""
+    known: dict[str, str] = {}
+    for library in LIBRARIES:
+        try:
+            known[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            known[library] = "absent"
+    return {
+        "fedhlm": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "libraries": known,
+        **facts,
+    }
+
+
+def compared_table(rows: Sequence[PaperRow]) -> LabTable:
+    """The papers' values beside ours, with what speaks against them."""
+    lines: list[Sequence[Cell]] = []
+    for row in rows:
+        met = "-" if row.published is None else "yes" if row.paper.met(row.published) else "no"
+        lines.append(
+            (row.paper.place, row.paper.name, row.paper.value, row.published, met, row.calibrated, row.paper.why_not)
+        )
+    columns = ("in the paper", "quantity", "paper", "published rules", "within tolerance", "calibrated rules", "remark")
+    return LabTable("paper", "Beside the paper", columns, lines)
+
+
+def shown(cell: Cell) -> str:
+    """A cell as text."""
+    if cell is None:
+        return "-"
+    return f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def markdown(result: LabResult) -> str:
+    """The report as Markdown; it shows the PNG files beside it."""
+    lines = [f"# {result.title}", ""]
+    for key, value in result.facts.items():
+        lines.append(f"- {key}: {value}")
+    lines += ["", *(f"{sentence}\n" for sentence in result.sentences)]
+    for table in (compared_table(result.compared), *result.tables) if result.compared else result.tables:
+        lines += [f"## {table.title}", "", f"| {' | '.join(table.columns)} |", "|" + "---|" * len(table.columns)]
+        lines += [f"| {' | '.join(map(shown, row))} |" for row in table.rows]
+        lines += ["", *([table.note, ""] if table.note else [])]
+    for chart in result.charts:
+        lines += [f"## {chart.title}", "", f"![{chart.title}]({chart.slug}.png)", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def csv_of(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """Rows as CSV, numbers in full."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+    return out.getvalue()
+
+
+def write(result: LabResult, folder: Path) -> list[Path]:
+    """Write a result: report.md, environment.json, a CSV file for each table and chart, and PNG and SVG of each chart.
+
+    Raises:
+        FedhlmError: the folder cannot be written.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from fedhlm_lab.papers.charts import drawn
+
+    files: dict[str, bytes] = {
+        "report.md": markdown(result).encode(),
+        "environment.json": msgspec.json.format(msgspec.json.encode(environment(result.facts)), indent=2) + b"\n",
+    }
+    for table in (compared_table(result.compared), *result.tables) if result.compared else result.tables:
+        files[f"{table.slug}.csv"] = csv_of(table.columns, table.rows).encode()
+    for chart in result.charts:
+        points = [(series.name, x, y) for series in chart.series for x, y in zip(series.x, series.y, strict=True)]
+        files[f"{chart.slug}.csv"] = csv_of(("series", chart.x, chart.y), points).encode()
+        for kind, data in drawn(chart).items():
+            files[f"{chart.slug}.{kind}"] = data
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            replace_file(folder / name, data)
+    except OSError as exc:
+        raise FedhlmError(f"the folder of results {str(folder)!r} cannot be written: {exc.strerror or exc}") from exc
+    return [folder / name for name in files]

@@ -1,0 +1,54 @@
+"""A small experiment on toy models: what the shipped one does, in seconds."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fedhlm_lab.papers.device import LawTexts
+from fedhlm_lab.papers.experiment import FedhlmExperiment
+from fedhlm_lab.papers.laws import LawPrompt, Laws, ToyModel
+from fedhlm_lab.papers.pair import LabPair
+from fedhlm_lab.papers.requests import LabSource
+from fedhlm_lab.sim import toy
+from fedhlm_zoo.corpus import Article
+
+AGREEMENT = 0.9
+FINGERPRINTS = (toy.FINGERPRINT, toy.FINGERPRINT)
+
+
+def word(token: int) -> str:
+    """The text of a token."""
+    return toy.ToyTokenizer().decode([token])
+
+
+def laws(cache: Path, prompts: int = 40, rows: int = 1) -> Laws:
+    """Laws after random prompts."""
+    rng = np.random.default_rng(0)
+    ids = [tuple(int(i) for i in rng.integers(1, toy.VOCAB_SIZE, 3 + rows)) for _ in range(prompts)]
+    return Laws.load_or_compute(cache, [LawPrompt(one, rows) for one in ids], ToyModel(AGREEMENT), ToyModel())
+
+
+def source(known: Laws) -> LabSource:
+    """Articles whose topic is the LLM's likeliest token; of every fifth another one, so that the LLM errs."""
+    likeliest = [int(np.argmax(row)) for row in known.large]
+    topics = [word(token if number % 5 else token - 1 or 2) for number, token in enumerate(likeliest)]
+    return LabSource("toy texts", [Article("", "", topic) for topic in topics])
+
+
+def texts(known: Laws) -> LawTexts:
+    """The laws as texts of requests."""
+    return LawTexts(known, [a.topic for a in source(known).articles], word)
+
+
+def pair() -> LabPair:
+    """The toy models."""
+    return LabPair(ToyModel(AGREEMENT), ToyModel(), FINGERPRINTS, word, lambda: toy.pair(AGREEMENT))
+
+
+def experiment(**changes: object) -> FedhlmExperiment:
+    """FedHLM's experiment, smaller."""
+    small = {"articles": 40, "requests": 160, "clients": 4, "clusters": 2, "rounds": 4, "sample": 6, **changes}
+    shipped = FedhlmExperiment.load("fedhlm")
+    return FedhlmExperiment.of(
+        {**{f: getattr(shipped, f) for f in shipped.__struct_fields__ if f != "paper"}, **small}, "test"
+    )

@@ -57,7 +57,7 @@ class LawModel(Protocol):
         """Compute the rows of a prompt."""
 
 
-class FolderModel:
+class DecoderLaws:
     """A model folder. An SLM (`stepwise`) reads token by token after the first row, as an agent does; an LLM in one call.
 
     Integer models quantise activations block by block, so an SLM's law depends on how its ids are cut.
@@ -96,7 +96,7 @@ class FolderModel:
         return LawRows(np.concatenate(logits), keys)
 
 
-class ToyModel:
+class ToyLaws:
     """A toy model (`fedhlm_lab.sim.toy`); `agreement` None is the LLM."""
 
     def __init__(self, agreement: float | None = None) -> None:

@@ -10,7 +10,7 @@ from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Fingerprint
-from fedhlm_lab.papers.laws import FolderModel, LawModel
+from fedhlm_lab.papers.laws import DecoderLaws, LawModel
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.world import Pair
 from fedhlm_zoo.shipped import model_folder
@@ -38,8 +38,8 @@ def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
     projection = load_projection(folders[0], small.info.hidden_size)
     prints = [fingerprint_of(*d.vocabulary, noise=NOISE, model=d.info.label) for d in (small, large)]
     return LabPair(
-        FolderModel(small, projection, stepwise=True),
-        FolderModel(large),
+        DecoderLaws(small, projection, stepwise=True),
+        DecoderLaws(large),
         (prints[0], prints[1]),
         lambda token: str(small.tokenizer.decode([token])),
         lambda: shipped_pair(*folders, threads=threads),

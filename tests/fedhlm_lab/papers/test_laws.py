@@ -11,14 +11,14 @@ from fedhlm.decoding.decoder import Decoder
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.protocol.messages import Sampling
-from fedhlm_lab.papers.laws import FACTS, FolderModel, LawPrompt, LawRows, Laws, ToyModel, facts_of
+from fedhlm_lab.papers.laws import FACTS, DecoderLaws, LawPrompt, LawRows, Laws, ToyLaws, facts_of
 from fedhlm_lab.sim import toy
 from fedhlm_zoo.shipped import model_folder
 
 PROMPTS = [LawPrompt((1, 2, 3)), LawPrompt((4, 5, 6, 7), 3)]
 
 
-class Counted(ToyModel):
+class Counted(ToyLaws):
     """A toy that counts its calls."""
 
     calls = 0
@@ -46,7 +46,7 @@ def test_rows_are_the_models_logits_and_come_from_the_disk_the_second_time(tmp_p
 
 def test_other_models_or_prompts_have_laws_of_their_own(tmp_path: Path) -> None:
     names = {
-        facts_of(prompts, ToyModel(agreement), ToyModel()).digest
+        facts_of(prompts, ToyLaws(agreement), ToyLaws()).digest
         for agreement in (0.8, 0.9)
         for prompts in (
             PROMPTS,
@@ -59,22 +59,22 @@ def test_other_models_or_prompts_have_laws_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_not_finished_is_computed_again(tmp_path: Path) -> None:
-    laws = Laws.load_or_compute(tmp_path, PROMPTS, ToyModel(0.8), ToyModel())
+    laws = Laws.load_or_compute(tmp_path, PROMPTS, ToyLaws(0.8), ToyLaws())
     folder = tmp_path / laws.facts.digest
     (folder / FACTS).unlink()
     np.save(folder / "large.npy", np.zeros((4, toy.VOCAB_SIZE), np.float32))
-    again = Laws.load_or_compute(tmp_path, PROMPTS, ToyModel(0.8), ToyModel())
+    again = Laws.load_or_compute(tmp_path, PROMPTS, ToyLaws(0.8), ToyLaws())
     assert again.large.any()
 
 
 def test_what_cannot_be_computed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FedhlmError, match="at least one"):
-        facts_of([], ToyModel(0.8), ToyModel())
+        facts_of([], ToyLaws(0.8), ToyLaws())
     with pytest.raises(FedhlmError, match="as many as they have ids"):
-        facts_of([LawPrompt((1, 2), 3)], ToyModel(0.8), ToyModel())
+        facts_of([LawPrompt((1, 2), 3)], ToyLaws(0.8), ToyLaws())
     (tmp_path / "file").write_text("")
     with pytest.raises(FedhlmError, match="cannot be used"):
-        Laws.load_or_compute(tmp_path / "file", PROMPTS, ToyModel(0.8), ToyModel())
+        Laws.load_or_compute(tmp_path / "file", PROMPTS, ToyLaws(0.8), ToyLaws())
 
 
 def test_the_shipped_slm_says_what_an_agent_drafts_from() -> None:
@@ -82,7 +82,7 @@ def test_the_shipped_slm_says_what_an_agent_drafts_from() -> None:
     decoder = Decoder.load(folder, threads=1)
     projection = load_projection(folder, decoder.info.hidden_size)
     ids = (0, 40, 41, 42, 43, 44, 45)
-    rows = FolderModel(decoder, projection, stepwise=True).after(LawPrompt(ids, 3))
+    rows = DecoderLaws(decoder, projection, stepwise=True).after(LawPrompt(ids, 3))
     slm, sampling = Slm(decoder, projection), Sampling(7, 0.8, 1.0, "full")
     for place, end in enumerate((5, 6, 7)):
         drawn = slm.draft(ids[:end], sampling)

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedhlm_lab.papers.device import LawTexts
 from fedhlm_lab.papers.experiment import FedhlmExperiment
-from fedhlm_lab.papers.laws import LawPrompt, Laws, ToyModel
+from fedhlm_lab.papers.laws import LawPrompt, Laws, ToyLaws
 from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.requests import LabSource
 from fedhlm_lab.sim import toy
@@ -25,7 +25,7 @@ def laws(cache: Path, prompts: int = 40, rows: int = 1) -> Laws:
     """Laws after random prompts."""
     rng = np.random.default_rng(0)
     ids = [tuple(int(i) for i in rng.integers(1, toy.VOCAB_SIZE, 3 + rows)) for _ in range(prompts)]
-    return Laws.load_or_compute(cache, [LawPrompt(one, rows) for one in ids], ToyModel(AGREEMENT), ToyModel())
+    return Laws.load_or_compute(cache, [LawPrompt(one, rows) for one in ids], ToyLaws(AGREEMENT), ToyLaws())
 
 
 def source(known: Laws) -> LabSource:
@@ -42,7 +42,7 @@ def texts(known: Laws) -> LawTexts:
 
 def pair() -> LabPair:
     """The toy models."""
-    return LabPair(ToyModel(AGREEMENT), ToyModel(), FINGERPRINTS, word, lambda: toy.pair(AGREEMENT))
+    return LabPair(ToyLaws(AGREEMENT), ToyLaws(), FINGERPRINTS, word, lambda: toy.pair(AGREEMENT))
 
 
 def experiment(**changes: object) -> FedhlmExperiment:

@@ -31,6 +31,7 @@ from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Prompt
+from fedhlm.receipts import Sign, unsigned
 from fedhlm.telemetry import Counters
 
 INTERRUPTED: Final = 130
@@ -49,10 +50,11 @@ async def run(
     *,
     notifier: Notifier | None = None,
     door: Door = shut,
+    sign: Sign = unsigned,
 ) -> int:
     """Serve until cancelled, or until `prompt` is answered. Return exit status 0.
 
-    `door` lets in clients on this machine while the agent serves.
+    `door` lets in clients on this machine while the agent serves, and `sign` signs receipts.
 
     Raises:
         FedhlmError: the answer to `prompt` is an error.
@@ -87,6 +89,7 @@ async def run(
             guest="" if prompt is None else secrets.token_hex(8),
             alone=alone,
         )
+        service.sign = sign
         await service.subscribe()
         async with service.connection:
             about = f"drafting with {info.name} ({info.parameters} parameters, {info.quantisation})"
@@ -137,11 +140,11 @@ async def _answer(service: AgentService, loaded: Loaded, text: str) -> int:
     return 0
 
 
-def main(loaded: Loaded, prompt: str | None = None, *, door: Door = shut) -> int:
-    """Run until a signal arrives, or until `prompt` is answered, and return the exit status. For `door` see `run`."""
+def main(loaded: Loaded, prompt: str | None = None, *, door: Door = shut, sign: Sign = unsigned) -> int:
+    """Run until a signal arrives, or until `prompt` is answered, and return the exit status. For the rest see `run`."""
     return serve(
         loaded.config,
         loaded.config.agent.id,
-        lambda counters, notifier: run(loaded, counters, prompt, notifier=notifier, door=door),
+        lambda counters, notifier: run(loaded, counters, prompt, notifier=notifier, door=door, sign=sign),
         on_signal=0 if prompt is None else INTERRUPTED,
     )

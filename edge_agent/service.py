@@ -26,9 +26,10 @@ from fedhlm.errors import BusError, ConfigError, FedhlmError, ProtocolError
 from fedhlm.protocol import topics
 from fedhlm.protocol.fields import MAX_METRICS, MAX_REASON, FinishReason, Refusal
 from fedhlm.protocol.messages import Cancel, Grammar, MetricsReport, Output, Presence, Prompt, Sampling
+from fedhlm.protocol.open_topics import as_json
 from fedhlm.protocol.prompts import unusable
 from fedhlm.protocol.sources import SOURCES
-from fedhlm.receipts import Receipt, receipt_of
+from fedhlm.receipts import Receipt, Sign, proof_of, receipt_of, unsigned
 from fedhlm.settings import Generation as GenerationConfig
 from fedhlm.telemetry import warn_once
 
@@ -57,7 +58,10 @@ class ModelFacts(NamedTuple):
 
 
 class AgentService:
-    """Serves prompts until cancelled. After a move, `connection` gives the broker a last will in the new cluster."""
+    """Serves prompts until cancelled. After a move, `connection` gives the broker a last will in the new cluster.
+
+    `sign` adds the device's signature to receipts.
+    """
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class AgentService:
     ) -> None:
         self.agent = agent
         self.connection = connection
+        self.sign: Sign = unsigned
         self._moved = asyncio.Event()
         self._turn = asyncio.Lock()
         self._loaded = loaded
@@ -367,20 +372,24 @@ class AgentService:
         rest = text.rest()
         if show is not None:
             show(Piece(rest, (), (), request.count))
-        result.receipt = self._receipt(job, ids, result)
-        await self._publish(request, [], rest, finish=result.finish, error=result.error, result=result)
+        result.receipt = self._receipt(request, job, ids, result)
+        await self._publish(request, [], rest, finish=result.finish, error=result.error, result=result, ids=ids)
         log.info("request %s: %s", prompt.request, result.summary())
         await self.agent.save()
         return result
 
-    def _receipt(self, job: Job, prompt: Sequence[int], result: GenerationResult) -> Receipt | None:
-        """The receipt of a text of which the LLM has verified every token; None for any other."""
+    def _receipt(
+        self, request: RoutedPrompt, job: Job, prompt: Sequence[int], result: GenerationResult
+    ) -> Receipt | None:
+        """The receipt of a text of which the LLM has verified every token; None for any other, or if nobody wants it."""
         large, agent = self.agent.upstream, self.agent
+        if not request.prompt.receipt and request.tell is None:
+            return None
         whole = result.finish in ("stop", "length", "context") and result.ids
         verified = all(SOURCES[source].verified for source in result.sources)
         if large is None or not whole or not verified or not COUPLINGS[job.sampling.coupling].shared:
             return None
-        return receipt_of(
+        receipt = receipt_of(
             job.sampling,
             large,
             agent=agent.name,
@@ -389,6 +398,7 @@ class AgentService:
             prompt=prompt,
             ids=result.ids,
         )
+        return self.sign(receipt)
 
     def _read(self, ids: Sequence[int]) -> str:
         """The text of ids with its special tokens, some of which open a tool call."""
@@ -424,13 +434,14 @@ class AgentService:
         finish: FinishReason | None = None,
         error: str = "",
         result: GenerationResult | None = None,
+        ids: Sequence[int] = (),
         refusal: Refusal | None = None,
     ) -> None:
         party, prompt = self.agent.party, request.prompt
         statistics = {} if result is None else result.statistics()
+        receipt = None if result is None else result.receipt
         if request.tell is not None:
             drafting = None if result is None else result.drafting()
-            receipt = None if result is None else result.receipt
             origins = request.origins(tokens)
             request.tell(Slice(text, origins, finish, error, refusal, statistics, drafting, receipt=receipt))
             request.count += len(tokens)
@@ -448,11 +459,12 @@ class AgentService:
             statistics=statistics,
             client=prompt.sender,
             refusal=refusal,
+            proof=None if receipt is None else as_json(proof_of(receipt, ids)).decode(),
         )
         levels = {"cluster": request.cluster, "agent": self.agent.name, "client": prompt.sender}
         sent = await party.send(topics.OUTPUT, message, expiry_s=None, **levels)
         if sent.too_large and finish is not None:  # better without the figures than not at all
-            message = replace(message, statistics={})
+            message = replace(message, statistics={}, proof=None)
             sent = await party.send(topics.OUTPUT, message, expiry_s=None, **levels)
         if sent.too_large:
             request.over = End("error", party.why_too_large())

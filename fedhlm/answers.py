@@ -34,7 +34,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """An answer, or the part of it that has arrived.
 
     `finish` is None before the end. `error` explains the finish reasons "error" and "cancelled". `sources` has one
-    entry per id of `ids`. `statistics` holds the agent's own figures (docs/protocol.md).
+    entry per id of `ids`. `statistics` holds the agent's own figures (docs/protocol.md). `proof` is JSON with the
+    receipt of the text, if it was asked for and the LLM has verified all of it (`verifiable`).
     """
 
     agent: str
@@ -46,6 +47,14 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     finish: FinishReason | None = None
     error: str = ""
     statistics: dict[str, float] = {}
+    proof: str | None = None
+
+    def verifiable(self) -> bytes | None:
+        """The answer as `fedhlm verify-receipt` reads it; None without a receipt."""
+        if self.proof is None:
+            return None
+        tokens = [{"id": token, "source": source} for token, source in zip(self.ids, self.sources, strict=True)]
+        return msgspec.json.encode({"text": self.text, "fedhlm": {**msgspec.json.decode(self.proof), "tokens": tokens}})
 
 
 class Assembly:
@@ -116,6 +125,7 @@ class Assembly:
             finish=None if last is None else last.finish,
             error="" if last is None else last.error,
             statistics={} if last is None else dict(last.statistics),
+            proof=None if last is None else last.proof,
         )
 
 

@@ -11,7 +11,6 @@ A client is one connection to one broker. It may ask any number of agents at the
 # ruff: noqa: SLF001
 
 import asyncio
-import random
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
@@ -21,7 +20,7 @@ from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import Bus
 from fedhlm.bus.own_name import own_name
 from fedhlm.bus.party import Party, Received, Stamp
-from fedhlm.client_presence import birth_and_will
+from fedhlm.client_presence import birth_and_will, new_number
 from fedhlm.errors import (
     AgentOffline,
     AskError,
@@ -80,7 +79,7 @@ class Client:
         counters: Counters | None = None,
         stamp: Stamp | None = None,
     ) -> None:
-        number, connection = _number(), None
+        number, connection = new_number(), None
         if isinstance(bus, str):
             bus = Broker(url=bus)
         if isinstance(bus, Broker):
@@ -158,6 +157,7 @@ class Client:
         stop: tuple[str, ...] = (),
         preset: str | None = None,
         grammar: str | None = None,
+        receipt: bool = False,
         deadline_s: float | None = None,
         patience_s: float = PATIENCE_S,
         request: str | None = None,
@@ -167,7 +167,7 @@ class Client:
         Leaving the iteration early, or `aclose`, cancels the request. For options that are None the agent uses its own
         configuration. `deadline_s` limits the time of the whole answer, and `patience_s` the time without a piece of
         it, both in seconds. `request` is the name of the request; None gives a new unique name. The answer is held to
-        `grammar`, in llguidance's Lark dialect (`fedhlm.decoding.grammar`).
+        `grammar`, in llguidance's Lark dialect (`fedhlm.decoding.grammar`). With `receipt`, `Result.proof` is asked for.
 
         Raises:
             ConfigError: a value is out of range.
@@ -186,6 +186,7 @@ class Client:
             "stop": tuple(stop),
             "preset": preset,
             "grammar": grammar,
+            "receipt": receipt,
         }
         fields["request"] = request or f"{self._prefix}-{self._asked}"
         place = {"agent": agent} if cluster is None else {"agent": agent, "cluster": cluster}
@@ -494,7 +495,3 @@ class Answer:
                 self._client._abandon(self._state)
             except RuntimeError:  # no loop is running, so the connection is gone as well
                 return
-
-
-def _number() -> str:
-    return f"{random.SystemRandom().getrandbits(40):010x}"

@@ -6,8 +6,8 @@ otherwise; the check therefore looks at each token after the text before it, and
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -101,6 +101,20 @@ def receipt_of(
         text=digest(ids),
         tokens=len(ids),
     )
+
+
+Sign = Callable[[Receipt], Receipt]
+"""Adds a device's signature to a receipt."""
+
+
+def unsigned(receipt: Receipt) -> Receipt:
+    """Leave a receipt as it is, where the device has no key."""
+    return receipt
+
+
+def proof_of(receipt: Receipt | None, prompt: Sequence[int]) -> dict[str, Any]:
+    """What `fedhlm verify-receipt` needs of an answer besides its ids; empty without a receipt."""
+    return {} if receipt is None else {"receipt": msgspec.to_builtins(receipt), "prompt_ids": list(prompt)}
 
 
 class Difference(NamedTuple):

@@ -5,7 +5,6 @@ import ipaddress
 import logging
 import secrets
 import time
-from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -25,7 +24,6 @@ from fedhlm_doors.openai import ApiRequest
 from fedhlm_doors.openapi import document
 from fedhlm_doors.questions import models, preset_of
 from fedhlm_doors.refusals import ApiError
-from fedhlm_doors.signing import Sign, unsigned, with_signatures
 from fedhlm_doors.tools import with_calls
 from fedhlm_doors.written import Pace, Questions, Stage, Written
 
@@ -39,14 +37,13 @@ _LOCAL: Final = ("localhost", "host.docker.internal")
 
 
 class HttpApi:
-    """The routes, with what they share: the answerer, its chat template, keys and rates, and how receipts are signed."""
+    """The routes, with what they share: the answerer, its chat template, keys and rates."""
 
-    def __init__(self, answerer: Answerer, keys: ApiKeys, rates: Rates, sign: Sign = unsigned) -> None:
+    def __init__(self, answerer: Answerer, keys: ApiKeys, rates: Rates) -> None:
         self._answerer = answerer
         self._offer = answerer.offer
         self._keys = keys
         self._rates = rates
-        self._sign = sign
         self._template = ChatTemplate.of(answerer.offer)
         self._since_s = time.time()
         self._pace = Pace()
@@ -146,7 +143,7 @@ class HttpApi:
     # Both
 
     async def _write(self, request: Request, asked: ApiRequest, reply: Written) -> ASGIApp:
-        stages: list[Stage] = [*([with_calls] if asked.calls else []), partial(with_signatures, sign=self._sign)]
+        stages: list[Stage] = [with_calls] if asked.calls else []
         questions = await Questions.ask(self._answerer, asked.questions, self._pace, *stages)
         if asked.stream:
             return Streaming(questions.stream(reply), reply.kind, questions.aclose, reply.quiet)

@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
-import msgspec
-
-from fedhlm.answering import Question, Slice, TokenOrigin
+from fedhlm.answering import Slice, TokenOrigin
 from fedhlm.protocol.sources import SOURCES
 
 RISK: Final = "risk_"
@@ -34,13 +32,6 @@ def origin(token: TokenOrigin) -> dict[str, Any]:
         "doubt": token.doubt,
         "draft": token.draft,
     }
-
-
-def proof(question: Question, end: Slice) -> dict[str, Any]:
-    """The receipt of an answer and the ids of its prompt, which `fedhlm verify-receipt` needs; empty without one."""
-    if end.receipt is None:
-        return {}
-    return {"receipt": msgspec.to_builtins(end.receipt), "prompt_ids": question.ids}
 
 
 def metrics(ends: Sequence[Slice], tokens: Sequence[TokenOrigin]) -> dict[str, Any]:

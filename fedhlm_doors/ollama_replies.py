@@ -8,7 +8,8 @@ from typing import Any, Final
 import msgspec
 
 from fedhlm.answering import Offer, Slice, TokenOrigin, ToolCall
-from fedhlm_doors.metrics import metrics, origin, proof
+from fedhlm.receipts import proof_of
+from fedhlm_doors.metrics import metrics, origin
 from fedhlm_doors.openai import ApiRequest
 from fedhlm_doors.refusals import ApiError
 
@@ -98,7 +99,7 @@ class LineReply:
 
     def _proven(self, said: dict[str, Any]) -> dict[str, Any]:
         """Add the answer's receipt to its last line."""
-        proofs = {} if self._end is None else proof(self._asked.questions[0], self._end)
+        proofs = {} if self._end is None else proof_of(self._end.receipt, self._asked.questions[0].ids)
         return said | {"fedhlm": said.get("fedhlm", {}) | proofs} if proofs else said
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:

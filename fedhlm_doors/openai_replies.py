@@ -6,7 +6,8 @@ from typing import Any, Final
 import msgspec
 
 from fedhlm.answering import Offer, Slice, TokenOrigin, ToolCall
-from fedhlm_doors.metrics import metrics, origin, proof
+from fedhlm.receipts import proof_of
+from fedhlm_doors.metrics import metrics, origin
 from fedhlm_doors.openai import ApiRequest
 from fedhlm_doors.refusals import ApiError
 
@@ -47,7 +48,7 @@ class EventReply:
             called = self._calls[index] and piece.finish == "stop"
             self._finish[index] = "tool_calls" if called else _FINISH.get(piece.finish)
             self._ends.append(piece)
-            self._proofs[index] = proof(self._asked.questions[index], piece)
+            self._proofs[index] = proof_of(piece.receipt, self._asked.questions[index].ids)
 
     @property
     def complete(self) -> bool:

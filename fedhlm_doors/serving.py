@@ -15,17 +15,15 @@ from starlette.types import ASGIApp
 from fedhlm.answering import Answerer, Door
 from fedhlm.errors import ConfigError
 from fedhlm.process.descriptors import BACKLOG
-from fedhlm.settings import Api, Broker
+from fedhlm.settings import Api
 from fedhlm_doors.app import HttpApi
 from fedhlm_doors.connections import DoorServer, limits
 from fedhlm_doors.keys import ApiKeys, Rates
-from fedhlm_doors.signing import signer_of
 from fedhlm_doors.written import Pace
 
 log = logging.getLogger(__name__)
 
 KEY: Final = "api.listen"
-NO_BROKER: Final = Broker()
 CLOSE_S: Final = 2  # seconds in which open responses may end when the part stops
 _ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):([0-9]{1,5})\Z")
 
@@ -42,10 +40,8 @@ def address(listen: str, *, key: str = KEY) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
-def door_of(settings: Api, broker: Broker = NO_BROKER) -> Door:
+def door_of(settings: Api) -> Door:
     """Return the door that a section of the settings describes. Entering it opens the port, which it yields.
-
-    Receipts are signed with the key of `broker`, if it has one.
 
     Raises:
         ConfigError: the address or the file of keys cannot be used, or an address that others can reach needs keys.
@@ -55,11 +51,9 @@ def door_of(settings: Api, broker: Broker = NO_BROKER) -> Door:
     if not (keys.needed or _is_loopback(host)):
         raise ConfigError(KEY, settings.listen, "a loopback address unless api.keys is set")
 
-    sign = signer_of(broker)
-
     @asynccontextmanager
     async def door(answerer: Answerer) -> AsyncIterator[int]:
-        api = HttpApi(answerer, keys, Rates(settings.rate, Pace().now_s), sign)
+        api = HttpApi(answerer, keys, Rates(settings.rate, Pace().now_s))
         with listening(settings.listen, host, port) as listener:
             async with _served(api.app(), listener) as actual:
                 log.info("serving the APIs of OpenAI and Ollama on %s port %d", host, actual)

@@ -3,8 +3,7 @@
 import base64
 import binascii
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,20 +13,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from msgspec.structs import replace
 
-from fedhlm.answering import Slice
 from fedhlm.errors import ConfigError, ReceiptError
-from fedhlm.receipts import Receipt
+from fedhlm.receipts import Receipt, Sign, unsigned
 from fedhlm.settings import Broker
 
 log = logging.getLogger(__name__)
 
 _HASH: Final = hashes.SHA256()
-Sign = Callable[[Receipt], Receipt]
-
-
-def unsigned(receipt: Receipt) -> Receipt:
-    """Leave a receipt as it is, where the device has no key."""
-    return receipt
 
 
 def signer_of(broker: Broker) -> Sign:
@@ -52,13 +44,6 @@ def signer_of(broker: Broker) -> Sign:
         return replace(receipt, certificate=pem, signature=signature)
 
     return sign
-
-
-async def with_signatures(answer: AsyncGenerator[Slice, None], sign: Sign) -> AsyncGenerator[Slice, None]:
-    """Yield the slices of an answer with its receipt signed. Closing it closes the answer."""
-    async with aclosing(answer):
-        async for piece in answer:
-            yield piece if piece.receipt is None else piece._replace(receipt=sign(piece.receipt))
 
 
 def check_signature(receipt: Receipt, ca: bytes | None) -> str:

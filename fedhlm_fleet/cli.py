@@ -8,7 +8,9 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -53,6 +55,7 @@ from fedhlm_fleet.commands.mistakes import Between, sentence
 if TYPE_CHECKING:
     from fedhlm.answering import Door
     from fedhlm.config import Loaded
+    from fedhlm.receipts import Receipt, Sign
 
 USAGE_ERROR: Final = 2
 NOT_DONE: Final = 1
@@ -156,7 +159,7 @@ def agent(*keys: Keys, files: SourceFlags = DEFAULTS, prompt: Prompt = None, ser
         from edge_agent.__main__ import main as run
         from fedhlm_zoo.shipped import with_agent_model
 
-        return run(with_agent_model(loaded), prompt, door=_door(loaded))
+        return run(with_agent_model(loaded), prompt, door=_door(loaded), sign=_sign(loaded))
 
 
 @app.command
@@ -337,7 +340,27 @@ def _door(loaded: "Loaded") -> "Door":
     with needing("serve"):
         from fedhlm_doors.serving import door_of
 
-        return door_of(loaded.config.api, loaded.config.broker)
+        return door_of(loaded.config.api)
+
+
+def _sign(loaded: "Loaded") -> "Sign":
+    """How receipts are signed: with the device's key, for which the library is loaded at the first receipt."""
+    from fedhlm.receipts import unsigned
+
+    broker = loaded.config.broker
+    if not (broker.cert and broker.key) or find_spec("cryptography") is None:
+        return unsigned
+
+    @cache
+    def signer() -> "Sign":
+        from fedhlm_doors.signing import signer_of
+
+        return signer_of(broker)
+
+    def sign(receipt: "Receipt") -> "Receipt":
+        return signer()(receipt)
+
+    return sign
 
 
 def _fail(reason: str) -> int:

@@ -62,6 +62,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "min_p": ("", "0 keeps all tokens; nil means the agent's own"),
         "connection": ("", "as in the client's presence, whose end ends the request"),
         "grammar": ("characters", "the grammar that the answer is held to, in llguidance's Lark dialect; nil for none"),
+        "receipt": ("", "whether the last output is to have a proof"),
     },
     "Output": {
         "request": ("", "the request's name, as in the prompt"),
@@ -74,6 +75,10 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "statistics": ("", "figures of the whole answer, in the last output: see below"),
         "client": ("", "sender of the prompt"),
         "refusal": ("", "set if the request was not served: invalid value, name taken, agent busy, or too late"),
+        "proof": (
+            "characters",
+            "receipt and prompt's ids in JSON, for a prompt with `receipt`; nil if the LLM has not verified all",
+        ),
     },
     "Prime": {
         "sampling": ("", "sampling parameters of the generation"),

@@ -12,21 +12,8 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import replace
 
+from fedhlm.protocol import fields
 from fedhlm.protocol.fields import (
-    MAX_BATCH,
-    MAX_BLOCK,
-    MAX_CONTEXT,
-    MAX_CURVES,
-    MAX_DOUBTS,
-    MAX_KEY,
-    MAX_METRICS,
-    MAX_NOTES,
-    MAX_PAIRS,
-    MAX_PAYLOAD_BYTES,
-    MAX_RIDERS,
-    MAX_ROSTER,
-    MAX_STOPS,
-    MAX_TOKENS,
     Count,
     Digest,
     FinishReason,
@@ -120,22 +107,23 @@ class Prompt(Message, tag=2, frozen=True):
 
     The agent drops the request `patience_ms` after its arrival. The field is a span and no time of day, because the
     clocks of client and device may differ. A `top_k` or `min_p` of 0 removes nothing. When the `connection` of the
-    sender ends, so does the request.
+    sender ends, so does the request. With `receipt` the last output has a proof, if there is one.
     """
 
     request: Name
     text: Text
-    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = 64
+    max_tokens: Annotated[int, Meta(ge=1, le=fields.MAX_TOKENS)] = 64
     seed: Seed | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=10.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
-    stop: Annotated[tuple[Text, ...], Meta(max_length=MAX_STOPS)] = ()
+    stop: Annotated[tuple[Text, ...], Meta(max_length=fields.MAX_STOPS)] = ()
     preset: Name | None = None
     patience_ms: Milliseconds | None = None
     top_k: TopK | None = None
     min_p: Unit | None = None
     connection: Name | None = None
     grammar: GrammarSource | None = None
+    receipt: bool = False
 
 
 class Output(Message, tag=3, frozen=True):
@@ -147,6 +135,8 @@ class Output(Message, tag=3, frozen=True):
 
     An output that rejects a request carries a `refusal`: a value is "invalid", the request name is "taken" by another
     prompt, the agent is too "busy", or the request came too "late".
+
+    `proof` is what `fedhlm verify-receipt` needs besides the ids, in JSON: the text's receipt, and the prompt's ids.
     """
 
     request: Name
@@ -159,6 +149,7 @@ class Output(Message, tag=3, frozen=True):
     statistics: dict[str, float] = {}
     client: Name | None = None
     refusal: Refusal | None = None
+    proof: Annotated[str, Meta(max_length=fields.MAX_PROOF)] | None = None
 
 
 class Prime(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -194,8 +185,8 @@ class Hints(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
     similarity: Unit | None = None
     votes: Annotated[int, Meta(ge=1, le=64)] = 1
-    branches: Annotated[bytes, Meta(max_length=6 * MAX_BLOCK)] = b""
-    riders: Annotated[tuple[Rider, ...], Meta(max_length=MAX_RIDERS)] = ()
+    branches: Annotated[bytes, Meta(max_length=6 * fields.MAX_BLOCK)] = b""
+    riders: Annotated[tuple[Rider, ...], Meta(max_length=fields.MAX_RIDERS)] = ()
 
 
 class Escalation(Message, tag=4, frozen=True):
@@ -220,9 +211,9 @@ class Escalation(Message, tag=4, frozen=True):
     ids: Ids
     patience_ms: Milliseconds
     fixed: Position = 0
-    extend: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 1
+    extend: Annotated[int, Meta(ge=0, le=fields.MAX_TOKENS)] = 1
     before: Prime | Digest | None = None
-    laws: Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)] = b""
+    laws: Annotated[bytes, Meta(max_length=fields.MAX_PAYLOAD_BYTES)] = b""
     hints: Hints | None = None
 
     def parts(self) -> "tuple[Escalation, ...]":
@@ -278,10 +269,10 @@ class Verdict(Message, tag=5, frozen=True):
     status: Literal["settled", "unprimed", "refused"]
     accepted: Position = 0
     ids: Ids = b""
-    target_probs: Annotated[bytes, Meta(max_length=2 * MAX_CONTEXT)] = b""
+    target_probs: Annotated[bytes, Meta(max_length=2 * fields.MAX_CONTEXT)] = b""
     source: Literal["peer", "neighbour", "cloud"] = "cloud"
     reason: Reason = ""
-    missed: Annotated[bytes, Meta(max_length=MAX_CONTEXT // 8 + 1)] = b""
+    missed: Annotated[bytes, Meta(max_length=fields.MAX_CONTEXT // 8 + 1)] = b""
 
 
 class RoutedEscalation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -301,13 +292,13 @@ class RoutedVerdict(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
 class EscalationBatch(Message, tag=6, frozen=True):
     """Escalations of several agents, sent by their edge to the cloud."""
 
-    items: Annotated[tuple[RoutedEscalation, ...], Meta(max_length=MAX_BATCH)]
+    items: Annotated[tuple[RoutedEscalation, ...], Meta(max_length=fields.MAX_BATCH)]
 
 
 class VerdictBatch(Message, tag=7, frozen=True):
     """Verdicts for several agents, sent by the cloud to their edge."""
 
-    items: Annotated[tuple[RoutedVerdict, ...], Meta(max_length=MAX_BATCH)]
+    items: Annotated[tuple[RoutedVerdict, ...], Meta(max_length=fields.MAX_BATCH)]
 
 
 class Uncertain(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -327,7 +318,7 @@ class UncertainTokens(Message, tag=8, frozen=True):
 
     session: Session
     space: Space
-    items: Annotated[tuple[Uncertain, ...], Meta(max_length=MAX_DOUBTS)]
+    items: Annotated[tuple[Uncertain, ...], Meta(max_length=fields.MAX_DOUBTS)]
 
 
 class Verified(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -341,7 +332,7 @@ class VerifiedTokens(Message, tag=9, frozen=True):
     """Verified tokens of a cluster, for the caches of its agents and for the edges of other clusters."""
 
     space: Space
-    items: Annotated[tuple[Verified, ...], Meta(max_length=MAX_BATCH)]
+    items: Annotated[tuple[Verified, ...], Meta(max_length=fields.MAX_BATCH)]
 
 
 class PaperThreshold(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -361,7 +352,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """
 
     began_ms: Milliseconds
-    sums: Annotated[dict[Pair, LogSums], Meta(max_length=MAX_PAIRS)] = {}
+    sums: Annotated[dict[Pair, LogSums], Meta(max_length=fields.MAX_PAIRS)] = {}
 
 
 class Contribution(Message, tag=10, frozen=True):
@@ -374,8 +365,8 @@ class Contribution(Message, tag=10, frozen=True):
 
     round: Count
     members: Count
-    thresholds: Annotated[dict[Pair, PaperThreshold], Meta(max_length=MAX_PAIRS)] = {}
-    curves: Annotated[dict[Measure, Sums], Meta(max_length=MAX_CURVES)] = {}
+    thresholds: Annotated[dict[Pair, PaperThreshold], Meta(max_length=fields.MAX_PAIRS)] = {}
+    curves: Annotated[dict[Measure, Sums], Meta(max_length=fields.MAX_CURVES)] = {}
     evidence: Evidence | None = None
 
 
@@ -385,8 +376,8 @@ class Learned(Message, tag=11, frozen=True):
     round: Count
     members: Count
     refused: Count = 0
-    thresholds: Annotated[dict[Pair, PaperThreshold], Meta(max_length=MAX_PAIRS)] = {}
-    curves: Annotated[dict[Measure, Sums], Meta(max_length=MAX_CURVES)] = {}
+    thresholds: Annotated[dict[Pair, PaperThreshold], Meta(max_length=fields.MAX_PAIRS)] = {}
+    curves: Annotated[dict[Measure, Sums], Meta(max_length=fields.MAX_CURVES)] = {}
     evidence: Evidence | None = None
 
 
@@ -394,8 +385,8 @@ class Profile(Message, tag=12, frozen=True):
     """A sample of an agent's tokens for clustering. Each has a key of `dims` int8 and a doubt, as uint8 in 1/255."""
 
     agent: Name
-    dims: Annotated[int, Meta(ge=1, le=MAX_KEY)]
-    keys: Annotated[bytes, Meta(max_length=256 * MAX_KEY)]
+    dims: Annotated[int, Meta(ge=1, le=fields.MAX_KEY)]
+    keys: Annotated[bytes, Meta(max_length=256 * fields.MAX_KEY)]
     uncertainties: Annotated[bytes, Meta(max_length=4_096)]
 
 
@@ -414,7 +405,7 @@ class Note(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     at_s: float
     kind: Kind
     subject: Annotated[str, Meta(max_length=65_535)]
-    data: Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)]
+    data: Annotated[bytes, Meta(max_length=fields.MAX_PAYLOAD_BYTES)]
 
 
 class Journal(Message, tag=14, frozen=True):
@@ -422,7 +413,7 @@ class Journal(Message, tag=14, frozen=True):
 
     life: Session
     number: Annotated[int, Meta(ge=0, lt=2**53)]
-    notes: Annotated[tuple[Note, ...], Meta(max_length=MAX_NOTES)]
+    notes: Annotated[tuple[Note, ...], Meta(max_length=fields.MAX_NOTES)]
 
 
 class Cancel(Message, tag=15, frozen=True):
@@ -462,9 +453,9 @@ class Roster(Message, tag=17, frozen=True):
     `left_out` is the number of further members. `obeyed` has the latest orders to forget a member.
     """
 
-    members: Annotated[tuple[MemberSums, ...], Meta(max_length=MAX_ROSTER)]
+    members: Annotated[tuple[MemberSums, ...], Meta(max_length=fields.MAX_ROSTER)]
     left_out: Count = 0
-    obeyed: Annotated[tuple[Session, ...], Meta(max_length=MAX_ROSTER)] = ()
+    obeyed: Annotated[tuple[Session, ...], Meta(max_length=fields.MAX_ROSTER)] = ()
 
 
 class MetricsReport(Message, tag=18, frozen=True):
@@ -473,7 +464,7 @@ class MetricsReport(Message, tag=18, frozen=True):
     The keys of `values` are those of `fedhlm.telemetry.Counters.snapshot`. The edge ignores what it does not know.
     """
 
-    values: Annotated[dict[Annotated[str, Meta(max_length=96)], float], Meta(max_length=MAX_METRICS)] = {}
+    values: Annotated[dict[Annotated[str, Meta(max_length=96)], float], Meta(max_length=fields.MAX_METRICS)] = {}
 
 
 AnyMessage = (

@@ -26,6 +26,7 @@ EXPECTED: Final = {
     "preset": "the name of a shipped preset",
     "patience_ms": "a number of milliseconds, 0 or more",
     "connection": _NAME,
+    "receipt": "true or false",
     "grammar": f"at most {MAX_GRAMMAR} characters of a grammar in llguidance's Lark dialect",
 }
 _FIELDS: Final = Prompt.__struct_fields__

@@ -44,6 +44,7 @@ def ask(
     regex: str | None = None,
     grammar: Path | None = None,
     preset: str | None = None,
+    receipt: Path | None = None,
     deadline: Seconds | None = None,
     wait: Seconds = AWAY_S,
     config: Path | None = None,
@@ -81,6 +82,9 @@ def ask(
         File with a grammar, in llguidance's Lark dialect, that the whole answer follows.
     preset
         Name of a shipped preset; by default the agent's own.
+    receipt
+        File to write the answer to, with the receipt that fedhlm verify-receipt checks. The LLM must have verified
+        every token, as under the preset exact.
     deadline
         Seconds within which the whole answer must arrive.
     wait
@@ -108,13 +112,14 @@ def ask(
         "stop": stop,
         "grammar": read_form(schema, regex, grammar),
         "preset": preset,
+        "receipt": receipt is not None,
         "deadline_s": deadline,
     }
     given = loaded.sources["cluster.name"] != "default"
     place = cluster or (loaded.config.cluster.name if given else None)
     if text == STDIN:
         text = read_text()
-    return asyncio.run(_ask(loaded, agent, text, cluster=place, away_s=wait, json=json, asked=asked))
+    return asyncio.run(_ask(loaded, agent, text, cluster=place, away_s=wait, json=json, receipt=receipt, asked=asked))
 
 
 def read_words(words: Sequence[str], options: Sequence[str] = ()) -> tuple[str, str, list[str]]:
@@ -191,7 +196,15 @@ def read_text() -> str:
 
 
 async def _ask(
-    loaded: "Loaded", agent: str, text: str, *, cluster: str | None, away_s: float, json: bool, asked: dict[str, Any]
+    loaded: "Loaded",
+    agent: str,
+    text: str,
+    *,
+    cluster: str | None,
+    away_s: float,
+    json: bool,
+    receipt: Path | None,
+    asked: dict[str, Any],
 ) -> int:
     from fedhlm.client import Client
     from fedhlm_fleet.commands.paper import paper_of
@@ -200,7 +213,8 @@ async def _ask(
     answer = client.ask(agent, text, **asked)  # validated before anything connects to a broker
     try:
         async with client, answer:
-            return await _told(answer, None if json else paper_of(loaded.config))
+            status = await _told(answer, None if json else paper_of(loaded.config))
+            return status if status or receipt is None else _kept(answer.result, receipt)
     except BusError as exc:
         print(f"fedhlm: {exc}", file=sys.stderr)
         return FAILED
@@ -225,6 +239,23 @@ async def _told(answer: "Answer", paper: "Plain | None") -> int:
     elif paper is not None and paper.marks.unverified:
         print(f"fedhlm: {paper.marks.summary()}", file=sys.stderr)
     return 0 if failure is None else FAILED
+
+
+def _kept(result: "Result", receipt: Path) -> int:
+    """Write an answer with its receipt to a file, and return the exit code."""
+    from fedhlm.process.files import replace_file
+
+    found = result.verifiable()
+    if found is None:
+        print("fedhlm: the answer has no receipt: the LLM has not verified every token", file=sys.stderr)
+        return FAILED
+    try:
+        replace_file(receipt, found + b"\n")
+    except OSError as exc:
+        raise ConfigError(
+            "--receipt", str(receipt), "a file that can be written", why=exc.strerror or str(exc)
+        ) from exc
+    return 0
 
 
 def as_json(result: "Result", failure: FedhlmError | None) -> str:

@@ -21,9 +21,10 @@ def verify_receipt(
     threads: int = 1,
     json: Annotated[bool, Parameter(negative="", show_default=False)] = False,
 ) -> int:
-    """Write an answer of the APIs again with the LLM, and say whether it is the LLM's own text.
+    """Write an answer again with the LLM, and say whether it is the LLM's own text.
 
-    ANSWER is the JSON of an answer that was not streamed, as curl prints it. Each choice is checked.
+    ANSWER is the JSON of an answer that was not streamed, as curl prints it, or a file of fedhlm ask --receipt. Each
+    choice is checked.
     Exit code 0: every token is the LLM's; 1: some are not, or a receipt is missing or wrong.
 
     Parameters

@@ -14,6 +14,7 @@ import cloud_verifier.__main__ as cloud
 import edge_agent.__main__ as agent
 import edge_broker.__main__ as edge
 from fedhlm.config import load
+from fedhlm.receipts import Receipt, Sign, unsigned
 from fedhlm.telemetry import Counters
 from fedhlm_doors.serving import door_of
 from fedhlm_zoo.shipped import with_agent_model, with_cloud_model
@@ -35,6 +36,7 @@ class House:
     def __init__(self, **flags: object) -> None:
         self.urls: dict[str, str] = {}
         self.counters: dict[str, Counters] = {}
+        self.sign: Sign = unsigned
         self._broker = free_port()
         self._flags = flags
         self._loop = asyncio.new_event_loop()
@@ -46,9 +48,13 @@ class House:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
 
+    @property
+    def broker(self) -> str:
+        """The address of the edge's broker."""
+        return f"mqtt://127.0.0.1:{self._broker}"
+
     def _loaded(self, **more: object) -> Any:
-        url = f"mqtt://127.0.0.1:{self._broker}"
-        flags = {"broker.url": url, "agent.threads": 1, "cloud.threads": 1, **self._flags, **more}
+        flags = {"broker.url": self.broker, "agent.threads": 1, "cloud.threads": 1, **self._flags, **more}
         return load(environ={}, flags={key: str(value) for key, value in flags.items()})
 
     def _door(self, name: str) -> dict[str, object]:
@@ -68,9 +74,12 @@ class House:
         else:
             away = {"broker.url": f"mqtt://127.0.0.1:{free_port()}"} if name == "lonely" else {}
             loaded = with_agent_model(self._loaded(**self._door(name), **{"agent.id": name}, **away))
-            work = agent.run(loaded, counters, door=door_of(loaded.config.api))
+            work = agent.run(loaded, counters, door=door_of(loaded.config.api), sign=self._signed)
         future = asyncio.run_coroutine_threadsafe(self._spawn(name, work), self._loop)
         future.result(READY_S)
+
+    def _signed(self, receipt: Receipt) -> Receipt:
+        return self.sign(receipt)
 
     async def _spawn(self, name: str, work: Any) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))

@@ -1,5 +1,6 @@
 """Receipts: the LLM finds its own text, sees each token that is not, and a signature is of one receipt by one device."""
 
+import asyncio
 import datetime as dt
 import json
 import subprocess
@@ -16,13 +17,16 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 from msgspec.structs import replace
 
+from fedhlm.client import Client
+from fedhlm.config import load
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.grammar import of_regex
 from fedhlm.errors import ConfigError, ReceiptError
 from fedhlm.protocol.messages import Fingerprint, Grammar, Sampling
-from fedhlm.receipts import Receipt, check_digests, differences, receipt_of
+from fedhlm.receipts import Receipt, check_digests, differences, receipt_of, unsigned
 from fedhlm.settings import Broker
-from fedhlm_doors.signing import check_signature, signer_of, unsigned
+from fedhlm_doors.signing import check_signature, signer_of
+from fedhlm_fleet import cli
 from fedhlm_zoo.shipped import model_folder
 from tests.fedhlm_doors.house import PROMPT, SEED, House, house
 
@@ -146,10 +150,10 @@ def doors() -> Iterator[House]:
         yield built
 
 
-def verify(answer: Any, folder: Path) -> subprocess.CompletedProcess[str]:
-    path = folder / "answer.json"
+def verify(answer: Any, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    path = folder / "given.json"
     path.write_text(json.dumps(answer), "utf-8")
-    command = [sys.executable, "-m", "fedhlm_fleet.cli", "verify-receipt", str(path)]
+    command = [sys.executable, "-m", "fedhlm_fleet.cli", "verify-receipt", str(path), *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -181,3 +185,53 @@ def test_answers_of_exact_have_receipts_that_the_command_checks(doors: House, tm
     chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     (last,) = (c["choices"][0]["fedhlm"] for c in chunks if "receipt" in c["choices"][0]["fedhlm"])
     assert last["receipt"]["text"] == answer["choices"][0]["fedhlm"]["receipt"]["text"]
+
+
+@pytest.mark.slow
+async def test_answers_over_the_bus_have_the_same_receipts(doors: House, tmp_path: Path) -> None:
+    root = ec.generate_private_key(ec.SECP256R1())
+    authority = root, issued(tmp_path, "ca", root)
+    issued(tmp_path, "porch", ec.generate_private_key(ec.SECP256R1()), authority)
+    path = tmp_path / "answer.json"
+    words = ["agent", PROMPT, "--tokens", "12", "--seed", str(SEED), "--broker.url", doors.broker]
+    asking = [sys.executable, "-m", "fedhlm_fleet.cli", "ask", *words, "--receipt", str(path), "--preset"]
+    doors.sign = signer_of(Broker(cert=str(tmp_path / "porch.crt"), key=str(tmp_path / "porch.key")))
+    try:
+        done = await asyncio.to_thread(subprocess.run, [*asking, "exact"], capture_output=True, text=True, check=False)
+    finally:
+        doors.sign = unsigned
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(path.read_bytes())
+    assert done.stdout.rstrip("\n") == answer["text"].rstrip("\n")
+    told = await asyncio.to_thread(verify, answer, tmp_path, "--ca", str(tmp_path / "ca.crt"))
+    assert told.returncode == 0, told.stderr
+    assert "12 of 12 tokens are the LLM's own, signed by CN=porch" in told.stdout
+    answer["fedhlm"]["tokens"][3]["id"] += 1
+    assert (await asyncio.to_thread(verify, answer, tmp_path)).returncode == 1
+
+    # An answer that the LLM has not verified has none; the text comes all the same, and the file stays.
+    done = await asyncio.to_thread(subprocess.run, [*asking, "slm-only"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "the answer has no receipt" in done.stderr
+    assert done.stdout.strip()
+    assert json.loads(path.read_bytes()) != {}
+
+    async with Client(doors.broker) as client:
+        asked = {"max_tokens": 12, "seed": SEED, "preset": "exact"}
+        result = await client.write("agent", PROMPT, receipt=True, **asked)
+        body = {"model": "fedhlm:exact", "prompt": PROMPT, "max_tokens": 12, "seed": SEED}
+        url = f"{doors.urls['agent']}/v1/completions"
+        over_http = (await asyncio.to_thread(httpx.post, url, json=body, timeout=60)).json()["choices"][0]["fedhlm"]
+        mine = json.loads(result.verifiable() or b"")["fedhlm"]
+        assert mine["prompt_ids"] == over_http["prompt_ids"]
+        differ = {key for key, value in mine["receipt"].items() if over_http["receipt"][key] != value}
+        assert differ <= {"made_ms"}
+        assert (await client.write("agent", PROMPT, **asked)).proof is None  # not asked for
+
+
+def test_an_agent_signs_with_the_key_of_its_certificate_if_it_has_one(tmp_path: Path) -> None:
+    issued(tmp_path, "porch", ec.generate_private_key(ec.SECP256R1()))
+    made = receipt(Sampling(1), [1], [2])
+    keys = {"broker.cert": str(tmp_path / "porch.crt"), "broker.key": str(tmp_path / "porch.key")}
+    assert check_signature(cli._sign(load(environ={}, flags=keys))(made), None) == "CN=porch"
+    assert cli._sign(load(environ={}))(made) is made

@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol, Self
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.bus.interface import Bus, Delivery
 from fedhlm.bus.mqtt import MqttBus
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.virtual import run_virtual
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")

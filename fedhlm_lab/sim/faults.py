@@ -17,7 +17,7 @@ from fedhlm.errors import ConfigError
 from fedhlm_lab.sim.liars import LIES
 from fedhlm_lab.sim.link import LinkModel
 from fedhlm_lab.sim.links import LinkProfile
-from fedhlm_lab.sim.loopback import LoopbackBroker
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.parts import Part
 
 PAIR: Final = "|"

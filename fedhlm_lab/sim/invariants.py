@@ -34,7 +34,7 @@ from fedhlm.protocol.fields import FinishReason
 from fedhlm.protocol.messages import Cancel, Output, Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.loopback import Packet
+from fedhlm_lab.sim.loopback_broker import Packet
 from fedhlm_lab.sim.parts import Part
 from fedhlm_lab.sim.scenario import Scenario
 

@@ -10,7 +10,7 @@ from fedhlm.errors import TraceError
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.invariants import Violation
-from fedhlm_lab.sim.loopback import Packet
+from fedhlm_lab.sim.loopback_broker import Packet
 from fedhlm_lab.sim.scenario import Scenario
 from fedhlm_lab.sim.simulator import simulate
 from fedhlm_lab.sim.world import WALL_S

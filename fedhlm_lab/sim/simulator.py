@@ -25,7 +25,8 @@ from fedhlm_lab.sim.faults import Weather
 from fedhlm_lab.sim.invariants import Monitor, Violation, WatchedAgent, idle, presence_topics
 from fedhlm_lab.sim.liars import tempt
 from fedhlm_lab.sim.link import Direction
-from fedhlm_lab.sim.loopback import LoopbackBus, Packet
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import Packet
 from fedhlm_lab.sim.parts import Part, PartBus
 from fedhlm_lab.sim.patience import Patient, ScriptedRequest
 from fedhlm_lab.sim.scenario import CLIENT, STEP_S, Scenario

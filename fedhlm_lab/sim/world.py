@@ -30,7 +30,8 @@ from fedhlm.protocol.messages import Fingerprint
 from fedhlm.settings import Config, Federation
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim.link import LinkModel
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.parts import Part, PartBus, inline
 
 CLOUD_BATCH_MAX: Final = 8

@@ -17,7 +17,8 @@ from fedhlm.protocol.codec import decode
 from fedhlm.protocol.messages import Presence, Prompt
 from fedhlm.protocol.topics import DEFAULT_ROOT
 from fedhlm.telemetry import Counters
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.toy import FINGERPRINT
 from fedhlm_lab.sim.virtual import run_virtual
 

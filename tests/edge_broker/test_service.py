@@ -30,7 +30,7 @@ from fedhlm.protocol.messages import (
 )
 from fedhlm.protocol.packing import pack_ids, pack_probs
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.loopback import LoopbackBroker
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.edge_broker.world import Hand, World, contribute
 

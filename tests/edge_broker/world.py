@@ -23,7 +23,8 @@ from fedhlm.protocol.messages import AnyMessage, Contribution, PaperThreshold
 from fedhlm.settings import Cloud, Cluster, Config, Edge, Federation
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 
 PRIOR_TOKENS = 256.0
 RULES = Federation(round_updates=4, round_s=1.0, prior_tokens=PRIOR_TOKENS)

@@ -19,7 +19,8 @@ from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import Cancel, Output, Prompt
 from fedhlm.telemetry import Counters
 from fedhlm_lab.sim.link import LinkModel
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.virtual import run_virtual
 
 TEXT = "<0><1><2><3><4><5>"

@@ -14,7 +14,8 @@ from fedhlm.protocol.codec import decode, encode
 from fedhlm.protocol.fields import MAX_NOTES
 from fedhlm.protocol.messages import Journal, Note, Prompt
 from fedhlm.telemetry import Counters
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.virtual import run_virtual
 
 LEVELS = {"cluster": "c0", "agent": "a"}

@@ -7,7 +7,8 @@ from fedhlm.learning import rounds
 from fedhlm.learning.federation import Members, mean_of_agents
 from fedhlm.protocol.messages import SCHEMA_VERSION, Contribution
 from fedhlm.settings import Federation
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.virtual import run_virtual
 
 

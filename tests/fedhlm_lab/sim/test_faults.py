@@ -12,7 +12,8 @@ from fedhlm.errors import ConfigError
 from fedhlm_lab.sim import faults, links
 from fedhlm_lab.sim.faults import BROKER, EVERYWHERE, KINDS, PAIR, Event, Weather
 from fedhlm_lab.sim.link import LinkModel
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus, Packet
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker, Packet
 from fedhlm_lab.sim.parts import Part, PartBus
 from fedhlm_lab.sim.scenario import Scenario
 from fedhlm_lab.sim.virtual import run_virtual

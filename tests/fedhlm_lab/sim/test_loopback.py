@@ -10,7 +10,8 @@ import pytest
 from fedhlm.bus.interface import Delivery, Retained, publish_wire_bytes, topic_matches
 from fedhlm.errors import BusError
 from fedhlm_lab.sim.link import Faults, LinkModel
-from fedhlm_lab.sim.loopback import LoopbackBroker, LoopbackBus
+from fedhlm_lab.sim.loopback import LoopbackBus
+from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.virtual import run_virtual
 from tests.brokers import take
 

@@ -184,6 +184,16 @@ def fedhlm(*, given: PaperFlags = PAPER) -> int:
     return _papers(["fedhlm"], given)
 
 
+@app.command(name="u-hlm")
+def u_hlm(*, given: PaperFlags = PAPER) -> int:
+    """Repeat the figures of U-HLM (arXiv 2412.12687) and CU-HLM (arXiv 2505.11788) beside the papers' values.
+
+    Doubt against rejection with the fitted line, transmission rate and accuracy by threshold, throughput on links, and
+    bytes by vocabulary. FEDHLM_DATA names the folder of AG News; without it, the items that ship with the project.
+    """
+    return _papers(["u-hlm"], given)
+
+
 @app.command(name="all")
 def everything(*, given: PaperFlags = PAPER) -> int:
     """Run all experiments of papers."""

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from msgspec.structs import replace
+
 from fedhlm.progress import progress
-from fedhlm_lab.papers import fedhlm, fedhlm_figures
-from fedhlm_lab.papers.experiment import FedhlmExperiment
+from fedhlm_lab.papers import fedhlm, fedhlm_figures, u_hlm, u_hlm_figures
+from fedhlm_lab.papers.experiment import FedhlmExperiment, UhlmExperiment
 from fedhlm_lab.papers.laws import LawPrompt, Laws
 from fedhlm_lab.papers.pair import LabPair, decoder_of
 from fedhlm_lab.papers.report import LabResult
-from fedhlm_lab.papers.requests import SHIPPED, source_of, topic_prompts
+from fedhlm_lab.papers.requests import SHIPPED, source_of, text_prompts, topic_prompts
 
 QUICK: Final = "A smaller sample (--quick): the figures are for looking at, not for citing."
 TOO_FEW: Final = "AG News was not found (FEDHLM_DATA names its folder), so these are few and simple texts."
@@ -23,6 +25,18 @@ def run_fedhlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
     laws = laws_of(pair, cache, topic_prompts(source.articles, decoder_of(pair)))
     runs = fedhlm.run(experiment.smaller(len(source.articles)), pair, source, laws)
     return marked(fedhlm_figures.result_of(runs), laws, source.name, quick=quick)
+
+
+def run_u_hlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+    """Run U-HLM's and CU-HLM's experiment."""
+    experiment = UhlmExperiment.load("u-hlm", quick=quick)
+    source, decoder = source_of(experiment.questions), decoder_of(pair)
+    read = source_of(experiment.articles)
+    texts = laws_of(pair, cache, text_prompts(read.articles, decoder, experiment.rows))
+    questions = laws_of(pair, cache, topic_prompts(source.articles, decoder))
+    asked = replace(experiment, articles=len(texts.prompts), questions=len(source.articles))
+    runs = u_hlm.run(asked, pair, source, texts, questions)
+    return marked(u_hlm_figures.result_of(runs), texts, source.name, quick=quick)
 
 
 def laws_of(pair: LabPair, cache: Path, prompts: list[LawPrompt]) -> Laws:
@@ -38,4 +52,4 @@ def marked(result: LabResult, laws: Laws, source: str, *, quick: bool) -> LabRes
     return result._replace(facts={**result.facts, **models}, sentences=[*warnings, *result.sentences])
 
 
-EXPERIMENTS: Final[dict[str, Callable[..., LabResult]]] = {"fedhlm": run_fedhlm}
+EXPERIMENTS: Final[dict[str, Callable[..., LabResult]]] = {"fedhlm": run_fedhlm, "u-hlm": run_u_hlm}

@@ -84,18 +84,24 @@ class FedhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class UhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """U-HLM's and CU-HLM's evaluation. Times are in seconds, the bandwidth in hertz, sizes in bytes, SNR in decibels."""
+    """U-HLM's and CU-HLM's evaluation. Times are in seconds, the bandwidth in hertz, sizes in bytes, SNR in decibels.
+
+    `rows` tokens of each article are read, and `questions` are asked about topics. `paper_rate` is the share of tokens
+    that CU-HLM sends, and `paper_compression` the part of a law that it saves.
+    """
 
     rows: Amount
+    questions: Amount
     temperature: Annotated[float, Meta(ge=0.0, le=10.0)]
+    budget: Annotated[float, Meta(gt=0.0, le=1.0)]
     taus: tuple[Unit, ...]
-    vocabularies: tuple[Annotated[int, Meta(ge=64)], ...]
+    vocabularies: tuple[Annotated[int, Meta(ge=64, lt=2**24)], ...]
     bandwidth_hz: Annotated[float, Meta(gt=0.0)]
     snr_db: tuple[float, ...]
     slm_s: Annotated[float, Meta(ge=0.0)]
     llm_s: Annotated[float, Meta(ge=0.0)]
-    paper_vocabulary: Amount
     paper_law_bytes: Annotated[float, Meta(gt=0.0)]
-    paper_rate: Unit
+    paper_top_bytes: Annotated[float, Meta(gt=0.0)]
+    paper_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
     paper_compression: Unit
     paper_speedup: Annotated[float, Meta(gt=0.0)]

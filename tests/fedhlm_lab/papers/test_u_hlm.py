@@ -1,0 +1,86 @@
+"""U-HLM's quantities: drafts and betas of the live couplings, the link model, the speed-ups, and the report."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm_lab.papers import u_hlm
+from fedhlm_lab.papers.experiment import UhlmExperiment
+from fedhlm_lab.papers.report import LabResult, markdown
+from fedhlm_lab.papers.u_hlm import SpeedupPoint, observed, rate_of, sizes_of, snr_of, token_s
+from fedhlm_lab.papers.u_hlm_figures import result_of
+from tests.fedhlm_lab.papers import toys
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> u_hlm.UhlmRuns:
+    cache = tmp_path_factory.mktemp("laws")
+    shipped = UhlmExperiment.load("u-hlm")
+    small = {"articles": 30, "questions": 40, "sample": 6, "taus": (0.0, 0.43, 1.0), "vocabularies": (64, 4096)}
+    experiment = UhlmExperiment.of({f: getattr(shipped, f) for f in shipped.__struct_fields__} | small, "test")
+    questions = toys.laws(cache)
+    return u_hlm.run(experiment, toys.pair(), toys.source(questions), toys.laws(cache, 30, 8), questions)
+
+
+def test_the_mean_of_beta_is_the_distance_of_both_laws(tmp_path: Path) -> None:
+    laws = toys.laws(tmp_path, 200, 8)
+    seen, _ = observed(laws, 1.0, 1)
+    p, q = (np.exp(rows - rows.max(1, keepdims=True)) for rows in (laws.large.astype(float), laws.small.astype(float)))
+    distance = 0.5 * np.abs(p / p.sum(1, keepdims=True) - q / q.sum(1, keepdims=True)).sum(1).mean()
+    betas = [one.beta for one in seen["k-sample"]]
+    assert np.mean(betas) == pytest.approx(distance, abs=4.0 * np.std(betas) / np.sqrt(len(betas)))
+
+
+def test_a_threshold_of_one_sends_nothing_and_costs_the_whole_distance(runs: u_hlm.UhlmRuns) -> None:
+    assert (runs.rate(1.0), runs.error(-1.0)) == (0.0, 0.0)
+    assert runs.error(1.0) == pytest.approx(np.mean([one.beta for one in runs.seen["k-sample"]]))
+    assert runs.rate(0.0) >= runs.rate(0.43) >= runs.rate(1.0)
+    fit = runs.fits["closed-form"]
+    assert runs.error(fit.calibrated, "closed-form") <= runs.experiment.budget
+    assert fit.a * fit.averse + fit.b == pytest.approx(0.0, abs=1e-9)
+    assert fit.a * fit.prone + fit.b == pytest.approx(fit.delta)
+
+
+def test_accuracy_is_the_llms_where_everything_is_sent(runs: u_hlm.UhlmRuns) -> None:
+    assert runs.llm_right == pytest.approx(0.8)
+    assert runs.accuracy[1.0][1] == 0.0
+    assert runs.accuracy[0.0][0] == pytest.approx(runs.llm_right, abs=0.05)
+
+
+def test_the_link_model_is_shannons() -> None:
+    assert rate_of(0.0, 8.0e6) == pytest.approx(1.0e6)
+    assert snr_of(rate_of(-11.2, 1e6), 1e6) == pytest.approx(-11.2)
+    assert token_s(1000.0, 0.5, 2000.0, slm_s=0.02, llm_s=0.05) == pytest.approx(0.02 + 0.5 * 2.05)
+
+
+def test_a_speedup_holds_at_the_rate_that_is_found_for_it_or_nowhere() -> None:
+    thirty = SpeedupPoint(92_000.0, 86.25, 0.252, 0.02, 0.05)
+    rate = thirty.rate_for(206.0)
+    assert rate is not None
+    assert thirty.at(rate) == pytest.approx(206.0)
+    assert thirty.at(1e-9) == pytest.approx(thirty.most, rel=1e-3)
+    squeezed = thirty._replace(sent_bytes=0.026 * 92_000.0)
+    assert squeezed.most == pytest.approx(152.6, abs=0.05)
+    assert squeezed.rate_for(206.0) is None
+
+
+def test_sizes_are_those_of_the_live_encodings() -> None:
+    sizes = sizes_of([4_096, 32_768], 1)
+    assert sizes[4_096]["full"] == 2 * 4_096
+    assert sizes[32_768]["gumbel"] == 2
+    assert all(size["gumbel"] < size["lattice"] < size["published-cu"] < size["full"] for size in sizes.values())
+    assert COUPLINGS["full"].law_size(b"", 4_096) == sizes[4_096]["full"]
+
+
+def test_every_value_of_the_papers_has_ours_beside_it(runs: u_hlm.UhlmRuns) -> None:
+    result: LabResult = result_of(runs)
+    assert len(result.compared) == 10
+    assert all(row.published is not None for row in result.compared)
+    assert {chart.slug for chart in result.charts} == {
+        "u-against-beta", "thresholds", "throughput", "vocabulary", "speedups"
+    }  # fmt: skip
+    report = markdown(result)
+    assert "152.6 times" in report
+    assert "18 of 18 questions" in report

@@ -14,6 +14,7 @@ from cloud_verifier.coordinator import Coordinator
 from edge_agent.events import Escalate
 from edge_agent.learner import Learner
 from edge_broker.federation import ClusterFederation
+from fedhlm import choices
 from fedhlm.learning.learnt_state import State
 from fedhlm.learning.thresholds import (
     OPTIMISERS,
@@ -38,7 +39,7 @@ class ClientOutcome(NamedTuple):
 
 
 class RunRecord(NamedTuple):
-    """All outcomes of a run in order, and the published threshold after each round (None: none was published)."""
+    """All outcomes of a run in order, and the published threshold after each round (None: under other rules)."""
 
     outcomes: list[ClientOutcome]
     thresholds: list[float | None]
@@ -88,21 +89,19 @@ class LockstepFederation:
     def _saw(self, cluster: int, name: str, learner: Learner, verdict: Verdict, added: int, audit: bool) -> None:
         self._clusters[cluster].settled.note(name, verdict, learner.pair, added=added, audit=audit)
 
-    def end_round(self, config: Config) -> State:
-        """Contribute, pool, and tell everyone. Returns the state of the cloud."""
+    def end_round(self, config: Config) -> None:
+        """Contribute, pool, and tell everyone."""
         states = [self._close(number, config) for number in range(len(self._clusters))]
         for number, state in enumerate(states):
             name = f"cluster-{number}"
             self._cloud.members.take(name, state.contribution(self._header(name)), self._now_s, wall_ms=self._sent)
-        above = self._cloud.members.close()
-        learned = above.learned(self._header("cloud"))
+        learned = self._cloud.members.close().learned(self._header("cloud"))
         for number, state in enumerate(states):
             cluster = self._clusters[number]
             cluster.note_above(learned, wall_ms=self._sent)
             told = cluster.state_below(state).learned(self._header(f"cluster-{number}"))
             for device in self._members(number):
                 device.learner.learned(told)
-        return above
 
     @property
     def _now_s(self) -> float:
@@ -140,6 +139,7 @@ def run_rounds(
     fleet = LockstepFederation(config, texts, clients=len(parts[0]), clusters=clusters, models=models)
     outcomes: list[ClientOutcome] = []
     thresholds: list[float | None] = []
+    descends, start = choices.THRESHOLDS[config.generation.threshold].descends, config.generation.tau
     for number, clients in enumerate(parts):
         for turn in range(max(map(len, clients))):
             for client, requests in enumerate(clients):
@@ -147,9 +147,9 @@ def run_rounds(
                     made = fleet.devices[client].answer(requests[turn])
                     outcomes.append(ClientOutcome(number, client, made))
                     ended()
-        state = fleet.end_round(config)
-        pair = fleet.devices[0].learner.pair
-        thresholds.append(state.thresholds[pair].threshold if pair in state.thresholds else None)
+        fleet.end_round(config)
+        known = fleet.devices[0].learner.threshold
+        thresholds.append((start if known is None else known) if descends else None)
     return RunRecord(outcomes, thresholds)
 
 

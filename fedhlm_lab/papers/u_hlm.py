@@ -32,7 +32,7 @@ SENT: Final = ("full", "published-cu", "lattice")
 DELTA: Final = 0.05  # the calibrated threshold holds with this error probability
 
 
-class Seen(NamedTuple):
+class DoubtSeen(NamedTuple):
     """One draft: its doubt, beta, and whether the target's probability of it is below the SLM's."""
 
     doubt: float
@@ -68,7 +68,7 @@ class UhlmRuns(NamedTuple):
 
     experiment: UhlmExperiment
     source: str
-    seen: dict[str, list[Seen]]
+    seen: dict[str, list[DoubtSeen]]
     fits: dict[str, DoubtFit]
     law_bytes: dict[str, float]
     accuracy: dict[float, tuple[float, float]]
@@ -129,9 +129,9 @@ class SpeedupPoint(NamedTuple):
         return bytes_ / seconds if bytes_ > 0.0 and seconds > 0.0 else None
 
 
-def observed(laws: Laws, temperature: float, seed: int) -> tuple[dict[str, list[Seen]], dict[str, float]]:
+def observed(laws: Laws, temperature: float, seed: int) -> tuple[dict[str, list[DoubtSeen]], dict[str, float]]:
     """Draft at every row. Returns the drafts by form of doubt, and the mean bytes of a law by coupling."""
-    seen: dict[str, list[Seen]] = {form: [] for form in DOUBTS}
+    seen: dict[str, list[DoubtSeen]] = {form: [] for form in DOUBTS}
     sizes: dict[str, list[int]] = {name: [] for name in SENT}
     with progress("texts read", len(laws.prompts)) as ended:
         for number, prompt in enumerate(laws.prompts):
@@ -143,7 +143,9 @@ def observed(laws: Laws, temperature: float, seed: int) -> tuple[dict[str, list[
                 target = float(law(laws.large[row], sampling)[token])
                 beta = rejection_probability(prob, target)
                 for form in DOUBTS:
-                    seen[form].append(Seen(UNCERTAINTIES[form](small, token, sampling, position), beta, target < prob))
+                    seen[form].append(
+                        DoubtSeen(UNCERTAINTIES[form](small, token, sampling, position), beta, target < prob)
+                    )
                 sizes["full"].append(len(encoded))
                 if not offset:
                     for name in SENT[1:]:
@@ -152,7 +154,7 @@ def observed(laws: Laws, temperature: float, seed: int) -> tuple[dict[str, list[
     return seen, {name: float(np.mean(found)) for name, found in sizes.items()}
 
 
-def fit_of(form: str, seen: Sequence[Seen], budget: float) -> DoubtFit:
+def fit_of(form: str, seen: Sequence[DoubtSeen], budget: float) -> DoubtFit:
     """Fit beta to the doubt, and find the thresholds that follow."""
     curve = Curve.empty()
     for one in seen:

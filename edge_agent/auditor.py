@@ -17,7 +17,7 @@ class Auditor:
     """Sends the audits of one device, and tells its learner and its peers the results."""
 
     def __init__(self, here: Surroundings, fingerprint: Fingerprint, *, clock_s: Callable[[], float]) -> None:
-        self.audits = Audits()
+        self.audits = Audits(fingerprint)
         self._here = here
         self._fingerprint = fingerprint
         self._clock_s = clock_s

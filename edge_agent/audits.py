@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
 from edge_agent.accounts import OpenText
 from edge_agent.events import Answered, Observation, Tail
 from edge_agent.generation import scored
@@ -25,7 +27,7 @@ ANSWER_S: Final = 20.0  # seconds to wait for the verdict
 TRIES: Final = 4
 OPEN_MAX: Final = 1_024  # beyond this number the oldest audit is given up
 FULL: Final = 64  # so many audits that wait are worth a message of their own
-RIDERS_BYTES: Final = 16_384  # about, per message
+RIDERS_BYTES: Final = 16_384  # of all riders of a message; a larger one goes up by itself
 ON_THE_WAY: Final = 8  # audits whose answer is awaited; more would make the device's own blocks wait behind them
 
 
@@ -56,11 +58,6 @@ class Audit:
         """Whether every token of the tail is scored."""
         return len(self.scores) == len(self.tail.tokens)
 
-    @property
-    def bytes_max(self) -> int:
-        """About what the rider takes on the wire; hardly ever less."""
-        return 256 + 3 * (len(self.tail.context) + len(self.tail.tokens))
-
     def rider(self, fingerprint: Fingerprint) -> Rider:
         """The tail as it is sent: fixed ids, with a prime if the cloud may not hold the session any more."""
         vocab_size, context = fingerprint.vocab_size, self.tail.context
@@ -73,9 +70,10 @@ class Audit:
 
 
 class Audits:
-    """The open audits of one device, oldest first."""
+    """The open audits of one device, oldest first. `fingerprint` is that of its models, which riders carry."""
 
-    def __init__(self) -> None:
+    def __init__(self, fingerprint: Fingerprint) -> None:
+        self._fingerprint = fingerprint
         self._open: OrderedDict[int, Audit] = OrderedDict()
 
     def __len__(self) -> int:
@@ -101,7 +99,7 @@ class Audits:
         waiting = self._waiting()
         room = MAX_RIDERS if alone else max(0, ON_THE_WAY - (len(self._open) - len(waiting)))
         for audit in waiting[:room]:
-            size += audit.bytes_max
+            size += len(msgspec.msgpack.encode(audit.rider(self._fingerprint)))
             if found and size > RIDERS_BYTES:
                 break
             audit.sent_s, audit.due_s = now_s, now_s + ANSWER_S

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_agent.accounts import OpenText
-from edge_agent.audits import ANSWER_S, FULL, OPEN_MAX, TRIES, WAIT_S, Audit, Audits
+from edge_agent.audits import ANSWER_S, FULL, OPEN_MAX, RIDERS_BYTES, TRIES, WAIT_S, Audit, Audits
 from edge_agent.core import AgentCore
 from edge_agent.events import Answered, Tail, Token
 from edge_agent.measures import Measures
@@ -42,7 +43,7 @@ def answer(*probs: float, base: int = 3, accepted: int | None = None, missed: tu
 
 
 def test_an_audit_goes_up_once_with_the_next_message_and_ends_with_its_verdict() -> None:
-    audits = Audits()
+    audits = Audits(toy.FINGERPRINT)
     audits.wait(audit(1, 8, 9))
     assert audits.wake_s() == WAIT_S
     (sent,) = audits.riders(10.0)
@@ -59,21 +60,21 @@ def test_an_audit_goes_up_once_with_the_next_message_and_ends_with_its_verdict()
 
 
 def test_a_verdict_on_a_part_of_the_tail_is_kept_until_the_rest_is_scored() -> None:
-    audits = Audits()
+    audits = Audits(toy.FINGERPRINT)
     audits.wait(audit(1, 8, 9, 10))
     assert audits.answered(1, answer(0.9, 0.5, 0.5, base=2)) is None  # one token before the tail, two of it
     assert audits.answered(1, answer(0.1, base=5, missed=(True,))) is not None
 
 
 def test_what_peers_say_is_no_audit() -> None:
-    audits = Audits()
+    audits = Audits(toy.FINGERPRINT)
     audits.wait(audit(1, 8))
     assert audits.answered(1, answer(0.5)._replace(source="peer")) is None
     assert len(audits) == 1
 
 
 def test_a_cloud_that_lost_the_session_gets_the_whole_context() -> None:
-    audits = Audits()
+    audits = Audits(toy.FINGERPRINT)
     audits.wait(audit(1, 8))
     audits.riders(0.0)
     audits.unprimed(1)
@@ -82,7 +83,7 @@ def test_a_cloud_that_lost_the_session_gets_the_whole_context() -> None:
 
 
 def test_what_nothing_carries_goes_up_alone_and_is_given_up_after_a_few_tries() -> None:
-    audits, now, alone = Audits(), 0.0, 0
+    audits, now, alone = Audits(toy.FINGERPRINT), 0.0, 0
     audits.wait(audit(1, 8))
     for _ in range(100):
         now = audits.wake_s()
@@ -98,9 +99,25 @@ def test_what_nothing_carries_goes_up_alone_and_is_given_up_after_a_few_tries() 
 
 
 def test_the_oldest_is_given_up_where_too_many_wait() -> None:
-    audits = Audits()
+    audits = Audits(toy.FINGERPRINT)
     given_up = [lost.session for number in range(OPEN_MAX + 3) for lost in audits.wait(audit(number, 8))]
     assert given_up == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("prompt", "together"), [(3, 64), (80, 64), (1_000, 7), (30_000, 1)])
+def test_a_message_for_audits_alone_carries_as_many_as_fit(prompt: int, together: int) -> None:
+    """One-token answers, each with its whole prompt: by their size on the wire, at least one and at most 16 KiB."""
+    audits = Audits(toy.FINGERPRINT)
+    for number in range(FULL):
+        one = audit(number, 8, primed=False)
+        one.tail = one.tail._replace(context=(5,) * prompt)
+        audits.wait(one)
+    assert audits.full
+    sent = audits.riders(0.0, alone=True)
+    size = sum(len(msgspec.msgpack.encode(a.rider(toy.FINGERPRINT))) for a in sent)
+    assert size <= RIDERS_BYTES or len(sent) == 1
+    assert len(sent) == together
+    assert len(audits.riders(1.0, alone=True)) == min(len(sent), FULL - len(sent))
 
 
 def test_an_escalation_and_its_riders_are_blocks_of_their_own_at_the_edge() -> None:

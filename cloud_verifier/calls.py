@@ -36,6 +36,11 @@ class BlockJob(NamedTuple):
         context = len(e.prime.context) if e.prime else 0
         return (len(e.ids) + context) // id_bytes + e.extend
 
+    def only_scores(self, id_bytes: int) -> bool:
+        """Whether all its tokens are committed, as in an audit. No text waits for the answer."""
+        e = self.escalation
+        return bool(e.ids) and e.extend == 0 and e.fixed * id_bytes >= len(e.ids)
+
     def repeats(self, other: "BlockJob") -> bool:
         """Whether both jobs carry the same block, which was sent again."""
         a, b = self.escalation, other.escalation

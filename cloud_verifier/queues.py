@@ -14,6 +14,7 @@ WAITING_BYTES: Final = 64 * 1024 * 1024
 WAITING_OF_ONE: Final = 256  # blocks that wait, per agent
 BYTES_OF_ONE: Final = 2 * MAX_PAYLOAD_BYTES
 LOOKED_AT: Final = 1_024
+GOING_FIRST: Final = 8  # blocks of an agent that start before an audit that was there earlier
 
 
 @dataclass
@@ -37,6 +38,9 @@ class Load:
 class AgentQueue:
     """The blocks of one agent. Of the sessions in a lane, the one that has waited longest is first.
 
+    No text waits for an audit. So it lets others go first, GOING_FIRST at most, and leaves one of the places of blocks
+    that run to them.
+
     `short_max` is the largest number of tokens of a short block, and `id_bytes` the size of a token id.
     """
 
@@ -45,11 +49,12 @@ class AgentQueue:
         self.load = Load()
         self._short_max = short_max
         self._id_bytes = id_bytes
+        self._went_first = 0  # blocks since the last audit, while another one waited
         self._waiting: dict[Key, deque[BlockJob]] = {}
-        self._lanes: dict[bool, dict[Key, None]] = {
-            True: {},
-            False: {},
-        }  # sessions by whether their next block is short
+        # Sessions by whether their next block is short, and whether it is an audit.
+        self._lanes: dict[tuple[bool, bool], dict[Key, None]] = {
+            (s, a): {} for s in (True, False) for a in (True, False)
+        }
 
     def __bool__(self) -> bool:
         return bool(self._waiting or self.running)
@@ -57,6 +62,10 @@ class AgentQueue:
     def is_short(self, job: BlockJob) -> bool:
         """Whether the model has little to compute for a block."""
         return job.tokens(self._id_bytes) <= self._short_max
+
+    def is_audit(self, job: BlockJob) -> bool:
+        """Whether a block only asks for scores."""
+        return job.only_scores(self._id_bytes)
 
     def replaced(self, job: BlockJob) -> list[BlockJob]:
         """Remove and return the blocks that a new one replaces: its earlier copies, or, if it ends the session, all."""
@@ -78,10 +87,15 @@ class AgentQueue:
 
     def startable(self, *, short: bool, at_most: int) -> Key | None:
         """The session whose next block may start in a lane; None if there is none, or if `at_most` blocks run there."""
-        lane = self._lanes[short]
-        if not lane or sum(running.short is short for running in self.running.values()) >= at_most:
+        running = [self.is_audit(r.job) for r in self.running.values() if r.short is short]
+        if len(running) >= at_most:
             return None
-        return next((key for key in lane if key not in self.running), None)
+        first, audit = (
+            next((key for key in self._lanes[short, kind] if key not in self.running), None) for kind in (False, True)
+        )
+        if running.count(True) >= at_most - 1:
+            return first
+        return first if audit is None or (first is not None and self._went_first < GOING_FIRST) else audit
 
     def withdraw(self, key: Key) -> list[BlockJob]:
         """Remove and return all blocks of a session that wait."""
@@ -106,13 +120,16 @@ class AgentQueue:
         job = self._waiting[key].popleft()
         self.load.weigh(job, -1)
         self._place(key)
+        audits = any(self._lanes[short, True] for short in (True, False))
+        self._went_first = 0 if self.is_audit(job) or not audits else self._went_first + 1
         return job
 
     def _place(self, key: Key) -> None:
         for lane in self._lanes.values():
             lane.pop(key, None)
         if self._waiting[key]:
-            self._lanes[self.is_short(self._waiting[key][0])][key] = None
+            first = self._waiting[key][0]
+            self._lanes[self.is_short(first), self.is_audit(first)][key] = None
         else:
             del self._waiting[key]
 

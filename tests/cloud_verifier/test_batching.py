@@ -12,7 +12,7 @@ from cloud_verifier import batching
 from cloud_verifier.batching import LARGE, RUNNING_OF_ONE, SMALL, Batcher, Done
 from cloud_verifier.calls import READS, BlockJob, Running
 from cloud_verifier.engine import Engine
-from cloud_verifier.queues import BYTES_OF_ONE, WAITING_MAX, WAITING_OF_ONE
+from cloud_verifier.queues import BYTES_OF_ONE, GOING_FIRST, WAITING_MAX, WAITING_OF_ONE
 from cloud_verifier.sessions import Key, RefusedBlock, Sessions
 from cloud_verifier.shares import BURST
 from cloud_verifier.verifier import Settled
@@ -45,12 +45,13 @@ def job(
     prompt: Iterable[int] = PROMPT,
     ids: Iterable[int] = (),
     cluster: str = "c",
+    fixed: int = 0,
 ) -> BlockJob:
     prompt = list(prompt)
     context = pack_ids(prompt, toy.VOCAB_SIZE)
     escalation = Escalation(
         version=SCHEMA_VERSION, sender=agent, sequence=1, sent_ms=0, session=session, epoch=0, base=len(prompt),
-        ids=pack_ids(list(ids), toy.VOCAB_SIZE), patience_ms=1, extend=extend,
+        ids=pack_ids(list(ids), toy.VOCAB_SIZE), patience_ms=1, extend=extend, fixed=fixed,
         before=Prime(Sampling(1), toy.FINGERPRINT, context) if primed else None,
     )  # fmt: skip
     return BlockJob(Key(cluster, agent, session), escalation, expires_s)
@@ -323,6 +324,39 @@ def test_an_agent_has_a_share_of_the_model_whatever_another_asks_for() -> None:
         found += step(work)
         assert sum(r.job.key.agent == "greedy" for r in work.running) <= RUNNING_OF_ONE
     assert [done.job.key.agent for done in found] == ["modest"]
+
+
+def audit(session: int, agent: str = "a") -> BlockJob:
+    return job(agent, session, prompt=long_prompt(session, 80), ids=[7], fixed=1, extend=0)
+
+
+def calls_until(work: Batcher, session: int) -> int:
+    for number in range(1, 1_000):
+        if any(done.job.key.session == session for done in step(work)):
+            return number
+    raise AssertionError("never settled")
+
+
+def test_a_block_that_a_text_waits_for_is_not_behind_the_audits_of_its_device() -> None:
+    waits = []
+    for audits in (0, 8, 64):
+        work = batcher(batch_tokens=32)
+        for session in range(audits):
+            work.submit(audit(session))
+        step(work)
+        work.submit(job(session=999, prompt=long_prompt(999, 80), ids=[7]))
+        waits.append(calls_until(work, 999))
+    assert waits[2] == waits[1]  # however many wait
+    assert waits[1] <= RUNNING_OF_ONE * waits[0]
+
+
+def test_audits_are_answered_however_many_texts_a_device_writes() -> None:
+    work = batcher(batch_tokens=32)
+    work.submit(audit(1_000))
+    for session in range(40):
+        work.submit(job(session=session, prompt=long_prompt(session, 80), ids=[7]))
+    done = [one.job.key.session for one in settled(work)]
+    assert done.index(1_000) == GOING_FIRST
 
 
 def test_everything_that_was_taken_is_settled_in_the_end() -> None:

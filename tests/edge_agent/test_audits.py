@@ -1,6 +1,7 @@
 """Audits ride in messages that go up anyway, are scored as the truth has it, and end even where nobody answers."""
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -209,6 +210,25 @@ def test_many_short_answers_lose_no_audit_and_share_their_messages() -> None:
         assert (counted["audits"], counted.get("lost_audits", 0), known.texts) == (150, 0, 150)
         assert counted["audit_messages"] <= 150 / FULL + 1
         assert known.estimate * known.tokens == pytest.approx(wrong)
+
+    lived(work)
+
+
+def test_audits_delay_no_block_so_long_that_it_is_sent_again() -> None:
+    """Questions with long prompts, all audited, one right after the other: the cloud answers blocks before audits."""
+
+    async def work(fleet: Fleet, agent: AgentCore) -> None:
+        config = load(preset="budget", environ={}, flags=KEEPS_MOST).config.generation
+        rng = random.Random(1)
+        messages = escalated = 0
+        for seed in range(120):
+            prompt = [rng.randrange(1, toy.VOCAB_SIZE) for _ in range(240)]
+            sampling = Sampling(seed, 0.8, 1.0, config.coupling)
+            result = await agent.generate(Job(config, sampling, 1, toy.CONTEXT, frozenset()), prompt, nobody)
+            messages, escalated = messages + result.uplink_messages, escalated + result.escalated
+        counted = fleet.counters.snapshot()
+        assert counted["audits"] > 20
+        assert (counted.get("retries", 0), messages) == (0, escalated)
 
     lived(work)
 

@@ -15,6 +15,7 @@ from cloud_verifier.calls import BlockJob
 from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.journal import CloudStart
+from cloud_verifier.preparing import Preparations
 from cloud_verifier.sessions import Key, RefusedBlock, Sessions, StaleBlock, UnprimedBlock
 from cloud_verifier.verdicts import MODEL_FAILED, portions, verdict_of
 from cloud_verifier.verifier import Settled
@@ -26,6 +27,7 @@ from fedhlm.learning.evidence import count_fleet
 from fedhlm.learning.roster import roster_of
 from fedhlm.learning.rounds import Rounds
 from fedhlm.process.runtime import Runtime
+from fedhlm.process.saver import inline
 from fedhlm.protocol import topics
 from fedhlm.protocol.fingerprint import half_of
 from fedhlm.protocol.messages import (
@@ -106,6 +108,9 @@ class CloudService:
         self._to_announce = to_announce
         self._assign_s = config.federation.assign_s
         self._in_thread = runtime.in_thread
+        # Where nothing runs beside the loop, nothing is gained by waiting for it.
+        threads = runtime.in_thread is not inline
+        self._preparations = Preparations(engine.constrain, runtime.in_thread, self._queue) if threads else None
         self._local: dict[Key, asyncio.Future[Outcome]] = {}
         self._saver = runtime.saver({FEDERATION_FILE: coordinator.members})
         coordinator.members.note_large(sessions.fingerprint)
@@ -211,9 +216,16 @@ class CloudService:
             key = Key(cluster, agent, escalation.session)
             self._counters.add("escalations")
             patience_s = min(escalation.patience_ms / 1000.0, PATIENCE_MAX_S)
-            busy += self.batcher.submit(BlockJob(key, escalation, now + patience_s))
+            job = BlockJob(key, escalation, now + patience_s)
+            if self._preparations is None or not self._preparations.hold(job):
+                busy += self.batcher.submit(job)
         self._work.set()
         await self._answer(busy)
+
+    async def _queue(self, job: BlockJob) -> None:
+        """Queue a block that was held until its grammar was compiled."""
+        await self._answer(self.batcher.submit(job))
+        self._work.set()
 
     # Clients on this machine
 

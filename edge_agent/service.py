@@ -23,6 +23,7 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.grammar import Constrain, nothing_constrains
 from fedhlm.decoding.text import TOKEN_BYTES_MAX, StoppedText, TextStream, encode_prompt
 from fedhlm.errors import BusError, ConfigError, FedhlmError, ProtocolError
+from fedhlm.process.saver import InThread, inline
 from fedhlm.protocol import topics
 from fedhlm.protocol.fields import MAX_METRICS, MAX_REASON, FinishReason, Refusal
 from fedhlm.protocol.messages import Cancel, Grammar, MetricsReport, Output, Presence, Prompt, Sampling
@@ -70,8 +71,10 @@ class AgentService:
         loaded: Loaded,
         model: ModelFacts,
         connection: Connection,
+        in_thread: InThread = inline,
     ) -> None:
         self.agent = agent
+        self._in_thread = in_thread
         self.connection = connection
         self.sign: Sign = unsigned
         self._moved = asyncio.Event()
@@ -355,7 +358,7 @@ class AgentService:
             ids = encode_prompt(self._model.tokenizer, prompt.text, self._model.bos_id)
         job = Job(
             config,
-            self._sampling(prompt, config, len(ids)),
+            await self._sampling(prompt, config, len(ids)),
             max_tokens=prompt.max_tokens,
             context_max=self._model.context,
             eos_ids=self._model.eos_ids,
@@ -407,11 +410,11 @@ class AgentService:
     def _config(self, prompt: Prompt) -> GenerationConfig:
         return self._loaded.asked(prompt.preset).config.generation
 
-    def _sampling(self, prompt: Prompt, config: GenerationConfig, start: int) -> Sampling:
+    async def _sampling(self, prompt: Prompt, config: GenerationConfig, start: int) -> Sampling:
         grammar = None
         if prompt.grammar is not None:
             grammar = Grammar(start, prompt.grammar)
-            self._model.constrain(grammar)  # an error belongs to this request
+            await self._in_thread(self._model.constrain, grammar)  # an error belongs to this request
         seed = prompt.seed
         if seed is None:  # so that two outputs never share their noise
             digest = hashlib.sha256(f"{config.seed}/{self.agent.name}/{prompt.request}".encode()).digest()

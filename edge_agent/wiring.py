@@ -115,4 +115,4 @@ def service_of(
     )
     following = open_next or open_bus
     connection = Connection(agent.party, lambda cluster: opened(cluster, following), config.cluster.name, alone=alone)
-    return AgentService(agent=agent, loaded=loaded, model=facts, connection=connection)
+    return AgentService(agent=agent, loaded=loaded, model=facts, connection=connection, in_thread=runtime.in_thread)

@@ -22,7 +22,7 @@ from fedhlm_doors.flow import Streaming, while_there
 from fedhlm_doors.keys import ApiKeys, Rates
 from fedhlm_doors.openai import ApiRequest
 from fedhlm_doors.openapi import document
-from fedhlm_doors.questions import models, preset_of
+from fedhlm_doors.questions import check_grammars, models, preset_of
 from fedhlm_doors.refusals import ApiError
 from fedhlm_doors.tools import with_calls
 from fedhlm_doors.written import Pace, Questions, Stage, Written
@@ -143,6 +143,7 @@ class HttpApi:
     # Both
 
     async def _write(self, request: Request, asked: ApiRequest, reply: Written) -> ASGIApp:
+        await check_grammars(self._offer, asked.questions)
         stages: list[Stage] = [with_calls] if asked.calls else []
         questions = await Questions.ask(self._answerer, asked.questions, self._pace, *stages)
         if asked.stream:

@@ -1,5 +1,6 @@
 """What both APIs share when they make questions: the types of parameters, models and presets, and the context."""
 
+import asyncio
 from collections.abc import Iterable
 from typing import Annotated, Any, Final
 
@@ -73,7 +74,7 @@ def question(
     With a seed, each choice has its own: the seed plus the number.
 
     Raises:
-        ApiError: the prompt is empty or fills the context, the model does not exist, or the grammar cannot be used.
+        ApiError: the prompt is empty or fills the context, the model does not exist, or the grammar is too long.
     """
     if not ids:
         raise ApiError(f"{param} must hold at least one token (got none)", param=param, code="invalid_value")
@@ -83,17 +84,12 @@ def question(
             param=param,
             code="context_length_exceeded",
         )
-    if grammar is not None:
-        if len(grammar) > MAX_GRAMMAR:
-            raise ApiError(
-                f"schemas and tools must be at most {MAX_GRAMMAR} characters as a grammar (got {len(grammar)})",
-                param="response_format",
-                code="invalid_grammar",
-            )
-        try:
-            offer.constrain(Grammar(len(ids), grammar))
-        except GrammarError as exc:
-            raise ApiError(str(exc), param="response_format", code="invalid_grammar") from exc
+    if grammar is not None and len(grammar) > MAX_GRAMMAR:
+        raise ApiError(
+            f"schemas and tools must be at most {MAX_GRAMMAR} characters as a grammar (got {len(grammar)})",
+            param="response_format",
+            code="invalid_grammar",
+        )
     seed = given.get("seed")
     return Question(
         asker=asker,
@@ -109,6 +105,19 @@ def question(
         logprobs=logprobs,
         grammar=grammar,
     )
+
+
+async def check_grammars(offer: Offer, questions: Iterable[Question]) -> None:
+    """Compile the grammars of questions on another thread, which may take long, so that others are served meanwhile.
+
+    Raises:
+        ApiError: a grammar cannot be used.
+    """
+    for source, start in {q.grammar: len(q.ids) for q in questions if q.grammar is not None}.items():
+        try:
+            await asyncio.to_thread(offer.constrain, Grammar(start, source))
+        except GrammarError as exc:
+            raise ApiError(str(exc), param="response_format", code="invalid_grammar") from exc
 
 
 def no_probabilities(param: str) -> ApiError:

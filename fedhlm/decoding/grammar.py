@@ -9,7 +9,9 @@ Grammars are written in the Lark dialect of llguidance, in which ``%json {...}``
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -26,6 +28,7 @@ EXTRA: Final = "serve"  # the extra that brings llguidance to a device
 FORBIDDEN: Final = -1e30  # the logit of an impossible token; finite, as 0 times infinity is not a number
 _ONE_LINE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _SLASH: Final = re.compile(r"\\.|/|\n", re.DOTALL)  # an escaped character is left as it is
+COMPILED_MAX: Final = 32  # grammars; a small schema takes about 54 KB
 STRIDE: Final = 64  # ids from one state that is kept to the next
 POSSIBLE: Final = -1e28  # every possible token is above, after division by any temperature
 
@@ -111,33 +114,55 @@ def nothing_constrains(_grammar: Grammar) -> Constraint:
 
 
 class Grammars:
-    """The grammars over one vocabulary of `size` ids. Compiled tables of the vocabulary are built when first needed."""
+    """The grammars over one vocabulary of `size` ids. Compiled tables of the vocabulary are built when first needed.
+
+    The COMPILED_MAX grammars that were used last are kept compiled. So whoever runs an event loop calls `constrain` on
+    another thread first, which may take long, and then on the loop.
+    """
 
     def __init__(self, tokenizer: "Tokenizer", size: int, eos_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
         self._size = size
         self._eos_ids = eos_ids
         self._tables: Any = None
+        self._building = Lock()
+        self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers before the first token, by source
+        self._lock = Lock()
 
     def constrain(self, grammar: Grammar) -> Constraint:
-        """Begin a text under a grammar.
+        """Begin a text under a grammar. Any thread may call this.
 
         Raises:
             GrammarError: llguidance is not installed, the model has no end of text, or the grammar is wrong.
         """
+        with self._lock:
+            known = self._compiled.get(grammar.source)
+            if known is not None:
+                self._compiled.move_to_end(grammar.source)
+                known = known.deep_copy()
+        if known is None:
+            known = self._compile(grammar.source)
+        only_end = np.zeros(self._size, np.bool_)
+        only_end[sorted(self._eos_ids)] = True
+        return Constraint(known, grammar.start, only_end)
+
+    def _compile(self, source: str) -> Any:
         try:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError as exc:
             raise GrammarError(f"texts under a grammar need llguidance: pip install 'fedhlm[{EXTRA}]'") from exc
         if not self._eos_ids:
             raise GrammarError("a model without an end-of-text id cannot end a text under a grammar")
-        if self._tables is None:
-            eos = sorted(self._eos_ids)
-            self._tables = LLTokenizer(self._tokenizer.to_str(), n_vocab=self._size, eos_token=eos)
-        matcher = LLMatcher(self._tables, grammar.source, log_level=0)
+        with self._building:
+            if self._tables is None:
+                eos = sorted(self._eos_ids)
+                self._tables = LLTokenizer(self._tokenizer.to_str(), n_vocab=self._size, eos_token=eos)
+        matcher = LLMatcher(self._tables, source, log_level=0)
         if matcher.is_error():
             reason = " ".join(matcher.get_error().split())
             raise GrammarError(f"grammar must be one that llguidance reads (got {reason[:256]})")
-        only_end = np.zeros(self._size, np.bool_)
-        only_end[sorted(self._eos_ids)] = True
-        return Constraint(matcher, grammar.start, only_end)
+        with self._lock:
+            self._compiled[source] = matcher.deep_copy()
+            while len(self._compiled) > COMPILED_MAX:
+                self._compiled.popitem(last=False)
+        return matcher

@@ -140,8 +140,3 @@ class PartBus(LoopbackBus):
             if self._part.pace_s:
                 await asyncio.sleep(self._part.pace_s)
             yield delivery
-
-
-async def inline(work: Callable[..., Any], *given: object) -> Any:
-    """Replace `asyncio.to_thread`: run the work at once, in no virtual time."""
-    return work(*given)

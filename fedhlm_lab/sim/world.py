@@ -25,6 +25,7 @@ from fedhlm.bus.interface import LinkHook, Retained
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.config import Loaded
 from fedhlm.process.runtime import OpenBus, Runtime
+from fedhlm.process.saver import inline
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Fingerprint
 from fedhlm.settings import Config, Federation
@@ -32,7 +33,7 @@ from fedhlm.telemetry import Counters
 from fedhlm_lab.sim.link import LinkModel
 from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.loopback_broker import LoopbackBroker
-from fedhlm_lab.sim.parts import Part, PartBus, inline
+from fedhlm_lab.sim.parts import Part, PartBus
 
 CLOUD_BATCH_MAX: Final = 8
 CLOUD_BATCH_TOKENS: Final = 24  # small enough that contexts are fed in pieces

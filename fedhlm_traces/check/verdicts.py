@@ -26,6 +26,7 @@ from fedhlm.decoding.sampling import ACCEPT_STREAM, RESAMPLE_STREAM, gumbel, law
 from fedhlm.errors import ProtocolError
 from fedhlm.learning.federation import Members, mean_of_clusters
 from fedhlm.process.runtime import Runtime
+from fedhlm.process.saver import inline
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import decode
 from fedhlm.protocol.messages import (
@@ -180,7 +181,7 @@ def service_of(
     store = recorded_store({FEDERATION_FILE: born.members})
     return cloud_of(
         Config(broker=settings.Broker(root=born.root), cloud=settings.Cloud(batch_max=1), federation=born.federation),
-        Runtime(Counters(), wall_s=wall_s, clock_s=clock_s, store=store),
+        Runtime(Counters(), wall_s=wall_s, clock_s=clock_s, in_thread=inline, store=store),
         large_of(born, engine or _NO_MODEL),
         open_bus=bus.opened,
         sessions=sessions,

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from msgspec.structs import replace
@@ -17,6 +16,7 @@ from fedhlm.bus.party import Party, Stamp
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.federation import Members, mean_of_clusters
 from fedhlm.process.runtime import Runtime
+from fedhlm.process.saver import inline
 from fedhlm.process.state import Store
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import AnyMessage, Contribution, PaperThreshold
@@ -35,10 +35,6 @@ def curve(tokens: float, harm: float = 0.5) -> Curve:
     made = Curve.empty()
     made.add(0.3, harm, tokens)
     return made
-
-
-async def inline(work: Callable[..., Any], *given: object) -> Any:
-    return work(*given)
 
 
 class Disk:

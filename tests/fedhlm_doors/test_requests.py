@@ -1,5 +1,6 @@
 """Requests before any model sees them: parameters, messages, templates, keys, rates."""
 
+import asyncio
 import json
 import socket
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedhlm_doors.chat import ChatTemplate, text_ids
 from fedhlm_doors.keys import ANYONE, ApiKeys, Rates
 from fedhlm_doors.openapi import document
 from fedhlm_doors.parameters import Table, checked
+from fedhlm_doors.questions import check_grammars
 from fedhlm_doors.refusals import ApiError
 from fedhlm_doors.serving import address, door_of, listening
 from fedhlm_zoo.shipped import ARTEFACTS
@@ -81,6 +83,12 @@ def test_the_page_has_the_tables_of_the_code() -> None:
     assert "| `top_k` | used |" in page
 
 
+def asked_for(given: bytes, offer: Offer) -> None:
+    """Read a request and compile its grammar, as the doors do."""
+    asked = openai.chat(given, offer, ChatTemplate.of(offer), "a")
+    asyncio.run(check_grammars(offer, asked.questions))
+
+
 @pytest.mark.parametrize(
     ("more", "param", "code"),
     [
@@ -121,7 +129,7 @@ def test_the_page_has_the_tables_of_the_code() -> None:
 )  # fmt: skip
 def test_what_cannot_be_obeyed_is_rejected_by_name(offer: Offer, more: dict[str, Any], param: str, code: str) -> None:
     given = {"model": "fedhlm", "messages": [{"role": "user", "content": "Oil"}], **more}
-    error = refused(openai.chat, body(**given), offer, ChatTemplate.of(offer), "a")
+    error = refused(asked_for, body(**given), offer)
     assert (error.param, error.code) == (param, code)
     assert error.status == (404 if code == "model_not_found" else 400)
     assert error.openai()["error"]["param"] == param

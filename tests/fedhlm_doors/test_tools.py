@@ -1,11 +1,14 @@
 """Forms of answers and calls of tools: from requests to grammars, and from texts back to calls."""
 
+import asyncio
 import gc
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
+import httpx
 import jsonschema
 import numpy as np
 import ollama
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fedhlm.answering import Slice, ToolCall
-from fedhlm.decoding.grammar import Constraint, Grammars
+from fedhlm.decoding.grammar import COMPILED_MAX, POSSIBLE, Constraint, Grammars
 from fedhlm.protocol.messages import Grammar
 from fedhlm_doors.formats import ollama_grammar, response_grammar
 from fedhlm_doors.refusals import ApiError
@@ -244,3 +247,46 @@ def test_answers_have_their_form_and_calls_are_the_llm_s_own(doors: House) -> No
         {"role": "tool", "tool_name": "now", "content": "noon"},
     ]
     assert home.chat("fedhlm", talk, tools=TOOLS, options={"num_predict": 4}).message.content is not None
+
+
+async def test_a_slow_grammar_holds_up_no_other_request(doors: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, begun, compile_now = threading.Event(), threading.Event(), Grammars._compile
+
+    def slow(self: Grammars, source: str) -> Any:
+        if "slow" in source:
+            begun.set()
+            assert release.wait(60)
+        return compile_now(self, source)
+
+    monkeypatch.setattr(Grammars, "_compile", slow)
+    asked = {"model": "fedhlm:slm-only", "prompt": PROMPT, "max_tokens": 4}
+    held = asked | {"structured_outputs": {"choice": [" slow"]}}
+    async with httpx.AsyncClient(base_url=doors.urls["agent"], timeout=60) as client:
+        waiting = asyncio.create_task(client.post("/v1/completions", json=held))
+        await asyncio.to_thread(begun.wait, 60)
+        try:
+            assert (await client.post("/v1/completions", json=asked)).status_code == 200
+            assert not waiting.done()
+        finally:
+            release.set()
+        assert (await waiting).json()["choices"][0]["text"] == " slow"
+
+
+def test_a_grammar_is_compiled_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = list[str]()
+    compile_now = grammars._compile
+
+    def noted(source: str) -> Any:
+        sources.append(source)
+        return compile_now(source)
+
+    monkeypatch.setattr(grammars, "_compile", noted)
+    first, second = (grammars.constrain(Grammar(0, 'start: "ab" | "ac"')) for _ in range(2))
+    assert sources == ['start: "ab" | "ac"']
+    blank = np.zeros(4_096, np.float32)
+    for held in (first, second):  # each begins anew
+        assert (held.masked(blank, []) > POSSIBLE).any()
+    for number in range(COMPILED_MAX):
+        grammars.constrain(Grammar(0, f'start: "x{number}"'))
+    grammars.constrain(Grammar(0, 'start: "ab" | "ac"'))
+    assert sources.count('start: "ab" | "ac"') == 2

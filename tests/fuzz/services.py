@@ -30,6 +30,7 @@ from fedhlm.bus.interface import DEFAULT_MAX_INCOMING, Delivery, topic_matches
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.learning import federation
 from fedhlm.process.runtime import Runtime
+from fedhlm.process.saver import inline
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
 from fedhlm.protocol.fields import MAX_CURVES
@@ -90,7 +91,7 @@ class Parts:
         self.agent_bus = LoopbackBus(self.world.broker, client_id="a0")
         self.agent = service_of(
             self.loaded,
-            Runtime(self.world.counters, wall_s=self.world.wall_s),
+            Runtime(self.world.counters, wall_s=self.world.wall_s, in_thread=inline),
             SmallModel(toy.ToyDrafter(agreement=0.7), toy.FINGERPRINT, ""),
             ModelFacts(toy_tokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT),
             open_bus=lambda **_connection: self.agent_bus,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedhlm.errors import ConfigError, ProtocolError
-from fedhlm.process.saver import SAVE_S, Saver
+from fedhlm.process.saver import SAVE_S, Saver, inline
 from fedhlm.process.state import Store
 from fedhlm_lab.sim.virtual import run_virtual
 
@@ -43,10 +43,6 @@ class Shelf:
     @property
     def store(self) -> Store:
         return Store(self.files.get, self.save, lambda name, _why: self.rejected.append(name))
-
-
-async def inline(work: Callable[..., Any], *given: object) -> Any:
-    return work(*given)
 
 
 def test_what_was_saved_is_restored_and_what_is_not_understood_is_put_aside() -> None:

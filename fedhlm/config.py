@@ -14,7 +14,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -50,6 +50,9 @@ class Loaded:
     config: Config
     sources: dict[str, str]
     _layers: tuple[Layer, ...] = field(repr=False)
+    _chosen: "dict[str, Loaded]" = field(
+        default_factory=dict, repr=False, compare=False
+    )  # by preset that was asked for
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return (key, value as TOML with secrets masked, source) of each key, in the order of declaration."""
@@ -74,10 +77,13 @@ class Loaded:
         """
         if name is None or name == self.config.preset:
             return self
+        if (known := self._chosen.get(name)) is not None:
+            return known
         chosen = self.with_preset(name)
         if name not in self.allowed:
             wanted = f"one that this agent allows: {', '.join(self.allowed)}"
             raise _error("preset", name, wanted, "request")
+        self._chosen[name] = chosen
         return chosen
 
     @cached_property
@@ -126,7 +132,7 @@ def load(
 
 def presets() -> dict[str, str]:
     """Return the promise of each shipped preset, by name."""
-    return {path.stem: _read_toml(path)["promise"] for path in sorted(PRESET_FOLDER.glob("*.toml"))}
+    return {path.stem: _read_shipped(path)["promise"] for path in sorted(PRESET_FOLDER.glob("*.toml"))}
 
 
 def environment_name(key: str) -> str:
@@ -190,7 +196,7 @@ def _read_preset(wanted: str, source: str) -> Layer:
     path = Path(wanted) if is_path else PRESET_FOLDER / f"{wanted}.toml"
     if not is_path and wanted not in presets():
         raise _unknown_preset(wanted, source, " or a path to a .toml file")
-    table = _read_toml(path)
+    table = dict(_read_toml(path) if is_path else _read_shipped(path))
     promise = table.pop("promise", None)
     if not isinstance(promise, str) or not promise:
         raise ConfigError(
@@ -229,6 +235,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError("file", str(path), "a readable TOML file", why=exc.strerror or str(exc)) from exc
     except (ValueError, RecursionError) as exc:
         raise ConfigError("file", str(path), "TOML", why=str(exc)) from exc
+
+
+_read_shipped = cache(_read_toml)
+"""Shipped presets are read once, since every prompt that names one asks for it. Its tables are not modified."""
 
 
 def _flat(table: Mapping[str, Any], source: str, prefix: str = "") -> dict[str, object]:

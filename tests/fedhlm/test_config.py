@@ -492,3 +492,17 @@ def _lookup(root: msgspec.Struct, key: str) -> object:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def test_a_preset_that_prompts_ask_for_again_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(environ={}, flags={"preset": "budget"})
+    first = loaded.asked("exact")
+    assert first.config.preset == "exact"
+
+    def never(*_layers: object) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("fedhlm.config._merge", never)
+    assert loaded.asked("exact") is first
+    with pytest.raises(ConfigError):
+        loaded.asked("none-such")

@@ -38,8 +38,7 @@ class Load:
 class AgentQueue:
     """The blocks of one agent. Of the sessions in a lane, the one that has waited longest is first.
 
-    No text waits for an audit. So it lets others go first, GOING_FIRST at most, and leaves one of the places of blocks
-    that run to them.
+    No text waits for an audit. So it lets others go first, GOING_FIRST at most.
 
     `short_max` is the largest number of tokens of a short block, and `id_bytes` the size of a token id.
     """
@@ -87,14 +86,11 @@ class AgentQueue:
 
     def startable(self, *, short: bool, at_most: int) -> Key | None:
         """The session whose next block may start in a lane; None if there is none, or if `at_most` blocks run there."""
-        running = [self.is_audit(r.job) for r in self.running.values() if r.short is short]
-        if len(running) >= at_most:
+        if sum(running.short is short for running in self.running.values()) >= at_most:
             return None
         first, audit = (
             next((key for key in self._lanes[short, kind] if key not in self.running), None) for kind in (False, True)
         )
-        if running.count(True) >= at_most - 1:
-            return first
         return first if audit is None or (first is not None and self._went_first < GOING_FIRST) else audit
 
     def withdraw(self, key: Key) -> list[BlockJob]:

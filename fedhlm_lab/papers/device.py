@@ -55,7 +55,8 @@ class LabOutcome(NamedTuple):
 
 
 class LawTexts:
-    """The requests' laws, and what the SLM draws from them, remembered from one policy to the next.
+    """The requests' laws, and what the SLM draws from them, remembered from one policy to the next
+    where no law travels.
 
     `word` returns the text of a token, and `topics` the right word of each article.
     """
@@ -74,12 +75,15 @@ class LawTexts:
     def draw(self, article: int, sampling: Sampling, uncertainty: str) -> Drawn:
         """Draft the token after an article, as `edge_agent.model.Slm` does."""
         name = (article, sampling, uncertainty)
-        if name not in self._drawn:
-            logits, position = self.laws.small[self.row(article)], len(self.laws.prompts[article].ids)
-            token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, position)
-            doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, position)
-            self._drawn[name] = Drawn(token, prob, doubt, law, self.laws.keys[self.row(article)].tobytes())
-        return self._drawn[name]
+        if (known := self._drawn.get(name)) is not None:
+            return known
+        logits, position = self.laws.small[self.row(article)], len(self.laws.prompts[article].ids)
+        token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, position)
+        doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, position)
+        drawn = Drawn(token, prob, doubt, law, self.laws.keys[self.row(article)].tobytes())
+        if not law:  # laws of whole vocabularies would fill the memory
+            self._drawn[name] = drawn
+        return drawn
 
     def target(self, article: int, sampling: Sampling) -> int:
         """The LLM's own token after an article."""

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from fedhlm.decoding.couplings import COUPLINGS
+from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.papers import u_hlm
 from fedhlm_lab.papers.experiment import UhlmExperiment
 from fedhlm_lab.papers.report import LabResult, markdown
 from fedhlm_lab.papers.u_hlm import SpeedupPoint, observed, rate_of, sizes_of, snr_of, token_s
 from fedhlm_lab.papers.u_hlm_figures import result_of
+from fedhlm_lab.sim import toy
 from tests.fedhlm_lab.papers import toys
 
 
@@ -31,6 +33,18 @@ def test_the_mean_of_beta_is_the_distance_of_both_laws(tmp_path: Path) -> None:
     distance = 0.5 * np.abs(p / p.sum(1, keepdims=True) - q / q.sum(1, keepdims=True)).sum(1).mean()
     betas = [one.beta for one in seen["k-sample"]]
     assert np.mean(betas) == pytest.approx(distance, abs=4.0 * np.std(betas) / np.sqrt(len(betas)))
+
+
+def test_drafts_and_doubts_are_those_of_an_agent_at_that_position(tmp_path: Path) -> None:
+    laws = toys.laws(tmp_path, 5, 4)
+    seen, _ = observed(laws, 1.0, 1)
+    drafter = toy.ToyDrafter(agreement=toys.AGREEMENT)
+    places = [(number, end) for number, p in enumerate(laws.prompts) for end in range(len(p.ids) - 3, len(p.ids) + 1)]
+    for (number, end), one in zip(places, seen["k-sample"], strict=True):
+        drawn = drafter.draft_now(
+            laws.prompts[number].ids[:end], Sampling(1_000_003 + number, 1.0, 1.0, "full"), "k-sample"
+        )
+        assert one.doubt == drawn.uncertainty
 
 
 def test_a_threshold_of_one_sends_nothing_and_costs_the_whole_distance(runs: u_hlm.UhlmRuns) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fedhlm_lab.papers.report import LabChart
 
-STYLE: Final[Any] = {  # matplotlib's type names every parameter
+LOOK: Final[Any] = {  # matplotlib's type names every parameter
     "svg.hashsalt": "fedhlm",
     "svg.fonttype": "none",
     "font.size": 9.0,
@@ -24,7 +24,7 @@ MARKS: Final = "os^Dv<>P"
 
 def drawn(chart: LabChart) -> dict[str, bytes]:
     """The chart as files: their endings and contents. Equal charts give equal bytes."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(LOOK):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes: Any = figure.add_subplot()

@@ -47,7 +47,7 @@ from fedhlm_traces.check.captured import CapturingBus
 from fedhlm_zoo.shipped import model_folder
 
 HEADER: Final[dict[str, Any]] = {"version": SCHEMA_VERSION, "sender": "edge", "sequence": 1, "sent_ms": 0}
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 60.0  # as long as the cloud keeps a block
 TEXT: Final = 24  # tokens of the quiet agent's text
 BLOCK: Final = 4
 

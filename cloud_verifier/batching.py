@@ -23,6 +23,7 @@ import numpy as np
 from cloud_verifier.calls import BlockJob, CacheRoom, Call, Running
 from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from cloud_verifier.queues import AgentQueue, Waiting
+from cloud_verifier.reports import WorkReports
 from cloud_verifier.sessions import Declined, Key, RefusedBlock, Sessions
 from cloud_verifier.shares import Lane
 from cloud_verifier.verifier import Block, Settled, settle
@@ -82,6 +83,7 @@ class Batcher:
         self._empty_cache = engine.empty_cache
         self._token_bytes = max(1, engine.token_bytes)
         self._queue = Waiting(short_max=batch_tokens, id_bytes=id_bytes(sessions.fingerprint.vocab_size))
+        self.reports = WorkReports(self._queue, sessions, short_max=batch_tokens)
         self._lanes: Final = {True: Lane(), False: Lane()}  # by whether blocks are short
         self._lead = 0.0  # tokens that short blocks got more than long ones
         self._short_s = -math.inf  # when there was a short block last
@@ -164,6 +166,7 @@ class Batcher:
             call = Call(self.tokens_of_call(now_s, short=short), self.batch_max)
             self._fill(call, room, now_s, done, short=short)
             if call.batch:
+                self.reports.called_s = now_s
                 cost = sum(running.cost for running in call.batch)
                 self._lead = self._lead + cost if short else max(self._lead - cost, -CREDIT)
                 self._short_s = now_s if short else self._short_s

@@ -1,5 +1,6 @@
 """One model call under construction: blocks that run, how much of each fits, and whose cache makes room. No I/O."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ PIECE_MIN: Final = 16  # a smaller piece is not worth its share of a call
 
 
 class BlockJob(NamedTuple):
-    """An escalation as it arrived; `expires_s` is in seconds on the batcher's clock. For `watch` see `settle`."""
+    """An escalation that came at `came_s`; times are in seconds on the batcher's clock. For `watch` see `settle`."""
 
     key: Key
     escalation: Escalation
     expires_s: float
     watch: Callable[[NDArray[Any]], object] | None = None
+    came_s: float = math.inf
 
     @property
     def size_bytes(self) -> int:
@@ -161,7 +163,9 @@ class CacheRoom:
         If there is not enough room, return False and evict no running block's cache.
         """
         while self._free < piece and self._idle:
-            self._drop(self._idle.popleft())
+            idle = self._idle.popleft()
+            if idle is not running.entry and all(idle is not other.entry for other in batch):  # they were started since
+                self._drop(idle)
         if self._free < piece:
             victims = [v for v in reversed(self._running) if v is not running and v not in batch and v.entry.cached]
             victims = [v for v in victims if v.number > running.number or not v.evictions]

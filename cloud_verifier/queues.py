@@ -1,6 +1,7 @@
 """The blocks of clusters and agents at the cloud: those that wait, by session and lane, and those that run. No I/O."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -92,6 +93,23 @@ class AgentQueue:
             next((key for key in self._lanes[short, kind] if key not in self.running), None) for kind in (False, True)
         )
         return first if audit is None or (first is not None and self._went_first < GOING_FIRST) else audit
+
+    def renew(self, renewed: Callable[[BlockJob], BlockJob | None]) -> list[tuple[BlockJob, int]]:
+        """Put `renewed` in the place of every block, or leave it where that is None.
+
+        Return those that were put, and how many tokens of each one's text are cached.
+        """
+        put = []
+        for running in self.running.values():
+            if (job := renewed(running.job)) is not None:
+                running.job = job
+                put.append((job, running.entry.cached))
+        for queue in self._waiting.values():
+            for place, waiting in enumerate(queue):
+                if (job := renewed(waiting)) is not None:
+                    queue[place] = job
+                    put.append((job, 0))
+        return put
 
     def withdraw(self, key: Key) -> list[BlockJob]:
         """Remove and return all blocks of a session that wait."""

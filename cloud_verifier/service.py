@@ -16,6 +16,7 @@ from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.journal import CloudStart
 from cloud_verifier.preparing import Preparations
+from cloud_verifier.reports import PATIENCE_MAX_S, TELL_S
 from cloud_verifier.sessions import Key, RefusedBlock, Sessions, StaleBlock, UnprimedBlock
 from cloud_verifier.verdicts import MODEL_FAILED, portions, verdict_of
 from cloud_verifier.verifier import Settled
@@ -40,6 +41,7 @@ from fedhlm.protocol.messages import (
     Learned,
     Profile,
     RoutedVerdict,
+    Verdict,
     VerdictBatch,
 )
 from fedhlm.protocol.refusing import refused
@@ -51,7 +53,6 @@ log = logging.getLogger(__name__)
 
 CLUSTERS: Final = (topics.CLOUD_VERIFY, topics.CLOUD_FL_UPDATE, topics.CLOUD_PROFILE)
 HEARD: Final = (*CLUSTERS, topics.CLOUD_FL_STATE, topics.FORGET)
-PATIENCE_MAX_S: Final = 60.0  # no block may be kept longer, in seconds
 IDLE_S: Final = 1.0  # seconds without work before memory is released
 BUSY_S: Final = 10.0  # seconds with work after which it is released all the same
 LOCAL: Final = "@"  # the cluster of clients on this machine; no cluster of a bus can have this name
@@ -156,6 +157,7 @@ class CloudService:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive(), name="cloud-receive")
                 group.create_task(self._verify(), name="cloud-verify")
+                group.create_task(self._keep_reporting(), name="cloud-report")
                 group.create_task(self._rounds.keep(self.end_round, self.send_roster), name="cloud-rounds")
                 group.create_task(self._announce(), name="cloud-announce")
                 group.create_task(self._regroup(), name="cloud-regroup")
@@ -216,7 +218,7 @@ class CloudService:
             key = Key(cluster, agent, escalation.session)
             self._counters.add("escalations")
             patience_s = min(escalation.patience_ms / 1000.0, PATIENCE_MAX_S)
-            job = BlockJob(key, escalation, now + patience_s)
+            job = BlockJob(key, escalation, now + patience_s, came_s=now)
             if self._preparations is None or not self._preparations.hold(job):
                 busy += self.batcher.submit(job)
         self._work.set()
@@ -377,6 +379,24 @@ class CloudService:
                 done += self.batcher.advance(batch, outputs)
         await self._answer(done)
         return not self.batcher.idle
+
+    async def _keep_reporting(self) -> None:
+        while True:
+            await self._work.wait()
+            await asyncio.sleep(TELL_S)
+            await self.report()
+
+    async def report(self) -> None:
+        """Tell the agents of blocks that take long that the cloud is at work. The journal does not know of it."""
+        stamp = self._party.stamp
+        by_cluster: defaultdict[str, list[RoutedVerdict]] = defaultdict(list)
+        for (key, e, *_), fed in self.batcher.reports.due(self._clock_s()):
+            working = Verdict(**stamp(), session=e.session, epoch=e.epoch, base=e.base, status="working", fed=fed)
+            by_cluster[key.cluster].append(RoutedVerdict(key.agent, working))
+        for cluster, answers in by_cluster.items():
+            for items in portions(answers):
+                message = VerdictBatch(**stamp(), items=items)
+                await self._party.send_unnoted(topics.CLOUD_VERDICT, message, cluster=cluster)
 
     async def _answer(self, done: list[Done]) -> None:
         vocab_size = self.batcher.sessions.fingerprint.vocab_size

@@ -117,6 +117,10 @@ class Sessions:
             self._used(key)
         return entry
 
+    def peek(self, key: Key) -> SessionEntry | None:
+        """Return the entry, which does not count as use; None if it does not exist."""
+        return self._entries.get(key)
+
     def _used(self, key: Key) -> None:
         self._entries.move_to_end(key)
         self._keys_of.setdefault(key.owner, OrderedDict())[key] = None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from edge_agent.accounts import OpenText
 from edge_agent.audits import ANSWER_S, WAIT_S, Audit, Audits
-from edge_agent.events import Answered, Event, Unprimed
+from edge_agent.events import Answered, Event, Unprimed, Working
 from edge_agent.measures import Measures
 from edge_agent.surroundings import Surroundings
 from edge_agent.turn import Turn
@@ -42,6 +42,8 @@ class Auditor:
                     self._end(audit)
             case Unprimed():
                 self.audits.unprimed(session)
+            case Working():
+                pass
             case _:
                 if (audit := self.audits.refused(session)) is not None:
                     self._give_up([audit])

@@ -27,6 +27,7 @@ from edge_agent.events import (
     Plan,
     Refused,
     Unprimed,
+    Working,
 )
 from edge_agent.generation import GenerationMachine
 from edge_agent.growth import RANKS, Delay, TreeLimits, TreeRequest
@@ -40,7 +41,7 @@ from edge_agent.planning import event_of, plan_of
 from edge_agent.profile import Sampler
 from edge_agent.result import GenerationResult, Job
 from edge_agent.surroundings import Surroundings
-from edge_agent.turn import NextEvent, Turn, close, count, drafted, next_event
+from edge_agent.turn import NextEvent, Turn, close, count, drafted, next_event, tell_late
 from fedhlm.bus.party import Party, Received
 from fedhlm.decoding.important import TOOL_CALL, important_of
 from fedhlm.decoding.tree import pack_branches
@@ -218,8 +219,9 @@ class AgentCore:
         event = event_of(verdict, self.fingerprint.vocab_size)
         if SOURCES[verdict.source].verified:
             self.absent = ""
-        self._counters.add("verdicts")
-        self._delay.heard((verdict.session, verdict.epoch, verdict.base), self._clock_s())
+        if not isinstance(event, Working):
+            self._counters.add("verdicts")
+            self._delay.heard((verdict.session, verdict.epoch, verdict.base), self._clock_s())
         self._post(queue, event)
 
     def on_edge(self, state: Presence) -> None:
@@ -355,6 +357,8 @@ class AgentCore:
                         place = self.cluster
                         actions += machine.handle(Unprimed(machine.epoch), now)
                     actions += machine.handle(event, now)
+                    if machine.late_s == now:
+                        tell_late(machine)
         finally:
             del self._routes[session]
             self.link_up = machine.link_up

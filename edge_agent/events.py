@@ -54,7 +54,8 @@ class Plan(NamedTuple):
 
     `consult` asks the peers about a draft that the gate does not keep. `harm(draft_prob, target_prob, missed)` is the
     harm of a committed draft (`fedhlm.decoding.couplings`). With a `similarity` the edge may answer blocks, by `votes`
-    neighbours. `tau` is the gate's threshold, for the record.
+    neighbours. `tau` is the gate's threshold, for the record. In a text, waiting for a cloud that reports its work on a
+    prompt adds at most `prompt_s` to `deadline_s`.
     """
 
     sampling: Sampling
@@ -70,6 +71,7 @@ class Plan(NamedTuple):
     similarity: float | None = None
     votes: int = 1
     tau: float = 1.0
+    prompt_s: float = 0.0
 
 
 class Answered(NamedTuple):
@@ -88,6 +90,13 @@ class Unprimed(NamedTuple):
     """The cloud does not hold the session."""
 
     epoch: int
+
+
+class Working(NamedTuple):
+    """The cloud is at work and has read `fed` ids of the context that it was sent. The answer is yet to come."""
+
+    epoch: int
+    fed: int
 
 
 class Refused(NamedTuple):
@@ -114,7 +123,7 @@ class Tick(NamedTuple):
     """Time has passed."""
 
 
-Event = Drafted | Grown | Answered | Unprimed | Refused | LinkUp | LinkDown | Cancelled | Tick
+Event = Drafted | Grown | Answered | Unprimed | Working | Refused | LinkUp | LinkDown | Cancelled | Tick
 
 
 class DraftNext(NamedTuple):

@@ -30,9 +30,9 @@ from edge_agent.events import (
     Plan,
     Refused,
     Tail,
-    Tick,
     Token,
     Unprimed,
+    Working,
 )
 from edge_agent.pipeline import Pending, expected_rejection
 from fedhlm.decoding.couplings import rejection_probability
@@ -99,6 +99,9 @@ class GenerationMachine:
         self._waiting_since = 0.0
         self._retry_at = 0.0
         self._retry_delay = self.plan.retry_s
+        self._allowed_s = self.plan.prompt_s  # how much longer a cloud that reports its work may be waited for
+        self.working: Working | None = None  # the last report on the context that was sent
+        self.late_s = -math.inf  # when a deadline passed last
 
     @property
     def length(self) -> int:
@@ -144,6 +147,8 @@ class GenerationMachine:
                     self.tally.reprimes += 1
                     self._primed = False
                     self._new_epoch()
+            case Working():
+                self._go_on_waiting(event, now)
             case Refused(reason):
                 return self._finish(actions, "error", reason)
             case LinkUp() | LinkDown():
@@ -153,8 +158,6 @@ class GenerationMachine:
                 self._drop_tail()
             case Cancelled(reason):
                 return self._finish(actions, reason)
-            case Tick():
-                pass
         return self._go_on(actions, now)
 
     def _on_drafts(
@@ -218,7 +221,7 @@ class GenerationMachine:
             self.tally.stale += 1
             return
         if verified:
-            self._primed = True
+            self._primed, self.working = True, None
             self._observe(event, actions)
         committed: list[Committed] = []
         while len(self.context) < event.base + event.accepted:
@@ -274,6 +277,17 @@ class GenerationMachine:
         self._retry_delay = self.plan.retry_s
         self._retry_at = now + self._retry_delay
 
+    def _go_on_waiting(self, report: Working, now: float) -> None:
+        """Wait anew for a cloud that reads a context, as long as the text's allowance lasts."""
+        waited = now - self._waiting_since
+        if not (self.awaiting and self.link_up) or report.epoch != self.epoch:
+            return
+        self.working = max(report, self.working or report)
+        if waited <= self._allowed_s:
+            self._allowed_s -= waited
+            self._waiting_since = now
+            self._retry_at = max(self._retry_at, now + max(self._retry_delay, 2.0 * self.plan.retry_s))
+
     def _observe(self, event: Answered, actions: list[Action]) -> None:
         unverified = self._skipped + self._tail  # from position `verified` on
         seen = []
@@ -312,6 +326,7 @@ class GenerationMachine:
 
     def _go_on(self, actions: list[Action], now: float) -> list[Action]:
         if self.awaiting and self.link_up and now >= self._waiting_since + self.plan.deadline_s:
+            self.late_s = now
             self._set_link(False, now)
         self._commit_undisputed(actions)
         if self._ended():

@@ -18,6 +18,7 @@ from edge_agent.events import (
     Refused,
     Tick,
     Unprimed,
+    Working,
 )
 from edge_agent.result import Job
 from fedhlm.bus.party import Party
@@ -28,7 +29,7 @@ from fedhlm.settings import Consensus, Federation, Generation
 
 _EVENTS: Final[dict[str, Any]] = {
     kind.__name__: msgspec.msgpack.Decoder(kind)
-    for kind in (Drafted, Grown, Answered, Unprimed, Refused, LinkUp, LinkDown, Cancelled, Tick)
+    for kind in (Drafted, Grown, Answered, Unprimed, Working, Refused, LinkUp, LinkDown, Cancelled, Tick)
 }
 
 

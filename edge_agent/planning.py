@@ -1,7 +1,7 @@
 """The plan of a generation, and verdicts as events for its machine."""
 
 from edge_agent import policy
-from edge_agent.events import Answered, Event, Plan, Refused, Unprimed
+from edge_agent.events import Answered, Event, Plan, Refused, Unprimed, Working
 from edge_agent.gate import GATES, Settings
 from edge_agent.learner import Learner
 from edge_agent.measures import measures_of
@@ -44,6 +44,7 @@ def plan_of(job: Job, learner: Learner, peers: Peers) -> Plan:
         similarity=None if choices.GATES[config.gate].verifies_all else similarity,
         votes=config.consensus.votes,
         tau=tau,
+        prompt_s=config.prompt_ms / 1000.0,
     )
 
 
@@ -61,5 +62,7 @@ def event_of(verdict: Verdict, vocab_size: int) -> Event:
             return Answered(verdict.epoch, verdict.base, verdict.accepted, ids, probs, verdict.source, missed)
         case "unprimed":
             return Unprimed(verdict.epoch)
+        case "working":
+            return Working(verdict.epoch, verdict.fed)
         case "refused":
             return Refused(verdict.reason)

@@ -1,12 +1,13 @@
 """A running generation: its state, and the source of its events."""
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
 from edge_agent.events import Committed, Drafted, Event, Judged, Plan, Tick
-from edge_agent.generation import Tally
+from edge_agent.generation import GenerationMachine, Tally
 from edge_agent.model import Drawn
 from edge_agent.profile import PromptSample
 from edge_agent.result import GenerationResult, Job
@@ -14,7 +15,9 @@ from fedhlm.bus.party import Party
 from fedhlm.protocol import topics
 from fedhlm.protocol.fields import FinishReason, Pair
 from fedhlm.protocol.messages import Escalation
-from fedhlm.telemetry import Counters
+from fedhlm.telemetry import Counters, warn_once
+
+log = logging.getLogger(__name__)
 
 CLOSE_S: Final = 20.0  # seconds for which the end of a session is worth its delivery
 
@@ -85,6 +88,27 @@ def count(counters: Counters, tally: Tally, result: GenerationResult) -> None:
         counters.observe("doubt", seen.uncertainty)
         if seen.harm is not None:
             counters.observe("harm", min(1.0, max(0.0, seen.harm)))
+
+
+def tell_late(machine: GenerationMachine) -> None:
+    """Warn that a deadline has passed, and name the setting that would have been long enough."""
+    deadline_ms, prompt_ms = (round(1000.0 * s) for s in (machine.plan.deadline_s, machine.plan.prompt_s))
+    tokens, report = machine.prompt_length, machine.working
+    if report is None:
+        what = "no answer came within generation.deadline_ms (%d): what follows is unverified until one comes"
+        warn_once(log, "late", what, deadline_ms)
+        return
+    warn_once(
+        log,
+        "late prompt",
+        "the cloud was still at work on a prompt of %d tokens, of which it had read %d, when generation.deadline_ms (%d) "
+        "and generation.prompt_ms (%d) had passed: what follows is unverified until it answers. "
+        "Raise generation.prompt_ms to wait longer",
+        tokens,
+        report.fed,
+        deadline_ms,
+        prompt_ms,
+    )
 
 
 def drafted(revision: int, position: int, drawn: Drawn, rule: str) -> Drafted:

@@ -218,6 +218,8 @@ class ClusterMemory:
         agent's choice any token can be the likeliest one, so nothing is learnt, nor from a session whose prime the edge
         has not seen.
         """
+        if verdict.status == "working":
+            return ()
         block = self._take_pending((agent, verdict.session, verdict.epoch, verdict.base))
         if block is None or verdict.status != "settled":
             return ()

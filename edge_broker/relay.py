@@ -113,6 +113,8 @@ class Relay:
 
     def audits(self, agent: str, verdict: Verdict) -> bool:
         """Whether a verdict answers an audit: the block had committed tokens only, and asked for none. Ask once."""
+        if verdict.status == "working":
+            return False
         fixed = self._tails.pop((agent, verdict.session, verdict.epoch, verdict.base), 0)
         return fixed > 0 and verdict.accepted == fixed and not verdict.ids
 

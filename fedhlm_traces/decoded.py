@@ -208,6 +208,8 @@ def _escalation(m: Escalation, vocab_size: int | None) -> str:
 
 def _verdict(m: Verdict, vocab_size: int | None) -> str:
     block = f"session {m.session} epoch {m.epoch} base {m.base}"
+    if m.status == "working":
+        return f"{block}: working, {m.fed} ids of the prime read"
     if m.status != "settled":
         return f"{block}: {m.status}{f', {m.reason}' if m.reason else ''}"
     return f"{block}: {m.accepted} accepted, then {_ids(m.ids, vocab_size)}, by {m.source}"

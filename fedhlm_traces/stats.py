@@ -181,7 +181,7 @@ class Accounting:
                 for party in parties:
                     party.escalations += 1
                     party.uplink_bytes += wire
-            case Verdict() as verdict:
+            case Verdict() as verdict if verdict.status != "working":
                 asked_s = self._asked.pop((seen.agent, verdict.session, verdict.epoch, verdict.base), None)
                 if asked_s is not None:
                     for party in parties:

@@ -120,7 +120,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "base": _BASE,
         "status": (
             "",
-            "`unprimed` asks for the block with a prime, `refused` gives a reason; neither decides anything",
+            "`unprimed` asks for a prime, `refused` gives a reason, `working` says that the answer is to come",
         ),
         "accepted": ("tokens", "number of accepted ids, fixed ones included"),
         "ids": ("", "packed ids that follow: one in place of a rejected draft, or those of the cloud's own"),
@@ -128,6 +128,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "source": ("", "who settled the block"),
         "reason": ("", "reason for the status `refused`"),
         "missed": ("", "one bit for each fixed id, lowest first: the target would have emitted another token"),
+        "fed": ("tokens", "how many ids of the prime the cloud has read, with the status `working`"),
     },
     "RoutedEscalation": {
         "agent": ("", "who sent the block"),

@@ -260,19 +260,22 @@ class Verdict(Message, tag=5, frozen=True):
     is the lowest bit of the first byte.
 
     A verdict from a peer or neighbour has not been seen by the cloud yet. A status other than "settled" decides
-    nothing: "unprimed" asks for the same block with a prime, and "refused" gives its reason in `reason`.
+    nothing: "unprimed" asks for the same block with a prime, and "refused" gives its reason in `reason`. "working"
+    says that the cloud is at work, on this block or on those before it, and has read `fed` ids of the prime; the answer
+    itself follows.
     """
 
     session: Session
     epoch: Count
     base: Position
-    status: Literal["settled", "unprimed", "refused"]
+    status: Literal["settled", "unprimed", "refused", "working"]
     accepted: Position = 0
     ids: Ids = b""
     target_probs: Annotated[bytes, Meta(max_length=2 * fields.MAX_CONTEXT)] = b""
     source: Literal["peer", "neighbour", "cloud"] = "cloud"
     reason: Reason = ""
     missed: Annotated[bytes, Meta(max_length=fields.MAX_CONTEXT // 8 + 1)] = b""
+    fed: Position = 0
 
 
 class RoutedEscalation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

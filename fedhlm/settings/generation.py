@@ -299,6 +299,15 @@ class Generation(Section, frozen=True):
             description="Milliseconds that the device waits for a verdict before it commits its drafts as unverified.",
         ),
     ] = 10_000
+    prompt_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=3_600_000,
+            description="Milliseconds that waiting may add to `deadline_ms`, in one text, while the cloud reports that "
+            "it is at work on the prompt.",
+        ),
+    ] = 120_000
     wait_offline: Annotated[
         bool,
         Meta(

@@ -136,6 +136,8 @@ def place_of(agent: str, session: int, epoch: int, base: int) -> str:
 
 def verdict_words(v: Verdict) -> str:
     """Describe a verdict."""
+    if v.status == "working":
+        return f"working, {v.fed} ids of the prime read"
     if v.status != "settled":
         return f"{v.status} {v.reason}".rstrip()
     more = f" and {len(v.ids)} bytes of ids" if v.ids else ""

@@ -405,6 +405,20 @@ def test_a_cache_stays_where_it_is_of_more_use(agent: str, prompt: list[int]) ->
     assert work.cached_bytes == 300 + len(prompt)
 
 
+def test_a_session_whose_next_block_starts_keeps_its_own_cache_and_takes_the_room_of_others() -> None:
+    """It was used longest ago until that moment."""
+    work = batcher(cache_tokens=210)
+    for number, name in enumerate("ab"):
+        work.submit(job(name, prompt=long_prompt(number, 100)))
+        settled(work)
+    text = long_prompt(0, 100)
+    text += toy.large_alone(text, Sampling(1), 1)
+    work.submit(job("a", prompt=text, ids=toy.large_alone(text, Sampling(1), 20), primed=False))
+    work.take(0.0)
+    kept = {key.agent: entry.cached for key, entry in work.sessions._entries.items()}
+    assert kept == {"a": 100, "b": 0}
+
+
 def test_a_session_that_runs_keeps_its_cache() -> None:
     work = batcher()
     history = long_prompt(1)

@@ -19,7 +19,7 @@ from fedhlm.protocol.packing import pack_ids
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.virtual import run_virtual
-from fedhlm_lab.sim.world import Fleet, listen
+from fedhlm_lab.sim.world import Fleet, Pair, listen
 
 
 async def nobody(_tokens: list[Committed]) -> FinishReason | None:
@@ -27,12 +27,15 @@ async def nobody(_tokens: list[Committed]) -> FinishReason | None:
 
 
 def with_fleet(
-    work: Callable[[Fleet, AgentCore], Awaitable[GenerationResult]], *, fingerprint: Fingerprint = toy.FINGERPRINT
+    work: Callable[[Fleet, AgentCore], Awaitable[GenerationResult]],
+    *,
+    fingerprint: Fingerprint = toy.FINGERPRINT,
+    pair: Pair | None = None,
 ) -> tuple[GenerationResult, AgentCore]:
     """Run `work` on one agent of a calm fleet in virtual time."""
 
     async def main() -> tuple[GenerationResult, AgentCore]:
-        fleet = Fleet(toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
+        fleet = Fleet(pair or toy.pair(0.8), seed=1, clusters=1, delay_s=0.02, sessions_max=3)
         for node in fleet.nodes.values():
             node.start()
         await asyncio.sleep(1.0)

@@ -18,6 +18,7 @@ from edge_agent.events import (
     Refused,
     Tick,
     Unprimed,
+    Working,
 )
 from fedhlm.decoding.tree import Branch
 from fedhlm.errors import ProtocolError
@@ -47,6 +48,7 @@ events: st.SearchStrategy[Event] = st.one_of(
         st.lists(st.booleans(), max_size=4),
     ),
     st.builds(Unprimed, count),
+    st.builds(Working, count, count),
     st.builds(Refused, st.text(max_size=20)),
     st.just(LinkUp()),
     st.just(LinkDown()),

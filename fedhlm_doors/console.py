@@ -1,11 +1,16 @@
-"""The console's page over HTTP: its files, its state, and what changes, as server-sent events. It takes no orders."""
+"""The console's page over HTTP: its files, its state, and what changes, as server-sent events.
+
+It takes no orders, unless the console allows prompts: then the page has a form that asks an agent. Only the page itself
+may send it. A page of another site can neither read the state nor ask.
+"""
 
 import json
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,12 +18,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from fedhlm_doors.app import is_address
-from fedhlm_doors.flow import Streaming
+from fedhlm.errors import FedhlmError
+from fedhlm_doors.app import body_of, is_address
+from fedhlm_doors.flow import Streaming, while_there
+from fedhlm_doors.refusals import ApiError
 
 ASSETS: Final = Path(__file__).with_name("console_page")
 FILES: Final = {"/": ("index.html", "text/html"), "/console.css": ("console.css", "text/css")} | {
-    "/console.js": ("console.js", "text/javascript")
+    f"/{name}": (name, "text/javascript") for name in ("console.js", "charts.js")
 }
 HEADERS: Final = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
@@ -28,6 +35,8 @@ HEADERS: Final = {
     "cache-control": "no-store",
 }
 QUIET: Final = b": quiet\n\n"
+TEXT_MAX: Final = 4_000  # characters of a prompt
+ASKING_MAX: Final = 8  # prompts at once
 
 
 class ConsoleFeed(Protocol):
@@ -48,16 +57,54 @@ class ConsoleFeed(Protocol):
         """Yield everything, then what changes from that moment on. Ends when the page should begin anew."""
 
 
-class ConsolePage:
-    """The routes around one feed."""
+class Wanted(msgspec.Struct, forbid_unknown_fields=True):
+    """A prompt that somebody has typed into the page."""
 
-    def __init__(self, feed: ConsoleFeed) -> None:
+    cluster: str
+    agent: str
+    text: Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_MAX)]
+
+
+Ask = Callable[[Wanted], Awaitable[None]]
+"""Asks an agent, and returns when its answer is whole. Raises FedhlmError if it is not."""
+
+
+class ConsolePage:
+    """The routes around one feed. With `ask` the page has a form, and its prompts go there."""
+
+    def __init__(self, feed: ConsoleFeed, ask: Ask | None = None) -> None:
         self._feed = feed
+        self._ask = ask
+        self._asking = 0
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        files = [Route(path, self._file) for path in FILES]
-        return Starlette(routes=[*files, Route("/state", self._show), Route("/events", self._follow)])
+        routes = [Route(path, self._file) for path in FILES]
+        routes += [Route("/state", self._show), Route("/events", self._follow)]
+        if self._ask is not None:
+            routes.append(Route("/ask", self._asked, methods=["POST"]))
+        return Starlette(routes=routes)
+
+    async def _asked(self, request: Request) -> Response:
+        _check(request)
+        _check_own(request)
+        if self._ask is None:
+            raise HTTPException(404)
+        if self._asking >= ASKING_MAX:
+            return _refused(f"{ASKING_MAX} prompts are on their way: wait for an answer", 429)
+        self._asking += 1
+        try:
+            wanted = msgspec.json.decode(await body_of(request), type=Wanted)
+            await while_there(request.receive, self._ask(wanted))
+        except ApiError as exc:
+            return _refused(exc.message, exc.status)
+        except msgspec.MsgspecError as exc:
+            return _refused(f"the prompt must be an object with cluster, agent and text ({exc})", 400)
+        except FedhlmError as exc:
+            return _refused(str(exc), 502)
+        finally:
+            self._asking -= 1
+        return JSONResponse({}, headers=HEADERS)
 
     async def _file(self, request: Request) -> Response:
         _check(request)
@@ -82,7 +129,7 @@ class ConsolePage:
             await changes.aclose()
 
     def _dated(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state | {"length": self._feed.length_s, "opens": self._feed.opens_s}
+        return state | {"length": self._feed.length_s, "opens": self._feed.opens_s, "asks": self._ask is not None}
 
 
 async def _nothing() -> None:
@@ -109,3 +156,18 @@ def _check(request: Request) -> None:
     """Let in no page of another site, which could make its own name point here."""
     if not is_address(request.headers.get("host", "")):
         raise HTTPException(403, "the host must be an address or localhost")
+
+
+def _check_own(request: Request) -> None:
+    """Let in no request that a page of another site makes this browser send: forms cannot send JSON, and scripts there
+    have another origin, which browsers tell.
+    """
+    own = f"{request.url.scheme}://{request.headers.get('host', '')}"
+    if request.headers.get("origin") != own:
+        raise HTTPException(403, "the request must come from the console's own page")
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "the content type must be application/json")
+
+
+def _refused(words: str, status: int) -> Response:
+    return JSONResponse({"error": words}, status, headers=HEADERS)

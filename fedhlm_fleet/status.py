@@ -17,6 +17,7 @@ from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Evidence, Learned, Presence
 from fedhlm.protocol.roles import ROLES, Role
 from fedhlm.telemetry import Counters
+from fedhlm_fleet import remedies
 
 # Retained messages arrive right after a subscription; each of them restarts this wait.
 QUIET_S: Final = 1.0
@@ -47,7 +48,7 @@ class FleetError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One part. `wrong` describes its problem, and is empty if there is none.
+    """One part. `wrong` describes its problem, and `remedy` says what to do; both are empty if there is none.
 
     `since_s` is how long the part has been online, by its own clock. It is None for an offline part, because a last
     will does not know when it was sent.
@@ -62,6 +63,7 @@ class PartStatus(msgspec.Struct, frozen=True, kw_only=True):
     since_s: float | None
     link: str
     wrong: str
+    remedy: str
 
 
 async def listen(broker: settings.Broker, *, client_id: str) -> tuple[list[Heard], Evidence | None]:
@@ -119,6 +121,7 @@ def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[PartStat
     now_s = time.time() if now_s is None else now_s
     parts = sorted(heard, key=lambda h: (h.cluster, ROLES[h.presence.role].order, h.name))
     edges = {h.cluster: h.presence for h in parts if ROLES[h.presence.role].relays}
+    wrongs = [_wrong(part, edges) for part in parts]
     return [
         PartStatus(
             cluster=part.cluster,
@@ -129,9 +132,10 @@ def rows(heard: Iterable[Heard], *, now_s: float | None = None) -> list[PartStat
             model="" if part.presence.fingerprint is None else part.presence.fingerprint.model,
             since_s=max(0.0, now_s - part.presence.sent_ms / 1000.0) if part.presence.online else None,
             link=_link(part, edges),
-            wrong=_wrong(part, edges),
+            wrong=wrong.words,
+            remedy=wrong.remedy,
         )
-        for part in parts
+        for part, wrong in zip(parts, wrongs, strict=True)
     ]
 
 
@@ -161,19 +165,28 @@ def _link(part: Heard, edges: Mapping[str, Presence]) -> str:
     return ""
 
 
-def _wrong(part: Heard, edges: Mapping[str, Presence]) -> str:
+class Wrong(NamedTuple):
+    """A problem in words, and what to do about it."""
+
+    words: str = ""
+    remedy: str = ""
+
+
+def _wrong(part: Heard, edges: Mapping[str, Presence]) -> Wrong:
     presence = part.presence
     if not presence.online:
-        return "offline"
+        return Wrong("offline", remedies.offline(presence.role))
     if ROLES[presence.role].relays and presence.upstream is None:
-        return "sees no cloud: what its cluster does not know stays unverified"
+        told = "sees no cloud: what its cluster does not know stays unverified"
+        return Wrong(told, remedies.cut_off(presence.role))
     if ROLES[presence.role].drafts:
         edge = edges.get(part.cluster)
         if edge is None or not edge.online:
-            return "its edge is not there: what needs the cloud stays unverified"
+            told = "its edge is not there: what needs the cloud stays unverified"
+            return Wrong(told, remedies.no_edge(part.cluster) if edge is None else remedies.offline(edge.role))
         if presence.fingerprint is not None and edge.upstream is not None:
             try:
                 check_agreement(presence.fingerprint, edge.upstream)
             except FingerprintMismatch as exc:
-                return f"its model does not fit the cloud: {exc}"
-    return ""
+                return Wrong(f"its model does not fit the cloud: {exc}", remedies.UNLIKE)
+    return Wrong()

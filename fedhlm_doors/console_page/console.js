@@ -1,5 +1,6 @@
 "use strict";
-// The page of the console. It only reads: the state comes whole when the connection begins, then what changes.
+// The page of the console: the state comes whole when the connection begins, then what changes. It sends nothing, unless
+// the console allows prompts.
 
 const WORDS = {
   local: "device kept", peer: "peer", neighbour: "neighbour cluster", cloud: "cloud", unverified: "unverified",
@@ -12,6 +13,9 @@ const $ = (id) => document.getElementById(id);
 const parts = new Map();
 const clusters = new Map();
 const texts = new Map();
+const routing = new Map();
+const CHARTS_MS = 1000;  // between two drawings of the charts
+let cost = { tokens: 0 }, past = true, pastDue = 0, waiting = null;
 let log = [];
 let budget = 0, confidence = 0.95, missing = [], length = null, opens = 0;
 let picked = "", shown = "", drawn = 0, at = -1;
@@ -34,6 +38,8 @@ function plural(count, word) { return `${count} ${word}${count === 1 ? "" : "s"}
 function whole(state) {
   parts.clear();
   clusters.clear();
+  routing.clear();
+  $("ask").hidden = !state.asks;
   budget = state.budget;
   confidence = state.confidence;
   length = state.length;
@@ -55,6 +61,10 @@ function change(state) {
     missing = state.missing;
   }
   if (state.clusters) for (const cluster of state.clusters) clusters.set(cluster.cluster, cluster);
+  for (const bucket of state.routing || []) routing.set(bucket.at, bucket);
+  while (routing.size > 60) routing.delete(routing.keys().next().value);
+  if (state.cost) cost = state.cost;
+  past = past || Boolean(state.clusters || state.routing || state.cost);
   for (const text of state.texts || []) {
     const known = texts.get(text.id);
     const before = known && text.from > 0 ? known.tokens.slice(0, text.from) : [];
@@ -75,15 +85,32 @@ function draw() {
   drawWrong();
   drawGauges();
   drawFleet();
+  drawAgents();
   drawChoice();
   drawText();
   drawLog();
+  drawPast();
+}
+
+function drawPast() {
+  const now = performance.now();
+  if (!past || waiting) return;
+  if (now < pastDue) {
+    waiting = setTimeout(() => { waiting = null; drawPast(); }, pastDue - now);
+    return;
+  }
+  past = false;
+  pastDue = now + CHARTS_MS;
+  drawRouting($("routing"), [...routing.values()]);
+  drawAllRounds($("rounds"), clusters);
+  drawCost(cost);
 }
 
 // Fleet
 
 function drawWrong() {
-  const lines = [...parts.values()].filter((p) => p.wrong).map((p) => `${p.cluster} ${p.name}: ${p.wrong}`.trim());
+  const lines = [...parts.values()].filter((p) => p.wrong)
+    .map((p) => `${p.cluster} ${p.name}: ${p.wrong}. To do: ${p.remedy}`.trim());
   lines.push(...missing);
   const list = $("wrongs");
   if (list.dataset.lines === lines.join("\n")) return;
@@ -163,7 +190,7 @@ function drawParts(list, found) {
       card = make("li", "part");
       const head = make("p", "head");
       head.append(make("span", "name"), make("span", "state"));
-      card.append(head, make("p", "model"), make("p", "learnt"), make("div", "shares"));
+      card.append(head, make("p", "model"), make("p", "learnt"), make("p", "remedy"), make("div", "shares"));
       list.append(card);
     }
     card.classList.toggle("off", !part.online);
@@ -175,6 +202,8 @@ function drawParts(list, found) {
     if (part.tau !== undefined) learnt.push(`threshold ${part.tau.toFixed(3)}`);
     if (part.risk_limit !== undefined) learnt.push(`error at most ${percent(part.risk_limit)} at ${percent(confidence, 0)}`);
     say(card.querySelector(".learnt"), learnt.join(", "));
+    card.querySelector(".remedy").hidden = !part.wrong;
+    say(card.querySelector(".remedy"), part.wrong ? `${part.wrong}. To do: ${part.remedy}` : "");
     drawShares(card.querySelector(".shares"), part.sources);
   });
 }
@@ -288,6 +317,41 @@ function drawLog() {
   }));
 }
 
+// Asking, where the console allows it
+
+function drawAgents() {
+  const found = [...parts.values()].filter((part) => part.asked && part.online).map((part) => `${part.cluster}/${part.name}`);
+  const select = $("whom");
+  if (select.dataset.names === found.join("\n")) return;
+  select.dataset.names = found.join("\n");
+  const before = select.value;
+  select.replaceChildren(...found.map((name) => {
+    const option = make("option", "", name);
+    option.value = name;
+    return option;
+  }));
+  if (found.includes(before)) select.value = before;
+}
+
+async function ask(event) {
+  event.preventDefault();
+  const [cluster, agent] = $("whom").value.split("/");
+  $("send").disabled = true;
+  say($("asked"), "sent");
+  try {
+    const answer = await fetch("ask", {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify({ cluster, agent, text: $("words").value }),
+    });
+    const told = await answer.json();
+    say($("asked"), answer.ok ? `${agent} has answered` : told.error);
+  } catch {
+    say($("asked"), "no answer from the console's server");
+  }
+  $("send").disabled = false;
+}
+
 // Time of a recording
 
 let asked = null, asking = false, playing = null;
@@ -367,6 +431,8 @@ function begin() {
   $("back").addEventListener("click", () => goto(Number($("slider").value) - 1));
   $("on").addEventListener("click", () => goto(Number($("slider").value) + 1));
   $("play").addEventListener("click", () => play(playing === null));
+
+  $("ask").addEventListener("submit", ask);
 
   const source = new EventSource("events");
   source.onopen = () => say($("link"), "connected");

@@ -104,7 +104,7 @@ def clusters_of(state: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "parts": [],
             },
         )
-        shown = {key: part[key] for key in ("name", "role", "online", "software", "model", "link", "wrong")}
+        shown = {key: part[key] for key in ("name", "role", "online", "software", "model", "link", "wrong", "remedy")}
         cluster["parts"].append(shown | {"threshold": part.get("tau"), "error": part.get("risk_limit")})
     return list(found.values())
 

@@ -22,6 +22,7 @@ from fedhlm.protocol.messages import (
 )
 from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
+from fedhlm_fleet.console.history import Cost, Rounds, Routing
 from fedhlm_fleet.console.texts import Pieces
 from fedhlm_fleet.status import Heard, errors_of_fleet, missing, rows
 from fedhlm_traces.journal_reader import JournalReader
@@ -57,7 +58,12 @@ class ConsoleState:
         self._log: deque[dict[str, Any]] = deque(maxlen=LOG_MAX)
         self._logged = 0
         self._told_log = 0
-        self._parts_changed = self._clusters_changed = False
+        self._routing = Routing()
+        self._rounds: dict[str, Rounds] = {}
+        self._cost = Cost()
+        self._told_routing = 0
+        self._parts_changed = self._cost_changed = False
+        self._clusters_changed: set[str] = set()
         self._from: dict[tuple[str, str], int] = {}  # the first token of each text that is new
         self._now_s = 0.0
 
@@ -91,7 +97,9 @@ class ConsoleState:
             "confidence": self._confidence,
             "sources": list(SOURCES),
             **self._parts(),
-            "clusters": list(self._clusters.values()),
+            "clusters": [self._cluster(name) for name in self._clusters],
+            "routing": self._routing.since(0),
+            "cost": self._cost.told(),
             "texts": [text | {"from": 0} for text in self._texts.values()],
             "log": list(self._log),
         }
@@ -100,19 +108,27 @@ class ConsoleState:
         """What is new since the last call; empty if nothing is."""
         found: dict[str, Any] = self._parts() if self._parts_changed else {}
         if self._clusters_changed:
-            found["clusters"] = list(self._clusters.values())
+            found["clusters"] = [self._cluster(name) for name in sorted(self._clusters_changed)]
         if self._from:
             found["texts"] = [
                 self._texts[key] | {"from": start, "tokens": self._texts[key]["tokens"][start:]}
                 for key, start in self._from.items()
                 if key in self._texts
             ]
+            found["routing"] = self._routing.since(self._told_routing)
+            self._told_routing = self._routing.newest
+        if self._cost_changed:
+            found["cost"] = self._cost.told()
         if self._logged > self._told_log:
             found["log"] = [entry for entry in self._log if entry["n"] > self._told_log]
         self._told_log = self._logged
-        self._parts_changed = self._clusters_changed = False
+        self._parts_changed = self._cost_changed = False
+        self._clusters_changed = set()
         self._from = {}
         return found
+
+    def _cluster(self, name: str) -> dict[str, Any]:
+        return self._clusters[name] | {"rounds": self._rounds[name].told()}
 
     def _parts(self) -> dict[str, Any]:
         found = rows(self._heard.values(), now_s=self._now_s)
@@ -122,10 +138,12 @@ class ConsoleState:
                 "name": row.name,
                 "role": row.role,
                 "online": row.online,
+                "asked": ROLES[row.role].drafts,
                 "software": row.software,
                 "model": row.model,
                 "link": row.link,
                 "wrong": row.wrong,
+                "remedy": row.remedy,
                 "since": None if row.since_s is None else self._now_s - row.since_s,
                 **self._figures.get((row.cluster, row.name), {}),
             }
@@ -167,10 +185,16 @@ class ConsoleState:
             "tau": {pair: t.threshold for pair, t in learned.thresholds.items()},
             "errors": self._errors(learned.evidence),
         }
-        self._clusters_changed = True
+        self._clusters_changed.add(cluster)
+        self._rounds.setdefault(cluster, Rounds()).note(learned, self._taus(cluster))
         if before is not None and before["round"] != learned.round and not retained:
             members = f"{learned.members} member{'s' if learned.members != 1 else ''}"
             self._note("round", cluster, "edge" if cluster else "cloud", f"closed round {learned.round} of {members}")
+
+    def _taus(self, cluster: str) -> list[float]:
+        """The thresholds of a cluster's agents, or with "" of all, as they told them last; 0 where nothing is kept."""
+        known = ((place, figures.get("tau")) for place, figures in self._figures.items())
+        return [max(0.0, tau) for (name, _), tau in known if tau is not None and cluster in ("", name)]
 
     def _errors(self, evidence: Evidence | None) -> list[dict[str, Any]]:
         try:
@@ -233,6 +257,7 @@ class ConsoleState:
         counts = self._figures.setdefault(place, {}).setdefault("sources", dict.fromkeys(SOURCES, 0))
         for source in output.sources:
             counts[source] += 1
+        self._routing.count(output.sources, self._now_s)
         self._parts_changed = True
 
     def _finish(self, key: tuple[str, str], place: Place, text: dict[str, Any], output: Output) -> None:
@@ -240,6 +265,11 @@ class ConsoleState:
         text["statistics"] = {name: value for name, value in output.statistics.items() if abs(value) < 1e15}
         self._decoders.pop(key, None)
         self._note_figures(place, text["statistics"])
+        heard = self._heard.get(place)
+        model = heard.presence.fingerprint if heard is not None else None
+        written = "".join(str(token[0]) for token in text["tokens"])
+        self._cost.add(text["count"], written, text["statistics"], 0 if model is None else model.vocab_size)
+        self._cost_changed = True
         if output.finish in ("error", "cancelled"):
             self._note("refused", *place, f"ended a text: {output.finish}, {output.error}")
 

@@ -7,13 +7,13 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.codec import decode
 from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Fingerprint, Presence
+from fedhlm_fleet import remedies
 from fedhlm_fleet.doctor.broker import STRANGER, UPSTREAM, section_of
 from fedhlm_fleet.doctor.finding import Remark, Subject, fail, ok, skip, warn
 from fedhlm_fleet.doctor.probe import HeardMessage
 
 RETAINED_S: Final = 1.5
 SKEW_WARN_S: Final = 30.0
-_UNLIKE: Final = "give both sides models with one tokenizer: copy the pair's model folders from one release"
 
 
 def _presences(subject: Subject, key: str, topic: topics.Topic, *, wait_s: float = RETAINED_S) -> dict[str, Presence]:
@@ -41,16 +41,13 @@ def edge(subject: Subject) -> Remark:
     cluster = subject.config.cluster.name
     found = list(_presences(subject, "broker", topics.EDGE_STATUS).values())
     if not found:
-        advice = (
-            f"start the edge of cluster {cluster} (fedhlm edge), or correct cluster.name; nothing is verified meanwhile"
-        )
-        return fail(f"no edge of cluster {cluster} was ever seen on this broker", advice)
+        return fail(f"no edge of cluster {cluster} was ever seen on this broker", remedies.no_edge(cluster))
     if not found[-1].online:
-        return fail(f"the edge of cluster {cluster} is offline", "start it, or run `fedhlm doctor edge` on its machine")
+        return fail(f"the edge of cluster {cluster} is offline", remedies.offline("edge"))
     if found[-1].upstream is None:
         return fail(
             f"the edge of cluster {cluster} is online ({found[-1].software}), but sees no cloud",
-            "run `fedhlm doctor edge` on its machine",
+            remedies.cut_off("edge"),
         )
     return ok(f"the edge of cluster {cluster} is online ({found[-1].software}) and sees the cloud")
 
@@ -63,7 +60,7 @@ def cloud(subject: Subject) -> Remark:
             "no cloud was ever seen on this broker", "start it (fedhlm cloud), or correct the address of its broker"
         )
     if not found[-1].online:
-        return fail("the cloud is offline", "start it, or run `fedhlm doctor cloud` on its machine")
+        return fail("the cloud is offline", remedies.offline("cloud"))
     return ok(f"the cloud is online ({found[-1].software})")
 
 
@@ -110,7 +107,7 @@ def _compared(ours: Fingerprint, theirs: Fingerprint, whose: str) -> Remark:
     try:
         check_agreement(ours, theirs)
     except FingerprintMismatch as exc:
-        return fail(f"{exc.field} differs: {exc.ours!r} here, {exc.theirs!r} at {whose}", _UNLIKE)
+        return fail(f"{exc.field} differs: {exc.ours!r} here, {exc.theirs!r} at {whose}", remedies.UNLIKE)
     return ok(f"tokenizer {ours.tokenizer}, {ours.vocab_size} tokens, as at {whose} ({theirs.model})")
 
 

@@ -22,13 +22,15 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import Fingerprint, Output
 from fedhlm.settings import Broker
-from fedhlm_doors.console import FILES, ConsolePage
+from fedhlm_doors.console import FILES, Ask, ConsolePage, Wanted
 from fedhlm_doors.serving import page
-from fedhlm_fleet.console.feeds import BEHIND_MAX, LiveFeed
+from fedhlm_fleet.console.feeds import BEHIND_MAX, LiveFeed, RecordedFeed
 from fedhlm_fleet.console.state import ConsoleState
 from fedhlm_fleet.console.texts import Pieces
+from fedhlm_traces.file import read
 from tests.brokers import free_port
-from tests.browser import CHROMIUM, browser
+from tests.browser import CHROMIUM, Browser, browser
+from tests.npm import installed
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SMALL = Fingerprint("abc", 4_096, "philox-1", "small")
@@ -58,9 +60,9 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def open_page(feed: LiveFeed) -> AsyncIterator[httpx.AsyncClient]:
+async def open_page(feed: LiveFeed, ask: Ask | None = None) -> AsyncIterator[httpx.AsyncClient]:
     async with (
-        page(ConsolePage(feed).app(), "127.0.0.1:0", key="--listen") as address,
+        page(ConsolePage(feed, ask).app(), "127.0.0.1:0", key="--listen") as address,
         httpx.AsyncClient(base_url=address, timeout=30.0, trust_env=False) as client,
     ):
         yield client
@@ -78,6 +80,43 @@ async def test_the_page_brings_everything_itself_and_lets_nothing_else_in() -> N
         assert (await client.get("/state?at=nan")).status_code == 400
         assert (await client.post("/state")).status_code == 405, "it only shows"
         assert (await client.get("/console_page/../serving.py")).status_code == 404
+
+
+async def test_the_page_asks_only_where_prompts_are_allowed_and_only_for_itself() -> None:
+    asked: list[Wanted] = []
+
+    async def ask(wanted: Wanted) -> None:
+        if wanted.agent == "shed":
+            raise BusError("shed is not online")
+        asked.append(wanted)
+
+    wanted = {"cluster": "home", "agent": "porch", "text": "Oil"}
+    async with open_page(LiveFeed(state())) as client:
+        own = str(client.base_url).rstrip("/")
+        assert (await client.post("/ask", json=wanted, headers={"origin": own})).status_code == 404
+        assert (await client.get("/state")).json()["asks"] is False
+    async with open_page(LiveFeed(state()), ask) as client:
+        own = str(client.base_url).rstrip("/")
+        assert (await client.get("/state")).json()["asks"] is True
+        for headers in (
+            {},
+            {"origin": "http://evil.example"},
+            {"origin": "null"},
+            {"origin": own.replace("http", "https")},
+        ):
+            assert (await client.post("/ask", json=wanted, headers=headers)).status_code == 403, headers
+        form = {"origin": own, "content-type": "text/plain"}
+        assert (await client.post("/ask", content=json.dumps(wanted), headers=form)).status_code == 415
+        named = {"origin": "http://fedhlm.evil.example", "host": "fedhlm.evil.example"}
+        assert (await client.post("/ask", json=wanted, headers=named)).status_code == 403
+        assert (await client.get("/ask")).status_code == 405
+        for wrong in ({}, wanted | {"text": ""}, wanted | {"text": "x" * 4_001}, wanted | {"tokens": 9}, [1]):
+            assert (await client.post("/ask", json=wrong, headers={"origin": own})).status_code == 400, wrong
+        gone = await client.post("/ask", json=wanted | {"agent": "shed"}, headers={"origin": own})
+        assert (gone.status_code, gone.json()) == (502, {"error": "shed is not online"})
+        assert asked == []
+        assert (await client.post("/ask", json=wanted, headers={"origin": own})).status_code == 200
+    assert asked == [Wanted("home", "porch", "Oil")]
 
 
 async def test_only_this_machine_is_served() -> None:
@@ -191,6 +230,22 @@ def test_a_browser_shows_a_recording_without_an_error(tmp_path: Path) -> None:
             assert seen.value("document.querySelectorAll('#log li').length") > 10
             seen.value("document.querySelector('#kinds input[value=offline]').click()")
             assert seen.value("document.querySelectorAll('#log .offline').length") == 0
+
+            # What happened over time, in pictures and in words.
+            seen.until("document.querySelectorAll('#routing rect').length > 5")
+            seen.until("document.querySelectorAll('#rounds polyline').length >= 4")
+            words = seen.value("document.getElementById('rounds').textContent")
+            assert re.search(r"All clusters, round \d+: threshold [\d.]+; m\(u\) [\d.]+ at u = 0.1", words)
+            sent, law = (
+                float(seen.value(f"parseFloat(document.getElementById('cost-{name}').textContent.replace(',', ''))"))
+                for name in ("sent", "law")
+            )
+            assert 0.0 < sent < law == 8_192.0
+            assert seen.value("document.querySelector('.part .remedy').textContent").startswith(
+                "offline. To do: start it"
+            )
+            assert seen.value("document.getElementById('ask').hidden"), "a recording answers nobody"
+            assert seen.value("document.documentElement.scrollWidth <= innerWidth")
         assert not seen.errors
 
 
@@ -216,3 +271,55 @@ async def test_a_browser_keeps_what_it_had_when_the_console_starts_again(tmp_pat
         assert await asyncio.to_thread(seen.value, shows("first")), "the new server does not know it"
         assert await asyncio.to_thread(seen.until, "document.getElementById('written').textContent === '<b>second</b>'")
         assert await asyncio.to_thread(seen.value, "document.querySelectorAll('#written b').length") == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+async def test_the_page_breaks_no_rule_of_accessibility(tmp_path: Path) -> None:
+    rules = (installed(Path(__file__).parents[2] / "axe") / "node_modules" / "axe-core" / "axe.min.js").read_text(
+        "utf-8"
+    )
+    feed = RecordedFeed(read(GOLDEN / "budget.trace"), state)
+
+    async def ask(_wanted: Wanted) -> None:
+        pass
+
+    def broken(seen: Browser) -> list[str]:
+        seen.value(rules + ";0")
+        told = seen.value("axe.run({resultTypes: ['violations']}).then(found => JSON.stringify(found.violations))")
+        return [f"{rule['id']}: {node['html'][:120]}" for rule in json.loads(told) for node in rule["nodes"]]
+
+    def looked(address: str, seen: Browser) -> None:
+        for width, dark in ((1440, False), (1440, True), (360, False), (360, True)):
+            for second in (60, 137):  # at work, and when all has stopped
+                seen.open(f"{address}?{width}{dark}{second}#at={second}", width=width, dark=dark)
+                seen.until(f"document.getElementById('at').textContent.startsWith('{second}.0 / ')")
+                seen.until("document.querySelectorAll('#routing rect').length > 5")
+                assert broken(seen) == [], (width, dark, second)
+        seen.value("document.getElementById('which').parentElement.querySelector('label').remove()")
+        assert {found.split(":")[0] for found in broken(seen)} >= {"select-name"}, "the rules are looked at"
+
+    with browser(tmp_path) as seen:
+        async with page(ConsolePage(feed, ask).app(), "127.0.0.1:0", key="--listen") as address:
+            await asyncio.to_thread(looked, address, seen)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+async def test_a_browser_asks_an_agent_where_prompts_are_allowed(tmp_path: Path) -> None:
+    asked: list[Wanted] = []
+    shown = state()
+
+    async def ask(wanted: Wanted) -> None:
+        asked.append(wanted)
+
+    shown.put(
+        presence(Stamp("porch"), "agent", online=True, fingerprint=SMALL), {"cluster": "home", "agent": "porch"}, 1.0
+    )
+    with browser(tmp_path) as seen:
+        async with page(ConsolePage(LiveFeed(shown), ask).app(), "127.0.0.1:0", key="--listen") as address:
+            await asyncio.to_thread(seen.open, address)
+            await asyncio.to_thread(seen.until, "document.getElementById('whom').value === 'home/porch'")
+            await asyncio.to_thread(seen.value, "(document.getElementById('words').value = 'Oil', 0)")
+            await asyncio.to_thread(seen.value, "document.getElementById('send').click()")
+            await asyncio.to_thread(seen.until, "document.getElementById('asked').textContent === 'porch has answered'")
+        assert not seen.errors
+    assert asked == [Wanted("home", "porch", "Oil")]

@@ -10,10 +10,13 @@ from msgspec.structs import replace
 
 from fedhlm.bus.party import Stamp, presence
 from fedhlm.decoding.text import TextStream
-from fedhlm.protocol.messages import Fingerprint, Learned, MetricsReport, Output, Presence, Prompt
+from fedhlm.learning.curve import Curve
+from fedhlm.protocol.messages import Fingerprint, Learned, MetricsReport, Output, PaperThreshold, Presence, Prompt
 from fedhlm_fleet.console.feeds import RecordedFeed
+from fedhlm_fleet.console.history import BUCKETS_MAX, ROUNDS_MAX
 from fedhlm_fleet.console.state import LOG_MAX, TEXTS_MAX, ConsoleState
 from fedhlm_fleet.console.texts import Pieces, tokenizer_of
+from fedhlm_fleet.remedies import cut_off, no_edge, offline
 from fedhlm_traces.decoded import look
 from fedhlm_traces.file import read
 from fedhlm_zoo.shipped import model_folder
@@ -44,7 +47,10 @@ def events(shown: ConsoleState) -> list[tuple[str, str, str]]:
 
 def applied(page: dict[str, Any], change: dict[str, Any]) -> None:
     """What console.js does with a change."""
-    page |= {key: change[key] for key in ("parts", "missing", "clusters") if key in change}
+    page |= {key: change[key] for key in ("parts", "missing", "cost") if key in change}
+    for key, name in (("clusters", "cluster"), ("routing", "at")):
+        found = {row[name]: row for row in (*page[key], *change.get(key, ()))}
+        page[key] = list(found.values())
     for text in change.get("texts", ()):
         before: list[Any] = next((t["tokens"] for t in page["texts"] if t["id"] == text["id"]), [])
         page["texts"] = [t for t in page["texts"] if t["id"] != text["id"]]
@@ -188,3 +194,67 @@ def test_a_recording_is_the_same_forwards_and_backwards() -> None:
     opened = feed.snapshot(feed.opens_s)
     assert all(part["online"] for part in opened["parts"]), "it opens before the recorded fleet stops"
     assert opened["texts"]
+
+
+def learnt(number: int, *, weight: int, tau: float | None = None) -> Learned:
+    own, peers = Curve.empty(), Curve.empty()
+    for _ in range(weight):
+        own.add(0.95, 1.0)
+        own.add(0.15, 0.0)
+    for _ in range(3 * weight):
+        peers.add(0.05, 1.0)
+    curves = {"closed-form/gumbel/greedy/x": own.to_bytes(), "neighbour/gumbel/greedy/x": peers.to_bytes()}
+    thresholds = {} if tau is None else {"3fa4b1.09c2de": PaperThreshold(tau, 10)}
+    return Learned(**STAMP(), round=number, members=1, curves=curves, thresholds=thresholds)
+
+
+def test_rounds_tell_the_threshold_and_the_curve_of_the_drafts_own_doubt() -> None:
+    shown = state()
+    shown.put(MetricsReport(**STAMP(), values={"tau": 0.25}), HERE, 1.0)
+    shown.put(MetricsReport(**STAMP(), values={"tau": -1.0}), {**HERE, "agent": "shed"}, 1.0)
+    shown.put(learnt(1, weight=20), {"cluster": "home"}, 2.0)
+    shown.put(learnt(2, weight=20, tau=0.5), {"cluster": "home"}, 3.0)
+    shown.put(learnt(2, weight=20, tau=0.625), {"cluster": "home"}, 4.0)
+    (cluster,) = shown.snapshot()["clusters"]
+    assert [(told["round"], told["tau"]) for told in cluster["rounds"]] == [(1, 0.125), (2, 0.625)]
+    assert cluster["rounds"][0]["m"][0] < 1.0, "what peers know is another curve"
+    assert cluster["rounds"][0]["m"][2] == 1.0
+    for number in range(3, ROUNDS_MAX + 9):
+        shown.put(learnt(number, weight=1), {"cluster": "home"}, 5.0)
+    assert len(shown.snapshot()["clusters"][0]["rounds"]) == ROUNDS_MAX
+    shown.put(replace(learnt(99, weight=1), curves={"closed-form/x": b"x"}), {"cluster": "home"}, 6.0)
+    assert shown.snapshot()["clusters"][0]["rounds"][-1]["m"] is None
+
+
+def test_routing_is_counted_in_tens_of_seconds_and_only_what_is_new_is_told() -> None:
+    shown = state(tokenizer=False)
+    shown.put(output(0, "local", "cloud", text="ab"), HERE, 100.0)
+    assert [bucket["at"] for bucket in shown.changes()["routing"]] == [100]
+    shown.put(output(2, "local", text="c"), HERE, 109.0)
+    shown.put(output(3, "peer", text="d"), HERE, 110.0)
+    told = shown.changes()["routing"]
+    assert [(b["at"], b["local"], b["cloud"], b["peer"]) for b in told] == [(100, 2, 1, 0), (110, 0, 0, 1)]
+    for i in range(4, 4 + 2 * BUCKETS_MAX):
+        shown.put(output(i, "local", text="e"), HERE, 10.0 * i + 100.0)
+    assert len(shown.snapshot()["routing"]) == BUCKETS_MAX
+
+
+def test_the_cost_is_that_of_finished_texts_beside_whole_laws_and_bare_text() -> None:
+    shown = state(tokenizer=False)
+    shown.put(presence(STAMP, "agent", online=True, fingerprint=SMALL), HERE, 1.0)
+    shown.put(output(0, "local", "cloud", text="Øb"), HERE, 2.0)
+    assert shown.snapshot()["cost"]["tokens"] == 0
+    shown.put(output(2, finish="length", statistics={"uplink_bytes": 60.0, "round_trips": 1.0}), HERE, 3.0)
+    assert shown.changes()["cost"] == {"tokens": 2, "sent": 60.0, "trips": 1.0, "law": 2 * 2 * 4_096, "text": 3}
+    assert "cost" not in shown.changes()
+
+
+def test_what_is_wrong_comes_with_its_remedy() -> None:
+    shown = state()
+    shown.put(presence(STAMP, "agent", online=True, fingerprint=SMALL), HERE, 1.0)
+    found = {part["name"]: part["remedy"] for part in shown.snapshot()["parts"]}
+    assert found == {"porch": no_edge("home")}
+    shown.put(edge(sees=False), {"cluster": "home"}, 2.0)
+    shown.put(presence(STAMP, "agent", online=False), {**HERE, "agent": "shed"}, 2.0)
+    found = {part["name"]: part["remedy"] for part in shown.snapshot()["parts"]}
+    assert found == {"edge": cut_off("edge"), "porch": "", "shed": offline("agent")}

@@ -57,7 +57,7 @@ class ConsoleFeed(Protocol):
         """Yield everything, then what changes from that moment on. Ends when the page should begin anew."""
 
 
-class Wanted(msgspec.Struct, forbid_unknown_fields=True):
+class TypedPrompt(msgspec.Struct, forbid_unknown_fields=True):
     """A prompt that somebody has typed into the page."""
 
     cluster: str
@@ -65,7 +65,7 @@ class Wanted(msgspec.Struct, forbid_unknown_fields=True):
     text: Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_MAX)]
 
 
-Ask = Callable[[Wanted], Awaitable[None]]
+Ask = Callable[[TypedPrompt], Awaitable[None]]
 """Asks an agent, and returns when its answer is whole. Raises FedhlmError if it is not."""
 
 
@@ -94,7 +94,7 @@ class ConsolePage:
             return _refused(f"{ASKING_MAX} prompts are on their way: wait for an answer", 429)
         self._asking += 1
         try:
-            wanted = msgspec.json.decode(await body_of(request), type=Wanted)
+            wanted = msgspec.json.decode(await body_of(request), type=TypedPrompt)
             await while_there(request.receive, self._ask(wanted))
         except ApiError as exc:
             return _refused(exc.message, exc.status)

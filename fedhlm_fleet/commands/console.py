@@ -13,7 +13,7 @@ from fedhlm_fleet.commands.common import Keys, needing, parse_keys
 
 if TYPE_CHECKING:
     from fedhlm.client import Client
-    from fedhlm_doors.console import Ask, Wanted
+    from fedhlm_doors.console import Ask, TypedPrompt
     from fedhlm_fleet.console.wiring import Watch
 
 NAME: Final = "console"
@@ -88,7 +88,7 @@ async def _serve(watch: "Watch", trace: Path | None, listen: str, *, allow_promp
 def asker(client: "Client") -> "Ask":
     """Return what asks an agent through a client, for the page's form."""
 
-    async def ask(wanted: "Wanted") -> None:
+    async def ask(wanted: "TypedPrompt") -> None:
         async with client.ask(wanted.agent, wanted.text, cluster=wanted.cluster, deadline_s=ANSWER_S) as answer:
             await answer.whole()
 

@@ -44,7 +44,7 @@ class Routing:
         return int(self._buckets[-1]["at"]) if self._buckets else 0
 
 
-class Rounds:
+class RoundsSeen:
     """Threshold and curve of one cluster, by round."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from fedhlm.protocol.messages import (
 )
 from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
-from fedhlm_fleet.console.history import Cost, Rounds, Routing
+from fedhlm_fleet.console.history import Cost, RoundsSeen, Routing
 from fedhlm_fleet.console.texts import Pieces
 from fedhlm_fleet.status import Heard, errors_of_fleet, missing, rows
 from fedhlm_traces.journal_reader import JournalReader
@@ -59,7 +59,7 @@ class ConsoleState:
         self._logged = 0
         self._told_log = 0
         self._routing = Routing()
-        self._rounds: dict[str, Rounds] = {}
+        self._rounds: dict[str, RoundsSeen] = {}
         self._cost = Cost()
         self._told_routing = 0
         self._parts_changed = self._cost_changed = False
@@ -186,7 +186,7 @@ class ConsoleState:
             "errors": self._errors(learned.evidence),
         }
         self._clusters_changed.add(cluster)
-        self._rounds.setdefault(cluster, Rounds()).note(learned, self._taus(cluster))
+        self._rounds.setdefault(cluster, RoundsSeen()).note(learned, self._taus(cluster))
         if before is not None and before["round"] != learned.round and not retained:
             members = f"{learned.members} member{'s' if learned.members != 1 else ''}"
             self._note("round", cluster, "edge" if cluster else "cloud", f"closed round {learned.round} of {members}")

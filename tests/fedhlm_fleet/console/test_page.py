@@ -22,7 +22,7 @@ from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import Fingerprint, Output
 from fedhlm.settings import Broker
-from fedhlm_doors.console import FILES, Ask, ConsolePage, Wanted
+from fedhlm_doors.console import FILES, Ask, ConsolePage, TypedPrompt
 from fedhlm_doors.serving import page
 from fedhlm_fleet.console.feeds import BEHIND_MAX, LiveFeed, RecordedFeed
 from fedhlm_fleet.console.state import ConsoleState
@@ -83,9 +83,9 @@ async def test_the_page_brings_everything_itself_and_lets_nothing_else_in() -> N
 
 
 async def test_the_page_asks_only_where_prompts_are_allowed_and_only_for_itself() -> None:
-    asked: list[Wanted] = []
+    asked: list[TypedPrompt] = []
 
-    async def ask(wanted: Wanted) -> None:
+    async def ask(wanted: TypedPrompt) -> None:
         if wanted.agent == "shed":
             raise BusError("shed is not online")
         asked.append(wanted)
@@ -116,7 +116,7 @@ async def test_the_page_asks_only_where_prompts_are_allowed_and_only_for_itself(
         assert (gone.status_code, gone.json()) == (502, {"error": "shed is not online"})
         assert asked == []
         assert (await client.post("/ask", json=wanted, headers={"origin": own})).status_code == 200
-    assert asked == [Wanted("home", "porch", "Oil")]
+    assert asked == [TypedPrompt("home", "porch", "Oil")]
 
 
 async def test_only_this_machine_is_served() -> None:
@@ -280,7 +280,7 @@ async def test_the_page_breaks_no_rule_of_accessibility(tmp_path: Path) -> None:
     )
     feed = RecordedFeed(read(GOLDEN / "budget.trace"), state)
 
-    async def ask(_wanted: Wanted) -> None:
+    async def ask(_wanted: TypedPrompt) -> None:
         pass
 
     def broken(seen: Browser) -> list[str]:
@@ -305,10 +305,10 @@ async def test_the_page_breaks_no_rule_of_accessibility(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 async def test_a_browser_asks_an_agent_where_prompts_are_allowed(tmp_path: Path) -> None:
-    asked: list[Wanted] = []
+    asked: list[TypedPrompt] = []
     shown = state()
 
-    async def ask(wanted: Wanted) -> None:
+    async def ask(wanted: TypedPrompt) -> None:
         asked.append(wanted)
 
     shown.put(
@@ -322,4 +322,4 @@ async def test_a_browser_asks_an_agent_where_prompts_are_allowed(tmp_path: Path)
             await asyncio.to_thread(seen.value, "document.getElementById('send').click()")
             await asyncio.to_thread(seen.until, "document.getElementById('asked').textContent === 'porch has answered'")
         assert not seen.errors
-    assert asked == [Wanted("home", "porch", "Oil")]
+    assert asked == [TypedPrompt("home", "porch", "Oil")]

@@ -63,6 +63,7 @@ INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 # Libraries that are imported late: a child process would report a missing one as an error of its own.
 DEMO: Final = ("onnxruntime", "tokenizers")
+SERVING: Final = ("starlette", "uvicorn")
 REGROUPING: Final = ("scipy", "sklearn", "threadpoolctl")
 
 
@@ -211,6 +212,7 @@ def demo(
     json: Path | None = None,
     record: Path | None = None,
     truth: bool = False,
+    console: bool = False,
 ) -> int:
     """Run two clusters of two agents, two edges and a cloud over MQTT, and print who settled the tokens at what cost.
 
@@ -241,12 +243,17 @@ def demo(
         JSON file to write the results to.
     record
         File to record all messages to, journals included; there is no comparison then.
+    console
+        Show the fleet in a browser as well, at an address on this machine that is printed; see docs/console.md.
     truth
         Have the LLM score every kept token of the run afterwards, and print the truth beside each certificate.
     """
     with needing("agent,edge,cloud"):
         present(*DEMO)  # the child processes need them
         from fedhlm_fleet.demo.run import run
+    if console:
+        with needing("serve"):
+            present(*SERVING)
     return run(
         preset=preset,
         prompts=prompts,
@@ -260,6 +267,7 @@ def demo(
         json_file=json,
         recording=record,
         truth=truth,
+        with_console=console,
     )
 
 

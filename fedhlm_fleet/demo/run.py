@@ -7,6 +7,7 @@ it gets the same few new prompts under that preset and under those of COMPARED.
 import asyncio
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -43,6 +44,7 @@ AGENTS: Final = 2
 TEMPERATURE: Final = 0.0  # peers can only help at low temperatures (docs/peers.md)
 CLOUD: Final = "cloud"
 RECORDER: Final = "recorder"
+CONSOLE: Final = "console"
 READY_S: Final = 90.0
 COMPARED: Final = ("exact", "fedhlm", "hlm")
 COMPARED_ITEMS: Final = 8
@@ -74,6 +76,7 @@ class Demo:
         temperature: float = TEMPERATURE,
         recording: Path | None = None,
         truth: bool = False,
+        console: bool = False,
     ) -> None:
         # A byte within a cluster costs nothing here: it never leaves the machine.
         self.overrides = {"generation.temperature": f"{temperature:g}", "generation.consensus.lan_price": "0"}
@@ -90,6 +93,8 @@ class Demo:
             words = f"used with a preset that audits kept tokens under shared noise, unlike {preset}"
             raise ConfigError("--truth", truth, words)
         self.truth = truth
+        self.console = console
+        self.page = ""  # the console's address
         self.preset = preset
         is_path = preset not in configuration.presets()
         self.preset_source = str(Path(preset).resolve()) if is_path else preset
@@ -165,6 +170,22 @@ class Demo:
                 processes.check()
                 await asyncio.sleep(0.05)
 
+    async def _open_console(self, processes: Processes, broker: settings.Broker) -> None:
+        where = (
+            "--broker",
+            broker.url,
+            "--broker.root",
+            self.root,
+            "--generation.budget",
+            f"{self.config.generation.budget}",
+        )
+        await processes.start(CONSOLE, "fedhlm_fleet.cli", "console", *where, "--listen", "127.0.0.1:0")
+        async with asyncio.timeout(READY_S):
+            while not (told := re.search(r"^open (\S+)$", processes.log_of(CONSOLE), re.MULTILINE)):
+                processes.check()
+                await asyncio.sleep(0.05)
+        self.page = told[1]
+
     async def _end_recording(self, processes: Processes) -> None:
         """Stop the parts before the recorder, so that their last messages are recorded."""
         if self.recording is not None:
@@ -182,6 +203,9 @@ class Demo:
         if self.recording is not None:
             await self._record(processes, broker, self.recording)
             common["FEDHLM_TELEMETRY__JOURNAL"] = "true"
+        if self.console:
+            await self._open_console(processes, broker)
+            common["FEDHLM_TELEMETRY__JOURNAL"] = "true"  # doubts, and what the devices had drafted
         common |= {configuration.environment_name(key): value for key, value in self.overrides.items()}
         await processes.start(
             CLOUD, "fedhlm_fleet.cli", "cloud", env={**common, "FEDHLM_CLOUD__THREADS": str(max(1, cores // 2))}
@@ -197,7 +221,8 @@ class Demo:
 
     async def _tell(self, asker: Asker, progress: Progress) -> None:
         with progress.live():
-            progress.stage("A fleet starts.", setting(CLUSTERS, AGENTS), *self._news())
+            looked = [f"Watch it in a browser, until the demo ends: {self.page}"] if self.page else []
+            progress.stage("A fleet starts.", setting(CLUSTERS, AGENTS), *self._news(), *looked)
             try:
                 async with asyncio.timeout(READY_S):
                     await asker.wait_ready()
@@ -344,6 +369,7 @@ def run(
     json_file: Path | None = None,
     recording: Path | None = None,
     truth: bool = False,
+    with_console: bool = False,
 ) -> int:
     """Run the demo, print its table and return the exit code: 130 if interrupted, 1 if every request failed, else 0."""
     console = Console()
@@ -363,6 +389,7 @@ def run(
         temperature=temperature,
         recording=recording,
         truth=truth,
+        console=with_console,
     )
     code = 0
     try:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fedhlm.errors import ConfigError, DataMissing
@@ -138,7 +139,7 @@ def test_interrupting_prints_the_table_so_far_and_leaves_no_process(number: int,
     marker = f"demo-test-{os.getpid()}-{number}"
     out = tmp_path / "result.json"
     with subprocess.Popen(
-        [*COMMAND, "--duration", "60", "--json", str(out)],
+        [*COMMAND, "--duration", "60", "--console", "--json", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -146,7 +147,11 @@ def test_interrupting_prints_the_table_so_far_and_leaves_no_process(number: int,
         preexec_fn=obey_interrupts,  # noqa: PLW1509 - no threads here
     ) as process:
         assert process.stdout is not None
+        address = next(found[0] for line in process.stdout if (found := re.search(r"http://127.0.0.1:\d+/", line)))
         assert any(GOING.match(line) for line in process.stdout)  # something was written by then
+        shown = httpx.get(f"{address}state", trust_env=False).json()
+        assert len([part for part in shown["parts"] if part["online"]]) == 1 + CLUSTERS * (1 + AGENTS)
+        assert shown["texts"], "the page shows what the fleet writes"
         process.send_signal(number)
         printed, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ FIRST_FREE = 10  # so that the pipe's ends are not 3 and 4 already, which Chromi
 
 
 class Browser:
-    """One page. `errors` holds what its console and its scripts complained of."""
+    """One page. `errors` holds what its console and its scripts complained of; `on` is called with events by name."""
 
     def __init__(self, to: int, back: int) -> None:
         self.errors: list[Any] = []
+        self.on: dict[str, Callable[[Any], object]] = {}
         self._to, self._back = to, back
         self._buffer = b""
         self._number = 0
@@ -66,6 +67,14 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key)
 
+    def command(self, method: str, *, whole: bool = False, **parameters: Any) -> Any:
+        """Send a command of the protocol for the page, or for the whole browser."""
+        session, self._session = self._session, None if whole else self._session
+        try:
+            return self._call(method, **parameters)
+        finally:
+            self._session = session
+
     def _call(self, method: str, **parameters: Any) -> Any:
         told = self._told(method, **parameters)
         assert "error" not in told, told
@@ -81,6 +90,8 @@ class Browser:
             told = self._next()
             if told.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.errors.append(told["params"])
+            if (heard := self.on.get(told.get("method", ""))) is not None:
+                heard(told["params"])
             if told.get("id") == self._number:
                 return told
 

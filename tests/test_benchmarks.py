@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import CHROMIUM
+
 ROOT = Path(__file__).parents[1]
 # What each prints first; a benchmark that compares systems needs them all.
 SHORT = {
@@ -15,6 +17,7 @@ SHORT = {
     "delay.py --round-trips 0 --prompts 1 --tokens 4": "round trip 0 ms added",
     "tree.py --prompts 1 --tokens 4 --blocks 4 --nodes 16 --round-trips 0": "round trip 0 ms",
     "load.py --only alone": '{"alone p50 ms"',
+    "console.py --agents 20 --seconds 1": '{"agents": 20',
     "record.py --rates 200 --replay-rates 50 --seconds 1": "load of the machine",
 }
 
@@ -31,6 +34,8 @@ def benchmark(command: str) -> subprocess.CompletedProcess[str]:
 def test_every_documented_benchmark_runs(command: str) -> None:
     if command.startswith("record") and shutil.which("mosquitto") is None:
         pytest.skip("mosquitto is not installed")
+    if command.startswith("console") and CHROMIUM is None:
+        pytest.skip("chromium is not installed")
     done = benchmark(command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(SHORT[command])

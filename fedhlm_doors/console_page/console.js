@@ -16,6 +16,9 @@ const texts = new Map();
 const routing = new Map();
 const CHARTS_MS = 1000;  // between two drawings of the charts
 let cost = { tokens: 0 }, past = true, pastDue = 0, waiting = null;
+const cards = new Map();
+const fresh = new Set();  // parts of which only figures are new
+let fleet = true;  // whether the map is to be drawn anew
 let log = [];
 let budget = 0, confidence = 0.95, missing = [], length = null, opens = 0;
 let picked = "", shown = "", drawn = 0, at = -1;
@@ -37,6 +40,7 @@ function plural(count, word) { return `${count} ${word}${count === 1 ? "" : "s"}
 
 function whole(state) {
   parts.clear();
+  cards.clear();
   clusters.clear();
   routing.clear();
   $("ask").hidden = !state.asks;
@@ -59,8 +63,17 @@ function change(state) {
     }
     for (const key of parts.keys()) if (!keys.has(key)) parts.delete(key);
     missing = state.missing;
+    fleet = true;
   }
-  if (state.clusters) for (const cluster of state.clusters) clusters.set(cluster.cluster, cluster);
+  for (const figures of state.figures || []) {
+    const key = `${figures.cluster}/${figures.name}`;
+    parts.set(key, { ...parts.get(key), ...figures });
+    fresh.add(key);
+  }
+  if (state.clusters) {
+    for (const cluster of state.clusters) clusters.set(cluster.cluster, cluster);
+    fleet = true;
+  }
   for (const bucket of state.routing || []) routing.set(bucket.at, bucket);
   while (routing.size > 60) routing.delete(routing.keys().next().value);
   if (state.cost) cost = state.cost;
@@ -82,10 +95,16 @@ function change(state) {
 
 function draw() {
   pending = false;
-  drawWrong();
-  drawGauges();
-  drawFleet();
-  drawAgents();
+  if (fleet) {
+    drawWrong();
+    drawGauges();
+    drawFleet();
+    drawAgents();
+  } else {
+    for (const key of fresh) if (cards.has(key)) drawPart(cards.get(key), parts.get(key));
+  }
+  fleet = false;
+  fresh.clear();
   drawChoice();
   drawText();
   drawLog();
@@ -191,21 +210,27 @@ function drawParts(list, found) {
       const head = make("p", "head");
       head.append(make("span", "name"), make("span", "state"));
       card.append(head, make("p", "model"), make("p", "learnt"), make("p", "remedy"), make("div", "shares"));
+      card.at = Object.fromEntries(["name", "state", "model", "learnt", "remedy", "shares"].map((name) => [name, card.querySelector(`.${name}`)]));
       list.append(card);
     }
-    card.classList.toggle("off", !part.online);
-    card.classList.toggle("ill", part.online && part.wrong !== "");
-    say(card.querySelector(".name"), part.role === part.name ? part.name : `${part.role} ${part.name}`);
-    say(card.querySelector(".state"), !part.online ? "○ offline" : part.link ? `● reaches ${part.link}` : "● online");
-    say(card.querySelector(".model"), [part.model, part.software.replace("fedhlm ", "version ")].filter(Boolean).join(", "));
-    const learnt = [];
-    if (part.tau !== undefined) learnt.push(`threshold ${part.tau.toFixed(3)}`);
-    if (part.risk_limit !== undefined) learnt.push(`error at most ${percent(part.risk_limit)} at ${percent(confidence, 0)}`);
-    say(card.querySelector(".learnt"), learnt.join(", "));
-    card.querySelector(".remedy").hidden = !part.wrong;
-    say(card.querySelector(".remedy"), part.wrong ? `${part.wrong}. To do: ${part.remedy}` : "");
-    drawShares(card.querySelector(".shares"), part.sources);
+    cards.set(`${part.cluster}/${part.name}`, card);
+    drawPart(card, part);
   });
+}
+
+function drawPart(card, part) {
+  card.classList.toggle("off", !part.online);
+  card.classList.toggle("ill", part.online && part.wrong !== "");
+  say(card.at.name, part.role === part.name ? part.name : `${part.role} ${part.name}`);
+  say(card.at.state, !part.online ? "○ offline" : part.link ? `● reaches ${part.link}` : "● online");
+  say(card.at.model, [part.model, part.software.replace("fedhlm ", "version ")].filter(Boolean).join(", "));
+  const learnt = [];
+  if (part.tau !== undefined) learnt.push(`threshold ${part.tau.toFixed(3)}`);
+  if (part.risk_limit !== undefined) learnt.push(`error at most ${percent(part.risk_limit)} at ${percent(confidence, 0)}`);
+  say(card.at.learnt, learnt.join(", "));
+  card.at.remedy.hidden = !part.wrong;
+  say(card.at.remedy, part.wrong ? `${part.wrong}. To do: ${part.remedy}` : "");
+  drawShares(card.at.shares, part.sources);
 }
 
 function drawShares(bar, sources) {
@@ -213,9 +238,11 @@ function drawShares(bar, sources) {
   if (!sources) return;
   const total = Object.values(sources).reduce((a, b) => a + b, 0) || 1;
   const told = Object.entries(sources).filter(([, count]) => count > 0);
+  const words = told.map(([name, count]) => `${WORDS[name]} ${percent(count / total, 0)}`).join(", ");
+  if (bar.title === words) return;
   bar.setAttribute("role", "img");
-  bar.setAttribute("aria-label", told.map(([name, count]) => `${WORDS[name]} ${percent(count / total, 0)}`).join(", "));
-  bar.title = bar.getAttribute("aria-label");
+  bar.setAttribute("aria-label", words);
+  bar.title = words;
   for (const name of Object.keys(sources)) {
     let piece = [...bar.children].find((child) => child.className === name);
     if (!piece) bar.append((piece = make("span", name)));

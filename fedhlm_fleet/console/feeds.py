@@ -70,7 +70,7 @@ class LiveFeed:
         async with asyncio.TaskGroup() as group:
             for broker in brokers:
                 group.create_task(self._hear(broker, client_id), name=f"console {broker.url}")
-            group.create_task(self._tell_pages(), name="console-pages")
+            group.create_task(self.tell_pages(), name="console-pages")
 
     async def _hear(self, broker: settings.Broker, client_id: str) -> None:
         bus = bus_of(broker, client_id=client_id, connect_timeout_s=broker.connect_timeout_s)
@@ -82,7 +82,8 @@ class LiveFeed:
             async for received in party.received():
                 self._state.put(received.message, received.levels, time.time(), retained=received.retained)
 
-    async def _tell_pages(self) -> None:
+    async def tell_pages(self) -> None:
+        """Tell the pages what is new, again and again."""
         while True:
             await asyncio.sleep(EVERY_S)
             self.tell()

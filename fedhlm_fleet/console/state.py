@@ -64,6 +64,7 @@ class ConsoleState:
         self._told_routing = 0
         self._parts_changed = self._cost_changed = False
         self._clusters_changed: set[str] = set()
+        self._figured: set[Place] = set()  # parts of which only figures are new
         self._from: dict[tuple[str, str], int] = {}  # the first token of each text that is new
         self._now_s = 0.0
 
@@ -107,6 +108,9 @@ class ConsoleState:
     def changes(self) -> dict[str, Any]:
         """What is new since the last call; empty if nothing is."""
         found: dict[str, Any] = self._parts() if self._parts_changed else {}
+        if self._figured and not self._parts_changed:  # most changes: figures alone, of few parts
+            known = sorted(place for place in self._figured if place in self._heard)
+            found["figures"] = [{"cluster": p[0], "name": p[1], **self._figures[p]} for p in known]
         if self._clusters_changed:
             found["clusters"] = [self._cluster(name) for name in sorted(self._clusters_changed)]
         if self._from:
@@ -123,7 +127,7 @@ class ConsoleState:
             found["log"] = [entry for entry in self._log if entry["n"] > self._told_log]
         self._told_log = self._logged
         self._parts_changed = self._cost_changed = False
-        self._clusters_changed = set()
+        self._clusters_changed, self._figured = set(), set()
         self._from = {}
         return found
 
@@ -208,7 +212,7 @@ class ConsoleState:
 
     def _note_figures(self, place: Place, values: Mapping[str, float]) -> None:
         self._figures.setdefault(place, {}).update({name: values[name] for name in FIGURES if name in values})
-        self._parts_changed = True
+        self._figured.add(place)
 
     def _output(self, output: Output, levels: dict[str, str]) -> None:
         place, key = (levels["cluster"], levels["agent"]), (levels["agent"], output.request)
@@ -258,7 +262,7 @@ class ConsoleState:
         for source in output.sources:
             counts[source] += 1
         self._routing.count(output.sources, self._now_s)
-        self._parts_changed = True
+        self._figured.add(place)
 
     def _finish(self, key: tuple[str, str], place: Place, text: dict[str, Any], output: Output) -> None:
         text["finish"], text["error"] = output.finish, output.error

@@ -48,6 +48,10 @@ def events(shown: ConsoleState) -> list[tuple[str, str, str]]:
 def applied(page: dict[str, Any], change: dict[str, Any]) -> None:
     """What console.js does with a change."""
     page |= {key: change[key] for key in ("parts", "missing", "cost") if key in change}
+    for told in change.get("figures", ()):
+        for part in page["parts"]:
+            if (part["cluster"], part["name"]) == (told["cluster"], told["name"]):
+                part |= told
     for key, name in (("clusters", "cluster"), ("routing", "at")):
         found = {row[name]: row for row in (*page[key], *change.get(key, ()))}
         page[key] = list(found.values())

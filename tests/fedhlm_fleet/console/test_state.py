@@ -51,7 +51,7 @@ def applied(page: dict[str, Any], change: dict[str, Any]) -> None:
     for told in change.get("figures", ()):
         for part in page["parts"]:
             if (part["cluster"], part["name"]) == (told["cluster"], told["name"]):
-                part |= told
+                part.update(told)
     for key, name in (("clusters", "cluster"), ("routing", "at")):
         found = {row[name]: row for row in (*page[key], *change.get(key, ()))}
         page[key] = list(found.values())

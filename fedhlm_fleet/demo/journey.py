@@ -139,7 +139,7 @@ class Journey:
     def _settled(self) -> str:
         total = self.tokens.total()
         shares = [f"{words} {self.tokens[s] / total:.1%}" for s, words in WORDS.items() if self.tokens[s]]
-        return f"{total:,}: {', '.join(shares)}" if total else "none yet"
+        return f"{total}: {', '.join(shares)}" if total else "none yet"
 
     def _round(self, cluster: str) -> str:
         state = self.rounds[cluster]

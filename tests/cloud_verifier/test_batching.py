@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from cloud_verifier import batching
-from cloud_verifier.batching import LARGE, RUNNING_OF_ONE, SMALL, Batcher, Done
+from cloud_verifier.batching import LARGE, RUNNING_OF_ONE, Batcher, Done
 from cloud_verifier.calls import READS, BlockJob, Running
 from cloud_verifier.engine import Engine
 from cloud_verifier.queues import BYTES_OF_ONE, GOING_FIRST, WAITING_MAX, WAITING_OF_ONE
@@ -534,5 +534,5 @@ def test_beside_short_blocks_calls_for_long_contexts_are_small() -> None:
             work.submit(job("hog", now_s, prompt=long_prompt(now_s)))
     while not work.idle:
         batch, _ = work.take(0.5)
-        assert [r.job.key.agent for r in batch] == ["quiet"] or all(r.piece <= 64 // SMALL for r in batch)
+        assert [r.job.key.agent for r in batch] == ["quiet"] or all(r.piece <= 16 for r in batch)
         work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))

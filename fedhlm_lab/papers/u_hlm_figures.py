@@ -149,13 +149,15 @@ def _doubt(runs: UhlmRuns) -> LabChart:
     u, beta = np.array([one.doubt for one in seen]), np.array([one.beta for one in seen])
     levels = sorted(set(u.tolist()))
     means = [float(beta[u == level].mean()) for level in levels]
-    ends = [0.0, 1.0]
+    ends = [0.0, min(1.0, max(0.0, fit.averse)), 1.0]  # the line is 0 up to the second
     series = [
         ChartSeries("mean beta of tokens with this u", levels, means),
-        ChartSeries(f"fit: {fit.a:.2f} u {fit.b:+.2f}", ends, [max(0.0, fit.b), max(0.0, fit.a + fit.b)]),
+        ChartSeries(f"fit: {fit.a:.2f} u {fit.b:+.2f}", ends, [max(0.0, fit.a * end + fit.b) for end in ends]),
         ChartSeries("U-HLM: 0.82 u - 0.06", [0.0, 0.073, 1.0], [0.0, 0.0, 0.76]),
     ]
-    return LabChart("u-against-beta", "Doubt against rejection probability", "u, of 20 draws", "beta", "line", series)
+    return LabChart(
+        "fig-u-against-beta", "Doubt against rejection probability", "u, of 20 draws", "beta", "line", series
+    )
 
 
 def _rates(runs: UhlmRuns) -> LabChart:
@@ -166,7 +168,7 @@ def _rates(runs: UhlmRuns) -> LabChart:
         ChartSeries("questions: share sent", x, [runs.accuracy[tau][1] for tau in x]),
         ChartSeries("questions: share right", x, [runs.accuracy[tau][0] for tau in x]),
     ]
-    return LabChart("thresholds", "What a threshold costs (U-HLM)", "threshold", "share", "line", series)
+    return LabChart("fig-thresholds", "What a threshold costs (U-HLM)", "threshold", "share", "line", series)
 
 
 def _throughput(runs: UhlmRuns) -> LabChart:
@@ -183,7 +185,7 @@ def _throughput(runs: UhlmRuns) -> LabChart:
         seconds = [token_s(rate, share, runs.law_bytes[law], slm_s=e.slm_s, llm_s=e.llm_s) for rate in rates]
         series.append(ChartSeries(name, x, [1.0 / s for s in seconds]))
     title = f"Throughput on a link of {e.bandwidth_hz / 1e6:g} MHz"
-    return LabChart("throughput", title, "SNR, dB", "tokens a second", "line", series)
+    return LabChart("fig-throughput", title, "SNR, dB", "tokens a second", "line", series)
 
 
 def _vocabulary(runs: UhlmRuns) -> LabChart:
@@ -196,7 +198,9 @@ def _vocabulary(runs: UhlmRuns) -> LabChart:
     x = [float(size) for size in runs.sizes]
     series = [ChartSeries(name, x, [float(s[key]) for s in runs.sizes.values()]) for key, name in names.items()]
     title = "Bytes of an uncertain token by vocabulary"
-    return LabChart("vocabulary", title, "tokens in the vocabulary", "bytes", "line", series, log_x=True, log_y=True)
+    return LabChart(
+        "fig-vocabulary", title, "tokens in the vocabulary", "bytes", "line", series, log_x=True, log_y=True
+    )
 
 
 def _speedup_chart(runs: UhlmRuns) -> LabChart:
@@ -204,4 +208,4 @@ def _speedup_chart(runs: UhlmRuns) -> LabChart:
     series = [ChartSeries(name, kbit, [p.at(1000.0 * k / 8.0) for k in kbit]) for name, p in points_of(runs).items()]
     levels = {"CU-HLM reports 206": runs.experiment.paper_speedup}
     title = "Throughput over HLM's by the rate of the link"
-    return LabChart("speedups", title, "kbit/s", "times HLM", "line", series, levels, log_x=True, log_y=True)
+    return LabChart("fig-speedups", title, "kbit/s", "times HLM", "line", series, levels, log_x=True, log_y=True)

@@ -92,9 +92,13 @@ def test_every_value_of_the_papers_has_ours_beside_it(runs: u_hlm.UhlmRuns) -> N
     result: LabResult = result_of(runs)
     assert len(result.compared) == 10
     assert all(row.published is not None for row in result.compared)
-    assert {chart.slug for chart in result.charts} == {
-        "u-against-beta", "thresholds", "throughput", "vocabulary", "speedups"
-    }  # fmt: skip
+    slugs = [one.slug for one in (*result.charts, *result.tables)]
+    assert len(slugs) == len(set(slugs)) == 10  # each has a CSV file
+    line = result.charts[0].series[1]
+    fit = runs.fits["k-sample"]
+    assert line.y == pytest.approx([max(0.0, fit.a * u + fit.b) for u in line.x])
+    assert 0.0 in line.x
+    assert 1.0 in line.x
     report = markdown(result)
     assert "152.6 times" in report
     assert "18 of 18 questions" in report

@@ -92,11 +92,11 @@ def test_every_value_of_the_papers_has_ours_beside_it(runs: u_hlm.UhlmRuns) -> N
     result: LabResult = result_of(runs)
     assert len(result.compared) == 10
     assert all(row.published is not None for row in result.compared)
-    slugs = [one.slug for one in (*result.charts, *result.tables)]
+    slugs = [chart.slug for chart in result.charts] + [table.slug for table in result.tables]
     assert len(slugs) == len(set(slugs)) == 10  # each has a CSV file
     line = result.charts[0].series[1]
     fit = runs.fits["k-sample"]
-    assert line.y == pytest.approx([max(0.0, fit.a * u + fit.b) for u in line.x])
+    assert line.y == pytest.approx([max(0.0, fit.a * float(u) + fit.b) for u in line.x])
     assert 0.0 in line.x
     assert 1.0 in line.x
     report = markdown(result)

@@ -101,6 +101,17 @@ def lookups(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
             yield node
 
 
+def by_rows(model: onnx.ModelProto, name: str) -> bool:
+    """Whether a matrix holds one output or entry a row: a table, or a weight (outputs, inputs). Else it is a column."""
+    for node in model.graph.node:
+        if name in node.input:
+            if node.op_type == "Gemm":
+                return any(a.name == "transB" and a.i == 1 for a in node.attribute)
+            if node.op_type in ("Gather", "Transpose"):
+                return True
+    return False
+
+
 def share_tied_head(model: onnx.ModelProto) -> None:
     """Store a tied embedding once: the head reads the table through a Transpose, folded on loading."""
     table = tied_table(model)

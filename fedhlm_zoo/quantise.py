@@ -33,7 +33,8 @@ LEVELS: Final = 127
 WIDE_RANGE: Final = ("mlp/down_proj", "mlp/c_proj", "mlp/fc2", "mlp/fc_out", "dense_4h_to_h")
 
 # Constants that store a matrix, and the nodes that rebuild it under its own name.
-Rebuild = Callable[[NDArray[Any], str], tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]]
+# Given the matrix, its name, and whether its rows are what is read or computed one by one.
+Rebuild = Callable[[NDArray[Any], str, bool], tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]]
 
 
 class Quantised(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +54,7 @@ def quantise(folder: Path, out: Path, mode: str) -> Quantised:
         out: another folder; made when absent.
         mode: ``int8-dynamic`` (int8 products, activations quantised at run time;
             embeddings and the last product of each MLP as in ``weights-int8``), ``weights-int8`` (weights stored
-            as int8 with a scale per output, computed in fp32), ``weights-fp16`` (weights stored as fp16).
+            as int8 with a scale per output of a product and per entry of a table, computed in fp32), ``weights-fp16`` (weights stored as fp16).
 
     Raises:
         ModelError: unknown mode, `folder` is no fp32 model folder, or `out` is `folder`.
@@ -162,7 +163,7 @@ def _compact(rebuild: Rebuild) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
         for tensor in list(model.graph.initializer):
             if len(tensor.dims) != 2 or tensor.data_type != onnx.TensorProto.FLOAT or 1 in tensor.dims:
                 continue
-            constants, nodes = rebuild(graph.array_of(tensor), tensor.name)
+            constants, nodes = rebuild(graph.array_of(tensor), tensor.name, graph.by_rows(model, tensor.name))
             model.graph.initializer.remove(tensor)
             model.graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
             for node in reversed(nodes):
@@ -172,19 +173,16 @@ def _compact(rebuild: Rebuild) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
     return run
 
 
-def _as_fp16(weight: NDArray[Any], name: str) -> tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]:
+def _as_fp16(weight: NDArray[Any], name: str, by_rows: bool) -> tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]:
     node = helper.make_node("Cast", [f"{name}_fp16"], [name], name=f"{name}_cast", to=onnx.TensorProto.FLOAT)
     return {f"{name}_fp16": weight.astype(np.float16)}, [node]
 
 
-def _as_int8(weight: NDArray[Any], name: str) -> tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]:
-    # A product's weight is (inputs, outputs) and a table is (entries, width). The scales go along the longer axis, or
-    # along the outputs if the matrix is square.
-    by_row = weight.shape[0] > weight.shape[1]
-    values, scales = quantise_rows(weight if by_row else weight.T, LEVELS)
+def _as_int8(weight: NDArray[Any], name: str, by_rows: bool) -> tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]:
+    values, scales = quantise_rows(weight if by_rows else weight.T, LEVELS)
     constants: dict[str, NDArray[Any]] = {
-        f"{name}_int8": values if by_row else np.ascontiguousarray(values.T),
-        f"{name}_scale": scales if by_row else np.ascontiguousarray(scales.T),
+        f"{name}_int8": values if by_rows else np.ascontiguousarray(values.T),
+        f"{name}_scale": scales if by_rows else np.ascontiguousarray(scales.T),
     }
     cast = helper.make_node(
         "Cast", [f"{name}_int8"], [f"{name}_unscaled"], name=f"{name}_cast", to=onnx.TensorProto.FLOAT

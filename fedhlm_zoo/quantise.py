@@ -32,8 +32,8 @@ LEVELS: Final = 127
 # trained 2.6 M model three points of agreement with itself, more than all other products together.
 WIDE_RANGE: Final = ("mlp/down_proj", "mlp/c_proj", "mlp/fc2", "mlp/fc_out", "dense_4h_to_h")
 
-# Constants that store a matrix, and the nodes that rebuild it under its own name.
-# Given the matrix, its name, and whether its rows are what is read or computed one by one.
+# From a matrix, its name, and whether its rows are its outputs or entries (`graph.by_rows`): constants that store it,
+# and the nodes that rebuild it under its own name.
 Rebuild = Callable[[NDArray[Any], str, bool], tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]]
 
 
@@ -54,7 +54,8 @@ def quantise(folder: Path, out: Path, mode: str) -> Quantised:
         out: another folder; made when absent.
         mode: ``int8-dynamic`` (int8 products, activations quantised at run time;
             embeddings and the last product of each MLP as in ``weights-int8``), ``weights-int8`` (weights stored
-            as int8 with a scale per output of a product and per entry of a table, computed in fp32), ``weights-fp16`` (weights stored as fp16).
+            as int8 with a scale per output of a product and per entry of a table, computed in fp32),
+            ``weights-fp16`` (weights stored as fp16).
 
     Raises:
         ModelError: unknown mode, `folder` is no fp32 model folder, or `out` is `folder`.
@@ -173,7 +174,7 @@ def _compact(rebuild: Rebuild) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
     return run
 
 
-def _as_fp16(weight: NDArray[Any], name: str, by_rows: bool) -> tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]:
+def _as_fp16(weight: NDArray[Any], name: str, _: bool) -> tuple[dict[str, NDArray[Any]], list[onnx.NodeProto]]:
     node = helper.make_node("Cast", [f"{name}_fp16"], [name], name=f"{name}_cast", to=onnx.TensorProto.FLOAT)
     return {f"{name}_fp16": weight.astype(np.float16)}, [node]
 

@@ -27,6 +27,7 @@ from fedhlm.errors import ModelError
 from fedhlm.progress import progress
 from fedhlm_zoo import graph
 from fedhlm_zoo.info import copy_chat_files, write_info
+from fedhlm_zoo.tokenizer import begin_id
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def _describe(model: Any, path: Path, name: str) -> ModelInfo:
         head_dim=shape[-1],
         hidden_size=config.hidden_size,
         eos_ids=_end_ids(config, model.generation_config),
-        bos_id=config.bos_token_id,
+        bos_id=begin_id(path.parent, config.bos_token_id),
         parameters=model.num_parameters(),
         quantisation="fp32",
         files={},

@@ -128,3 +128,11 @@ def test_a_chat_template_and_the_end_of_an_answer_come_along(tmp_path: Path) -> 
     quantise(tmp_path / "onnx", tmp_path / "small", mode="int8-dynamic")
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "small" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_model_whose_tokenizer_adds_nothing_begins_with_the_text(tmp_path: Path) -> None:
+    source = tiny.make_tiny("llama", tmp_path / "source", seed=3)
+    (source / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}', "utf-8")
+    assert export(source, tmp_path / "onnx").bos_id is None
+    small = quantise(tmp_path / "onnx", tmp_path / "small", mode="int8-dynamic").info
+    assert (small.bos_id, load_info(tmp_path / "small").bos_id) == (None, None)

@@ -40,14 +40,14 @@ def test_a_release_loads_and_tells_its_figures(
     made = release(runs, out, data, prompts=2)
     assert set(made) == {"llm", "slm"}
     for name, mode in (("llm", "weights-int8"), ("slm", "int8-dynamic")):
-        assert load_info(out / name).quantisation == mode
+        assert (load_info(out / name).quantisation, load_info(out / name).bos_id) == (mode, 0)
         assert Decoder.load(out / name).info.name == f"fedhlm-news-{name}"
         figures = json.loads((out / name / FIGURES_FILE).read_bytes())
         assert [f["label"] for f in figures] == ["fp32", mode]
         assert figures[1]["graph_bytes"] < figures[0]["graph_bytes"]
         assert (figures[1]["agreement"] is None) == (name == "llm")
         card = (out / name / "README.md").read_text()
-        assert f"{figures[1]['evaluation']['perplexity']:.1f}" in card
+        assert f"{figures[1]['evaluation']['perplexity']:.2f}" in card
         assert "| llm-news |" in card or name == "slm"
 
 

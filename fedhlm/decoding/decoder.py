@@ -139,7 +139,7 @@ def load_info(folder: Path) -> ModelInfo:
     if not folder.is_dir():
         raise ModelError(
             f"model folder must be a folder with {GRAPH_FILE}, {TOKENIZER_FILE}, {INFO_FILE} "
-            f"(got {str(folder)!r}, which does not exist)"
+            f"(got {str(folder)!r}, {_no_folder(folder)})"
         )
     path = folder / INFO_FILE
     try:
@@ -165,6 +165,15 @@ def load_info(folder: Path) -> ModelInfo:
         if small and file_digest(file) != listed.sha256:
             raise ModelError(f"{file} has changed: its SHA-256 is not the one in {INFO_FILE}")
     return info
+
+
+def _no_folder(path: Path) -> str:
+    """What is found where a model folder should be, and what to do about it."""
+    if path.suffix.lower() == ".gguf":
+        return "a GGUF file: give 'fedhlm models export' the Hugging Face model that it was made from"
+    if str(path).lower().startswith(("http:/", "https:/")):
+        return "a URL: a model is run from a folder of this machine, which 'fedhlm models export' makes"
+    return "which is no folder" if path.exists() else "which does not exist"
 
 
 def usable_providers(wanted: Sequence[str], *, available: Sequence[str]) -> list[str]:

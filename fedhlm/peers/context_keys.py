@@ -5,6 +5,7 @@ same for every party. A key of zeros has no direction and is similar to no other
 """
 
 import hashlib
+import logging
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhlm.errors import ModelError, ProtocolError
+
+log = logging.getLogger(__name__)
 
 DIMS: Final = 64
 PROJECTION_FILE: Final = "projection.npz"
@@ -95,13 +98,19 @@ class Projection:
 
 
 def load_projection(folder: Path, hidden_size: int) -> Projection:
-    """Load the projection of a model folder; `Projection.fallback` if the folder has none.
+    """Load the projection of a model folder; `Projection.fallback`, with a warning, if the folder has none.
 
     Raises:
         ModelError: the file cannot be read, or holds no finite projection of `hidden_size` numbers.
     """
     path = folder / PROJECTION_FILE
     if not path.exists():
+        log.warning(
+            "%s has no %s: its keys tell contexts apart badly until 'python -m fedhlm_zoo.projection %s' has fitted one",
+            folder,
+            PROJECTION_FILE,
+            folder,
+        )
         return Projection.fallback(hidden_size)
     try:
         # Open the file here, because numpy does not close a file that turns out to be no archive.

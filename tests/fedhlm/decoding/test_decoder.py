@@ -334,3 +334,18 @@ def test_bytes_that_are_no_graph_are_refused(llama: Case, tmp_path: Path) -> Non
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere.*does not exist"):
         Decoder.load(tmp_path / "nowhere")
+
+
+def test_what_is_no_folder_is_told_from_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "model.GGUF").write_bytes(b"GGUF")
+    (tmp_path / "model.bin").write_bytes(b"")
+    for found, said in (
+        (tmp_path / "model.GGUF", "a GGUF file: give 'fedhlm models export' the Hugging Face model"),
+        (tmp_path / "gone.gguf", "a GGUF file: give 'fedhlm models export' the Hugging Face model"),
+        (tmp_path / "model.bin", "which is no folder"),
+        (Path("http://127.0.0.1:8000/v1"), "a URL: a model is run from a folder of this machine"),
+        (Path("HTTPS://host/model.gz"), "a URL: a model is run from a folder of this machine"),
+    ):
+        with pytest.raises(ModelError, match=r"model folder must be a folder with model\.onnx") as caught:
+            load_info(found)
+        assert said in str(caught.value)

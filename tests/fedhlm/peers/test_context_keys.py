@@ -112,8 +112,16 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert load_projection(tmp_path, H).digest == projection.digest
 
 
-def test_a_folder_without_a_projection_has_the_fallback(tmp_path: Path) -> None:
+def test_a_folder_without_a_projection_has_the_fallback_and_says_how_to_fit_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert load_projection(tmp_path, H).digest == Projection.fallback(H).digest
+    assert len(caplog.messages) == 1
+    assert f"'python -m fedhlm_zoo.projection {tmp_path}'" in caplog.messages[0]
+    caplog.clear()
+    some_projection(4).save(tmp_path)
+    load_projection(tmp_path, H)
+    assert not caplog.messages
 
 
 def test_a_malformed_projection_is_named(tmp_path: Path) -> None:

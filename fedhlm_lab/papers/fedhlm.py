@@ -14,6 +14,7 @@ from edge_agent.learner import Learner
 from fedhlm.config import load
 from fedhlm.progress import progress
 from fedhlm.protocol.messages import Sampling
+from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
 from fedhlm_lab.papers.device import LabOutcome, LawDevice, LawTexts
 from fedhlm_lab.papers.experiment import FedhlmExperiment
@@ -156,4 +157,4 @@ def entropy_of(outcomes: Sequence[LabOutcome], choices: int = 4) -> float:
 def hit_ratio(outcomes: Sequence[LabOutcome]) -> float | None:
     """The share of lookups that the peers answered; None without lookups."""
     looked = [made for made in outcomes if made.looked_up]
-    return share(looked, lambda made: made.source == "peer") if looked else None
+    return share(looked, lambda made: SOURCES[made.source].by_peers) if looked else None

@@ -6,6 +6,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.papers.device import LabOutcome
 from fedhlm_lab.papers.experiment import PaperValue
 from fedhlm_lab.papers.fedhlm import (
@@ -40,7 +41,7 @@ def by_round(run: RunRecord, rounds: int) -> dict[str, list[float]]:
     for number in range(rounds):
         made = in_round(run, number)
         betas = [one.beta for one in made if one.beta is not None]
-        found["transmission rate"].append(share(made, lambda one: one.source == "cloud"))
+        found["transmission rate"].append(share(made, lambda one: SOURCES[one.source].verified))
         found["mean u"].append(float(np.mean([one.doubt for one in made])))
         found["mean beta"].append(float(np.mean(betas)) if betas else 0.0)
         found["accuracy"].append(share(made, lambda one: one.right))
@@ -152,7 +153,7 @@ def _clients(runs: FedhlmRuns) -> LabTable:
     for client in range(runs.experiment.clients):
         made = of_client(run, client)
         if made:
-            sent = sum(one.source == "cloud" for one in made)
+            sent = sum(SOURCES[one.source].verified for one in made)
             rows.append(
                 (client + 1, hit_ratio(made), share(made, lambda one: one.right), sent, len(made), entropy_of(made))
             )

@@ -81,7 +81,7 @@ class LockstepFederation:
     def _publish(self, cluster: int, name: str, block: Escalate) -> None:
         """Show a device's doubtful drafts to its cluster, as it does before it sends the block."""
         device = self._members(cluster)[0]
-        if device.config.peers == "centroid" and block.uncertain:
+        if choices.PEERS[device.config.peers].asked and block.uncertain:
             message = UncertainTokens(**self._header(name), session=0, space="", items=block.uncertain)
             for one in self._members(cluster):
                 one.peers.hear_doubts(message)

@@ -20,6 +20,7 @@ from fedhlm.learning.thresholds import tau_of_budget
 from fedhlm.progress import progress
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.packing import id_bytes
+from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.papers.device import LawDevice, LawTexts
 from fedhlm_lab.papers.experiment import UhlmExperiment
 from fedhlm_lab.papers.laws import Laws
@@ -189,7 +190,7 @@ def run(experiment: UhlmExperiment, pair: LabPair, source: LabSource, texts: Law
             config = load(preset="u-hlm", environ={}, flags={"generation.tau": str(tau)}).config
             device = LawDevice("one", config.generation, Learner(config.federation, np.random.default_rng(0)), known)
             made = [device.answer(request) for request in requests]
-            accuracy[tau] = (sum(m.right for m in made) / len(made), sum(m.source == "cloud" for m in made) / len(made))
+            accuracy[tau] = (sum(m.right for m in made) / len(made), sum(SOURCES[m.source].verified for m in made) / len(made))
             ended()
     right = [known.right(r.article, known.target(r.article, Sampling(0, 0.0))) for r in requests]
     policies = {name: load(preset=name, environ={}).config for name in ("hlm", "u-hlm", "cu-hlm")}

@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from fedhlm.progress import progress
 from fedhlm_lab.papers import fedhlm, fedhlm_figures, u_hlm, u_hlm_figures
 from fedhlm_lab.papers.experiment import FedhlmExperiment, UhlmExperiment
+from fedhlm_lab.papers.findings import LabResult
 from fedhlm_lab.papers.laws import LawPrompt, Laws
 from fedhlm_lab.papers.pair import LabPair, decoder_of
-from fedhlm_lab.papers.report import LabResult
 from fedhlm_lab.papers.requests import SHIPPED, source_of, text_prompts, topic_prompts
 
 QUICK: Final = "A smaller sample (--quick): the figures are for looking at, not for citing."

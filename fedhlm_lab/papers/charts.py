@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedhlm_lab.papers.report import LabChart
+from fedhlm_lab.papers.findings import LabChart
 
 LOOK: Final[Any] = {  # matplotlib's type names every parameter
     "svg.hashsalt": "fedhlm",

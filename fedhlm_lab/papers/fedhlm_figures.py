@@ -22,7 +22,7 @@ from fedhlm_lab.papers.fedhlm import (
     settled,
     share,
 )
-from fedhlm_lab.papers.report import ChartSeries, LabChart, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabResult, LabTable, PaperRow
 from fedhlm_lab.papers.rounds import RunRecord
 
 LAYERS: Final = ("local", "peer", "cloud")

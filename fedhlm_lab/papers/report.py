@@ -6,69 +6,16 @@ import io
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
 from fedhlm.errors import FedhlmError
 from fedhlm.process.files import replace_file
 from fedhlm.version import __version__
-from fedhlm_lab.papers.experiment import PaperValue
+from fedhlm_lab.papers.findings import Cell, LabResult, LabTable, PaperRow
 
 LIBRARIES: Final = ("numpy", "onnxruntime", "tokenizers", "msgspec", "matplotlib")
-Cell = str | float | int | None
-
-
-class LabTable(NamedTuple):
-    """A table: the name of its files, a heading, columns, and rows as long as the columns."""
-
-    slug: str
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    note: str = ""
-
-
-class ChartSeries(NamedTuple):
-    """One line, bar or cloud of points of a chart."""
-
-    name: str
-    x: Sequence[float | str]
-    y: Sequence[float]
-
-
-class LabChart(NamedTuple):
-    """A chart. `kind` is line, points, bars (side by side) or stack; `levels` are lines across it."""
-
-    slug: str
-    title: str
-    x: str
-    y: str
-    kind: str
-    series: Sequence[ChartSeries]
-    levels: Mapping[str, float] = {}
-    log_x: bool = False
-    log_y: bool = False
-
-
-class PaperRow(NamedTuple):
-    """A value of a paper beside ours under the published rules and under the calibrated ones (None: not applicable)."""
-
-    paper: PaperValue
-    published: float | None
-    calibrated: float | None = None
-
-
-class LabResult(NamedTuple):
-    """All that an experiment found. `facts` say what it was made from, and `sentences` what it means."""
-
-    slug: str
-    title: str
-    facts: Mapping[str, Any]
-    sentences: Sequence[str]
-    compared: Sequence[PaperRow]
-    tables: Sequence[LabTable]
-    charts: Sequence[LabChart]
 
 
 def environment(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,7 +190,10 @@ def run(experiment: UhlmExperiment, pair: LabPair, source: LabSource, texts: Law
             config = load(preset="u-hlm", environ={}, flags={"generation.tau": str(tau)}).config
             device = LawDevice("one", config.generation, Learner(config.federation, np.random.default_rng(0)), known)
             made = [device.answer(request) for request in requests]
-            accuracy[tau] = (sum(m.right for m in made) / len(made), sum(SOURCES[m.source].verified for m in made) / len(made))
+            accuracy[tau] = (
+                sum(m.right for m in made) / len(made),
+                sum(SOURCES[m.source].verified for m in made) / len(made),
+            )
             ended()
     right = [known.right(r.article, known.target(r.article, Sampling(0, 0.0))) for r in requests]
     policies = {name: load(preset=name, environ={}).config for name in ("hlm", "u-hlm", "cu-hlm")}

@@ -5,7 +5,7 @@ from typing import Final
 import numpy as np
 
 from fedhlm_lab.papers.experiment import PaperValue
-from fedhlm_lab.papers.report import ChartSeries, LabChart, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabResult, LabTable, PaperRow
 from fedhlm_lab.papers.u_hlm import DOUBTS, SpeedupPoint, UhlmRuns, rate_of, snr_of, token_s
 
 PRONE: Final = 0.43  # U-HLM's published risk-prone threshold, which the presets have

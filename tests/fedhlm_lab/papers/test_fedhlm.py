@@ -13,7 +13,8 @@ from fedhlm.learning.thresholds import paper_gradient
 from fedhlm_lab.papers import fedhlm
 from fedhlm_lab.papers.experiment import FedhlmExperiment
 from fedhlm_lab.papers.fedhlm_figures import paper_loss, result_of
-from fedhlm_lab.papers.report import LabResult, write
+from fedhlm_lab.papers.findings import LabResult
+from fedhlm_lab.papers.report import write
 from fedhlm_lab.papers.requests import asked, dealt
 from fedhlm_lab.papers.rounds import run_rounds
 from tests.fedhlm_lab.papers import toys

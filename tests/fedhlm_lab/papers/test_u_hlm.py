@@ -9,7 +9,8 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.papers import u_hlm
 from fedhlm_lab.papers.experiment import UhlmExperiment
-from fedhlm_lab.papers.report import LabResult, markdown
+from fedhlm_lab.papers.findings import LabResult
+from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.u_hlm import SpeedupPoint, observed, rate_of, sizes_of, snr_of, token_s
 from fedhlm_lab.papers.u_hlm_figures import result_of
 from fedhlm_lab.sim import toy

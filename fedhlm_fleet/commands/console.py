@@ -85,11 +85,11 @@ async def _serve(watch: "Watch", trace: Path | None, listen: str, *, allow_promp
     return 0
 
 
-def asker(client: "Client") -> "Ask":
-    """Return what asks an agent through a client, for the page's form."""
+def asker(client: "Client", *, answer_s: float = ANSWER_S) -> "Ask":
+    """Return what asks an agent through a client, for the page's form. An answer may take `answer_s` seconds."""
 
     async def ask(wanted: "TypedPrompt") -> None:
-        async with client.ask(wanted.agent, wanted.text, cluster=wanted.cluster, deadline_s=ANSWER_S) as answer:
+        async with client.ask(wanted.agent, wanted.text, cluster=wanted.cluster, deadline_s=answer_s) as answer:
             await answer.whole()
 
     return ask

@@ -215,7 +215,7 @@ def test_a_queue_without_bound_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     def everything(self: LoopbackBus, delivery: Delivery, size: int) -> None:
         self._inbox.put(delivery, size)
 
-    monkeypatch.setattr(LoopbackBus, "_receive", everything)
+    monkeypatch.setattr(LoopbackBus, "receive", everything)
     assert set(violations(60, faults="slow=2,full=1")) == {"bounded"}
 
 

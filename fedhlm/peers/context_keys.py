@@ -97,6 +97,11 @@ class Projection:
         return cls(np.zeros(hidden_size, np.float32), np.ascontiguousarray(matrix, np.float32))
 
 
+def fitting_of(folder: Path) -> str:
+    """Return the command that fits the projection which a model folder lacks; empty if it has one."""
+    return "" if (folder / PROJECTION_FILE).exists() else f"python -m fedhlm_zoo.projection {folder}"
+
+
 def load_projection(folder: Path, hidden_size: int) -> Projection:
     """Load the projection of a model folder; `Projection.fallback`, with a warning, if the folder has none.
 
@@ -104,13 +109,9 @@ def load_projection(folder: Path, hidden_size: int) -> Projection:
         ModelError: the file cannot be read, or holds no finite projection of `hidden_size` numbers.
     """
     path = folder / PROJECTION_FILE
-    if not path.exists():
-        log.warning(
-            "%s has no %s: its keys tell contexts apart badly until 'python -m fedhlm_zoo.projection %s' has fitted one",
-            folder,
-            PROJECTION_FILE,
-            folder,
-        )
+    if fitting := fitting_of(folder):
+        told = "%s has no %s: its keys tell contexts apart badly until '%s' has fitted one"
+        log.warning(told, folder, PROJECTION_FILE, fitting)
         return Projection.fallback(hidden_size)
     try:
         # Open the file here, because numpy does not close a file that turns out to be no archive.

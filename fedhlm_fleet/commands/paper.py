@@ -7,8 +7,7 @@ from rich.console import Console
 from fedhlm.answers import Marks, Piece, Result
 from fedhlm.settings import Config
 from fedhlm_fleet.colours import legend, painted
-from fedhlm_fleet.console.texts import Pieces
-from fedhlm_fleet.console.wiring import pieces_maker
+from fedhlm_fleet.console.texts import Pieces, pieces_maker
 
 
 class Plain:

@@ -1,11 +1,14 @@
 """The text of each single token, with the models' own tokenizer."""
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedhlm.decoding.text import TextStream
 from fedhlm.errors import ModelError
+from fedhlm.settings import Config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,3 +61,22 @@ def tokenizer_of(folder: Path) -> "Tokenizer":
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as exc:  # the library raises bare Exceptions
         raise ModelError(f"{folder} has no readable tokenizer.json: {exc}") from exc
+
+
+def pieces_maker(settings: Config) -> Callable[[], Pieces]:
+    """Return a function that makes a decoder of one text, with the tokenizer of `agent.model` or of the shipped model.
+
+    Raises:
+        ModelError: `agent.model` has no readable tokenizer.
+    """
+    tokenizer = None
+    try:
+        with contextlib.suppress(ModuleNotFoundError):  # texts are then shown message by message
+            from fedhlm_zoo.shipped import model_folder  # some images have no models, and not this package
+
+            tokenizer = tokenizer_of(model_folder(settings.agent.model, "slm"))
+    except ModelError as exc:
+        if settings.agent.model:
+            raise
+        print(f"fedhlm: texts are shown message by message: {exc}", file=sys.stderr)
+    return lambda: Pieces(tokenizer)

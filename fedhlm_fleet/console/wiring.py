@@ -1,7 +1,5 @@
 """Builds what the console and `fedhlm top` need from the settings."""
 
-import contextlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,12 +7,10 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from fedhlm.config import load
-from fedhlm.errors import ModelError
 from fedhlm.settings import Broker, Config
 from fedhlm.telemetry import configure_logging
 from fedhlm_fleet.console.state import ConsoleState
-from fedhlm_fleet.console.texts import Pieces, tokenizer_of
-from fedhlm_zoo.shipped import model_folder
+from fedhlm_fleet.console.texts import pieces_maker
 
 
 class Watch(NamedTuple):
@@ -36,23 +32,6 @@ def watch_of(name: str, urls: Sequence[str], file: Path | None, keys: Mapping[st
     settings = load(file=file, flags={**keys, **broker}).config
     configure_logging("ERROR", name, secrets=(settings.broker.password,), form=settings.telemetry.log_format)
     return Watch(settings, [settings.broker, *(replace(settings.broker, url=url) for url in urls[1:])])
-
-
-def pieces_maker(settings: Config) -> Callable[[], Pieces]:
-    """Return a function that makes a decoder of one text, with the tokenizer of `agent.model` or of the shipped model.
-
-    Raises:
-        ModelError: `agent.model` has no readable tokenizer.
-    """
-    tokenizer = None
-    try:
-        with contextlib.suppress(ModuleNotFoundError):  # texts are then shown message by message
-            tokenizer = tokenizer_of(model_folder(settings.agent.model, "slm"))
-    except ModelError as exc:
-        if settings.agent.model:
-            raise
-        print(f"fedhlm: texts are shown message by message: {exc}", file=sys.stderr)
-    return lambda: Pieces(tokenizer)
 
 
 def state_maker(settings: Config) -> Callable[[], ConsoleState]:

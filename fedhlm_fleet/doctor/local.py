@@ -14,7 +14,7 @@ from fedhlm.decoding.invariance import TOLERANCE, block_difference
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.decoding.vocabulary import vocabulary_of
 from fedhlm.errors import FedhlmError
-from fedhlm.peers.context_keys import load_projection
+from fedhlm.peers.context_keys import PROJECTION_FILE, fitting_of, load_projection
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.roles import PartRole
 from fedhlm.settings import Broker
@@ -152,14 +152,18 @@ def model(subject: Subject) -> Remark:
     try:
         folder = model_folder(part.model, SHIPPED[subject.role])
         info = load_info(folder)
-        space = load_projection(folder, info.hidden_size).digest[:8]
+        fitting = fitting_of(folder) if subject.traits.drafts else ""
+        space = load_projection(folder, info.hidden_size).digest[:8] if subject.traits.drafts and not fitting else ""
         fingerprint = fingerprint_of(*vocabulary_of(folder), noise=NOISE, model=info.label)
     except FedhlmError as exc:
         return fail(str(exc), f"copy the folder again, or set {key} to one made by `fedhlm models export`")
     subject.model = CheckedModel(folder, info, fingerprint, space)
     whole = sum(file.bytes for file in info.files.values()) <= HASH_UP_TO_BYTES
     checked = "digests right" if whole else "sizes right (too large to hash)"
-    return ok(f"{info.name}, {info.parameters / 1e6:.1f} M parameters, {info.quantisation}, {checked}")
+    found = f"{info.name}, {info.parameters / 1e6:.1f} M parameters, {info.quantisation}, {checked}"
+    if fitting:
+        return warn(f"{found}, no {PROJECTION_FILE}: peers are found badly", f"fit one: {fitting}")
+    return ok(found)
 
 
 def providers(subject: Subject) -> Remark:

@@ -1,5 +1,6 @@
 """Checks of configuration, files, state and model, each made to fail for real."""
 
+import json
 import os
 import resource
 import shutil
@@ -105,6 +106,21 @@ def test_little_space_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert local.state_folder(subject(agent__state=str(tmp_path))).level == "warn"
     monkeypatch.setattr(local, "DISK_FAIL_MIB", free + 1_000)
     assert local.state_folder(subject(agent__state=str(tmp_path))).level == "fail"
+
+
+def test_an_slm_without_a_projection_is_a_warning_and_an_llm_needs_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "slm"
+    shutil.copytree(model_folder("", "slm"), copy)
+    (copy / "projection.npz").unlink()
+    about = json.loads((copy / "model.json").read_text("utf-8"))
+    del about["files"]["projection.npz"]
+    (copy / "model.json").write_text(json.dumps(about), "utf-8")
+    said = local.model(subject(agent__model=str(copy)))
+    assert (said.level, said.advice) == ("warn", f"fit one: python -m fedhlm_zoo.projection {copy}")
+    assert local.model(subject("cloud")).level == "ok"
+    assert not caplog.messages
 
 
 def test_a_wrong_and_a_changed_model_folder_fail(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ class Terminals:
                 cwd=self.folder, env=self.environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
         self._serving.append((command, process, told))
-        if not re.search(r"fedhlm +(edge|cloud|agent)", command):
+        if not re.search(r"fedhlm +(edge|cloud|agent|console)", command):
             time.sleep(2.0)
             assert process.poll() is None, f"{command}\n{told.read_text('utf-8')}"
             return

@@ -1,5 +1,6 @@
 """Rules of every test run: a clean environment, each broker a test can ask for, and the rule on skips."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -39,5 +40,12 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
         monkeypatch.delenv(name)
     telemetry.forget_warnings()
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     yield
     telemetry.forget_warnings()
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        # A part that a test has run in this process logs to a stream that closes with the test. Those of pytest stay.
+        if type(handler) is logging.StreamHandler and handler not in handlers:
+            root.removeHandler(handler)

@@ -21,10 +21,12 @@ from fedhlm.protocol.fields import FinishReason
 from fedhlm.protocol.messages import Sampling, Verdict
 from fedhlm.telemetry import forget_warnings
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.world import Fleet
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.sim.world import CLOUD_CACHE_BYTES, Fleet
 from tests.edge_agent.test_core import nobody, with_fleet
 
 DEADLINE_S = 4.0
+CROWD = 64
 TOKENS = 8
 PROMPT = [1 + n % (toy.VOCAB_SIZE - 2) for n in range(400)]
 
@@ -38,10 +40,16 @@ def job(prompt_s: float = 120.0) -> Job:
     return Job(config, Sampling(seed=3), TOKENS, toy.CONTEXT, frozenset())
 
 
-async def timed(agent: AgentCore, wanted: Job) -> tuple[float, GenerationResult]:
+async def timed(agent: AgentCore, wanted: Job, prompt: Sequence[int] = PROMPT) -> tuple[float, GenerationResult]:
     began_s = asyncio.get_running_loop().time()
-    result = await agent.generate(wanted, PROMPT, nobody)
+    result = await agent.generate(wanted, [*prompt], nobody)
     return asyncio.get_running_loop().time() - began_s, result
+
+
+def prompt_of(number: int) -> list[int]:
+    """A prompt as long as the others, with a beginning of its own."""
+    words = toy.VOCAB_SIZE - 2
+    return [1 + number % words, 1 + number // words, *PROMPT[2:]]
 
 
 async def slow(token_s: float, requests: Sequence[EngineInput]) -> list[EngineOutput]:
@@ -80,6 +88,35 @@ def test_a_long_prompt_at_a_slow_cloud_stays_exact(caplog: pytest.LogCaptureFixt
     assert set(result.sources) == {"cloud"}
     assert result.ids == toy.large_alone(PROMPT, Sampling(seed=3), TOKENS)[:TOKENS]
     assert 5.0 * DEADLINE_S <= took_s < 6.0 * DEADLINE_S + TOKENS, "the prompt is read once"
+    assert "generation.deadline_ms" not in warnings(caplog)
+
+
+def test_sixty_four_long_prompts_at_once_all_stay_exact(caplog: pytest.LogCaptureFixture) -> None:
+    """Together they take five times the deadline of each, and the cloud holds the caches of sixteen only."""
+    token_s = 5.0 * DEADLINE_S / (CROWD * len(PROMPT))
+    engine = Engine(toy.ToyCache(), partial(slow, token_s), CLOUD_CACHE_BYTES // (16 * len(PROMPT)))
+    pair = toy.pair(0.8)._replace(engine=lambda: engine)
+
+    async def main() -> list[tuple[float, GenerationResult]]:
+        fleet = Fleet(pair, seed=1, clusters=1, delay_s=0.02, sessions_max=CROWD)
+        for node in fleet.nodes.values():
+            node.start()
+        await asyncio.sleep(1.0)
+
+        async def write(number: int) -> tuple[float, GenerationResult]:
+            async with fleet.online("c0", f"agent-{number}", pair.drafter()) as agent:
+                return await timed(agent, job(), prompt_of(number))
+
+        results = await asyncio.gather(*map(write, range(CROWD)))
+        for node in fleet.nodes.values():
+            await node.crash()
+        return results
+
+    results = run_virtual(main())
+    for number, (_, result) in enumerate(results):
+        assert set(result.sources) == {"cloud"}, number
+        assert result.ids == toy.large_alone(prompt_of(number), Sampling(seed=3), TOKENS)[:TOKENS]
+    assert max(took_s for took_s, _ in results) > DEADLINE_S, "or nobody waited"
     assert "generation.deadline_ms" not in warnings(caplog)
 
 

@@ -28,6 +28,7 @@ _ALERT: Final = re.compile(rf"alert ({'|'.join(_ALERTS)})\b")
 _DISTRUST: Final = re.compile(r"certificate verify failed: (.+?)(?: \(_ssl|$)")
 # The clock of a device that has just started may be wrong, so this error may pass.
 _PASSING: Final = "not yet valid"
+HOST_MAX: Final = 253  # characters of a DNS name
 _EXPECTED: Final = "mqtt://[user:password@]host[:port] or mqtts://..."
 
 
@@ -132,6 +133,8 @@ class BrokerUrl(msgspec.Struct, frozen=True, kw_only=True):
 
 def _can_be_looked_up(host: str) -> bool:
     """Whether a resolver takes the name of a host; others make it fail with an error that is no OSError."""
+    if len(host) > HOST_MAX:  # and the encoding takes microseconds a character
+        return False
     try:
         host.encode("idna")
     except UnicodeError:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -88,22 +89,27 @@ class Parts:
         self.cloud = await self.world.cloud(grouping=grouping, assign_s=120.0).start()
         self.edge = await self.world.edge("c0").start()
         self.client = await Hand(self.world, "client").start(topics.OUTPUT.name(cluster="+", agent="a0", client="+"))
-        self.agent_bus = LoopbackBus(self.world.broker, client_id="a0")
         self.agent = service_of(
             self.loaded,
             Runtime(self.world.counters, wall_s=self.world.wall_s, in_thread=inline),
             SmallModel(toy.ToyDrafter(agreement=0.7), toy.FINGERPRINT, ""),
             ModelFacts(toy_tokenizer(), None, frozenset({toy.EOS_ID}), toy.CONTEXT),
-            open_bus=lambda **_connection: self.agent_bus,
+            open_bus=partial(LoopbackBus, self.world.broker),
             new_session=self._new_session,
             rng=np.random.default_rng(1),
         )
         await self.agent.subscribe()
-        await self.agent_bus.__aenter__()
+        await self.agent.agent.party.bus.__aenter__()
         self.agent_task = asyncio.create_task(self.agent.run())
         await asyncio.sleep(1.0)
-        self.inboxes = {"agent": self.agent_bus, "edge-down": self.edge.buses[0], "edge-up": self.edge.buses[1]}
-        self.inboxes["cloud"] = self.cloud.buses[0]
+
+    @property
+    def inboxes(self) -> dict[str, LoopbackBus]:
+        """Where messages are put: the agent's is another one after each move to another cluster."""
+        agent = self.agent.agent.party.bus
+        assert isinstance(agent, LoopbackBus)
+        edge_down, edge_up = self.edge.buses
+        return {"agent": agent, "edge-down": edge_down, "edge-up": edge_up, "cloud": self.cloud.buses[0]}
 
     def _new_session(self) -> int:
         self.sessions += 1

@@ -58,6 +58,7 @@ def test_good_addresses(text: str, expected: BrokerUrl) -> None:
         ("mqtt://h:70000", "1..65535"),
         ("mqtt://[::1", "1..65535"),
         ("mqtt://h/path", "path"),
+        (f"mqtt://{'a.' * 127}", "the host a name or an address"),
         ("mqtt://h?tls=1", "without 'tls'"),
         ("mqtt://h?ca=x", "mqtts:// address"),
         ("mqtts://h?cert=x", "together"),

@@ -95,16 +95,19 @@ def provide(
     for party in (*(p for p in parties if p.place is None), *brokers):
         if party.place is None:
             _deliver(_pair(pki, party.name, CERT, KEY), party.folder, owners.part)
-            if CERTIFICATES[party.role].party.drafts:
-                _make_api_key(party.folder, owners.part)
+            _make_api_key(party, owners.part)
         else:
             _deliver_broker(pki, party, party.place, owners.broker, port=port, root=root, now=now)
         yield f"{party.name}: {told[party.name]}"
 
 
 def provide_plain(parts: Path, *, owners: Owners, port: int) -> Iterator[str]:
-    """Configure brokers without certificates and access rules, for development; yield one line for each."""
+    """Configure brokers without certificates and access rules, for development; yield one line for each.
+
+    The APIs of agents still need a key.
+    """
     for party in plan(parts):
+        _make_api_key(party, owners.part)
         if party.place is not None:
             # Only the other containers can reach this address: the containers' network is closed.
             listener = mosquitto.Listener(port, "0.0.0.0", CONFIG_AT, DATA_AT)  # noqa: S104
@@ -182,9 +185,11 @@ def _deliver_broker(
         _deliver(made | _pair(pki, _probe(party).name, PROBE_CERT, PROBE_KEY), party.folder, owner)
 
 
-def _make_api_key(folder: Path, owner: int) -> None:
-    """Make the file of API keys of an agent, unless there is one. Its API is closed until `api.listen` is set."""
-    path = folder / API_KEYS
+def _make_api_key(party: Recipient, owner: int) -> None:
+    """Make the file of API keys of an agent, unless there is one."""
+    if not CERTIFICATES[party.role].party.drafts:
+        return
+    path = party.folder / API_KEYS
     try:
         if not path.exists():
             replace_file(path, f"{API_CLIENT} {secrets.token_hex(16)}\n".encode(), mode=PRIVATE, owner=owner)

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, Final
 
 from fedhlm.decoding.alone import Alone
 from fedhlm.protocol.messages import Sampling
+from fedhlm_fleet.container.init import API_KEYS
 from fedhlm_zoo.shipped import model_folder
 
 ROOT: Final = Path(__file__).parents[2]
@@ -34,6 +37,8 @@ LOGGED: Final = rf"INFO .*request \S+: length, {TOKENS} tokens \({TOKENS} cloud\
 KILLED: Final = ("agent-porch", "edge-home", "broker-home", "cloud")
 # From inside, as a crash would: after `docker kill` the engine takes the end for wanted and does not restart.
 DIE: Final = ("sh", "-c", "kill -9 -1")
+# Any free ports of this machine, so that a trial can run beside a fleet.
+PORTS: Final = {"HOME_API_PORT": "0", "GARDEN_API_PORT": "0"}
 IMAGES: Final = ("agent", "edge", "cloud", "init")
 AGENT_MAX_BYTES: Final = 220_000_000  # without its base
 BASE: Final = os.environ.get("PYTHON_IMAGE", "python:3.11-slim-bookworm")
@@ -129,10 +134,11 @@ def require(holds: bool, what: str) -> None:
     print(f"  {what}", flush=True)
 
 
-def oracle() -> list[int]:
-    """What the large model alone writes."""
+def oracle() -> tuple[list[int], str]:
+    """What the large model alone writes: ids and text."""
     alone = Alone.load(model_folder("", "llm"), threads=1)
-    return alone.write(alone.encode(TEXT), Sampling(SEED, TEMPERATURE, 1.0, "gumbel"), TOKENS)
+    ids = alone.write(alone.encode(TEXT), Sampling(SEED, TEMPERATURE, 1.0, "gumbel"), TOKENS)
+    return ids, alone.decode(ids)
 
 
 def images() -> None:
@@ -159,6 +165,8 @@ def walls(fleet: Fleet) -> None:
     require(not fleet.refused("agent-porch", "python", "-c", reach, "broker-home", port), "an agent reaches its broker")
     require(fleet.refused("agent-porch", "python", "-c", reach, "broker-cloud", port), "and not the cloud's")
     require(fleet.refused("agent-porch", "python", "-c", reach, "broker-garden", port), "nor another cluster's")
+    reach_api = ("python", "-c", reach, "agent-shed", "11434")
+    require(fleet.refused("agent-porch", *reach_api), "nor the other agent whose API is published")
     require(fleet.refused("agent-porch", "touch", "/opt/fedhlm/x"), "it cannot write to its own image")
     require(fleet.compose("exec", "-T", "agent-porch", "id", "-u").strip() == "10001", "it is not root")
     if not fleet.plain:
@@ -186,6 +194,29 @@ def from_the_host(fleet: Fleet, expected: list[int]) -> None:
         command = (sys.executable, "-m", "fedhlm_fleet.cli", "ask", "porch", TEXT, *OPTIONS, "--config", str(config))
         printed = run(*command, cwd=Path(scratch), environ={**os.environ, "PYTHONPATH": str(ROOT)})
         require(ids_in(printed) == expected, "a program of the host asks over the published port")
+
+
+def over_http(fleet: Fleet, expected: str) -> None:
+    """A program of the host asks an agent's API, with the key that was made for it and without one."""
+    address = fleet.compose("port", "agent-porch", "11434").strip()
+    require(address.startswith("127.0.0.1:"), "an agent's API is published for this machine alone")
+    key = fleet.compose("exec", "-T", "agent-porch", "cut", "-d", " ", "-f", "2", f"/etc/fedhlm/tls/{API_KEYS}").strip()
+    body = {"model": "fedhlm:exact", "prompt": TEXT, "max_tokens": TOKENS, "seed": SEED, "temperature": TEMPERATURE}
+
+    def status_and_text(headers: dict[str, str]) -> tuple[int, str]:
+        request = urllib.request.Request(
+            f"http://{address}/v1/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json", **headers},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:  # noqa: S310 - the address is ours
+                return answer.status, json.load(answer)["choices"][0]["text"]
+        except urllib.error.HTTPError as exc:
+            return exc.code, ""
+
+    require(status_and_text({}) == (401, ""), "and asks for a key")
+    require(status_and_text({"authorization": f"Bearer {key}"}) == (200, expected), "with which it writes the same")
 
 
 def crash(fleet: Fleet, service: str) -> None:
@@ -228,7 +259,7 @@ def trial(fleet: Fleet) -> None:
     images()
     with timed("up, until all are healthy"):
         fleet.compose("up", "--detach", "--wait")
-    expected = oracle()
+    expected, text = oracle()
     with timed("a question over the bus"):
         found = fleet.ask("home", "porch")
     require(found == expected, f"porch writes what the large model writes alone: {len(expected)} tokens")
@@ -237,6 +268,7 @@ def trial(fleet: Fleet) -> None:
         require(fleet.ask("cellar", "vault") == expected, "and vault in the third")
     if fleet.host:
         from_the_host(fleet, expected)
+    over_http(fleet, text)
     looked_at(fleet)
     walls(fleet)
     for service in KILLED:
@@ -272,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         print("compose-test needs Docker with Compose 2", file=sys.stderr)
         return 2
+    os.environ.update(PORTS)
     fleet = Fleet(["docker-compose.yml", *given.overlays])
     try:
         trial(fleet)

@@ -21,12 +21,12 @@ from fedhlm_fleet.pki.mosquitto import LIMITS
 
 ROOT: Final = Path(__file__).parents[2]
 BASE: Final = "docker-compose.yml"
-PLAIN, SCALE, CLUSTER, HOST, API, MODEL, OBSERVE = (
-    f"compose.{name}.yml" for name in ("plain", "scale", "cluster", "host", "api", "model", "observe")
+PLAIN, SCALE, CLUSTER, HOST, MODEL, OBSERVE = (
+    f"compose.{name}.yml" for name in ("plain", "scale", "cluster", "host", "model", "observe")
 )
-OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, API, MODEL, OBSERVE, "compose.gpu.yml")
+OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, MODEL, OBSERVE, "compose.gpu.yml")
 WATCHERS: Final = ("prometheus", "grafana")  # no parties of the fleet: no certificate, no broker
-VARIABLE: Final = re.compile(r"\$\{(\w+):-([^}]*)\}")
+VARIABLE: Final = re.compile(r"\$\{(\w+)(:?-)([^}]*)\}")
 DOCKERFILES: Final = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
 MODELS: Final = {"agent": ["slm"], "cloud": ["llm"], "edge": [], "init": []}
 
@@ -50,9 +50,14 @@ def _instead(loader: Any, node: Any) -> Instead:
 Loader.add_constructor("!override", _instead)
 
 
-def read(name: str) -> dict[str, Any]:
-    """A compose file with its variables' defaults in place."""
-    text = VARIABLE.sub(lambda found: found[2], (ROOT / name).read_text("utf-8"))
+def read(name: str, **given: str) -> dict[str, Any]:
+    """A compose file with its variables' defaults in place, and those that are given."""
+
+    def value(found: re.Match[str]) -> str:
+        wanted = given.get(found[1])
+        return found[3] if wanted is None or (found[2] == ":-" and not wanted) else wanted
+
+    text = VARIABLE.sub(value, (ROOT / name).read_text("utf-8"))
     assert "${" not in text, "every variable has a default"
     found: dict[str, Any] = yaml.load(text, Loader)  # noqa: S506 - a safe one
     return found
@@ -91,7 +96,7 @@ def fleet(*overlays: str) -> dict[str, Any]:
 
 WHOLE: Final = [pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), *((o,) for o in OVERLAYS))]
 SECURE: Final = [
-    pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), (SCALE,), (CLUSTER,), (HOST,), (API,))
+    pytest.param(fleet(*names), id="+".join(names) or "base") for names in ((), (SCALE,), (CLUSTER,), (HOST,))
 ]
 
 
@@ -182,8 +187,9 @@ def test_who_waits_for_whom(whole: dict[str, Any]) -> None:
 @pytest.mark.parametrize("whole", WHOLE)
 def test_only_edges_are_in_two_networks_and_none_leads_outside(whole: dict[str, Any]) -> None:
     networks = dict(whole["networks"])
-    outer = networks.pop("host", None)
-    assert outer in (None, {"driver_opts": {"com.docker.network.bridge.enable_ip_masquerade": "false"}})
+    outer = networks.pop("host")
+    closed = {f"com.docker.network.bridge.enable_{what}": "false" for what in ("ip_masquerade", "icc")}
+    assert outer == {"driver_opts": closed}
     assert all(network == {"internal": True} for network in networks.values())
     for name, body in services(whole).items():
         if name == "init":
@@ -290,16 +296,27 @@ def test_a_client_on_the_host_finds_what_is_published(cluster: str) -> None:
     assert {".env", "/keys/"} <= set(ignored)
 
 
-@pytest.mark.parametrize(("agent", "port"), [("agent-porch", 11_434), ("agent-shed", 11_435)])
-def test_an_api_is_published_on_the_loopback_address_with_keys(agent: str, port: int) -> None:
-    body = services(fleet(API))[agent]
-    api = config.load(environ=settings_of(body)).config.api
-    assert body["ports"] == [f"127.0.0.1:{port}:{api.listen.rpartition(':')[2]}"]
-    folder, name = api.keys.rsplit("/", 1)
-    assert (f"tls-{agent}", (folder, "ro")) in mounts(body).items()
-    assert name == API_KEYS
-    with pytest.raises(ConfigError, match=r"api\.keys"):  # there, and not without them
-        door_of(api)
+@pytest.mark.parametrize("whole", WHOLE)
+def test_one_agent_of_each_first_cluster_serves_the_apis_to_this_machine_with_a_key(whole: dict[str, Any]) -> None:
+    served = {
+        name: body["ports"] for name, body in services(whole).items() if name.startswith("agent-") and "ports" in body
+    }
+    assert served == {"agent-porch": ["127.0.0.1:18841:11434"], "agent-shed": ["127.0.0.1:18842:11434"]}
+    for name, body in lasting(whole).items():
+        api = config.load(environ=settings_of(body)).config.api
+        assert bool(api.listen) == (name in served), name
+        if api.listen:
+            assert api.listen.rpartition(":")[2] == "11434"
+            folder, file = api.keys.rsplit("/", 1)
+            assert (f"tls-{name}", (folder, "ro")) in mounts(body).items()
+            assert file == API_KEYS
+            with pytest.raises(ConfigError, match=r"api\.keys"):  # there, and not without them
+                door_of(api)
+
+
+def test_one_variable_closes_the_apis() -> None:
+    for name, body in read(BASE, API_LISTEN="")["services"].items():
+        assert not config.load(environ=settings_of(body)).config.api.listen, name
 
 
 def test_prometheus_scrapes_who_serves_metrics_and_agents_report_to_them() -> None:
@@ -327,7 +344,7 @@ def test_plain_leaves_no_certificate_anywhere() -> None:
     for name, body in services(fleet(PLAIN)).items():
         text = str(body.get("environment", {})) + str(body.get("healthcheck", {}))
         assert "mqtts" not in text, name
-        assert "/tls/" not in text, name
+        assert "/tls/" not in text.replace(f"/tls/{API_KEYS}", ""), name
         assert "--cert" not in text, name
 
 
@@ -338,7 +355,7 @@ def test_the_example_names_every_variable_with_its_default() -> None:
     used: dict[str, set[str]] = {}
     for name in (BASE, *OVERLAYS):
         for found in VARIABLE.finditer((ROOT / name).read_text("utf-8")):
-            used.setdefault(found[1], set()).add(found[2])
+            used.setdefault(found[1], set()).add(found[3])
     assert {name: {default} for name, default in example.items()} == used
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     assert example["VERSION"] == version

@@ -68,7 +68,7 @@ KITS: Final = {
             ("fedhlm simulate", r"seed"),
         ),
     ),
-    "docs/quickstart.md": Kit(clone=True, made=(".env",), shows=(("fedhlm agent", r"\w+ \w+"),)),
+    "docs/quickstart.md": Kit(clone=True, shows=(("fedhlm agent", r"\w+ \w+"),)),
     "docs/demo.md": Kit(
         clone=True,
         fleet=("edge",),

@@ -55,6 +55,7 @@ def certificates(parts: Path) -> dict[str, x509.Certificate]:
 def test_an_agent_keeps_the_api_key_that_was_made_for_it(parts: Path) -> None:
     run(parts)
     paths = sorted(parts.rglob(API_KEYS))
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in paths)
     kept = [ApiKeys.of(str(path)).client(f"Bearer {path.read_text('utf-8').split()[1]}") for path in paths]
     assert kept == [API_CLIENT] * len(paths)
     before = [path.read_text("utf-8") for path in paths]
@@ -153,11 +154,15 @@ def test_an_agent_that_comes_later_is_known_to_its_broker(parts: Path) -> None:
     assert "user attic" in (parts / "brokers/home/acl").read_text("utf-8")
 
 
-def test_plain_configures_brokers_alone(parts: Path) -> None:
+def test_plain_configures_brokers_and_keeps_the_apis_closed_to_who_has_no_key(parts: Path) -> None:
     user = str(os.getuid())
     given = ["--parts", str(parts), "--pki", str(parts.parent / "pki"), "--part-user", user, "--broker-user", user]
     assert main([*given, "--plain"]) == 0
+    keys = sorted((parts / "agents").rglob(API_KEYS))
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in keys)
     assert sorted(str(p.relative_to(parts)) for p in parts.rglob("*") if p.is_file()) == [
+        "agents/garden/shed/api.keys",
+        "agents/home/porch/api.keys",
         "brokers/garden/mosquitto.conf",
         "brokers/home/mosquitto.conf",
         "cloud-broker/mosquitto.conf",

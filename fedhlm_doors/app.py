@@ -66,7 +66,7 @@ class HttpApi:
             Route("/api/generate", self._generate, methods=["POST"]),
             Route("/api/chat", self._talk, methods=["POST"]),
         ]
-        handlers: dict[Any, Any] = {ApiError: _say, HTTPException: _say_http, ClientDisconnect: _say_nothing}
+        handlers: dict[Any, Any] = {ApiError: _say, HTTPException: _say_http, ClientDisconnect: say_nothing}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     # OpenAI
@@ -220,5 +220,6 @@ async def _say_http(request: Request, exc: HTTPException) -> Response:
     return response
 
 
-async def _say_nothing(_request: Request, _exc: ClientDisconnect) -> Response:
+async def say_nothing(_request: Request, _exc: Exception) -> Response:
+    """Handle a client that leaves before its request is whole."""
     return Response(status_code=GONE)

@@ -88,7 +88,15 @@ class BoundedConnection(H11Protocol):
 
 
 class DoorServer(uvicorn.Server):
-    """A server that leaves the signals to the part, and connections to the system until it can accept them."""
+    """A server that leaves the signals to the part, and connections to the system until it can accept them.
+
+    When it stops, open responses have `close_s` seconds to end. The others are cut off as if their clients had left,
+    which every route knows how to end.
+    """
+
+    def __init__(self, config: uvicorn.Config, close_s: float = 0.0) -> None:
+        super().__init__(config)
+        self._close_s = close_s
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -100,3 +108,15 @@ class DoorServer(uvicorn.Server):
         await super().startup(sockets)
         for sock in sockets or []:
             sock.listen(BACKLOG)  # asyncio has set its own limit
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting connections, and end those that are open."""
+        cut = asyncio.get_running_loop().call_later(self._close_s, self._cut_off)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()
+
+    def _cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Final, Protocol
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from fedhlm.errors import FedhlmError
-from fedhlm_doors.app import body_of, is_address
+from fedhlm_doors.app import body_of, is_address, say_nothing
 from fedhlm_doors.flow import Streaming, while_there
 from fedhlm_doors.refusals import ApiError
 
@@ -83,7 +83,7 @@ class ConsolePage:
         routes += [Route("/state", self._show), Route("/events", self._follow)]
         if self._ask is not None:
             routes.append(Route("/ask", self._asked, methods=["POST"]))
-        return Starlette(routes=routes)
+        return Starlette(routes=routes, exception_handlers={ClientDisconnect: say_nothing})
 
     async def _asked(self, request: Request) -> Response:
         _check(request)

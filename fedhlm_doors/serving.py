@@ -24,7 +24,8 @@ from fedhlm_doors.written import Pace
 log = logging.getLogger(__name__)
 
 KEY: Final = "api.listen"
-CLOSE_S: Final = 2  # seconds in which open responses may end when the part stops
+CLOSE_S: Final = 2.0  # seconds in which open responses may end when the part stops
+STUCK_S: Final = 10  # seconds after which uvicorn cancels what has not ended then
 _ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\s]+)):([0-9]{1,5})\Z")
 
 
@@ -55,7 +56,7 @@ def door_of(settings: Api) -> Door:
     async def door(answerer: Answerer) -> AsyncIterator[int]:
         api = HttpApi(answerer, keys, Rates(settings.rate, Pace().now_s))
         with listening(settings.listen, host, port) as listener:
-            async with _served(api.app(), listener) as actual:
+            async with _served(api.app(), listener, CLOSE_S) as actual:
                 log.info("serving the APIs of OpenAI and Ollama on %s port %d", host, actual)
                 yield actual
 
@@ -75,12 +76,12 @@ async def page(app: ASGIApp, listen: str, *, key: str) -> AsyncIterator[str]:
             key, listen, "a loopback address; others reach it through ssh -L or a proxy that asks who they are"
         )
     with listening(listen, host, port, key=key) as listener:
-        async with _served(app, listener) as actual:
+        async with _served(app, listener, 0.0) as actual:  # a page that is open never ends
             yield f"http://{f'[{host}]' if ':' in host else host}:{actual}/"
 
 
 @asynccontextmanager
-async def _served(app: ASGIApp, listener: socket.socket) -> AsyncIterator[int]:
+async def _served(app: ASGIApp, listener: socket.socket, close_s: float) -> AsyncIterator[int]:
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -88,11 +89,11 @@ async def _served(app: ASGIApp, listener: socket.socket) -> AsyncIterator[int]:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=CLOSE_S,
+        timeout_graceful_shutdown=STUCK_S,
         **limits(),
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    server = DoorServer(config)
+    server = DoorServer(config, close_s)
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="doors")
     try:
         yield listener.getsockname()[1]

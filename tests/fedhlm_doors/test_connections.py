@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import uvicorn
 
 from fedhlm_doors import connections
 from fedhlm_doors.connections import DoorServer, limits
+from fedhlm_doors.flow import Streaming
 
 LIMIT_S = 60.0
 ASK = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -39,9 +41,9 @@ async def app(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[
 
 
 @contextlib.asynccontextmanager
-async def serving() -> AsyncIterator[int]:
+async def serving(app: Any = app, close_s: float = 0.0) -> AsyncIterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = DoorServer(uvicorn.Config(app, lifespan="off", ws="none", log_config=None, **limits()))
+        server = DoorServer(uvicorn.Config(app, lifespan="off", ws="none", log_config=None, **limits()), close_s)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0)
@@ -98,15 +100,61 @@ async def test_a_request_that_does_not_become_whole_ends(monkeypatch: pytest.Mon
 async def test_a_slow_answer_is_not_a_slow_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "REQUEST_S", 0.1)
     free = asyncio.Event()
-    plain = app
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         await free.wait()
-        await plain(scope, receive, send)
+        await app(scope, receive, send)
 
-    monkeypatch.setattr(sys.modules[__name__], "app", slow)
-    async with asyncio.timeout(LIMIT_S), serving() as port:
+    async with asyncio.timeout(LIMIT_S), serving(slow) as port:
         answer = asyncio.create_task(asked(port))
         assert b" 408 " in await asked(port, b"GET")  # its time has passed, and so has that of the other one
         free.set()
+        assert b" 200 OK" in await answer
+
+
+async def chunks() -> AsyncGenerator[bytes, None]:
+    """An answer without an end."""
+    while True:
+        yield b"more"
+        await asyncio.sleep(0.01)
+
+
+async def flows(scope: Any, receive: Any, send: Any) -> None:
+    async def after() -> None:
+        pass
+
+    await Streaming(chunks(), "text/plain", after)(scope, receive, send)
+
+
+@pytest.mark.parametrize("leaves", ["client", "server"])
+@pytest.mark.parametrize("reads", [True, False], ids=["reading", "deaf"])
+async def test_a_stream_that_is_cut_off_is_no_error(
+    leaves: str, *, reads: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        async with serving(flows) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(ASK)
+            assert b" 200 OK" in await reader.readuntil(b"more")
+            if not reads:
+                writer.transport.pause_reading()  # type: ignore[attr-defined]
+            if leaves == "client":
+                writer.transport.abort()
+        writer.transport.abort()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_an_open_answer_may_end_when_the_server_stops() -> None:
+    asked_for, free = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        asked_for.set()
+        await free.wait()
+        await app(scope, receive, send)
+
+    async with asyncio.timeout(LIMIT_S):
+        async with serving(slow, close_s=LIMIT_S) as port:
+            answer = asyncio.create_task(asked(port))
+            await asked_for.wait()
+            asyncio.get_running_loop().call_later(0.3, free.set)
         assert b" 200 OK" in await answer

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -123,6 +124,33 @@ async def test_only_this_machine_is_served() -> None:
     with pytest.raises(ConfigError, match=r"--listen must be a loopback address; others .* \(got '0\.0\.0\.0:0'\)"):
         async with page(ConsolePage(LiveFeed(state())).app(), "0.0.0.0:0", key="--listen"):
             pass
+
+
+BROKEN_OFF = (
+    b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    b"POST /ask HTTP/1.1\r\nhost: localhost\r\norigin: http://localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
+)
+
+
+@pytest.mark.parametrize("request_", BROKEN_OFF, ids=["stream", "prompt"])
+@pytest.mark.parametrize("leaves", ["page", "console"])
+async def test_a_page_or_a_console_that_is_closed_is_no_error(
+    leaves: str, request_: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def ask(_wanted: TypedPrompt) -> None:
+        raise AssertionError("no prompt was whole")
+
+    async with page(ConsolePage(LiveFeed(state()), ask).app(), "127.0.0.1:0", key="--listen") as address:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(httpx.URL(address).port or 0))
+        writer.write(request_)
+        if request_.startswith(b"GET"):
+            await reader.readuntil(b"event: state")
+        else:
+            await asyncio.sleep(0.2)  # it has no answer by which to see that it has come
+        if leaves == "page":
+            writer.transport.abort()
+    writer.transport.abort()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_a_page_gets_everything_and_then_every_change_once() -> None:

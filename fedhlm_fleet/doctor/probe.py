@@ -18,6 +18,7 @@ from fedhlm.errors import BusError
 
 FIRST_FAILURE: Final = 128
 WRITTEN_S: Final = 0.03
+POLL_S: Final = 0.002
 UNSUPPORTED: Final = 132
 _PAHO: Final[dict[ProtocolVersion, Any]] = {"5": paho.MQTTv5, "3.1.1": paho.MQTTv311}
 
@@ -147,7 +148,10 @@ class Probe:
         if cork is not None:
             options.setsockopt(socket.IPPROTO_TCP, cork, 1)
         numbers = [client.unsubscribe(f"doctor/{self._client_id}")[1] for _ in range(count)]
-        time.sleep(WRITTEN_S)  # paho's thread has written by then
+        latest_s = time.perf_counter() + self._wait_s
+        while client.want_write() and time.perf_counter() < latest_s:
+            time.sleep(POLL_S)
+        time.sleep(WRITTEN_S)  # paho's thread has written the last one by then
         begun_s = time.perf_counter()
         if cork is not None:
             options.setsockopt(socket.IPPROTO_TCP, cork, 0)

@@ -5,6 +5,7 @@ before stays. Where there is a witness, a member counts for no more tokens and n
 (docs/budget.md).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Final, NamedTuple
@@ -12,7 +13,7 @@ from typing import Annotated, Final, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from fedhlm.learning.certificate import Certificate
+from fedhlm.learning.certificate import AUDIT_CHANCES, Certificate
 from fedhlm.protocol.fields import MAX_PAIRS, LogSums, Milliseconds, Name, Pair
 from fedhlm.protocol.fingerprint import large_of
 from fedhlm.protocol.messages import Evidence
@@ -21,9 +22,8 @@ from fedhlm.telemetry import Counters
 ACCOUNTS_MAX: Final = 4_096  # beyond this number the sums of the most silent member lose its name
 ELSEWHERE: Final = 2.0  # a first claim of more than this many times the witnessed tokens was not made here
 ELSEWHERE_TOKENS: Final = 64.0  # and of so many tokens more
-CUT: Final = (
-    1.25  # a claim counts as cut if its limit rises by more; small cuts are the luck of an honest device's coins
-)
+CUT: Final = 1.25  # a claim counts as cut if its limit rises by more, beyond the luck of an honest device's coins
+LUCK: Final = 4.0  # standard errors of what audits show of the tokens that nobody scored
 CUT_CONFIDENCE: Final = 0.95  # of the limits that are compared for that
 
 
@@ -52,8 +52,22 @@ class Witness(NamedTuple):
         Tokens are at most `tokens`. Harm is at least what was seen, where that of audits grows with the number of
         tokens that the member claims for its tails; it is at most one for each token.
         """
-        tokens = min(claim.tokens, self.tokens)
+        return self._bounded(claim, self.tokens, math.inf)
+
+    def possible(self, claim: Certificate) -> Certificate:
+        """Cut a claim to what an honest member with unlucky coins can have had.
+
+        An audited tail of n tokens stands for n / p of them, where p is about n times the least chance of a token. So
+        the number of tokens that audits show has a variance of at most one over that chance for each token.
+        """
+        unscored = max(0.0, claim.tokens - self.settled)
+        most = self.tokens + LUCK * math.sqrt(unscored / AUDIT_CHANCES[0])
+        return self._bounded(claim, most, 1.0 / AUDIT_CHANCES[0])
+
+    def _bounded(self, claim: Certificate, most_tokens: float, most_for_one: float) -> Certificate:
+        tokens = min(claim.tokens, most_tokens)
         stands_for = max(1.0, (tokens - self.settled) / self.audited) if self.audited else 1.0
+        stands_for = min(stands_for, most_for_one)
         return claim.bounded(tokens, min(tokens, self.wrong + stands_for * self.audited_wrong))
 
 
@@ -113,7 +127,8 @@ class SavedEvidence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
 class FleetEvidence:
     """The evidence of a fleet. Members that left still count here for what they did here, until they are forgotten.
 
-    `cut` counts claims whose limit rose by more than a quarter when they were held to what was witnessed.
+    `cut` counts claims whose limit rose by more than a quarter when they were held to what was witnessed, and to the
+    worst luck of an honest member's coins.
     """
 
     def __init__(self) -> None:
@@ -171,9 +186,8 @@ class FleetEvidence:
         if seen is not None:
             account.seen = seen.tokens
             claimed = account.closed + account.counted
-            limited = seen.limited(claimed)
-            self.cut += limited.limit(CUT_CONFIDENCE) > CUT * claimed.limit(CUT_CONFIDENCE)
-            account.counted = limited - account.closed
+            self.cut += seen.possible(claimed).limit(CUT_CONFIDENCE) > CUT * claimed.limit(CUT_CONFIDENCE)
+            account.counted = seen.limited(claimed) - account.closed
         while len(accounts) > MAX_PAIRS:
             oldest = next(iter(accounts))
             self._keep(oldest, accounts.pop(oldest))

@@ -340,6 +340,26 @@ def test_cuts_of_liars_are_counted_and_the_luck_of_the_honest_is_not() -> None:
     assert cuts <= 0.01 * tells
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.05])
+def test_the_luck_of_texts_of_one_token_is_no_cut_and_their_liars_are(rate: float) -> None:
+    """The tail of such a text is one token, so the few that are audited stand for 38 each."""
+    p = audit_probability(AUDIT_CHANCES[0], 1)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        seen, known, fleet = Witness(), Certificate(), FleetEvidence()
+        for text in range(1, 301):
+            harm = float(rng.random() < rate)
+            audited = rng.random() < p
+            known.add(1, [], 1, [harm] if audited else None, probability=p)
+            if audited:
+                seen = Witness(0.0, 0.0, seen.audited + 1.0, seen.audited_wrong + harm, seen.tails + 1.0 / p)
+            if text % 20 == 0:
+                fleet.hear("a", said(known), saw((PAIR, seen)))
+        assert fleet.cut == 0, seed
+        fleet.hear("a", said(certificate(100_000)), saw((PAIR, seen)))
+        assert fleet.cut == 1, seed
+
+
 def test_a_liar_gains_nothing_by_beginning_again_and_again() -> None:
     fleet, devices = fleet_of_eight(60, 1)
     before = total(fleet)

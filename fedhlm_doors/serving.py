@@ -64,14 +64,17 @@ def door_of(settings: Api) -> Door:
 
 
 @asynccontextmanager
-async def page(app: ASGIApp, listen: str, *, key: str) -> AsyncIterator[str]:
+async def page(app: ASGIApp, listen: str, *, key: str, published: bool = False) -> AsyncIterator[str]:
     """Serve an application to this machine only. Yields its address. `key` names the option `listen` in errors.
+
+    With `published` the address may be any of this machine's, which is a container that others reach through a port of
+    their own loopback address only.
 
     Raises:
         ConfigError: the address is not one of this machine's own, or is not free.
     """
     host, port = address(listen, key=key)
-    if not _is_loopback(host):
+    if not (published or _is_loopback(host)):
         raise ConfigError(
             key, listen, "a loopback address; others reach it through ssh -L or a proxy that asks who they are"
         )

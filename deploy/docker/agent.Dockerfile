@@ -1,4 +1,4 @@
-# An agent: drafts with the small model, which is the only one here.
+# An agent: drafts with the small model, which is the only one here. The console is made from it too.
 # The tag names Python's minor version and Debian's release; pin a digest of your own registry by PYTHON_IMAGE=...@sha256:...
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
@@ -18,6 +18,7 @@ COPY fedhlm fedhlm
 COPY edge_agent edge_agent
 COPY fedhlm_doors fedhlm_doors
 COPY fedhlm_fleet fedhlm_fleet
+COPY fedhlm_traces fedhlm_traces
 COPY fedhlm_zoo/__init__.py fedhlm_zoo/shipped.py fedhlm_zoo/
 COPY fedhlm_zoo/artefacts/slm fedhlm_zoo/artefacts/slm
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -9,8 +9,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final
 
 from fedhlm import settings
+from fedhlm.bus.interface import Bus
 from fedhlm.bus.party import Party, Stamp
-from fedhlm.process.run import bus_of
+from fedhlm.process.notify import Notifier
+from fedhlm.process.run import address_of, bus_of
 from fedhlm.protocol import topics
 from fedhlm.protocol.messages import Output
 from fedhlm.telemetry import Counters
@@ -65,17 +67,30 @@ class LiveFeed:
         finally:
             self._pages.discard(queue)
 
-    async def listen(self, brokers: Sequence[settings.Broker], client_id: str) -> None:
-        """Listen until cancelled, or until a broker refuses the connection for good (BusError)."""
+    async def listen(
+        self, brokers: Sequence[settings.Broker], client_id: str, notifier: Notifier | None = None
+    ) -> None:
+        """Listen until cancelled, or until a broker refuses the connection for good (BusError).
+
+        `notifier` is told which brokers are connected, and one that is not there is waited for. Without it that is an
+        error (BusError).
+        """
+        buses = [self._bus(broker, client_id, notifier) for broker in brokers]
+        if notifier is not None:
+            notifier.serving()
         async with asyncio.TaskGroup() as group:
-            for broker in brokers:
-                group.create_task(self._hear(broker, client_id), name=f"console {broker.url}")
+            for broker, bus in zip(brokers, buses, strict=True):
+                group.create_task(self._hear(bus, broker.root, client_id), name=f"console {broker.url}")
             group.create_task(self.tell_pages(), name="console-pages")
 
-    async def _hear(self, broker: settings.Broker, client_id: str) -> None:
-        bus = bus_of(broker, client_id=client_id, connect_timeout_s=broker.connect_timeout_s)
-        party = Party(bus=bus, stamp=Stamp(client_id), counters=Counters(), root=broker.root)
-        await bus.subscribe(*(row.filter(broker.root) for row in SHOWN), qos=0)
+    def _bus(self, broker: settings.Broker, client_id: str, notifier: Notifier | None) -> Bus:
+        if notifier is None:
+            return bus_of(broker, client_id=client_id, connect_timeout_s=broker.connect_timeout_s)
+        return bus_of(broker, client_id=client_id, on_link=notifier.link(address_of(broker).host))
+
+    async def _hear(self, bus: Bus, root: str, client_id: str) -> None:
+        party = Party(bus=bus, stamp=Stamp(client_id), counters=Counters(), root=root)
+        await bus.subscribe(*(row.filter(root) for row in SHOWN), qos=0)
         async with bus:
             await bus.wait_connected()
             self.connected.set()

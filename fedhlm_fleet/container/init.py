@@ -1,7 +1,7 @@
 """`python -m fedhlm_fleet.container.init`: certificates and broker configurations for the containers of one machine.
 
 The mounted volumes decide which parties get files: PARTS/agents/CLUSTER/NAME, PARTS/edges/CLUSTER,
-PARTS/clients/CLUSTER/NAME, PARTS/brokers/CLUSTER, PARTS/cloud and PARTS/cloud-broker. Each is one volume and receives
+PARTS/clients/CLUSTER/NAME, PARTS/observers/NAME, PARTS/brokers/CLUSTER, PARTS/cloud and PARTS/cloud-broker. Each is one volume and receives
 the files of that party only. A second run issues missing certificates, renews those that expire soon, and leaves the
 others; revoked parties get none.
 """
@@ -69,6 +69,8 @@ def plan(parts: Path) -> Iterator[Recipient]:
         yield Recipient(parts / "cloud", "cloud", "cloud")
     for folder in _folders(parts / "edges"):
         yield Recipient(folder, f"edge-{folder.name}", "edge", (folder.name,))
+    for folder in _folders(parts / "observers"):
+        yield Recipient(folder, folder.name, "observer")
     of_role: tuple[tuple[str, CertificateRole], ...] = (("agents", "agent"), ("clients", "client"))
     for kind, role in of_role:
         for cluster in _folders(parts / kind):

@@ -47,10 +47,8 @@ def listen(channel: socket.socket, folder: Path, *, span_s: float, hung: Callabl
     hung()
 
 
-def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
-    """Run one command line of `fedhlm`, save its health in the folder, and return the exit code."""
-    from fedhlm_fleet import cli
-
+def watched(run: Callable[[], int], folder: Path) -> int:
+    """Run a part that reports to a service manager, save its health in the folder, and return its exit code."""
     path = folder / "notify"
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
@@ -63,12 +61,19 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
         )
         listener.start()
         try:
-            return cli.main(arguments)
+            return run()
         finally:
             # Datagrams stay in order: once this one is read, the part's last status is saved.
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as ours:
                 ours.sendto(_END, str(path))
             listener.join()
+
+
+def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
+    """Run one command line of `fedhlm`, save its health in the folder, and return the exit code."""
+    from fedhlm_fleet import cli
+
+    return watched(lambda: cli.main(arguments), folder)
 
 
 def _end() -> None:

@@ -38,7 +38,7 @@ KILLED: Final = ("agent-porch", "edge-home", "broker-home", "cloud")
 # From inside, as a crash would: after `docker kill` the engine takes the end for wanted and does not restart.
 DIE: Final = ("sh", "-c", "kill -9 -1")
 # Any free ports of this machine, so that a trial can run beside a fleet.
-PORTS: Final = {"HOME_API_PORT": "0", "GARDEN_API_PORT": "0"}
+PORTS: Final = {"HOME_API_PORT": "0", "GARDEN_API_PORT": "0", "CONSOLE_PORT": "0"}
 IMAGES: Final = ("agent", "edge", "cloud", "init")
 AGENT_MAX_BYTES: Final = 220_000_000  # without its base
 BASE: Final = os.environ.get("PYTHON_IMAGE", "python:3.11-slim-bookworm")
@@ -167,6 +167,11 @@ def walls(fleet: Fleet) -> None:
     require(fleet.refused("agent-porch", "python", "-c", reach, "broker-garden", port), "nor another cluster's")
     reach_api = ("python", "-c", reach, "agent-shed", "11434")
     require(fleet.refused("agent-porch", *reach_api), "nor the other agent whose API is published")
+    for agent in ("agent-porch", "agent-kitchen", "agent-pond"):  # with and without the network of published ports
+        addresses = fleet.container("console")["NetworkSettings"]["Networks"].values()
+        for address in (network["IPAddress"] for network in addresses):
+            reach_page = ("python", "-c", reach, address, "8808")
+            require(fleet.refused(agent, *reach_page), f"{agent} does not reach the console's page at {address}")
     require(fleet.refused("agent-porch", "touch", "/opt/fedhlm/x"), "it cannot write to its own image")
     require(fleet.compose("exec", "-T", "agent-porch", "id", "-u").strip() == "10001", "it is not root")
     if not fleet.plain:
@@ -219,6 +224,20 @@ def over_http(fleet: Fleet, expected: str) -> None:
     require(status_and_text({"authorization": f"Bearer {key}"}) == (200, expected), "with which it writes the same")
 
 
+def shown(fleet: Fleet) -> None:
+    """The console's page shows the whole fleet to the host."""
+    address = fleet.compose("port", "console", "8808").strip()
+    require(address.startswith("127.0.0.1:"), "the console's page is published for this machine alone")
+
+    def names() -> set[str]:
+        with urllib.request.urlopen(f"http://{address}/state", timeout=LIMIT_S) as answer:
+            state = json.load(answer)
+        return {part["name"] for part in state["parts"] if part["online"]} if state["texts"] else set()
+
+    until(lambda: names() >= {"porch", "kitchen", "shed", "pond"}, "the page shows agents of both clusters, and texts")
+    print(f"  the page shows {', '.join(sorted(names()))}", flush=True)
+
+
 def crash(fleet: Fleet, service: str) -> None:
     """Kill a service from inside and return when the engine has brought it back, well."""
     before = fleet.container(service)["State"]["StartedAt"]
@@ -269,6 +288,7 @@ def trial(fleet: Fleet) -> None:
     if fleet.host:
         from_the_host(fleet, expected)
     over_http(fleet, text)
+    shown(fleet)
     looked_at(fleet)
     walls(fleet)
     for service in KILLED:

@@ -16,6 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from fedhlm import config
 from fedhlm.errors import ConfigError
 from fedhlm_doors.serving import door_of
+from fedhlm_fleet.container import console
 from fedhlm_fleet.container.init import API_KEYS, plan
 from fedhlm_fleet.pki.mosquitto import LIMITS
 
@@ -25,6 +26,7 @@ PLAIN, SCALE, CLUSTER, HOST, MODEL, OBSERVE = (
     f"compose.{name}.yml" for name in ("plain", "scale", "cluster", "host", "model", "observe")
 )
 OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, MODEL, OBSERVE, "compose.gpu.yml")
+CLOUD: Final = "broker-cloud"
 WATCHERS: Final = ("prometheus", "grafana")  # no parties of the fleet: no certificate, no broker
 VARIABLE: Final = re.compile(r"\$\{(\w+)(:?-)([^}]*)\}")
 DOCKERFILES: Final = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
@@ -114,6 +116,11 @@ def lasting(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def clusters(whole: dict[str, Any]) -> list[str]:
+    """The clusters, each of which has a broker."""
+    return [name.removeprefix("broker-") for name in services(whole) if name.startswith("broker-") and name != CLOUD]
+
+
 def mounts(body: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Volume to (path, mode)."""
     parts = [mount.split(":") for mount in body.get("volumes", [])]
@@ -141,7 +148,7 @@ def test_every_service_is_locked_in(whole: dict[str, Any]) -> None:
         assert {"max-size", "max-file"} <= set(body["logging"]["options"]), name
         assert {"cpus", "memory", "pids"} <= set(body["deploy"]["resources"]["limits"]), name
         for port in body.get("ports", []):
-            assert re.fullmatch(r"127\.0\.0\.1:\d+:(8883|11434|3000)", port), (
+            assert re.fullmatch(r"127\.0\.0\.1:\d+:(8883|11434|8808|3000)", port), (
                 "for this machine alone, with TLS or a key, or to look"
             )
         assert not {"privileged", "pid", "ipc", "devices", "group_add", "configs", "secrets"} & set(body), name
@@ -179,6 +186,7 @@ def test_who_waits_for_whom(whole: dict[str, Any]) -> None:
             "cloud": {"broker-cloud"},
             "edge": {f"broker-{cluster}", "broker-cloud"},
             "agent": {f"edge-{cluster}"},
+            "console": {f"broker-{name}" for name in clusters(whole)},
             **{watcher: set() for watcher in WATCHERS},
         }
         assert set(waits) == expected[kind], name
@@ -196,6 +204,11 @@ def test_only_edges_are_in_two_networks_and_none_leads_outside(whole: dict[str, 
             continue
         cluster = body.get("environment", {}).get("FEDHLM_CLUSTER__NAME", name.removeprefix("broker-"))
         expected = ["cloud", cluster] if name.startswith("edge-") else [cluster]
+        if name == "console":
+            assert body["networks"].pop("host") == {"aliases": ["page"]}, "which is where its page is"
+            assert all(nothing == {} for nothing in body["networks"].values())
+            assert list(body["networks"]) == clusters(whole)
+            continue
         scraped = "observe" in networks and (name == "cloud" or name.startswith("edge-"))
         expected = ["observe"] if name in WATCHERS else [*expected, *(["observe"] if scraped else [])]
         assert body["networks"] == [*expected, *(["host"] if "ports" in body else [])], name
@@ -226,7 +239,7 @@ def test_every_variable_is_a_setting_with_a_value_that_it_can_have(whole: dict[s
         environ = settings_of(body)
         assert all(key.startswith(config.ENV_PREFIX) for key in environ), name
         loaded = config.load(environ=environ).config
-        if environ:
+        if environ and name != "console":  # which is given its brokers as words
             loaded.broker.address()
         if loaded.edge.upstream.url:
             loaded.edge.upstream.address(key="edge.upstream.url")
@@ -246,7 +259,7 @@ def test_the_plan_names_everybody_as_they_call_themselves(whole: dict[str, Any],
     for service, party in parties.items():
         environ = settings_of(services(whole)[service])
         settings = config.load(environ=environ).config
-        urls = [settings.broker.address()] if environ else []
+        urls = [settings.broker.address()] if environ and service != "console" else []
         match party.role:
             case "agent":
                 assert (party.name, *party.clusters) == (settings.agent.id, settings.cluster.name)
@@ -258,6 +271,8 @@ def test_the_plan_names_everybody_as_they_call_themselves(whole: dict[str, Any],
             case "client":
                 assert party.clusters == (settings.cluster.name,)
                 assert party.name == service
+            case "observer":
+                assert (service, party.clusters) == ("console", ())
             case "broker":
                 assert service in party.hosts, "parties reach it by its service's name"
         for url in urls:
@@ -312,6 +327,22 @@ def test_one_agent_of_each_first_cluster_serves_the_apis_to_this_machine_with_a_
             assert file == API_KEYS
             with pytest.raises(ConfigError, match=r"api\.keys"):  # there, and not without them
                 door_of(api)
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_the_page_of_the_console_is_published_for_this_machine_and_reached_from_no_brokers_network(
+    whole: dict[str, Any],
+) -> None:
+    body = services(whole)["console"]
+    assert body["ports"] == ["127.0.0.1:8808:8808"]
+    words = dict(zip(body["command"][::2], body["command"][1::2], strict=True))
+    assert words["--listen"] == "page:8808"
+    brokers = [word for word in body["command"] if "://" in word]
+    plain = not config.load(environ=settings_of(body)).config.broker.ca
+    form = "mqtt://broker-{}:1883" if plain else "mqtts://broker-{}:8883"
+    assert brokers == [form.format(cluster) for cluster in clusters(whole)]
+    assert body["entrypoint"] == ["python", "-m", console.__name__]
+    assert "--allow-prompts" not in body["command"]
 
 
 def test_one_variable_closes_the_apis() -> None:

@@ -65,6 +65,7 @@ def test_the_init_image_makes_what_the_fleet_needs(plain: bool, tmp_path: Path) 
         ("init", ("fedhlm_fleet.cli", "ask", "porch", "x", "--wait", "1"), 1),
         ("init", ("fedhlm_fleet.cli", "status"), 2),
         ("agent", ("fedhlm_fleet.cli", "agent", "--prompt", "x", "--preset", "exact"), 2),
+        ("agent", ("fedhlm_fleet.cli", "console", "--listen", "127.0.0.1:0"), 2),
     ],
     ids=lambda given: given[1] if isinstance(given, tuple) else "",
 )

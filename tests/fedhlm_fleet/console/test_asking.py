@@ -4,8 +4,8 @@ import httpx
 from httpx import ASGITransport
 
 from fedhlm_doors.console import ConsolePage
-from fedhlm_fleet.commands.console import asker
 from fedhlm_fleet.console.feeds import LiveFeed
+from fedhlm_fleet.console.page import asker
 from fedhlm_lab.sim import toy
 from tests.fedhlm_fleet.console.test_page import state
 from tests.field.fleet import LIMIT_S, both_brokers, fleets

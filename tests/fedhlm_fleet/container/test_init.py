@@ -27,6 +27,7 @@ FOLDERS = (
     "agents/home/porch",
     "agents/garden/shed",
     "clients/home/ask-home",
+    "observers/console",
 )
 OF_PARTY = {"ca.crt", "party.crt", "party.key"}
 OF_BROKER = {"ca.crt", "crl.pem", "broker.crt", "broker.key", "probe.crt", "probe.key", "mosquitto.conf", "acl"}
@@ -124,9 +125,9 @@ def test_who_was_revoked_stays_without(parts: Path) -> None:
 def test_brokers_know_the_parties_of_their_place_and_a_probe_tells_of_itself_only(parts: Path) -> None:
     run(parts)
     for folder, known, strange in (
-        ("brokers/home", {"porch", "edge-home", "ask-home"}, {"shed"}),
-        ("brokers/garden", {"shed"}, {"porch", "edge-home", "ask-home"}),
-        ("cloud-broker", {"cloud", "edge-home"}, {"porch", "shed"}),
+        ("brokers/home", {"porch", "edge-home", "ask-home", "console"}, {"shed"}),
+        ("brokers/garden", {"shed", "console"}, {"porch", "edge-home", "ask-home"}),
+        ("cloud-broker", {"cloud", "edge-home", "console"}, {"porch", "shed"}),
     ):
         blocks = (parts / folder / "acl").read_text("utf-8").split("\n\n")
         users = {line.removeprefix("user ") for b in blocks for line in b.splitlines() if line.startswith("user ")}

@@ -22,12 +22,12 @@ from fedhlm.decoding.decoder import (
     DecoderInput,
     ModelInfo,
 )
+from fedhlm.decoding.hub import begin_id
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
 from fedhlm.progress import progress
 from fedhlm_zoo import graph
 from fedhlm_zoo.info import copy_chat_files, write_info
-from fedhlm_zoo.tokenizer import begin_id
 
 log = logging.getLogger(__name__)
 

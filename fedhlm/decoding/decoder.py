@@ -4,7 +4,7 @@ A model folder holds ``model.onnx`` (and its external data), ``tokenizer.json`` 
 `forward` never changes the cache that it is given.
 
 Up to rounding, logits do not depend on how tokens are split into blocks or batches. Only `Decoder.load` imports
-onnxruntime and tokenizers.
+onnxruntime, and through `fedhlm.decoding.hub` tokenizers.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedhlm.decoding.grammar import Constrain, Grammars
+from fedhlm.decoding.hub import TOKENIZER_CONFIG_FILE, open_tokenizer
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
 from fedhlm.telemetry import warn_once
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 GRAPH_FILE: Final = "model.onnx"
 INFO_FILE: Final = "model.json"
-TOKENIZER_CONFIG_FILE: Final = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE: Final = "chat_template.jinja"
 CHAT_FILES: Final = (TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)  # optional: how a conversation is written
 HIDDEN_OUTPUT: Final = "hidden"
@@ -258,16 +258,10 @@ class Decoder:
             ModelError: the folder is not a usable model; the error names the file and what was expected.
         """
         import onnxruntime
-        from tokenizers import Tokenizer
 
         info = load_info(folder)
         vocabulary = vocabulary_of(folder)
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as exc:  # the tokenizers package raises bare Exception
-            raise ModelError(f"{folder / TOKENIZER_FILE} is not a tokenizer: {exc}") from exc
-        # A prompt is text: the name of a control token in it must not become that control token.
-        tokenizer.encode_special_tokens = True
+        tokenizer = open_tokenizer(folder)
         if vocabulary.size > info.vocab_size:
             raise ModelError(
                 f"ids of {folder / TOKENIZER_FILE} must be below {info.vocab_size}, the size of the model's vocabulary "

@@ -8,10 +8,11 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from fedhlm.decoding.decoder import TOKENIZER_CONFIG_FILE
+from fedhlm.decoding.hub import begin_id
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
 from fedhlm_zoo.tiny import byte_tokenizer
-from fedhlm_zoo.tokenizer import END_OF_TEXT, begin_id, save_tokenizer
+from fedhlm_zoo.tokenizer import END_OF_TEXT, save_tokenizer
 
 BEGIN, OTHER, CONFIGURED = "<s>", "<sop>", 1
 BEGIN_ID, OTHER_ID = 257, 258

@@ -1,8 +1,11 @@
 """`fedhlm cloud`: load the LLM and verify the blocks of every cluster on the broker."""
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from cloud_verifier.backends.onnx import threaded
+from cloud_verifier.backends.openai import is_url, served
 from cloud_verifier.local import ModelAlone
 from cloud_verifier.wiring import NAME, LargeModel, cloud_of
 from fedhlm.answering import Door, Offer, shut
@@ -13,7 +16,7 @@ from fedhlm.process.notify import Notifier
 from fedhlm.process.run import configured_folder, opener, serve
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
-from fedhlm.settings import Config
+from fedhlm.settings import Cloud, Config
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
@@ -24,21 +27,32 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
-    folder = configured_folder(config.cloud.model, key="cloud.model")
-    decoder = Decoder.load(folder, threads=config.cloud.threads, providers=config.cloud.providers, keeps_memory=False)
-    warn_of_blocks(decoder)
-    async with threaded(decoder) as engine:
-        model = LargeModel.of(decoder, engine)
+    async with opened(config.cloud) as (model, offer):
         service = cloud_of(config, runtime, model, open_bus=opener(config.broker, notifier, "the broker"))
         await service.subscribe()
-        async with service.bus:
-            info = decoder.info
-            offer = Offer.of(decoder, folder, name=info.name, probabilities=True)
-            async with door(ModelAlone(service, model, config.generation, offer)):
-                log.info("verifying with %s (%d parameters, %s)", info.name, info.parameters, info.quantisation)
-                notifier.serving()
-                await service.run()
+        async with service.bus, door(ModelAlone(service, model, config.generation, offer)):
+            log.info("verifying with %s (%d parameters, %s)", offer.name, offer.parameters, offer.quantisation)
+            notifier.serving()
+            await service.run()
     return 0
+
+
+@asynccontextmanager
+async def opened(cloud: Cloud) -> AsyncIterator[tuple[LargeModel, Offer]]:
+    """Open the model of these settings, which may run on a server, and say what it offers to local clients."""
+    if is_url(cloud.model):
+        async with served(cloud.model, cloud.server) as found:
+            offer = Offer(
+                found.name, found.folder, found.tokenizer, found.bos_id, found.context, quantisation=f"at {cloud.model}"
+            )
+            yield LargeModel.of_server(found), offer
+        return
+    folder = configured_folder(cloud.model, key="cloud.model")
+    decoder = Decoder.load(folder, threads=cloud.threads, providers=cloud.providers, keeps_memory=False)
+    warn_of_blocks(decoder)
+    async with threaded(decoder) as engine:
+        offer = Offer.of(decoder, folder, name=decoder.info.name, probabilities=True)
+        yield LargeModel.of(decoder, engine), offer
 
 
 def warn_of_blocks(decoder: Decoder) -> None:

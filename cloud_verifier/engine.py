@@ -37,6 +37,12 @@ class EngineOutput(NamedTuple):
     cache: Any
 
 
+class EngineFailure(NamedTuple):
+    """Why one request of a batch has no output, while the others have theirs."""
+
+    reason: str
+
+
 def _nothing() -> None:
     """Release nothing."""
 
@@ -46,10 +52,14 @@ class Engine(NamedTuple):
 
     A cache takes `token_bytes` bytes per token. `release` returns unused memory to the system; the cloud calls it when
     it is idle. `constrain` begins a text under a grammar over the model's vocabulary.
+
+    `told` is 0 if the logits hold the whole law. A model behind a server tells only that many of the likeliest ids
+    (`cloud_verifier.partial`): those and a few more have log-probabilities in a row, and all others share its lowest value.
     """
 
     empty_cache: Any
-    forward: Callable[[Sequence[EngineInput]], Awaitable[list[EngineOutput]]]
+    forward: Callable[[Sequence[EngineInput]], Awaitable[Sequence[EngineOutput | EngineFailure]]]
     token_bytes: int = 0
     release: Callable[[], None] = _nothing
     constrain: Constrain = nothing_constrains
+    told: int = 0

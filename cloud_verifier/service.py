@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Final, assert_never
 
@@ -11,9 +11,9 @@ import msgspec
 from numpy.typing import NDArray
 
 from cloud_verifier.batching import Batcher, Done, Outcome
-from cloud_verifier.calls import BlockJob
+from cloud_verifier.calls import BlockJob, Running
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.engine import Engine
+from cloud_verifier.engine import Engine, EngineFailure, EngineOutput
 from cloud_verifier.journal import CloudStart
 from cloud_verifier.preparing import Preparations
 from cloud_verifier.reports import PATIENCE_MAX_S, TELL_S
@@ -58,6 +58,10 @@ BUSY_S: Final = 10.0  # seconds with work after which it is released all the sam
 LOCAL: Final = "@"  # the cluster of clients on this machine; no cluster of a bus can have this name
 CACHES_S: Final = 60.0  # seconds more before the caches are dropped
 TOO_FAST: Final = "the cluster sends more than the cloud takes (cloud.cluster_blocks_s, cloud.cluster_bytes_s)"
+ONLY_TOLD: Final = (
+    "some tokens are not certain to be the LLM's own, because its server tells only the likeliest %d: "
+    "set generation.top_k to at most that, or cloud.server.logprobs higher (approximate_tokens counts them)"
+)
 FEDERATION_FILE: Final = "cloud.federation"
 
 
@@ -376,9 +380,21 @@ class CloudService:
                 log.exception("the model failed on a batch of %d blocks", len(batch))
                 done += self.batcher.fail(batch, f"{MODEL_FAILED}: {type(exc).__name__}: {exc}")
             else:
-                done += self.batcher.advance(batch, outputs)
+                done += self._advance(batch, outputs)
         await self._answer(done)
         return not self.batcher.idle
+
+    def _advance(self, batch: list[Running], outputs: Sequence[EngineOutput | EngineFailure]) -> list[Done]:
+        """Give each block its output. Those without one are refused, each with its own reason."""
+        done: list[Done] = []
+        ran = []
+        for running, output in zip(batch, outputs, strict=True):
+            if isinstance(output, EngineFailure):
+                warn_once(log, output.reason, "the model failed: %s", output.reason)
+                done += self.batcher.fail([running], f"{MODEL_FAILED}: {output.reason}")
+            else:
+                ran.append((running, output))
+        return done + self.batcher.advance([r for r, _ in ran], [o for _, o in ran])
 
     async def _keep_reporting(self) -> None:
         while True:
@@ -402,6 +418,9 @@ class CloudService:
         vocab_size = self.batcher.sessions.fingerprint.vocab_size
         by_cluster: defaultdict[str, list[RoutedVerdict]] = defaultdict(list)
         for (key, escalation, *_), outcome in done:
+            if isinstance(outcome, Settled) and outcome.approximate:
+                self._counters.add("approximate_tokens", outcome.approximate)
+                warn_once(log, "approximate", ONLY_TOLD, self._engine.told)
             if key.cluster == LOCAL:
                 future = self._local.get(key)
                 if future is not None and not future.done():

@@ -93,6 +93,7 @@ class Sessions:
         sessions_max: int,
         sessions_bytes: int = SESSIONS_BYTES,
         constrain: Constrain = nothing_constrains,
+        told: int = 0,
     ) -> None:
         self.fingerprint = fingerprint
         self.context_max = context_max
@@ -102,6 +103,7 @@ class Sessions:
         self.mismatched = 0
         self.eos_ids = eos_ids
         self._constrain = constrain
+        self._told = told
         self._entries: OrderedDict[Key, SessionEntry] = OrderedDict()
         self._keys_of: dict[tuple[str, str], OrderedDict[Key, None]] = {}  # by owner, in the same order
         self._tokens: dict[Key, int] = {}  # of each session's context, when it was used last
@@ -273,7 +275,9 @@ class Sessions:
                 held = None if grammar is None else self._constrain(grammar)
             except GrammarError as exc:
                 return RefusedBlock(str(exc))
-            state = Session(prime.sampling, self.fingerprint.vocab_size, self.eos_ids, context, held=held)
+            state = Session(
+                prime.sampling, self.fingerprint.vocab_size, self.eos_ids, context, held=held, told=self._told
+            )
             self._entries[key] = SessionEntry(state)
         else:
             known = entry.state.context

@@ -16,6 +16,8 @@ from fedhlm.protocol.refusing import refused
 ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES // 4  # most bytes of verdicts in one message
 MODEL_FAILED: Final = "the cloud's model failed"  # how the reason of such a refusal begins
 
+APPROXIMATE: Final = "{} of the tokens are not certain to be the LLM's own: its server tells only the likeliest ones"
+
 
 def verdict_of(
     escalation: Escalation, outcome: Outcome, header: Callable[[], dict[str, Any]], *, vocab_size: int
@@ -26,7 +28,7 @@ def verdict_of(
     """
     about: dict[str, Any] = {"session": escalation.session, "epoch": escalation.epoch, "base": escalation.base}
     match outcome:
-        case Settled(accepted, ids, probs, missed):
+        case Settled(accepted, ids, probs, missed, approximate):
             return Verdict(
                 **header(),
                 **about,
@@ -35,6 +37,7 @@ def verdict_of(
                 ids=pack_ids(ids, vocab_size),
                 target_probs=pack_probs(np.clip(probs, 0.0, 1.0)),
                 missed=pack_bits(missed),
+                reason=APPROXIMATE.format(approximate) if approximate else "",
             )
         case UnprimedBlock():
             return Verdict(**header(), **about, status="unprimed")

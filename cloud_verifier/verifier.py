@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cloud_verifier.partial import settle_told
 from fedhlm.decoding.couplings import COUPLINGS, Coupling
 from fedhlm.decoding.grammar import Constraint
 from fedhlm.decoding.ids import common_prefix
@@ -21,7 +22,10 @@ from fedhlm.protocol.messages import Sampling
 
 @dataclass
 class Session:
-    """The cloud's state of one generation: the sampling parameters and the context settled so far, prompt included."""
+    """The cloud's state of one generation: the sampling parameters and the context settled so far, prompt included.
+
+    `told` is as in `Engine`. `approximate` counts the tokens that were settled and are not certain to be the target's.
+    """
 
     sampling: Sampling
     vocab_size: int
@@ -31,6 +35,14 @@ class Session:
     rejected_at: int | None = None  # this epoch's first rejection; later blocks follow a discarded prefix
     fed: list[int] = field(default_factory=list)  # ids whose keys and values are in the cache
     held: Constraint | None = None  # the text under the grammar of the sampling
+    told: int = 0
+    approximate: int = 0
+
+    def draw(self, coupling: Coupling, row: NDArray[Any], position: int, draft: int | None, law: bytes) -> int:
+        """Settle a position, and count it if it is not certain."""
+        drawn = settle_told(coupling, row, self.sampling, position, draft, law, told=self.told)
+        self.approximate += not drawn.certain
+        return drawn.token
 
 
 class Block(NamedTuple):
@@ -64,12 +76,14 @@ class Settled(NamedTuple):
 
     `target_probs` are the target probabilities of all ids that were evaluated. `missed` tells for each fixed id whether
     the target would have emitted another token there. Only a shared coupling can tell; under any other it is false.
+    `approximate` is how many of the tokens that the target settled are not certain to be its own (`Engine.told`).
     """
 
     accepted: int
     ids: list[int]
     target_probs: list[float]
     missed: list[bool]
+    approximate: int = 0
 
 
 def settle(
@@ -85,7 +99,7 @@ def settle(
     evaluated, and there is still only one round trip. A path that is accepted to its end is extended by `block.extend`
     bonus tokens, or up to the end of the text. `watch` receives the logits of each new bonus token, shape (V,).
     """
-    context, base, fixed = session.context, block.base, block.fixed
+    context, base, fixed, uncertain = session.context, block.base, block.fixed, session.approximate
     coupling = COUPLINGS[session.sampling.coupling]
     _overwrite(context, base, block.ids[:fixed])
     tree = Tree(block.ids[fixed:], block.branches)
@@ -107,7 +121,7 @@ def settle(
         child = tree.child(node, context[end])
         end += 1
         if child is None or context[end - 1] in session.eos_ids:
-            return Settled(accepted, context[start:end], probs, missed)
+            return Settled(accepted, context[start:end], probs, missed, session.approximate - uncertain)
         path = tree.chain_below(child)
         ids = [tree.tokens[n - 1] for n in path]
         rows = yield from _run(session, end, ids)
@@ -122,11 +136,11 @@ def settle(
                 row = (yield from _run(session, position, []))[-1]
             if watch is not None:
                 watch(row)
-            context.append(coupling.settle(row, session.sampling, position, None, b""))
+            context.append(session.draw(coupling, row, position, None, b""))
         end = position + 1
         if context[position] in session.eos_ids:
             break
-    return Settled(accepted, context[start:end], probs, missed)
+    return Settled(accepted, context[start:end], probs, missed, session.approximate - uncertain)
 
 
 def _overwrite(context: list[int], base: int, fixed: list[int]) -> None:
@@ -153,9 +167,7 @@ def _stand(session: Session, block: Block, coupling: Coupling, rows: NDArray[Any
     for i, token in enumerate(block.ids):
         position = block.base + i
         if position == len(session.context):
-            settled = (
-                token if i < block.fixed else coupling.settle(rows[i], session.sampling, position, token, block.laws[i])
-            )
+            settled = token if i < block.fixed else session.draw(coupling, rows[i], position, token, block.laws[i])
             session.context.append(settled)
         if session.context[position] != token:
             return i

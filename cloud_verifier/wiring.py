@@ -3,6 +3,7 @@
 import asyncio
 from typing import Final, NamedTuple
 
+from cloud_verifier.backends.openai import ServedModel
 from cloud_verifier.coordinator import Coordinator
 from cloud_verifier.engine import Engine
 from cloud_verifier.service import CloudService
@@ -38,6 +39,12 @@ class LargeModel(NamedTuple):
         fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
         return cls(engine, fingerprint, frozenset(info.eos_ids), info.context)
 
+    @classmethod
+    def of_server(cls, served: ServedModel) -> "LargeModel":
+        """Describe a model that runs on a server."""
+        fingerprint = fingerprint_of(*served.vocabulary, noise=NOISE, model=served.name)
+        return cls(served.engine, fingerprint, frozenset(served.eos_ids), served.context)
+
     def sessions(self, sessions_max: int, sessions_bytes: int = SESSIONS_BYTES) -> Sessions:
         """Create an empty store for at most `sessions_max` sessions with `sessions_bytes` bytes of contexts."""
         return Sessions(
@@ -47,6 +54,7 @@ class LargeModel(NamedTuple):
             sessions_max=sessions_max,
             sessions_bytes=sessions_bytes,
             constrain=self.engine.constrain,
+            told=self.engine.told,
         )
 
 

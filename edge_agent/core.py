@@ -5,6 +5,7 @@ Prompts are served one after the other. Each generation has its own session, who
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
@@ -123,6 +124,7 @@ class AgentCore:
         self._lessons = Lessons(here, self.auditor, sampler, guest=guest)
         self._notes = Notes(party)
         self._routes: dict[int, asyncio.Queue[Event]] = {}
+        self._approximate: Counter[int] = Counter()  # by session: verdicts that may not be the LLM's own
         self._delay = Delay()
         self._meet(None)
         learner.begin(party.stamp.wall_ms())
@@ -217,6 +219,9 @@ class AgentCore:
             self._set_link_up()
             return
         event = event_of(verdict, self.fingerprint.vocab_size)
+        if isinstance(event, Answered) and verdict.reason:
+            self._approximate[verdict.session] += 1
+            warn_once(log, "approximate", "the cloud cannot promise its texts token for token: %s", verdict.reason)
         if SOURCES[verdict.source].verified:
             self.absent = ""
         if not isinstance(event, Working):
@@ -361,6 +366,7 @@ class AgentCore:
                         tell_late(machine)
         finally:
             del self._routes[session]
+            result.approximate = self._approximate.pop(session, 0)
             self.link_up = machine.link_up
         result.rollbacks, result.discarded = machine.tally.rollbacks, machine.tally.discarded
         result.escalated = machine.tally.escalated

@@ -31,7 +31,8 @@ class GenerationResult:
 
     `uplink_bytes` go to the cloud, and `cluster_bytes` to the peers and the federation. `escalation_bytes` are the
     uplink's bytes with headers of fixed size, on which decisions are based. `tau` and `similarity` are the thresholds
-    that were used. `drafts` counts the drafts that the LLM has looked at.
+    that were used. `drafts` counts the drafts that the LLM has looked at, and `approximate` the verdicts with tokens
+    that are not certain to be its own.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -46,6 +47,7 @@ class GenerationResult:
     round_trips: int = 0
     rollbacks: int = 0
     drafts: int = 0
+    approximate: int = 0
     discarded: int = 0
     escalated: int = 0
     tau: float = 1.0
@@ -121,6 +123,8 @@ class GenerationResult:
                 "wall_s": self.wall_s,
             }
         )
+        if self.approximate:
+            figures["approximate"] = float(self.approximate)
         if self.similarity is not None:
             figures["similarity"] = self.similarity
         if self.certificate is not None:

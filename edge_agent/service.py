@@ -384,13 +384,22 @@ class AgentService:
     def _receipt(
         self, request: RoutedPrompt, job: Job, prompt: Sequence[int], result: GenerationResult
     ) -> Receipt | None:
-        """The receipt of a text of which the LLM has verified every token; None for any other, or if nobody wants it."""
+        """The receipt of a text of which the LLM has verified every token; None for any other, or if nobody wants it.
+
+        A text with tokens that are not certain to be the LLM's own has none.
+        """
         large, agent = self.agent.upstream, self.agent
         if not request.prompt.receipt and request.tell is None:
             return None
         whole = result.finish in ("stop", "length", "context") and result.ids
         verified = all(SOURCES[source].verified for source in result.sources)
-        if large is None or not whole or not verified or not COUPLINGS[job.sampling.coupling].shared:
+        if (
+            large is None
+            or not whole
+            or not verified
+            or result.approximate
+            or not COUPLINGS[job.sampling.coupling].shared
+        ):
             return None
         receipt = receipt_of(
             job.sampling,

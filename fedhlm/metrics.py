@@ -79,6 +79,11 @@ METRICS: Final = (
     Metric("escalations", "counter", "blocks sent upwards"),
     Metric("verdicts", "counter", "verdicts received or given"),
     Metric("retries", "counter", "escalations sent again"),
+    Metric(
+        "approximate_tokens",
+        "counter",
+        "tokens that are not certain to be the LLM's own, because its server tells only the likeliest ones",
+    ),
     Metric("stale_escalations", "counter", "blocks of an epoch that a rollback had ended"),
     Metric("rollbacks", "counter", "drafts taken back after a verdict"),
     Metric("reprimes", "counter", "sessions whose context had to be sent again"),

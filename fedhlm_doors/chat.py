@@ -14,7 +14,8 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fedhlm.answering import Offer
-from fedhlm.decoding.decoder import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from fedhlm.decoding.decoder import CHAT_TEMPLATE_FILE
+from fedhlm.decoding.hub import TOKENIZER_CONFIG_FILE
 from fedhlm.decoding.text import TOKEN_BYTES_MAX
 from fedhlm.errors import ModelError
 from fedhlm_doors.refusals import ApiError

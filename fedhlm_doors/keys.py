@@ -4,12 +4,11 @@ import hashlib
 import hmac
 import math
 import re
-import stat
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from fedhlm.errors import ConfigError
+from fedhlm.process.files import read_secret
 from fedhlm.protocol.fields import NAME_PATTERN
 from fedhlm_doors.refusals import ApiError
 
@@ -17,7 +16,6 @@ KEY: Final = "api.keys"
 ANYONE: Final = "anyone"  # the client where no keys are needed
 KEY_LEAST: Final = 16  # characters
 BURST_SHARE: Final = 0.25  # of a minute's requests may come at once
-_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _LINE: Final = re.compile(rf"({NAME_PATTERN})[ \t]+(\S{{{KEY_LEAST},}})\Z")
 
 
@@ -36,13 +34,7 @@ class ApiKeys:
         """
         if not path:
             return cls(None)
-        try:
-            if Path(path).stat().st_mode & _OTHERS:
-                raise ConfigError(KEY, path, "a file that only its owner can read", why="chmod 600 makes it one")
-            lines = Path(path).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
-            raise ConfigError(KEY, path, "a readable file", why=why or "") from exc
+        lines = read_secret(path, key=KEY).splitlines()
         names: dict[str, str] = {}
         for number, line in enumerate(lines, start=1):
             if not line.strip() or line.startswith("#"):

@@ -38,7 +38,7 @@ def with_agent_model(loaded: Loaded) -> Loaded:
     Raises:
         ModelError: see `model_folder`.
     """
-    agent = replace(loaded.config.agent, model=str(model_folder(loaded.config.agent.model, "slm")))
+    agent = replace(loaded.config.agent, model=loaded.config.agent.model or str(model_folder("", "slm")))
     return dataclasses.replace(loaded, config=replace(loaded.config, agent=agent))
 
 
@@ -48,5 +48,5 @@ def with_cloud_model(loaded: Loaded) -> Loaded:
     Raises:
         ModelError: see `model_folder`.
     """
-    cloud = replace(loaded.config.cloud, model=str(model_folder(loaded.config.cloud.model, "llm")))
+    cloud = replace(loaded.config.cloud, model=loaded.config.cloud.model or str(model_folder("", "llm")))
     return dataclasses.replace(loaded, config=replace(loaded.config, cloud=cloud))

@@ -1,13 +1,37 @@
-"""Atomic replacement of files: after a power cut, a file has its old or its new content."""
+"""Secrets in files, and atomic replacement: after a power cut, a file has its old or its new content."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from fedhlm.errors import ConfigError
+
 PRIVATE: Final = 0o600
 PUBLIC: Final = 0o644
+
+
+_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
+
+
+def read_secret(path: str, *, key: str) -> str:
+    """Read a file of secrets, without white space at its ends. `key` is the setting that names it.
+
+    Raises:
+        ConfigError: the file cannot be read, is empty, or others may read it.
+    """
+    try:
+        if Path(path).stat().st_mode & _OTHERS:
+            raise ConfigError(key, path, "a file that only its owner can read", why="chmod 600 makes it one")
+        text = Path(path).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise ConfigError(key, path, "a readable file", why=why or "") from exc
+    if not text:
+        raise ConfigError(key, path, "a file with at least one key")
+    return text
 
 
 def aside_of(path: Path) -> Path:

@@ -126,7 +126,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "ids": ("", "packed ids that follow: one in place of a rejected draft, or those of the cloud's own"),
         "target_probs": ("", "target probability of each scored id, little-endian float16"),
         "source": ("", "who settled the block"),
-        "reason": ("", "reason for the status `refused`"),
+        "reason": ("", "reason for the status `refused`; with `settled`, why tokens may not be the LLM's own"),
         "missed": ("", "one bit for each fixed id, lowest first: the target would have emitted another token"),
         "fed": ("tokens", "how many ids of the prime the cloud has read, with the status `working`"),
     },

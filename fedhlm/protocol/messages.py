@@ -260,7 +260,8 @@ class Verdict(Message, tag=5, frozen=True):
     is the lowest bit of the first byte.
 
     A verdict from a peer or neighbour has not been seen by the cloud yet. A status other than "settled" decides
-    nothing: "unprimed" asks for the same block with a prime, and "refused" gives its reason in `reason`. "working"
+    nothing: "unprimed" asks for the same block with a prime, and "refused" gives its reason in `reason`. The reason of
+    a settled block says that some of its tokens are not certain to be the LLM's own. "working"
     says that the cloud is at work, on this block or on those before it, and has read `fed` ids of the prime; the answer
     itself follows.
     """

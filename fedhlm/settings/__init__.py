@@ -8,6 +8,7 @@ from msgspec import Meta
 from fedhlm.bus.broker_url import BrokerUrl, TlsFiles
 from fedhlm.protocol import fields, topics
 from fedhlm.settings.generation import Consensus, Generation, Learning, Pipeline
+from fedhlm.settings.model_server import ModelServer
 from fedhlm.settings.section import MASK, Section, WaitMs, is_secret, masked
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Federation",
     "Generation",
     "Learning",
+    "ModelServer",
     "Pipeline",
     "Section",
     "Telemetry",
@@ -280,7 +282,14 @@ class Edge(Section, frozen=True):
 class Cloud(Section, frozen=True):
     """The verifier with the large model."""
 
-    model: Annotated[str, Meta(description="Folder of the large model. Empty: the shipped one.")] = ""
+    model: Annotated[
+        str,
+        Meta(
+            description="Folder of the large model, or the URL of a server that runs it, such as "
+            "http://localhost:8000/v1 (`cloud.server`). Empty: the shipped one."
+        ),
+    ] = ""
+    server: ModelServer = ModelServer()
     state: Annotated[str, Meta(description="Folder for the federation's sums. Empty: nothing survives a restart.")] = ""
     threads: Annotated[Threads, Meta(description="Threads of the model. 0: onnxruntime's choice.")] = 0
     providers: Annotated[

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.engine import Engine, EngineInput, EngineOutput
+from cloud_verifier.engine import Engine, EngineFailure, EngineInput, EngineOutput
 from cloud_verifier.journal import CloudStart
 from cloud_verifier.service import FEDERATION_FILE, CloudService
 from cloud_verifier.sessions import Key, Sessions, StaleBlock
@@ -321,6 +321,8 @@ async def _why_law(
     if not context:
         return "its context is empty"
     (output,) = await engine.forward([EngineInput(engine.empty_cache, context, 1)])
+    if isinstance(output, EngineFailure):
+        return output.reason
     row = output.logits[-1]
     p = law(row, sampling)
     facts = [f"p({spell(token)}) is {p[token]:.4g}" for token in tokens]

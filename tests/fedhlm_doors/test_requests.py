@@ -13,7 +13,8 @@ from openai.types.chat import completion_create_params as chat_create_params
 from tokenizers import AddedToken, Tokenizer
 
 from fedhlm.answering import Offer
-from fedhlm.decoding.decoder import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from fedhlm.decoding.decoder import CHAT_TEMPLATE_FILE
+from fedhlm.decoding.hub import TOKENIZER_CONFIG_FILE
 from fedhlm.errors import ConfigError, ModelError
 from fedhlm.marks import rewritten
 from fedhlm.settings import Api

@@ -7,8 +7,7 @@ from typing import Any, Final
 import pytest
 from tokenizers import Tokenizer, processors
 
-from fedhlm.decoding.decoder import TOKENIZER_CONFIG_FILE
-from fedhlm.decoding.hub import begin_id
+from fedhlm.decoding.hub import TOKENIZER_CONFIG_FILE, begin_id
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
 from fedhlm_zoo.tiny import byte_tokenizer

@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 import uvicorn
+from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fedhlm.decoding.decoder import Decoder, DecoderInput
+from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput
+from fedhlm.decoding.ids import common_prefix
 
 NAME = "news-llm"
 MAX_LOGPROBS = 20
+HELD = 8  # texts whose keys and values are kept
 
 
 class Refusal(Exception):
@@ -63,6 +66,7 @@ class VllmServer:
         self.most_open = 0
         self.url = ""
         self._one = asyncio.Lock()
+        self._held: dict[tuple[int, ...], Cache] = {}
 
     def routes(self) -> list[Route]:
         return [
@@ -129,21 +133,28 @@ class VllmServer:
             "usage": {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": len(prompts)},
         }
 
+    def rows(self, ids: list[int], count: int) -> NDArray[np.float32]:
+        """The logits after the last `count` ids. Like vLLM it keeps what it has computed of other texts."""
+        shared, before = max(((common_prefix(ids, list(known)), known) for known in self._held), default=(0, ()))
+        kept = min(shared, len(ids) - count)
+        cache = self._held[before].truncated(kept) if kept else self.decoder.empty_cache()
+        result = self.decoder.forward([DecoderInput(cache, ids[kept:], count)])[0]
+        self._held[tuple(ids)] = result.cache
+        while len(self._held) > HELD:
+            self._held.pop(next(iter(self._held)))
+        return result.logits
+
     def choice(self, index: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
         if len(ids) + body["max_tokens"] > self.max_model_len:
             raise Refusal(400, f"This model's maximum context length is {self.max_model_len} tokens.")
         size = self.decoder.vocabulary.size
         real = [i % size for i in ids]
         wanted = body.get("prompt_logprobs")
-        rows = self.decoder.forward([DecoderInput(self.decoder.empty_cache(), real, None if wanted else 1)])[0].logits
-        rows = rows + self.jitter * (len(rows) > 1) * np.sin(np.arange(size))
+        rows = self.rows(real, len(real) if wanted else 1).copy()
+        rows += self.jitter * (len(rows) > 1) * np.sin(np.arange(size))
         last = self.told(rows[-1], body["logprobs"])
         drawn = max(last, key=lambda token: last[token])
-        name = (
-            (lambda i: f"token_id:{i}")
-            if self.names_ids and body.get("return_tokens_as_token_ids")
-            else (lambda i: f"t{i}")
-        )
+        prefix = "token_id:" if self.names_ids and body.get("return_tokens_as_token_ids") else "t"
         found: dict[str, Any] = {
             "index": index,
             "text": self.decoder.tokenizer.decode([drawn]),
@@ -151,8 +162,8 @@ class VllmServer:
             "logprobs": {
                 "text_offset": [0],
                 "token_logprobs": [last[drawn]],
-                "tokens": [name(drawn)],
-                "top_logprobs": [{name(token): value for token, value in last.items()}],
+                "tokens": [f"{prefix}{drawn}"],
+                "top_logprobs": [{f"{prefix}{token}": value for token, value in last.items()}],
             },
             "prompt_logprobs": None,
         }
@@ -171,7 +182,7 @@ class VllmServer:
             found["prompt_logprobs"] = scored
         return found
 
-    def told(self, row: np.ndarray[Any, Any], count: int, own: int | None = None) -> dict[int, float]:
+    def told(self, row: NDArray[np.float32], count: int, own: int | None = None) -> dict[int, float]:
         wide = row.astype(np.float64)
         logs = wide - wide.max() - math.log(np.exp(wide - wide.max()).sum())
         best = np.argsort(-logs, kind="stable")[:count].tolist()

@@ -263,7 +263,7 @@ async def served(url: str, settings: ModelServer) -> AsyncIterator[ServedModel]:
     try:
         import httpx
     except ModuleNotFoundError as exc:
-        raise ModelError(f"a model at {url} needs httpx, which is not installed: pip install 'fedhlm[remote]'") from exc
+        raise ModelError(f"a model at {url} needs httpx, which is not installed: pip install 'fedhlm[cloud]'") from exc
     folder = Path(settings.tokenizer)
     if not settings.tokenizer:
         raise ConfigError(

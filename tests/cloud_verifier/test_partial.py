@@ -15,7 +15,7 @@ TEXTS = 400
 
 def law_of(seed: int, *, scale: float) -> NDArray[np.float64]:
     logits = np.random.default_rng(seed).normal(0.0, scale, SIZE)
-    return logits - np.log(np.exp(logits).sum())
+    return np.asarray(logits - np.log(np.exp(logits).sum()))
 
 
 def told_of(law: NDArray[np.float64], *also: int) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ from fedhlm.protocol.messages import Sampling
 LEAST_REST: Final = 1e-9  # mass that rounding may hide
 
 
-class Drawn(NamedTuple):
+class SettledToken(NamedTuple):
     """A settled token, and whether it is the one that the whole law would give."""
 
     token: int
@@ -56,26 +56,26 @@ def _row(order: list[tuple[float, int]], size: int, told: int) -> tuple[NDArray[
 
 def settle_told(
     coupling: Coupling, row: Logits, sampling: Sampling, position: int, draft: int | None, law: bytes, *, told: int
-) -> Drawn:
+) -> SettledToken:
     """Settle one position as `Coupling.settle` does, from a row of which only the ids above its lowest value are told.
 
     `told` is the number of likeliest ids in the row; 0 means that it holds the whole law.
     """
     token = coupling.settle(row, sampling, position, draft, law)
     if not told or coupling.greedy or sampling.temperature < COLDEST or 0 < (sampling.top_k or 0) <= told:
-        return Drawn(token, True)
+        return SettledToken(token, True)
     least, most = _between(row, told)
     kept, wide = np.isfinite(scores(least, sampling)), scores(most, sampling)
     if (np.isfinite(wide) & ~np.isfinite(least)).any():
         # Filters by rank keep some of many equal ids. In truth it may be any of those that were not told.
         wide = scores(most, msgspec.structs.replace(sampling, top_p=1.0, top_k=None))
     if np.array_equal(kept, np.isfinite(wide)):  # the filters keep the same ids whatever the rest is, and all are told
-        return Drawn(token, True)
+        return SettledToken(token, True)
     if not coupling.shared:
-        return Drawn(token, False)
+        return SettledToken(token, False)
     # The noise of every id is known, so an id that is not told can win only where it would win at its bound.
     winner = perturbed_argmax(wide, sampling.seed, position)
-    return Drawn(winner, True) if kept[winner] else Drawn(token, False)
+    return SettledToken(winner, True) if kept[winner] else SettledToken(token, False)
 
 
 def _between(row: Logits, told: int) -> tuple[NDArray[Any], NDArray[Any]]:

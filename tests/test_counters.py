@@ -13,6 +13,7 @@ PACKAGES = ("fedhlm", "edge_agent", "edge_broker", "cloud_verifier")
 # Attributes that grow and are no counts of what happened, with what they are.
 NO_COUNTS = {
     "_joined": "the number of a member, in order of joining",
+    "_approximate": "figure of one answer; the cloud counts approximate_tokens",
     "_asked": "the next request's name",
     "_running": "blocks that run now",
     "_bytes": "what a queue holds now",

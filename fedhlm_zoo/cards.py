@@ -10,6 +10,7 @@ from fedhlm.decoding.decoder import GRAPH_FILE, ModelInfo, load_info
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm_zoo.evaluate import Agreement, Evaluation
 from fedhlm_zoo.info import graph_bytes
+from fedhlm_zoo.report import QuantisationFigures, legend, table
 
 CARD_FILE: Final = "README.md"
 
@@ -41,7 +42,13 @@ class ModelFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_card(
-    folder: Path, *, purpose: str, training: str, figures: tuple[ModelFigures, ...], limits: str = ""
+    folder: Path,
+    *,
+    purpose: str,
+    training: str,
+    figures: tuple[ModelFigures, ...] = (),
+    quantisation: tuple[QuantisationFigures, ...] = (),
+    limits: str = "",
 ) -> Path:
     """Write ``README.md`` into a model folder.
 
@@ -50,24 +57,41 @@ def write_card(
         purpose: a sentence on what the model is for.
         training: how it was made, as Markdown.
         figures: one row per form of the model, the first as trained, the last as shipped.
+        quantisation: what quantising cost, one row per form of the model.
         limits: what it should not be used for, as Markdown.
 
     Raises:
         ModelError: not a usable model folder.
     """
     path = folder / CARD_FILE
-    path.write_text(render_card(load_info(folder), purpose=purpose, training=training, figures=figures, limits=limits))
+    card = render_card(
+        load_info(folder),
+        purpose=purpose,
+        training=training,
+        figures=figures,
+        quantisation=quantisation,
+        limits=limits,
+    )
+    path.write_text(card)
     return path
 
 
 def render_card(
-    info: ModelInfo, *, purpose: str, training: str, figures: tuple[ModelFigures, ...], limits: str = ""
+    info: ModelInfo,
+    *,
+    purpose: str,
+    training: str,
+    figures: tuple[ModelFigures, ...] = (),
+    quantisation: tuple[QuantisationFigures, ...] = (),
+    limits: str = "",
 ) -> str:
     """The text of a model card."""
     parts = [f"# {info.name}", purpose, "## What it is", _shape(info), ARITHMETIC.get(info.quantisation, "")]
     parts += ["## How it was made", training]
     if figures:
         parts += ["## Figures", _legend(figures), _table(figures)]
+    if quantisation:
+        parts += ["## Quantisation", legend(quantisation), table(quantisation)]
     if limits:
         parts += ["## Limits", limits]
     return "\n\n".join(p for p in parts if p) + "\n"

@@ -1,4 +1,4 @@
-"""Measure a model on AG News, and measure how well a small model predicts a large one's continuations.
+"""Measure a model on AG News or on other texts, and measure how well a small model predicts a large one.
 
 A model is a torch directory or a model folder; both give the same figures up to rounding. Noise comes from
 `fedhlm.decoding.sampling`, so acceptance is that of the running system.
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import INFO_FILE, Decoder, DecoderInput
+from fedhlm.decoding.hub import begin_id
 from fedhlm.decoding.sampling import perturbed_argmax, scores
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
@@ -25,6 +26,8 @@ from fedhlm_zoo.corpus import TOPIC_LINE, TOPICS, Article
 
 TEMPERATURE: Final = 0.8
 CONTINUATION: Final = 64
+PROMPT_IDS: Final = 24  # of a text's beginning that a target continues
+COMPARED: Final = 8  # texts whose logits of both models are held at once
 # Tokens per torch call; the logits of a call take 4 bytes * vocabulary each.
 CALL_TOKENS: Final = 4096
 
@@ -53,6 +56,25 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float
 
 
+class TextEvaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of one model on `texts` texts, each up to the model's context; perplexity is per token."""
+
+    texts: int
+    tokens: int
+    perplexity: float
+
+
+class Likeness(msgspec.Struct, frozen=True, kw_only=True):
+    """How near a model's laws are to a target's at the tokens of the same texts.
+
+    `top1` is the share of positions with equal argmax. `kl` is the mean of KL(target || model), in nats.
+    """
+
+    tokens: int
+    top1: float
+    kl: float
+
+
 class Model(Protocol):
     """What the measurements need from a model."""
 
@@ -60,6 +82,7 @@ class Model(Protocol):
     vocabulary: Vocabulary
     context: int
     end_id: int
+    begin: tuple[int, ...]  # the ids before the first of a text
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Number and logits (length, vocabulary.size) of every sequence, in any order."""
@@ -79,6 +102,8 @@ class OnnxModel:
         self.vocabulary = self._decoder.vocabulary
         self.context = self._decoder.info.context
         self.end_id = min(self._decoder.info.eos_ids, default=-1)
+        bos_id = self._decoder.info.bos_id
+        self.begin: tuple[int, ...] = () if bos_id is None else (bos_id,)
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         with progress("texts read", len(sequences)) as ended:
@@ -111,6 +136,8 @@ class TorchModel:
         self.context = int(self._model.config.max_position_embeddings)
         eos = self._model.config.eos_token_id
         self.end_id = min(eos if isinstance(eos, list) else [-1 if eos is None else eos])
+        bos_id = begin_id(file.parent, self._model.config.bos_token_id)
+        self.begin: tuple[int, ...] = () if bos_id is None else (bos_id,)
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         import torch
@@ -179,14 +206,73 @@ def evaluate(model: Model, articles: Sequence[Article]) -> Evaluation:
     for number, logits in model.rows(sequences):
         body = len(sequences[number]) - len(asked)  # the end-of-text id and the body
         right += TOPICS[int(np.argmax(logits[-1, topics]))] == articles[number].topic
-        rows = logits[: body - 1]
-        peak = rows.max(axis=1)
-        picked = rows[np.arange(body - 1), sequences[number][1:body]]
-        nll += float((np.log(np.exp(rows - peak[:, None]).sum(axis=1)) + peak - picked).sum())
+        nll -= float(_log_laws(logits[: body - 1])[np.arange(body - 1), sequences[number][1:body]].sum())
         tokens += body - 1
     return Evaluation(
         articles=len(articles), topic_accuracy=right / len(articles), tokens=tokens, perplexity=math.exp(nll / tokens)
     )
+
+
+def evaluate_texts(model: Model, texts: Sequence[str]) -> TextEvaluation:
+    """Measure the perplexity of texts.
+
+    Raises:
+        ModelError: no text has two tokens.
+    """
+    nll, tokens = 0.0, 0
+    sequences = sequences_of(model, texts)
+    for number, logits in model.rows(sequences):
+        after = sequences[number][1:]
+        nll -= float(_log_laws(logits[:-1])[np.arange(len(after)), after].sum())
+        tokens += len(after)
+    return TextEvaluation(texts=len(sequences), tokens=tokens, perplexity=math.exp(nll / tokens))
+
+
+def sequences_of(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of the texts, up to the context of the model. Texts of one token are left out, as nothing predicts it.
+
+    Raises:
+        ModelError: no text is left.
+    """
+    encoded = model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    sequences = [[*model.begin, *e.ids][: model.context] for e in encoded]
+    if not (found := [ids for ids in sequences if len(ids) > 1]):
+        raise ModelError("texts must have at least two tokens (got none that has)")
+    return found
+
+
+def likeness(model: Model, target: Model, texts: Sequence[str]) -> Likeness:
+    """Compare the laws of two models at every token of the texts.
+
+    Raises:
+        ModelError: the ids of the two have different meanings, or no text has two tokens.
+    """
+    _same_ids(model, target)
+    context = min(model.context, target.context)
+    sequences = [ids[:context] for ids in sequences_of(target, texts)]
+    same, kl, tokens = 0, 0.0, 0
+    for begin in range(0, len(sequences), COMPARED):
+        part = sequences[begin : begin + COMPARED]
+        ours, theirs = dict(model.rows(part)), dict(target.rows(part))
+        for number in range(len(part)):
+            p, q = _log_laws(theirs[number]), _log_laws(ours[number])
+            same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
+            kl += float((np.exp(p) * (p - q)).sum())
+            tokens += len(p)
+    return Likeness(tokens=tokens, top1=same / tokens, kl=kl / tokens)
+
+
+def _log_laws(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Normalised log-probabilities, row by row."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    return wide
+
+
+def _same_ids(draft: Model, target: Model) -> None:
+    if draft.vocabulary != target.vocabulary:
+        raise ModelError("draft and target have different vocabularies: agreement needs the same meaning of every id")
 
 
 def _topic_ids(tokenizer: Tokenizer) -> list[int]:
@@ -209,12 +295,40 @@ def agreement(
     Raises:
         ModelError: the ids of the two have different meanings.
     """
-    if draft.vocabulary != target.vocabulary:
-        raise ModelError("draft and target have different vocabularies: agreement needs the same meaning of every id")
     titles = [a.title or a.text.split("\n")[0] for a in articles]
     encoded = target.tokenizer.encode_batch([f"{t}\n" for t in titles], add_special_tokens=False)
     longest = min(draft.context, target.context) - tokens - 1
     prompts = [[target.end_id, *e.ids[:longest]] for e in encoded]
+    return agreement_after(draft, target, prompts, tokens=tokens, temperature=temperature)
+
+
+def text_agreement(
+    draft: Model,
+    target: Model,
+    texts: Sequence[str],
+    *,
+    tokens: int = CONTINUATION,
+    temperature: float = TEMPERATURE,
+) -> Agreement:
+    """Let `target` continue the beginnings of texts, as `agreement` does with titles.
+
+    Raises:
+        ModelError: as in `agreement`, or no text has two tokens.
+    """
+    longest = min(PROMPT_IDS, min(draft.context, target.context) - tokens)
+    prompts = [ids[:longest] for ids in sequences_of(target, texts)]
+    return agreement_after(draft, target, prompts, tokens=tokens, temperature=temperature)
+
+
+def agreement_after(
+    draft: Model, target: Model, prompts: list[list[int]], *, tokens: int, temperature: float
+) -> Agreement:
+    """Let `target` continue prompts, and count where `draft` would have written the same token.
+
+    Raises:
+        ModelError: the ids of the two have different meanings.
+    """
+    _same_ids(draft, target)
     greedy = _count_equal(draft, target, prompts, tokens=tokens, temperature=0.0)
     gumbel = _count_equal(draft, target, prompts, tokens=tokens, temperature=temperature)
     return Agreement(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from cloud_verifier.backends.onnx import threaded
 from cloud_verifier.backends.openai import is_url, served
@@ -27,7 +28,7 @@ async def run(config: Config, counters: Counters, notifier: Notifier | None = No
     notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
-    async with opened(config.cloud) as (model, offer):
+    async with opened(config.cloud) as (large, offer), drafting(config.cloud, large) as model:
         service = cloud_of(config, runtime, model, open_bus=opener(config.broker, notifier, "the broker"))
         await service.subscribe()
         async with service.bus, door(ModelAlone(service, model, config.generation, offer)):
@@ -53,6 +54,17 @@ async def opened(cloud: Cloud) -> AsyncIterator[tuple[LargeModel, Offer]]:
     async with threaded(decoder) as engine:
         offer = Offer.of(decoder, folder, name=decoder.info.name, probabilities=True)
         yield LargeModel.of(decoder, engine), offer
+
+
+@asynccontextmanager
+async def drafting(cloud: Cloud, model: LargeModel) -> AsyncIterator[LargeModel]:
+    """The same model with the draft model of these settings, if there is one."""
+    if not cloud.draft_model:
+        yield model
+        return
+    small = Decoder.load(Path(cloud.draft_model), threads=cloud.threads, providers=cloud.providers)
+    async with threaded(small) as engine:
+        yield model.beside(small, engine)
 
 
 def warn_of_blocks(decoder: Decoder) -> None:

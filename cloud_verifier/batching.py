@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from cloud_verifier.calls import BlockJob, CacheRoom, Call, Running
-from cloud_verifier.engine import Engine, EngineInput, EngineOutput
+from cloud_verifier.engine import DraftModel, Engine, EngineInput, EngineOutput
 from cloud_verifier.queues import AgentQueue, Waiting
 from cloud_verifier.reports import WorkReports
 from cloud_verifier.sessions import Declined, Key, RefusedBlock, Sessions
@@ -71,7 +71,14 @@ class Batcher:
     """
 
     def __init__(
-        self, sessions: Sessions, engine: Engine, *, batch_max: int, batch_tokens: int, cache_bytes: int
+        self,
+        sessions: Sessions,
+        engine: Engine,
+        *,
+        batch_max: int,
+        batch_tokens: int,
+        cache_bytes: int,
+        small: DraftModel | None = None,
     ) -> None:
         self.sessions = sessions
         self.batch_max = batch_max
@@ -80,8 +87,9 @@ class Batcher:
         self.expired = 0
         self.overflowed = 0
         self.evicted = 0
-        self._empty_cache = engine.empty_cache
-        self._token_bytes = max(1, engine.token_bytes)
+        self._empty_caches = {False: engine.empty_cache, True: None if small is None else small.engine.empty_cache}
+        self._small = small
+        self._token_bytes = max(1, engine.token_bytes + (0 if small is None else small.engine.token_bytes))
         self._queue = Waiting(short_max=batch_tokens, id_bytes=id_bytes(sessions.fingerprint.vocab_size))
         self.reports = WorkReports(self._queue, sessions, short_max=batch_tokens)
         self._lanes: Final = {True: Lane(), False: Lane()}  # by whether blocks are short
@@ -175,6 +183,18 @@ class Batcher:
         self.evicted += room.evicted
         return call.batch, done
 
+    def take_drafting(self) -> list[Running]:
+        """Return the pieces of blocks to run in one call of the small model, the oldest blocks first.
+
+        The call is as large as one for short blocks. Whoever asks for drafts is not charged for them.
+        """
+        call = Call(self.batch_tokens, self.batch_max)
+        for running in sorted((r for r in self.running if r.feed.small), key=lambda r: r.number):
+            piece = 0 if call.full else call.piece_of(running, call.tokens_max)
+            if piece:
+                call.add(running, piece)
+        return call.batch
+
     def tokens_of_call(self, now_s: float, *, short: bool) -> int:
         """The most tokens of the next call for a lane."""
         if short:
@@ -223,7 +243,11 @@ class Batcher:
         for cluster, queue in self._queue.clusters.items():
             places: list[tuple[str, Running | None]] = []
             for name, agent in queue.agents.items():
-                places += [(name, running) for running in agent.running.values() if self._in_lane(running, short)]
+                places += [
+                    (name, running)
+                    for running in agent.running.values()
+                    if self._in_lane(running, short) and not running.feed.small
+                ]
                 if agent.startable(short=short, at_most=RUNNING_OF_ONE) is not None:
                     places.append((name, None))
             if places:
@@ -281,6 +305,9 @@ class Batcher:
             raise AssertionError(f"{job.key} was admitted without a session")
         if not entry.state.fed:
             self.sessions.inherit(job.key, entry, agent.running)
+        end = block.base + len(block.ids) + block.extend
+        if self._small is None or end > self._small.context:
+            block = block._replace(drafts=0)
         steps = settle(entry.state, block, job.watch)
         turn = self._lanes[short].agents(job.key.cluster).of(job.key.agent)
         running = Running(job, entry, steps, next(steps), next(self._numbers), turn, short)
@@ -290,20 +317,20 @@ class Batcher:
 
     def request(self, running: Running) -> EngineInput:
         """The model input for a block's next piece."""
-        entry = running.entry
-        cache = self._empty_cache if entry.cache is None else entry.cache
-        ids = entry.state.fed[entry.cached : entry.cached + running.piece]
-        return EngineInput(cache.truncated(entry.cached), ids, running.wanted)
+        reader = running.reader
+        cache = self._empty_caches[running.feed.small] if reader.cache is None else reader.cache
+        ids = running.fed[reader.cached : reader.cached + running.piece]
+        return EngineInput(cache.truncated(reader.cached), ids, running.wanted)
 
     # Results
 
     def advance(self, batch: Sequence[Running], outputs: Sequence[EngineOutput]) -> list[Done]:
-        """Give each block from `take` its output, and return the blocks that are settled now."""
+        """Give each block from `take` or `take_drafting` its output, and return the blocks that are settled now."""
         done: list[Done] = []
         for running, output in zip(batch, outputs, strict=True):
             if len(output.logits):
                 running.rows.append(output.logits)
-            running.entry.cache, running.entry.cached = output.cache, running.entry.cached + running.piece
+            running.reader.cache, running.reader.cached = output.cache, running.reader.cached + running.piece
             if running.left:
                 continue
             rows = running.rows[0] if len(running.rows) == 1 else np.concatenate(running.rows)
@@ -335,4 +362,5 @@ class Batcher:
         del self._queue.clusters[key.cluster].agents[key.agent].running[key]
         self._running[running.short] -= 1
         del running.entry.state.fed[running.entry.cached :]
+        del running.entry.state.fed_small[running.entry.small.cached :]
         self._queue.tidy(key)

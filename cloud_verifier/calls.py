@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from numpy.typing import NDArray
 
-from cloud_verifier.sessions import Key, SessionEntry
+from cloud_verifier.sessions import Key, SessionEntry, SmallCache
 from cloud_verifier.verifier import Feed, Settled
 from fedhlm.protocol.messages import Escalation
 
@@ -30,7 +30,7 @@ class BlockJob(NamedTuple):
         """About how many bytes the job takes while it waits."""
         e = self.escalation
         context = len(e.prime.context) if e.prime else 0
-        return len(e.ids) + len(e.laws) + context + (len(e.hints.branches) if e.hints else 0)
+        return len(e.ids) + len(e.laws) + context + len(e.branches)
 
     def tokens(self, id_bytes: int) -> int:
         """About how many tokens the model computes for it, `id_bytes` bytes an id: prime, block and bonus tokens."""
@@ -56,6 +56,8 @@ class Running:
     `steps` is the generator that settles the block, and `feed` is what it asks for next. The session's `fed` ids are
     what the cache must hold, and the first `entry.cached` of them are in it. The next call feeds `piece` more ids.
 
+    `reader` is the cache of the model that the feed is for.
+
     `short` says that the block asked for little work. `turn` orders the blocks of a cluster, and `served` counts the
     tokens since the turn was computed. `number` is the order in which blocks were started. `evictions` counts how often
     this block lost its cache. `rows` collects logits, each of shape (rows, V).
@@ -79,24 +81,34 @@ class Running:
     def want(self, feed: Feed) -> None:
         """Accept the generator's next request."""
         self.feed, self.rows = feed, []
-        self.entry.cached = min(self.entry.cached, feed.keep)
+        self.reader.cached = min(self.reader.cached, feed.keep)
+
+    @property
+    def reader(self) -> "SessionEntry | SmallCache":
+        """The session's cache that the next piece extends."""
+        return self.entry.small if self.feed.small else self.entry
+
+    @property
+    def fed(self) -> list[int]:
+        """The ids that this cache must hold."""
+        return self.entry.state.fed_small if self.feed.small else self.entry.state.fed
 
     @property
     def left(self) -> int:
         """How many ids remain to be fed."""
-        return len(self.entry.state.fed) - self.entry.cached
+        return len(self.fed) - self.reader.cached
 
     @property
     def wanted(self) -> int:
         """How many rows of logits the next piece must return."""
-        end = self.entry.cached + self.piece
-        first = len(self.entry.state.fed) - self.feed.rows + sum(len(rows) for rows in self.rows)
-        return max(0, end - max(self.entry.cached, first))
+        end = self.reader.cached + self.piece
+        first = len(self.fed) - self.feed.rows + sum(len(rows) for rows in self.rows)
+        return max(0, end - max(self.reader.cached, first))
 
     @property
     def cost(self) -> float:
         """What the next piece costs by itself, in computed tokens."""
-        return self.piece + self.entry.cached / READS
+        return self.piece + self.reader.cached / READS
 
 
 class Call:
@@ -124,7 +136,7 @@ class Call:
 
     def piece_of(self, running: Running, tokens_max: int) -> int:
         """How many ids of a block fit into a call of `tokens_max`; 0 if the piece would be too small to be worth it."""
-        past, left = running.entry.cached, running.left
+        past, left = running.reader.cached, running.left
         if not self.batch:
             return min(left, max(1, tokens_max // 2, tokens_max - past // READS))
         room = int(tokens_max / (len(self.batch) + 1) - max(past, self._past) / READS)
@@ -137,7 +149,7 @@ class Call:
         """Add a piece of a block to the call."""
         running.piece = piece
         self.batch.append(running)
-        self._width, self._past = max(self._width, piece), max(self._past, running.entry.cached)
+        self._width, self._past = max(self._width, piece), max(self._past, running.reader.cached)
 
 
 class CacheRoom:

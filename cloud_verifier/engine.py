@@ -63,3 +63,10 @@ class Engine(NamedTuple):
     release: Callable[[], None] = _nothing
     constrain: Constrain = nothing_constrains
     told: int = 0
+
+
+class DraftModel(NamedTuple):
+    """A small model beside the large one, which drafts for it. `context` is in tokens."""
+
+    engine: Engine
+    context: int

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cloud_verifier.batching import Batcher, Done, Outcome
 from cloud_verifier.calls import BlockJob, Running
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.engine import Engine, EngineFailure, EngineOutput
+from cloud_verifier.engine import DraftModel, Engine, EngineFailure, EngineOutput
 from cloud_verifier.journal import CloudStart
 from cloud_verifier.preparing import Preparations
 from cloud_verifier.reports import PATIENCE_MAX_S, TELL_S
@@ -80,6 +80,7 @@ class CloudService:
         *,
         party: Party,
         engine: Engine,
+        small: DraftModel | None = None,
         sessions: Sessions,
         coordinator: Coordinator,
         to_announce: asyncio.Event,
@@ -91,9 +92,11 @@ class CloudService:
             batch_max=config.cloud.batch_max,
             batch_tokens=config.cloud.batch_tokens,
             cache_bytes=config.cloud.cache_bytes,
+            small=small,
         )
         self._party = party
         self._engine = engine
+        self._small = small
         self._counters = runtime.counters
         self._counters.follow(
             self.batcher, expired_messages="expired", dropped_messages="overflowed", evicted_caches="evicted"
@@ -366,23 +369,29 @@ class CloudService:
         return True
 
     async def verify_next(self) -> bool:
-        """Run at most one model call for the waiting blocks and send the answers.
+        """Run at most one call of each model for the waiting blocks and send the answers.
 
         Return False if no blocks are left.
         """
         batch, done = self.batcher.take(self._clock_s())
         if batch:
             self._counters.add("batches")
+            self._counters.add("computed_tokens", sum(running.piece for running in batch))
             self._counters.observe("verifier_batch_blocks", len(batch))
-            try:
-                outputs = await self._engine.forward([self.batcher.request(r) for r in batch])
-            except Exception as exc:  # whatever a model runtime raises, the service must keep running
-                log.exception("the model failed on a batch of %d blocks", len(batch))
-                done += self.batcher.fail(batch, f"{MODEL_FAILED}: {type(exc).__name__}: {exc}")
-            else:
-                done += self._advance(batch, outputs)
+            done += await self._run(self._engine, batch)
+        if self._small is not None and (drafting := self.batcher.take_drafting()):
+            done += await self._run(self._small.engine, drafting)
         await self._answer(done)
         return not self.batcher.idle
+
+    async def _run(self, engine: Engine, batch: list[Running]) -> list[Done]:
+        """Run one model call, and return the blocks that end with it."""
+        try:
+            outputs = await engine.forward([self.batcher.request(r) for r in batch])
+        except Exception as exc:  # whatever a model runtime raises, the service must keep running
+            log.exception("the model failed on a batch of %d blocks", len(batch))
+            return self.batcher.fail(batch, f"{MODEL_FAILED}: {type(exc).__name__}: {exc}")
+        return self._advance(batch, outputs)
 
     def _advance(self, batch: list[Running], outputs: Sequence[EngineOutput | EngineFailure]) -> list[Done]:
         """Give each block its output. Those without one are refused, each with its own reason."""
@@ -448,7 +457,10 @@ class CloudService:
     def _count(self, outcome: Outcome) -> None:
         match outcome:
             case Settled():
-                return
+                for drafted, accepted in outcome.guesses:
+                    self._counters.add("spec_decode_num_drafts")
+                    self._counters.add("spec_decode_num_draft_tokens", drafted)
+                    self._counters.add("spec_decode_num_accepted_tokens", accepted)
             case UnprimedBlock():
                 self._counters.add("reprimes")
             case RefusedBlock():

@@ -7,7 +7,7 @@ changes an answer.
 
 from collections import Counter, OrderedDict
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -42,19 +42,29 @@ class Key(NamedTuple):
 
 
 @dataclass
+class SmallCache:
+    """The cache of the cloud's own small model for a session, as in `SessionEntry`."""
+
+    cache: Any = None
+    cached: int = 0
+
+
+@dataclass
 class SessionEntry:
     """A session and the backend's cache for it (None: nothing is cached).
 
-    The first `cached` tokens of the cache are valid.
+    The first `cached` tokens of the cache are valid. `small` is at most a few drafts longer.
     """
 
     state: Session
     cache: Any = None
     cached: int = 0
+    small: SmallCache = field(default_factory=SmallCache)
 
     def drop_cache(self) -> None:
-        """Forget the cache. Its tokens can be fed again."""
+        """Forget both caches. Their tokens can be fed again."""
         self.cache, self.cached = None, 0
+        self.small.cache, self.small.cached = None, 0
 
 
 class UnprimedBlock(NamedTuple):
@@ -152,7 +162,7 @@ class Sessions:
                     shared, donor = length, held
         if donor is not None:
             entry.cache, entry.cached, entry.state.fed = donor.cache, shared, context[:shared]
-            donor.cache, donor.cached = None, 0
+            donor.drop_cache()
 
     def forget(self, key: Key) -> None:
         """Drop one session, if it exists."""
@@ -235,8 +245,7 @@ class Sessions:
         if not ids and not escalation.extend:
             return RefusedBlock("escalation has no ids and extend 0, so nothing is asked")
         chain = ids[escalation.fixed :]
-        packed = escalation.hints.branches if escalation.hints else b""
-        branches = unpack_branches(packed, vocab_size, len(chain))
+        branches = unpack_branches(escalation.branches, vocab_size, len(chain))
         depth = Tree(chain, branches).depth
         end = escalation.base + escalation.fixed + depth + escalation.extend
         if end > self.context_max:
@@ -255,7 +264,8 @@ class Sessions:
             )
         drafts = split_laws(COUPLINGS[name], escalation.laws, len(ids) - escalation.fixed, vocab_size)
         laws = [b""] * escalation.fixed + drafts
-        return Block(escalation.base, ids, escalation.fixed, min(escalation.extend, EXTEND_MAX), laws, branches)
+        extend = min(escalation.extend, EXTEND_MAX)
+        return Block(escalation.base, ids, escalation.fixed, extend, laws, branches, escalation.drafts)
 
     def _prime(self, key: Key, escalation: Escalation, prime: Prime) -> RefusedBlock | None:
         try:

@@ -28,7 +28,7 @@ def verdict_of(
     """
     about: dict[str, Any] = {"session": escalation.session, "epoch": escalation.epoch, "base": escalation.base}
     match outcome:
-        case Settled(accepted, ids, probs, missed, approximate):
+        case Settled(accepted, ids, probs, missed, approximate, _):
             return Verdict(
                 **header(),
                 **about,

@@ -34,6 +34,7 @@ class Session:
     epoch: int = 0
     rejected_at: int | None = None  # this epoch's first rejection; later blocks follow a discarded prefix
     fed: list[int] = field(default_factory=list)  # ids whose keys and values are in the cache
+    fed_small: list[int] = field(default_factory=list)  # the same of the cloud's own small model
     held: Constraint | None = None  # the text under the grammar of the sampling
     told: int = 0
     approximate: int = 0
@@ -49,7 +50,7 @@ class Block(NamedTuple):
     """The content of an escalation, decoded and checked.
 
     `laws` has one entry per id, which is empty if no law was sent. `branches` are the drafts' alternatives; only shared
-    couplings have them.
+    couplings have them. The cloud's own small model drafts `drafts` tokens before each call for bonus tokens.
     """
 
     base: int
@@ -58,10 +59,11 @@ class Block(NamedTuple):
     extend: int
     laws: list[bytes]
     branches: tuple[Branch, ...] = ()
+    drafts: int = 0
 
 
 class Feed(NamedTuple):
-    """A request to the model.
+    """A request to the model, or to the cloud's own `small` one.
 
     Keep the first `keep` cached positions, append `ids`, and return the logits of the last `rows` ids, shape (rows, V).
     """
@@ -69,6 +71,7 @@ class Feed(NamedTuple):
     keep: int
     ids: list[int]
     rows: int
+    small: bool = False
 
 
 class Settled(NamedTuple):
@@ -77,6 +80,7 @@ class Settled(NamedTuple):
     `target_probs` are the target probabilities of all ids that were evaluated. `missed` tells for each fixed id whether
     the target would have emitted another token there. Only a shared coupling can tell; under any other it is false.
     `approximate` is how many of the tokens that the target settled are not certain to be its own (`Engine.told`).
+    `guesses` has for each block of the cloud's own drafts how many there were, and how many were accepted.
     """
 
     accepted: int
@@ -84,6 +88,7 @@ class Settled(NamedTuple):
     target_probs: list[float]
     missed: list[bool]
     approximate: int = 0
+    guesses: tuple[tuple[int, int], ...] = ()
 
 
 def settle(
@@ -97,7 +102,9 @@ def settle(
 
     One model call serves the main chain, and each change of path needs one more. Nodes off the emitted text are never
     evaluated, and there is still only one round trip. A path that is accepted to its end is extended by `block.extend`
-    bonus tokens, or up to the end of the text. `watch` receives the logits of each new bonus token, shape (V,).
+    bonus tokens, or up to the end of the text. With `block.drafts` the small model drafts ahead of them, and one call
+    of the large one then settles several (speculative decoding). A draft is accepted iff it is the token that the
+    target emits, so the ids are the same with and without. `watch` receives the logits of each new bonus token, (V,).
     """
     context, base, fixed, uncertain = session.context, block.base, block.fixed, session.approximate
     coupling = COUPLINGS[session.sampling.coupling]
@@ -129,18 +136,40 @@ def settle(
         stood = count == len(ids)
         node = path[count - 1] if count else child
         end += count
-    row, leaf = rows[-1], end
+    drafts: list[int] = []
+    guesses: list[tuple[int, int]] = []
+    rows, leaf = rows[-1:], end
     for position in range(leaf, leaf + block.extend):
         if position == len(context):
             if position > leaf:
-                row = (yield from _run(session, position, []))[-1]
-            if watch is not None:
-                watch(row)
-            context.append(session.draw(coupling, row, position, None, b""))
+                drafts = yield from _drafts(session, coupling, min(block.drafts, leaf + block.extend - position - 1))
+                rows = yield from _run(session, position, drafts)
+            for row, guess in zip(rows, [*drafts, None], strict=True):
+                if watch is not None:
+                    watch(row)
+                context.append(session.draw(coupling, row, len(context), None, b""))
+                if context[-1] != guess or guess in session.eos_ids:
+                    break
+            if drafts:
+                guesses.append((len(drafts), common_prefix(drafts, context[position:])))
         end = position + 1
         if context[position] in session.eos_ids:
             break
-    return Settled(accepted, context[start:end], probs, missed, session.approximate - uncertain)
+    return Settled(accepted, context[start:end], probs, missed, session.approximate - uncertain, tuple(guesses))
+
+
+def _drafts(session: Session, coupling: Coupling, count: int) -> Generator[Feed, NDArray[Any], list[int]]:
+    """Draft up to `count` tokens after the context with the small model, up to the end of the text."""
+    drafts: list[int] = []
+    while len(drafts) < count and not session.eos_ids.intersection(drafts):
+        text = session.context + drafts
+        keep = min(common_prefix(session.fed_small, text), len(text) - 1)
+        session.fed_small = text
+        (row,) = yield Feed(keep, text[keep:], 1, small=True)
+        if session.held is not None:
+            row = session.held.masked(row, text)
+        drafts.append(coupling.draft(row, session.sampling, len(text)).token)
+    return drafts
 
 
 def _overwrite(context: list[int], base: int, fixed: list[int]) -> None:

@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 from cloud_verifier.backends.openai import ServedModel
 from cloud_verifier.coordinator import Coordinator
-from cloud_verifier.engine import Engine
+from cloud_verifier.engine import DraftModel, Engine
 from cloud_verifier.service import CloudService
 from cloud_verifier.sessions import SESSIONS_BYTES, Sessions
 from fedhlm.bus.identity import client_id
@@ -13,6 +13,7 @@ from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import presence
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.sampling import NOISE
+from fedhlm.errors import ModelError
 from fedhlm.process.runtime import OpenBus, Runtime
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
@@ -25,12 +26,16 @@ NAME: Final = "cloud"
 
 
 class LargeModel(NamedTuple):
-    """The LLM as a cloud needs it: its engine, and what sessions must know of it. `context` is in tokens."""
+    """The LLM as a cloud needs it: its engine, and what sessions must know of it. `context` is in tokens.
+
+    `small` is the cloud's own draft model, if it has one.
+    """
 
     engine: Engine
     fingerprint: Fingerprint
     eos_ids: frozenset[int]
     context: int
+    small: DraftModel | None = None
 
     @classmethod
     def of(cls, decoder: Decoder, engine: Engine) -> "LargeModel":
@@ -44,6 +49,20 @@ class LargeModel(NamedTuple):
         """Describe a model that runs on a server."""
         fingerprint = fingerprint_of(*served.vocabulary, noise=NOISE, model=served.name)
         return cls(served.engine, fingerprint, frozenset(served.eos_ids), served.context)
+
+    def beside(self, decoder: Decoder, engine: Engine) -> "LargeModel":
+        """The same model with another one as its draft model, which `engine` runs.
+
+        Raises:
+            ModelError: the models have different tokenizers.
+        """
+        small = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=decoder.info.label)
+        if (small.tokenizer, small.vocab_size) != (self.fingerprint.tokenizer, self.fingerprint.vocab_size):
+            raise ModelError(
+                f"cloud.draft_model must have the tokenizer of cloud.model, {self.fingerprint.model} "
+                f"(got {small.model})"
+            )
+        return self._replace(small=DraftModel(engine, decoder.info.context))
 
     def sessions(self, sessions_max: int, sessions_bytes: int = SESSIONS_BYTES) -> Sessions:
         """Create an empty store for at most `sessions_max` sessions with `sessions_bytes` bytes of contexts."""
@@ -85,6 +104,7 @@ def cloud_of(
         runtime,
         party=runtime.party(bus, stamp, config.broker.root),
         engine=model.engine,
+        small=model.small,
         sessions=model.sessions(config.cloud.sessions_max, config.cloud.sessions_bytes)
         if sessions is None
         else sessions,

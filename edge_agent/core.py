@@ -443,9 +443,9 @@ class AgentCore:
         before: Prime | int | None = action.digest
         if action.context is not None:
             before = Prime(plan.sampling, self.fingerprint, pack_ids(action.context, vocab_size))
-        riders = self.auditor.riders()
-        hints = None
-        similarity = None if action.for_target else plan.similarity
+        hints: Hints | int | None = plan.pipeline.drafts or None
+        riders = () if hints else self.auditor.riders()
+        similarity = None if action.for_target or hints else plan.similarity
         if similarity is not None or action.branches or riders:
             hints = Hints(similarity, plan.votes, pack_branches(action.branches, vocab_size), riders)
         self._delay.sent((session, action.epoch, action.base), self._clock_s())

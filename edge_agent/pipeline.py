@@ -24,7 +24,8 @@ class PipelineRules(NamedTuple):
     """The rules of a pipeline.
 
     `may_draft` and `must_send` decide by what is pending. `extend` is the number of bonus tokens after a fully accepted
-    block. A draft is sent at most `flush_age_s` seconds after it was made. With `grow` a draft is a tree.
+    block. A draft is sent at most `flush_age_s` seconds after it was made. With `grow` a draft is a tree. The cloud's
+    own small model is asked for `drafts` tokens before each call.
     """
 
     may_draft: Callable[[Pending], bool]
@@ -32,6 +33,7 @@ class PipelineRules(NamedTuple):
     extend: int
     flush_age_s: float = float("inf")
     grow: bool = False
+    drafts: int = 0
 
 
 class PipelineLimits(NamedTuple):
@@ -40,6 +42,7 @@ class PipelineLimits(NamedTuple):
     `window` is the number of drafts ahead of the last verdict, and `block` the number of drafts per message. A draft
     whose doubt is above `flush_uncertainty`, or that waited `flush_age_s` seconds, sends the block early. Below
     `survival_floor` drafting pauses, and the pending drafts are sent. `bonus` asks for a bonus token after each block.
+    `drafts` is the number of tokens that the cloud's own small model drafts before each call of the large one.
     """
 
     window: int
@@ -48,6 +51,7 @@ class PipelineLimits(NamedTuple):
     flush_age_s: float
     survival_floor: float = 0.0
     bonus: bool = True
+    drafts: int = 0
 
 
 def expected_rejection(uncertainty: float) -> float:
@@ -85,11 +89,12 @@ def asynchronous(limits: PipelineLimits) -> PipelineRules:
 
 
 def remote(limits: PipelineLimits) -> PipelineRules:
-    """Draft nothing. The cloud decodes `block` tokens per request."""
+    """Draft nothing. The cloud decodes `block` tokens per request, with `drafts` of its own if it can."""
     return PipelineRules(
         may_draft=lambda _p: False,
         must_send=lambda p: not p.awaiting,
         extend=limits.block,
+        drafts=limits.drafts,
     )
 
 

@@ -26,6 +26,7 @@ def plan_of(job: Job, learner: Learner, peers: Peers) -> Plan:
         flush_age_s=pipeline.flush_age_ms / 1000.0,
         survival_floor=pipeline.survival_floor,
         bonus=pipeline.bonus,
+        drafts=pipeline.drafts,
     )
     known = learner.knowledge(measures, config)
     tau, similarity = policy.tau(known, config), policy.similarity(known, config)

@@ -15,7 +15,7 @@ from fedhlm.errors import ProtocolError
 from fedhlm.peers.context_keys import DIMS, Key, unpack_key
 from fedhlm.peers.neighbours import Match, Memory, Origin
 from fedhlm.protocol.fields import MAX_BLOCK
-from fedhlm.protocol.messages import Escalation, Sampling, UncertainTokens, Verdict, Verified, VerifiedTokens
+from fedhlm.protocol.messages import Escalation, Hints, Sampling, UncertainTokens, Verdict, Verified, VerifiedTokens
 from fedhlm.protocol.packing import unpack_bits, unpack_ids, unpack_probs
 from fedhlm.protocol.sources import SOURCES
 
@@ -176,7 +176,7 @@ class ClusterMemory:
 
     def _evidence(self, agent: str, escalation: Escalation, vocab_size: int, *, used: bool) -> Iterator[DraftSupport]:
         hints = escalation.hints
-        if hints is None or hints.similarity is None:
+        if not isinstance(hints, Hints) or hints.similarity is None:
             return
         ids = _ids(escalation.ids, vocab_size)
         doubts = self._doubts_of(agent, escalation, ids)

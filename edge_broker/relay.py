@@ -167,5 +167,4 @@ class Relay:
 def block_bytes(escalation: Escalation) -> int:
     """An upper bound of the bytes that a block takes on the wire."""
     context = len(escalation.prime.context) if escalation.prime else 0
-    branches = len(escalation.hints.branches) if escalation.hints else 0
-    return len(escalation.ids) + len(escalation.laws) + context + branches + _FIXED_BYTES
+    return len(escalation.ids) + len(escalation.laws) + context + len(escalation.branches) + _FIXED_BYTES

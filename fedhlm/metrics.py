@@ -95,6 +95,7 @@ METRICS: Final = (
         "requests rejected because both ends have different tokenizers, vocabularies or noise",
     ),
     Metric("batches", "counter", "batches sent or computed"),
+    Metric("computed_tokens", "counter", "tokens that the large model computed, those of prompts included"),
     Metric("reconnects", "counter", "connections to the broker after the first"),
     Metric("sent_messages", "counter", "messages sent to brokers"),
     Metric("sent_bytes", "counter", "bytes sent to brokers in PUBLISH packets"),

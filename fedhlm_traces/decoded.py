@@ -200,7 +200,8 @@ def _escalation(m: Escalation, vocab_size: int | None) -> str:
         f"extend {m.extend}" if m.extend else "",
         "" if m.prime is None else f"prime of {_ids(m.prime.context, vocab_size)}",
         f"laws {len(m.laws)} B" if m.laws else "",
-        "branches" if m.hints is not None and m.hints.branches else "",
+        "branches" if m.branches else "",
+        f"{m.drafts} drafts of the cloud's own" if m.drafts else "",
     ]
     block = f"session {m.session} epoch {m.epoch} base {m.base}"
     return ", ".join([f"{block}: {_ids(m.ids, vocab_size)}", *filter(None, extras)])

@@ -43,10 +43,13 @@ def with_agent_model(loaded: Loaded) -> Loaded:
 
 
 def with_cloud_model(loaded: Loaded) -> Loaded:
-    """The same settings, with the shipped LLM if `cloud.model` is empty.
+    """The same settings, with the shipped LLM if `cloud.model` is empty, and then the shipped SLM beside it.
 
     Raises:
         ModelError: see `model_folder`.
     """
-    cloud = replace(loaded.config.cloud, model=loaded.config.cloud.model or str(model_folder("", "llm")))
+    cloud, beside = loaded.config.cloud, ARTEFACTS / "slm"
+    if not cloud.model and not cloud.draft_model and beside.is_dir():
+        cloud = replace(cloud, draft_model=str(beside))
+    cloud = replace(cloud, model=cloud.model or str(model_folder("", "llm")))
     return dataclasses.replace(loaded, config=replace(loaded.config, cloud=cloud))

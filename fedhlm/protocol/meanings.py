@@ -112,7 +112,7 @@ MEANINGS: Final[dict[str, dict[str, tuple[str, str]]]] = {
             "prime in the first block of a session, else CRC-32 of the `base` ids (4 little-endian bytes each)",
         ),
         "laws": ("", "draft laws one after the other, for couplings that need them"),
-        "hints": ("", "optional parts; nil for none"),
+        "hints": ("", "optional parts, or how many tokens the cloud's own small model is to draft; nil for none"),
     },
     "Verdict": {
         "session": _SESSION,

@@ -16,6 +16,7 @@ from fedhlm.protocol import fields
 from fedhlm.protocol.fields import (
     Count,
     Digest,
+    Drafts,
     FinishReason,
     GrammarSource,
     Ids,
@@ -201,6 +202,9 @@ class Escalation(Message, tag=4, frozen=True):
 
     The deadline is `patience_ms` after the sending. It is a span, because a device's clock may be wrong by years.
 
+    `hints` are the optional parts, or the number of tokens that a cloud with a small model of its own drafts before
+    each call for bonus tokens.
+
     A block that asks for nothing, with no ids and `extend` 0, ends its session: blocks of it that still wait are
     dropped, the cloud forgets it, and nobody answers.
     """
@@ -214,11 +218,11 @@ class Escalation(Message, tag=4, frozen=True):
     extend: Annotated[int, Meta(ge=0, le=fields.MAX_TOKENS)] = 1
     before: Prime | Digest | None = None
     laws: Annotated[bytes, Meta(max_length=fields.MAX_PAYLOAD_BYTES)] = b""
-    hints: Hints | None = None
+    hints: Hints | Drafts | None = None
 
     def parts(self) -> "tuple[Escalation, ...]":
         """Return this block without its riders, then each rider as a separate block."""
-        if self.hints is None or not self.hints.riders:
+        if not isinstance(self.hints, Hints) or not self.hints.riders:
             return (self,)
         bare = replace(self.hints, riders=())
         alone = replace(self, hints=None if bare == Hints() else bare)
@@ -242,6 +246,16 @@ class Escalation(Message, tag=4, frozen=True):
     def prime(self) -> Prime | None:
         """The prime; None where the block carries a digest or nothing."""
         return self.before if isinstance(self.before, Prime) else None
+
+    @property
+    def branches(self) -> bytes:
+        """The packed branches of a tree draft; empty if there are none."""
+        return self.hints.branches if isinstance(self.hints, Hints) else b""
+
+    @property
+    def drafts(self) -> int:
+        """How many tokens the cloud's own small model is to draft before each call."""
+        return self.hints if isinstance(self.hints, int) else 0
 
     @property
     def digest(self) -> int | None:

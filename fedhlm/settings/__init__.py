@@ -289,6 +289,13 @@ class Cloud(Section, frozen=True):
             "http://localhost:8000/v1 (`cloud.server`). Empty: the shipped one."
         ),
     ] = ""
+    draft_model: Annotated[
+        str,
+        Meta(
+            description="Folder of a small model with the tokenizer of `model`, which drafts for devices that ask for "
+            "it (`generation.pipeline.drafts`). Empty: the shipped one beside the shipped `model`, otherwise none."
+        ),
+    ] = ""
     server: ModelServer = ModelServer()
     state: Annotated[str, Meta(description="Folder for the federation's sums. Empty: nothing survives a restart.")] = ""
     threads: Annotated[Threads, Meta(description="Threads of the model. 0: onnxruntime's choice.")] = 0

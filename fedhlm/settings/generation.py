@@ -56,6 +56,15 @@ class Pipeline(Section, frozen=True):
             "published systems have none."
         ),
     ] = True
+    drafts: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="remote: tokens that the cloud's own small model (`cloud.draft_model`) drafts before each call "
+            "of the large one. The text is the same. 0: none.",
+        ),
+    ] = 0
     nodes: Annotated[
         int,
         Meta(

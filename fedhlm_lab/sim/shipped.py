@@ -27,6 +27,13 @@ async def drafting(work: Callable[[], Drawn | TreeDraft]) -> Any:
     return made
 
 
+async def drafting_beside(call: Call) -> list[EngineOutput]:
+    """A call of the cloud's own SLM: `DRAFT_STEP_S` of virtual time."""
+    outputs = call()
+    await asyncio.sleep(DRAFT_STEP_S)
+    return outputs
+
+
 async def verifying(call: Call) -> list[EngineOutput]:
     """An LLM's call: `TARGET_STEP_S` of virtual time."""
     outputs = call()
@@ -51,4 +58,5 @@ def shipped_pair(slm_folder: Path, llm_folder: Path, *, threads: int = 1) -> Pai
         engine=lambda: llm.engine,
         drafter=lambda: SlmDrafter(Slm(small, projection), drafting),
         space=projection.digest[:8],
+        beside=lambda: llm.beside(small, engine_of(small, drafting_beside)).small,
     )

@@ -5,14 +5,14 @@ logits the small one shares.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cloud_verifier.engine import Engine, EngineInput, EngineOutput
+from cloud_verifier.engine import DraftModel, Engine, EngineInput, EngineOutput
 from edge_agent.growth import TreeRequest, Trees, grow
 from edge_agent.model import Drawn, TreeDraft
 from fedhlm.decoding.alone import write
@@ -83,12 +83,16 @@ class ToyCache(NamedTuple):
         return ToyCache(self.ids[:length])
 
 
-def large_outputs(requests: Sequence[EngineInput]) -> list[EngineOutput]:
-    """One batched call of the LLM."""
+Logits = Callable[[Sequence[int]], NDArray[np.float64]]
+"""Maps the ids so far to the logits of the next token, shape (VOCAB_SIZE,)."""
+
+
+def outputs_of(logits: Logits, requests: Sequence[EngineInput]) -> list[EngineOutput]:
+    """One batched call of a model."""
     outputs = []
     for cache, new, wanted in requests:
         ids = [*cache.ids, *new]
-        rows = [large_logits(ids[:end]) for end in range(len(ids) - wanted + 1, len(ids) + 1)]
+        rows = [logits(ids[:end]) for end in range(len(ids) - wanted + 1, len(ids) + 1)]
         outputs.append(EngineOutput(np.reshape(rows, (wanted, VOCAB_SIZE)), ToyCache(tuple(ids))))
     return outputs
 
@@ -97,6 +101,21 @@ async def large_forward(requests: Sequence[EngineInput], *, step_s: float = 0.02
     """One batched call of the LLM that takes `step_s` seconds."""
     await asyncio.sleep(step_s)
     return large_outputs(requests)
+
+
+def large_outputs(requests: Sequence[EngineInput]) -> list[EngineOutput]:
+    """One batched call of the LLM."""
+    return outputs_of(large_logits, requests)
+
+
+def beside(agreement: float, *, step_s: float = 0.002) -> DraftModel:
+    """The SLM as the cloud's own draft model; a call takes `step_s` seconds."""
+
+    async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
+        await asyncio.sleep(step_s)
+        return outputs_of(partial(small_logits, agreement=agreement), requests)
+
+    return DraftModel(Engine(ToyCache(), forward, TOKEN_BYTES // 8), CONTEXT)
 
 
 def engine(*, step_s: float = 0.02) -> Engine:
@@ -143,6 +162,7 @@ def pair(agreement: float) -> Pair:
         engine=engine,
         drafter=lambda: ToyDrafter(agreement=agreement),
         space="",
+        beside=lambda: beside(agreement),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 
-from cloud_verifier.engine import Engine
+from cloud_verifier.engine import DraftModel, Engine
 from cloud_verifier.service import CloudService
 from cloud_verifier.wiring import LargeModel, cloud_of
 from edge_agent.core import AgentCore
@@ -46,8 +46,8 @@ WALL_S: Final = 1.0e9  # Unix time at the beginning of virtual time
 class Pair(NamedTuple):
     """Two models with one tokenizer; `context` is in tokens.
 
-    `drafter` makes an agent's own view of the SLM. `space` identifies how the SLM's keys are made; keys of different
-    spaces are not compared.
+    `drafter` makes an agent's own view of the SLM, and `beside` the cloud's. `space` identifies how the SLM's keys are
+    made; keys of different spaces are not compared.
     """
 
     fingerprint: Fingerprint
@@ -56,6 +56,7 @@ class Pair(NamedTuple):
     engine: Callable[[], Engine]
     drafter: Callable[[], Drafter]
     space: str
+    beside: Callable[[], DraftModel | None] = lambda: None
 
 
 class Fleet:
@@ -161,7 +162,7 @@ class Fleet:
         service = cloud_of(
             Config(cloud=cloud, federation=self.federation),
             self.runtime(part),
-            LargeModel(pair.engine(), pair.fingerprint, pair.eos_ids, pair.context),
+            LargeModel(pair.engine(), pair.fingerprint, pair.eos_ids, pair.context, pair.beside()),
             open_bus=self.opener("cloud", part, buses),
         )
         return buses, service

@@ -11,6 +11,7 @@ from fedhlm.protocol.messages import (
     Contribution,
     Escalation,
     Fingerprint,
+    Hints,
     Learned,
     UncertainTokens,
     Verdict,
@@ -61,7 +62,7 @@ def evidence(
 ) -> str:
     """The evidence for or against an answer by the edge: the first unsupported draft, or the weakest support."""
     hints = escalation.hints
-    if hints is None or hints.similarity is None:
+    if not isinstance(hints, Hints) or hints.similarity is None:
         return "the block asks for no answer of the edge"
     if fingerprint is None:
         return "neither the agent's nor the cloud's tokenizer is known"

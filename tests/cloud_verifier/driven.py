@@ -12,16 +12,19 @@ Logits = Callable[[Sequence[int]], NDArray[np.float64]]
 """Maps the ids so far to the logits of the next token, shape (VOCAB_SIZE,)."""
 
 
-def drive(state: Session, block: Block, logits: Logits = toy.large_logits) -> Settled:
-    """Settle a block, checking that every feed continues what the cache holds."""
+def drive(state: Session, block: Block, logits: Logits = toy.large_logits, small: Logits | None = None) -> Settled:
+    """Settle a block, checking that every feed continues what the cache of its model holds."""
     steps = settle(state, block)
-    held: list[int] = list(state.fed)
+    caches: dict[bool, list[int]] = {False: list(state.fed), True: list(state.fed_small)}
     feed = next(steps)
     while True:
+        held = caches[feed.small]
         assert feed.keep <= len(held)
         assert feed.ids
-        held = held[: feed.keep] + feed.ids
-        rows = [logits(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
+        held = caches[feed.small] = held[: feed.keep] + feed.ids
+        model = small if feed.small else logits
+        assert model is not None
+        rows = [model(held[:end]) for end in range(len(held) - feed.rows + 1, len(held) + 1)]
         try:
             feed = steps.send(np.stack(rows))
         except StopIteration as stop:

@@ -14,7 +14,19 @@ from cloud_verifier.shares import BURST
 from cloud_verifier.verifier import Settled
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.sim import toy
-from tests.cloud_verifier.batches import LOTS, batcher, cost, job, long_prompt, nothing_left, settled, step
+from tests.cloud_verifier.batches import (
+    BESIDE,
+    LOTS,
+    PROMPT,
+    batcher,
+    cost,
+    drafted,
+    job,
+    long_prompt,
+    nothing_left,
+    settled,
+    step,
+)
 
 # Exactness
 
@@ -24,13 +36,19 @@ from tests.cloud_verifier.batches import LOTS, batcher, cost, job, long_prompt, 
     batch_tokens=st.integers(1, 80),
     batch_max=st.integers(1, 6),
     cache_tokens=st.integers(1, 400),
+    beside=st.sampled_from([None, 1, 4]),
     shapes=st.lists(
         st.tuples(st.integers(1, 60), st.integers(0, 12), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=6
     ),
     seed=st.integers(0, 99),
 )
 def test_verdicts_do_not_depend_on_pieces_batches_or_lost_caches(
-    batch_tokens: int, batch_max: int, cache_tokens: int, shapes: list[tuple[int, int, int, int]], seed: int
+    batch_tokens: int,
+    batch_max: int,
+    cache_tokens: int,
+    beside: int | None,
+    shapes: list[tuple[int, int, int, int]],
+    seed: int,
 ) -> None:
     """Each text is the target's own, and the probabilities are those of one call for all of it."""
 
@@ -41,7 +59,10 @@ def test_verdicts_do_not_depend_on_pieces_batches_or_lost_caches(
             text = toy.large_alone(prompt, Sampling(1), drafts)
             if number % 2 and text:
                 text[-1] = 1 + text[-1] % (toy.VOCAB_SIZE - 1)
-            made.append(job(f"a{agent}", number, extend=extend, prompt=prompt, ids=text, cluster=f"c{number % 2}"))
+            cluster = f"c{number % 2}"
+            made.append(
+                job(f"a{agent}", number, extend=extend, prompt=prompt, ids=text, cluster=cluster, drafts=beside)
+            )
         return made
 
     def outcomes(work: Batcher) -> dict[Key, object]:
@@ -49,12 +70,46 @@ def test_verdicts_do_not_depend_on_pieces_batches_or_lost_caches(
             work.submit(made)
         found = settled(work)
         assert nothing_left(work)
-        return {done.job.key: done.outcome for done in found}
+        assert any(done.outcome.guesses for done in found if isinstance(done.outcome, Settled)) <= (work is narrow)
+        return {
+            done.job.key: done.outcome._replace(guesses=()) if isinstance(done.outcome, Settled) else done.outcome
+            for done in found
+        }
 
-    narrow = batcher(batch_tokens=batch_tokens, batch_max=batch_max, cache_tokens=cache_tokens)
+    narrow = batcher(batch_tokens=batch_tokens, batch_max=batch_max, cache_tokens=cache_tokens, small=BESIDE)
     wide = batcher(batch_tokens=LOTS, batch_max=1, cache_tokens=LOTS)
     assert outcomes(narrow) == outcomes(wide)
     assert wide.evicted == 0
+
+
+def test_the_clouds_own_drafts_save_calls_of_the_large_model_and_are_charged_to_nobody() -> None:
+    def calls(drafts: int | None) -> tuple[int, object]:
+        work, count = batcher(small=BESIDE), 0
+        work.submit(job(extend=60, drafts=drafts))
+        while True:
+            batch, _ = work.take(0.0)
+            count += bool(batch)
+            done = work.advance(batch, toy.large_outputs([work.request(running) for running in batch]))
+            done += drafted(work, work.take_drafting())
+            if done:
+                (ended,) = done
+                assert isinstance(ended.outcome, Settled)
+                return count, ended.outcome.ids
+
+    plain, text = calls(None)
+    fewer, same = calls(4)
+    assert text == same
+    assert plain == 60
+    assert fewer < 0.7 * plain
+
+
+def test_a_text_beyond_the_small_models_context_is_written_without_its_drafts() -> None:
+    work = batcher(small=BESIDE._replace(context=20))
+    work.submit(job(extend=19, drafts=4))
+    (done,) = settled(work)
+    assert isinstance(done.outcome, Settled)
+    assert not done.outcome.guesses
+    assert done.outcome.ids == toy.large_alone(PROMPT, Sampling(1), 19)
 
 
 def test_caches_that_do_not_fit_are_dropped_and_computed_again() -> None:

@@ -67,6 +67,43 @@ def test_blocks_of_any_size_and_repeated_blocks_agree(prompt: list[int], cuts: l
     assert state.context == prompt + text[: len(state.context) - len(prompt)]
 
 
+@settings(max_examples=60)
+@given(
+    prompt=prompts,
+    extend=st.integers(1, 24),
+    drafts=st.integers(1, 8),
+    agreement=st.sampled_from([0.0, 0.7, 1.0]),
+    coupling=st.sampled_from(["gumbel", "greedy", "full"]),
+    lost=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_the_clouds_own_drafts_change_no_token(
+    prompt: list[int], extend: int, drafts: int, agreement: float, coupling: str, lost: bool, seed: int
+) -> None:
+    sampling = Sampling(seed=seed, coupling=coupling)
+    often = frozenset(range(8))  # texts end often, so that some end in the middle of a block of drafts
+    plain, guessed = (Session(sampling, toy.VOCAB_SIZE, often, list(prompt)) for _ in range(2))
+    for part in (extend, 5):
+        if len(plain.context) > len(prompt) and plain.context[-1] in often:
+            return
+        base = len(plain.context)
+        alone = drive(plain, block(base, [], extend=part))
+        asked = block(base, [], extend=part)._replace(drafts=drafts)
+        beside = drive(guessed, asked, small=lambda ids: toy.small_logits(ids, agreement))
+        assert (beside.ids, guessed.context) == (alone.ids, plain.context)
+        assert all(0 <= good <= made <= drafts for made, good in beside.guesses)
+        # Each call of the large model settles what it accepts and one token more; the first one has no drafts.
+        assert 1 + sum(good + 1 for _, good in beside.guesses) in (
+            len(alone.ids),
+            len(alone.ids) - 1,
+            len(alone.ids) + 1,
+        )
+        if agreement == 1.0 and coupling != "full":
+            assert all(good == made for made, good in beside.guesses)
+        if lost:
+            guessed.fed_small = guessed.fed_small[: len(guessed.fed_small) // 2]
+
+
 def test_fixed_ids_overwrite_what_was_settled() -> None:
     state = session([4, 5])
     drive(state, block(2, [], extend=5))

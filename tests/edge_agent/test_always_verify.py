@@ -8,7 +8,7 @@ import pytest
 from edge_agent.core import AgentCore
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load
-from fedhlm.protocol.messages import Escalation, Sampling
+from fedhlm.protocol.messages import Escalation, Hints, Sampling
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.world import Fleet
 from tests.edge_agent.test_core import nobody, with_fleet
@@ -59,5 +59,5 @@ def test_a_block_with_such_a_draft_is_not_for_peers(rules: tuple[str, ...], tau:
     result, blocks = generated(*rules, tau=tau)
     assert blocks
     assert result.similarity is not None
-    asks = {block.hints is not None and block.hints.similarity is not None for block in blocks}
+    asks = {isinstance(block.hints, Hints) and block.hints.similarity is not None for block in blocks}
     assert asks == {for_peers}

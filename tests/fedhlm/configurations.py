@@ -18,6 +18,7 @@ MODES = {
     "u-hlm": ("full", "threshold", "blocking"),
     "rand-hlm": ("full", "random", "blocking"),
     "llm-only": ("gumbel", "always", "remote"),
+    "colocated": ("gumbel", "always", "remote"),
 }
 
 

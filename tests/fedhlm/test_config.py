@@ -227,7 +227,7 @@ def test_an_unknown_preset_lists_the_known_ones() -> None:
     error = error_of(preset="exat")
     assert error.key == "preset"
     assert (
-        "one of budget, cu-hlm, exact, fedhlm, hlm, llm-only, rand-hlm, slm-only, speculative, u-hlm"
+        "one of budget, colocated, cu-hlm, exact, fedhlm, hlm, llm-only, rand-hlm, slm-only, speculative, u-hlm"
         in error.expectation
     )
     assert "did you mean 'exact'?" in error.expectation

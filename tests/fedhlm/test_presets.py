@@ -70,7 +70,7 @@ def test_exchanging_the_preset_takes_no_path(written: Any) -> None:
 
 
 NEVER_UP = ("slm-only",)
-TO_THE_CLOUD = ("cu-hlm", "exact", "hlm", "llm-only", "rand-hlm", "speculative", "u-hlm")
+TO_THE_CLOUD = ("colocated", "cu-hlm", "exact", "hlm", "llm-only", "rand-hlm", "speculative", "u-hlm")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_presets_are_listed_with_their_promise() -> None:
     done = fedhlm("presets")
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
     assert list(lines) == [
-        "budget", "cu-hlm", "exact", "fedhlm", "hlm", "llm-only", "rand-hlm", "slm-only", "speculative", "u-hlm"
+        "budget", "colocated", "cu-hlm", "exact", "fedhlm", "hlm", "llm-only", "rand-hlm", "slm-only", "speculative", "u-hlm"
     ]  # fmt: skip
     for name, promise in presets().items():
         assert promise in lines[name]

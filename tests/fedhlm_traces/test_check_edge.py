@@ -65,8 +65,8 @@ def compare_by(similarity: float) -> Patch:
     original = ClusterMemory.answer
 
     def answer(self: ClusterMemory, agent: str, escalation: Escalation, vocab_size: int) -> PeersAnswer | None:
-        hints = escalation.hints or Hints()
-        if hints.similarity is not None:
+        hints = escalation.hints
+        if isinstance(hints, Hints) and hints.similarity is not None:
             other = msgspec.structs.replace(hints, similarity=similarity)
             escalation = msgspec.structs.replace(escalation, hints=other)
         return original(self, agent, escalation, vocab_size)

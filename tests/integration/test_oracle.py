@@ -69,15 +69,33 @@ async def test_exact_under_a_grammar_is_the_llm_alone_under_it(llm: Alone) -> No
             asked: dict[str, Any] = {"max_tokens": 64, "seed": number, "temperature": 0.8, "grammar": of_schema(schema)}
             sampling = Sampling(number, 0.8, grammar=Grammar(len(prompt), asked["grammar"]))
             oracle = llm.write(prompt, sampling, 64)
-            for preset in ("exact", "speculative", "llm-only", "slm-only"):
+            for preset in ("exact", "speculative", "llm-only", "colocated", "slm-only"):
                 answer = await system.ask(item.title + "\n", preset=preset, **asked)
                 assert answer.finish == "stop", preset
                 jsonschema.validate(json.loads(answer.text), schema)
-                if preset in ("exact", "llm-only"):
+                if preset in ("exact", "llm-only", "colocated"):
                     assert list(answer.ids) == oracle, preset
         for wrong in ("start: nothing", "start: /(/"):
             with pytest.raises(RequestRefused, match="grammar must be one that llguidance reads"):
                 await system.ask("Oil", grammar=wrong)
+
+
+async def test_colocated_is_the_llm_alone_in_fewer_of_its_calls(llm: Alone) -> None:
+    async with EmbeddedBroker() as broker, live(broker.url) as system:
+        cloud = system.counters["cloud"]
+        calls: dict[str, float] = {}
+        for preset in ("llm-only", "colocated"):
+            before = cloud["batches"]
+            for number, item in enumerate(load_items()[:4]):
+                answer = await system.ask(item.title, preset=preset, max_tokens=48, seed=number)
+                assert list(answer.ids) == llm.write(llm.encode(item.title), Sampling(number), 48)
+                assert set(answer.sources) == {"cloud"}
+            calls[preset] = cloud["batches"] - before
+            if preset == "llm-only":
+                assert cloud["spec_decode_num_drafts"] == 0.0
+        drafted, accepted = cloud["spec_decode_num_draft_tokens"], cloud["spec_decode_num_accepted_tokens"]
+        assert 0.2 * drafted < accepted < drafted
+        assert calls["colocated"] < 0.8 * calls["llm-only"]
 
 
 async def test_concurrent_agents_share_batches_and_keep_their_texts(llm: Alone) -> None:

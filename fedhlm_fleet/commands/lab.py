@@ -194,9 +194,20 @@ def u_hlm(*, given: PaperFlags = PAPER) -> int:
     return _papers(["u-hlm"], given)
 
 
+@app.command
+def pareto(*, given: PaperFlags = PAPER) -> int:
+    """Run all presets on all links in the simulator, with the measured compute times of the shipped pair.
+
+    Agreement with the LLM against messages, bytes each way, tokens a second, and calls and positions of the LLM, over
+    at least five seeds with intervals; texts without a link; and what is skipped under a certificate. The preset
+    `colocated` has both models at the cloud, and is what the others must beat.
+    """
+    return _papers(["pareto"], given)
+
+
 @app.command(name="all")
 def everything(*, given: PaperFlags = PAPER) -> int:
-    """Run all experiments of papers."""
+    """Run the experiments of papers, and all presets on all links."""
     return _papers(None, given)
 
 

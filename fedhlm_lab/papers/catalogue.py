@@ -1,14 +1,16 @@
 """The experiments by name, and how each is run from its file to its result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
 from msgspec.structs import replace
 
+from fedhlm.decoding.text import encode_prompt
+from fedhlm.errors import FedhlmError
 from fedhlm.progress import progress
-from fedhlm_lab.papers import fedhlm, fedhlm_figures, u_hlm, u_hlm_figures
-from fedhlm_lab.papers.experiment import FedhlmExperiment, UhlmExperiment
+from fedhlm_lab.papers import fedhlm, fedhlm_figures, pareto, pareto_figures, u_hlm, u_hlm_figures
+from fedhlm_lab.papers.experiment import FedhlmExperiment, ParetoExperiment, UhlmExperiment
 from fedhlm_lab.papers.findings import LabResult
 from fedhlm_lab.papers.laws import LawPrompt, Laws
 from fedhlm_lab.papers.pair import LabPair, decoder_of
@@ -39,6 +41,18 @@ def run_u_hlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
     return marked(u_hlm_figures.result_of(runs), texts, source.name, quick=quick)
 
 
+def run_pareto(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+    """Run all presets on all links."""
+    experiment = ParetoExperiment.load("pareto", quick=quick)
+    source, decoder = source_of(experiment.articles), decoder_of(pair)
+    needed = pareto.prompts_needed(experiment)
+    if len(source.articles) < needed:
+        raise FedhlmError(f"the experiment pareto must have {needed} articles (got {len(source.articles)})")
+    prompts = [encode_prompt(decoder.tokenizer, a.title + "\n", decoder.info.bos_id) for a in source.articles]
+    result = pareto_figures.result_of(pareto.run(experiment, pair, source.name, prompts))
+    return noted(result, {"SLM": pair.small.name, "LLM": pair.large.name}, source.name, quick=quick)
+
+
 def laws_of(pair: LabPair, cache: Path, prompts: list[LawPrompt]) -> Laws:
     """The laws of a pair over prompts, from the cache if they are there."""
     with progress("laws of prompts", len(prompts)) as ended:
@@ -46,10 +60,19 @@ def laws_of(pair: LabPair, cache: Path, prompts: list[LawPrompt]) -> Laws:
 
 
 def marked(result: LabResult, laws: Laws, source: str, *, quick: bool) -> LabResult:
-    """The result with what it was made from, and with a warning where it is small."""
+    """The result of cached laws; see `noted`."""
     models = {"SLM": laws.facts.small, "LLM": laws.facts.large, "laws": laws.facts.digest}
+    return noted(result, models, source, quick=quick)
+
+
+def noted(result: LabResult, models: Mapping[str, str], source: str, *, quick: bool) -> LabResult:
+    """The result with what it was made from, and with a warning where it is small."""
     warnings = [*([QUICK] if quick else []), *([TOO_FEW] if source == SHIPPED else [])]
     return result._replace(facts={**result.facts, **models}, sentences=[*warnings, *result.sentences])
 
 
-EXPERIMENTS: Final[dict[str, Callable[..., LabResult]]] = {"fedhlm": run_fedhlm, "u-hlm": run_u_hlm}
+EXPERIMENTS: Final[dict[str, Callable[..., LabResult]]] = {
+    "fedhlm": run_fedhlm,
+    "u-hlm": run_u_hlm,
+    "pareto": run_pareto,
+}

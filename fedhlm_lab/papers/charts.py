@@ -1,6 +1,7 @@
 """Draws charts as PNG and SVG with matplotlib (the extra `lab`), without a display and without global state."""
 
 import io
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -8,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedhlm_lab.papers.findings import LabChart
+from fedhlm_lab.papers.findings import LabChart, LabPanels
 
 LOOK: Final[Any] = {  # matplotlib's type names every parameter
     "svg.hashsalt": "fedhlm",
@@ -20,31 +21,57 @@ LOOK: Final[Any] = {  # matplotlib's type names every parameter
     "grid.alpha": 0.3,
 }
 MARKS: Final = "os^Dv<>P"
+COLUMNS: Final = 3  # of panels
 
 
-def drawn(chart: LabChart) -> dict[str, bytes]:
+def drawn(chart: LabChart | LabPanels) -> dict[str, bytes]:
     """The chart as files: their endings and contents. Equal charts give equal bytes."""
     with mpl.rc_context(LOOK):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        panels = chart.panels if isinstance(chart, LabPanels) else [chart]
+        rows = -(-len(panels) // COLUMNS)
+        size = (6.4, 4.2) if len(panels) == 1 else (3.6 * COLUMNS, 3.0 * rows + 0.8)
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        axes: Any = figure.add_subplot()
-        _KINDS[chart.kind](axes, chart)
-        for number, (name, level) in enumerate(chart.levels.items()):
-            axes.axhline(level, linestyle=(0, (4, 1 + number)), linewidth=1.0, color="0.4")
-            axes.annotate(name, (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
-        axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
-        if chart.log_x:
-            axes.set_xscale("log")
-        if chart.log_y:
-            axes.set_yscale("log")
-        if len(chart.series) > 1:
-            figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        for number, panel in enumerate(panels, start=1):
+            axes: Any = figure.add_subplot() if len(panels) == 1 else figure.add_subplot(rows, COLUMNS, number)
+            _draw(axes, panel)
+        if isinstance(chart, LabPanels):
+            figure.suptitle(chart.title)
+        if len(panels[0].series) > 1:
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            ncols = 3 if len(panels) == 1 else 6
+            figure.legend(handles, labels, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
         files = {}
         for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             out = io.BytesIO()
             figure.savefig(out, format=kind, dpi=110, metadata=facts)
             files[kind] = out.getvalue()
         return files
+
+
+def _draw(axes: Any, chart: LabChart) -> None:
+    _KINDS[chart.kind](axes, chart)
+    for number, (name, level) in enumerate(chart.levels.items()):
+        axes.axhline(level, linestyle=(0, (4, 1 + number)), linewidth=1.0, color="0.4")
+        axes.annotate(name, (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+    axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+    if chart.log_x:
+        _logarithmic(axes.set_xscale, axes.set_xlim, [x for series in chart.series for x in series.x])
+    if chart.log_y:
+        _logarithmic(axes.set_yscale, axes.set_ylim, [y for series in chart.series for y in series.y])
+    if chart.y_range is not None:
+        axes.set_ylim(*chart.y_range)
+
+
+def _logarithmic(scale: Callable[..., object], limit: Callable[..., object], values: Sequence[float | str]) -> None:
+    """A logarithmic axis, on which 0 has a place where a value is 0."""
+    positive = [value for value in values if not isinstance(value, str) and value > 0.0]
+    if len(positive) == len(values):
+        scale("log")
+        return
+    least = min(positive, default=1.0)
+    scale("symlog", linthresh=least)
+    limit(-0.3 * least)
 
 
 def _line(axes: Any, chart: LabChart) -> None:
@@ -54,7 +81,14 @@ def _line(axes: Any, chart: LabChart) -> None:
 
 def _points(axes: Any, chart: LabChart) -> None:
     for number, series in enumerate(chart.series):
-        axes.scatter(series.x, series.y, marker=MARKS[number % len(MARKS)], s=16, alpha=0.7, label=series.name)
+        mark = MARKS[number % len(MARKS)]
+        if any(series.halves):
+            across, up = series.halves
+            axes.errorbar(
+                series.x, series.y, xerr=across, yerr=up, fmt=mark, markersize=4.5, alpha=0.8, label=series.name
+            )
+        else:
+            axes.scatter(series.x, series.y, marker=mark, s=16, alpha=0.7, label=series.name)
 
 
 def _bars(axes: Any, chart: LabChart) -> None:

@@ -12,6 +12,7 @@ from fedhlm.errors import ConfigError
 
 Amount = Annotated[int, Meta(ge=1, le=1_000_000)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Meta(ge=0.0, le=3_600.0)]
 FOLDER: Final = resources.files("fedhlm_lab.papers") / "experiments"
 
 
@@ -38,7 +39,6 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     title: str
     articles: Amount
     seed: Annotated[int, Meta(ge=0, lt=2**31)]
-    sample: Amount
     quick: dict[str, Any] = {}
     paper: tuple[PaperValue, ...] = ()
 
@@ -71,8 +71,12 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class FedhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """FedHLM's evaluation: clients in clusters answer requests of one token in rounds of learning."""
+    """FedHLM's evaluation: clients in clusters answer requests of one token in rounds of learning.
 
+    A `sample` of the requests is run again in the simulator.
+    """
+
+    sample: Amount
     requests: Amount
     clients: Amount
     clusters: Amount
@@ -86,10 +90,12 @@ class FedhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fie
 class UhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """U-HLM's and CU-HLM's evaluation. Times are in seconds, the bandwidth in hertz, sizes in bytes, SNR in decibels.
 
-    `rows` tokens of each article are read, and `questions` are asked about topics. `paper_rate` is the share of tokens
-    that CU-HLM sends, and `paper_compression` the part of a law that it saves.
+    `rows` tokens of each article are read, and `questions` are asked about topics, of which a `sample` is run again in
+    the simulator. `paper_rate` is the share of tokens that CU-HLM sends, and `paper_compression` the part of a law that
+    it saves.
     """
 
+    sample: Amount
     rows: Amount
     questions: Amount
     temperature: Annotated[float, Meta(ge=0.0, le=10.0)]
@@ -105,3 +111,25 @@ class UhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_field
     paper_rate: Annotated[float, Meta(gt=0.0, le=1.0)]
     paper_compression: Unit
     paper_speedup: Annotated[float, Meta(gt=0.0)]
+
+
+class ParetoExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Presets on links: `seeds` fleets for each preset, beginning with `seed`, of `agents` in one cluster.
+
+    Without `presets` or `links` there are all.
+
+    Presets that learn read `warm` texts first. Then there are `texts` of at most `tokens` tokens on each link. Models
+    take the seconds of a call, and those of each token in it: `device_s` the SLM on a device, `beside_s` the same one
+    at the cloud, `large_s` the LLM.
+    """
+
+    presets: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+    seeds: Annotated[int, Meta(ge=2, le=1_000)]
+    agents: Amount
+    warm: Amount
+    texts: Amount
+    tokens: Amount
+    device_s: tuple[Seconds, Seconds]
+    beside_s: tuple[Seconds, Seconds]
+    large_s: tuple[Seconds, Seconds]

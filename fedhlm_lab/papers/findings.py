@@ -19,15 +19,19 @@ class LabTable(NamedTuple):
 
 
 class ChartSeries(NamedTuple):
-    """One line, bar or cloud of points of a chart."""
+    """One line, bar or cloud of points of a chart. `halves` are half intervals in x and y, the same for all points."""
 
     name: str
     x: Sequence[float | str]
     y: Sequence[float]
+    halves: tuple[float, float] = (0.0, 0.0)
 
 
 class LabChart(NamedTuple):
-    """A chart. `kind` is line, points, bars (side by side) or stack; `levels` are lines across it."""
+    """A chart. `kind` is line, points, bars (side by side) or stack; `levels` are lines across it.
+
+    Without `y_range` the y axis shows everything.
+    """
 
     slug: str
     title: str
@@ -38,6 +42,15 @@ class LabChart(NamedTuple):
     levels: Mapping[str, float] = {}
     log_x: bool = False
     log_y: bool = False
+    y_range: tuple[float, float] | None = None
+
+
+class LabPanels(NamedTuple):
+    """Charts side by side with one legend; each has the same series."""
+
+    slug: str
+    title: str
+    panels: Sequence[LabChart]
 
 
 class PaperRow(NamedTuple):
@@ -57,4 +70,4 @@ class LabResult(NamedTuple):
     sentences: Sequence[str]
     compared: Sequence[PaperRow]
     tables: Sequence[LabTable]
-    charts: Sequence[LabChart]
+    charts: Sequence[LabChart | LabPanels]

@@ -1,6 +1,7 @@
 """The pair of models of an experiment, as sources of laws and as parts of a fleet."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +18,16 @@ from fedhlm_zoo.shipped import model_folder
 
 
 class LabPair(NamedTuple):
-    """Both models, their fingerprints (SLM, LLM), the text of a token, and the pair as a fleet of the simulator has it."""
+    """Both models, their fingerprints (SLM, LLM), the text of a token, and the pair as a fleet of the simulator has it.
+
+    `fleet` takes the `paces` of the models and a `tally` of the LLM's calls.
+    """
 
     small: LawModel
     large: LawModel
     fingerprints: tuple[Fingerprint, Fingerprint]
     word: Callable[[int], str]
-    fleet: Callable[[], Pair]
+    fleet: Callable[..., Pair]
     decoder: Decoder | None = None
 
 
@@ -42,7 +46,7 @@ def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
         DecoderLaws(large),
         (prints[0], prints[1]),
         lambda token: str(small.tokenizer.decode([token])),
-        lambda: shipped_pair(*folders, threads=threads),
+        partial(shipped_pair, *folders, threads=threads),
         small,
     )
 

@@ -13,7 +13,7 @@ import msgspec
 from fedhlm.errors import FedhlmError
 from fedhlm.process.files import replace_file
 from fedhlm.version import __version__
-from fedhlm_lab.papers.findings import Cell, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.findings import Cell, LabChart, LabPanels, LabResult, LabTable, PaperRow
 
 LIBRARIES: Final = ("numpy", "onnxruntime", "tokenizers", "msgspec", "matplotlib")
 
@@ -78,6 +78,20 @@ def csv_of(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     return out.getvalue()
 
 
+def _points(chart: LabChart | LabPanels) -> str:
+    """The points of a chart as CSV; those of panels with the names of the panels and with half intervals."""
+    if isinstance(chart, LabChart):
+        rows = [(series.name, x, y) for series in chart.series for x, y in zip(series.x, series.y, strict=True)]
+        return csv_of(("series", chart.x, chart.y), rows)
+    points = [
+        (panel.slug, series.name, panel.x, x, series.halves[0], panel.y, y, series.halves[1])
+        for panel in chart.panels
+        for series in panel.series
+        for x, y in zip(series.x, series.y, strict=True)
+    ]
+    return csv_of(("panel", "series", "quantity x", "x", "half of x", "quantity y", "y", "half of y"), points)
+
+
 def write(result: LabResult, folder: Path) -> list[Path]:
     """Write a result: report.md, environment.json, a CSV file for each table and chart, and PNG and SVG of each chart.
 
@@ -94,8 +108,7 @@ def write(result: LabResult, folder: Path) -> list[Path]:
     for table in (compared_table(result.compared), *result.tables) if result.compared else result.tables:
         files[f"{table.slug}.csv"] = csv_of(table.columns, table.rows).encode()
     for chart in result.charts:
-        points = [(series.name, x, y) for series in chart.series for x, y in zip(series.x, series.y, strict=True)]
-        files[f"{chart.slug}.csv"] = csv_of(("series", chart.x, chart.y), points).encode()
+        files[f"{chart.slug}.csv"] = _points(chart).encode()
         for kind, data in drawn(chart).items():
             files[f"{chart.slug}.{kind}"] = data
     try:

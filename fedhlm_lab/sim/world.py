@@ -186,6 +186,7 @@ class Fleet:
         drafter: Drafter,
         new_session: Callable[[], int],
         fingerprint: Fingerprint | None = None,
+        counters: Counters | None = None,
     ) -> AgentCore:
         """An agent on that bus, without a disk."""
         config = Config(
@@ -193,7 +194,9 @@ class Fleet:
         )
         model = SmallModel(drafter, fingerprint or self.pair.fingerprint, self.pair.space)
         rng = np.random.default_rng(self.seed)
-        return agent_of(config, self.runtime(), bus, model, new_session=new_session, rng=rng)
+        runtime = self.runtime()
+        runtime = runtime if counters is None else runtime._replace(counters=counters)
+        return agent_of(config, runtime, bus, model, new_session=new_session, rng=rng)
 
     def agent_service(
         self,
@@ -226,14 +229,16 @@ class Fleet:
         return buses, service
 
     @asynccontextmanager
-    async def online(self, cluster: str, name: str, drafter: Drafter) -> AsyncIterator[AgentCore]:
+    async def online(
+        self, cluster: str, name: str, drafter: Drafter, counters: Counters | None = None
+    ) -> AsyncIterator[AgentCore]:
         """An agent that reads its bus inside the block, and moves when it is assigned to another cluster.
 
-        Its session numbers follow from the seed and its name.
+        Its session numbers follow from the seed and its name. It counts with all other parts, or in `counters`.
         """
         rng = random.Random(f"{self.seed}/{name}/sessions")
         async with self.bus(name) as bus:
-            agent = self.agent(bus, cluster, name, drafter, lambda: rng.getrandbits(63))
+            agent = self.agent(bus, cluster, name, drafter, lambda: rng.getrandbits(63), counters=counters)
             await agent.subscribe()
             state = presence(agent.party.stamp, "agent", online=True, fingerprint=agent.fingerprint)
             await agent.party.send(topics.AGENT_STATUS, state, cluster=cluster, agent=name)

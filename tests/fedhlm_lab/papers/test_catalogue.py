@@ -8,13 +8,14 @@ import pytest
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.cli import main
 from fedhlm_lab.papers import catalogue
-from fedhlm_lab.papers.experiment import Experiment, FedhlmExperiment, UhlmExperiment
+from fedhlm_lab.papers.experiment import Experiment, FedhlmExperiment, ParetoExperiment, UhlmExperiment
 from fedhlm_lab.papers.requests import source_of
 from fedhlm_zoo.corpus import load_ag_news
 
 FEW = {
     "fedhlm": {"articles": 4, "requests": 24, "clients": 3, "clusters": 2, "rounds": 2, "alphas": [10.0, 1.0, 0.1], "sample": 3},
     "u-hlm": {"articles": 3, "questions": 4, "rows": 3, "taus": [0.0, 0.43, 1.0], "vocabularies": [4096], "sample": 3},
+    "pareto": {"presets": ["colocated", "slm-only", "budget"], "links": ["lte"], "seeds": 2, "warm": 2, "texts": 2, "tokens": 4},
 }  # fmt: skip
 
 
@@ -69,7 +70,9 @@ def pictures(report: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fedhlm", FedhlmExperiment), ("u-hlm", UhlmExperiment)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fedhlm", FedhlmExperiment), ("u-hlm", UhlmExperiment), ("pareto", ParetoExperiment)]
+)
 def test_a_shipped_experiment_is_read_and_its_smaller_sample_is_smaller(name: str, kind: type[Experiment]) -> None:
     whole, quick = kind.load(name), kind.load(name, quick=True)
     assert quick.articles < whole.articles

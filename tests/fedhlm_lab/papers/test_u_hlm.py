@@ -9,7 +9,7 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.papers import u_hlm
 from fedhlm_lab.papers.experiment import UhlmExperiment
-from fedhlm_lab.papers.findings import LabResult
+from fedhlm_lab.papers.findings import LabChart, LabResult
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.u_hlm import SpeedupPoint, observed, rate_of, sizes_of, snr_of, token_s
 from fedhlm_lab.papers.u_hlm_figures import result_of
@@ -95,7 +95,9 @@ def test_every_value_of_the_papers_has_ours_beside_it(runs: u_hlm.UhlmRuns) -> N
     assert all(row.published is not None for row in result.compared)
     slugs = [chart.slug for chart in result.charts] + [table.slug for table in result.tables]
     assert len(slugs) == len(set(slugs)) == 10  # each has a CSV file
-    line = result.charts[0].series[1]
+    chart = result.charts[0]
+    assert isinstance(chart, LabChart)
+    line = chart.series[1]
     fit = runs.fits["k-sample"]
     assert line.y == pytest.approx([max(0.0, fit.a * float(u) + fit.b) for u in line.x])
     assert 0.0 in line.x

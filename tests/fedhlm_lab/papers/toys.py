@@ -10,6 +10,8 @@ from fedhlm_lab.papers.laws import LawPrompt, Laws, ToyLaws
 from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.requests import LabSource
 from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.pace import CallTally, Pace, Paces
+from fedhlm_lab.sim.world import Pair
 from fedhlm_zoo.corpus import Article
 
 AGREEMENT = 0.9
@@ -42,7 +44,12 @@ def texts(known: Laws) -> LawTexts:
 
 def pair() -> LabPair:
     """The toy models."""
-    return LabPair(ToyLaws(AGREEMENT), ToyLaws(), FINGERPRINTS, word, lambda: toy.pair(AGREEMENT))
+
+    def fleet(*, paces: Paces | None = None, tally: CallTally | None = None) -> Pair:
+        made = toy.pair(AGREEMENT)
+        return made if tally is None else made._replace(engine=lambda: tally.paced(toy.engine(step_s=0.0), Pace(0.02)))
+
+    return LabPair(ToyLaws(AGREEMENT), ToyLaws(), FINGERPRINTS, word, fleet)
 
 
 def experiment(**changes: object) -> FedhlmExperiment:

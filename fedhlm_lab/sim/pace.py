@@ -1,0 +1,73 @@
+"""How long models compute: measured on this machine, and spent as virtual time by the parts of a simulated fleet."""
+
+import asyncio
+from collections.abc import Sequence
+from time import process_time
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from cloud_verifier.engine import Engine, EngineInput, EngineOutput
+from fedhlm.decoding.decoder import Decoder, DecoderInput
+
+PREFIX: Final = 64  # tokens that are cached before the measured ones
+SIZES: Final = (1, 2, 4, 8, 16)
+
+
+class Pace(NamedTuple):
+    """The time of one call of a model: `call_s` seconds, and `token_s` for each of its tokens, padding included."""
+
+    call_s: float
+    token_s: float = 0.0
+
+    def seconds(self, tokens: int) -> float:
+        """The time of a call with so many tokens."""
+        return self.call_s + self.token_s * tokens
+
+
+class Paces(NamedTuple):
+    """The SLM on a device, the same model beside the LLM at the cloud, and the LLM."""
+
+    device: Pace
+    beside: Pace
+    large: Pace
+
+
+class CallTally:
+    """Counts the calls of an engine, and the tokens that it computed, without padding."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.tokens = 0
+
+    def paced(self, engine: Engine, pace: Pace) -> Engine:
+        """The same engine; each call is counted and takes its pace in virtual time."""
+
+        async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
+            outputs = await engine.forward(requests)
+            lengths = [len(request.ids) for request in requests]
+            self.calls += 1
+            self.tokens += sum(lengths)
+            await asyncio.sleep(pace.seconds(len(lengths) * max(lengths)))
+            return outputs
+
+        return engine._replace(forward=forward)
+
+
+def measured(decoder: Decoder, *, repeats: int = 30) -> Pace:
+    """Measure a model on this machine: the fastest of `repeats` calls for each size, and a line through them.
+
+    The decoder must run on one thread, because the time is the processor's.
+    """
+    ids = [1 + number % (decoder.vocabulary.size - 1) for number in range(PREFIX)]
+    cache = decoder.forward([DecoderInput(decoder.empty_cache(), ids, 1)])[0].cache
+    fastest = []
+    for size in SIZES:
+        times = []
+        for _ in range(repeats):
+            began_s = process_time()
+            decoder.forward([DecoderInput(cache, ids[:size], size)])
+            times.append(process_time() - began_s)
+        fastest.append(min(times))
+    token_s, call_s = np.polyfit(SIZES, fastest, 1)
+    return Pace(max(0.0, float(call_s)), max(0.0, float(token_s)))

@@ -1,0 +1,116 @@
+"""All presets on all links: figures of toy fleets, what they mean, and the pictures."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from fedhlm.errors import ConfigError
+from fedhlm_lab.papers import pareto
+from fedhlm_lab.papers.experiment import ParetoExperiment
+from fedhlm_lab.papers.findings import LabPanels
+from fedhlm_lab.papers.pareto import PresetPoint, TimedText, agreement
+from fedhlm_lab.papers.pareto_figures import AGREES, CALLS, SPEED, Findings, mean_of, result_of, student
+from fedhlm_lab.papers.report import markdown
+from fedhlm_lab.sim import toy
+from tests.fedhlm_lab.papers import toys
+
+PRESETS = ("colocated", "exact", "llm-only", "slm-only", "u-hlm")
+
+
+def experiment(**changes: object) -> ParetoExperiment:
+    """The shipped one, smaller."""
+    shipped = ParetoExperiment.load("pareto")
+    small = {"presets": PRESETS, "links": ("lan", "lte"), "seeds": 2, "texts": 2, "tokens": 12, "warm": 2, **changes}
+    return ParetoExperiment.of({**{f: getattr(shipped, f) for f in shipped.__struct_fields__}, **small}, "test")
+
+
+@pytest.fixture(scope="module")
+def runs() -> pareto.ParetoRuns:
+    wanted, rng = experiment(), random.Random(1)
+    prompts = [[rng.randrange(1, toy.VOCAB_SIZE) for _ in range(4)] for _ in range(pareto.prompts_needed(wanted))]
+    return pareto.run(wanted, toys.pair(), "toy texts", prompts)
+
+
+def test_every_preset_has_a_point_on_every_link_with_every_seed(runs: pareto.ParetoRuns) -> None:
+    assert len(runs.points) == len(PRESETS) * 2 * 2
+    assert {(p.preset, p.link, p.seed) for p in runs.points} == {
+        (preset, link, seed) for preset in PRESETS for link in ("lan", "lte") for seed in (1, 2)
+    }
+    assert {point.preset for point in runs.alone} == set(PRESETS)
+    assert all(point.tokens == point.wanted for point in runs.alone)
+
+
+def test_the_texts_of_exact_presets_are_the_llms_and_those_of_the_slm_are_not(runs: pareto.ParetoRuns) -> None:
+    found = Findings(runs)
+    for link in found.links:
+        assert {"colocated", "exact", "llm-only"} <= set(found.exact(link))
+        assert 0.5 < found.mean(AGREES, link, "slm-only").mean < 0.99
+        assert found.mean(AGREES, link, "u-hlm").mean > found.mean(AGREES, link, "slm-only").mean
+
+
+def test_drafts_at_the_cloud_save_calls_and_no_round_trip(runs: pareto.ParetoRuns) -> None:
+    found = Findings(runs)
+    for link in found.links:
+        calls = {preset: found.mean(CALLS, link, preset).mean for preset in PRESETS}
+        assert calls["slm-only"] == 0.0
+        assert calls["colocated"] < 0.8 * calls["llm-only"]
+        assert found.mean(SPEED, link, "colocated").mean > found.mean(SPEED, link, "llm-only").mean
+    one = next(p for p in runs.points if p.preset == "colocated")
+    assert one.sent == one.texts  # a text of 12 tokens is one chunk
+    assert one.settled == {"cloud": one.tokens}
+    slower = {link: found.mean(SPEED, link, "exact").mean for link in found.links}
+    assert slower["lte"] < slower["lan"]
+
+
+def test_a_token_counts_by_what_the_llm_would_emit_after_the_same_text() -> None:
+    prompt, text = [5, 6], [7, 8, 9]
+    expected = sum(int(np.argmax(toy.large_logits([*prompt, *text[:i]]))) == token for i, token in enumerate(text))
+    large = toys.pair().large
+    assert agreement(large, TimedText(prompt, text, [], 0.0, 1.0)) == expected
+    own = [int(np.argmax(toy.large_logits(prompt)))]
+    assert agreement(large, TimedText(prompt, own, [], 0.0, 1.0)) == 1
+
+
+def point(preset: str, agreed: int, seconds: float, sent: float) -> PresetPoint:
+    return PresetPoint(preset, "lan", 1, 1, 100, agreed, 0, {}, seconds, 0.1, sent, 1.0, 1.0, 1, 1)
+
+
+def test_the_frontier_has_what_no_other_preset_beats_in_everything() -> None:
+    points = [
+        point("best", 100, 1.0, 10.0),
+        point("as-good-and-slower", 100, 2.0, 10.0),
+        point("cheap", 90, 4.0, 1.0),
+        point("worse-than-cheap", 90, 5.0, 1.0),
+    ]
+    found = Findings(pareto.ParetoRuns(experiment(), "", [*points, *(p._replace(seed=2) for p in points)], [], {}))
+    assert found.frontier("lan") == ["best", "cheap"]
+
+
+def test_intervals_are_those_of_students_t() -> None:
+    assert student(4) == pytest.approx(2.776, abs=1e-3)
+    assert student(1) == pytest.approx(12.706, abs=1e-2)
+    assert student(4, 0.5) == pytest.approx(0.741, abs=1e-3)
+    known = mean_of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert known.mean == 3.0
+    assert known.half == pytest.approx(2.776 * math.sqrt(2.5 / 5), abs=1e-3)
+    assert str(mean_of([1.0, 1.0])) == "1"
+
+
+def test_the_report_says_where_the_rival_wins_and_shows_every_link(runs: pareto.ParetoRuns) -> None:
+    result = result_of(runs)
+    text = markdown(result)
+    assert "| `colocated` |" in text
+    assert "## On lte" in text
+    assert "Without a link the first token comes after" in text
+    for chart in result.charts:
+        assert isinstance(chart, LabPanels)
+        assert all([series.name for series in panel.series] == list(PRESETS) for panel in chart.panels)
+    assert [panel.slug for panel in result.charts[0].panels] == ["lan", "lte"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("key", "value"), [("presets", "exakt"), ("links", "ltee")])
+def test_an_unknown_name_is_refused(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} must be one of .* \(got '{value}'\)"):
+        pareto.run(experiment(**{key: (value,)}), toys.pair(), "", [])

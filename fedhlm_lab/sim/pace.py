@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from cloud_verifier.engine import Engine, EngineInput, EngineOutput
+from cloud_verifier.engine import Engine, EngineFailure, EngineInput, EngineOutput
 from fedhlm.decoding.decoder import Decoder, DecoderInput
 
 PREFIX: Final = 64  # tokens that are cached before the measured ones
@@ -43,7 +43,7 @@ class CallTally:
     def paced(self, engine: Engine, pace: Pace) -> Engine:
         """The same engine; each call is counted and takes its pace in virtual time."""
 
-        async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
+        async def forward(requests: Sequence[EngineInput]) -> Sequence[EngineOutput | EngineFailure]:
             outputs = await engine.forward(requests)
             lengths = [len(request.ids) for request in requests]
             self.calls += 1

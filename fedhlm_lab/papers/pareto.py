@@ -28,7 +28,7 @@ from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.laws import LawModel, LawPrompt
 from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.sim import links
-from fedhlm_lab.sim.pace import CallTally, Pace, Paces
+from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
 
@@ -113,7 +113,7 @@ class SeedRun(NamedTuple):
 
 def paces_of(experiment: ParetoExperiment) -> Paces:
     """The paces of the file."""
-    return Paces(Pace(*experiment.device_s), Pace(*experiment.beside_s), Pace(*experiment.large_s))
+    return Paces(ModelPace(*experiment.device_s), ModelPace(*experiment.beside_s), ModelPace(*experiment.large_s))
 
 
 def run(experiment: ParetoExperiment, pair: LabPair, source: str, prompts: Sequence[list[int]]) -> ParetoRuns:

@@ -14,7 +14,7 @@ PREFIX: Final = 64  # tokens that are cached before the measured ones
 SIZES: Final = (1, 2, 4, 8, 16)
 
 
-class Pace(NamedTuple):
+class ModelPace(NamedTuple):
     """The time of one call of a model: `call_s` seconds, and `token_s` for each of its tokens, padding included."""
 
     call_s: float
@@ -28,9 +28,9 @@ class Pace(NamedTuple):
 class Paces(NamedTuple):
     """The SLM on a device, the same model beside the LLM at the cloud, and the LLM."""
 
-    device: Pace
-    beside: Pace
-    large: Pace
+    device: ModelPace
+    beside: ModelPace
+    large: ModelPace
 
 
 class CallTally:
@@ -40,7 +40,7 @@ class CallTally:
         self.calls = 0
         self.tokens = 0
 
-    def paced(self, engine: Engine, pace: Pace) -> Engine:
+    def paced(self, engine: Engine, pace: ModelPace) -> Engine:
         """The same engine; each call is counted and takes its pace in virtual time."""
 
         async def forward(requests: Sequence[EngineInput]) -> Sequence[EngineOutput | EngineFailure]:
@@ -54,7 +54,7 @@ class CallTally:
         return engine._replace(forward=forward)
 
 
-def measured(decoder: Decoder, *, repeats: int = 30) -> Pace:
+def measured(decoder: Decoder, *, repeats: int = 30) -> ModelPace:
     """Measure a model on this machine: the fastest of `repeats` calls for each size, and a line through them.
 
     The decoder must run on one thread, because the time is the processor's.
@@ -70,4 +70,4 @@ def measured(decoder: Decoder, *, repeats: int = 30) -> Pace:
             times.append(process_time() - began_s)
         fastest.append(min(times))
     token_s, call_s = np.polyfit(SIZES, fastest, 1)
-    return Pace(max(0.0, float(call_s)), max(0.0, float(token_s)))
+    return ModelPace(max(0.0, float(call_s)), max(0.0, float(token_s)))

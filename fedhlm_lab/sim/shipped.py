@@ -14,15 +14,15 @@ from cloud_verifier.wiring import LargeModel
 from edge_agent.model import Drawn, Slm, SlmDrafter, TreeDraft
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.peers.context_keys import load_projection
-from fedhlm_lab.sim.pace import CallTally, Pace, Paces
+from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
 from fedhlm_lab.sim.world import Pair
 
 DRAFT_STEP_S: Final = 0.001
 TARGET_STEP_S: Final = 0.01
-STEPS: Final = Paces(Pace(DRAFT_STEP_S), Pace(DRAFT_STEP_S), Pace(TARGET_STEP_S))
+STEPS: Final = Paces(ModelPace(DRAFT_STEP_S), ModelPace(DRAFT_STEP_S), ModelPace(TARGET_STEP_S))
 
 
-async def drafting(pace: Pace, work: Callable[[], Drawn | TreeDraft]) -> Any:
+async def drafting(pace: ModelPace, work: Callable[[], Drawn | TreeDraft]) -> Any:
     """An SLM's calls: one for each drafted token."""
     made = work()
     count = 1 if isinstance(made, Drawn) else len(made.chain) + len(made.branches)

@@ -10,7 +10,7 @@ from fedhlm_lab.papers.laws import LawPrompt, Laws, ToyLaws
 from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.requests import LabSource
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.pace import CallTally, Pace, Paces
+from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
 from fedhlm_lab.sim.world import Pair
 from fedhlm_zoo.corpus import Article
 
@@ -47,7 +47,11 @@ def pair() -> LabPair:
 
     def fleet(*, paces: Paces | None = None, tally: CallTally | None = None) -> Pair:
         made = toy.pair(AGREEMENT)
-        return made if tally is None else made._replace(engine=lambda: tally.paced(toy.engine(step_s=0.0), Pace(0.02)))
+        return (
+            made
+            if tally is None
+            else made._replace(engine=lambda: tally.paced(toy.engine(step_s=0.0), ModelPace(0.02)))
+        )
 
     return LabPair(ToyLaws(AGREEMENT), ToyLaws(), FINGERPRINTS, word, fleet)
 

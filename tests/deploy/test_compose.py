@@ -27,6 +27,7 @@ PLAIN, SCALE, CLUSTER, HOST, MODEL, OBSERVE = (
 )
 OVERLAYS: Final = (PLAIN, SCALE, CLUSTER, HOST, MODEL, OBSERVE, "compose.gpu.yml")
 CLOUD: Final = "broker-cloud"
+OUTER: Final = {"host", "host-brokers"}  # networks that publish ports
 WATCHERS: Final = ("prometheus", "grafana")  # no parties of the fleet: no certificate, no broker
 VARIABLE: Final = re.compile(r"\$\{(\w+)(:?-)([^}]*)\}")
 DOCKERFILES: Final = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
@@ -195,9 +196,9 @@ def test_who_waits_for_whom(whole: dict[str, Any]) -> None:
 @pytest.mark.parametrize("whole", WHOLE)
 def test_only_edges_are_in_two_networks_and_none_leads_outside(whole: dict[str, Any]) -> None:
     networks = dict(whole["networks"])
-    outer = networks.pop("host")
     closed = {f"com.docker.network.bridge.enable_{what}": "false" for what in ("ip_masquerade", "icc")}
-    assert outer == {"driver_opts": closed}
+    for name in OUTER & networks.keys():
+        assert networks.pop(name) == {"driver_opts": closed}
     assert all(network == {"internal": True} for network in networks.values())
     for name, body in services(whole).items():
         if name == "init":
@@ -211,7 +212,19 @@ def test_only_edges_are_in_two_networks_and_none_leads_outside(whole: dict[str, 
             continue
         scraped = "observe" in networks and (name == "cloud" or name.startswith("edge-"))
         expected = ["observe"] if name in WATCHERS else [*expected, *(["observe"] if scraped else [])]
-        assert body["networks"] == [*expected, *(["host"] if "ports" in body else [])], name
+        published = ["host-brokers" if name.startswith("broker-") else "host"] if "ports" in body else []
+        assert body["networks"] == [*expected, *published], name
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_a_part_shares_one_network_with_its_broker_and_that_is_no_outer_one(whole: dict[str, Any]) -> None:
+    """The engine answers a name with the address in any network that both are in."""
+    for name, body in services(whole).items():
+        words = [*map(str, body.get("command", [])), *settings_of(body).values()]
+        for broker in {found for word in words for found in re.findall(r"//(broker-\w+):", word)}:
+            common = set(body["networks"]) & set(services(whole)[broker]["networks"])
+            assert len(common) == 1, (name, broker)
+            assert not common & OUTER, (name, broker)
 
 
 @pytest.mark.parametrize("whole", WHOLE)

@@ -94,7 +94,7 @@ $(DEMO): pyproject.toml constraints.txt $(READY)
 	@touch $@
 
 $(TEST): pyproject.toml constraints.txt $(READY)
-	$(INSTALL) --editable '.[agent,edge,cloud,serve,docs,dev]'
+	$(INSTALL) --editable '.[agent,edge,cloud,serve,otel,docs,dev]'
 	@touch $@
 
 $(FUZZ): $(TEST)

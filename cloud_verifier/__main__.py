@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from cloud_verifier.backends.onnx import threaded
@@ -18,16 +19,24 @@ from fedhlm.process.run import configured_folder, opener, serve
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
 from fedhlm.settings import Cloud, Config
+from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
 
 
-async def run(config: Config, counters: Counters, notifier: Notifier | None = None, *, door: Door = shut) -> int:
+async def run(
+    config: Config,
+    counters: Counters,
+    notifier: Notifier | None = None,
+    tracer: Tracer = PASSING,
+    *,
+    door: Door = shut,
+) -> int:
     """Serve until cancelled, and return exit status 0. `door` lets in clients on this machine meanwhile."""
     notifier = notifier or Notifier()
     store = store_of(config.cloud.state, key="cloud.state")
-    runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
+    runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal, tracer=tracer)
     async with opened(config.cloud) as (large, offer), drafting(config.cloud, large) as model:
         service = cloud_of(config, runtime, model, open_bus=opener(config.broker, notifier, "the broker"))
         await service.subscribe()
@@ -82,4 +91,4 @@ def warn_of_blocks(decoder: Decoder) -> None:
 def main(loaded: Loaded, *, door: Door = shut) -> int:
     """Run until a signal arrives, and return the exit status. For `door` see `run`."""
     config = loaded.config
-    return serve(config, NAME, lambda counters, notifier: run(config, counters, notifier, door=door))
+    return serve(config, NAME, partial(run, config, door=door))

@@ -51,11 +51,15 @@ class ModelAlone:
         self._asked += 1
         key = Key(LOCAL, question.asker, self._asked)
         self._open.add(key)
+        span, finish = self._service.tracer.begin("request", "server", question.context), "cancelled"
         try:
             yield Slice()
             async for piece in self._written(key, question):
+                finish = piece.finish or finish
                 yield piece
         finally:
+            span.note(finish=finish)
+            span.end("error" if finish == "error" else "")
             self._open.discard(key)
             self._service.forget(key)
 

@@ -47,6 +47,7 @@ from fedhlm.protocol.messages import (
 from fedhlm.protocol.refusing import refused
 from fedhlm.protocol.roles import cluster_of
 from fedhlm.settings import Config
+from fedhlm.spans import Tracer, contexts_in
 from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
@@ -139,6 +140,11 @@ class CloudService:
             runtime.journal.note("state", "cloud", msgspec.msgpack.encode(start))
 
     @property
+    def tracer(self) -> Tracer:
+        """Begins the cloud's spans."""
+        return self._party.tracer
+
+    @property
     def bus(self) -> Bus:
         """The cloud's connection. Enter it after `subscribe`."""
         return self._party.bus
@@ -206,7 +212,7 @@ class CloudService:
         cluster = received.levels.get("cluster", "")
         match received.message if received.topic in HEARD else None:
             case EscalationBatch() as batch:
-                await self._submit(cluster, batch)
+                await self._submit(cluster, batch, contexts_in(received.extras, len(batch.items)))
             case Contribution() as contribution:
                 self._contribute(cluster, contribution)
             case Profile() as profile:
@@ -218,12 +224,13 @@ class CloudService:
             case _:
                 self._counters.add("refused_messages")
 
-    async def _submit(self, cluster: str, batch: EscalationBatch) -> None:
+    async def _submit(self, cluster: str, batch: EscalationBatch, contexts: Sequence[str]) -> None:
         now = self._clock_s()
         busy: list[Done] = []
-        for agent, escalation in ((i.agent, i.escalation) for i in batch.items):
+        for (agent, escalation), context in zip(((i.agent, i.escalation) for i in batch.items), contexts, strict=True):
             key = Key(cluster, agent, escalation.session)
             self._counters.add("escalations")
+            self._party.spans.begin("verify", "server", _asker(key), escalation, context)
             patience_s = min(escalation.patience_ms / 1000.0, PATIENCE_MAX_S)
             job = BlockJob(key, escalation, now + patience_s, came_s=now)
             if self._preparations is None or not self._preparations.hold(job):
@@ -386,8 +393,10 @@ class CloudService:
 
     async def _run(self, engine: Engine, batch: list[Running]) -> list[Done]:
         """Run one model call, and return the blocks that end with it."""
+        blocks = ((_asker(running.job.key), running.job.escalation) for running in batch)
         try:
-            outputs = await engine.forward([self.batcher.request(r) for r in batch])
+            with self._party.spans.inside("model call", blocks, batch=len(batch)):
+                outputs = await engine.forward([self.batcher.request(r) for r in batch])
         except Exception as exc:  # whatever a model runtime raises, the service must keep running
             log.exception("the model failed on a batch of %d blocks", len(batch))
             return self.batcher.fail(batch, f"{MODEL_FAILED}: {type(exc).__name__}: {exc}")
@@ -438,6 +447,7 @@ class CloudService:
             self._count(outcome)
             verdict = verdict_of(escalation, outcome, self._party.stamp, vocab_size=vocab_size)
             if verdict is not None:
+                self._party.spans.answered(_asker(key), verdict)
                 by_cluster[key.cluster].append(RoutedVerdict(key.agent, verdict))
         for cluster, answers in by_cluster.items():
             for items in portions(answers):
@@ -469,3 +479,7 @@ class CloudService:
                 self._counters.add("stale_escalations")
             case _:
                 assert_never(outcome)
+
+
+def _asker(key: Key) -> str:
+    return f"{key.cluster}/{key.agent}"

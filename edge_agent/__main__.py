@@ -32,6 +32,7 @@ from fedhlm.process.state import store_of
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Prompt
 from fedhlm.receipts import Sign, unsigned
+from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 
 INTERRUPTED: Final = 130
@@ -49,6 +50,7 @@ async def run(
     prompt: str | None = None,
     *,
     notifier: Notifier | None = None,
+    tracer: Tracer = PASSING,
     door: Door = shut,
     sign: Sign = unsigned,
 ) -> int:
@@ -67,7 +69,7 @@ async def run(
     fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
     projection = load_projection(folder, info.hidden_size)
     store = store_of(config.agent.state, key="agent.state")
-    runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
+    runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal, tracer=tracer)
     # A service waits for its broker without limit. A command line, or a second connection, does not.
     patient, impatient = (
         opener(config.broker, notifier, "the broker", connect_timeout_s=limit_s)
@@ -145,6 +147,8 @@ def main(loaded: Loaded, prompt: str | None = None, *, door: Door = shut, sign: 
     return serve(
         loaded.config,
         loaded.config.agent.id,
-        lambda counters, notifier: run(loaded, counters, prompt, notifier=notifier, door=door, sign=sign),
+        lambda counters, notifier, tracer: run(
+            loaded, counters, prompt, notifier=notifier, tracer=tracer, door=door, sign=sign
+        ),
         on_signal=0 if prompt is None else INTERRUPTED,
     )

@@ -43,6 +43,7 @@ from fedhlm.process.run import address_of
 from fedhlm.protocol.fields import FinishReason, Refusal
 from fedhlm.protocol.open_topics import A2A_CARD, A2A_REPLY, A2A_REQUEST
 from fedhlm.settings import Config
+from fedhlm.spans import contexts_in
 from fedhlm.telemetry import Counters, warn_once
 
 log = logging.getLogger(__name__)
@@ -60,11 +61,12 @@ _ENDS: Final[dict[FinishReason, State]] = {
 
 
 class ReplyPath(NamedTuple):
-    """Where the answers to a request go, and whose topic that is."""
+    """Where the answers to a request go, and whose topic that is. `context` is that of the client's span."""
 
     topic: str
     correlation: bytes | None
     client: str
+    context: str = ""
 
 
 class AskedTask:
@@ -182,7 +184,7 @@ class AgentA2a:
             why = "is retained" if delivery.retain else "has no Response Topic that is a reply topic of this cluster"
             warn_once(log, f"a2a {delivery.retain}", "ignored a request over A2A: it %s", why)
             return
-        path = ReplyPath(extras.response_topic, extras.correlation, client)
+        path = ReplyPath(extras.response_topic, extras.correlation, client, *contexts_in(extras))
         try:
             if not 0 < len(path.correlation or b"") <= CORRELATION_MAX:
                 raise A2aError(TRANSPORT_ERROR, f"Correlation Data must be 1 to {CORRELATION_MAX} bytes")
@@ -257,7 +259,7 @@ class AgentA2a:
         offer, call = self._questions.offer, task.call
         ids = tuple(encode_prompt(offer.tokenizer, call.text, offer.bos_id))
         options = {"max_tokens": self._config.generation.max_tokens, **call.options}
-        question = Question(task.path.client, ids, **options)
+        question = Question(task.path.client, ids, context=task.path.context, **options)
         async with aclosing(self._questions.answer(question)) as slices:
             async for piece in slices:
                 await self._tell(task, piece)

@@ -208,6 +208,7 @@ class AgentCore:
 
     def on_verdict(self, verdict: Verdict) -> None:
         """Pass a verdict to its generation. If that has ended, the verdict only shows that the link is up."""
+        self.party.spans.answered("", verdict)
         queue = self._routes.get(verdict.session)
         if queue is None:
             if not (
@@ -299,11 +300,13 @@ class AgentCore:
         on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]],
         on_judged: Callable[[Judged], object] = lambda _judged: None,
         read: Callable[[Sequence[int]], str] | None = None,
+        context: str = "",
     ) -> GenerationResult:
         """Generate from prompt ids. `on_commit` receives tokens as they are committed, and may end the generation.
 
         `on_judged` receives what was decided on each draft, before the commit of its position. `read` returns the text
-        of ids, which the rules of `generation.always_verify` need (None: they do not apply).
+        of ids, which the rules of `generation.always_verify` need (None: they do not apply). Escalations are spans
+        inside the one that `context` names.
 
         Raises:
             ValueError: the prompt is empty, or leaves no room in the model's context.
@@ -332,6 +335,7 @@ class AgentCore:
             on_commit,
             on_judged,
             lambda ids, new: important(ids[start:], new),
+            context,
         )
         self._routes[session] = turn.queue
         place = self.cluster
@@ -367,6 +371,7 @@ class AgentCore:
         finally:
             del self._routes[session]
             result.approximate = self._approximate.pop(session, 0)
+            self.party.spans.end_session("", session, "abandoned")
             self.link_up = machine.link_up
         result.rollbacks, result.discarded = machine.tally.rollbacks, machine.tally.discarded
         result.escalated = machine.tally.escalated
@@ -462,12 +467,14 @@ class AgentCore:
             laws=action.laws,
             hints=hints,
         )
+        drafts = len(action.ids) - action.fixed
+        self.party.spans.begin("escalate", "client", "", message, turn.context, drafts=drafts)
         sent = await self.party.send(
             topics.ESCALATE, message, expiry_s=action.deadline_s, cluster=self.cluster, agent=self.name
         )
         turn.result.uplink_bytes += sent.packet_bytes
         turn.result.escalation_bytes += sent.comparable_bytes
-        turn.result.sent(action.epoch, action.base, fixed=action.fixed, drafts=len(action.ids) - action.fixed)
+        turn.result.sent(action.epoch, action.base, fixed=action.fixed, drafts=drafts)
         turn.result.uplink_messages += bool(sent)
         if sent.too_large:
             self._post(turn.queue, Refused(self.party.why_too_large()))

@@ -54,6 +54,7 @@ class LocalQuestions:
             asyncio.get_running_loop().time(),
             ids=question.ids,
             tell=slices.put_nowait,
+            context=question.context,
         )
         await service.admit(request)
         try:

@@ -8,6 +8,7 @@ from edge_agent.events import Committed, Judged
 from fedhlm.answering import Slice, TokenOrigin
 from fedhlm.protocol.fields import FinishReason, Refusal
 from fedhlm.protocol.messages import Cancel, Presence, Prompt
+from fedhlm.spans import NO_SPAN, Tracer
 
 PROMPTS_MAX: Final = 256
 CLIENT_MAX: Final = 192  # per client, so that the other places are left for others
@@ -30,6 +31,7 @@ class RoutedPrompt:
     been published.
 
     A client on the agent's own machine gives the prompt as `ids`. Its output goes to `tell` and not to the bus.
+    `context` is that of the client's span, and `span` the request's own.
     """
 
     def __init__(
@@ -40,17 +42,24 @@ class RoutedPrompt:
         *,
         ids: Sequence[int] | None = None,
         tell: Callable[[Slice], object] | None = None,
+        context: str = "",
     ) -> None:
         self.cluster = cluster
         self.prompt = prompt
         self.ids = ids
         self.tell = tell
+        self.context = context
+        self.span = NO_SPAN
         self._judged: dict[int, Judged] = {}  # by position in the answer
         self.began_s = now_s
         self.limit_s = float("inf") if prompt.patience_ms is None else now_s + prompt.patience_ms / 1000.0
         self.count = 0
         self.over: End | None = None
         self.answered = False
+
+    def trace(self, tracer: Tracer) -> None:
+        """Begin the request's span."""
+        self.span = tracer.begin("request", "server", self.context, request=self.prompt.request)
 
     def judged(self, judged: Judged) -> None:
         """Remember the device's draft for a position, for the origin of the token there."""

@@ -18,6 +18,7 @@ from edge_agent.result import GenerationResult, Job
 from fedhlm.answering import Slice
 from fedhlm.answers import Piece
 from fedhlm.bus.interface import Delivery
+from fedhlm.bus.party import Received
 from fedhlm.config import Loaded
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.grammar import Constrain, nothing_constrains
@@ -32,6 +33,7 @@ from fedhlm.protocol.prompts import unusable
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.receipts import Receipt, Sign, proof_of, receipt_of, unsigned
 from fedhlm.settings import Generation as GenerationConfig
+from fedhlm.spans import contexts_in
 from fedhlm.telemetry import warn_once
 
 if TYPE_CHECKING:
@@ -92,10 +94,7 @@ class AgentService:
         agent.party.on_refused = self._answer_unusable
 
     async def subscribe(self) -> None:
-        """Subscribe to the agent's topics.
-
-        Call this before the bus connects, so that the agent hears prompts once online.
-        """
+        """Subscribe to the agent's topics, before the bus connects, so that the agent hears prompts once online."""
         await self.agent.subscribe()
 
     async def run(self) -> None:
@@ -132,7 +131,7 @@ class AgentService:
             bus = party.bus
             async for received in party.received():
                 if isinstance(received.message, Prompt):
-                    await self._accept(received.message, received.levels["cluster"], retained=received.retained)
+                    await self._accept(received.message, received)
                     continue
                 if isinstance(received.message, Cancel):
                     await self.cancel(received.message)
@@ -181,18 +180,21 @@ class AgentService:
             if not adopted:  # the agent has moved again, and `_moved` is set again
                 await bus.__aexit__(None, None, None)
 
-    async def _accept(self, prompt: Prompt, cluster: str, *, retained: bool) -> None:
-        if retained:  # it was asked at another time, and would be answered at every start
+    async def _accept(self, prompt: Prompt, received: Received) -> None:
+        if received.retained:  # it was asked at another time, and would be answered at every start
             self._counters.add("refused_messages")
             warn_once(log, "retained", "ignored the retained prompt %s of %s", prompt.request, prompt.sender)
             return
         if self.requests.knows(prompt):
             self._counters.add("duplicate_messages")
             return
-        await self.admit(RoutedPrompt(cluster, prompt, asyncio.get_running_loop().time()))
+        (context,) = contexts_in(received.extras)
+        now_s = asyncio.get_running_loop().time()
+        await self.admit(RoutedPrompt(received.levels["cluster"], prompt, now_s, context=context))
 
     async def admit(self, request: RoutedPrompt) -> None:
         """Queue a request, which is served in its turn, or end it at once."""
+        request.trace(self.agent.party.tracer)
         end = self.requests.admit(request)
         if end is None:
             self._work.set()
@@ -204,6 +206,7 @@ class AgentService:
             return
         self.requests.close(request)
         log.info("request %s: refused, %s", request.prompt.request, _line(end.error))
+        request.span.end(end.refusal or end.finish)
         self._refuse(request.cluster, request.prompt.request, request.prompt.sender, end)
 
     def _refuse(self, cluster: str, request: str, client: str | None, end: End) -> None:
@@ -321,7 +324,9 @@ class AgentService:
             GrammarError: the grammar cannot be used.
             ValueError: the prompt has no tokens, or is longer than the model's context.
         """
-        return await self._complete_in_turn(RoutedPrompt(cluster or self.agent.cluster, prompt), show)
+        request = RoutedPrompt(cluster or self.agent.cluster, prompt)
+        request.trace(self.agent.party.tracer)
+        return await self._complete_in_turn(request, show)
 
     async def _complete_in_turn(
         self, request: RoutedPrompt, show: Callable[[Piece], object] | None = None
@@ -363,7 +368,8 @@ class AgentService:
             context_max=self._model.context,
             eos_ids=self._model.eos_ids,
         )
-        result = await self.agent.generate(job, list(ids), publish, request.judged, self._read)
+        context = request.span.context
+        result = await self.agent.generate(job, list(ids), publish, request.judged, self._read, context)
         times.ended(now_s(), prompt_tokens=len(ids))
         result.keep(request.count)
         if text.stopped:
@@ -452,6 +458,9 @@ class AgentService:
         party, prompt = self.agent.party, request.prompt
         statistics = {} if result is None else result.statistics()
         receipt = None if result is None else result.receipt
+        if finish is not None:
+            request.span.note(finish=finish, **statistics)
+            request.span.end((refusal or "error") if finish == "error" else "")
         if request.tell is not None:
             drafting = None if result is None else result.drafting()
             origins = request.origins(tokens)

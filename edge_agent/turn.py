@@ -40,7 +40,7 @@ class Turn(NamedTuple):
     """A running generation. `sample` collects the drafts that the cloud may see. `on_judged` hears of every draft.
 
     `pair` names the models that the plan was made for. `important` names the rule by which a draft is always verified
-    (`fedhlm.decoding.important`).
+    (`fedhlm.decoding.important`). `context` is that of the request's span.
     """
 
     session: int
@@ -53,6 +53,7 @@ class Turn(NamedTuple):
     on_commit: Callable[[list[Committed]], Awaitable[FinishReason | None]]
     on_judged: Callable[[Judged], object]
     important: Callable[[Sequence[int], int], str]
+    context: str = ""
 
 
 def count(counters: Counters, tally: Tally, result: GenerationResult) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import AsyncExitStack
+from functools import partial
 
 import msgspec
 
@@ -16,19 +17,20 @@ from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
 from fedhlm.protocol.roles import edge_name
 from fedhlm.settings import Broker, Config
+from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
 
 
-async def run(config: Config, counters: Counters, notifier: Notifier | None = None) -> int:
+async def run(config: Config, counters: Counters, notifier: Notifier | None = None, tracer: Tracer = PASSING) -> int:
     """Serve until cancelled, and return exit status 0.
 
     The edge does not wait for the cloud, because it can answer some blocks itself.
     """
     notifier = notifier or Notifier()
     store = store_of(config.edge.state, key="edge.state")
-    runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal)
+    runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal, tracer=tracer)
     broker, upstream = config.broker, config.edge.upstream
     async with AsyncExitStack() as stack:
         if not broker.url:
@@ -82,4 +84,4 @@ def same_place(below: Broker, above: Broker) -> bool:
 def main(loaded: Loaded) -> int:
     """Run until a signal arrives, and return the exit status."""
     config = loaded.config
-    return serve(config, edge_name(config.cluster.name), lambda counters, notifier: run(config, counters, notifier))
+    return serve(config, edge_name(config.cluster.name), partial(run, config))

@@ -54,6 +54,7 @@ from fedhlm.protocol.refusing import refused
 from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Config
+from fedhlm.spans import contexts_in
 from fedhlm.telemetry import warn_once
 
 log = logging.getLogger(__name__)
@@ -151,10 +152,7 @@ class EdgeService:
         return tuple(dict.fromkeys((self.down.bus, self.up.bus)))
 
     async def subscribe(self) -> None:
-        """Subscribe to the edge's topics.
-
-        Call this before the buses connect, so that the edge hears everything once online.
-        """
+        """Subscribe to the edge's topics, before the buses connect, so that the edge hears everything once online."""
         await self.down.bus.subscribe(
             *(topic.name(self.down.root, cluster=self.cluster, agent="+") for topic in BELOW),
             qos=0,  # an agent whose block is lost asks again, and a flood need not be acknowledged
@@ -195,7 +193,7 @@ class EdgeService:
         """Handle one message. Messages outside the topics of HEARD are counted and dropped."""
         match received.message if received.topic in HEARD else None:
             case Escalation() as escalation:
-                await self._escalate_parts(received.levels["agent"], escalation)
+                await self._escalate_parts(received.levels["agent"], escalation, *contexts_in(received.extras))
             case VerdictBatch() as batch:
                 self._counters.add_all(downlink_messages=1, downlink_bytes=received.wire_bytes)
                 await self._settle(batch)
@@ -229,14 +227,15 @@ class EdgeService:
 
     # Blocks
 
-    async def _escalate_parts(self, agent: str, escalation: Escalation) -> None:
+    async def _escalate_parts(self, agent: str, escalation: Escalation, context: str) -> None:
         for part in escalation.parts():
-            await self._escalate(agent, part)
+            await self._escalate(agent, part, context if part.session == escalation.session else "")
 
-    async def _escalate(self, agent: str, escalation: Escalation) -> None:
+    async def _escalate(self, agent: str, escalation: Escalation, context: str) -> None:
         self._counters.add("escalations")
         if not self.relay.escalate(agent, escalation):
             return
+        self.down.spans.begin("settle", "server", agent, escalation, context)
         vocab_size = self._vocab_size(agent)
         answer = None if vocab_size is None else self.memory.answer(agent, escalation, vocab_size)
         if vocab_size is None or answer is None:
@@ -321,6 +320,7 @@ class EdgeService:
 
     async def _send_verdict(self, agent: str, verdict: Verdict) -> None:
         self._counters.add("verdicts")
+        self.down.spans.answered(agent, verdict)
         sent = await self.down.send(topics.VERDICT, verdict, cluster=self.cluster, agent=agent)
         if sent.too_large:
             short = refused(self.down.stamp(), verdict, self.down.why_too_large())

@@ -37,4 +37,5 @@ def edge_of(
     if open_up is not None:
         above = config.edge.upstream.root
         up = runtime.party(open_up(client_id=client_id("edge-up", cluster, root=above)), stamp, above)
+        up.extras = down.spans.extras  # blocks come in at one side and go out at the other
     return EdgeService(config, runtime, down=down, up=up, to_announce=to_announce, bridges=bridges)

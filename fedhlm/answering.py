@@ -24,7 +24,7 @@ class Question(NamedTuple):
 
     `ids` are the prompt's, the begin-of-text id included. None means the part's own setting. The answer is held to
     `grammar`, in llguidance's Lark dialect, where there is one. `logprobs` is how many
-    alternatives of each token are wanted (None: no probabilities).
+    alternatives of each token are wanted (None: no probabilities). `context` is that of the client's span, if it has one.
     """
 
     asker: str
@@ -39,6 +39,7 @@ class Question(NamedTuple):
     preset: str | None = None
     grammar: str | None = None
     logprobs: int | None = None
+    context: str = ""
 
 
 class TokenOrigin(NamedTuple):

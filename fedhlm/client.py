@@ -30,7 +30,7 @@ from fedhlm.errors import (
     PiecesLost,
     RequestCancelled,
 )
-from fedhlm.open_request import OpenRequest, now_s, within
+from fedhlm.open_request import OpenRequest, extras_for, now_s, within
 from fedhlm.protocol import prompts, topics
 from fedhlm.protocol.messages import Cancel, Output, Presence, Prompt
 from fedhlm.protocol.roles import ROLES
@@ -104,6 +104,7 @@ class Client:
         self.party = Party(
             bus=bus, stamp=stamp or Stamp(name), counters=counters or Counters(), root=root or topics.DEFAULT_ROOT
         )
+        self.party.extras = lambda message: extras_for(message, self._open)
         self._hear = hear
         self._prefix = f"{name[:_NAME_BYTES]}-{number}"
         self._connection = connection
@@ -161,13 +162,15 @@ class Client:
         deadline_s: float | None = None,
         patience_s: float = PATIENCE_S,
         request: str | None = None,
+        traceparent: str = "",
     ) -> "Answer":
         """Return an answer to iterate over by pieces, or to await by `whole`. Either sends the prompt when it begins.
 
         Leaving the iteration early, or `aclose`, cancels the request. For options that are None the agent uses its own
         configuration. `deadline_s` limits the time of the whole answer, and `patience_s` the time without a piece of
-        it, both in seconds. `request` is the name of the request; None gives a new unique name. The answer is held to
-        `grammar`, in llguidance's Lark dialect (`fedhlm.decoding.grammar`). With `receipt`, `Result.proof` is asked for.
+        it, both in seconds. `request` is its name; None gives a new unique one. The answer is held to `grammar`, in
+        llguidance's Lark dialect (`fedhlm.decoding.grammar`). With `receipt`, `Result.proof` is asked for. `traceparent`
+        names the caller's span, in W3C Trace Context; a broker of MQTT 3.1.1 does not carry it.
 
         Raises:
             ConfigError: a value is out of range.
@@ -189,10 +192,10 @@ class Client:
             "receipt": receipt,
         }
         fields["request"] = request or f"{self._prefix}-{self._asked}"
-        place = {"agent": agent} if cluster is None else {"agent": agent, "cluster": cluster}
+        place = {"agent": agent} | ({} if cluster is None else {"cluster": cluster})
         for key, value in (place | fields).items():
             prompts.check(key, value)
-        state = OpenRequest(agent, cluster or self.cluster, fields)
+        state = OpenRequest(agent, cluster or self.cluster, fields, traceparent)
         return Answer(self, state, deadline_s=deadline_s, patience_s=patience_s)
 
     async def write(self, agent: str, text: str, **options: Any) -> Result:
@@ -207,11 +210,7 @@ class Client:
             return await answer.whole()
 
     async def subscribe(self, *filters: str) -> None:
-        """Receive more topics, whose messages go to `hear`.
-
-        Raises:
-            BusError: the broker rejects a filter.
-        """
+        """Receive more topics, whose messages go to `hear`. BusError: the broker rejects a filter."""
         await self.party.bus.subscribe(*filters)
 
     async def find(self, agent: str, cluster: str | None = None) -> str:

@@ -1,22 +1,35 @@
 """A request of a client that is not finished, and waiting for what happens to it."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, Final
 
 from fedhlm.answers import Assembly
-from fedhlm.protocol.messages import Output
+from fedhlm.bus.interface import Extras
+from fedhlm.errors import ConfigError
+from fedhlm.protocol.messages import AnyMessage, Output, Prompt
+from fedhlm.spans import extras_of, readable
 
 LINGER_S: Final = 0.5
 
 
 class OpenRequest:
-    """A request that is not finished: its prompt's `fields`, its answer so far, and the time of the last piece."""
+    """A request that is not finished: its prompt's `fields`, its answer so far, and the time of the last piece.
 
-    def __init__(self, agent: str, cluster: str | None, fields: dict[str, Any]) -> None:
+    Raises:
+        ConfigError: `traceparent`, the context of the caller's span, is neither empty nor W3C Trace Context.
+    """
+
+    def __init__(self, agent: str, cluster: str | None, fields: dict[str, Any], traceparent: str = "") -> None:
         self.agent = agent
         self.cluster = cluster
         self.request: str = fields["request"]
         self.fields = fields
+        if traceparent and not readable(traceparent):
+            raise ConfigError(
+                "traceparent", traceparent, "VERSION-TRACE-SPAN-FLAGS in lower-case hexadecimal, or empty"
+            )
+        self.extras = extras_of([traceparent])
         self.assembly = Assembly()
         self.news = asyncio.Event()
         self.heard_s = 0.0
@@ -55,6 +68,12 @@ class OpenRequest:
         if self.assembly.take(output):
             self.heard_s = now_s()
             self.news.set()
+
+
+def extras_for(message: AnyMessage, requests: Mapping[str, OpenRequest]) -> Extras | None:
+    """What a message carries besides its payload: a prompt the context of its caller's span."""
+    state = requests.get(message.request) if isinstance(message, Prompt) else None
+    return None if state is None else state.extras
 
 
 def now_s() -> float:

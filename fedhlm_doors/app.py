@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from fedhlm.answering import Answerer
+from fedhlm.spans import TRACEPARENT, readable
 from fedhlm_doors import ollama, ollama_replies, openai, openai_replies
 from fedhlm_doors.chat import ChatTemplate
 from fedhlm_doors.flow import Streaming, while_there
@@ -144,8 +145,10 @@ class HttpApi:
 
     async def _write(self, request: Request, asked: ApiRequest, reply: Written) -> ASGIApp:
         await check_grammars(self._offer, asked.questions)
+        context = readable(request.headers.get(TRACEPARENT, ""))
+        asked_for = [question._replace(context=context) for question in asked.questions]
         stages: list[Stage] = [with_calls] if asked.calls else []
-        questions = await Questions.ask(self._answerer, asked.questions, self._pace, *stages)
+        questions = await Questions.ask(self._answerer, asked_for, self._pace, *stages)
         if asked.stream:
             return Streaming(questions.stream(reply), reply.kind, questions.aclose, reply.quiet)
         try:

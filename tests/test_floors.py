@@ -40,6 +40,7 @@ VIOLATIONS = {
     "Parts and recordings": ("edge_agent -> fedhlm_lab.sim", "fedhlm_traces -> fedhlm_lab.sim"),
     "Torch": ("fedhlm -> torch", "cloud_verifier -> transformers", "fedhlm_lab -> optimum"),
     "HTTP": ("edge_agent -> starlette", "fedhlm_fleet -> uvicorn", "fedhlm -> jinja2"),
+    "OpenTelemetry": ("fedhlm -> opentelemetry", "edge_agent -> opentelemetry"),
     "An agent": ("fedhlm -> rich", "edge_agent -> cyclopts", "edge_agent -> scipy"),
 }
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-from fedhlm.bus.interface import Bus, Delivery, publish_wire_bytes, topic_matches
+from fedhlm.bus.interface import Bus, Delivery, Extras, publish_wire_bytes, topic_matches
 from fedhlm.bus.journal import JournalWriter
 from fedhlm.bus.pieces import divided
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol.codec import comparable_bytes, encode
 from fedhlm.protocol.messages import SCHEMA_VERSION, AnyMessage, Fingerprint, Journal, Presence
 from fedhlm.protocol.topics import DEFAULT_ROOT, Topic, check_sender, decode_for, lookup
+from fedhlm.spans import PASSING, BlockSpans, Tracer
 from fedhlm.telemetry import Counters, warn_once
 from fedhlm.version import __version__
 
@@ -27,7 +28,7 @@ class Received(NamedTuple):
     """A valid message, its row of the topic table, and the levels of its topic's name.
 
     `retained` is true for a message that the broker kept from before the subscription. `wire_bytes` is the size of its
-    PUBLISH packet; it is 0 for a message that did not come over a bus.
+    PUBLISH packet; it is 0 for a message that did not come over a bus. `extras` are its further properties, if any.
     """
 
     topic: Topic
@@ -35,6 +36,7 @@ class Received(NamedTuple):
     message: AnyMessage
     retained: bool = False
     wire_bytes: int = 0
+    extras: Extras | None = None
 
 
 OnRefused = Callable[[Delivery, ProtocolError], Awaitable[None]]
@@ -108,7 +110,8 @@ class Party:
     `on_refused` is called with every delivery that is no valid message of its topic, and with the error. `admits` is
     asked about every valid message; one that it does not admit is neither handled nor noted. `foreign` holds what is
     called with each delivery on a topic that is no row of the table, such as those of `open_topics`, by filter
-    (`listen`).
+    (`listen`). `tracer` begins the part's spans, and `spans` are those of blocks. `extras` returns
+    what a message carries besides its payload: by default the contexts of its blocks' spans.
     """
 
     def __init__(
@@ -120,8 +123,12 @@ class Party:
         root: str = DEFAULT_ROOT,
         journal: JournalWriter | None = None,
         on_refused: OnRefused | None = None,
+        tracer: Tracer = PASSING,
     ) -> None:
         self.stamp = stamp
+        self.tracer = tracer
+        self.spans = BlockSpans(tracer)
+        self.extras: Callable[[AnyMessage], Extras | None] = self.spans.extras
         self.counters = counters
         self.root = root
         self.journal = journal
@@ -161,7 +168,7 @@ class Party:
             return await self._publish(topic, name, message, expiry_s)
 
         def fits(part: AnyMessage) -> bool:
-            return self._packet_bytes(topic, name, len(encode(part)), expiry_s) <= largest
+            return self._packet_bytes(topic, name, len(encode(part)), expiry_s, self.extras(part)) <= largest
 
         parts, refused = divided(message, fits, self.stamp)
         sent = [await self._publish(topic, name, part, expiry_s) for part in parts]
@@ -179,24 +186,27 @@ class Party:
         """The error text for whoever waits for the answer to a message that was too large."""
         return f"the message is larger than the broker accepts ({self.bus.max_packet_bytes} bytes)"
 
-    def _packet_bytes(self, topic: Topic, name: str, size: int, expiry_s: float | None) -> int:
-        return publish_wire_bytes(name, size, qos=topic.qos, protocol=self.bus.protocol or "5", expiry_s=expiry_s)
+    def _packet_bytes(
+        self, topic: Topic, name: str, size: int, expiry_s: float | None, extras: Extras | None = None
+    ) -> int:
+        protocol = self.bus.protocol or "5"
+        return publish_wire_bytes(name, size, qos=topic.qos, protocol=protocol, expiry_s=expiry_s, extras=extras)
 
     async def _publish(
         self, topic: Topic, name: str, message: AnyMessage, expiry_s: float | None, *, noted: bool = True
     ) -> Sent:
-        payload = encode(message)
-        sent = await self.bus.publish(name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s)
+        payload, extras = encode(message), self.extras(message)
+        sent = await self.bus.publish(
+            name, payload, qos=topic.qos, retain=topic.retain, expiry_s=expiry_s, extras=extras
+        )
         if self.journal is not None and noted and not isinstance(message, Journal):
             self.journal.note("sent" if sent else "dropped", name, payload)
         if not sent:
             self.counters.add("dropped_messages")
             warn_once(log, "no room", "dropped a message for %s: the outgoing queue is full, or the bus closed", name)
             return Sent()
-        packet_bytes, comparable = (
-            self._packet_bytes(topic, name, size, expiry_s)
-            for size in (len(payload), comparable_bytes(message, len(payload)))
-        )
+        packet_bytes = self._packet_bytes(topic, name, len(payload), expiry_s, extras)
+        comparable = self._packet_bytes(topic, name, comparable_bytes(message, len(payload)), expiry_s)
         return Sent(packet_bytes, comparable)
 
     async def publish_journal(self, topic: Topic, levels: Mapping[str, str]) -> None:
@@ -254,8 +264,11 @@ class Party:
                 if self.on_refused is not None:
                     await self.on_refused(delivery, exc)
                 continue
-            size = publish_wire_bytes(delivery.topic, len(delivery.payload), protocol=self.bus.protocol or "5")
-            received = received._replace(retained=delivery.retain, wire_bytes=size)
+            extras = delivery.extras
+            size = publish_wire_bytes(
+                delivery.topic, len(delivery.payload), protocol=self.bus.protocol or "5", extras=extras
+            )
+            received = received._replace(retained=delivery.retain, wire_bytes=size, extras=extras)
             if self.admits is not None and not await self.admits(received):
                 continue
             if self.journal is not None:

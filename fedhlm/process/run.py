@@ -17,8 +17,10 @@ from fedhlm.bus.interface import LinkHook, Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.errors import ConfigError, FedhlmError, root_of
 from fedhlm.exposition import exported
+from fedhlm.opentelemetry import traced
 from fedhlm.process.notify import Notifier
 from fedhlm.process.runtime import OpenBus
+from fedhlm.spans import Tracer
 from fedhlm.telemetry import Counters, configure_logging
 
 log = logging.getLogger(__name__)
@@ -115,9 +117,10 @@ def opener(
     return open_bus
 
 
-def serve(
-    config: settings.Config, name: str, main: Callable[[Counters, Notifier], Awaitable[int]], *, on_signal: int = 0
-) -> int:
+Main = Callable[[Counters, Notifier, Tracer], Awaitable[int]]
+
+
+def serve(config: settings.Config, name: str, main: Main, *, on_signal: int = 0) -> int:
     """Run a part until it ends or receives SIGINT or SIGTERM. Returns its exit status; after a signal, `on_signal`.
 
     `main` connects its links to the notifier, which tells the service manager when the part is ready.
@@ -126,8 +129,12 @@ def serve(
     configure_logging(config.telemetry.log_level, name, secrets=secrets, form=config.telemetry.log_format)
     counters = Counters()
     notifier = Notifier.of()
-    with exported(counters, party=name, port=config.telemetry.metrics_port, host=config.telemetry.metrics_host):
-        return asyncio.run(_until_signal(main(counters, notifier), notifier, on_signal=on_signal))
+    port, host = config.telemetry.metrics_port, config.telemetry.metrics_host
+    with (
+        exported(counters, party=name, port=port, host=host),
+        traced(name, enabled=config.telemetry.opentelemetry) as tracer,
+    ):
+        return asyncio.run(_until_signal(main(counters, notifier, tracer), notifier, on_signal=on_signal))
 
 
 async def _until_signal(

@@ -12,6 +12,7 @@ from fedhlm.bus.party import Party, Stamp
 from fedhlm.process.saver import InThread, Kept, Saver
 from fedhlm.process.state import Store
 from fedhlm.protocol.topics import DEFAULT_ROOT
+from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 
 
@@ -34,7 +35,7 @@ class OpenBus(Protocol):
 
 
 class Runtime(NamedTuple):
-    """Clocks, threads, disk, journal and counters of one part.
+    """Clocks, threads, disk, journal, counters and tracer of one part.
 
     `wall_s` returns Unix time and `clock_s` monotonic time, both in seconds. The defaults are those of a process.
     Without a `store` nothing is kept on disk, and without a `journal` none is published.
@@ -46,12 +47,15 @@ class Runtime(NamedTuple):
     in_thread: InThread = asyncio.to_thread
     store: Store | None = None
     journal: JournalWriter | None = None
+    tracer: Tracer = PASSING
 
     @classmethod
-    def of_process(cls, counters: Counters, *, store: Store | None, journal: bool) -> "Runtime":
+    def of_process(
+        cls, counters: Counters, *, store: Store | None, journal: bool, tracer: Tracer = PASSING
+    ) -> "Runtime":
         """Make the runtime of a process. With `journal`, the life of the part gets a random 63-bit number."""
         writer = JournalWriter(random.SystemRandom().getrandbits(63), loop_s) if journal else None
-        return cls(counters, store=store, journal=writer)
+        return cls(counters, store=store, journal=writer, tracer=tracer)
 
     def stamp(self, sender: str) -> Stamp:
         """Make the stamp for the headers of `sender`'s messages."""
@@ -59,7 +63,7 @@ class Runtime(NamedTuple):
 
     def party(self, bus: Bus, stamp: Stamp, root: str = DEFAULT_ROOT) -> Party:
         """Make the endpoint of the part on a bus."""
-        return Party(bus=bus, stamp=stamp, counters=self.counters, root=root, journal=self.journal)
+        return Party(bus=bus, stamp=stamp, counters=self.counters, root=root, journal=self.journal, tracer=self.tracer)
 
     def saver(self, kept: Mapping[str, Kept]) -> Saver:
         """Make a saver, which restores `kept`, by file name, from the store and then saves its changes."""

@@ -459,6 +459,13 @@ class Telemetry(Section, frozen=True):
             "0: it reports nothing. Shorter shows more and costs about 2 KB each time.",
         ),
     ] = 0.0
+    opentelemetry: Annotated[
+        bool,
+        Meta(
+            description="Whether a part exports spans of requests by OpenTelemetry, as the OTEL_ variables of its "
+            "environment say (docs/opentelemetry.md). It needs pip install 'fedhlm[otel]'."
+        ),
+    ] = False
     journal: Annotated[
         bool,
         Meta(

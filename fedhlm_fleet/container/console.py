@@ -15,6 +15,7 @@ from pathlib import Path
 from fedhlm.errors import FedhlmError
 from fedhlm.process.notify import Notifier
 from fedhlm.process.run import address_of, serve
+from fedhlm.spans import Tracer
 from fedhlm.telemetry import Counters
 from fedhlm_doors.serving import address
 from fedhlm_fleet.console.page import NAME, show
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
         print(f"{NAME}: {exc}", file=sys.stderr)
         return 2
 
-    async def shown(_counters: Counters, notifier: Notifier) -> int:
+    async def shown(_counters: Counters, notifier: Notifier, _tracer: Tracer) -> int:
         opened = partial(log.info, "serving the page on %s")
         return await show(watch, None, given.listen, opened=opened, published=True, notifier=notifier)
 

@@ -15,6 +15,7 @@ import edge_agent.__main__ as agent
 import edge_broker.__main__ as edge
 from fedhlm.config import load
 from fedhlm.receipts import Receipt, Sign, unsigned
+from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 from fedhlm_doors.serving import door_of
 from fedhlm_zoo.shipped import with_agent_model, with_cloud_model
@@ -34,6 +35,7 @@ class House:
     """Running parts by name: their URLs, and the counters of each."""
 
     def __init__(self, **flags: object) -> None:
+        self.tracer: Tracer = PASSING
         self.urls: dict[str, str] = {}
         self.counters: dict[str, Counters] = {}
         self.sign: Sign = unsigned
@@ -70,11 +72,12 @@ class House:
             work = edge.run(loaded.config, counters)
         elif name == "cloud":
             loaded = with_cloud_model(self._loaded(**self._door(name)))
-            work = cloud.run(loaded.config, counters, door=door_of(loaded.config.api))
+            work = cloud.run(loaded.config, counters, tracer=self.tracer, door=door_of(loaded.config.api))
         else:
             away = {"broker.url": f"mqtt://127.0.0.1:{free_port()}"} if name == "lonely" else {}
             loaded = with_agent_model(self._loaded(**self._door(name), **{"agent.id": name}, **away))
-            work = agent.run(loaded, counters, door=door_of(loaded.config.api), sign=self._signed)
+            door = door_of(loaded.config.api)
+            work = agent.run(loaded, counters, tracer=self.tracer, door=door, sign=self._signed)
         future = asyncio.run_coroutine_threadsafe(self._spawn(name, work), self._loop)
         future.result(READY_S)
 

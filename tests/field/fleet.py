@@ -21,6 +21,7 @@ from fedhlm.bus.mqtt import MqttBus
 from fedhlm.client import Client
 from fedhlm.config import load
 from fedhlm.process.runtime import OpenBus, Runtime
+from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 from fedhlm_fleet.pki.acl import BrokerPlace
 from fedhlm_lab.sim import toy
@@ -29,10 +30,10 @@ from tests.fedhlm_fleet.pki.secured import Pki, Secured
 
 LIMIT_S = 60.0
 
-_NO_MOSQUITTO = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
-_OPEN = [pytest.param("mosquitto", marks=_NO_MOSQUITTO), "embedded"]
+NEEDS_MOSQUITTO = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+_OPEN = [pytest.param("mosquitto", marks=NEEDS_MOSQUITTO), "embedded"]
 both_brokers = pytest.mark.parametrize("kind", _OPEN)
-every_broker = pytest.mark.parametrize("kind", [*_OPEN, pytest.param("secured", marks=_NO_MOSQUITTO)])
+every_broker = pytest.mark.parametrize("kind", [*_OPEN, pytest.param("secured", marks=NEEDS_MOSQUITTO)])
 
 
 class GuardedBroker:
@@ -82,12 +83,14 @@ class Fleet:
     def __init__(self, broker: Broker, stack: AsyncExitStack, *, root: str, preset: str) -> None:
         self.buses: dict[str, list[MqttBus]] = {}
         self.counters: dict[str, Counters] = {}
+        self.tracers: dict[str, Tracer] = {}  # by kind of part
+        self.options: dict[str, Any] = {}  # of every connection
         self._broker, self._stack = broker, stack
         self._root, self._preset = root, preset
         self._pair = toy.pair(0.7)
 
     def bus(self, name: str, **options: Any) -> MqttBus:
-        bus = MqttBus(self.url(name), **options)
+        bus = MqttBus(self.url(name), **options, **self.options)
         self.buses.setdefault(name, []).append(bus)
         return bus
 
@@ -103,7 +106,7 @@ class Fleet:
 
     def _runtime(self, name: str) -> Runtime:
         self.counters[name] = Counters()
-        return Runtime(self.counters[name])
+        return Runtime(self.counters[name], tracer=self.tracers.get(name.split(maxsplit=1)[0], PASSING))
 
     def _loaded(self, cluster: str = "home", agent: str = "porch", **flags: str) -> Any:
         keys = {"cluster.name": cluster, "agent.id": agent, "broker.root": self._root, "preset": self._preset}

@@ -18,9 +18,12 @@ from fedhlm.answering import Question, Slice
 from fedhlm.bus.interface import Delivery, Extras
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.config import Loaded, load
+from fedhlm.opentelemetry import OtelTracer
 from fedhlm.telemetry import Counters
 from fedhlm_zoo.shipped import with_agent_model
 from tests.brokers import Mosquitto, TcpProxy, free_port
+from tests.fedhlm.test_spans import ABOVE
+from tests.field.test_spans import exported, named, parents
 
 LIMIT_S: Final = 60.0
 CARD: Final = "$a2a/v1/discovery/fedhlm/home/porch"
@@ -67,6 +70,7 @@ class Desk:
         self.bus = bus
         self.cards: asyncio.Queue[Delivery] = asyncio.Queue()
         self.strays: list[Delivery] = []
+        self.user: tuple[tuple[str, str], ...] = ()
         self._answers: dict[bytes, asyncio.Queue[Any]] = {}
 
     async def listen(self) -> None:
@@ -82,7 +86,7 @@ class Desk:
     async def send(self, payload: bytes, correlation: bytes | None = None) -> asyncio.Queue[Any]:
         mark = uuid.uuid4().bytes if correlation is None else correlation
         self._answers[mark] = asyncio.Queue()
-        await self.bus.publish(REQUEST, payload, extras=Extras(REPLY, mark))
+        await self.bus.publish(REQUEST, payload, extras=Extras(REPLY, mark, self.user))
         return self._answers[mark]
 
     async def call(self, method: str, **params: Any) -> asyncio.Queue[Any]:
@@ -141,8 +145,10 @@ async def test_an_agent_is_found_asked_and_cancelled_and_its_card_says_when_it_i
         await stack.enter_async_context(running(edge.run(at_edge.config, Counters())))
         desk = await stack.enter_async_context(desk_at(f"mqtt://127.0.0.1:{port}"))
         link = await stack.enter_async_context(TcpProxy(port))
-        counters = Counters()
-        async with running(agent.run(with_agent_model(loaded(broker__url=link.url)), counters)):
+        counters, (kept, provider) = Counters(), exported()
+        desk.user = (("traceparent", ABOVE),)
+        work = agent.run(with_agent_model(loaded(broker__url=link.url)), counters, tracer=OtelTracer(provider))
+        async with running(work):
             card = Parse(await desk.card("online", "agent"), current.AgentCard(), ignore_unknown_fields=True)
             assert card.capabilities.streaming
             first, second = str(uuid.uuid4()), str(uuid.uuid4())
@@ -157,6 +163,8 @@ async def test_an_agent_is_found_asked_and_cancelled_and_its_card_says_when_it_i
             states, text = await streamed(await desk.ask("SendStreamingMessage", second))
             assert states == ["TASK_STATE_SUBMITTED", "TASK_STATE_WORKING", "TASK_STATE_COMPLETED"]
             assert text == text_of(whole)  # the same seed
+
+            assert parents(named(kept, "request")) == {int(ABOVE[36:52], 16)}
 
             # Asked again for the same task: its state, and nothing is written a second time.
             tokens = counters["tokens_by_source"]

@@ -270,10 +270,10 @@ def test_an_edge_says_again_what_a_full_queue_dropped(monkeypatch: pytest.Monkey
 def test_a_part_that_ends_by_itself_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = CloudService._submit
 
-    async def frail(self: CloudService, cluster: str, batch: EscalationBatch) -> None:
+    async def frail(self: CloudService, cluster: str, batch: EscalationBatch, contexts: Sequence[str]) -> None:
         if any(item.escalation.epoch > 2 for item in batch.items):
             raise ValueError("no third epoch here")
-        await honest(self, cluster, batch)
+        await honest(self, cluster, batch, contexts)
 
     monkeypatch.setattr(CloudService, "_submit", frail)
     with pytest.raises(Violation, match="alive: cloud ended by itself"):

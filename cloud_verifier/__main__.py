@@ -12,10 +12,10 @@ from cloud_verifier.local import ModelAlone
 from cloud_verifier.wiring import NAME, LargeModel, cloud_of
 from fedhlm.answering import Door, Offer, shut
 from fedhlm.config import Loaded
-from fedhlm.decoding.decoder import Decoder
 from fedhlm.decoding.invariance import TOLERANCE, block_difference
+from fedhlm.decoding.models import LoadedModel, load_model
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import configured_folder, opener, serve
+from fedhlm.process.run import configured_model, opener, serve
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
 from fedhlm.settings import Cloud, Config
@@ -57,11 +57,11 @@ async def opened(cloud: Cloud) -> AsyncIterator[tuple[LargeModel, Offer]]:
             )
             yield LargeModel.of_server(found), offer
         return
-    folder = configured_folder(cloud.model, key="cloud.model")
-    decoder = Decoder.load(folder, threads=cloud.threads, providers=cloud.providers, keeps_memory=False)
+    path = configured_model(cloud.model, key="cloud.model")
+    decoder = load_model(path, threads=cloud.threads, providers=cloud.providers, keeps_memory=False)
     warn_of_blocks(decoder)
     async with threaded(decoder) as engine:
-        offer = Offer.of(decoder, folder, name=decoder.info.name, probabilities=True)
+        offer = Offer.of(decoder, Path(path), name=decoder.info.name, probabilities=True)
         yield LargeModel.of(decoder, engine), offer
 
 
@@ -71,12 +71,12 @@ async def drafting(cloud: Cloud, model: LargeModel) -> AsyncIterator[LargeModel]
     if not cloud.draft_model:
         yield model
         return
-    small = Decoder.load(Path(cloud.draft_model), threads=cloud.threads, providers=cloud.providers)
+    small = load_model(cloud.draft_model, threads=cloud.threads, providers=cloud.providers)
     async with threaded(small) as engine:
         yield model.beside(small, engine)
 
 
-def warn_of_blocks(decoder: Decoder) -> None:
+def warn_of_blocks(decoder: LoadedModel) -> None:
     """Log a warning if this model cannot keep the promise of `exact`."""
     if (difference := block_difference(decoder)) > TOLERANCE:
         log.warning(

@@ -1,26 +1,19 @@
-"""The interface between the cloud and a model runtime: caches as values, and one batched model call.
+"""The interface between the cloud and its model: caches as values, and one batched model call.
 
-A backend wraps its runtime in an `Engine` (`cloud_verifier.backends`). The cloud may cut ids into calls and batches in
+`cloud_verifier.backends` wraps models in an `Engine`. The cloud may cut ids into calls and batches in
 any way, so logits must not depend on the cut, up to rounding.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
 from fedhlm.decoding.grammar import Constrain, nothing_constrains
 
 
-class PrefixCache(Protocol):
-    """Keys and values of a prefix. It is a value: a call never changes the cache that it is given."""
-
-    def truncated(self, length: int, /) -> "PrefixCache":
-        """Return the cache of the first `length` tokens."""
-
-
 class EngineInput(NamedTuple):
-    """One request: run `ids` (at least one) after the tokens in `cache`.
+    """One request: run `ids` (at least one) after the tokens in `cache`, a `fedhlm.decoding.models.PrefixCache`.
 
     The last `rows` of the ids need logits.
     """

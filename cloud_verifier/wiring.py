@@ -11,7 +11,7 @@ from cloud_verifier.sessions import SESSIONS_BYTES, Sessions
 from fedhlm.bus.identity import client_id
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.party import presence
-from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.models import LoadedModel
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import ModelError
 from fedhlm.process.runtime import OpenBus, Runtime
@@ -38,8 +38,8 @@ class LargeModel(NamedTuple):
     small: DraftModel | None = None
 
     @classmethod
-    def of(cls, decoder: Decoder, engine: Engine) -> "LargeModel":
-        """Describe a decoder's model, which `engine` runs."""
+    def of(cls, decoder: LoadedModel, engine: Engine) -> "LargeModel":
+        """Describe a loaded model, which `engine` runs."""
         info = decoder.info
         fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
         return cls(engine, fingerprint, frozenset(info.eos_ids), info.context)
@@ -50,7 +50,7 @@ class LargeModel(NamedTuple):
         fingerprint = fingerprint_of(*served.vocabulary, noise=NOISE, model=served.name)
         return cls(served.engine, fingerprint, frozenset(served.eos_ids), served.context)
 
-    def beside(self, decoder: Decoder, engine: Engine) -> "LargeModel":
+    def beside(self, decoder: LoadedModel, engine: Engine) -> "LargeModel":
         """The same model with another one as its draft model, which `engine` runs.
 
         Raises:

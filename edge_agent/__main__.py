@@ -6,6 +6,7 @@ import random
 import secrets
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -21,12 +22,12 @@ from fedhlm.answers import Marks
 from fedhlm.bus.silent import silent
 from fedhlm.choices import GATES
 from fedhlm.config import Loaded
-from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.models import load_model
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.process.notify import Notifier
-from fedhlm.process.run import configured_folder, has_certificate, opener, serve
+from fedhlm.process.run import configured_model, has_certificate, opener, serve
 from fedhlm.process.runtime import Runtime
 from fedhlm.process.state import store_of
 from fedhlm.protocol.fingerprint import fingerprint_of
@@ -63,11 +64,11 @@ async def run(
     """
     notifier = notifier or Notifier()
     config = loaded.config
-    folder = configured_folder(config.agent.model, key="agent.model")
-    decoder = Decoder.load(folder, threads=config.agent.threads, providers=config.agent.providers)
+    path = configured_model(config.agent.model, key="agent.model")
+    decoder = load_model(path, threads=config.agent.threads, providers=config.agent.providers, drafting=True)
     info = decoder.info
     fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
-    projection = load_projection(folder, info.hidden_size)
+    projection = load_projection(Path(path), info.hidden_size)
     store = store_of(config.agent.state, key="agent.state")
     runtime = Runtime.of_process(counters, store=store, journal=config.telemetry.journal, tracer=tracer)
     # A service waits for its broker without limit. A command line, or a second connection, does not.
@@ -96,7 +97,7 @@ async def run(
         async with service.connection:
             about = f"drafting with {info.name} ({info.parameters} parameters, {info.quantisation})"
             if prompt is None:
-                offer = Offer.of(decoder, folder, name=NAME, presets=loaded.allowed)
+                offer = Offer.of(decoder, Path(path), name=NAME, presets=loaded.allowed)
                 questions = LocalQuestions(service, offer)
                 home, a2a = (kind(service, questions, config, counters) for kind in (AgentHome, AgentA2a))
                 async with (

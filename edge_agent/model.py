@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from edge_agent.growth import TreeRequest, Trees, grow
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput, DecoderOutput
+from fedhlm.decoding.decoder import DecoderInput, DecoderOutput
 from fedhlm.decoding.grammar import Constraint
 from fedhlm.decoding.ids import common_prefix
+from fedhlm.decoding.models import LoadedModel
 from fedhlm.decoding.tree import Branch
 from fedhlm.decoding.uncertainty import UNCERTAINTIES
 from fedhlm.peers.context_keys import Projection
@@ -61,11 +62,11 @@ class Drafter(Protocol):
 
 
 class Slm:
-    """A decoder and its cached prefix. Not thread-safe. With a `projection` drafts carry context keys."""
+    """A model and its cached prefix. Not thread-safe. With a `projection` drafts carry context keys."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LoadedModel,
         projection: Projection | None = None,
         *,
         clock_s: Callable[[], float] = perf_counter,
@@ -76,7 +77,7 @@ class Slm:
         self._projection = projection
         self._clock_s = clock_s
         self._ids: list[int] = []
-        self._cache: Cache = decoder.empty_cache()
+        self._cache = decoder.empty_cache()
         self._grammar: Grammar | None = None
         self._held: Constraint | None = None  # the text under that grammar
 

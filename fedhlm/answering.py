@@ -16,7 +16,7 @@ from fedhlm.receipts import Receipt
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from fedhlm.decoding.decoder import Decoder
+    from fedhlm.decoding.models import LoadedModel
 
 
 class Question(NamedTuple):
@@ -113,7 +113,13 @@ class Offer(NamedTuple):
 
     @classmethod
     def of(
-        cls, decoder: "Decoder", folder: Path, *, name: str, presets: tuple[str, ...] = (), probabilities: bool = False
+        cls,
+        decoder: "LoadedModel",
+        folder: Path,
+        *,
+        name: str,
+        presets: tuple[str, ...] = (),
+        probabilities: bool = False,
     ) -> "Offer":
         """Offer the model of a folder, which `decoder` has loaded."""
         info = decoder.info

@@ -1,4 +1,4 @@
-"""Turns messages into prompt ids with the chat template of a model folder.
+"""Turns messages into prompt ids with the chat template of a model.
 
 A template is a Jinja program that runs in a sandbox. Control tokens that the template writes become control tokens;
 their names in a message stay text.
@@ -14,8 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fedhlm.answering import Offer
-from fedhlm.decoding.decoder import CHAT_TEMPLATE_FILE
-from fedhlm.decoding.hub import TOKENIZER_CONFIG_FILE
+from fedhlm.decoding.chat import chat_of
 from fedhlm.decoding.text import TOKEN_BYTES_MAX
 from fedhlm.errors import ModelError
 from fedhlm_doors.refusals import ApiError
@@ -47,22 +46,13 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, offer: Offer) -> Self | None:
-        """Read the template of a model folder; None if the folder has none.
+        """Read the template of a model; None if it has none.
 
         Raises:
-            ModelError: a file of the folder cannot be used.
+            ModelError: a file of the model cannot be used.
         """
-        path = offer.folder / TOKENIZER_CONFIG_FILE
-        try:
-            config = json.loads(path.read_bytes()) if path.exists() else {}
-        except (OSError, ValueError) as exc:
-            raise ModelError(f"{path} must be a JSON object (got {exc})") from exc
-        alone = offer.folder / CHAT_TEMPLATE_FILE
-        source = alone.read_text("utf-8") if alone.exists() else _default_of(config.get("chat_template"))
-        if source is None:
-            return None
-        special = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
-        return cls(source, {name: value for name, value in special.items() if value is not None}, offer)
+        found = chat_of(offer.folder)
+        return None if found is None else cls(found.template, found.special, offer)
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of a conversation up to where the assistant's answer begins, with the tools that it may call.
@@ -116,18 +106,6 @@ def begun(offer: Offer, ids: list[int]) -> tuple[int, ...]:
     if offer.bos_id is None or ids[:1] == [offer.bos_id]:
         return tuple(ids)
     return (offer.bos_id, *ids)
-
-
-def _default_of(templates: object) -> str | None:
-    if isinstance(templates, list):  # several templates by name
-        named = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
-        templates = named.get("default")
-    return templates if isinstance(templates, str) else None
-
-
-def _content(token: object) -> str | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
 
 
 def _unused(value: object) -> str:

@@ -5,8 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fedhlm.decoding.vocabulary import TOKENIZER_FILE, vocabulary_of
-from fedhlm.errors import ModelError, TraceError
+from fedhlm.decoding.models import tokenizer_at
+from fedhlm.errors import ModelError
 from fedhlm_zoo.shipped import model_folder
 
 Spell = Callable[[int], str]
@@ -20,23 +20,17 @@ class Spelling(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def spelling_of(folder: Path) -> Spelling:
+def spelling_of(model: Path) -> Spelling:
     """Load the spelling of a model's tokenizer.
 
     Raises:
-        ModelError: the folder has no tokenizer.json.
-        TraceError: what it has is none.
+        ModelError: it has none that can be used.
         ModuleNotFoundError: the library that reads it is absent.
     """
-    digest = vocabulary_of(folder).digest
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    except Exception as exc:  # the library raises a plain Exception
-        raise TraceError(f"{folder / TOKENIZER_FILE} must be a tokenizer ({exc})") from exc
+    tokenizer, vocabulary = tokenizer_at(model)
     return Spelling(
-        digest, lru_cache(maxsize=65_536)(lambda token: str(tokenizer.decode([token], skip_special_tokens=False)))
+        vocabulary.digest,
+        lru_cache(maxsize=65_536)(lambda token: str(tokenizer.decode([token], skip_special_tokens=False))),
     )
 
 

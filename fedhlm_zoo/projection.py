@@ -1,7 +1,7 @@
 """Fit the projection from a model's last hidden states to context keys: mean and whitening PCA over real text.
 
-``python -m fedhlm_zoo.projection FOLDER [--texts FILE.jsonl | --articles N [--data FOLDER]]`` writes the projection
-into a model folder and lists it in the folder's ``model.json``.
+``python -m fedhlm_zoo.projection MODEL [--texts FILE.jsonl | --articles N [--data FOLDER]]`` writes the projection
+into a model folder and lists it in the folder's ``model.json``, or writes it beside a GGUF file.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhlm.decoding.decoder import INFO_FILE, Decoder, DecoderInput, FileInfo, file_digest, load_info
+from fedhlm.decoding.decoder import INFO_FILE, DecoderInput, FileInfo, file_digest, load_info
+from fedhlm.decoding.models import LoadedModel, load_model
 from fedhlm.errors import FedhlmError, ModelError
-from fedhlm.peers.context_keys import DIMS, PROJECTION_FILE, Projection
+from fedhlm.peers.context_keys import DIMS, Projection, projection_file
 from fedhlm.progress import progress
 from fedhlm_zoo.corpus import Article, load_ag_news
 from fedhlm_zoo.evaluate import sample
@@ -30,7 +31,7 @@ EIGENVALUE_FLOOR: Final = 1e-3
 
 
 def fit(
-    decoder: Decoder,
+    decoder: LoadedModel,
     sequences: Iterable[Sequence[int]],
     *,
     dims: int = DIMS,
@@ -79,16 +80,19 @@ def _whitening(covariance: NDArray[np.float64], dims: int) -> NDArray[np.float32
     return scaled.astype(np.float32)
 
 
-def sequences_of(decoder: Decoder, articles: Sequence[Article]) -> list[list[int]]:
+def sequences_of(decoder: LoadedModel, articles: Sequence[Article]) -> list[list[int]]:
     """Ids of title and text as the model was trained on them, the end-of-text id first."""
     start = list(decoder.info.eos_ids[:1])
     encoded = decoder.tokenizer.encode_batch([a.body for a in articles], add_special_tokens=False)
     return [[*start, *e.ids] for e in encoded]
 
 
-def write_projection(folder: Path, projection: Projection) -> FileInfo:
-    """Write PROJECTION_FILE into a model folder and list it in its ``model.json``; return the entry."""
-    info = load_info(folder)
+def write_projection(model: Path, projection: Projection) -> FileInfo:
+    """Write the projection of a model, list it in the ``model.json`` of a folder, and return the entry."""
+    if model.is_file():
+        path = projection.save(model)
+        return FileInfo(path.stat().st_size, file_digest(path))
+    folder, info = model, load_info(model)
     path = projection.save(folder)
     entry = FileInfo(path.stat().st_size, file_digest(path))
     listed = msgspec.structs.replace(info, files={**info.files, path.name: entry})
@@ -98,17 +102,15 @@ def write_projection(folder: Path, projection: Projection) -> FileInfo:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedhlm_zoo.projection", description="Fit a model folder's key space."
-    )
-    parser.add_argument("folder", type=Path, help="model folder to write into")
+    parser = argparse.ArgumentParser(prog="python -m fedhlm_zoo.projection", description="Fit a model's key space.")
+    parser.add_argument("model", type=Path, help="model folder or GGUF file")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--texts", type=Path, help="file of news items; default: the items that ship with the project")
     text.add_argument("--articles", type=int, help="this many titled articles of the AG News train split instead")
     parser.add_argument("--data", type=Path, help="folder with ag_news/")
     given = parser.parse_args(arguments)
     try:
-        decoder = Decoder.load(given.folder)
+        decoder = load_model(given.model, drafting=True)
         articles: Sequence[Article]
         if given.articles is None:
             articles = load_items(given.texts)
@@ -116,11 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             articles = sample([a for a in load_ag_news("train", given.data) if a.title], given.articles)
         with progress("texts read", len(articles)) as ended:
             fitted = fit(decoder, sequences_of(decoder, articles), ended=ended)
-        entry = write_projection(given.folder, fitted)
+        entry = write_projection(given.model, fitted)
     except FedhlmError as exc:
         sys.stderr.write(f"{exc}\n")
         return 2
-    sys.stdout.write(f"{given.folder / PROJECTION_FILE}: {entry.bytes} bytes, fitted on {len(articles)} articles\n")
+    sys.stdout.write(f"{projection_file(given.model)}: {entry.bytes} bytes, fitted on {len(articles)} articles\n")
     return 0
 
 

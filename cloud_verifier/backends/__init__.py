@@ -1,1 +1,1 @@
-"""The backends that compute logits: one module per runtime."""
+"""What computes the logits of an `Engine`."""

@@ -1,4 +1,4 @@
-"""The default backend: runs an ONNX model folder on onnxruntime."""
+"""The `Engine` of a model that this process has loaded."""
 
 import asyncio
 import ctypes
@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from cloud_verifier.engine import Engine, EngineInput, EngineOutput
-from fedhlm.decoding import decoder as runtime
-from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.models import LoadedModel
 
 # Parameters of glibc's mallopt, and what they are set to.
 M_TRIM_THRESHOLD: Final = -1
@@ -49,23 +49,23 @@ def release() -> None:
         trim(0)
 
 
-def engine_of(decoder: Decoder, wait: Wait = at_once) -> Engine:
-    """Wrap a decoder as an `Engine`; `wait` decides on which thread it computes."""
+def engine_of(model: LoadedModel, wait: Wait = at_once) -> Engine:
+    """Wrap a model as an `Engine`; `wait` decides on which thread it computes."""
 
     async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
         def call() -> list[EngineOutput]:
-            results = decoder.forward([runtime.DecoderInput(*request) for request in requests])
+            results = model.forward([DecoderInput(*request) for request in requests])
             return [EngineOutput(result.logits, result.cache) for result in results]
 
         return await wait(call)
 
-    return Engine(decoder.empty_cache(), forward, decoder.token_bytes, release, decoder.constrain)
+    return Engine(model.empty_cache(), forward, model.token_bytes, release, model.constrain)
 
 
 @asynccontextmanager
-async def threaded(decoder: Decoder) -> AsyncIterator[Engine]:
+async def threaded(model: LoadedModel) -> AsyncIterator[Engine]:
     """Yield an `Engine` that computes on its own worker thread. The thread ends when the context exits."""
     keep_until_released()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, thread_name_prefix="llm") as pool:
-        yield engine_of(decoder, lambda call: loop.run_in_executor(pool, call))
+        yield engine_of(model, lambda call: loop.run_in_executor(pool, call))

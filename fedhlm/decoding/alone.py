@@ -7,7 +7,8 @@ from typing import Any, Self
 from numpy.typing import NDArray
 
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Decoder, DecoderInput
+from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.models import LoadedModel, load_model
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.protocol.messages import Sampling
 
@@ -39,19 +40,19 @@ def write(
 
 
 class Alone:
-    """Generates text with one model folder. With the cloud's model it gives what the preset `exact` must equal."""
+    """Generates text with one model. With the cloud's model it gives what the preset `exact` must equal."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: LoadedModel) -> None:
         self.decoder = decoder
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int) -> Self:
-        """Open a model folder.
+    def load(cls, model: str | Path, *, threads: int) -> Self:
+        """Load the model at a path or URL.
 
         Raises:
-            ModelError: the folder cannot be used.
+            ModelError: it cannot be used.
         """
-        return cls(Decoder.load(folder, threads=threads))
+        return cls(load_model(model, threads=threads))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt, after the begin-of-text id if the model has one."""

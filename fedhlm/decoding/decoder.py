@@ -99,9 +99,12 @@ class Cache(NamedTuple):
 
 
 class DecoderInput(NamedTuple):
-    """Token ids (at least one) to run after the tokens of `cache`, with logits for the last `rows` ids (None: all)."""
+    """Token ids (at least one) to run after the tokens of `cache`, with logits for the last `rows` ids (None: all).
 
-    cache: Cache
+    `cache` is one that the model has given: a `fedhlm.decoding.models.PrefixCache`.
+    """
+
+    cache: Any
     ids: Sequence[int]
     rows: int | None = None
 
@@ -121,7 +124,22 @@ class DecoderOutput(NamedTuple):
 
     logits: NDArray[np.float32]
     hidden: NDArray[np.float32] | None
-    cache: Cache
+    cache: Any
+
+
+def check_requests(requests: Sequence[DecoderInput], size: int, context: int) -> None:
+    """Check requests to a model with a vocabulary of `size` ids and a context of `context` tokens.
+
+    Raises:
+        ValueError: a request has no ids, has an id outside the vocabulary, or ends beyond the context.
+    """
+    for cache, ids, _ in requests:
+        if not ids:
+            raise ValueError("ids of a request must be at least one (got none)")
+        if min(ids) < 0 or max(ids) >= size:
+            raise ValueError(f"ids must be in 0..{size - 1} (got {min(ids)}..{max(ids)})")
+        if cache.length + len(ids) > context:
+            raise ValueError(f"cache and ids must be at most {context} tokens (got {cache.length} + {len(ids)})")
 
 
 def file_digest(path: Path) -> str:
@@ -244,7 +262,15 @@ class Decoder:
         self._empty = Cache(0, (empty,) * len(names))
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int = 1, providers: Sequence[str] = (), keeps_memory: bool = True) -> Self:
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        threads: int = 1,
+        providers: Sequence[str] = (),
+        keeps_memory: bool = True,
+        **_others: object,
+    ) -> Self:
         """Load a model folder.
 
         Args:
@@ -259,6 +285,7 @@ class Decoder:
         """
         import onnxruntime
 
+        folder = Path(folder)
         info = load_info(folder)
         vocabulary = vocabulary_of(folder)
         tokenizer = open_tokenizer(folder)
@@ -311,15 +338,7 @@ class Decoder:
         Raises:
             ValueError: a request has no ids, has an id outside the vocabulary, or ends beyond `info.context`.
         """
-        for cache, ids, _ in requests:
-            if not ids:
-                raise ValueError("ids of a request must be at least one (got none)")
-            if min(ids) < 0 or max(ids) >= self.vocabulary.size:
-                raise ValueError(f"ids must be in 0..{self.vocabulary.size - 1} (got {min(ids)}..{max(ids)})")
-            if cache.length + len(ids) > self.info.context:
-                raise ValueError(
-                    f"cache and ids must be at most {self.info.context} tokens (got {cache.length} + {len(ids)})"
-                )
+        check_requests(requests, self.vocabulary.size, self.info.context)
         # A graph without mask and positions reads padding as text, so it runs one request at a time.
         if len(requests) > 1 and self._has_mask and self._has_positions:
             return self._run_padded(requests)

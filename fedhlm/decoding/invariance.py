@@ -1,4 +1,4 @@
-"""Whether a decoder's logits depend on how ids are cut into calls.
+"""Whether a model's logits depend on how ids are cut into calls.
 
 A text is exactly the target's only if they do not: the cloud cuts it into blocks and batches that the target alone
 would not use.
@@ -9,27 +9,28 @@ from typing import Final
 
 import numpy as np
 
-from fedhlm.decoding.decoder import Decoder, DecoderInput
+from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.models import LoadedModel
 
 LENGTH: Final = 24
 TOLERANCE: Final = 0.02  # of a logit; rounding of float32 stays below 0.001, dynamic int8 reaches some tenths
 _CUTS: Final = (0, 1, 2, 10, 13, LENGTH)
 
 
-def block_difference(decoder: Decoder) -> float:
+def block_difference(model: LoadedModel) -> float:
     """Return the largest difference of a logit between one call, several calls, and a batch with a shorter text.
 
     The ids are random, and always the same for a size of the vocabulary. It takes seven calls of at most LENGTH ids.
     """
-    length = min(LENGTH, decoder.info.context)
-    ids = np.random.default_rng(0).integers(0, decoder.vocabulary.size, length).tolist()
-    whole = DecoderInput(decoder.empty_cache(), ids)
-    expected = decoder.forward([whole])[0].logits
-    short = DecoderInput(decoder.empty_cache(), ids[: length // 2])
-    worst = float(np.abs(decoder.forward([short, whole])[1].logits - expected).max())
-    cache = decoder.empty_cache()
+    length = min(LENGTH, model.info.context)
+    ids = np.random.default_rng(0).integers(0, model.vocabulary.size, length).tolist()
+    whole = DecoderInput(model.empty_cache(), ids)
+    expected = model.forward([whole])[0].logits
+    short = DecoderInput(model.empty_cache(), ids[: length // 2])
+    worst = float(np.abs(model.forward([short, whole])[1].logits - expected).max())
+    cache = model.empty_cache()
     for begin, end in pairwise(sorted({min(cut, length) for cut in _CUTS})):
-        result = decoder.forward([DecoderInput(cache, ids[begin:end])])[0]
+        result = model.forward([DecoderInput(cache, ids[begin:end])])[0]
         worst = max(worst, float(np.abs(result.logits - expected[begin:end]).max()))
         cache = result.cache
     return worst

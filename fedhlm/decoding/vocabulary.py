@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from fedhlm.errors import ModelError
 
 TOKENIZER_FILE: Final = "tokenizer.json"
+_BYTES: Final = {"add_prefix_space": True, "trim_offsets": True, "type": "ByteLevel", "use_regex": True}
 
 
 class Vocabulary(NamedTuple):
@@ -32,15 +33,31 @@ def vocabulary_of(folder: Path) -> Vocabulary:
     """
     path = folder / TOKENIZER_FILE
     try:
-        document = json.loads(path.read_bytes())
-        entries = _entries(document)
-        meaning = [document.get("decoder"), sorted(entries.items())]
-        canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode()
+        return vocabulary_in(path.read_bytes(), path)
     except OSError as exc:
         raise ModelError(f"{path} cannot be read: {exc.strerror}") from exc
+
+
+def vocabulary_in(tokenizer: str | bytes, path: Path) -> Vocabulary:
+    """The vocabulary of a tokenizer that is written as JSON, and that stands in or was made of the file `path`.
+
+    Raises:
+        ModelError: it is no tokenizer.
+    """
+    try:
+        document = json.loads(tokenizer)
+        entries = _entries(document)
+        decoder = document.get("decoder")
+        meaning = [_BYTES if _is_bytes(decoder) else decoder, sorted(entries.items())]
+        canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode()
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as exc:
         raise ModelError(f"{path} must be a tokenizer of the tokenizers library ({exc})") from exc
     return Vocabulary(hashlib.sha256(canonical).hexdigest()[:16], max(entries) + 1)
+
+
+def _is_bytes(decoder: Any) -> bool:
+    """Whether a decoder reads tokens as bytes; its options concern the way from text to tokens."""
+    return isinstance(decoder, dict) and decoder.get("type") == _BYTES["type"]
 
 
 def _entries(document: Any) -> dict[int, str]:

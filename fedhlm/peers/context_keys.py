@@ -75,9 +75,9 @@ class Projection:
             return np.zeros(self.dims, np.int8)
         return np.rint(projected * (SCALE / length)).astype(np.int8)  # (dims,)
 
-    def save(self, folder: Path) -> Path:
-        """Write PROJECTION_FILE into a model folder and return its path. The caller lists it in ``model.json``."""
-        path = folder / PROJECTION_FILE
+    def save(self, model: Path) -> Path:
+        """Write the projection of a model and return its path. The caller lists it in ``model.json``."""
+        path = projection_file(model)
         np.savez(path, mean=self.mean.astype("<f4"), matrix=self.matrix.astype("<f4"))
         return path
 
@@ -97,21 +97,26 @@ class Projection:
         return cls(np.zeros(hidden_size, np.float32), np.ascontiguousarray(matrix, np.float32))
 
 
-def fitting_of(folder: Path) -> str:
-    """Return the command that fits the projection which a model folder lacks; empty if it has one."""
-    return "" if (folder / PROJECTION_FILE).exists() else f"python -m fedhlm_zoo.projection {folder}"
+def projection_file(model: Path) -> Path:
+    """Where a model's projection is: in its folder, or beside its file."""
+    return model.with_suffix(f".{PROJECTION_FILE}") if model.is_file() else model / PROJECTION_FILE
 
 
-def load_projection(folder: Path, hidden_size: int) -> Projection:
-    """Load the projection of a model folder; `Projection.fallback`, with a warning, if the folder has none.
+def fitting_of(model: Path) -> str:
+    """Return the command that fits the projection which a model lacks; empty if it has one."""
+    return "" if projection_file(model).exists() else f"python -m fedhlm_zoo.projection {model}"
+
+
+def load_projection(model: Path, hidden_size: int) -> Projection:
+    """Load the projection of a model; `Projection.fallback`, with a warning, if it has none.
 
     Raises:
         ModelError: the file cannot be read, or holds no finite projection of `hidden_size` numbers.
     """
-    path = folder / PROJECTION_FILE
-    if fitting := fitting_of(folder):
+    path = projection_file(model)
+    if fitting := fitting_of(model):
         told = "%s has no %s: its keys tell contexts apart badly until '%s' has fitted one"
-        log.warning(told, folder, PROJECTION_FILE, fitting)
+        log.warning(told, model, PROJECTION_FILE, fitting)
         return Projection.fallback(hidden_size)
     try:
         # Open the file here, because numpy does not close a file that turns out to be no archive.

@@ -6,7 +6,6 @@ import logging
 import random
 import signal
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -30,15 +29,15 @@ EXIT_JITTER_S: Final = 10.0
 DEFAULT_URL: Final = "mqtt://127.0.0.1:1883"
 
 
-def configured_folder(value: str, *, key: str) -> Path:
-    """Return the folder that the setting `key` names.
+def configured_model(value: str, *, key: str) -> str:
+    """Return the path or URL of the model that the setting `key` names.
 
     Raises:
-        ConfigError: the setting is empty. A part does not search for a folder.
+        ConfigError: the setting is empty. A part does not search for a model.
     """
     if not value:
-        raise ConfigError(key, value, "the path of a model folder")
-    return Path(value)
+        raise ConfigError(key, value, "the path of a model")
+    return value
 
 
 def bus_of(

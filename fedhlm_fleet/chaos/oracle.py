@@ -15,7 +15,8 @@ import numpy as np
 from fedhlm import choices
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Decoder, DecoderInput
+from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.models import load_model
 from fedhlm.decoding.sampling import Logits, gumbel, scores
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.sources import SOURCES
@@ -50,7 +51,7 @@ class FolderModel(Alone):
     """
 
     def __init__(self, folder: Path, *, threads: int, steps: bool) -> None:
-        super().__init__(Decoder.load(folder, threads=threads))
+        super().__init__(load_model(folder, threads=threads))
         self._steps = steps
 
     def after(self, prompt: Sequence[int], ids: Sequence[int]) -> Sequence[Logits]:

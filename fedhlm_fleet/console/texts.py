@@ -3,9 +3,9 @@
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedhlm.decoding.models import tokenizer_at
 from fedhlm.decoding.text import TextStream
 from fedhlm.errors import ModelError
 from fedhlm.settings import Config
@@ -49,20 +49,6 @@ class Pieces:
         return None if self._tokenizer is None else str(self._tokenizer.decode([token], skip_special_tokens=False))
 
 
-def tokenizer_of(folder: Path) -> "Tokenizer":
-    """Load the tokenizer of a model folder.
-
-    Raises:
-        ModelError: the folder has none that can be read.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as exc:  # the library raises bare Exceptions
-        raise ModelError(f"{folder} has no readable tokenizer.json: {exc}") from exc
-
-
 def pieces_maker(settings: Config) -> Callable[[], Pieces]:
     """Return a function that makes a decoder of one text, with the tokenizer of `agent.model` or of the shipped model.
 
@@ -74,7 +60,7 @@ def pieces_maker(settings: Config) -> Callable[[], Pieces]:
         with contextlib.suppress(ModuleNotFoundError):  # texts are then shown message by message
             from fedhlm_zoo.shipped import model_folder  # some images have no models, and not this package
 
-            tokenizer = tokenizer_of(model_folder(settings.agent.model, "slm"))
+            tokenizer, _ = tokenizer_at(model_folder(settings.agent.model, "slm"))
     except ModelError as exc:
         if settings.agent.model:
             raise

@@ -9,10 +9,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
-from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, Decoder, DecoderInput, load_info
+from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, DecoderInput
 from fedhlm.decoding.invariance import TOLERANCE, block_difference
+from fedhlm.decoding.models import described, load_model
 from fedhlm.decoding.sampling import NOISE
-from fedhlm.decoding.vocabulary import vocabulary_of
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import PROJECTION_FILE, fitting_of, load_projection
 from fedhlm.protocol.fingerprint import fingerprint_of
@@ -151,10 +151,10 @@ def model(subject: Subject) -> Remark:
     key = f"{subject.role}.model"
     try:
         folder = model_folder(part.model, SHIPPED[subject.role])
-        info = load_info(folder)
+        info, vocabulary = described(folder)
         fitting = fitting_of(folder) if subject.traits.drafts else ""
         space = load_projection(folder, info.hidden_size).digest[:8] if subject.traits.drafts and not fitting else ""
-        fingerprint = fingerprint_of(*vocabulary_of(folder), noise=NOISE, model=info.label)
+        fingerprint = fingerprint_of(*vocabulary, noise=NOISE, model=info.label)
     except FedhlmError as exc:
         return fail(str(exc), f"copy the folder again, or set {key} to one made by `fedhlm models export`")
     subject.model = CheckedModel(folder, info, fingerprint, space)
@@ -193,7 +193,7 @@ def speed(subject: Subject) -> Remark:
         raise AssertionError("the check `model` comes before")
     begun_s = perf_counter()
     try:
-        decoder = Decoder.load(subject.model.folder, threads=part_of(subject).threads)
+        decoder = load_model(subject.model.folder, threads=part_of(subject).threads)
     except FedhlmError as exc:
         return fail(str(exc), "export the model again with `fedhlm models export`")
     loaded_s = perf_counter() - begun_s
@@ -219,7 +219,7 @@ def blocks(subject: Subject) -> Remark:
     if subject.model is None:
         raise AssertionError("the check `model` comes before")
     try:
-        decoder = Decoder.load(subject.model.folder, threads=part_of(subject).threads)
+        decoder = load_model(subject.model.folder, threads=part_of(subject).threads)
     except FedhlmError as exc:
         return fail(str(exc), "export the model again with `fedhlm models export`")
     difference = block_difference(decoder)

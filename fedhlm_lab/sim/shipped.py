@@ -12,7 +12,7 @@ from typing import Any, Final
 from cloud_verifier.backends.onnx import engine_of
 from cloud_verifier.wiring import LargeModel
 from edge_agent.model import Drawn, Slm, SlmDrafter, TreeDraft
-from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.models import load_model
 from fedhlm.peers.context_keys import load_projection
 from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
 from fedhlm_lab.sim.world import Pair
@@ -38,7 +38,7 @@ def shipped_pair(
     Raises:
         ModelError: a folder cannot be used.
     """
-    small, large = Decoder.load(slm_folder, threads=threads), Decoder.load(llm_folder, threads=threads)
+    small, large = (load_model(folder, threads=threads) for folder in (slm_folder, llm_folder))
     projection = load_projection(slm_folder, small.info.hidden_size)
 
     llm = LargeModel.of(large, (tally or CallTally()).paced(engine_of(large), paces.large))

@@ -23,7 +23,7 @@ from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load, presets
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.models import LoadedModel
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.learning.certificate import Certificate
 from fedhlm.progress import progress
@@ -106,7 +106,7 @@ class Oracle:
 
 
 def tasks_of(
-    articles: Sequence[Article], kind: str, decoder: Decoder, *, tokens: int, temperature: float
+    articles: Sequence[Article], kind: str, decoder: LoadedModel, *, tokens: int, temperature: float
 ) -> list[StudyTask]:
     """A task for each article: continue its title ("continue"), or name its topic ("topic", one greedy token)."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cloud_verifier.backends.onnx import engine_of
 from cloud_verifier.wiring import LargeModel
-from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.models import load_model
 from fedhlm.errors import ModelError
 from fedhlm_zoo.shipped import model_folder
 
@@ -26,5 +26,5 @@ def large_model(folder: Path | None = None) -> LargeModel | None:
 
 @lru_cache(maxsize=2)
 def _loaded(folder: Path) -> LargeModel:
-    decoder = Decoder.load(folder, threads=0)
+    decoder = load_model(folder, threads=0)
     return LargeModel.of(decoder, engine_of(decoder))

@@ -22,6 +22,8 @@ REASONS: Final = {
     "needs an image of Raspberry Pi OS": "tests/fedhlm_fleet/flash makes one and flashes it",
     "needs another machine": "tests/fedhlm_fleet/flash/test_provision.py stands in for it",
     "needs texts that are not part of the project": "the model cards say which; tests of fedhlm_lab and fedhlm_zoo use few",
+    "needs a server of a model": "tests/integration/test_server.py runs fleets with one of vLLM's schema",
+    "needs llama.cpp": "tests/integration/test_gguf.py runs fleets on it where it is installed",
     "needs torch": "tests/fedhlm_zoo runs them where `make models` has been",
     "takes minutes": "tests/integration/test_chaos.py runs a short one",
     "is this test": "",

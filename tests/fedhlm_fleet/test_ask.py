@@ -22,6 +22,7 @@ from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Party, Stamp, presence
 from fedhlm.decoding.grammar import of_regex, of_schema
+from fedhlm.decoding.models import tokenizer_at
 from fedhlm.errors import ConfigError, FedhlmError
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
@@ -30,7 +31,7 @@ from fedhlm.protocol.messages import Cancel, Output, Prompt
 from fedhlm.telemetry import Counters
 from fedhlm_fleet.commands.ask import read_form, read_words
 from fedhlm_fleet.commands.paper import Coloured
-from fedhlm_fleet.console.texts import Pieces, tokenizer_of
+from fedhlm_fleet.console.texts import Pieces
 from fedhlm_zoo.shipped import model_folder
 from tests.brokers import Mosquitto
 from tests.processes import obey_interrupts
@@ -167,7 +168,7 @@ async def test_on_a_terminal_each_token_has_the_colour_of_its_source_and_a_legen
 
 
 def test_a_message_with_tokens_of_two_sources_is_coloured_token_by_token() -> None:
-    tokenizer = tokenizer_of(model_folder("", "slm"))
+    tokenizer = tokenizer_at(model_folder("", "slm"))[0]
     ids = tuple(tokenizer.encode("Oil prices rise", add_special_tokens=False).ids)
     sources: tuple[Source, ...] = tuple("local" if i % 2 else "cloud" for i in range(len(ids)))
     text = tokenizer.decode(list(ids))

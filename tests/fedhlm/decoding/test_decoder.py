@@ -47,7 +47,8 @@ class Case:
         return np.asarray(output.hidden_states[-1][0])  # (len(ids), hidden_size), after the final norm
 
     def prefill(self, ids: list[int]) -> Cache:
-        return self.decoder.forward([DecoderInput(self.decoder.empty_cache(), ids)])[0].cache
+        cache: Cache = self.decoder.forward([DecoderInput(self.decoder.empty_cache(), ids)])[0].cache
+        return cache
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.ARCHITECTURES))

@@ -38,7 +38,7 @@ class Faulty:
         results = []
         for cache, ids, _ in requests:
             logits = self._table[list(ids)] + np.float32(self._fault(len(ids), len(requests)))
-            results.append(DecoderOutput(logits, None, Held((*cache.ids, *ids))))  # type: ignore[arg-type, attr-defined]
+            results.append(DecoderOutput(logits, None, Held((*cache.ids, *ids))))
         return results
 
 

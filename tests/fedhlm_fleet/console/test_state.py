@@ -9,13 +9,14 @@ import pytest
 from msgspec.structs import replace
 
 from fedhlm.bus.party import Stamp, presence
+from fedhlm.decoding.models import tokenizer_at
 from fedhlm.decoding.text import TextStream
 from fedhlm.learning.curve import Curve
 from fedhlm.protocol.messages import Fingerprint, Learned, MetricsReport, Output, PaperThreshold, Presence, Prompt
 from fedhlm_fleet.console.feeds import RecordedFeed
 from fedhlm_fleet.console.history import BUCKETS_MAX, ROUNDS_MAX
 from fedhlm_fleet.console.state import LOG_MAX, TEXTS_MAX, ConsoleState
-from fedhlm_fleet.console.texts import Pieces, tokenizer_of
+from fedhlm_fleet.console.texts import Pieces
 from fedhlm_fleet.remedies import cut_off, no_edge, offline
 from fedhlm_traces.decoded import look
 from fedhlm_traces.file import read
@@ -28,7 +29,7 @@ STAMP = Stamp("porch")
 
 
 def state(*, tokenizer: bool = True) -> ConsoleState:
-    found = tokenizer_of(model_folder("", "slm")) if tokenizer else None
+    found = tokenizer_at(model_folder("", "slm"))[0] if tokenizer else None
     return ConsoleState(lambda: Pieces(found), budget=0.05, confidence=0.95)
 
 
@@ -99,7 +100,7 @@ def test_a_change_holds_all_messages_since_the_one_before() -> None:
 def test_every_token_has_its_text_its_source_its_doubt_and_its_draft() -> None:
     trace = read(GOLDEN / "budget.trace")
     shown = RecordedFeed(trace, state).snapshot()
-    tokenizer = tokenizer_of(model_folder("", "slm"))
+    tokenizer = tokenizer_at(model_folder("", "slm"))[0]
     told: dict[str, list[int]] = {}
     sources: dict[str, list[str]] = {}
     for record in trace:

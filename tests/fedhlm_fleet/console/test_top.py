@@ -12,6 +12,7 @@ from edge_broker.embedded import EmbeddedBroker
 from fedhlm.bus.interface import Retained
 from fedhlm.bus.mqtt import MqttBus
 from fedhlm.bus.party import Stamp, presence
+from fedhlm.decoding.models import tokenizer_at
 from fedhlm.protocol import topics
 from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import Fingerprint
@@ -20,7 +21,7 @@ from fedhlm_fleet.colours import STYLES, WORDS
 from fedhlm_fleet.console.feeds import RecordedFeed
 from fedhlm_fleet.console.screen import screen
 from fedhlm_fleet.console.state import ConsoleState
-from fedhlm_fleet.console.texts import Pieces, tokenizer_of
+from fedhlm_fleet.console.texts import Pieces
 from fedhlm_traces.file import read
 from fedhlm_zoo.shipped import model_folder
 from tests.brokers import free_port
@@ -30,7 +31,7 @@ SMALL = Fingerprint("abc", 4_096, "philox-1", "small")
 
 
 def state() -> ConsoleState:
-    tokenizer = tokenizer_of(model_folder("", "slm"))
+    tokenizer = tokenizer_at(model_folder("", "slm"))[0]
     return ConsoleState(lambda: Pieces(tokenizer), budget=0.05, confidence=0.95)
 
 

@@ -66,8 +66,8 @@ def export(source: str | Path, out: Path, *, tokenizer: Path | None = None, name
     return info
 
 
-def load_torch(source: str | Path) -> Any:
-    """Load a causal LM in fp32 for evaluation.
+def load_torch(source: str | Path, *, dtype: str = "float32") -> Any:
+    """Load a causal LM for evaluation, in fp32 unless another `dtype` of torch is named.
 
     Raises:
         ModelError: the source is missing or is no causal language model.
@@ -92,7 +92,7 @@ def load_torch(source: str | Path) -> Any:
     if kinds and not any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
         raise ModelError(f"model source {str(source)!r} must be a causal language model (got {kinds[0]})")
     try:
-        return AutoModelForCausalLM.from_pretrained(str(source), dtype="float32").eval()
+        return AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype).eval()
     except (OSError, ValueError, RuntimeError) as exc:
         raise ModelError(f"model source {str(source)!r} cannot be loaded as a causal language model: {exc}") from exc
 

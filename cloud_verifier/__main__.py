@@ -1,10 +1,11 @@
 """`fedhlm cloud`: load the LLM and verify the blocks of every cluster on the broker."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from cloud_verifier.backends.onnx import threaded
 from cloud_verifier.backends.openai import is_url, served
@@ -23,6 +24,12 @@ from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
+
+# What to do about a model whose logits depend on the size of a block, by its quantisation.
+REMEDIES: Final[Mapping[str, str]] = {
+    "int8-dynamic": "quantise it with `fedhlm models quantise --mode weights-int8`",
+    "bf16": "set cloud.dtype to float32",
+}
 
 
 async def run(
@@ -58,7 +65,7 @@ async def opened(cloud: Cloud) -> AsyncIterator[tuple[LargeModel, Offer]]:
             yield LargeModel.of_server(found), offer
         return
     path = configured_model(cloud.model, key="cloud.model")
-    decoder = load_model(path, threads=cloud.threads, providers=cloud.providers, keeps_memory=False)
+    decoder = load_model(path, threads=cloud.threads, providers=cloud.providers, keeps_memory=False, dtype=cloud.dtype)
     warn_of_blocks(decoder)
     async with threaded(decoder) as engine:
         offer = Offer.of(decoder, Path(path), name=decoder.info.name, probabilities=True)
@@ -81,10 +88,11 @@ def warn_of_blocks(decoder: LoadedModel) -> None:
     if (difference := block_difference(decoder)) > TOLERANCE:
         log.warning(
             "the logits of %s (%s) change by up to %.3g with the size of a block: texts will leave those that it "
-            "writes alone; quantise it with `fedhlm models quantise --mode weights-int8`",
+            "writes alone; %s",
             decoder.info.name,
             decoder.info.quantisation,
             difference,
+            REMEDIES.get(decoder.info.quantisation, "use it in fp32"),
         )
 
 

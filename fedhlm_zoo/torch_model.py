@@ -73,6 +73,7 @@ class TorchDecoder:
         threads: int = 1,
         providers: Sequence[str] = (),
         keeps_memory: bool = True,
+        drafting: bool = False,
         dtype: str = "float32",
     ) -> "TorchDecoder":
         """Load a model folder.
@@ -81,7 +82,8 @@ class TorchDecoder:
             folder: a Hugging Face model directory with ``config.json``, weights and ``tokenizer.json``.
             threads: the number of cores that one call may use; 0 is torch's choice.
             providers: with CUDA among them the model runs on a CUDA device.
-            keeps_memory: is not used: torch always keeps its memory.
+            keeps_memory: is not used, as torch always keeps its memory.
+            drafting: is not used.
             dtype: ``float32`` or ``bfloat16``, the type of weights and arithmetic.
 
         Raises:
@@ -89,7 +91,7 @@ class TorchDecoder:
         """
         from fedhlm_zoo.export import load_torch
 
-        del keeps_memory
+        del keeps_memory, drafting
         if threads:
             torch.set_num_threads(threads)
         on_device = CUDA in providers
@@ -131,14 +133,14 @@ class TorchDecoder:
     def _run_one(self, request: DecoderInput) -> DecoderOutput:
         cache, ids, _ = request
         first = len(ids) - request.wanted
-        logits, hiddens = [], []
+        logits, hiddens = [], []  # of each piece
         for begin in range(0, len(ids), self._run_max):
             piece = ids[begin : begin + self._run_max]
             rows = max(0, len(piece) - max(0, first - begin))
             (output,) = self._run([DecoderInput(cache, piece, rows)])
             cache = output.cache
             logits.append(output.logits)
-            hiddens.append(output.hidden)
+            hiddens += [] if output.hidden is None else [output.hidden]
         return DecoderOutput(np.concatenate(logits), np.concatenate(hiddens), cache)
 
     def _run(self, requests: Sequence[DecoderInput]) -> list[DecoderOutput]:

@@ -9,11 +9,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from fedhlm.decoding.decoder import DecoderInput, DecoderOutput, ModelInfo, load_info
+from fedhlm.decoding.decoder import INFO_FILE, DecoderInput, DecoderOutput, ModelInfo, load_info
 from fedhlm.decoding.gguf import SUFFIX, read_gguf
 from fedhlm.decoding.gguf_tokenizer import spoken_in
 from fedhlm.decoding.grammar import Constrain
-from fedhlm.decoding.hub import open_tokenizer
+from fedhlm.decoding.hub import CONFIG_FILE, open_tokenizer
 from fedhlm.decoding.vocabulary import Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
 
@@ -59,18 +59,29 @@ class Backend(NamedTuple):
     """What runs one kind of models.
 
     `takes` says whether a path or URL is of that kind. `loader` is "module:function", with the arguments of `load_model`.
-    `library` is what it imports, and `extra` what installs that.
+    `library` is what it imports, and `extra` what installs that. `dtypes` are the types of arithmetic that it can be
+    asked for; where there are any, the loader takes a `dtype`.
     """
 
     takes: Callable[[str], bool]
     loader: str
     library: str
     extra: str
+    dtypes: tuple[str, ...] = ()
+
+
+def is_hub_folder(model: str) -> bool:
+    """Whether a path is that of a model of the Hugging Face format, which has not been exported."""
+    folder = Path(model)
+    return (folder / CONFIG_FILE).is_file() and not (folder / INFO_FILE).is_file()
 
 
 BACKENDS: Final[dict[str, Backend]] = {
     "llama-cpp": Backend(
         lambda model: model.lower().endswith(SUFFIX), "fedhlm.decoding.llama:LlamaModel.load", "llama_cpp", "llama"
+    ),
+    "transformers": Backend(
+        is_hub_folder, "fedhlm_zoo.torch_model:TorchDecoder.load", "torch", "models", ("float32", "bfloat16")
     ),
     "onnx": Backend(lambda _model: True, "fedhlm.decoding.decoder:Decoder.load", "onnxruntime", "agent"),
 }
@@ -89,6 +100,7 @@ def load_model(
     providers: Sequence[str] = (),
     keeps_memory: bool = True,
     drafting: bool = False,
+    dtype: str = "",
 ) -> LoadedModel:
     """Load the model at a path or URL.
 
@@ -98,16 +110,22 @@ def load_model(
         providers: names of onnxruntime's providers in order of preference.
         keeps_memory: whether onnxruntime keeps memory between calls. Without it, large calls are slower.
         drafting: whether the model only drafts. llama.cpp is then as fast as it can be, and logits may depend on blocks.
+        dtype: type of weights and arithmetic, where the backend has a choice. Empty: its own.
 
     Raises:
         ModelError: it cannot be used, or what runs it is not installed.
     """
-    backend = BACKENDS[backend_of(str(model))]
+    name = backend_of(str(model))
+    backend = BACKENDS[name]
+    if dtype and dtype not in backend.dtypes:
+        wanted = f"one of {', '.join(backend.dtypes)}" if backend.dtypes else "left out"
+        raise ModelError(f"dtype must be {wanted} for a model that {name} runs (got {dtype!r})")
+    chosen = {"dtype": dtype} if dtype else {}
     module, _, function = backend.loader.partition(":")
     try:
         load = attrgetter(function)(import_module(module))
         loaded: LoadedModel = load(
-            str(model), threads=threads, providers=providers, keeps_memory=keeps_memory, drafting=drafting
+            str(model), threads=threads, providers=providers, keeps_memory=keeps_memory, drafting=drafting, **chosen
         )
     except ModuleNotFoundError as exc:
         if (exc.name or "").partition(".")[0] != backend.library:

@@ -301,8 +301,18 @@ class Cloud(Section, frozen=True):
     threads: Annotated[Threads, Meta(description="Threads of the model. 0: onnxruntime's choice.")] = 0
     providers: Annotated[
         tuple[Provider, ...],
-        Meta(description="Execution providers of onnxruntime in order of preference, as in `agent.providers`."),
+        Meta(
+            description="Execution providers of onnxruntime in order of preference, as in `agent.providers`. A Hugging "
+            "Face folder runs on a CUDA device if CUDAExecutionProvider is among them."
+        ),
     ] = ()
+    dtype: Annotated[
+        Literal["", "float32", "bfloat16"],
+        Meta(
+            description="Type of weights and arithmetic of a Hugging Face folder. bfloat16 needs half the memory, and "
+            "makes logits depend on the size of a block. Empty: float32."
+        ),
+    ] = ""
     sessions_max: Annotated[
         int,
         Meta(

@@ -9,14 +9,27 @@ import pytest
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.invariance import block_difference
+from fedhlm.decoding.models import LoadedModel, backend_of, load_model
 from fedhlm.errors import ModelError
 from fedhlm.protocol.messages import Sampling
+from tests.fedhlm.decoding.conformance import Conformance
 
 torch = pytest.importorskip("torch", reason="runs its models with torch")
 pytestmark = pytest.mark.torch
 
 CLOSE = 1e-3
 Exported = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def model(exported: Exported) -> LoadedModel:
+    source = exported("llama")[0]
+    assert backend_of(str(source)) == "transformers"
+    return load_model(source)
+
+
+class TestTransformers(Conformance):
+    """A tiny Llama, opened by its folder."""
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
@@ -74,7 +87,7 @@ def test_bfloat16_is_half_as_large_and_not_invariant_and_a_missing_device_is_tol
     from fedhlm_zoo.torch_model import CUDA, TorchDecoder
 
     source = exported("llama")[0]
-    half, whole = TorchDecoder.load(source, dtype="bfloat16"), TorchDecoder.load(source)
+    half, whole = load_model(source, dtype="bfloat16"), TorchDecoder.load(source)
     assert half.token_bytes * 2 == whole.token_bytes
     assert half.info.quantisation == "bf16"
     ids = list(range(1, 20))
@@ -82,6 +95,10 @@ def test_bfloat16_is_half_as_large_and_not_invariant_and_a_missing_device_is_tol
     exact = whole.forward([DecoderInput(whole.empty_cache(), ids)])[0].logits
     assert near.dtype == np.float32
     assert 0.0 < np.abs(near - exact).max() < 0.5
+    with pytest.raises(ModelError, match="dtype must be one of float32, bfloat16"):
+        load_model(source, dtype="int4")
+    with pytest.raises(ModelError, match="dtype must be left out for a model that onnx runs"):
+        load_model(exported("llama")[1], dtype="float32")
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="no CUDA device"):
             TorchDecoder.load(source, providers=(CUDA,))

@@ -95,7 +95,10 @@ class Prefix(NamedTuple):
 
 
 class ServedModel(NamedTuple):
-    """A model behind a server, checked: its engine, and what sessions and clients must know of it."""
+    """A model behind a server, checked: its engine, and what sessions and clients must know of it.
+
+    `difference` is the largest change of a log-probability with the size of a block; 0 where it cannot be measured.
+    """
 
     name: str
     folder: Path
@@ -105,6 +108,7 @@ class ServedModel(NamedTuple):
     bos_id: int | None
     context: int
     engine: Engine
+    difference: float = 0.0
 
 
 class ServerClient:
@@ -284,11 +288,19 @@ async def served(url: str, settings: ModelServer) -> AsyncIterator[ServedModel]:
         context = await _choose(client, url, settings)
         tokenizer = open_tokenizer(folder)
         await _check_tokens(client, url, tokenizer, folder)
-        await _check_scores(client, tokenizer, url)
+        difference = await _check_scores(client, tokenizer, url)
         partly = told if told < vocabulary.size else 0
         engine = Engine(Prefix(()), client.forward, token_bytes=TOKEN_BYTES, told=partly)
         yield ServedModel(
-            client.model, folder, tokenizer, vocabulary, end_ids(folder), configured_begin(folder), context, engine
+            client.model,
+            folder,
+            tokenizer,
+            vocabulary,
+            end_ids(folder),
+            configured_begin(folder),
+            context,
+            engine,
+            difference,
         )
 
 
@@ -331,15 +343,15 @@ async def _check_tokens(client: ServerClient, url: str, tokenizer: "Tokenizer", 
         )
 
 
-async def _check_scores(client: ServerClient, tokenizer: "Tokenizer", url: str) -> None:
-    """Ask for log-probabilities in both ways, and say what they promise."""
+async def _check_scores(client: ServerClient, tokenizer: "Tokenizer", url: str) -> float:
+    """Ask for log-probabilities in both ways, warn if these differ, and return by how much."""
     ids: list[int] = tokenizer.encode(PROBE, add_special_tokens=False).ids[:PROBED]
     each = await client.rows(ids, len(ids), whole=False)
     try:
         whole = await client.rows(ids, len(ids), whole=True)
     except ModelError as exc:
         log.info("every position is asked for by itself, since the server tells no prompt_logprobs: %s", exc)
-        return
+        return 0.0
     client.scores_prompts = True
     both = (each > each.min(axis=1, keepdims=True)) & (whole > whole.min(axis=1, keepdims=True))
     if (difference := float(np.abs(each - whole)[both].max())) > TOLERANCE:
@@ -350,3 +362,4 @@ async def _check_scores(client: ServerClient, tokenizer: "Tokenizer", url: str) 
             url,
             difference,
         )
+    return difference

@@ -66,10 +66,13 @@ def skip(found: str) -> Remark:
 
 
 class CheckedModel(NamedTuple):
-    """The part's checked model folder. `space` names the space of its context keys, empty without a projection."""
+    """The part's checked model folder. `space` names the space of its context keys, empty without a projection.
+
+    `info` is None for a model on a server, of which the folder has the tokenizer only.
+    """
 
     folder: Path
-    info: "ModelInfo"
+    info: "ModelInfo | None"
     fingerprint: Fingerprint
     space: str
 

@@ -20,6 +20,7 @@ from fedhlm.protocol.roles import PartRole
 from fedhlm.settings import Broker
 from fedhlm_fleet.doctor.finding import CheckedModel, Remark, Subject, fail, ok, skip, warn
 from fedhlm_fleet.doctor.machine import MIB
+from fedhlm_fleet.doctor.served import model_on_server, on_server
 
 SHIPPED: Final[dict[PartRole, Literal["slm", "llm"]]] = {"agent": "slm", "cloud": "llm"}
 CPU: Final = "CPUExecutionProvider"
@@ -36,6 +37,7 @@ _DISK_ADVICE: Final = {
     errno.EIO: "the disk is failing: look at dmesg, and replace it",
 }
 MEASURED_TOKENS: Final = 128
+ELSEWHERE: Final = "the model runs on a server, which the check `model` looks at"
 
 
 class PartKeys(NamedTuple):
@@ -94,6 +96,8 @@ def key_files(subject: Subject) -> Remark:
         source = subject.sources[f"{section}.password"]
         if broker.password and source.startswith("file "):
             paths[source.removeprefix("file ")] = f"the file with {section}.password"
+    if on_server(subject) and (key := subject.config.cloud.server.key):
+        paths[key] = "cloud.server.key"
     for path, key in paths.items():
         try:
             with Path(path).open("rb"):
@@ -145,6 +149,8 @@ def state_folder(subject: Subject) -> Remark:
 
 def model(subject: Subject) -> Remark:
     """Check that the model folder is complete and unchanged, and that its model can be used."""
+    if on_server(subject):
+        return model_on_server(subject)
     from fedhlm_zoo.shipped import model_folder  # the image of an edge has no models, and not this package
 
     part = part_of(subject)
@@ -189,6 +195,8 @@ def _short(names: Iterable[str]) -> str:
 
 def speed(subject: Subject) -> Remark:
     """Measure the decode speed in tokens/s, one token at a time, as a device drafts and a cloud verifies at worst."""
+    if on_server(subject):
+        return skip(ELSEWHERE)
     if subject.model is None:
         raise AssertionError("the check `model` comes before")
     begun_s = perf_counter()
@@ -216,6 +224,8 @@ def speed(subject: Subject) -> Remark:
 
 def blocks(subject: Subject) -> Remark:
     """Check that the LLM's logits do not depend on how a text is cut into blocks; `exact` rests on that."""
+    if on_server(subject):
+        return skip(ELSEWHERE)
     if subject.model is None:
         raise AssertionError("the check `model` comes before")
     try:

@@ -150,7 +150,7 @@ def _synchronised() -> bool | None:
 def memory(subject: Subject) -> Remark:
     """Check that the free memory, also within the limit of the control group, is enough for the part and its model."""
     need = NEED_MIB[subject.role]
-    if subject.model is not None:
+    if subject.model is not None and subject.model.info is not None:
         # The graph is read into memory, and its weights are unpacked into a second copy.
         need += 2 * sum(file.bytes for file in subject.model.info.files.values()) // MIB
     try:

@@ -1,17 +1,22 @@
 """Models that torch runs: the same logits, hidden states and ids as their ONNX export, however ids are cut and batched."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cloud_verifier.__main__ import opened
+from cloud_verifier.engine import EngineInput, EngineOutput
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.invariance import block_difference
 from fedhlm.decoding.models import LoadedModel, backend_of, load_model
 from fedhlm.errors import ModelError
+from fedhlm.protocol.fingerprint import check_agreement
 from fedhlm.protocol.messages import Sampling
+from fedhlm.settings import Cloud
 from tests.fedhlm.decoding.conformance import Conformance
 
 torch = pytest.importorskip("torch", reason="runs its models with torch")
@@ -102,3 +107,25 @@ def test_bfloat16_is_half_as_large_and_not_invariant_and_a_missing_device_is_tol
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="no CUDA device"):
             TorchDecoder.load(source, providers=(CUDA,))
+
+
+async def test_a_cloud_opens_a_hub_folder_and_says_what_bfloat16_costs(
+    exported: Exported, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, folder = exported("llama")
+    ids = list(range(1, 30))
+    async with opened(Cloud(model=str(source))) as (large, offer), opened(Cloud(model=str(folder))) as (other, _):
+        assert (offer.architecture, offer.quantisation) == ("LlamaForCausalLM", "fp32")
+        check_agreement(large.fingerprint, other.fingerprint)
+        assert large.fingerprint.model != other.fingerprint.model
+        assert (large.context, large.eos_ids) == (other.context, other.eos_ids)
+        ours, theirs = [
+            (await model.engine.forward([EngineInput(model.engine.empty_cache, ids, 4)]))[0] for model in (large, other)
+        ]
+        assert isinstance(ours, EngineOutput)
+        assert isinstance(theirs, EngineOutput)
+        assert np.abs(ours.logits - theirs.logits).max() < CLOSE
+        assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        async with opened(Cloud(model=str(source), dtype="bfloat16")):
+            assert "set cloud.dtype to float32" in caplog.text

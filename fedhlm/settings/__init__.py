@@ -9,7 +9,7 @@ from fedhlm.bus.broker_url import BrokerUrl, TlsFiles
 from fedhlm.protocol import fields, topics
 from fedhlm.settings.generation import Consensus, Generation, Learning, Pipeline
 from fedhlm.settings.model_server import ModelServer
-from fedhlm.settings.section import MASK, Section, WaitMs, is_secret, masked
+from fedhlm.settings.section import MASK, Provider, Section, WaitMs, is_secret, masked
 
 __all__ = [
     "DEFAULT_PRESET",
@@ -38,18 +38,6 @@ DEFAULT_PRESET: Final = "budget"
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Threads = Annotated[int, Meta(ge=0, le=256)]
 BatchSize = Annotated[int, Meta(ge=1, le=fields.MAX_BATCH)]
-# The providers of onnxruntime for Linux. Which of them a build has is known at run time only.
-Provider = Literal[
-    "CPUExecutionProvider",
-    "CUDAExecutionProvider",
-    "TensorrtExecutionProvider",
-    "MIGraphXExecutionProvider",
-    "OpenVINOExecutionProvider",
-    "DnnlExecutionProvider",
-    "XnnpackExecutionProvider",
-    "ACLExecutionProvider",
-    "QNNExecutionProvider",
-]
 
 
 class Broker(Section, frozen=True):

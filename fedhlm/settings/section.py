@@ -1,6 +1,6 @@
 """The base class of a section of settings, and the masking of secrets."""
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -11,6 +11,18 @@ MASK: Final = "***"
 
 Unit = fields.Unit
 WaitMs = Annotated[float, Meta(ge=0.0, le=60_000.0)]
+# The providers of onnxruntime for Linux. Which of them a build has is known at run time only.
+Provider = Literal[
+    "CPUExecutionProvider",
+    "CUDAExecutionProvider",
+    "TensorrtExecutionProvider",
+    "MIGraphXExecutionProvider",
+    "OpenVINOExecutionProvider",
+    "DnnlExecutionProvider",
+    "XnnpackExecutionProvider",
+    "ACLExecutionProvider",
+    "QNNExecutionProvider",
+]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

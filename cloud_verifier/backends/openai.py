@@ -196,7 +196,7 @@ class ServerClient:
                 f"{self._url} must name tokens by their ids, as vLLM does with return_tokens_as_token_ids "
                 f"(got {next(iter(told))[:SHOWN]!r})"
             ) from exc
-        if len(values) < min(self.told, self._size):
+        if len(values) < min(self.told, self._size) or not any(token < self._size for token in values):
             raise ModelError(
                 f"{self._url} must tell the log-probabilities of {self.told} ids (got {len(values)}): "
                 "set cloud.server.logprobs to what it allows"
@@ -232,6 +232,10 @@ class ServerClient:
             except httpx.TimeoutException as exc:
                 # The server may still be at work on it: a second request would only add to its load.
                 raise ModelError(f"{url} did not answer within cloud.server.timeout_s") from exc
+            except httpx.InvalidURL as exc:
+                raise ModelError(
+                    f"cloud.model must be the URL of a server, such as http://localhost:8000/v1 (got {self._url!r}: {exc})"
+                ) from exc
             except httpx.TransportError as exc:
                 reason = f"{url} cannot be reached ({type(exc).__name__}: {exc})"
                 continue

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -113,7 +114,15 @@ async def test_what_passes_is_tried_again_and_what_does_not_is_told() -> None:
         (missing,) = await found.engine.forward([request])
         assert isinstance(missing, EngineFailure)
         assert "cloud.server.name" in missing.reason
-        for nonsense in (b"<html>", b'{"choices": []}', b'{"choices": [{"index": 0}]}', b"\xff", b"[]"):
+        padding = {"index": 0, "logprobs": {"top_logprobs": [{f"token_id:{9_000 + i}": -1.0 for i in range(20)}]}}
+        for nonsense in (
+            msgspec.json.encode({"choices": [padding]}),
+            b"<html>",
+            b'{"choices": []}',
+            b'{"choices": [{"index": 0}]}',
+            b"\xff",
+            b"[]",
+        ):
             server.says = nonsense
             (odd,) = await found.engine.forward([request])
             assert isinstance(odd, EngineFailure), nonsense
@@ -177,6 +186,9 @@ async def test_what_is_wrong_with_a_server_is_told_at_the_start(tmp_path: Path) 
         server.url = server.url.replace("/v1", "/v2")
         assert "status 404: no API of OpenAI is there" in str(await refusal(server))
     assert "cannot be reached" in str(await refusal(server))
+    for url in ("http://localhost:port/v1", "http://"):
+        server.url = url
+        assert url in str(await refusal(server))
 
 
 async def test_a_server_without_tokenize_and_prompt_logprobs_is_enough(llm: Alone) -> None:

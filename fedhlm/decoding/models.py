@@ -16,6 +16,7 @@ from fedhlm.decoding.grammar import Constrain
 from fedhlm.decoding.hub import CONFIG_FILE, open_tokenizer
 from fedhlm.decoding.vocabulary import Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
+from fedhlm.process.memory import release
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -134,6 +135,7 @@ def load_model(
             f"model {str(model)!r} needs {backend.library}, which is not installed: "
             f"pip install 'fedhlm[{backend.extra}]'"
         ) from exc
+    release()  # loading leaves as much freed memory behind as the model takes
     return loaded
 
 

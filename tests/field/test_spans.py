@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind
 from edge_broker.wiring import edge_of
 from fedhlm.answering import Question
 from fedhlm.client import Client
-from fedhlm.errors import ConfigError
+from fedhlm.errors import ConfigError, RequestNameTaken
 from fedhlm.opentelemetry import OtelTracer
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.loopback import LoopbackBus
@@ -115,6 +115,7 @@ async def test_a_request_is_one_trace_with_every_part_inside_the_one_that_waits_
     assert parents([request]) == {int(ABOVE[36:52], 16)}
     assert parents(escalated) == ids([request])
     assert parents(settled) == ids(escalated)
+    assert "settled" in {(span.attributes or {})["fedhlm.status"] for span in escalated}
     assert len(settled) == len(escalated)
     assert parents(verified) == ids(settled)
     assert parents(calls) == ids(verified)
@@ -159,6 +160,18 @@ async def test_a_request_that_is_refused_says_why_and_a_local_one_has_the_contex
     served, refused = named(kept, "request")
     assert parents([served, refused]) == {int(ABOVE[36:52], 16)}
     assert (served.status.is_ok, refused.status.description) == (True, "invalid")
+
+
+async def test_a_prompt_that_is_refused_at_once_has_a_span_that_says_why() -> None:
+    async with fleet_on("memory") as fleet:
+        kept = watch(fleet, "agent")
+        client, other = await ready(fleet), await fleet.client("ann")
+        await client.write("porch", TEXT, max_tokens=2, request="r1")
+        with pytest.raises(RequestNameTaken):
+            await other.write("porch", TEXT, max_tokens=2, request="r1", traceparent=ABOVE)
+    _, refused = named(kept, "request")
+    assert (refused.status.is_ok, refused.status.description) == (False, "taken")
+    assert parents([refused]) == {int(ABOVE[36:52], 16)}
 
 
 async def test_without_a_tracer_no_message_is_longer() -> None:

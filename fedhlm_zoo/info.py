@@ -13,8 +13,8 @@ from fedhlm.decoding.decoder import (
     FileInfo,
     ModelInfo,
     file_digest,
-    load_info,
 )
+from fedhlm.decoding.models import backend_of, described
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 
 GRAPH_DATA_FILE: Final = f"{GRAPH_FILE}_data"
@@ -45,13 +45,14 @@ def graph_bytes(info: ModelInfo) -> int:
     return sum(f.bytes for name, f in info.files.items() if name != TOKENIZER_FILE)
 
 
-def summary(folder: Path) -> dict[str, str]:
-    """Summarise a model folder, label by label.
+def summary(model: Path) -> dict[str, str]:
+    """Summarise a model, label by label.
 
     Raises:
-        ModelError: not a usable model folder.
+        ModelError: it cannot be used.
     """
-    info = load_info(folder)
+    info, _ = described(model)
+    number_bytes = 2 if backend_of(str(model)) == "llama-cpp" else 4
     return {
         "name": info.name,
         "architecture": info.architecture,
@@ -61,5 +62,5 @@ def summary(folder: Path) -> dict[str, str]:
         "context": f"{info.context} tokens",
         "layers": f"{info.layers} ({info.kv_heads} key/value heads of {info.head_dim}, hidden size {info.hidden_size})",
         "graph": f"{graph_bytes(info) / 1e6:.2f} MB",
-        "cache": f"{8 * info.layers * info.kv_heads * info.head_dim} bytes per token",
+        "cache": f"{2 * number_bytes * info.layers * info.kv_heads * info.head_dim} bytes per token",
     }

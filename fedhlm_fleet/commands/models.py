@@ -109,17 +109,17 @@ def models_quantise(
 
 
 @app.command(name="info")
-def models_info(folder: Path) -> int:
-    """Describe a model folder.
+def models_info(model: Path) -> int:
+    """Describe a model.
 
     Parameters
     ----------
-    folder
-        Exported or quantised model.
+    model
+        Exported or quantised model, or a GGUF file.
     """
     with needing("models"):
         from fedhlm_zoo.info import summary
-    print_facts(summary(folder))
+    print_facts(summary(model))
     return 0
 
 

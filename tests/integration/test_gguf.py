@@ -6,18 +6,22 @@ from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import edge_agent.__main__ as agent
 from edge_broker.embedded import EmbeddedBroker
 from fedhlm.answering import Answerer, Offer, Question
 from fedhlm.decoding.alone import Alone
+from fedhlm.peers.context_keys import fitting_of, load_projection
 from fedhlm.protocol.messages import Sampling
 from fedhlm.telemetry import Counters
 from fedhlm_doors.chat import ChatTemplate
+from fedhlm_zoo import projection
 from fedhlm_zoo.fetching import PACKAGED, models_folder
+from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder, with_agent_model
-from tests.fedhlm.decoding.ggufs import tiny_gguf
+from tests.fedhlm.decoding.ggufs import WIDTH, tiny_gguf
 from tests.integration.live import live
 
 pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'fedhlm[llama]'")
@@ -101,6 +105,22 @@ async def test_a_gguf_slm_drafts_for_an_onnx_llm(tmp_path: Path) -> None:
         ids = tuple(llm.encode("Oil prices rise\n"))
         tokens, _ = await written(answerer, ids, 1, 0.8)
     assert tokens == llm.write(ids, Sampling(1, 0.8), TOKENS)
+
+
+def test_a_projection_is_fitted_and_stands_beside_its_file(tmp_path: Path) -> None:
+    slm = tiny_gguf(tmp_path / "slm.gguf", general__name="small one")
+    assert str(slm) in fitting_of(slm)
+    texts = tmp_path / "texts.jsonl"
+    items = load_items()[:20]
+    texts.write_bytes(
+        b"".join(
+            msgspec.json.encode({"title": item.title, "text": item.text, "topic": item.topic}) + b"\n" for item in items
+        )
+    )
+    assert projection.main([str(slm), "--texts", str(texts)]) == 0
+    assert fitting_of(slm) == ""
+    assert load_projection(slm, WIDTH).mean.shape == (WIDTH,)
+    assert (tmp_path / "slm.projection.npz").is_file()
 
 
 async def test_a_chat_model_answers_as_it_does_alone() -> None:

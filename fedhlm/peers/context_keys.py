@@ -116,7 +116,7 @@ def load_projection(model: Path, hidden_size: int) -> Projection:
     path = projection_file(model)
     if fitting := fitting_of(model):
         told = "%s has no %s: its keys tell contexts apart badly until '%s' has fitted one"
-        log.warning(told, model, PROJECTION_FILE, fitting)
+        log.warning(told, model, path.name, fitting)
         return Projection.fallback(hidden_size)
     try:
         # Open the file here, because numpy does not close a file that turns out to be no archive.

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedhlm.decoding import gguf
@@ -128,3 +129,19 @@ def test_other_weights_have_another_digest(tmp_path: Path, monkeypatch: pytest.M
     data[-1] ^= 1
     path.write_bytes(data)
     assert digest_of(read_gguf(path)) == before
+
+
+def test_damaged_metadata_is_told_whatever_the_damage(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", sentence_piece(), {})
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            data[place] = rng.integers(0, 256)
+        path.write_bytes(data[: rng.integers(len(data) // 2, len(data) + 1)] if rng.random() < 0.3 else data)
+        try:
+            tokenizer_of(read_gguf(path)).encode("ab é", add_special_tokens=False)
+        except ModelError:
+            refused += 1
+    assert refused > 100

@@ -61,6 +61,20 @@ class TestLlama(Conformance):
             assert differs(result.logits, self.scratch(model, text, 1)) <= self.close
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_steps_and_blocks_of_a_long_text_agree_on_any_number_of_threads(path: Path, threads: int) -> None:
+    """From 64 tokens of a block, and from 512 keys with several threads, llama.cpp may add up in another order."""
+    model = load_model(path, threads=threads)
+    ids = np.random.default_rng(4).integers(0, model.vocabulary.size, 600).tolist()
+    whole = model.forward([DecoderInput(model.empty_cache(), ids, 80)])[0].logits
+    cache, rows = model.forward([DecoderInput(model.empty_cache(), ids[:-80], 0)])[0].cache, []
+    for begin, end in ((520, 521), (521, 529), (529, 530), (530, 600)):
+        result = model.forward([DecoderInput(cache, ids[begin:end])])[0]
+        rows.append(result.logits)
+        cache = result.cache
+    assert differs(np.concatenate(rows), whole) <= 1e-3
+
+
 def oracle(path: Path, ids: list[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logits and hidden states from llama.cpp alone, in one call."""
     loaded = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())

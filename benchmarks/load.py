@@ -21,7 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from cloud_verifier.backends.onnx import threaded
+from cloud_verifier.backends.in_process import threaded
 from cloud_verifier.service import CloudService
 from cloud_verifier.wiring import LargeModel, cloud_of
 from fedhlm.bus.party import Received

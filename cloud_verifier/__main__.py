@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from cloud_verifier.backends.onnx import threaded
+from cloud_verifier.backends.in_process import threaded
 from cloud_verifier.backends.openai import is_url, served
 from cloud_verifier.local import ModelAlone
 from cloud_verifier.wiring import NAME, LargeModel, cloud_of

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from cloud_verifier.backends.onnx import engine_of
+from cloud_verifier.backends.in_process import engine_of
 from cloud_verifier.wiring import LargeModel
 from edge_agent.model import Drawn, Slm, SlmDrafter, TreeDraft
 from fedhlm.decoding.models import load_model

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from pathlib import Path
 
-from cloud_verifier.backends.onnx import engine_of
+from cloud_verifier.backends.in_process import engine_of
 from cloud_verifier.wiring import LargeModel
 from fedhlm.decoding.models import load_model
 from fedhlm.errors import ModelError

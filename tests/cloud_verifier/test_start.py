@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from cloud_verifier.__main__ import warn_of_blocks
-from cloud_verifier.backends.onnx import engine_of
+from cloud_verifier.backends.in_process import engine_of
 from cloud_verifier.wiring import LargeModel
 from fedhlm.config import load
 from fedhlm.decoding.decoder import Decoder

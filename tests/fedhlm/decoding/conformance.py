@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cloud_verifier.backends.onnx import threaded
+from cloud_verifier.backends.in_process import threaded
 from cloud_verifier.engine import EngineInput, EngineOutput
 from fedhlm.decoding.decoder import DecoderInput
 from fedhlm.decoding.invariance import TOLERANCE, block_difference

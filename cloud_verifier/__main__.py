@@ -65,7 +65,14 @@ async def opened(cloud: Cloud) -> AsyncIterator[tuple[LargeModel, Offer]]:
             yield LargeModel.of_server(found), offer
         return
     path = configured_model(cloud.model, key="cloud.model")
-    decoder = load_model(path, threads=cloud.threads, providers=cloud.providers, keeps_memory=False, dtype=cloud.dtype)
+    decoder = load_model(
+        path,
+        threads=cloud.threads,
+        providers=cloud.providers,
+        keeps_memory=False,
+        dtype=cloud.dtype,
+        context=cloud.context,
+    )
     warn_of_blocks(decoder)
     async with threaded(decoder) as engine:
         offer = Offer.of(decoder, Path(path), name=decoder.info.name, probabilities=True)
@@ -78,7 +85,7 @@ async def drafting(cloud: Cloud, model: LargeModel) -> AsyncIterator[LargeModel]
     if not cloud.draft_model:
         yield model
         return
-    small = load_model(cloud.draft_model, threads=cloud.threads, providers=cloud.providers)
+    small = load_model(cloud.draft_model, threads=cloud.threads, providers=cloud.providers, context=cloud.context)
     async with threaded(small) as engine:
         yield model.beside(small, engine)
 

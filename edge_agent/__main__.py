@@ -65,7 +65,13 @@ async def run(
     notifier = notifier or Notifier()
     config = loaded.config
     path = configured_model(config.agent.model, key="agent.model")
-    decoder = load_model(path, threads=config.agent.threads, providers=config.agent.providers, drafting=True)
+    decoder = load_model(
+        path,
+        threads=config.agent.threads,
+        providers=config.agent.providers,
+        drafting=True,
+        context=config.agent.context,
+    )
     info = decoder.info
     fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
     projection = load_projection(Path(path), info.hidden_size)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONTEXT_MAX: Final = 4_096  # tokens of one text; many models promise more than a device has memory for
 CALL_MAX: Final = 512  # tokens of one call of llama.cpp
 AT_ONCE: Final = 32  # tokens that a CPU computes at once; it is not faster with more, and needs memory for each
 ROOM_MIN: Final = 512  # tokens of a text for which room is made at first; it doubles when one is longer
@@ -143,7 +142,9 @@ class LlamaModel:
     has a room of its own, so that it costs nothing that others are open.
     """
 
-    def __init__(self, gguf: Gguf, library: Any, weights: "_Weights", *, threads: int, drafting: bool) -> None:
+    def __init__(
+        self, gguf: Gguf, library: Any, weights: "_Weights", *, threads: int, drafting: bool, context: int
+    ) -> None:
         """`weights` are those of the same file."""
         self._library = library
         self._weights = weights
@@ -152,7 +153,7 @@ class LlamaModel:
         self.tokenizer: Tokenizer
         self.vocabulary: Vocabulary
         self.tokenizer, self.vocabulary = spoken_in(gguf)
-        self.info = _info_of(gguf, library, model, vocabulary, self.vocabulary.size)
+        self.info = _info_of(gguf, library, model, vocabulary, size=self.vocabulary.size, context=context)
         self.constrain: Constrain = Grammars(self.tokenizer, self.vocabulary.size, self.info.eos_ids).constrain
         self._threads = threads
         self._rooms = not drafting
@@ -169,7 +170,14 @@ class LlamaModel:
 
     @classmethod
     def load(
-        cls, path: str, *, threads: int = 1, providers: Sequence[str] = (), drafting: bool = False, **_others: object
+        cls,
+        path: str,
+        *,
+        threads: int = 1,
+        providers: Sequence[str] = (),
+        drafting: bool = False,
+        context: int = 4_096,
+        **_others: object,
     ) -> Self:
         """Load a file. See `fedhlm.decoding.models.load_model`.
 
@@ -190,7 +198,7 @@ class LlamaModel:
                 raise ModelError(f"{path} must be a decoder with attention alone (got {kind!r}, which {name})")
         if providers:
             log.warning("llama.cpp runs on what it was built for: providers are those of onnxruntime")
-        return cls(gguf, llama_cpp, weights, threads=threads or os.cpu_count() or 1, drafting=drafting)
+        return cls(gguf, llama_cpp, weights, threads=threads or os.cpu_count() or 1, drafting=drafting, context=context)
 
     @property
     def token_bytes(self) -> int:
@@ -429,7 +437,7 @@ def _array(pointer: Any, rows: int, width: int) -> NDArray[np.float32]:
     return np.ctypeslib.as_array(pointer, (rows, width)).copy()
 
 
-def _info_of(gguf: Gguf, library: Any, model: Any, vocabulary: Any, size: int) -> ModelInfo:
+def _info_of(gguf: Gguf, library: Any, model: Any, vocabulary: Any, *, size: int, context: int) -> ModelInfo:
     heads = int(library.llama_model_n_head(model))
     width = int(library.llama_model_n_embd(model))
     description = ctypes.create_string_buffer(256)
@@ -440,7 +448,7 @@ def _info_of(gguf: Gguf, library: Any, model: Any, vocabulary: Any, size: int) -
         name=gguf.get("general.name", str, gguf.path.stem),
         architecture=gguf.get("general.architecture", str),
         vocab_size=int(library.llama_vocab_n_tokens(vocabulary)),
-        context=min(trained, CONTEXT_MAX),
+        context=min(trained, context),
         layers=int(library.llama_model_n_layer(model)),
         kv_heads=int(library.llama_model_n_head_kv(model)),
         head_dim=gguf.get("{arch}.attention.key_length", int, width // heads),

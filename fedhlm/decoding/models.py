@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+CONTEXT_MAX: Final = 4_096  # tokens; many models promise more than a device has memory for
+
+
 class PrefixCache(Protocol):
     """Keys and values of a prefix. It is a value: a call never changes the cache that it is given."""
 
@@ -102,6 +105,7 @@ def load_model(
     keeps_memory: bool = True,
     drafting: bool = False,
     dtype: str = "",
+    context: int = CONTEXT_MAX,
 ) -> LoadedModel:
     """Load the model at a path or URL.
 
@@ -112,6 +116,7 @@ def load_model(
         keeps_memory: whether onnxruntime keeps memory between calls. Without it, large calls are slower.
         drafting: whether the model only drafts. llama.cpp is then as fast as it can be, and logits may depend on blocks.
         dtype: type of weights and arithmetic, where the backend has a choice. Empty: its own.
+        context: the most tokens of a text of a GGUF file.
 
     Raises:
         ModelError: it cannot be used, or what runs it is not installed.
@@ -126,7 +131,13 @@ def load_model(
     try:
         load = attrgetter(function)(import_module(module))
         loaded: LoadedModel = load(
-            str(model), threads=threads, providers=providers, keeps_memory=keeps_memory, drafting=drafting, **chosen
+            str(model),
+            threads=threads,
+            providers=providers,
+            keeps_memory=keeps_memory,
+            drafting=drafting,
+            context=context,
+            **chosen,
         )
     except ModuleNotFoundError as exc:
         if (exc.name or "").partition(".")[0] != backend.library:

@@ -111,13 +111,27 @@ class Cluster(Section, frozen=True):
     name: Annotated[fields.Name, Meta(description="Name of the cluster, a level of its topics.")] = "home"
 
 
+GgufContext = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=1_048_576,
+        description="Most tokens of a text of a GGUF file; what the model was trained for, if that is less. Memory for "
+        "them is taken when a text needs it.",
+    ),
+]
+
+
 class Agent(Section, frozen=True):
     """An agent: the program on a device, which drafts with the small model."""
 
     id: Annotated[fields.Name, Meta(description="Name of the agent, a level of its topics; unique in its cluster.")] = (
         "agent"
     )
-    model: Annotated[str, Meta(description="Folder of the small model (ONNX). Empty: the shipped one.")] = ""
+    model: Annotated[
+        str, Meta(description="Folder (ONNX) or GGUF file of the small model. Empty: the shipped one.")
+    ] = ""
+    context: GgufContext = 4_096
     state: Annotated[
         str,
         Meta(
@@ -273,7 +287,7 @@ class Cloud(Section, frozen=True):
     model: Annotated[
         str,
         Meta(
-            description="Folder of the large model, or the URL of a server that runs it, such as "
+            description="Folder (ONNX) or GGUF file of the large model, or the URL of a server that runs it, such as "
             "http://localhost:8000/v1 (`cloud.server`). Empty: the shipped one."
         ),
     ] = ""
@@ -284,6 +298,7 @@ class Cloud(Section, frozen=True):
             "it (`generation.pipeline.drafts`). Empty: the shipped one beside the shipped `model`, otherwise none."
         ),
     ] = ""
+    context: GgufContext = 4_096
     server: ModelServer = ModelServer()
     state: Annotated[str, Meta(description="Folder for the federation's sums. Empty: nothing survives a restart.")] = ""
     threads: Annotated[Threads, Meta(description="Threads of the model. 0: onnxruntime's choice.")] = 0

@@ -58,7 +58,7 @@ async def device(slm: Path, llm: Path) -> AsyncIterator[Answerer]:
         opened.set_result(answerer)
         yield
 
-    flags: dict[str, object] = {"cloud.model": llm, "agent.model": slm}
+    flags: dict[str, object] = {"cloud.model": llm, "agent.model": slm, "generation.deadline_ms": 120_000}
     async with EmbeddedBroker() as broker, live(broker.url, parts=("edge", "cloud"), flags=flags) as system:
         loaded = with_agent_model(system.loaded(**{"agent.id": "porch"}))
         system.tasks["porch"] = asyncio.create_task(agent.run(loaded, Counters(), door=door))

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fedhlm.decoding.decoder import DecoderInput
-from fedhlm.decoding.llama import CONTEXT_MAX, LlamaModel
-from fedhlm.decoding.models import LoadedModel, load_model
+from fedhlm.decoding.llama import LlamaModel
+from fedhlm.decoding.models import CONTEXT_MAX, LoadedModel, load_model
 from fedhlm.errors import ModelError
 from tests.fedhlm.decoding.conformance import TEXTS, Conformance, differs
 from tests.fedhlm.decoding.ggufs import CONTEXT, WIDTH, metadata_of_shipped, tensors_of, tiny_gguf, write_gguf
@@ -116,6 +116,7 @@ def test_a_file_says_what_its_model_is(path: Path, tmp_path: Path) -> None:
     info = load_model(other).info
     assert (info.bos_id, info.context) == (0, CONTEXT_MAX)
     assert info.label != load_model(path).info.label
+    assert load_model(other, context=600).info.context == 600
 
 
 @pytest.mark.parametrize(

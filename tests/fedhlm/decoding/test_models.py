@@ -31,7 +31,7 @@ def test_the_first_backend_that_takes_a_model_runs_it(monkeypatch: pytest.Monkey
         load_model("nowhere")
     assert "toys" not in sys.modules  # imported when one is asked for
     opened: object = load_model(Path("a.toy"))
-    assert opened == ("a.toy", ["drafting", "keeps_memory", "providers", "threads"])
+    assert opened == ("a.toy", ["context", "drafting", "keeps_memory", "providers", "threads"])
 
 
 @pytest.mark.parametrize(("library", "told"), [("absent_library", True), ("other", False)])

@@ -185,6 +185,8 @@ class LlamaModel:
             ModelError: the file is no GGUF file, is not whole, or holds a model that llama.cpp or this project cannot run.
         """
         gguf = read_gguf(Path(path))
+        # Waiting threads sleep, because several parts may share the cores of one small machine. Read as it is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import llama_cpp
 
         said = _listen(llama_cpp)

@@ -13,7 +13,7 @@ from cloud_verifier.local import ModelAlone
 from cloud_verifier.wiring import NAME, LargeModel, cloud_of
 from fedhlm.answering import Door, Offer, shut
 from fedhlm.config import Loaded
-from fedhlm.decoding.invariance import TOLERANCE, block_difference
+from fedhlm.decoding.invariance import TOLERANCE, block_difference, steadier
 from fedhlm.decoding.models import LoadedModel, load_model
 from fedhlm.process.notify import Notifier
 from fedhlm.process.run import configured_model, opener, serve
@@ -24,13 +24,6 @@ from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
-
-# What to do about a model whose logits depend on the size of a block, by its quantisation.
-REMEDIES: Final[Mapping[str, str]] = {
-    "int8-dynamic": "quantise it with `fedhlm models quantise --mode weights-int8`",
-    "bf16": "set cloud.dtype to float32",
-}
-
 
 async def run(
     config: Config,
@@ -99,7 +92,7 @@ def warn_of_blocks(decoder: LoadedModel) -> None:
             decoder.info.name,
             decoder.info.quantisation,
             difference,
-            REMEDIES.get(decoder.info.quantisation, "use it in fp32"),
+            steadier(decoder.info),
         )
 
 

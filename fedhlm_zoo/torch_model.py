@@ -73,8 +73,8 @@ class TorchDecoder:
         threads: int = 1,
         providers: Sequence[str] = (),
         keeps_memory: bool = True,
-        drafting: bool = False,
         dtype: str = "float32",
+        **_others: object,
     ) -> "TorchDecoder":
         """Load a model folder.
 
@@ -83,7 +83,6 @@ class TorchDecoder:
             threads: the number of cores that one call may use; 0 is torch's choice.
             providers: with CUDA among them the model runs on a CUDA device.
             keeps_memory: is not used, as torch always keeps its memory.
-            drafting: is not used.
             dtype: ``float32`` or ``bfloat16``, the type of weights and arithmetic.
 
         Raises:
@@ -91,7 +90,7 @@ class TorchDecoder:
         """
         from fedhlm_zoo.export import load_torch
 
-        del keeps_memory, drafting
+        del keeps_memory
         if threads:
             torch.set_num_threads(threads)
         on_device = CUDA in providers

@@ -5,16 +5,30 @@ would not use.
 """
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.decoder import DecoderInput, ModelInfo
+from fedhlm.decoding.gguf import SUFFIX
 from fedhlm.decoding.models import LoadedModel
 
 LENGTH: Final = 24
 TOLERANCE: Final = 0.02  # of a logit; rounding of float32 stays below 0.001, dynamic int8 reaches some tenths
+# What to do about a model whose logits depend on the size of a block, by its quantisation.
+_REMEDIES: Final = {
+    "int8-dynamic": "quantise it with `fedhlm models quantise --mode weights-int8`",
+    "bf16": "set cloud.dtype to float32",
+}
 _CUTS: Final = (0, 1, 2, 10, 13, LENGTH)
+
+
+def steadier(info: ModelInfo) -> str:
+    """What makes a model of this kind write the same whatever the blocks."""
+    if any(Path(name).suffix.lower() == SUFFIX for name in info.files):
+        return "take a GGUF file in Q8_0, Q5_1, Q4_1 or Q4_0"
+    return _REMEDIES.get(info.quantisation, "use it in fp32")
 
 
 def block_difference(model: LoadedModel) -> float:

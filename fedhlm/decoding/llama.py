@@ -458,7 +458,7 @@ def _info_of(gguf: Gguf, library: Any, model: Any, vocabulary: Any, *, size: int
         eos_ids=tuple(token for token in range(size) if library.llama_vocab_is_eog(vocabulary, token)),
         bos_id=int(library.llama_vocab_bos(vocabulary)) if begins else None,
         parameters=int(library.llama_model_n_params(model)),
-        quantisation=description.value.decode().rpartition(" ")[2],
+        quantisation=description.value.decode().split(" ", 2)[-1].removeprefix("all "),
         files={gguf.path.name: FileInfo(gguf.path.stat().st_size, digest_of(gguf))},
     )
 

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
 from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, DecoderInput
-from fedhlm.decoding.invariance import TOLERANCE, block_difference
+from fedhlm.decoding.invariance import TOLERANCE, block_difference, steadier
 from fedhlm.decoding.models import described, load_model
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError
@@ -235,5 +235,5 @@ def blocks(subject: Subject) -> Remark:
     difference = block_difference(decoder)
     found = f"logits differ by at most {difference:.2g} between blocks of other sizes, {TOLERANCE:g} allowed"
     if difference > TOLERANCE:
-        return warn(found, "quantise the LLM with `fedhlm models quantise --mode weights-int8`, or keep it in fp32")
+        return warn(found, steadier(decoder.info))
     return ok(found)

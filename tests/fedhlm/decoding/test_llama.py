@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.invariance import steadier
 from fedhlm.decoding.llama import LlamaModel
 from fedhlm.decoding.models import CONTEXT_MAX, LoadedModel, load_model
 from fedhlm.errors import ModelError
@@ -116,6 +117,7 @@ def test_a_file_says_what_its_model_is(path: Path, tmp_path: Path) -> None:
     info = load_model(other).info
     assert (info.bos_id, info.context) == (0, CONTEXT_MAX)
     assert info.label != load_model(path).info.label
+    assert "GGUF file in Q8_0" in steadier(info)
     assert load_model(other, context=600).info.context == 600
 
 

@@ -1,11 +1,10 @@
 """`fedhlm cloud`: load the LLM and verify the blocks of every cluster on the broker."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 from cloud_verifier.backends.in_process import threaded
 from cloud_verifier.backends.openai import is_url, served
@@ -24,6 +23,7 @@ from fedhlm.spans import PASSING, Tracer
 from fedhlm.telemetry import Counters
 
 log = logging.getLogger(__name__)
+
 
 async def run(
     config: Config,

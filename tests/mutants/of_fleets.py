@@ -113,7 +113,7 @@ OF_FLEETS: Final = (
     Change(
         "tokens that nobody saw",
         "fedhlm/learning/evidence.py",
-        "tokens = min(claim.tokens, self.tokens)",
+        "tokens = min(claim.tokens, most_tokens)",
         "tokens = claim.tokens",
         ("tests/fedhlm/learning/test_evidence.py",),
     ),
@@ -218,8 +218,8 @@ OF_FLEETS: Final = (
     Change(
         "always verified: the hint",
         "edge_agent/core.py",
-        "None if action.for_target else plan.similarity",
-        "plan.similarity",
+        "None if action.for_target or hints else plan.similarity",
+        "None if hints else plan.similarity",
         ("tests/edge_agent/test_always_verify.py",),
     ),
     Change(

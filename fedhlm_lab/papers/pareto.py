@@ -123,11 +123,11 @@ def run(experiment: ParetoExperiment, pair: LabPair, source: str, prompts: Seque
     certified: dict[tuple[str, int], float] = {}
     names = names_of(experiment.presets or tuple(presets()), presets(), "presets")
     names_of(experiment.links, links.names(), "links")
+    tally = CallTally()
+    fleet = pair.fleet(paces=paces_of(experiment), tally=tally)
     with progress("presets and seeds", len(names) * experiment.seeds) as ended:
         for preset in names:
             for seed in range(experiment.seed, experiment.seed + experiment.seeds):
-                tally = CallTally()
-                fleet = pair.fleet(paces=paces_of(experiment), tally=tally)
                 found = run_virtual(partial(_one, experiment, pair.large, fleet, tally, preset, seed, prompts)())
                 points += found.points
                 alone.append(found.alone)

@@ -6,7 +6,8 @@ claims against the verdicts that passed), the clusters to the cloud (`Coordinato
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,10 +25,13 @@ from fedhlm.learning.thresholds import (
     cluster_mean,
     global_mean,
 )
-from fedhlm.protocol.messages import SCHEMA_VERSION, Contribution, Fingerprint, UncertainTokens, Verdict
+from fedhlm.protocol.codec import encode
+from fedhlm.protocol.messages import SCHEMA_VERSION, Contribution, Fingerprint, Learned, UncertainTokens, Verdict
 from fedhlm.settings import Config, Learning
 from fedhlm_lab.papers.device import LabOutcome, LawDevice, LawTexts
 from fedhlm_lab.papers.requests import LabRequest
+
+Told = TypeVar("Told", Contribution, Learned)
 
 
 class ClientOutcome(NamedTuple):
@@ -38,11 +42,24 @@ class ClientOutcome(NamedTuple):
     made: LabOutcome
 
 
+class RoundCost(NamedTuple):
+    """What the end of a round took: messages, bytes of their payloads up and down, and seconds of computing."""
+
+    messages: int
+    up_bytes: int
+    down_bytes: int
+    seconds: float
+
+
 class RunRecord(NamedTuple):
-    """All outcomes of a run in order, and the published threshold after each round (None: under other rules)."""
+    """All outcomes of a run in order, and the published threshold after each round (None: under other rules).
+
+    `costs` has what each round took.
+    """
 
     outcomes: list[ClientOutcome]
     thresholds: list[float | None]
+    costs: tuple[RoundCost, ...] = ()
 
 
 class LockstepFederation:
@@ -55,6 +72,7 @@ class LockstepFederation:
         self._cloud = Coordinator.of(config.federation)
         self._models = models
         self._sent = 0
+        self._carried: list[tuple[bool, int]] = []  # of this round's end: whether up, and the bytes
         self.devices = [self._device(config, texts, number) for number in range(clients)]
 
     def _device(self, config: Config, texts: LawTexts, number: int) -> LawDevice:
@@ -89,19 +107,30 @@ class LockstepFederation:
     def _saw(self, cluster: int, name: str, learner: Learner, verdict: Verdict, added: int, audit: bool) -> None:
         self._clusters[cluster].settled.note(name, verdict, learner.pair, added=added, audit=audit)
 
-    def end_round(self, config: Config) -> None:
+    def end_round(self, config: Config) -> RoundCost:
         """Contribute, pool, and tell everyone."""
+        self._carried.clear()
+        began_s = perf_counter()
         states = [self._close(number, config) for number in range(len(self._clusters))]
         for number, state in enumerate(states):
             name = f"cluster-{number}"
-            self._cloud.members.take(name, state.contribution(self._header(name)), self._now_s, wall_ms=self._sent)
+            contribution = self._carry(state.contribution(self._header(name)), up=True)
+            self._cloud.members.take(name, contribution, self._now_s, wall_ms=self._sent)
         learned = self._cloud.members.close().learned(self._header("cloud"))
         for number, state in enumerate(states):
             cluster = self._clusters[number]
-            cluster.note_above(learned, wall_ms=self._sent)
+            cluster.note_above(self._carry(learned, up=False), wall_ms=self._sent)
             told = cluster.state_below(state).learned(self._header(f"cluster-{number}"))
             for device in self._members(number):
-                device.learner.learned(told)
+                device.learner.learned(self._carry(told, up=False))
+        seconds = perf_counter() - began_s
+        up_bytes, down_bytes = (sum(size for up, size in self._carried if up is way) for way in (True, False))
+        return RoundCost(len(self._carried), up_bytes, down_bytes, seconds)
+
+    def _carry(self, message: Told, *, up: bool) -> Told:
+        """Count a message that travels, as it is encoded."""
+        self._carried.append((up, len(encode(message))))
+        return message
 
     @property
     def _now_s(self) -> float:
@@ -122,7 +151,7 @@ class LockstepFederation:
                 curves=curves,
                 evidence=device.learner.evidence(),
             )
-            cluster.contribute(device.name, message, self._now_s, wall_ms=self._sent)
+            cluster.contribute(device.name, self._carry(message, up=True), self._now_s, wall_ms=self._sent)
         return cluster.members.close([device.name for device in members])
 
 
@@ -139,6 +168,7 @@ def run_rounds(
     fleet = LockstepFederation(config, texts, clients=len(parts[0]), clusters=clusters, models=models)
     outcomes: list[ClientOutcome] = []
     thresholds: list[float | None] = []
+    costs: list[RoundCost] = []
     descends, start = choices.THRESHOLDS[config.generation.threshold].descends, config.generation.tau
     for number, clients in enumerate(parts):
         for turn in range(max(map(len, clients))):
@@ -147,10 +177,20 @@ def run_rounds(
                     made = fleet.devices[client].answer(requests[turn])
                     outcomes.append(ClientOutcome(number, client, made))
                     ended()
-        fleet.end_round(config)
+        costs.append(fleet.end_round(config))
         known = fleet.devices[0].learner.threshold
         thresholds.append((start if known is None else known) if descends else None)
-    return RunRecord(outcomes, thresholds)
+    return RunRecord(outcomes, thresholds, tuple(costs))
+
+
+def observed(run: RunRecord, clients: int) -> list[list[list[tuple[float, float]]]]:
+    """Doubt and beta of the drafts whose beta is known, by round and client."""
+    rounds = max(o.round for o in run.outcomes) + 1
+    pairs: list[list[list[tuple[float, float]]]] = [[[] for _ in range(clients)] for _ in range(rounds)]
+    for number, client, made in run.outcomes:
+        if made.beta is not None:
+            pairs[number][client].append((made.doubt, made.beta))
+    return pairs
 
 
 def verbatim_thresholds(
@@ -163,13 +203,8 @@ def verbatim_thresholds(
     settings = PaperSettings(
         learning.gamma, learning.learning_rate, learning.decay, learning.regularisation, learning.proximal, "fedavg", 1
     )
-    rounds = max(o.round for o in run.outcomes) + 1
-    pairs: list[list[list[tuple[float, float]]]] = [[[] for _ in range(clients)] for _ in range(rounds)]
-    for number, client, made in run.outcomes:
-        if made.beta is not None:
-            pairs[number][client].append((made.doubt, made.beta))
     tau, trace = start, []
-    for number, mine in enumerate(pairs):
+    for number, mine in enumerate(observed(run, clients)):
         updates: list[PaperUpdate] = []
         for seen in mine:
             sent = np.array([pair for pair in seen if pair[0] > tau], np.float64).reshape(-1, 2)

@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 from time import process_time
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cloud_verifier.engine import Engine, EngineFailure, EngineInput, EngineOutput
 from fedhlm.decoding.decoder import Decoder, DecoderInput
@@ -52,6 +53,41 @@ class CallTally:
             return outputs
 
         return engine._replace(forward=forward)
+
+
+class RememberedCache(NamedTuple):
+    """A cache of a `remembered` engine: the ids before it."""
+
+    ids: tuple[int, ...] = ()
+
+    def truncated(self, length: int) -> "RememberedCache":
+        """The cache of the first `length` tokens."""
+        return RememberedCache(self.ids[:length])
+
+
+def remembered(engine: Engine) -> Engine:
+    """The same engine for studies that read the same texts again and again: logits are computed once for each text.
+
+    Logits differ from those of the engine by the rounding of its batches.
+    """
+    known: dict[tuple[int, ...], NDArray[Any]] = {}
+
+    async def forward(requests: Sequence[EngineInput]) -> Sequence[EngineOutput | EngineFailure]:
+        outputs: list[EngineOutput | EngineFailure] = []
+        for cache, new, rows in requests:
+            ids = (*cache.ids, *new)
+            ends = range(len(ids) - rows + 1, len(ids) + 1)
+            if any(ids[:end] not in known for end in ends):
+                (output,) = await engine.forward([EngineInput(engine.empty_cache, list(ids), rows)])
+                if isinstance(output, EngineFailure):
+                    outputs.append(output)
+                    continue
+                known.update({ids[:end]: row for end, row in zip(ends, output.logits, strict=True)})
+            found = [known[ids[:end]] for end in ends]
+            outputs.append(EngineOutput(np.stack(found) if found else np.zeros((0, 0)), RememberedCache(ids)))
+        return outputs
+
+    return engine._replace(empty_cache=RememberedCache(), forward=forward)
 
 
 def measured(decoder: Decoder, *, repeats: int = 30) -> ModelPace:

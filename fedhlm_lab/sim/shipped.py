@@ -14,7 +14,7 @@ from cloud_verifier.wiring import LargeModel
 from edge_agent.model import Drawn, Slm, SlmDrafter, TreeDraft
 from fedhlm.decoding.models import load_model
 from fedhlm.peers.context_keys import load_projection
-from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
+from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces, remembered
 from fedhlm_lab.sim.world import Pair
 
 DRAFT_STEP_S: Final = 0.001
@@ -33,7 +33,9 @@ async def drafting(pace: ModelPace, work: Callable[[], Drawn | TreeDraft]) -> An
 def shipped_pair(
     slm_folder: Path, llm_folder: Path, *, threads: int = 1, paces: Paces = STEPS, tally: CallTally | None = None
 ) -> Pair:
-    """Open both folders; every agent gets its own cache over one SLM. `tally` counts the calls of the LLM.
+    """Open both folders; every agent gets its own cache over one SLM.
+
+    With a `tally`, which counts the calls of the LLM, its logits are remembered from text to text.
 
     Raises:
         ModelError: a folder cannot be used.
@@ -41,7 +43,8 @@ def shipped_pair(
     small, large = (load_model(folder, threads=threads) for folder in (slm_folder, llm_folder))
     projection = load_projection(slm_folder, small.info.hidden_size)
 
-    llm = LargeModel.of(large, (tally or CallTally()).paced(engine_of(large), paces.large))
+    engine = engine_of(large) if tally is None else remembered(engine_of(large))
+    llm = LargeModel.of(large, (tally or CallTally()).paced(engine, paces.large))
     return Pair(
         fingerprint=llm.fingerprint,
         eos_ids=llm.eos_ids,

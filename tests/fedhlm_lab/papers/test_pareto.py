@@ -2,10 +2,13 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from cloud_verifier.engine import Engine, EngineInput, EngineOutput
+from fedhlm.decoding.decoder import Decoder
 from fedhlm.errors import ConfigError
 from fedhlm_lab.papers import pareto
 from fedhlm_lab.papers.experiment import ParetoExperiment
@@ -14,6 +17,8 @@ from fedhlm_lab.papers.pareto import PresetPoint, TimedText, agreement
 from fedhlm_lab.papers.pareto_figures import AGREES, CALLS, SPEED, Findings, mean_of, result_of, student
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.pace import measured, remembered
+from fedhlm_zoo.shipped import model_folder
 from tests.fedhlm_lab.papers import toys
 
 PRESETS = ("colocated", "exact", "llm-only", "slm-only", "u-hlm")
@@ -114,3 +119,30 @@ def test_the_report_says_where_the_rival_wins_and_shows_every_link(runs: pareto.
 def test_an_unknown_name_is_refused(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"{key} must be one of .* \(got '{value}'\)"):
         pareto.run(experiment(**{key: (value,)}), toys.pair(), "", [])
+
+
+async def test_a_remembered_engine_says_what_the_engine_says_and_asks_it_once() -> None:
+    asked = 0
+
+    async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
+        nonlocal asked
+        asked += len(requests)
+        return toy.large_outputs(requests)
+
+    engine = Engine(toy.ToyCache(), forward)
+    known = remembered(engine)
+    ids = [5, 6, 7, 8]
+    (first,) = await known.forward([EngineInput(known.empty_cache, ids[:2], 0)])
+    assert isinstance(first, EngineOutput)
+    assert (len(first.logits), asked) == (0, 0)  # a context is read for nobody
+    for _ in range(2):
+        (second,) = await known.forward([EngineInput(first.cache.truncated(2), ids[2:], 2)])
+        assert isinstance(second, EngineOutput)
+        assert np.array_equal(second.logits, [toy.large_logits(ids[:3]), toy.large_logits(ids)])
+        assert second.cache.ids == tuple(ids)
+    assert asked == 1
+
+
+def test_a_pace_is_a_line_through_measured_times() -> None:
+    found = measured(Decoder.load(model_folder("", "slm")), repeats=3)
+    assert 0.0 < found.seconds(1) < found.seconds(1_000) < 10.0

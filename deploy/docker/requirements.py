@@ -1,4 +1,3 @@
-# ruff: noqa: INP001
 """Print what one part needs: the dependencies in pyproject.toml that no part has for itself, and those of the extras that are named
 on the command line. A plain installation serves every part, an image one.
 """

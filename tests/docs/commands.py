@@ -24,6 +24,7 @@ REASONS: Final = {
     "needs texts that are not part of the project": "the model cards say which; tests of fedhlm_lab and fedhlm_zoo use few",
     "needs a server of a model": "tests/integration/test_server.py runs fleets with one of vLLM's schema",
     "needs llama.cpp": "tests/integration/test_gguf.py runs fleets on it where it is installed",
+    "needs an environment of its own": "tests/test_flower.py and tests/deploy/test_kubeflow.py run what needs none",
     "needs torch": "tests/fedhlm_zoo runs them where `make models` has been",
     "takes minutes": "tests/integration/test_chaos.py runs a short one",
     "is this test": "",

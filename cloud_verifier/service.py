@@ -231,6 +231,8 @@ class CloudService:
             key = Key(cluster, agent, escalation.session)
             self._counters.add("escalations")
             self._party.spans.begin("verify", "server", _asker(key), escalation, context)
+            if escalation.drafts and self._small is None:
+                warn_once(log, "drafts", "agents ask for this cloud's own drafts, but cloud.draft_model names no model")
             patience_s = min(escalation.patience_ms / 1000.0, PATIENCE_MAX_S)
             job = BlockJob(key, escalation, now + patience_s, came_s=now)
             if self._preparations is None or not self._preparations.hold(job):

@@ -50,7 +50,7 @@ class RoutedToken(msgspec.Struct, frozen=True):
     source: str
 
 
-class SettledToken(msgspec.Struct, frozen=True):
+class FallbackToken(msgspec.Struct, frozen=True):
     """A token that the LLM settled, and the LLM's probability of the draft."""
 
     place: int
@@ -117,7 +117,7 @@ def route(drafts: Sequence[DraftedToken], tau: float, verified: Sequence[tuple[b
     return routed
 
 
-def fall_back(routed: Sequence[RoutedToken]) -> list[SettledToken]:
+def fall_back(routed: Sequence[RoutedToken]) -> list[FallbackToken]:
     """LLM fallback: the cloud's own verifier settles what nobody else did."""
     from cloud_verifier.verifier import Block, Session, settle
     from fedhlm.decoding.decoder import Decoder, DecoderInput
@@ -139,11 +139,11 @@ def fall_back(routed: Sequence[RoutedToken]) -> list[SettledToken]:
             steps.send(rows)
         except StopIteration as end:
             accepted, follow, probs = end.value[:3]
-            found.append(SettledToken(place, one.draft.token if accepted else follow[0], probs[0]))
+            found.append(FallbackToken(place, one.draft.token if accepted else follow[0], probs[0]))
     return found
 
 
-def validate(routed: Sequence[RoutedToken], settled: Sequence[SettledToken]) -> RoundReport:
+def validate(routed: Sequence[RoutedToken], settled: Sequence[FallbackToken]) -> RoundReport:
     """Result validation: the final tokens by source, and the observations for the thresholds."""
     by_place = {one.place: one for one in settled}
     counts: dict[str, int] = {}
@@ -190,7 +190,7 @@ def start() -> float:
 _TYPES: Final[Mapping[str, Any]] = {
     "drafts": list[DraftedToken],
     "routed": list[RoutedToken],
-    "settled": list[SettledToken],
+    "settled": list[FallbackToken],
     "report": RoundReport,
     "local": list[LocalThreshold],
     "tau": float,

@@ -1,6 +1,7 @@
 """What a cloud says about its model before it serves."""
 
 import logging
+from functools import partial
 
 import pytest
 
@@ -10,6 +11,11 @@ from cloud_verifier.wiring import LargeModel
 from fedhlm.config import load
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.errors import ModelError
+from fedhlm.protocol.messages import Sampling
+from fedhlm.telemetry import forget_warnings
+from fedhlm_lab.sim import toy
+from fedhlm_lab.sim.virtual import run_virtual
+from fedhlm_lab.studies.compare import StudyTask, run_fleet
 from fedhlm_zoo.shipped import model_folder, with_cloud_model
 
 
@@ -29,6 +35,20 @@ def test_a_draft_model_with_another_tokenizer_is_rejected_before_the_cloud_serve
     slm.vocabulary = slm.vocabulary._replace(size=slm.vocabulary.size - 1)
     with pytest.raises(ModelError, match=r"cloud.draft_model must have the tokenizer of cloud.model, .* \(got "):
         large.beside(slm, engine_of(slm))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_cloud_without_a_draft_model_says_so_once_and_writes_the_same_text(
+    beside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = toy.pair(0.8) if beside else toy.pair(0.8)._replace(beside=lambda: None)
+    config = load(preset="colocated", environ={}).config
+    asked = [StudyTask([5, 6], Sampling(number, 0.8), 12, "") for number in range(2)]
+    forget_warnings()
+    with caplog.at_level(logging.WARNING):
+        done, _ = run_virtual(partial(run_fleet, pair, config, [asked, [], [], []], 0.0)())
+    assert [one.result.ids for one in done] == [toy.large_alone([5, 6], one.sampling, 12) for one in asked]
+    assert caplog.text.count("cloud.draft_model names no model") == (0 if beside else 1)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ LOOK: Final[Any] = {  # matplotlib's type names every parameter
 }
 MARKS: Final = "os^Dv<>P"
 COLUMNS: Final = 3  # of panels
+COLOURS: Final = 10  # of matplotlib's cycle
 
 
 def drawn(chart: LabChart | LabPanels) -> dict[str, bytes]:
@@ -81,14 +82,15 @@ def _line(axes: Any, chart: LabChart) -> None:
 
 def _points(axes: Any, chart: LabChart) -> None:
     for number, series in enumerate(chart.series):
-        mark = MARKS[number % len(MARKS)]
+        mark, colour = MARKS[number % len(MARKS)], f"C{number}" if number < COLOURS else "black"
+        axes.scatter(series.x, series.y, marker=mark, color=colour, s=20, alpha=0.8, label=series.name)
         if any(series.halves):
             across, up = series.halves
-            axes.errorbar(
-                series.x, series.y, xerr=across, yerr=up, fmt=mark, markersize=4.5, alpha=0.8, label=series.name
-            )
-        else:
-            axes.scatter(series.x, series.y, marker=mark, s=16, alpha=0.7, label=series.name)
+            below = [
+                [min(across, 0.95 * float(x)) for x in series.x],
+                [across] * len(series.x),
+            ]  # an axis may have no 0
+            axes.errorbar(series.x, series.y, xerr=below, yerr=up, fmt="none", ecolor=colour, elinewidth=0.8)
 
 
 def _bars(axes: Any, chart: LabChart) -> None:

@@ -58,7 +58,8 @@ class SeedMean(NamedTuple):
     half: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g} ± {self.half:.2g}" if self.half else f"{self.mean:.3g}"
+        told = self.half > 1e-6 * abs(self.mean)  # less is rounding
+        return f"{self.mean:.3g} ± {self.half:.2g}" if told else f"{self.mean:.3g}"
 
 
 def student(freedom: int, confidence: float = CONFIDENCE) -> float:
@@ -186,7 +187,8 @@ def _what_it_cannot(found: Findings) -> list[str]:
     limits = sorted({preset for preset, _ in found.runs.certified})
     kept = [
         f"`{preset}` keeps {found.over_links(REST[2], preset):.1%} of the tokens on the device, and its certificate says "
-        f"that at most {mean_of(_limits(found, preset)).mean:.3f} of a token's law is wrong"
+        f"that at most {mean_of(_limits(found, preset)).mean:.3f} of a token's law is wrong, over all texts with those "
+        "to learn from"
         for preset in limits
     ]
     return [

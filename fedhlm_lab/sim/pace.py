@@ -1,7 +1,7 @@
 """How long models compute: measured on this machine, and spent as virtual time by the parts of a simulated fleet."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import process_time
 from typing import Any, Final, NamedTuple
 
@@ -90,7 +90,7 @@ def remembered(engine: Engine) -> Engine:
     return engine._replace(empty_cache=RememberedCache(), forward=forward)
 
 
-def measured(decoder: Decoder, *, repeats: int = 30) -> ModelPace:
+def measured(decoder: Decoder, *, repeats: int = 30, clock_s: Callable[[], float] = process_time) -> ModelPace:
     """Measure a model on this machine: the fastest of `repeats` calls for each size, and a line through them.
 
     The decoder must run on one thread, because the time is the processor's.
@@ -101,9 +101,9 @@ def measured(decoder: Decoder, *, repeats: int = 30) -> ModelPace:
     for size in SIZES:
         times = []
         for _ in range(repeats):
-            began_s = process_time()
+            began_s = clock_s()
             decoder.forward([DecoderInput(cache, ids[:size], size)])
-            times.append(process_time() - began_s)
+            times.append(clock_s() - began_s)
         fastest.append(min(times))
     token_s, call_s = np.polyfit(SIZES, fastest, 1)
     return ModelPace(max(0.0, float(call_s)), max(0.0, float(token_s)))

@@ -95,7 +95,7 @@ def test_sixty_four_long_prompts_at_once_all_stay_exact(caplog: pytest.LogCaptur
     """Together they take five times the deadline of each, and the cloud holds the caches of sixteen only."""
     token_s = 5.0 * DEADLINE_S / (CROWD * len(PROMPT))
     engine = Engine(toy.ToyCache(), partial(slow, token_s), CLOUD_CACHE_BYTES // (16 * len(PROMPT)))
-    pair = toy.pair(0.8)._replace(engine=lambda: engine)
+    pair = toy.pair(0.8)._replace(engine=lambda: engine, beside=lambda: None)
 
     async def main() -> list[tuple[float, GenerationResult]]:
         fleet = Fleet(pair, seed=1, clusters=1, delay_s=0.02, sessions_max=CROWD)

@@ -12,7 +12,7 @@ from fedhlm_fleet.doctor.finding import CheckedModel, Remark, Subject, fail, ok,
 
 def on_server(subject: Subject) -> bool:
     """Whether the part is a cloud whose model runs on a server."""
-    return subject.role == "cloud" and is_url(subject.config.cloud.model)
+    return subject.traits.verifies and is_url(subject.config.cloud.model)
 
 
 def model_on_server(subject: Subject) -> Remark:

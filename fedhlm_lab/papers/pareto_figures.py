@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from fedhlm.choices import GATES
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.sources import SOURCES
@@ -242,7 +243,7 @@ def _certified(found: Findings) -> LabTable:
         config = load(preset=preset, environ={}).config.generation
         limits = _limits(found, preset)
         limit = str(mean_of(limits)) if len(limits) > 1 else "none"
-        shared = "the LLM's own" if COUPLINGS[config.coupling].shared and config.gate == "always" else "-"
+        shared = "the LLM's own" if COUPLINGS[config.coupling].shared and GATES[config.gate].verifies_all else "-"
         kept = found.over_links(REST[2], preset)
         rows.append((f"`{preset}`", f"{kept:.3g}", limit, shared))
     columns = ("preset", "kept on the device", "limit of its certificate", "text, whatever the temperature")

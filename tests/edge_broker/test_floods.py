@@ -236,7 +236,7 @@ def test_an_agent_whose_queue_is_full_is_told_at_once() -> None:
         scene = await Scene().start()
         for number in range(PENDING_OF_ONE):
             scene.edge.service.relay.escalate("a", escalation(scene.agent, number))
-        await scene.edge.service._escalate("a", escalation(scene.agent, PENDING_OF_ONE))
+        await scene.edge.service._escalate("a", escalation(scene.agent, PENDING_OF_ONE), "")
         await asyncio.sleep(0.01)
         assert [(v.session, v.reason) for v in scene.agent.of(Verdict)] == [(PENDING_OF_ONE, BUSY)]
         assert len(scene.edge.service.relay) == PENDING_OF_ONE

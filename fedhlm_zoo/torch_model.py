@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedhlm.decoding.caches import is_cut
 from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, DecoderInput, DecoderOutput, FileInfo, ModelInfo, file_digest
 from fedhlm.decoding.grammar import Constrain, Grammars
 from fedhlm.decoding.hub import CONFIG_FILE, configured_begin, end_ids, open_tokenizer
@@ -37,10 +38,8 @@ class TorchCache(NamedTuple):
         Raises:
             ValueError: `length` is negative or more than the cache holds.
         """
-        if length == self.length:
+        if not is_cut(length, self.length):
             return self
-        if not 0 <= length < self.length:
-            raise ValueError(f"cache cannot be cut to {length} tokens: it holds {self.length}")
         return TorchCache(length, tuple(t[:, :, :length].clone() for t in self.tensors))
 
 

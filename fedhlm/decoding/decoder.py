@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhlm.decoding.caches import is_cut
 from fedhlm.decoding.grammar import Constrain, Grammars
 from fedhlm.decoding.hub import TOKENIZER_CONFIG_FILE, open_tokenizer
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
@@ -91,10 +92,8 @@ class Cache(NamedTuple):
         Raises:
             ValueError: `length` is negative or more than the cache holds.
         """
-        if length == self.length:
+        if not is_cut(length, self.length):
             return self
-        if not 0 <= length < self.length:
-            raise ValueError(f"cache cannot be cut to {length} tokens: it holds {self.length}")
         return Cache(length, tuple(a[:, :, :length].copy() for a in self.arrays))
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhlm.decoding.caches import is_cut
 from fedhlm.decoding.decoder import DecoderInput, DecoderOutput, FileInfo, ModelInfo, check_requests
 from fedhlm.decoding.gguf import Gguf, digest_of, read_gguf
 from fedhlm.decoding.gguf_tokenizer import spoken_in
@@ -85,11 +86,7 @@ class LlamaCache:
         Raises:
             ValueError: `length` is negative or more than the cache holds.
         """
-        if length == self.length:
-            return self
-        if not 0 <= length < self.length:
-            raise ValueError(f"cache cannot be cut to {length} tokens: it holds {self.length}")
-        return LlamaCache(self.text if length else None, length)
+        return LlamaCache(self.text if length else None, length) if is_cut(length, self.length) else self
 
 
 class _Fed(NamedTuple):

@@ -16,23 +16,17 @@ from fedhlm.protocol import fields
 from fedhlm.protocol.fields import (
     Count,
     Digest,
-    Drafts,
-    FinishReason,
     GrammarSource,
     Ids,
     Key,
-    Kind,
-    LogSums,
     Measure,
     Milliseconds,
     Name,
     Pair,
     Position,
     Reason,
-    Refusal,
     Seed,
     Session,
-    Source,
     Space,
     Sums,
     Text,
@@ -143,13 +137,13 @@ class Output(Message, tag=3, frozen=True):
     request: Name
     position: Position
     ids: tuple[TokenId, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[fields.Source, ...]
     text: Text
-    finish: FinishReason | None = None
+    finish: fields.FinishReason | None = None
     error: Reason = ""
     statistics: dict[str, float] = {}
     client: Name | None = None
-    refusal: Refusal | None = None
+    refusal: fields.Refusal | None = None
     proof: Annotated[str, Meta(max_length=fields.MAX_PROOF)] | None = None
 
 
@@ -218,7 +212,7 @@ class Escalation(Message, tag=4, frozen=True):
     extend: Annotated[int, Meta(ge=0, le=fields.MAX_TOKENS)] = 1
     before: Prime | Digest | None = None
     laws: Annotated[bytes, Meta(max_length=fields.MAX_PAYLOAD_BYTES)] = b""
-    hints: Hints | Drafts | None = None
+    hints: Hints | fields.Drafts | None = None
 
     def parts(self) -> "tuple[Escalation, ...]":
         """Return this block without its riders, then each rider as a separate block."""
@@ -275,9 +269,8 @@ class Verdict(Message, tag=5, frozen=True):
 
     A verdict from a peer or neighbour has not been seen by the cloud yet. A status other than "settled" decides
     nothing: "unprimed" asks for the same block with a prime, and "refused" gives its reason in `reason`. The reason of
-    a settled block says that some of its tokens are not certain to be the LLM's own. "working"
-    says that the cloud is at work, on this block or on those before it, and has read `fed` ids of the prime; the answer
-    itself follows.
+    a settled block says that some of its tokens are not certain to be the LLM's own. "working" says that the cloud is
+    at work, on this block or on those before it, and has read `fed` ids of the prime; the answer itself follows.
     """
 
     session: Session
@@ -370,7 +363,7 @@ class Evidence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """
 
     began_ms: Milliseconds
-    sums: Annotated[dict[Pair, LogSums], Meta(max_length=fields.MAX_PAIRS)] = {}
+    sums: Annotated[dict[Pair, fields.LogSums], Meta(max_length=fields.MAX_PAIRS)] = {}
 
 
 class Contribution(Message, tag=10, frozen=True):
@@ -421,7 +414,7 @@ class Note(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     """
 
     at_s: float
-    kind: Kind
+    kind: fields.Kind
     subject: Annotated[str, Meta(max_length=65_535)]
     data: Annotated[bytes, Meta(max_length=fields.MAX_PAYLOAD_BYTES)]
 

@@ -11,6 +11,17 @@ MASK: Final = "***"
 
 Unit = fields.Unit
 WaitMs = Annotated[float, Meta(ge=0.0, le=60_000.0)]
+Threads = Annotated[int, Meta(ge=0, le=256)]
+BatchSize = Annotated[int, Meta(ge=1, le=fields.MAX_BATCH)]
+GgufContext = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=1_048_576,
+        description="Most tokens of a text of a GGUF file; what the model was trained for, if that is less. Memory for "
+        "them is taken when a text needs it.",
+    ),
+]
 # The providers of onnxruntime for Linux. Which of them a build has is known at run time only.
 Provider = Literal[
     "CPUExecutionProvider",

@@ -63,8 +63,8 @@ class Backend(NamedTuple):
     """What runs one kind of models.
 
     `takes` says whether a path or URL is of that kind. `loader` is "module:function", with the arguments of `load_model`.
-    `library` is what it imports, and `extra` what installs that. `dtypes` are the types of arithmetic that it can be
-    asked for; where there are any, the loader takes a `dtype`.
+    `library` is what it imports, and `extra` what installs that; empty if every part that loads a model has an extra
+    with it. `dtypes` are the types of arithmetic that it can be asked for; where there are any, the loader takes a `dtype`.
     """
 
     takes: Callable[[str], bool]
@@ -87,7 +87,7 @@ BACKENDS: Final[dict[str, Backend]] = {
     "transformers": Backend(
         is_hub_folder, "fedhlm_zoo.torch_model:TorchDecoder.load", "torch", "models", ("float32", "bfloat16")
     ),
-    "onnx": Backend(lambda _model: True, "fedhlm.decoding.decoder:Decoder.load", "onnxruntime", "agent"),
+    "onnx": Backend(lambda _model: True, "fedhlm.decoding.decoder:Decoder.load", "onnxruntime", ""),
 }
 """By name. The first one that takes a model runs it."""
 
@@ -140,7 +140,7 @@ def load_model(
             **chosen,
         )
     except ModuleNotFoundError as exc:
-        if (exc.name or "").partition(".")[0] != backend.library:
+        if not backend.extra or (exc.name or "").partition(".")[0] != backend.library:
             raise
         raise ModelError(
             f"model {str(model)!r} needs {backend.library}, which is not installed: "

@@ -272,7 +272,10 @@ class Sessions:
             check_agreement(self.fingerprint, prime.fingerprint)
         except FingerprintMismatch as exc:
             self.mismatched += 1
-            return RefusedBlock(str(exc))
+            remedy = (
+                "" if exc.field == "noise" else ": set agent.target_tokenizer to the tokenizer of the cloud's model"
+            )
+            return RefusedBlock(f"{exc}{remedy}")
         vocab_size = self.fingerprint.vocab_size
         if len(prime.context) != escalation.base * id_bytes(vocab_size):
             count = len(prime.context) // id_bytes(vocab_size)

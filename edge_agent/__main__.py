@@ -24,6 +24,8 @@ from fedhlm.choices import GATES
 from fedhlm.config import Loaded
 from fedhlm.decoding.models import load_model
 from fedhlm.decoding.sampling import NOISE
+from fedhlm.decoding.spoken import configured_target
+from fedhlm.decoding.translated import in_ids_of
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.process.notify import Notifier
@@ -72,6 +74,9 @@ async def run(
         drafting=True,
         context=config.agent.context,
     )
+    target = config.agent.target_tokenizer
+    if target:
+        decoder = in_ids_of(configured_target(target, key="agent.target_tokenizer"), decoder)
     info = decoder.info
     fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
     projection = load_projection(Path(path), info.hidden_size)
@@ -103,7 +108,7 @@ async def run(
         async with service.connection:
             about = f"drafting with {info.name} ({info.parameters} parameters, {info.quantisation})"
             if prompt is None:
-                offer = Offer.of(decoder, Path(path), name=NAME, presets=loaded.allowed)
+                offer = Offer.of(decoder, Path(target or path), name=NAME, presets=loaded.allowed)
                 questions = LocalQuestions(service, offer)
                 home, a2a = (kind(service, questions, config, counters) for kind in (AgentHome, AgentA2a))
                 async with (

@@ -2,7 +2,10 @@
 
 from typing import Final
 
-UNLIKE: Final = "give both sides models with one tokenizer: copy the pair's model folders from one release"
+UNLIKE: Final = (
+    "give both sides models with one tokenizer, from one release, or set agent.target_tokenizer to the tokenizer of the "
+    "cloud's model"
+)
 
 
 def offline(role: str) -> str:

@@ -158,15 +158,7 @@ def load_info(folder: Path) -> ModelInfo:
             f"model folder must be a folder with {GRAPH_FILE}, {TOKENIZER_FILE}, {INFO_FILE} "
             f"(got {str(folder)!r}, {_no_folder(folder)})"
         )
-    path = folder / INFO_FILE
-    try:
-        info = msgspec.json.decode(path.read_bytes(), type=ModelInfo)
-    except OSError as exc:
-        raise ModelError(
-            f"{path} cannot be read ({exc.strerror}): make the folder with 'fedhlm models export'"
-        ) from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise ModelError(f"{path} is not a model description: {exc}") from exc
+    path, info = folder / INFO_FILE, read_info(folder)
     for name in (GRAPH_FILE, TOKENIZER_FILE):
         if name not in info.files:
             raise ModelError(f"{path} lists no {name} under 'files'")
@@ -182,6 +174,23 @@ def load_info(folder: Path) -> ModelInfo:
         if small and file_digest(file) != listed.sha256:
             raise ModelError(f"{file} has changed: its SHA-256 is not the one in {INFO_FILE}")
     return info
+
+
+def read_info(folder: Path) -> ModelInfo:
+    """Read ``model.json``, whatever else the folder holds.
+
+    Raises:
+        ModelError: the file is missing or malformed.
+    """
+    path = folder / INFO_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ModelInfo)
+    except OSError as exc:
+        raise ModelError(
+            f"{path} cannot be read ({exc.strerror}): make the folder with 'fedhlm models export'"
+        ) from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise ModelError(f"{path} is not a model description: {exc}") from exc
 
 
 def _no_folder(path: Path) -> str:

@@ -130,6 +130,13 @@ class Agent(Section, frozen=True):
         str, Meta(description="Folder (ONNX) or GGUF file of the small model. Empty: the shipped one.")
     ] = ""
     context: GgufContext = 4_096
+    target_tokenizer: Annotated[
+        str,
+        Meta(
+            description="Folder or GGUF file with the tokenizer of the cloud's model, if that of `model` is another one; "
+            "weights are not needed. Drafts are then made in its ids (docs/models.md). Empty: both have one tokenizer."
+        ),
+    ] = ""
     state: Annotated[
         str,
         Meta(

@@ -50,19 +50,21 @@ class Pieces:
 
 
 def pieces_maker(settings: Config) -> Callable[[], Pieces]:
-    """Return a function that makes a decoder of one text, with the tokenizer of `agent.model` or of the shipped model.
+    """Return a function that makes a decoder of one text, with the fleet's tokenizer.
+
+    That is `agent.target_tokenizer`, or that of `agent.model` or of the shipped model.
 
     Raises:
-        ModelError: `agent.model` has no readable tokenizer.
+        ModelError: what is configured has no readable tokenizer.
     """
-    tokenizer = None
+    tokenizer, configured = None, settings.agent.target_tokenizer or settings.agent.model
     try:
         with contextlib.suppress(ModuleNotFoundError):  # texts are then shown message by message
             from fedhlm_zoo.shipped import model_folder  # some images have no models, and not this package
 
-            tokenizer, _ = tokenizer_at(model_folder(settings.agent.model, "slm"))
+            tokenizer, _ = tokenizer_at(model_folder(configured, "slm"))
     except ModelError as exc:
-        if settings.agent.model:
+        if configured:
             raise
         print(f"fedhlm: texts are shown message by message: {exc}", file=sys.stderr)
     return lambda: Pieces(tokenizer)

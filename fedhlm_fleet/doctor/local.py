@@ -13,6 +13,7 @@ from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, DecoderInput
 from fedhlm.decoding.invariance import TOLERANCE, block_difference, steadier
 from fedhlm.decoding.models import described, load_model
 from fedhlm.decoding.sampling import NOISE
+from fedhlm.decoding.spoken import configured_target
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import PROJECTION_FILE, fitting_of, load_projection
 from fedhlm.protocol.fingerprint import fingerprint_of
@@ -158,6 +159,8 @@ def model(subject: Subject) -> Remark:
     try:
         folder = model_folder(part.model, SHIPPED[subject.role])
         info, vocabulary = described(folder)
+        if subject.traits.drafts and (target := subject.config.agent.target_tokenizer):
+            vocabulary = configured_target(target, key="agent.target_tokenizer").vocabulary
         fitting = fitting_of(folder) if subject.traits.drafts else ""
         space = load_projection(folder, info.hidden_size).digest[:8] if subject.traits.drafts and not fitting else ""
         fingerprint = fingerprint_of(*vocabulary, noise=NOISE, model=info.label)

@@ -25,7 +25,7 @@ from fedhlm.decoding.grammar import Constrain, Grammars
 from fedhlm.decoding.ids import common_prefix
 from fedhlm.decoding.models import LoadedModel
 from fedhlm.decoding.sampling import Law
-from fedhlm.decoding.spelling import Spelling
+from fedhlm.decoding.token_bytes import TokenBytes
 from fedhlm.decoding.spoken import Spoken
 
 FLOOR: Final = 1e-15  # the least probability of a token, so that its logit is finite
@@ -35,7 +35,7 @@ WORDS_KEPT: Final = 16_384  # cut words that are remembered
 _WORD: Final = re.compile(rb" ?(?:[^ ][\x80-\xbf]*){1,32}| ", re.DOTALL)
 
 
-class _Place(NamedTuple):
+class _Step(NamedTuple):
     """The small model after one of its ids: its logits, (V,) float32, and its hidden state, (hidden_size,) float32."""
 
     logits: NDArray[np.float32]
@@ -52,7 +52,7 @@ class TranslatedCache(NamedTuple):
     ids: tuple[int, ...]
     small: tuple[int, ...]
     cache: Any
-    places: dict[int, _Place]
+    places: dict[int, _Step]
 
     def truncated(self, length: int) -> "TranslatedCache":
         """Return the cache of the first `length` ids; self when that is all of them.
@@ -65,7 +65,7 @@ class TranslatedCache(NamedTuple):
         return self._replace(length=length, ids=self.ids[:length])
 
 
-class _Text(NamedTuple):
+class _Reading(NamedTuple):
     """A text of large ids, as the small model reads it.
 
     `small` ends with the `last` ids of the last word, whose bytes are `word`. `large` are the word's ids in the text,
@@ -91,8 +91,8 @@ class Translated:
         self.info = replace(small.info, vocab_size=self.vocabulary.size, bos_id=spoken.bos_id, eos_ids=spoken.eos_ids)
         self.constrain: Constrain = Grammars(self.tokenizer, self.vocabulary.size, self.info.eos_ids).constrain
         self._model = small
-        self._theirs = Spelling(self.tokenizer, self.vocabulary.size)
-        self._ours = Spelling(small.tokenizer, small.vocabulary.size)
+        self._theirs = TokenBytes(self.tokenizer, self.vocabulary.size)
+        self._ours = TokenBytes(small.tokenizer, small.vocabulary.size)
         self._controls = _same_controls(self._theirs.controls, self._ours.controls)
         if spoken.eos_ids and small.info.eos_ids:
             self._controls |= dict.fromkeys(spoken.eos_ids, small.info.eos_ids[0])
@@ -116,7 +116,7 @@ class Translated:
         check_requests(requests, self.vocabulary.size, self.info.context)
         wholes = [(*request.cache.ids, *request.ids) for request in requests]
         caches = [request.cache for request in requests]
-        rows: list[list[_Place]] = [[] for _ in requests]
+        rows: list[list[_Step]] = [[] for _ in requests]
         for back in range(max((request.wanted for request in requests), default=0) - 1, -1, -1):
             asked = [number for number, request in enumerate(requests) if back < request.wanted]
             prefixes = [wholes[number][: len(wholes[number]) - back] for number in asked]
@@ -129,7 +129,7 @@ class Translated:
             for got, cache, whole in zip(rows, caches, wholes, strict=True)
         ]
 
-    def _output(self, rows: list[_Place], cache: TranslatedCache) -> DecoderOutput:
+    def _output(self, rows: list[_Step], cache: TranslatedCache) -> DecoderOutput:
         if not rows:
             return DecoderOutput(np.zeros((0, self.vocabulary.size), np.float32), None, cache)
         hidden = [place.hidden for place in rows if place.hidden is not None]
@@ -138,7 +138,7 @@ class Translated:
 
     # The text in the small model's ids
 
-    def _text(self, ids: Sequence[int]) -> _Text:
+    def _text(self, ids: Sequence[int]) -> _Reading:
         """Read a text of large ids. The result depends on nothing else."""
         small: list[int] = [] if self._model.info.bos_id is None else [self._model.info.bos_id]
         begin = int(ids[:1] == (self.info.bos_id,))
@@ -157,7 +157,7 @@ class Translated:
                 small += [self._controls[ids[end]]] if ids[end] in self._controls else []
             begin = end + 1
         small = small or [self._model.info.eos_ids[0] if self._model.info.eos_ids else 0]
-        return self._fitting(_Text(tuple(small), min(last, len(small) - 1), word, large))
+        return self._fitting(_Reading(tuple(small), min(last, len(small) - 1), word, large))
 
     def _large_ids(self, ids: Sequence[int], size: int) -> tuple[int, ...] | None:
         """The last ids whose bytes are `size` together; None if there are no such ids."""
@@ -167,7 +167,7 @@ class Translated:
             size -= len(self._theirs.spelt[ids[begin]])
         return tuple(ids[begin:]) if size == 0 else None
 
-    def _fitting(self, text: _Text) -> _Text:
+    def _fitting(self, text: _Reading) -> _Reading:
         """Leave out the beginning of a text that is longer than the small model's context, by quarters of the context."""
         room = self._model.info.context
         quarter = max(1, room // 4)
@@ -181,7 +181,7 @@ class Translated:
 
     def _after(
         self, prefixes: Sequence[tuple[int, ...]], caches: Sequence[TranslatedCache]
-    ) -> list[tuple[TranslatedCache, _Place]]:
+    ) -> list[tuple[TranslatedCache, _Step]]:
         """The law after each prefix as logits, shape (V,) of the large vocabulary, and the cache of the prefix."""
         texts = [self._text(prefix) for prefix in prefixes]
         requests, shared = [], []
@@ -204,19 +204,19 @@ class Translated:
                 small_cache = output.cache
                 for back, logits in enumerate(reversed(output.logits)):
                     hidden = None if output.hidden is None else output.hidden[-1 - back]
-                    places[count - back] = _Place(logits, hidden)
+                    places[count - back] = _Step(logits, hidden)
             kept = {at: place for at, place in places.items() if count - text.last <= at <= count}
             held = cache.small if small_cache is cache.cache else text.small
             logits = np.log(self._law(text, kept) + FLOOR).astype(np.float32)
             found.append(
                 (
                     TranslatedCache(len(prefix), prefix, held, small_cache, kept),
-                    _Place(logits, kept[count].hidden),
+                    _Step(logits, kept[count].hidden),
                 )
             )
         return found
 
-    def _law(self, text: _Text, places: dict[int, _Place]) -> Law:
+    def _law(self, text: _Reading, places: dict[int, _Step]) -> Law:
         """The law of the next large id after a text, shape (V,), sums to 1."""
         total = np.zeros(self.vocabulary.size)
         weight, count = 1.0, len(text.small)
@@ -250,7 +250,7 @@ class Translated:
             begin += 1
         return _likeliest(q, np.array(self._order[begin:end], np.intp))
 
-    def _next_id(self, text: _Text, word: bytes) -> int | None:
+    def _next_id(self, text: _Reading, word: bytes) -> int | None:
         """The large id that follows the text if its last word goes on as `word` does; None if it would be cut otherwise."""
         if text.large is None:
             return None

@@ -13,7 +13,7 @@ from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.gguf import Gguf
 from fedhlm.decoding.gguf_tokenizer import tokenizer_of
 from fedhlm.decoding.models import LoadedModel
-from fedhlm.decoding.spelling import Spelling
+from fedhlm.decoding.token_bytes import TokenBytes
 from fedhlm.decoding.spoken import Spoken, configured_target, spoken_at
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.decoding.translated import Translated, in_ids_of
@@ -88,8 +88,8 @@ def test_every_prefix_of_a_text_has_a_law_that_sums_to_one(text: str) -> None:
 
 def test_the_law_of_the_first_byte_is_the_mass_of_the_tokens_that_begin_with_it() -> None:
     model, q = in_bytes(), law_after(large(), [END])
-    law, spelling = law_after(model, [END]), Spelling(large().tokenizer, large().vocabulary.size)
-    spelt = Spelling(model.tokenizer, model.vocabulary.size).spelt
+    law, spelling = law_after(model, [END]), TokenBytes(large().tokenizer, large().vocabulary.size)
+    spelt = TokenBytes(model.tokenizer, model.vocabulary.size).spelt
     mass = dict.fromkeys(spelt, 0.0)
     for token, share in enumerate(q):
         mass[spelling.spelt[token][:1]] += float(share)
@@ -163,7 +163,7 @@ def test_sentence_pieces_spaces_and_bytes_are_read(prefixed: bool) -> None:
         "tokenizer.ggml.token_type": [3, *[6] * 256, *[1] * 7],
         "tokenizer.ggml.add_space_prefix": prefixed,
     }
-    spelling = Spelling(tokenizer_of(Gguf(LLM, metadata, 0)), len(texts))
+    spelling = TokenBytes(tokenizer_of(Gguf(LLM, metadata, 0)), len(texts))
     the = texts.index("\u2581the")
     assert spelling.spelt[:2] + spelling.spelt[the:] == [b"", b"\0", b" the"]
     assert spelling.cut(b" the the") == [the, the]

@@ -20,7 +20,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
-class Spelling:
+class TokenBytes:
     """What the ids of a tokenizer are in bytes, and how bytes are cut into ids.
 
     `spelt[id]` is the id's bytes; empty for control tokens, which stand for no text. `controls` has their names.

@@ -25,8 +25,8 @@ from fedhlm.decoding.grammar import Constrain, Grammars
 from fedhlm.decoding.ids import common_prefix
 from fedhlm.decoding.models import LoadedModel
 from fedhlm.decoding.sampling import Law
-from fedhlm.decoding.token_bytes import TokenBytes
 from fedhlm.decoding.spoken import Spoken
+from fedhlm.decoding.token_bytes import TokenBytes
 
 FLOOR: Final = 1e-15  # the least probability of a token, so that its logit is finite
 LIKELIEST: Final = 32  # small tokens of one place whose text is cut in its context; they hold nearly all of the mass

@@ -49,7 +49,7 @@ def smollm2() -> Path:
 
 
 @asynccontextmanager
-async def device(slm: Path, llm: Path) -> AsyncIterator[Answerer]:
+async def device(slm: Path, llm: Path, target: str | Path = "") -> AsyncIterator[Answerer]:
     """What answers questions at an agent of a running fleet."""
     opened: asyncio.Future[Answerer] = asyncio.get_running_loop().create_future()
 
@@ -58,7 +58,12 @@ async def device(slm: Path, llm: Path) -> AsyncIterator[Answerer]:
         opened.set_result(answerer)
         yield
 
-    flags: dict[str, object] = {"cloud.model": llm, "agent.model": slm, "generation.deadline_ms": 120_000}
+    flags: dict[str, object] = {
+        "cloud.model": llm,
+        "agent.model": slm,
+        "agent.target_tokenizer": target,
+        "generation.deadline_ms": 120_000,
+    }
     async with EmbeddedBroker() as broker, live(broker.url, parts=("edge", "cloud"), flags=flags) as system:
         loaded = with_agent_model(system.loaded(**{"agent.id": "porch"}))
         system.tasks["porch"] = asyncio.create_task(agent.run(loaded, Counters(), door=door))
@@ -81,12 +86,12 @@ async def written(answerer: Answerer, ids: tuple[int, ...], seed: int, temperatu
     return tokens, text
 
 
-async def agree(slm: Path, llm: Path, questions: tuple[str, ...]) -> None:
+async def agree(slm: Path, llm: Path, questions: tuple[str, ...], target: str | Path = "") -> None:
     """Ask questions through the chat template, and compare with the LLM alone."""
     alone = Alone.load(llm, threads=1)
     chat = ChatTemplate.of(Offer.of(alone.decoder, llm, name="llm"))
     assert chat is not None
-    async with device(slm, llm) as answerer:
+    async with device(slm, llm, target) as answerer:
         for number, question in enumerate(questions):
             ids = chat.encode([{"role": "user", "content": question}])
             temperature = 0.8 * (number % 2)
@@ -125,3 +130,7 @@ def test_a_projection_is_fitted_and_stands_beside_its_file(tmp_path: Path) -> No
 
 async def test_a_chat_model_answers_as_it_does_alone() -> None:
     await agree(smollm2(), smollm2(), QUESTIONS)
+
+
+async def test_an_slm_of_another_family_drafts_for_a_chat_model() -> None:
+    await agree(model_folder("", "slm"), smollm2(), QUESTIONS[:3], smollm2())

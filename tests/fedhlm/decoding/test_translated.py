@@ -13,9 +13,9 @@ from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.decoding.gguf import Gguf
 from fedhlm.decoding.gguf_tokenizer import tokenizer_of
 from fedhlm.decoding.models import LoadedModel
-from fedhlm.decoding.token_bytes import TokenBytes
 from fedhlm.decoding.spoken import Spoken, configured_target, spoken_at
 from fedhlm.decoding.text import encode_prompt
+from fedhlm.decoding.token_bytes import TokenBytes
 from fedhlm.decoding.translated import Translated, in_ids_of
 from fedhlm.decoding.vocabulary import vocabulary_in
 from fedhlm.errors import ConfigError, ModelError

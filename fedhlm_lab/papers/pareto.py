@@ -27,6 +27,7 @@ from fedhlm.telemetry import Counters
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.laws import LawModel, LawPrompt
 from fedhlm_lab.papers.pair import LabPair
+from fedhlm_lab.papers.texts import PATIENT, TimedText, timed_text
 from fedhlm_lab.sim import links
 from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
 from fedhlm_lab.sim.virtual import run_virtual
@@ -37,12 +38,6 @@ Item = TypeVar("Item")
 CLUSTER: Final = "c0"
 REST_S: Final = 30.0  # after the texts of a link, for audits and contributions under way
 ALONE_S: Final = 60.0  # seconds without a link in which a text may be written
-# Everything is waited for, however slow the link is: a preset does what it promises, and its time says what that costs.
-PATIENT: Final = {
-    "generation.deadline_ms": "3600000",
-    "generation.retry_ms": "3600000",
-    "generation.wait_offline": "true",
-}
 
 
 class PresetPoint(NamedTuple):
@@ -91,16 +86,6 @@ class ParetoRuns(NamedTuple):
     points: Sequence[PresetPoint]
     alone: Sequence[AlonePoint]
     certified: Mapping[tuple[str, int], float]
-
-
-class TimedText(NamedTuple):
-    """A text: the prompt's ids, its own, who settled each, the seconds to the first token and to the end."""
-
-    prompt: list[int]
-    ids: list[int]
-    sources: list[str]
-    first_s: float
-    seconds: float
 
 
 class SeedRun(NamedTuple):
@@ -280,17 +265,10 @@ class _Desk:
         return [await self._text(name, prompt) for prompt in prompts]
 
     async def _text(self, name: str, prompt: list[int]) -> TimedText:
-        clock_s = asyncio.get_running_loop().time
-        began_s, times = clock_s(), list[float]()
-
-        async def saw(_tokens: list[Committed]) -> FinishReason | None:
-            times.append(clock_s() - began_s)
-            return None
-
-        result = await self.agents[name].generate(self._job(self._config), prompt, saw)
-        if result.certificate is not None:
-            self._certificates[name] = result.certificate
-        return TimedText(prompt, list(result.ids), list(result.sources), times[0], clock_s() - began_s)
+        text = await timed_text(self.agents[name], self._job(self._config), prompt)
+        if text.certificate is not None:
+            self._certificates[name] = text.certificate
+        return text
 
     def _job(self, config: Config) -> Job:
         sampling = Sampling(self.seed, 0.0, 1.0, config.generation.coupling)

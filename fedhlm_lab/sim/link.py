@@ -15,6 +15,9 @@ from typing import Any, Final, Literal
 REORDER_DELAYS: Final = 4.0
 REORDER_MIN_S: Final = 0.01
 RESENDS_MAX: Final = 8  # of one packet
+SEGMENT_BYTES: Final = 1_348  # of a message in one packet
+HEADER_BYTES: Final = 52  # of each packet: IPv4 (20), TCP with timestamps (32)
+ACK_BYTES: Final = 4  # PUBACK without a reason (MQTT 5, section 3.4)
 
 Direction = Literal["up", "down"]
 
@@ -40,7 +43,7 @@ class Faults:
 class LinkModel:
     """Both directions of one link. Probabilities are per message; a rate of None is unlimited.
 
-    `bytes_per_s` sets both rates. `loss` loses a message. `resent` is TCP's reaction to a lost packet: the packet and
+    `bytes_per_s` sets both rates, which headers of packets and acknowledgements use too. `loss` loses a message. `resent` is TCP's reaction to a lost packet: the packet and
     all behind it come `resend_s` later.
     """
 
@@ -172,6 +175,10 @@ class Pipe:
         self._queue.append((action, reliable))
         self._schedule(self._last_s, self._arrive_next)
 
+    def acknowledge(self) -> None:
+        """Carry an acknowledgement of QoS 1 for a message that came the other way. Only its bytes matter."""
+        self._occupy(ACK_BYTES)
+
     def backlog(self) -> int:
         """Number of messages that wait for bandwidth."""
         now = self._loop.time()
@@ -192,12 +199,22 @@ class Pipe:
         self._held.clear()
 
     def _depart(self, size_bytes: int) -> float:
-        now = self._loop.time()
-        rate = self._link.up_bytes_per_s if self._direction == "up" else self._link.down_bytes_per_s
+        left_s = self._occupy(size_bytes)
+        if self._rate is not None:
+            self._departures.append(left_s)
+        return left_s
+
+    @property
+    def _rate(self) -> float | None:
+        return self._link.up_bytes_per_s if self._direction == "up" else self._link.down_bytes_per_s
+
+    def _occupy(self, size_bytes: int) -> float:
+        """Use the link for packets with so many bytes, and return when the last one has left."""
+        now, rate = self._loop.time(), self._rate
         if rate is None:
             return now
-        self._busy_until_s = max(now, self._busy_until_s) + size_bytes / rate
-        self._departures.append(self._busy_until_s)
+        packets = max(1, -(-size_bytes // SEGMENT_BYTES))
+        self._busy_until_s = max(now, self._busy_until_s) + (size_bytes + packets * HEADER_BYTES) / rate
         return self._busy_until_s
 
     def _send_late(self, action: Action, arrival_s: float) -> None:

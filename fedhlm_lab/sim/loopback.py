@@ -238,12 +238,13 @@ class LoopbackBus:
         if packet.retain:
             # Retained state must survive the connection, so it is sent again unless the broker has it.
             self._unheard.append(packet)
-        session.up.send(partial(self._heard, packet), size_bytes=size, reliable=packet.retain)
+        arrived = partial(session.arrived, packet.qos, session.down, partial(self._heard, packet))
+        session.up.send(arrived, size_bytes=size, reliable=packet.retain)
 
     def _heard(self, packet: Packet) -> None:
         if packet.retain:
             self._unheard.remove(packet)
-        self._broker.publish(packet, self.client_id)
+        self._broker.hear(packet, self.client_id)
 
     def receive(self, delivery: Delivery, size: int) -> None:
         if self.sheds is not None and self.sheds(delivery.topic.encode(errors="surrogatepass"), size):

@@ -66,7 +66,14 @@ class ClientSession:
     def send(self, packet: Packet, *, retained: bool) -> None:
         size = packet.size_bytes()
         delivery = Delivery(packet.topic, packet.payload, retained, packet.extras)
-        self.down.send(partial(self.bus.receive, delivery, size), size_bytes=size, reliable=packet.retain)
+        arrived = partial(self.arrived, packet.qos, self.up, partial(self.bus.receive, delivery, size))
+        self.down.send(arrived, size_bytes=size, reliable=packet.retain)
+
+    def arrived(self, qos: int, back: Pipe, action: Action) -> None:
+        """Act on a message that has arrived, and acknowledge it on the way back."""
+        if qos:
+            back.acknowledge()
+        action()
 
 
 class _Route(NamedTuple):
@@ -79,6 +86,7 @@ class LoopbackBroker:
 
     A partition of `keepalive_s` breaks a connection. `reconnect_s` bounds a client's random delay before it connects
     again. Without `keeps_retained` a restart loses retained messages; `tap` sees every message that the broker takes.
+    It takes `pace_s` seconds over each message, one after the other.
     """
 
     def __init__(
@@ -88,10 +96,13 @@ class LoopbackBroker:
         keeps_retained: bool = True,
         keepalive_s: float = 30.0,
         reconnect_s: float = 1.0,
+        pace_s: float = 0.0,
     ) -> None:
         self.rng = rng
         self.keepalive_s = keepalive_s
         self.reconnect_s = reconnect_s
+        self.pace_s = pace_s
+        self._busy_until_s = 0.0
         self.faults: Final = Faults()
         self.retained: Final[dict[str, Packet]] = {}
         self.tap: Callable[[str, Packet], None] | None = None  # the publisher and the message
@@ -175,6 +186,15 @@ class LoopbackBroker:
         for packet in list(self.retained.values()):
             if any(topic_matches(pattern, packet.topic) for pattern in plain):
                 session.send(packet, retained=True)
+
+    def hear(self, packet: Packet, source: str) -> None:
+        """Take a message that has arrived: publish it when those before it are done."""
+        if not self.pace_s:
+            self.publish(packet, source)
+            return
+        loop = asyncio.get_running_loop()
+        self._busy_until_s = max(loop.time(), self._busy_until_s) + self.pace_s
+        loop.call_at(self._busy_until_s, self.publish, packet, source)
 
     def publish(self, packet: Packet, source: str) -> None:
         if self.tap is not None:

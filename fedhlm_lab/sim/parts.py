@@ -57,13 +57,13 @@ class Part:
     its service; none should.
     """
 
-    def __init__(self, name: str, launch: Launch | None = None) -> None:
+    def __init__(self, name: str, launch: Launch | None = None, *, pace_s: float = 0.0) -> None:
         self.name: Final = name
         self.disk: Final = Disk()
         self.buses: list[PartBus] = []
         self.service: Service | None = None
         self.skew_s = 0.0
-        self.pace_s = 0.0
+        self.pace_s = pace_s
         self.lie: str | None = None
         self.lives = 0
         self.failure: BaseException | None = None

@@ -35,11 +35,9 @@ from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.parts import Part, PartBus
 
-CLOUD_BATCH_MAX: Final = 8
-CLOUD_BATCH_TOKENS: Final = 24  # small enough that contexts are fed in pieces
-CLOUD_CACHE_BYTES: Final = 24 * 2**20
-EDGE_BATCH_MAX: Final = 16
-EDGE_BATCH_WAIT_MS: Final = 2.0
+# Small enough that contexts are fed in pieces and caches are dropped.
+CLOUD: Final = settings.Cloud(batch_max=8, batch_wait_ms=0.0, batch_tokens=24, cache_bytes=24 * 2**20)
+EDGE: Final = settings.Edge(batch_max=16, batch_wait_ms=2.0)
 WALL_S: Final = 1.0e9  # Unix time at the beginning of virtual time
 
 
@@ -63,7 +61,7 @@ class Fleet:
     """The parts on one broker.
 
     `sessions_max` bounds the cloud's sessions, and `delay_s` is every link's one-way delay. With `keeps` the edges
-    and the cloud have disks.
+    and the cloud have disks. `services` are the settings of the edges and the cloud.
     """
 
     def __init__(
@@ -76,6 +74,7 @@ class Fleet:
         sessions_max: int,
         federation: Federation = Federation(),  # noqa: B008 - frozen
         keeps: bool = False,
+        services: Config = Config(cloud=CLOUD, edge=EDGE),  # noqa: B008 - frozen
     ) -> None:
         self.pair = pair
         self.seed = seed
@@ -87,6 +86,7 @@ class Fleet:
         self._delay_s = delay_s
         self._sessions_max = sessions_max
         self._keeps = keeps
+        self._settings = services
         self.nodes: dict[str, Part] = {"cloud": Part("cloud", self._cloud)}
         for c in range(clusters):
             self.nodes[f"edge-{c}"] = Part(f"edge-{c}", partial(self._edge, f"c{c}"))
@@ -149,16 +149,7 @@ class Fleet:
 
     def _cloud(self, part: Part) -> tuple[list[PartBus], CloudService]:
         buses: list[PartBus] = []
-        pair, cloud = (
-            self.pair,
-            settings.Cloud(
-                batch_max=CLOUD_BATCH_MAX,
-                batch_wait_ms=0.0,
-                sessions_max=self._sessions_max,
-                batch_tokens=CLOUD_BATCH_TOKENS,
-                cache_bytes=CLOUD_CACHE_BYTES,
-            ),
-        )
+        pair, cloud = self.pair, replace(self._settings.cloud, sessions_max=self._sessions_max)
         service = cloud_of(
             Config(cloud=cloud, federation=self.federation),
             self.runtime(part),
@@ -169,9 +160,8 @@ class Fleet:
 
     def _edge(self, cluster: str, part: Part) -> tuple[list[PartBus], EdgeService]:
         buses: list[PartBus] = []
-        edge = settings.Edge(batch_max=EDGE_BATCH_MAX, batch_wait_ms=EDGE_BATCH_WAIT_MS)
         service = edge_of(
-            Config(cluster=settings.Cluster(name=cluster), edge=edge, federation=self.federation),
+            Config(cluster=settings.Cluster(name=cluster), edge=self._settings.edge, federation=self.federation),
             self.runtime(part),
             open_down=self.opener(f"edge-{cluster}-down", part, buses),
             open_up=self.opener(f"edge-{cluster}-up", part, buses),
@@ -230,28 +220,36 @@ class Fleet:
 
     @asynccontextmanager
     async def online(
-        self, cluster: str, name: str, drafter: Drafter, counters: Counters | None = None
+        self, cluster: str, name: str, drafter: Drafter, counters: Counters | None = None, pace_s: float = 0.0
     ) -> AsyncIterator[AgentCore]:
         """An agent that reads its bus inside the block, and moves when it is assigned to another cluster.
 
-        Its session numbers follow from the seed and its name. It counts with all other parts, or in `counters`.
+        Its session numbers follow from the seed and its name. It counts with all other parts, or in `counters`,
+        and takes `pace_s` seconds over each message.
         """
         rng = random.Random(f"{self.seed}/{name}/sessions")
-        async with self.bus(name) as bus:
+        async with self.bus(name, part=Part(name, pace_s=pace_s)) as bus:
             agent = self.agent(bus, cluster, name, drafter, lambda: rng.getrandbits(63), counters=counters)
-            await agent.subscribe()
-            state = presence(agent.party.stamp, "agent", online=True, fingerprint=agent.fingerprint)
-            await agent.party.send(topics.AGENT_STATUS, state, cluster=cluster, agent=name)
-            tasks = [
-                asyncio.create_task(listen(agent), name=f"{name}-listen"),
-                asyncio.create_task(agent.auditor.keep(), name=f"{name}-audits"),
-            ]
-            try:
+            async with reading(agent):
                 yield agent
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
+
+
+@asynccontextmanager
+async def reading(agent: AgentCore) -> AsyncIterator[None]:
+    """Have an agent, whose bus is open, present itself and read the bus inside the block."""
+    await agent.subscribe()
+    state = presence(agent.party.stamp, "agent", online=True, fingerprint=agent.fingerprint)
+    await agent.party.send(topics.AGENT_STATUS, state, cluster=agent.cluster, agent=agent.party.stamp.sender)
+    tasks = [
+        asyncio.create_task(listen(agent), name=f"{agent.party.stamp.sender}-listen"),
+        asyncio.create_task(agent.auditor.keep(), name=f"{agent.party.stamp.sender}-audits"),
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def listen(agent: AgentCore) -> None:

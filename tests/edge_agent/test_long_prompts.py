@@ -22,7 +22,7 @@ from fedhlm.protocol.messages import Sampling, Verdict
 from fedhlm.telemetry import forget_warnings
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.virtual import run_virtual
-from fedhlm_lab.sim.world import CLOUD_CACHE_BYTES, Fleet
+from fedhlm_lab.sim.world import CLOUD, Fleet
 from tests.edge_agent.test_core import nobody, with_fleet
 
 DEADLINE_S = 4.0
@@ -94,7 +94,7 @@ def test_a_long_prompt_at_a_slow_cloud_stays_exact(caplog: pytest.LogCaptureFixt
 def test_sixty_four_long_prompts_at_once_all_stay_exact(caplog: pytest.LogCaptureFixture) -> None:
     """Together they take five times the deadline of each, and the cloud holds the caches of sixteen only."""
     token_s = 5.0 * DEADLINE_S / (CROWD * len(PROMPT))
-    engine = Engine(toy.ToyCache(), partial(slow, token_s), CLOUD_CACHE_BYTES // (16 * len(PROMPT)))
+    engine = Engine(toy.ToyCache(), partial(slow, token_s), CLOUD.cache_bytes // (16 * len(PROMPT)))
     pair = toy.pair(0.8)._replace(engine=lambda: engine, beside=lambda: None)
 
     async def main() -> list[tuple[float, GenerationResult]]:

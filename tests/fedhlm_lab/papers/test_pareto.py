@@ -13,9 +13,10 @@ from fedhlm.errors import ConfigError
 from fedhlm_lab.papers import pareto
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.findings import LabPanels
-from fedhlm_lab.papers.pareto import PresetPoint, TimedText, agreement
+from fedhlm_lab.papers.pareto import PresetPoint, agreement
 from fedhlm_lab.papers.pareto_figures import AGREES, CALLS, SPEED, Findings, mean_of, result_of, student
 from fedhlm_lab.papers.report import markdown
+from fedhlm_lab.papers.texts import TimedText
 from fedhlm_lab.sim import toy
 from fedhlm_lab.sim.pace import measured, remembered
 from fedhlm_zoo.shipped import model_folder

@@ -9,7 +9,7 @@ import pytest
 
 from fedhlm.bus.interface import Delivery, Retained, publish_wire_bytes, topic_matches
 from fedhlm.errors import BusError
-from fedhlm_lab.sim.link import Faults, LinkModel
+from fedhlm_lab.sim.link import ACK_BYTES, HEADER_BYTES, Faults, LinkModel
 from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.loopback_broker import LoopbackBroker
 from fedhlm_lab.sim.virtual import run_virtual
@@ -107,7 +107,43 @@ def test_delay_and_bandwidth_set_the_arrival_time_of_every_message() -> None:
             for _ in range(3):
                 await a.publish("t", bytes(1_000))
             times = [when_s - start_s for when_s, _ in await drain(b)]
-            assert times == pytest.approx([0.5 + (i + 1) * size / 1_000 for i in range(3)])
+            assert times == pytest.approx([0.5 + (i + 1) * (size + HEADER_BYTES) / 1_000 for i in range(3)])
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("qos", "acknowledgements"), [(0, 0), (1, 3)])
+def test_acknowledgements_use_the_way_back(qos: int, acknowledgements: int) -> None:
+    size = publish_wire_bytes("t", 100, qos=qos)
+
+    async def scenario(broker: LoopbackBroker) -> None:
+        link = LinkModel(up_bytes_per_s=1e9, down_bytes_per_s=100.0)
+        async with LoopbackBus(broker, client_id="a", link=link) as a, LoopbackBus(broker, client_id="b") as b:
+            await a.subscribe("back", qos=qos)
+            await asyncio.sleep(10.0)
+            start_s = now()
+            for _ in range(3):
+                await a.publish("t", b"", qos=qos)
+            await asyncio.sleep(0.001)
+            await b.publish("back", bytes(100 - 3), qos=qos)
+            ((_, when_s),) = [(payload, when_s) for when_s, payload in await drain(a)]
+            waited_s = (acknowledgements * (ACK_BYTES + HEADER_BYTES) + size + HEADER_BYTES) / 100.0
+            assert when_s - start_s == pytest.approx(waited_s, abs=0.01)
+
+    run(scenario)
+
+
+def test_a_slow_broker_takes_its_time_over_each_message() -> None:
+    async def scenario(broker: LoopbackBroker) -> None:
+        broker.pace_s = 0.5
+        async with LoopbackBus(broker, client_id="a") as a, LoopbackBus(broker, client_id="b") as b:
+            await b.subscribe("t")
+            start_s = now()
+            for number in range(3):
+                await a.publish("t", bytes([number]))
+            arrived = await drain(b)
+            assert [payload for _, payload in arrived] == [b"\0", b"\1", b"\2"]
+            assert [when_s - start_s for when_s, _ in arrived] == pytest.approx([0.5, 1.0, 1.5])
 
     run(scenario)
 

@@ -19,7 +19,7 @@ from fedhlm.learning.evidence import FleetEvidence, SavedEvidence, Witnessed
 from fedhlm.learning.learnt_state import State, check_thresholds, curves_of
 from fedhlm.learning.member import KnownMember
 from fedhlm.learning.orders import Obeyed, Orders, check_time
-from fedhlm.learning.robust import lower_median, near_median, pool, winsorised
+from fedhlm.learning.robust import honest_median, near_median, pool, winsorised
 from fedhlm.learning.settled import Claim
 from fedhlm.learning.thresholds import PaperUpdate, cluster_mean, global_mean, mean_control
 from fedhlm.protocol.fields import MAX_CURVES, MAX_PAIRS, Count, Name, Pair
@@ -76,17 +76,17 @@ def highest_of(thresholds: Sequence[float], silent: int, old: PaperThreshold | N
     """The most that a published threshold of a cluster may count for; None where none may count yet.
 
     A threshold of the published rule only rises, so a liar gains by a high one. No member counts for more than the
-    median of the cluster, and of two for the lower one. So that liars cannot be the first to contribute, `silent` ones
+    median of the lowest majority (`honest_median`). So that liars cannot be the first to contribute, `silent` ones
     stand for the `old` threshold of the cluster. Where there is none, they stand for the lowest contributed one, and
     more than half of the cluster must have contributed.
 
     As long as fewer than half are dishonest, or one of two, the limit is at most the threshold of some honest member,
-    or the old one.
+    or the old one. Where all lies are high, it is at most the median of the honest thresholds, silent ones included.
     """
     if old is None and len(thresholds) <= silent:
         return None
     rest = min(thresholds, default=math.inf) if old is None else old.threshold
-    return lower_median([*thresholds, *[rest] * silent])
+    return honest_median([*thresholds, *[rest] * silent])
 
 
 class _Saved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

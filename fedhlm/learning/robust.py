@@ -67,6 +67,15 @@ def lower_median(values: Sequence[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2] if values else math.inf
 
 
+def honest_median(values: Sequence[float]) -> float:
+    """The lower median of the lowest majority of the values; infinite without any.
+
+    Where dishonest values are high and fewer than half of all, it is at most the lower median of the honest ones, so
+    that the mean of values that are cut to it does not rise by the dishonest ones. Of two values, it is the lower one.
+    """
+    return lower_median(sorted(values)[: len(values) // 2 + 1])
+
+
 def winsorised(values: Sequence[float], *, trim: float, enough: int = ENOUGH) -> list[float]:
     """Move values that trimming would cut to the nearest value that it keeps. Fewer than `enough` stay unchanged."""
     if len(values) < enough:

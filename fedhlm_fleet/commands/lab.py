@@ -129,14 +129,15 @@ def liars(
     members: Sizes = (2, 3, 4, 8, 16, 32),
     lies: Lies = (),
     most_below: Positive = 16,
+    seeds: Positive = 1,
     given: StudyFlags = STUDY,
     temperature: Annotated[float, Parameter(validator=Between(gte=0, lte=10))] = 0.0,
 ) -> int:
     """Measure what lying members of a federation do to the errors and messages of the honest ones.
 
     Each fleet has a cluster with liars and an honest one, on toy models under the preset `budget`; and under the
-    threshold rule `paper-fl`, which promises no budget; there a liar claims the largest count. Exit code 1: somewhere
-    the honest had an error above the budget, or sent over a tenth more messages.
+    threshold rule `paper-fl`, which promises no budget; there a liar claims the largest count for the threshold 1 or 0.
+    Exit code 1: somewhere the honest had an error above the budget, or sent over a tenth more messages.
 
     Parameters
     ----------
@@ -146,6 +147,8 @@ def liars(
         Names of lies; by default all.
     most_below
         Largest cluster that runs with more than one liar.
+    seeds
+        Fleets of each kind, with seeds that count up; errors and messages are means over them.
     temperature
         Temperature of the texts.
     """
@@ -165,6 +168,7 @@ def liars(
         temperature=temperature,
         budget=given.budget,
         seed=given.seed,
+        seeds=seeds,
     )
     with progress("clusters", 2 * len(plan.settings())) as ended:
         found = study(plan, jobs=given.jobs, ended=lambda _cell: ended())

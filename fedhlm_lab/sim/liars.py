@@ -17,6 +17,7 @@ from fedhlm.settings import Generation
 
 BOAST: Final = 1e6  # tokens that a liar claims
 LARGEST_COUNT: Final = 2**31 - 1
+TIMID: Final = frozenset({"bin-63", "harmful"})  # lies that claim harm: a low threshold under `paper-fl`
 DRIFT: Final = 1.1  # the factor by which a patient liar goes further each round
 
 Spoken = tuple[dict[Pair, PaperThreshold], dict[str, bytes]]
@@ -83,8 +84,9 @@ def lie(name: str, spoken: Spoken, number: int) -> Spoken:
     """What a liar sends instead of `spoken` in its round `number`; `name` is a key of LIES."""
     thresholds, packed = spoken
     curves = {measure: LIES[name](Curve.from_bytes(data), number).to_bytes() for measure, data in packed.items()}
-    shout = {pair: PaperThreshold(1.0, LARGEST_COUNT, told.control, told.steps) for pair, told in thresholds.items()}
-    return shout, curves
+    claimed = 0.0 if name in TIMID else 1.0
+    loud = {pair: PaperThreshold(claimed, LARGEST_COUNT, t.control, t.steps) for pair, t in thresholds.items()}
+    return loud, curves
 
 
 def false_contribution(known: Contribution | None, name: str, number: int, header: Mapping[str, Any]) -> Contribution:

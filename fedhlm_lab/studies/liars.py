@@ -29,7 +29,7 @@ NEIGHBOURS: Final = 2  # agents of the other cluster
 HONEST: Final = "none"
 CALIBRATED: Final = "calibrated-fl"
 PAPER: Final = "paper-fl"
-SHOUT: Final = "harmless"  # under `paper-fl` all lies are one: the threshold 1 with the largest count
+SHOUTS: Final = ("harmless", "harmful")  # under `paper-fl`: the threshold 1 or 0, with the largest count
 MESSAGES_MORE: Final = 1.1
 
 
@@ -63,9 +63,9 @@ class LiarsSetting(NamedTuple):
         return load(preset="budget", environ={}, flags=flags).config
 
 
-async def fleet_of(pair: Pair, setting: LiarsSetting) -> list[Life]:
+async def fleet_of(pair: Pair, setting: LiarsSetting, seed: int) -> list[Life]:
     """Let all agents write at once; return what became of the honest ones."""
-    config, seed = setting.config(), setting.plan.seed
+    config = setting.config()
     fleet = Fleet(pair, seed=seed, clusters=2, delay_s=0.01, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
         node.start()
@@ -113,7 +113,8 @@ class LiarsPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a study runs: clusters of each size, with one liar and with as many as stay below half.
 
     A cluster of more than `most_below` members has one liar only. Each of `lies` is told under the rule
-    `calibrated-fl`; under `paper-fl` a liar claims the largest count.
+    `calibrated-fl`; under `paper-fl` a liar claims the largest count, for the threshold 1 or 0. The lives of `seeds`
+    fleets count together; their seeds count up from `seed`.
     """
 
     members: tuple[int, ...] = (2, 3, 4, 8, 16, 32)
@@ -125,6 +126,7 @@ class LiarsPlan(msgspec.Struct, frozen=True, kw_only=True):
     budget: float = 0.05
     agreement: float = AGREEMENT
     seed: int = 0
+    seeds: int = 1
 
     def settings(self) -> list[LiarsSetting]:
         """All fleets: for each size and rule first the one without liars."""
@@ -132,7 +134,7 @@ class LiarsPlan(msgspec.Struct, frozen=True, kw_only=True):
         for members in self.members:
             most = (members - 1) // 2 if members <= self.most_below else 1
             liars = sorted({1, max(1, most)})
-            for rule, lies in ((CALIBRATED, self.lies), (PAPER, (SHOUT,))):
+            for rule, lies in ((CALIBRATED, self.lies), (PAPER, SHOUTS)):
                 told = [(0, HONEST), *((count, lie) for count in liars for lie in lies)]
                 found += [LiarsSetting(rule, members, count, lie, self) for count, lie in told]
         return found
@@ -173,9 +175,10 @@ class LiarsFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def lives_of(setting: LiarsSetting) -> tuple[LiarsSetting, list[Life]]:
-    """Run a fleet in virtual time. Returns the setting, and the lives of the honest agents."""
-    plan = setting.plan
-    return setting, run_virtual(fleet_of(toy.pair(plan.agreement), setting))
+    """Run the fleets of a setting in virtual time. Returns the setting, and the lives of the honest agents."""
+    plan, pair = setting.plan, toy.pair(setting.plan.agreement)
+    seeds = range(plan.seed, plan.seed + plan.seeds)
+    return setting, [life for seed in seeds for life in run_virtual(fleet_of(pair, setting, seed))]
 
 
 def study(plan: LiarsPlan, *, jobs: int = 1, ended: Callable[[LiarsCell], object] | None = None) -> LiarsFigures:

@@ -249,10 +249,11 @@ def test_liars_cannot_make_a_state_that_does_not_fit_a_message() -> None:
 
 def test_the_cluster_threshold_weighs_this_rounds_tokens_and_is_kept_without_any() -> None:
     members = agents()
-    # All that is above the median member's counts as that.
+    # All that is above the median of the lowest majority, a, b and d, counts as that.
     members.take("a", contribution(1, threshold=PaperThreshold(0.2, 30, control=-2.0)), 0.0)
     members.take("b", contribution(1, threshold=PaperThreshold(0.6, 10, control=-4.0)), 0.0)
     members.take("c", contribution(1, threshold=PaperThreshold(0.9, 10, control=-3.0)), 0.0)
+    members.take("d", contribution(1, threshold=PaperThreshold(0.8, 0, control=-3.0)), 0.0)
     first = members.close().thresholds.get(PAIR)
     assert first is not None
     assert [first.threshold, first.count, first.control] == pytest.approx([0.36, 50, -3.0])
@@ -319,6 +320,25 @@ def test_liars_that_contribute_first_and_most_often_are_held_to_the_honest() -> 
         assert (early is None) == (number <= 2), "more than half must have contributed"
         assert (found is None) == (number < 2)
         assert found is None or found.threshold <= 0.3 + number / 100
+
+
+@given(st.lists(st.floats(0.0, 0.9), min_size=1, max_size=9), st.integers(0, 9), st.floats(0.0, 0.9), st.data())
+def test_high_thresholds_of_a_minority_do_not_take_the_limit_past_the_honest_median(
+    honest: list[float], silent: int, old: float, data: st.DataObject
+) -> None:
+    truthful = sorted([*honest, *[old] * silent])
+    lies = data.draw(st.lists(st.floats(0.9, 1.0), max_size=len(truthful) - 1))
+    limit = highest_of([*lies, *honest], silent, PaperThreshold(old, 1))
+    assert limit is not None
+    assert limit <= truthful[(len(truthful) - 1) // 2]
+
+
+def test_three_liars_of_eight_do_not_raise_the_published_threshold_above_that_of_the_honest() -> None:
+    honest = [0.50, 0.52, 0.54, 0.56, 0.58]
+    members = agents()
+    for number, threshold in enumerate([*honest, 1.0, 1.0, 1.0]):
+        members.take(f"a{number}", contribution(1, threshold=PaperThreshold(threshold, 30)), 0.0)
+    assert members.close().thresholds[PAIR].threshold <= sum(honest) / len(honest)
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9), st.integers(0, 9), st.floats(0.0, 1.0), st.data())

@@ -13,7 +13,7 @@ from fedhlm_lab.studies.liars import (
     CALIBRATED,
     HONEST,
     PAPER,
-    SHOUT,
+    SHOUTS,
     LiarsCell,
     LiarsPlan,
     LiarsSetting,
@@ -54,14 +54,14 @@ def test_liars_below_half_change_nothing_for_the_honest() -> None:
 
 
 def test_a_liar_under_the_published_rule_changes_nothing_for_the_honest() -> None:
-    for cell in cells(2, 1, SHOUT, PAPER):
+    for cell in cells(2, 1, SHOUTS[0], PAPER):
         assert cell.error <= SMALL.budget
         assert cell.tau_moved <= 0.05
         assert not misses(SMALL, cell)
 
 
 def test_what_the_published_rule_costs_without_liars_is_no_miss() -> None:
-    cell = cells(2, 1, SHOUT, PAPER)[0]
+    cell = cells(2, 1, SHOUTS[0], PAPER)[0]
     worse = replace(cell, error=0.2, error_more=0.0)
     assert not misses(SMALL, worse)
     assert misses(SMALL, replace(worse, error_more=0.01))
@@ -89,8 +89,8 @@ def test_the_command_writes_every_cell(tmp_path: Path, capsys: pytest.CaptureFix
     told = json.loads(out.read_text("utf-8"))
     assert [(cell["rule"], cell["liars"], cell["lie"], cell["here"]) for cell in told["cells"]] == [
         (rule, liars, lie, here)
-        for rule, lie in (("calibrated-fl", "bin-0"), ("paper-fl", "harmless"))
-        for liars, lie in ((0, HONEST), (1, lie))
+        for rule, lies in (("calibrated-fl", ["bin-0"]), ("paper-fl", ["harmful", "harmless"]))
+        for liars, lie in ((0, HONEST), *((1, lie) for lie in lies))
         for here in (True, False)
     ]
     assert code == int(told["missed"] > 0)

@@ -24,7 +24,6 @@ from fedhlm.choices import GATES
 from fedhlm.config import Loaded
 from fedhlm.decoding.models import load_model
 from fedhlm.decoding.sampling import NOISE
-from fedhlm.decoding.spoken import configured_target
 from fedhlm.decoding.translated import in_ids_of
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import load_projection
@@ -75,8 +74,7 @@ async def run(
         context=config.agent.context,
     )
     target = config.agent.target_tokenizer
-    if target:
-        decoder = in_ids_of(configured_target(target, key="agent.target_tokenizer"), decoder)
+    decoder = in_ids_of(target, decoder)
     info = decoder.info
     fingerprint = fingerprint_of(*decoder.vocabulary, noise=NOISE, model=info.label)
     projection = load_projection(Path(path), info.hidden_size)

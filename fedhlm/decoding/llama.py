@@ -186,7 +186,7 @@ class LlamaModel:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import llama_cpp
 
-        said = _listen(llama_cpp)
+        said = listen(llama_cpp)
         weights = _Weights(llama_cpp, path, repacked=drafting)
         if not weights.pointer:
             reason = next((line for line in said if "error loading model" in line), "") or " ".join(said)
@@ -464,7 +464,7 @@ _said: Final[deque[str]] = deque(maxlen=20)
 _callbacks: Final[list[Any]] = []
 
 
-def _listen(library: Any) -> deque[str]:
+def listen(library: Any) -> deque[str]:
     """Collect llama.cpp's errors instead of printing them; the last ones are returned, and grow on."""
     if not _callbacks:
 

@@ -2,18 +2,22 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fedhlm.decoding.decoder import INFO_FILE, read_info
 from fedhlm.decoding.gguf import read_gguf
 from fedhlm.decoding.gguf_tokenizer import spoken_in
 from fedhlm.decoding.hub import configured_begin, end_ids, open_tokenizer
+from fedhlm.decoding.llama import listen
 from fedhlm.decoding.models import backend_of
 from fedhlm.decoding.vocabulary import Vocabulary, vocabulary_of
 from fedhlm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+TARGET_KEY: Final = "agent.target_tokenizer"
 
 
 class Spoken(NamedTuple):
@@ -40,8 +44,8 @@ def spoken_at(model: Path) -> Spoken:
     return Spoken(tokenizer, vocabulary, configured_begin(model), end_ids(model))
 
 
-def configured_target(value: str, *, key: str) -> Spoken:
-    """Read the tokenizer that the setting `key` names.
+def configured_target(value: str) -> Spoken:
+    """Read the tokenizer that `agent.target_tokenizer` names.
 
     Raises:
         ConfigError: it cannot be used.
@@ -50,7 +54,7 @@ def configured_target(value: str, *, key: str) -> Spoken:
         return spoken_at(Path(value))
     except ModelError as exc:
         raise ConfigError(
-            key, value, "a folder or GGUF file with the tokenizer of the cloud's model", why=str(exc)
+            TARGET_KEY, value, "a folder or GGUF file with the tokenizer of the cloud's model", why=str(exc)
         ) from exc
 
 
@@ -63,11 +67,12 @@ def _of_gguf(path: Path) -> Spoken:
         raise ModelError(
             f"tokenizer of {str(path)!r} needs llama_cpp, which is not installed: pip install 'fedhlm[llama]'"
         ) from exc
+    said = listen(llama_cpp)
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True
     pointer = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
     if not pointer:
-        raise ModelError(f"the tokenizer of {path} cannot be loaded by llama.cpp")
+        raise ModelError(f"the tokenizer of {path} cannot be loaded by llama.cpp: {' '.join(said)}")
     try:
         found = llama_cpp.llama_model_get_vocab(pointer)
         begins = llama_cpp.llama_vocab_get_add_bos(found)

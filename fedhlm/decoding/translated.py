@@ -25,7 +25,7 @@ from fedhlm.decoding.grammar import Constrain, Grammars
 from fedhlm.decoding.ids import common_prefix
 from fedhlm.decoding.models import LoadedModel
 from fedhlm.decoding.sampling import Law
-from fedhlm.decoding.spoken import Spoken
+from fedhlm.decoding.spoken import Spoken, configured_target
 from fedhlm.decoding.token_bytes import TokenBytes
 
 FLOOR: Final = 1e-15  # the least probability of a token, so that its logit is finite
@@ -271,13 +271,19 @@ class Translated:
         return first
 
 
-def in_ids_of(target: Spoken, small: LoadedModel) -> LoadedModel:
-    """The small model in the ids of the large one; itself if their ids are the same.
+def in_ids_of(target: str, small: LoadedModel) -> LoadedModel:
+    """The small model in the ids of the tokenizer at `target`, the value of `agent.target_tokenizer`.
+
+    It is the model itself if `target` is empty, or has the same ids.
 
     Raises:
+        ConfigError: there is no tokenizer that can be used.
         ModelError: see `Translated`.
     """
-    return small if target.vocabulary == small.vocabulary else Translated(small, target)
+    if not target:
+        return small
+    spoken = configured_target(target)
+    return small if spoken.vocabulary == small.vocabulary else Translated(small, spoken)
 
 
 def _same_controls(theirs: dict[int, str], ours: dict[int, str]) -> dict[int, int]:

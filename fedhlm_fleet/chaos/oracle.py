@@ -18,6 +18,7 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import DecoderInput
 from fedhlm.decoding.models import load_model
 from fedhlm.decoding.sampling import Logits, gumbel, scores
+from fedhlm.decoding.translated import in_ids_of
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
@@ -46,12 +47,14 @@ class OracleModel(Protocol):
 class FolderModel(Alone):
     """A model folder; `steps` feeds the ids after the prompt one by one, as a device does.
 
+    `target` is `agent.target_tokenizer` for the model of a device.
+
     Raises:
         ModelError: the folder cannot be used.
     """
 
-    def __init__(self, folder: Path, *, threads: int, steps: bool) -> None:
-        super().__init__(load_model(folder, threads=threads))
+    def __init__(self, folder: Path, *, threads: int, steps: bool, target: str = "") -> None:
+        super().__init__(in_ids_of(target, load_model(folder, threads=threads)))
         self._steps = steps
 
     def after(self, prompt: Sequence[int], ids: Sequence[int]) -> Sequence[Logits]:

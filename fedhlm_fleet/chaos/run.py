@@ -333,7 +333,8 @@ class Chaos:
 
     def _judge(self) -> Judgement:
         llm = FolderModel(model_folder(self.config.cloud.model, "llm"), threads=0, steps=False)
-        slm = FolderModel(model_folder(self.config.agent.model, "slm"), threads=0, steps=True)
+        agent = self.config.agent
+        slm = FolderModel(model_folder(agent.model, "slm"), threads=0, steps=True, target=agent.target_tokenizer)
         return judge(self.observer.stories.values(), {"llm": llm, "slm": slm}, self.checks)
 
     def _report(self, judgement: Judgement, memory: dict[str, MemoryUse], wall_s: float) -> ChaosReport:

@@ -7,6 +7,8 @@ from msgspec import structs
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.models import load_model
+from fedhlm.decoding.translated import in_ids_of
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.sources import SOURCES
 from fedhlm.settings import Generation
@@ -16,12 +18,15 @@ from fedhlm_fleet.demo.report import Alternatives, Figures, Generated, PresetRun
 class Judge:
     """Both models, loaded once; each writes only once for the same prompt and sampling.
 
+    `target` is `agent.target_tokenizer`.
+
     Raises:
         ModelError: a model folder cannot be used.
     """
 
-    def __init__(self, *, llm: Path, slm: Path) -> None:
-        self._large, self._small = Alone.load(llm, threads=0), Alone.load(slm, threads=0)
+    def __init__(self, *, llm: Path, slm: Path, target: str = "") -> None:
+        self._large = Alone.load(llm, threads=0)
+        self._small = Alone(in_ids_of(target, load_model(slm)))
         self._known: dict[tuple[str, Sampling, int, str], Alternatives] = {}
 
     def figures(self, run: PresetRun, texts_max: int | None = None) -> Figures:

@@ -251,7 +251,9 @@ class Demo:
                 )
             runs = [await self._compare(asker, progress, name) for name in presets]
             progress.stage("The check: each model writes the same requests by itself, to compare the texts.")
-            judge = await asyncio.to_thread(Judge, llm=self.llm, slm=self.slm)
+            judge = await asyncio.to_thread(
+                Judge, llm=self.llm, slm=self.slm, target=self.config.agent.target_tokenizer
+            )
             comparisons = [await asyncio.to_thread(judge.figures, other) for other in runs]
             judged = await asyncio.to_thread(judge.figures, run, JUDGED_TEXTS)
             self.report = self._reported(judged, progress, comparisons=comparisons)

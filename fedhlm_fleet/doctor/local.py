@@ -160,7 +160,7 @@ def model(subject: Subject) -> Remark:
         folder = model_folder(part.model, SHIPPED[subject.role])
         info, vocabulary = described(folder)
         if subject.traits.drafts and (target := subject.config.agent.target_tokenizer):
-            vocabulary = configured_target(target, key="agent.target_tokenizer").vocabulary
+            vocabulary = configured_target(target).vocabulary
         fitting = fitting_of(folder) if subject.traits.drafts else ""
         space = load_projection(folder, info.hidden_size).digest[:8] if subject.traits.drafts and not fitting else ""
         fingerprint = fingerprint_of(*vocabulary, noise=NOISE, model=info.label)

@@ -1,6 +1,7 @@
 """A small model in another vocabulary: it conforms, and its law over the large ids is the small model's over texts."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from fedhlm.errors import ConfigError, ModelError
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 from fedhlm_zoo.tiny import byte_tokenizer
-from fedhlm_zoo.tokenizer import train_tokenizer
+from fedhlm_zoo.tokenizer import save_tokenizer, train_tokenizer
 from tests.fedhlm.decoding.conformance import TEXTS, Conformance
 
 END = 0
@@ -172,15 +173,23 @@ def test_sentence_pieces_spaces_and_bytes_are_read(prefixed: bool) -> None:
 
 
 def test_the_same_ids_need_no_translation() -> None:
-    assert in_ids_of(spoken_at(LLM), large()) is large()
-    assert isinstance(in_ids_of(retrained(), large()), Translated)
+    assert in_ids_of(str(LLM), large()) is in_ids_of("", large()) is large()
+
+
+def test_a_hugging_face_folder_without_weights_is_enough(tmp_path: Path) -> None:
+    save_tokenizer(retrained().tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [0, 7]}')
+    found = in_ids_of(str(tmp_path), large())
+    assert isinstance(found, Translated)
+    assert found.vocabulary == retrained().vocabulary
+    assert (found.info.bos_id, found.info.eos_ids) == (END, (0, 7))
 
 
 def test_a_target_without_a_tokenizer_is_told_by_its_key() -> None:
     with pytest.raises(
         ConfigError, match=r"^agent.target_tokenizer must be a folder .* \(got '/nowhere': .*tokenizer.json is"
     ):
-        configured_target("/nowhere", key="agent.target_tokenizer")
+        configured_target("/nowhere")
 
 
 def test_words_that_are_not_written_in_bytes_are_refused() -> None:

@@ -133,6 +133,8 @@ def test_a_wrong_and_a_changed_model_folder_fail(tmp_path: Path) -> None:
     with (copy / "model.onnx").open("r+b") as file:
         file.seek(1000)
         file.write(b"changed")
+    other = local.model(subject(agent__target_tokenizer=str(tmp_path / "none")))
+    assert (other.level, other.found[:23]) == ("fail", "agent.target_tokenizer ")
     changed = subject(agent__model=str(copy))
     said = local.model(changed)
     assert said.level == "fail"

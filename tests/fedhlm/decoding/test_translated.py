@@ -23,7 +23,7 @@ from fedhlm.errors import ConfigError, ModelError
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 from fedhlm_zoo.tiny import byte_tokenizer
-from fedhlm_zoo.tokenizer import save_tokenizer, train_tokenizer
+from fedhlm_zoo.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from tests.fedhlm.decoding.conformance import TEXTS, Conformance
 
 END = 0
@@ -143,6 +143,21 @@ def test_control_tokens_keep_their_meaning_and_no_text_becomes_one() -> None:
     assert model.info.eos_ids == (END,)
     topic = model.forward([DecoderInput(model.empty_cache(), ids_of(model, "Stocks fall\nTopic: Business"), 1)])[0]
     assert int(np.argmax(topic.logits[-1])) == END
+
+
+def test_the_end_of_a_text_is_known_by_what_it_does_and_not_by_its_name() -> None:
+    renamed = Tokenizer.from_str(byte_tokenizer().to_str().replace(END_OF_TEXT, "<|done|>"))
+    model = Translated(large(), spoken_by(renamed))
+    assert model._text((END, END)).small == (END, END)
+    ids = [END, *ids_of(model, "Stocks fall\nTopic: Business")]
+    assert int(np.argmax(law_after(model, ids))) == END
+
+
+def test_a_word_that_the_large_tokenizer_would_cut_otherwise_counts_for_nothing() -> None:
+    model = Translated(large(), spoken_at(LLM))
+    go, g, ov, vernment = (model.tokenizer.token_to_id(piece) for piece in ("Go", "G", "ov", "vernment"))
+    assert model._next_id(model._text((END, go)), b"Governmental") == vernment
+    assert model._next_id(model._text((END, g, ov)), b"Governmental") is None
 
 
 @settings(max_examples=200)

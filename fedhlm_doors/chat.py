@@ -14,7 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fedhlm.answering import Offer
-from fedhlm.decoding.chat import chat_of
+from fedhlm.decoding.chat import TurnIds, chat_of
 from fedhlm.decoding.text import TOKEN_BYTES_MAX
 from fedhlm.errors import ModelError
 from fedhlm_doors.refusals import ApiError
@@ -78,11 +78,34 @@ class ChatTemplate:
         mark = _unused([*messages, *tools])
         split = {name: name[0] + mark + name[1:] for name in self._control if len(name) > 1}
         text = self.render([_with(message, split) for message in messages], [_with(tool, split) for tool in tools])
+        return begun(self._offer, self._ids(text, mark))
+
+    def turns(self) -> TurnIds:
+        """The ids that the template writes around turns.
+
+        Raises:
+            ModelError: the template changes turns, or leaves them out.
+        """
+        turns = [chr(_MARKS.start + number) * 2 for number in range(3)]
+        talk = [{"role": role, "content": t} for role, t in zip(("user", "assistant", "user"), turns, strict=True)]
+        try:
+            first, whole = self.render(talk[:1]), self.render(talk)
+        except ApiError as exc:
+            raise ModelError(f"the chat template of {self._offer.folder} cannot be used: {exc}") from exc
+        if first.count(turns[0]) != 1 or any(whole.count(turn) != 1 for turn in turns):
+            raise ModelError(f"the chat template of {self._offer.folder} must write each turn once, as it is")
+        opening, answer = first.split(turns[0])
+        question = whole.split(turns[1])[1].split(turns[2])[0]
+        ids = [self._ids(text, turns[0]) for text in (opening, answer, question)]
+        return TurnIds(begun(self._offer, ids[0]), tuple(ids[1]), tuple(ids[2]))
+
+    def _ids(self, text: str, mark: str) -> list[int]:
+        """The ids of a rendered text, in which `mark` splits the names of control tokens that are not meant."""
         ids: list[int] = []
         for plain, control in _pieces(text, self._control):
             ids += text_ids(self._offer, plain.replace(mark, ""), param="messages")
             ids += [] if control is None else [self._control[control]]
-        return begun(self._offer, ids)
+        return ids
 
 
 def text_ids(offer: Offer, text: str, *, param: str) -> list[int]:

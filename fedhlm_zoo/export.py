@@ -23,10 +23,11 @@ from fedhlm.decoding.decoder import (
     ModelInfo,
 )
 from fedhlm.decoding.hub import begin_id
+from fedhlm.decoding.models import backend_of
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
 from fedhlm.progress import progress
-from fedhlm_zoo import graph
+from fedhlm_zoo import gguf_weights, graph
 from fedhlm_zoo.info import copy_chat_files, write_info
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def load_torch(source: str | Path, *, dtype: str = "float32") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     local = Path(source)
+    if backend_of(str(source)) == "llama-cpp":
+        return gguf_weights.load(local, dtype=dtype)
     if isinstance(source, Path) or local.exists() or str(source).startswith((".", "/", "~")):
         if not local.is_dir():
             raise ModelError(

@@ -8,9 +8,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, BinaryIO, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -27,6 +27,8 @@ from fedhlm.progress import progress
 from fedhlm_zoo.corpus import TOPIC_LINE, Article
 
 log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
 
 END_ID: Final = 0
 TOPIC_WEIGHT: Final = 6.0
@@ -49,13 +51,12 @@ SHAPES: Final = {
 }
 
 
-class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One training run: `steps` of `batch` sequences of `length` tokens.
+class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`steps` of `batch` sequences of `length` tokens, computed in parts of `micro_batch` sequences.
 
     The learning rate warms up, stays constant, and then decays linearly to zero.
     """
 
-    shape: Shape
     steps: int
     batch: int = 32
     length: int = 512
@@ -68,6 +69,21 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: int = 7
     checkpoint_every: int = 100
     precision: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def check(self) -> None:
+        """Check that a batch can be cut into its parts.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if self.batch % self.micro_batch:
+            raise ConfigError("train.batch", self.batch, f"a multiple of micro_batch ({self.micro_batch})")
+
+
+class TrainConfig(Schedule, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One training run of a model of `shape`."""
+
+    shape: Shape
     compile: bool = True
 
 
@@ -147,7 +163,7 @@ def new_model(shape: Shape, vocab_size: int, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: Schedule) -> float:
     """Share of the peak rate at `step`: linear warm-up, constant, then linear decay over the last `decay_share`."""
     decay_from = config.steps * (1 - config.decay_share)
     if step < config.warmup:
@@ -157,10 +173,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return 1.0
 
 
-def _optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+def _optimizers(model: nn.Module, config: Schedule) -> list[torch.optim.Optimizer]:
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in trained if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    others = [p for _, p in trained if id(p) not in chosen]
     return [
         torch.optim.Muon(
             matrices, lr=config.lr_matrix, weight_decay=config.weight_decay, adjust_lr_fn="original", momentum=0.95
@@ -196,46 +213,75 @@ def train(
     With `teacher_dir` the loss is the student's cross-entropy under the teacher's law, whose gradient is that of the
     forward KL divergence. Without it the loss is that of the next token. `start_from` gives initial weights.
     """
-    if config.batch % config.micro_batch:
-        raise ConfigError("train.batch", config.batch, f"a multiple of micro_batch ({config.micro_batch})")
-    run.mkdir(parents=True, exist_ok=True)
+    config.check()
     model = (
         LlamaForCausalLM.from_pretrained(start_from) if start_from else new_model(config.shape, vocab_size, config.seed)
     )
     teacher = LlamaForCausalLM.from_pretrained(teacher_dir).eval() if teacher_dir else None
-    optimizers = _optimizers(model, config)
-    checkpoint = run / "checkpoint.pt"
-    first_step = _resume(checkpoint, model, optimizers)
-    peak = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    if first_step:
-        peak = [[config.lr_matrix], [config.lr_other]]
     forward = torch.compile(model) if config.compile else model
     teach = torch.compile(teacher) if teacher is not None and config.compile else teacher
     loss_of = _divergence if teacher is not None else _cross_entropy
+
+    def losses(batch: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+        ids, weights = batch
+        norm = float(weights[:, 1:].sum())
+        for part, part_weights in zip(ids.split(config.micro_batch), weights.split(config.micro_batch), strict=True):
+            with autocast(config):
+                target = None
+                if teach is not None:
+                    with torch.no_grad():
+                        target = teach(part[:, :-1], use_cache=False).logits.float()
+                logits = forward(part[:, :-1], use_cache=False).logits
+            yield loss_of(logits.float(), part, part_weights, target) / norm
+
+    optimise(run, model, config, lambda first_step: batches(pack, config, first_step), losses)
+    model.save_pretrained(run / "model")
+    return run / "model"
+
+
+def autocast(config: Schedule) -> torch.autocast:
+    """The arithmetic of a forward pass."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def optimise(
+    run: Path,
+    model: nn.Module,
+    config: Schedule,
+    batches_from: Callable[[int], Iterator[Batch]],
+    losses: Callable[[Batch], Iterator[Tensor]],
+) -> None:
+    """Take the steps of a schedule that ``run/checkpoint.pt`` does not hold yet.
+
+    Args:
+        run: folder of the checkpoint and the loss log.
+        model: the parameters that need a gradient are trained.
+        config: the schedule.
+        batches_from: yields the batches from a step on; they must depend on the step alone.
+        losses: yields the losses of the parts of a batch, whose sum is that of the batch.
+
+    Raises:
+        RuntimeError: a loss is not finite.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    optimizers = _optimizers(model, config)
+    checkpoint = run / "checkpoint.pt"
+    first_step = _resume(checkpoint, model, optimizers)
+    peaks = (config.lr_matrix, config.lr_other)
     model.train()
     began = time.monotonic()
     tokens = config.batch * config.length
     with (
-        (run / "loss.jsonl").open("a", encoding="utf-8") as losses,
-        progress(f"steps of {run.name}", config.steps - first_step) as ended,
+        (run / "loss.jsonl").open("a", encoding="utf-8") as log_file,
+        progress(f"steps of {run.name}", max(0, config.steps - first_step)) as ended,
     ):
-        for step, (ids, weights) in enumerate(batches(pack, config, first_step), start=first_step):
+        for step, batch in enumerate(batches_from(first_step), start=first_step):
             scale = learning_rate(step, config)
-            for optimizer, rates in zip(optimizers, peak, strict=True):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * scale
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * scale
             total = 0.0
-            norm = float(weights[:, 1:].sum())
-            for part, part_weights in zip(
-                ids.split(config.micro_batch), weights.split(config.micro_batch), strict=True
-            ):
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    target = None
-                    if teach is not None:
-                        with torch.no_grad():
-                            target = teach(part[:, :-1], use_cache=False).logits.float()
-                    logits = forward(part[:, :-1], use_cache=False).logits
-                loss = loss_of(logits.float(), part, part_weights, target) / norm
+            for loss in losses(batch):
                 loss.backward()
                 total += float(loss.detach())
             if not math.isfinite(total):
@@ -246,13 +292,11 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
             done = step + 1
             rate = tokens * (done - first_step) / (time.monotonic() - began)
-            losses.write(json.dumps({"step": step, "loss": round(total, 4), "tokens_per_second": round(rate)}) + "\n")
-            losses.flush()
+            log_file.write(json.dumps({"step": step, "loss": round(total, 4), "tokens_per_second": round(rate)}) + "\n")
+            log_file.flush()
             if done % config.checkpoint_every == 0 or done == config.steps:
                 _save(checkpoint, model, optimizers, done)
             ended()
-    model.save_pretrained(run / "model")
-    return run / "model"
 
 
 def _resume(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:

@@ -20,6 +20,15 @@ class ChatSource(NamedTuple):
     special: Mapping[str, str]
 
 
+class TurnIds(NamedTuple):
+    """The ids that a template writes around the turns of a conversation: before a user's first turn, between it and the
+    answer, and between an answer and the user's next turn."""
+
+    opening: tuple[int, ...]
+    answer: tuple[int, ...]
+    question: tuple[int, ...]
+
+
 def chat_of(model: Path) -> ChatSource | None:
     """Read the template of a model folder or a GGUF file; None if it has none.
 

@@ -8,7 +8,7 @@ from cyclopts import App
 from msgspec.structs import asdict
 
 from fedhlm.errors import ConfigError
-from fedhlm_fleet.commands.common import Positive, needing, print_facts
+from fedhlm_fleet.commands.common import Positive, Seed, needing, print_facts
 
 app = App(name="models", help="Fetch, train, export, quantise and inspect models.")
 
@@ -106,6 +106,92 @@ def models_quantise(
     models_info(out)
     print(f"\n{report.table(figures)}\n\n{report.legend(figures)}")
     return 0
+
+
+@app.command(name="distil")
+def models_distil(
+    llm: str,
+    out: Path,
+    *,
+    texts: Path | None = None,
+    layers: str = "4",
+    tokens: Positive = 500_000,
+    steps: Positive = 1_000,
+    batch: Positive = 8,
+    length: Positive = 256,
+    seed: Seed = 7,
+    threads: Positive = 1,
+) -> int:
+    """Make a draft model of a large one: some of its layers, trained on its own laws. A stopped run goes on.
+
+    The large model writes conversations with itself to learn from, so no texts are needed.
+
+    Parameters
+    ----------
+    llm
+        Hugging Face folder, GGUF file, hub id, or smollm2.
+    out
+        Folder of the run. The draft is in OUT/model and, of a GGUF file, in OUT/draft.gguf.
+    texts
+        File of texts to learn from as well: plain, with blank lines between them, or .jsonl with the key text.
+    layers
+        Number of layers, the first ones and the last, or the numbers of those to keep, such as 0,1,2,29.
+    tokens
+        Tokens that the large model writes. More may be asked for later.
+    steps
+        Steps of the training. More may be asked for later.
+    batch
+        Rows of a step.
+    length
+        Tokens of a row.
+    seed
+        Seed of texts and training.
+    threads
+        Number of threads.
+    """
+    from fedhlm.telemetry import configure_logging
+    from fedhlm_zoo.sources import local_model
+
+    numbers = numbers_of(layers)
+    with needing("models"):
+        from fedhlm_fleet.turns import speech_of
+        from fedhlm_zoo import distil
+        from fedhlm_zoo.texts import load_texts
+    own = [] if texts is None else load_texts(texts)
+    large = local_model(llm)
+    configure_logging("INFO", "models")
+    speech = speech_of(large)
+    done = distil.distil(
+        large,
+        out,
+        distil.config_of(
+            large, numbers, threads=threads, tokens=tokens, steps=steps, batch=batch, length=length, seed=seed
+        ),
+        turns=speech.turns,
+        end_ids=speech.end_ids,
+        texts=own,
+    )
+    print_facts(
+        {
+            "draft": done.file or done.folder,
+            "learnt from": f"{done.tokens:,} tokens",
+            "accepted": f"{done.accepted:.3f} of drafts under shared noise, {done.untrained:.3f} before the training",
+            "card": done.folder / distil.CARD_FILE,
+        }
+    )
+    return 0
+
+
+def numbers_of(layers: str) -> tuple[int, ...]:
+    """The numbers in a list with commas.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    parts = [part.strip() for part in layers.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError("--layers", layers, "a number, or numbers with commas between them")
+    return tuple(map(int, parts))
 
 
 @app.command(name="info")

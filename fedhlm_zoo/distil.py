@@ -92,7 +92,7 @@ class Distilled(NamedTuple):
     accepted: float
 
 
-class Part(NamedTuple):
+class LessonPart(NamedTuple):
     """Lessons of a part of a batch as tensors; `candidates` are the sorted ids for which the head is computed, and
     `ln_weight` is how many tokens each of them stands for, as a logarithm."""
 
@@ -167,7 +167,9 @@ def _stack_of(model: Any) -> str:
     raise ConfigError("model", type(model).__name__, "a causal language model with a list of layers")
 
 
-def parts_of(lessons: Lessons, *, rows: int, vocabulary: int, negatives: int, seed: Sequence[int]) -> Iterator[Part]:
+def parts_of(
+    lessons: Lessons, *, rows: int, vocabulary: int, negatives: int, seed: Sequence[int]
+) -> Iterator[LessonPart]:
     """Cut the lessons of a batch into parts of `rows` rows, and draw the candidates of each."""
     for begin in range(0, len(lessons.ids), rows):
         part = [array[begin : begin + rows] for array in lessons]
@@ -180,10 +182,10 @@ def parts_of(lessons: Lessons, *, rows: int, vocabulary: int, negatives: int, se
         weight[len(held) :] = math.log(len(others) / count) if count else 0.0
         order = np.argsort(candidates)
         tensors = [torch.from_numpy(array) for array in (*part, candidates[order], weight[order])]
-        yield Part(*tensors)
+        yield LessonPart(*tensors)
 
 
-def losses_of(hidden: Tensor, head: nn.Module, part: Part, *, temperature: float) -> tuple[Tensor, Tensor]:
+def losses_of(hidden: Tensor, head: nn.Module, part: LessonPart, *, temperature: float) -> tuple[Tensor, Tensor]:
     """The KL divergence of a part in nats, summed over its counted tokens, and the distance of hidden states.
 
     All tokens outside a law's likeliest ones count as one outcome. `hidden` (rows, length, width) is the small model's.
@@ -207,7 +209,7 @@ def train_on(run: Path, student: Any, config: DistilConfig, files: Sequence[Path
     head = student.get_output_embeddings()
     for parameter in {*head.parameters(), *student.get_input_embeddings().parameters()}:
         parameter.requires_grad_(False)
-    lessons = _Lessons(files, config)
+    lessons = _LessonOrder(files, config)
 
     def losses(batch: tuple[int, Lessons]) -> Iterator[Tensor]:
         step, held = batch
@@ -231,7 +233,7 @@ def train_on(run: Path, student: Any, config: DistilConfig, files: Sequence[Path
     return run / MODEL_FOLDER
 
 
-class _Lessons:
+class _LessonOrder:
     """Batches of lessons: rows in an order that depends on the seed and the epoch."""
 
     def __init__(self, files: Sequence[Path], config: DistilConfig) -> None:

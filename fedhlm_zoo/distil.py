@@ -33,7 +33,7 @@ from fedhlm_zoo import gguf_weights, teaching
 from fedhlm_zoo.conversations import Rows
 from fedhlm_zoo.export import load_torch
 from fedhlm_zoo.info import copy_chat_files
-from fedhlm_zoo.teaching import Lessons, Teacher
+from fedhlm_zoo.teaching import LawLessons, Teacher
 from fedhlm_zoo.train import Schedule, autocast, optimise
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Distilled(NamedTuple):
 
 
 class LessonPart(NamedTuple):
-    """Lessons of a part of a batch as tensors; `candidates` are the sorted ids for which the head is computed, and
+    """LawLessons of a part of a batch as tensors; `candidates` are the sorted ids for which the head is computed, and
     `ln_weight` is how many tokens each of them stands for, as a logarithm."""
 
     ids: Tensor  # (rows, length)
@@ -168,7 +168,7 @@ def _stack_of(model: Any) -> str:
 
 
 def parts_of(
-    lessons: Lessons, *, rows: int, vocabulary: int, negatives: int, seed: Sequence[int]
+    lessons: LawLessons, *, rows: int, vocabulary: int, negatives: int, seed: Sequence[int]
 ) -> Iterator[LessonPart]:
     """Cut the lessons of a batch into parts of `rows` rows, and draw the candidates of each."""
     for begin in range(0, len(lessons.ids), rows):
@@ -211,7 +211,7 @@ def train_on(run: Path, student: Any, config: DistilConfig, files: Sequence[Path
         parameter.requires_grad_(False)
     lessons = _LessonOrder(files, config)
 
-    def losses(batch: tuple[int, Lessons]) -> Iterator[Tensor]:
+    def losses(batch: tuple[int, LawLessons]) -> Iterator[Tensor]:
         step, held = batch
         count = int(held.counted.sum())
         for part in parts_of(
@@ -243,7 +243,7 @@ class _LessonOrder:
         if len(self._places) < config.batch:
             raise ConfigError("tokens", config.tokens, f"at least those of {config.batch} rows of {config.length}")
 
-    def batches(self, first_step: int) -> Iterator[tuple[int, Lessons]]:
+    def batches(self, first_step: int) -> Iterator[tuple[int, LawLessons]]:
         """The batches from a step on, with the number of each."""
         per_epoch = len(self._places) // self._config.batch
         for step in range(first_step, self._config.steps):
@@ -251,7 +251,7 @@ class _LessonOrder:
             order = np.random.default_rng((self._config.seed, epoch)).permutation(len(self._places))
             taken = [self._places[i] for i in order[slot * self._config.batch :][: self._config.batch]]
             rows = [[array[row] for array in self._lessons[file]] for file, row in taken]
-            yield step, Lessons(*(np.stack(column) for column in zip(*rows, strict=True)))
+            yield step, LawLessons(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
 def distil(

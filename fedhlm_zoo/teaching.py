@@ -24,7 +24,7 @@ AT_ONCE: Final = 4  # rows of one call of the large model, whose logits are held
 LIKELIEST: Final = 32  # tokens of a law that are kept; the others share the rest of the mass
 
 
-class Lessons(NamedTuple):
+class LawLessons(NamedTuple):
     """Rows, and the large model's law after each of their ids at one temperature.
 
     `likeliest` (rows, length, k) are the ids of the most probable tokens, `ln_p` their log-probabilities, and `hidden`
@@ -57,7 +57,7 @@ def rows_of_texts(
 
 
 @torch.inference_mode()
-def laws_at(model: Any, rows: Rows, *, temperature: float, vocabulary: int) -> Lessons:
+def laws_at(model: Any, rows: Rows, *, temperature: float, vocabulary: int) -> LawLessons:
     """Read the large model's laws at every token of rows."""
     kept: list[list[Tensor]] = [[], [], []]
     states: list[Tensor] = []
@@ -77,10 +77,10 @@ def laws_at(model: Any, rows: Rows, *, temperature: float, vocabulary: int) -> L
     likeliest, ln_p, hidden = (torch.cat(kind).numpy() for kind in kept)
     counted = np.zeros_like(rows.written)
     counted[:, :-1] = rows.written[:, 1:]
-    return Lessons(rows.ids, counted, likeliest, ln_p, hidden)
+    return LawLessons(rows.ids, counted, likeliest, ln_p, hidden)
 
 
-def save(path: Path, lessons: Lessons) -> None:
+def save(path: Path, lessons: LawLessons) -> None:
     """Write a file of lessons."""
     with replacing(path) as file:
         np.savez(
@@ -93,10 +93,10 @@ def save(path: Path, lessons: Lessons) -> None:
         )
 
 
-def load(path: Path) -> Lessons:
+def load(path: Path) -> LawLessons:
     """Read a file of lessons."""
     with np.load(path) as held:
-        return Lessons(
+        return LawLessons(
             held["ids"].astype(np.int64),
             held["counted"],
             held["likeliest"].astype(np.int64),

@@ -19,7 +19,7 @@ from fedhlm_zoo import conversations, gguf_weights, teaching  # noqa: E402
 from fedhlm_zoo.distil import CARD_FILE, DistilConfig, chosen_layers, distil, losses_of, parts_of, pruned  # noqa: E402
 from fedhlm_zoo.export import load_torch  # noqa: E402
 from fedhlm_zoo.prompts import load_items  # noqa: E402
-from fedhlm_zoo.teaching import Lessons  # noqa: E402
+from fedhlm_zoo.teaching import LawLessons  # noqa: E402
 from fedhlm_zoo.tiny import make_tiny  # noqa: E402
 from tests.fedhlm.decoding.ggufs import tiny_gguf  # noqa: E402
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_distilled_is_said(large: Path, exported: Any, tmp_path: 
         pruned(load_torch(large), (1, 0))
 
 
-def lessons(model: Any, *, rows: int = 3) -> Lessons:
+def lessons(model: Any, *, rows: int = 3) -> LawLessons:
     ids = np.random.default_rng(1).integers(1, 4096, (rows, 12))
     return teaching.laws_at(
         model, conversations.Rows(ids, np.ones_like(ids, np.bool_)), temperature=0.8, vocabulary=4096

@@ -126,9 +126,9 @@ def _exporters() -> Iterator["SpanExporter"]:
 
 def _otlp() -> Iterator["SpanExporter"]:
     _check_otlp()
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from fedhlm.collector import CollectorExporter
 
-    yield OTLPSpanExporter()
+    yield CollectorExporter()
 
 
 def _console() -> Iterator["SpanExporter"]:

@@ -40,7 +40,7 @@ DIE: Final = ("sh", "-c", "kill -9 -1")
 # Any free ports of this machine, so that a trial can run beside a fleet.
 PORTS: Final = {"HOME_API_PORT": "0", "GARDEN_API_PORT": "0", "CONSOLE_PORT": "0"}
 IMAGES: Final = ("agent", "edge", "cloud", "init")
-AGENT_MAX_BYTES: Final = 240_000_000  # without its base
+AGENT_MAX_BYTES: Final = 250_000_000  # without its base
 BASE: Final = os.environ.get("PYTHON_IMAGE", "python:3.11-slim-bookworm")
 
 

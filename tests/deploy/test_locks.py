@@ -19,11 +19,11 @@ ROOT: Final = Path(__file__).parents[2]
 DOCKER: Final = ROOT / "deploy" / "docker"
 LOCKS: Final = sorted((DOCKER / "locks").glob("*.txt"))
 ASKED: Final = {
-    "agent": ("agent", "serve"),
+    "agent": ("agent", "serve", "otel"),
     "bundle": ("agent",),
-    "cloud.onnxruntime": ("cloud",),
-    "cloud.onnxruntime-gpu": ("cloud",),
-    "edge": ("edge",),
+    "cloud.onnxruntime": ("cloud", "otel"),
+    "cloud.onnxruntime-gpu": ("cloud", "otel"),
+    "edge": ("edge", "otel"),
     "init": ("operator",),
 }
 

@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from fedhlm.collector import CollectorExporter
 from fedhlm.errors import ConfigError
 from fedhlm.opentelemetry import OtelTracer, traced
 from fedhlm.spans import PASSING
@@ -40,7 +41,7 @@ def test_without_the_setting_nothing_of_it_is_imported() -> None:
 
 @pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter"])
 def test_without_the_extra_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(missing)]:
+    for name in [name for name in sys.modules if name.startswith((missing, "fedhlm.collector"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     wanted = r"telemetry\.opentelemetry must be false \(got True: .*pip install 'fedhlm\[otel\]'\)"
@@ -92,6 +93,36 @@ def test_a_collector_is_sent_the_spans_and_whose_they_are(monkeypatch: pytest.Mo
     assert told["deployment.environment"] == "barn"
     (span,) = of_part.scope_spans[0].spans
     assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == ("settle", ABOVE[3:35], ABOVE[36:52])
+
+
+def test_a_collector_that_is_away_is_said_once_and_its_return_as_well(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = [401, 401, 200, 200, 401]
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(answers.pop(0))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    caplog.set_level("INFO")
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(CollectorExporter()))
+        while answers:
+            OtelTracer(provider).begin("request", "server").end()
+        provider.shutdown()
+        server.shutdown()
+    told = [(record.levelname, record.getMessage().partition(":")[0]) for record in caplog.records]
+    lost = "WARNING", "the collector takes no spans"
+    assert told == [lost, ("INFO", "the collector takes spans again"), lost]
+    assert "401" in caplog.text
 
 
 def test_the_service_has_the_name_that_the_environment_gives(

@@ -38,7 +38,7 @@ class CollectorExporter(SpanExporter):
 
     def shutdown(self) -> None:
         """See `SpanExporter`."""
-        self._inner.shutdown()
+        self._inner.shutdown()  # type: ignore[no-untyped-call]
         logging.getLogger(exporter_name).removeFilter(self._lines)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:

@@ -25,7 +25,7 @@ from fedhlm_doors.refusals import ApiError
 
 ASSETS: Final = Path(__file__).with_name("console_page")
 FILES: Final = {"/": ("index.html", "text/html"), "/console.css": ("console.css", "text/css")} | {
-    f"/{name}": (name, "text/javascript") for name in ("console.js", "charts.js")
+    f"/{name}": (name, "text/javascript") for name in ("console.js", "texts.js", "charts.js")
 }
 HEADERS: Final = {
     "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
@@ -45,10 +45,12 @@ class ConsoleFeed(Protocol):
     Attributes:
         length_s: how long a recording is, in seconds; None for what is live.
         opens_s: the second of a recording that is shown first.
+        began_s: when a recording began, in Unix time; 0 for what is live.
     """
 
     length_s: float | None
     opens_s: float
+    began_s: float
 
     def snapshot(self, at_s: float | None = None) -> dict[str, Any]:
         """Everything, as JSON: now, at the end of a recording, or at a second of it."""
@@ -129,7 +131,9 @@ class ConsolePage:
             await changes.aclose()
 
     def _dated(self, state: dict[str, Any]) -> dict[str, Any]:
-        return state | {"length": self._feed.length_s, "opens": self._feed.opens_s, "asks": self._ask is not None}
+        feed = self._feed
+        times = {"length": feed.length_s, "opens": feed.opens_s, "began": feed.began_s}
+        return state | times | {"asks": self._ask is not None}
 
 
 async def _nothing() -> None:

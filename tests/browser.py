@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -88,7 +89,7 @@ class Browser:
         os.write(self._to, json.dumps(asked).encode() + b"\0")
         while True:
             told = self._next()
-            if told.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            if is_error(told):
                 self.errors.append(told["params"])
             if (heard := self.on.get(told.get("method", ""))) is not None:
                 heard(told["params"])
@@ -105,9 +106,22 @@ class Browser:
         return found
 
 
+def is_error(told: dict[str, Any]) -> bool:
+    """Whether the browser tells of an exception, of what it complains of itself, or of a script's own console.error."""
+    match told.get("method"):
+        case "Runtime.exceptionThrown" | "Log.entryAdded":
+            return True
+        case "Runtime.consoleAPICalled":
+            return bool(told["params"]["type"] in ("error", "assert"))
+    return False
+
+
 @contextmanager
-def browser(folder: Path) -> Iterator[Browser]:
-    """Run a browser whose profile lies in `folder`."""
+def browser(folder: Path, *, expected: str = "") -> Iterator[Browser]:
+    """Run a browser whose profile lies in `folder`. An error on its console fails the test, unless it is `expected`.
+
+    That is a regular expression of the errors that a test brings about.
+    """
     assert CHROMIUM is not None
     pipes = [*os.pipe(), *os.pipe()]
     theirs_in, to, back, theirs_out = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE) for end in pipes)
@@ -130,6 +144,9 @@ def browser(folder: Path) -> Iterator[Browser]:
         found = Browser(to, back)
         found.start()
         yield found
+        found.value("0")  # what it has told so far is read
+        wrong = [error for error in found.errors if not (expected and re.search(expected, json.dumps(error)))]
+        assert not wrong, wrong
     finally:
         process.kill()
         process.wait()

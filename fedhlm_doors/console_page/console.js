@@ -2,11 +2,10 @@
 // The page of the console: the state comes whole when the connection begins, then what changes. It sends nothing, unless
 // the console allows prompts.
 
-const WORDS = {
-  local: "device kept", peer: "peer", neighbour: "neighbour cluster", cloud: "cloud", unverified: "unverified",
-  replaced: "cloud replaced", mixed: "several, not told apart",
+const KINDS = {
+  offline: "outages", online: "arrivals", restarted: "restarts", takeover: "takeovers", refused: "refusals",
+  round: "rounds", moved: "moves",
 };
-const KINDS = { offline: "outages", online: "arrivals", refused: "refusals", round: "rounds", moved: "moves" };
 const LOG_MAX = 400;
 
 const $ = (id) => document.getElementById(id);
@@ -20,8 +19,7 @@ const cards = new Map();
 const fresh = new Set();  // parts of which only figures are new
 let fleet = true;  // whether the map is to be drawn anew
 let log = [];
-let budget = 0, confidence = 0.95, missing = [], length = null, opens = 0;
-let picked = "", shown = "", drawn = 0, at = -1;
+let budget = 0, confidence = 0.95, missing = [], length = null, opens = 0, began = 0;
 let pending = false;
 
 function say(node, text) { if (node.textContent !== text) node.textContent = text; }
@@ -48,7 +46,8 @@ function whole(state) {
   confidence = state.confidence;
   length = state.length;
   opens = state.opens;
-  if (length !== null) { texts.clear(); shown = ""; }
+  began = state.began;
+  if (length !== null) { texts.clear(); drawn = 0; } else shown = "";
   log = length === null && state.log.length === 0 ? log : [];
   change(state);
 }
@@ -82,10 +81,17 @@ function change(state) {
     const known = texts.get(text.id);
     const before = known && text.from > 0 ? known.tokens.slice(0, text.from) : [];
     if (text.from === 0 && shown === text.id) drawn = 0;
-    texts.delete(text.id);
+    if (!known || known.count !== text.count || known.finish !== text.finish) {
+      texts.delete(text.id);  // the newest stands last; what is learnt of an old one does not make it new
+      moved.set(text.id, performance.now());
+    }
     texts.set(text.id, { ...text, tokens: before.concat(text.tokens) });
   }
-  while (texts.size > 80) texts.delete(texts.keys().next().value);
+  while (texts.size > 80) {
+    const eldest = texts.keys().next().value;
+    texts.delete(eldest);
+    moved.delete(eldest);
+  }
   if (state.log) log = state.log.slice().reverse().concat(log).slice(0, LOG_MAX);
   if (!pending) {
     pending = true;
@@ -221,12 +227,15 @@ function drawParts(list, found) {
 function drawPart(card, part) {
   card.classList.toggle("off", !part.online);
   card.classList.toggle("ill", part.online && part.wrong !== "");
-  say(card.at.name, part.role === part.name ? part.name : `${part.role} ${part.name}`);
+  say(card.at.name, part.name);
   say(card.at.state, !part.online ? "○ offline" : part.link ? `● reaches ${part.link}` : "● online");
-  say(card.at.model, [part.model, part.software.replace("fedhlm ", "version ")].filter(Boolean).join(", "));
+  const role = part.role === part.name ? "" : part.role;
+  say(card.at.model, [role, part.model, part.software.replace("fedhlm ", "version ")].filter(Boolean).join(", "));
   const learnt = [];
-  if (part.tau !== undefined) learnt.push(`threshold ${part.tau.toFixed(3)}`);
-  if (part.risk_limit !== undefined) learnt.push(`error at most ${percent(part.risk_limit)} at ${percent(confidence, 0)}`);
+  if (part.tau !== undefined) learnt.push(part.tau < 0 ? "every token is verified" : `threshold ${part.tau.toFixed(3)}`);
+  if (part.risk_limit !== undefined) {
+    learnt.push(part.risk_limit < 1 ? `error at most ${percent(part.risk_limit)} at ${percent(confidence, 0)}` : "no certificate yet");
+  }
   say(card.at.learnt, learnt.join(", "));
   card.at.remedy.hidden = !part.wrong;
   say(card.at.remedy, part.wrong ? `${part.wrong}. To do: ${part.remedy}` : "");
@@ -250,82 +259,6 @@ function drawShares(bar, sources) {
   }
 }
 
-// Texts
-
-function drawChoice() {
-  const select = $("which");
-  const ids = [...texts.keys()].reverse();
-  if (select.dataset.ids === ids.join("\n")) return;
-  select.dataset.ids = ids.join("\n");
-  const options = ids.map((id) => {
-    const text = texts.get(id);
-    const option = make("option", "", `${text.agent}: ${(text.prompt || text.id).replace(/\s+/g, " ").slice(0, 60)}`);
-    option.value = id;
-    return option;
-  });
-  select.replaceChildren(select.options[0], ...options);
-  select.value = texts.has(picked) ? picked : "";
-}
-
-function drawText() {
-  const id = texts.has(picked) ? picked : [...texts.keys()].pop();
-  const box = $("written");
-  const text = id === undefined ? null : texts.get(id);
-  if (id !== shown || text === null) {
-    shown = id || "";
-    drawn = 0;
-    at = -1;
-  }
-  if (text === null) {
-    box.replaceChildren();
-    say($("prompt"), "No text yet. Ask an agent: fedhlm ask AGENT TEXT");
-    say($("figures"), "");
-    return;
-  }
-  say($("prompt"), `${text.agent} in ${text.cluster} continues: ${text.prompt || "(the prompt was not seen)"}`);
-  if (drawn === 0 || drawn > text.tokens.length) {
-    box.replaceChildren();
-    drawn = 0;
-  }
-  const low = box.scrollTop + box.clientHeight >= box.scrollHeight - 40;
-  const fresh = document.createDocumentFragment();
-  for (; drawn < text.tokens.length; drawn++) {
-    const [word, source, , draft] = text.tokens[drawn];
-    const token = make("span", `t ${source}${draft !== null && draft !== word ? " replaced" : ""}`, word);
-    token.dataset.i = drawn;
-    fresh.append(token);
-  }
-  box.append(fresh);
-  if (low) box.scrollTop = box.scrollHeight;
-  const s = text.statistics;
-  const told = [plural(text.count, "token")];
-  if (text.finish) told.push(text.error ? `${text.finish}: ${text.error}` : text.finish);
-  if (s.uplink_bytes !== undefined) told.push(`${Math.round(s.uplink_bytes).toLocaleString()} bytes up`);
-  if (s.round_trips !== undefined) told.push(plural(s.round_trips, "round trip"));
-  if (s.rollbacks !== undefined) told.push(plural(s.rollbacks, "rollback"));
-  if (s.wall_s !== undefined) told.push(`${s.wall_s.toFixed(2)} s`);
-  say($("figures"), told.join(", "));
-}
-
-function look(index) {
-  const text = texts.get(shown);
-  const box = $("written");
-  if (!text || index < 0 || index >= text.tokens.length) return;
-  box.children[at]?.classList.remove("at");
-  at = index;
-  const token = box.children[at];
-  token.classList.add("at");
-  token.scrollIntoView({ block: "nearest" });
-  const [word, source, doubt, draft] = text.tokens[at];
-  const replaced = draft !== null && draft !== word;
-  const told = [`Token ${at + 1}, “${word}”: ${source === "missing" ? `${doubt} tokens were not seen` : WORDS[replaced && source === "cloud" ? "replaced" : source]}`];
-  if (source !== "missing" && doubt !== null) told.push(`doubt u = ${doubt.toFixed(3)}`);
-  if (text.statistics.tau !== undefined) told.push(`threshold ${text.statistics.tau.toFixed(3)}`);
-  if (draft !== null) told.push(replaced ? `the device had drafted “${draft}”` : "the device's draft was accepted");
-  if (doubt === null && source !== "mixed") told.push("doubt and draft are known where agents publish their journals");
-  say($("detail"), told.join("; ") + ".");
-}
-
 // Events
 
 function drawLog() {
@@ -339,7 +272,12 @@ function drawLog() {
     const row = make("li");
     const when = make("time", "", clock(entry.at));
     when.dateTime = new Date(1000 * entry.at).toISOString();
-    row.append(when, make("span", entry.kind, `${entry.cluster} ${entry.who} ${entry.words}`.trim()));
+    const cell = length === null ? when : make("a");
+    if (length !== null) {
+      cell.href = `#${linked({ at: Math.max(0, entry.at - began).toFixed(1) })}`;
+      cell.append(when);
+    }
+    row.append(cell, make("span", entry.kind, `${entry.cluster} ${entry.who} ${entry.words}`.trim()));
     return row;
   }));
 }
@@ -418,7 +356,30 @@ function recorded() {
   if (length === null || $("slider").max === String(length)) return;
   $("slider").max = length;
   const wanted = new URLSearchParams(location.hash.slice(1)).get("at");
-  goto(wanted === null ? opens : Number(wanted) || 0);  // #at=12.5 links to a second
+  goto(wanted === null ? opens : Number(wanted) || 0);
+}
+
+// Links: #text=AGENT/REQUEST shows a text, #at=12.5 a second of a recording, #hide=round,moved leaves out kinds of events.
+
+function linked(changes) {
+  const found = new URLSearchParams(location.hash.slice(1));
+  for (const [name, value] of Object.entries(changes)) {
+    if (value === "") found.delete(name); else found.set(name, value);
+  }
+  return found.toString().replaceAll("%2F", "/").replaceAll("%2C", ",");
+}
+
+function link(changes) { history.replaceState(null, "", `#${linked(changes)}`); }
+
+function follow() {
+  const found = new URLSearchParams(location.hash.slice(1));
+  picked = found.get("text") || "";
+  $("which").value = texts.has(picked) ? picked : "";
+  const hidden = (found.get("hide") || "").split(",");
+  for (const box of document.querySelectorAll("#kinds input")) box.checked = !hidden.includes(box.value);
+  if (length !== null && found.has("at")) { play(false); goto(Number(found.get("at")) || 0); }
+  drawText();
+  drawLog();
 }
 
 // Start
@@ -430,19 +391,19 @@ function begin() {
     box.type = "checkbox";
     box.value = kind;
     box.checked = true;
-    box.addEventListener("change", drawLog);
+    box.addEventListener("change", () => {
+      link({ hide: [...document.querySelectorAll("#kinds input:not(:checked)")].map((other) => other.value).join(",") });
+      drawLog();
+    });
     label.append(box, word);
     $("kinds").append(label);
   }
-  for (const name of ["local", "peer", "neighbour", "cloud", "replaced", "unverified"]) {
-    const row = make("li");
-    row.append(make("span", `t ${name === "replaced" ? "cloud replaced" : name}`, "word"), WORDS[name]);
-    $("legend").append(row);
-  }
-  picked = new URLSearchParams(location.hash.slice(1)).get("text") || "";
+  drawLegend();
+  follow();
+  addEventListener("hashchange", follow);
   $("which").addEventListener("change", (event) => {
     picked = event.target.value;
-    history.replaceState(null, "", picked ? `#text=${encodeURIComponent(picked)}` : "#");
+    link({ text: picked });
     drawText();
   });
   const box = $("written");
@@ -462,8 +423,11 @@ function begin() {
   $("ask").addEventListener("submit", ask);
 
   const source = new EventSource("events");
-  source.onopen = () => say($("link"), "connected");
-  source.onerror = () => say($("link"), "no connection to the console's server: trying again");
+  source.onopen = () => { say($("link"), "connected"); $("link").className = ""; };
+  source.onerror = () => {
+    say($("link"), "no connection to the console's server: what stands here is old; trying again");
+    $("link").className = "broken";
+  };
   source.addEventListener("state", (event) => {
     whole(JSON.parse(event.data));
     say($("link"), length === null ? "live" : "recording");

@@ -34,6 +34,7 @@ SHOWN: Final = (
     topics.PROMPT,
     topics.PROMPT_FROM,
     topics.OUTPUT,
+    topics.VERDICT,
     topics.ASSIGN,
     topics.AGENT_METRICS,
     topics.AGENT_JOURNAL,
@@ -45,6 +46,7 @@ class LiveFeed:
 
     length_s: float | None = None
     opens_s: float = 0.0
+    began_s: float = 0.0
 
     def __init__(self, state: ConsoleState) -> None:
         self.connected = asyncio.Event()
@@ -125,6 +127,7 @@ class RecordedFeed:
         self._records = sorted(trace, key=lambda record: record.at_s)
         self._times = [record.at_s for record in self._records]
         self._state, self._done = make(), 0
+        self.began_s = self._records[0].wall_ms / 1000.0 - self._times[0] if self._times else 0.0
         self.length_s: float | None = self._times[-1] if self._times else 0.0
         self.opens_s = max((r.at_s for r in self._records if self._writes(r)), default=self.length_s)
 

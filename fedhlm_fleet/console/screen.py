@@ -69,6 +69,6 @@ def _table(parts: Sequence[Mapping[str, Any]]) -> Table:
 def _written(text: Mapping[str, Any]) -> Text:
     line = Text(no_wrap=True, overflow="ellipsis")
     line.append(f"{text['agent']}: ", "bold")
-    line.append(painted((word.replace("\n", " "), source) for word, source, _, _ in text["tokens"]))
+    line.append(painted((word.replace("\n", " "), source) for word, source, *_ in text["tokens"]))
     line.append("" if text["finish"] else " ...", "dim")
     return line

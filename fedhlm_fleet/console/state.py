@@ -7,7 +7,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from edge_agent.events import Judged
 from fedhlm.errors import ProtocolError
 from fedhlm.protocol.messages import (
     AnyMessage,
@@ -19,24 +18,18 @@ from fedhlm.protocol.messages import (
     Output,
     Presence,
     Prompt,
+    Verdict,
 )
 from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_fleet.console.history import Cost, RoundsSeen, Routing
 from fedhlm_fleet.console.texts import Pieces
+from fedhlm_fleet.console.written import Place, Written
 from fedhlm_fleet.status import Heard, errors_of_fleet, missing, rows
-from fedhlm_traces.journal_reader import JournalReader
 
-TEXTS_MAX: Final = 40
-TOKENS_MAX: Final = 2_048  # of one text that are shown
 LOG_MAX: Final = 400
 PARTS_MAX: Final = 4_096
-PROMPTS_MAX: Final = 1_024
 FIGURES: Final = ("tau", "risk", "risk_limit")
-SHOWN: Final = 600  # characters of a prompt
-
-Place = tuple[str, str]  # cluster and name; the cloud's cluster is empty
-Made = Callable[[], Pieces]
 
 
 class ConsoleState:
@@ -45,16 +38,13 @@ class ConsoleState:
     `pieces` makes a decoder of one text. `budget` and `confidence` are what the certificates are compared with.
     """
 
-    def __init__(self, pieces: Made, *, budget: float, confidence: float) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: Callable[[], Pieces], *, budget: float, confidence: float) -> None:
+        self._written = Written(pieces)
         self._budget, self._confidence = budget, confidence
         self._heard: OrderedDict[Place, Heard] = OrderedDict()
+        self._born: OrderedDict[Place, Presence] = OrderedDict()  # the newest presence of each part that was online
         self._figures: dict[Place, dict[str, Any]] = {}
         self._clusters: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._prompts: OrderedDict[tuple[str, str], tuple[str, str]] = OrderedDict()
-        self._texts: OrderedDict[tuple[str, str], dict[str, Any]] = OrderedDict()
-        self._decoders: dict[tuple[str, str], Pieces] = {}
-        self._journals: dict[str, JournalReader] = {}
         self._log: deque[dict[str, Any]] = deque(maxlen=LOG_MAX)
         self._logged = 0
         self._told_log = 0
@@ -65,7 +55,6 @@ class ConsoleState:
         self._parts_changed = self._cost_changed = False
         self._clusters_changed: set[str] = set()
         self._figured: set[Place] = set()  # parts of which only figures are new
-        self._from: dict[tuple[str, str], int] = {}  # the first token of each text that is new
         self._now_s = 0.0
 
     def put(self, message: AnyMessage, levels: dict[str, str], now_s: float, *, retained: bool = False) -> None:
@@ -75,17 +64,17 @@ class ConsoleState:
             case Presence() if not ROLES[message.role].asks:
                 self._presence(message, levels, retained=retained)
             case Prompt():
-                self._prompts[levels["agent"], message.request] = message.text[:SHOWN], message.sender
-                while len(self._prompts) > PROMPTS_MAX:
-                    self._prompts.popitem(last=False)
+                self._written.asked(levels["agent"], message, now_s)
             case Output():
                 self._output(message, levels)
             case Learned():
                 self._learned(message, levels.get("cluster", ""), retained=retained)
             case MetricsReport():
                 self._reported(message, (levels["cluster"], levels["agent"]))
-            case Journal():
-                self._journal(message, levels.get("agent"))
+            case Journal() if "agent" in levels:
+                self._written.noted(levels["agent"], message)
+            case Verdict():
+                self._written.settled(levels["agent"], message)
             case Assignment():
                 self._note("moved", "", levels.get("agent", ""), f"is assigned to cluster {message.cluster}")
 
@@ -101,7 +90,7 @@ class ConsoleState:
             "clusters": [self._cluster(name) for name in self._clusters],
             "routing": self._routing.since(0),
             "cost": self._cost.told(),
-            "texts": [text | {"from": 0} for text in self._texts.values()],
+            "texts": self._written.snapshot(),
             "log": list(self._log),
         }
 
@@ -113,12 +102,8 @@ class ConsoleState:
             found["figures"] = [{"cluster": p[0], "name": p[1], **self._figures[p]} for p in known]
         if self._clusters_changed:
             found["clusters"] = [self._cluster(name) for name in sorted(self._clusters_changed)]
-        if self._from:
-            found["texts"] = [
-                self._texts[key] | {"from": start, "tokens": self._texts[key]["tokens"][start:]}
-                for key, start in self._from.items()
-                if key in self._texts
-            ]
+        if texts := self._written.changes():
+            found["texts"] = texts
             found["routing"] = self._routing.since(self._told_routing)
             self._told_routing = self._routing.newest
         if self._cost_changed:
@@ -128,7 +113,6 @@ class ConsoleState:
         self._told_log = self._logged
         self._parts_changed = self._cost_changed = False
         self._clusters_changed, self._figured = set(), set()
-        self._from = {}
         return found
 
     def _cluster(self, name: str) -> dict[str, Any]:
@@ -167,18 +151,37 @@ class ConsoleState:
         if state.fingerprint is not None:  # a last will does not tell it
             self._figures.setdefault(place, {})["model"] = state.fingerprint.model
         was = before.presence if before is not None else None
-        if state.online and (was is None or not was.online):
-            if not retained:
-                self._note("online", *place, "is online")
-        elif state.online and was is not None and state.fingerprint != was.fingerprint:
-            self._note("online", *place, "runs another model")
-        elif not state.online and (was is None or was.online):
+        if state.online:
+            self._arrived(place, state, was, retained=retained)
+        elif was is None or was.online:
             self._note("offline", *place, "is offline")
         if ROLES[state.role].relays and state.online and was is not None and was.online:
             if state.upstream is None and was.upstream is not None:
                 self._note("offline", *place, "sees no cloud: new text stays unverified")
             elif state.upstream is not None and was.upstream is None:
                 self._note("online", *place, "sees the cloud again")
+
+    def _arrived(self, place: Place, state: Presence, was: Presence | None, *, retained: bool) -> None:
+        """Tell a first arrival, a connection made again, a restart, and a second program of the same name apart.
+
+        A program makes its presence once, and numbers its messages from 1. The same one again is the same program.
+        """
+        born = self._born.get(place)
+        self._born[place] = state
+        while len(self._born) > PARTS_MAX:
+            self._born.popitem(last=False)
+        if born is None:
+            if not retained:
+                self._note("online", *place, "is online")
+        elif state.sent_ms < born.sent_ms:
+            self._born[place] = born
+            self._note("takeover", *place, "was taken over by an earlier program of its name: two of them are running")
+        elif state.sent_ms > born.sent_ms and state.sequence <= born.sequence:
+            self._note("restarted", *place, "has restarted")
+        elif was is not None and not was.online:
+            self._note("online", *place, "is online again, and did not restart")
+        if was is not None and was.online and state.fingerprint != was.fingerprint:
+            self._note("online", *place, "runs another model")
 
     def _learned(self, learned: Learned, cluster: str, *, retained: bool) -> None:
         before = self._clusters.get(cluster)
@@ -215,47 +218,16 @@ class ConsoleState:
         self._figured.add(place)
 
     def _output(self, output: Output, levels: dict[str, str]) -> None:
-        place, key = (levels["cluster"], levels["agent"]), (levels["agent"], output.request)
+        place = levels["cluster"], levels["agent"]
         if output.refusal is not None:
             self._note("refused", *place, f"refused a request: {output.error}")
             return
-        text = self._texts.get(key)
-        if text is None or (text["finish"] is not None and output.position == 0 and output.ids):
-            text = self._begin(key, place, output)
-        if text["finish"] is not None or output.position < text["count"]:
-            return  # a duplicate, or what came late
-        self._from.setdefault(key, len(text["tokens"]))
-        if output.position > text["count"]:
-            text["tokens"].append([" … ", "missing", output.position - text["count"], None])
-        told = self._decoders[key].by_source(output.ids, output.text, output.sources)
-        if len(text["tokens"]) < TOKENS_MAX:
-            text["tokens"] += [[shown, source, None, None] for shown, source in told]
-        text["count"] = output.position + len(output.ids)
+        text = self._written.put_out(place, output, self._now_s)
+        if text is None:
+            return
         self._count(place, output)
         if output.finish is not None:
-            self._finish(key, place, text, output)
-
-    def _begin(self, key: tuple[str, str], place: Place, output: Output) -> dict[str, Any]:
-        prompt, client = self._prompts.pop(key, ("", output.client or ""))
-        self._texts[key] = text = {
-            "id": f"{key[0]}/{key[1]}",
-            "agent": key[0],
-            "cluster": place[0],
-            "client": client,
-            "prompt": prompt,
-            "at": self._now_s,
-            "tokens": [],
-            "count": 0,
-            "finish": None,
-            "error": "",
-            "statistics": {},
-        }
-        self._decoders[key] = self._pieces()
-        while len(self._texts) > TEXTS_MAX:
-            eldest, _ = self._texts.popitem(last=False)
-            self._decoders.pop(eldest, None)
-            self._from.pop(eldest, None)
-        return text
+            self._finish(place, text, output)
 
     def _count(self, place: Place, output: Output) -> None:
         counts = self._figures.setdefault(place, {}).setdefault("sources", dict.fromkeys(SOURCES, 0))
@@ -264,10 +236,7 @@ class ConsoleState:
         self._routing.count(output.sources, self._now_s)
         self._figured.add(place)
 
-    def _finish(self, key: tuple[str, str], place: Place, text: dict[str, Any], output: Output) -> None:
-        text["finish"], text["error"] = output.finish, output.error
-        text["statistics"] = {name: value for name, value in output.statistics.items() if abs(value) < 1e15}
-        self._decoders.pop(key, None)
+    def _finish(self, place: Place, text: dict[str, Any], output: Output) -> None:
         self._note_figures(place, text["statistics"])
         heard = self._heard.get(place)
         model = heard.presence.fingerprint if heard is not None else None
@@ -276,25 +245,6 @@ class ConsoleState:
         self._cost_changed = True
         if output.finish in ("error", "cancelled"):
             self._note("refused", *place, f"ended a text: {output.finish}, {output.error}")
-
-    def _journal(self, journal: Journal, agent: str | None) -> None:
-        """Add doubts and replaced drafts to a finished text, if its agent publishes its journal."""
-        if agent is None:
-            return
-        for told in self._journals.setdefault(agent, JournalReader()).read(journal):
-            key = agent, told.request
-            text = self._texts.get(key)
-            if text is None or len(text["tokens"]) != text["count"]:
-                continue
-            for place, judged in told.drafts.items():
-                if place < text["count"]:
-                    self._judged(text["tokens"][place], judged)
-            self._from[key] = 0
-
-    def _judged(self, token: list[Any], judged: Judged) -> None:
-        token[2] = round(judged.uncertainty, 4)
-        if judged.own != judged.token or judged.escalate:
-            token[3] = self._pieces().alone(judged.own)
 
     def _note(self, kind: str, cluster: str, who: str, words: str) -> None:
         self._logged += 1

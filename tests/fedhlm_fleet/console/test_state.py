@@ -15,8 +15,9 @@ from fedhlm.learning.curve import Curve
 from fedhlm.protocol.messages import Fingerprint, Learned, MetricsReport, Output, PaperThreshold, Presence, Prompt
 from fedhlm_fleet.console.feeds import RecordedFeed
 from fedhlm_fleet.console.history import BUCKETS_MAX, ROUNDS_MAX
-from fedhlm_fleet.console.state import LOG_MAX, TEXTS_MAX, ConsoleState
+from fedhlm_fleet.console.state import LOG_MAX, ConsoleState
 from fedhlm_fleet.console.texts import Pieces
+from fedhlm_fleet.console.written import LATER, MS, SCORE, TEXTS_MAX
 from fedhlm_fleet.remedies import cut_off, no_edge, offline
 from fedhlm_traces.decoded import look
 from fedhlm_traces.file import read
@@ -115,6 +116,10 @@ def test_every_token_has_its_text_its_source_its_doubt_and_its_draft() -> None:
         assert [token[1] for token in text["tokens"]] == sources[text["id"]]
     tokens = [token for text in shown["texts"] for token in text["tokens"]]
     assert all(token[2] is not None for token in tokens), "the demo's agents keep journals"
+    assert {token[LATER] for token in tokens if token[1] == "local"} == {None, True, False}, "some were looked at later"
+    assert {token[LATER] for token in tokens if token[1] == "cloud"} == {None}, "the LLM has settled these at once"
+    assert any(token[SCORE] is not None for token in tokens if token[1] == "peer")
+    assert all(token[MS] >= 0 for token in tokens)
     replaced = [token for token in tokens if token[3] is not None and token[3] != token[0]]
     assert replaced
     assert {token[1] for token in replaced} == {"cloud"}, "nobody but the cloud takes another token than the draft"
@@ -165,6 +170,26 @@ def test_events_tell_outages_rounds_refusals_and_no_news_of_the_past() -> None:
     ]
     part = next(part for part in shown.snapshot()["parts"] if part["name"] == "porch")
     assert (part["online"], part["wrong"], part["model"]) == (False, "offline", "small"), "its model is not forgotten"
+
+
+def test_a_restart_a_lost_connection_and_a_second_program_are_told_apart() -> None:
+    def program(second: float) -> tuple[Presence, Presence]:
+        stamp = Stamp("porch", lambda: second)
+        return tuple(presence(stamp, "agent", online=online, fingerprint=SMALL) for online in (True, False))  # type: ignore[return-value]
+
+    shown = state()
+    (first, its_end), (second, _) = program(10.0), program(20.0)
+    for now_s, message in enumerate((first, its_end, first, its_end, second, first, second)):
+        shown.put(message, HERE, float(now_s))
+    told = [(kind, words) for kind, _, words in events(shown)]
+    assert told == [
+        ("online", "is online"),
+        ("offline", "is offline"),
+        ("online", "is online again, and did not restart"),
+        ("offline", "is offline"),
+        ("restarted", "has restarted"),
+        ("takeover", "was taken over by an earlier program of its name: two of them are running"),
+    ]
 
 
 def test_reported_figures_are_shown_at_their_agent() -> None:

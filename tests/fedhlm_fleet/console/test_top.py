@@ -66,7 +66,7 @@ def test_tokens_are_coloured_by_who_decided_them() -> None:
     with terminal.capture() as capture:
         terminal.print(screen(feed.snapshot() | {"texts": [text]}))
     codes = {"local": "\x1b[36m", "cloud": "\x1b[33m"}
-    for word, source, _, _ in text["tokens"]:
+    for word, source, *_ in text["tokens"]:
         if source in codes:
             assert codes[source] + word.replace("\n", " ") in capture.get(), word
 

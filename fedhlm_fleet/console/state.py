@@ -24,7 +24,7 @@ from fedhlm.protocol.roles import ROLES
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_fleet.console.history import Cost, RoundsSeen, Routing
 from fedhlm_fleet.console.texts import Pieces
-from fedhlm_fleet.console.written import Place, Written
+from fedhlm_fleet.console.texts_seen import Place, TextsSeen
 from fedhlm_fleet.status import Heard, errors_of_fleet, missing, rows
 
 LOG_MAX: Final = 400
@@ -39,7 +39,7 @@ class ConsoleState:
     """
 
     def __init__(self, pieces: Callable[[], Pieces], *, budget: float, confidence: float) -> None:
-        self._written = Written(pieces)
+        self._texts = TextsSeen(pieces)
         self._budget, self._confidence = budget, confidence
         self._heard: OrderedDict[Place, Heard] = OrderedDict()
         self._born: OrderedDict[Place, Presence] = OrderedDict()  # the newest presence of each part that was online
@@ -64,7 +64,7 @@ class ConsoleState:
             case Presence() if not ROLES[message.role].asks:
                 self._presence(message, levels, retained=retained)
             case Prompt():
-                self._written.asked(levels["agent"], message, now_s)
+                self._texts.asked(levels["agent"], message, now_s)
             case Output():
                 self._output(message, levels)
             case Learned():
@@ -72,9 +72,9 @@ class ConsoleState:
             case MetricsReport():
                 self._reported(message, (levels["cluster"], levels["agent"]))
             case Journal() if "agent" in levels:
-                self._written.noted(levels["agent"], message)
+                self._texts.noted(levels["agent"], message)
             case Verdict():
-                self._written.settled(levels["agent"], message)
+                self._texts.settled(levels["agent"], message)
             case Assignment():
                 self._note("moved", "", levels.get("agent", ""), f"is assigned to cluster {message.cluster}")
 
@@ -90,7 +90,7 @@ class ConsoleState:
             "clusters": [self._cluster(name) for name in self._clusters],
             "routing": self._routing.since(0),
             "cost": self._cost.told(),
-            "texts": self._written.snapshot(),
+            "texts": self._texts.snapshot(),
             "log": list(self._log),
         }
 
@@ -102,7 +102,7 @@ class ConsoleState:
             found["figures"] = [{"cluster": p[0], "name": p[1], **self._figures[p]} for p in known]
         if self._clusters_changed:
             found["clusters"] = [self._cluster(name) for name in sorted(self._clusters_changed)]
-        if texts := self._written.changes():
+        if texts := self._texts.changes():
             found["texts"] = texts
             found["routing"] = self._routing.since(self._told_routing)
             self._told_routing = self._routing.newest
@@ -222,7 +222,7 @@ class ConsoleState:
         if output.refusal is not None:
             self._note("refused", *place, f"refused a request: {output.error}")
             return
-        text = self._written.put_out(place, output, self._now_s)
+        text = self._texts.put_out(place, output, self._now_s)
         if text is None:
             return
         self._count(place, output)

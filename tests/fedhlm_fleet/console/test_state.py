@@ -17,7 +17,7 @@ from fedhlm_fleet.console.feeds import RecordedFeed
 from fedhlm_fleet.console.history import BUCKETS_MAX, ROUNDS_MAX
 from fedhlm_fleet.console.state import LOG_MAX, ConsoleState
 from fedhlm_fleet.console.texts import Pieces
-from fedhlm_fleet.console.written import LATER, MS, SCORE, TEXTS_MAX
+from fedhlm_fleet.console.texts_seen import LATER, MS, SCORE, TEXTS_MAX
 from fedhlm_fleet.remedies import cut_off, no_edge, offline
 from fedhlm_traces.decoded import look
 from fedhlm_traces.file import read

@@ -22,7 +22,7 @@ Place = tuple[str, str]  # cluster and name; the cloud's cluster is empty
 Key = tuple[str, str]  # agent and request
 
 
-class Asked(NamedTuple):
+class SeenPrompt(NamedTuple):
     """A prompt as it was seen: its text, cut, who sent it, and when."""
 
     text: str
@@ -38,7 +38,7 @@ def token(text: str, source: str, ms: float, *, missing: int | None = None) -> l
     return [text, source, missing, None, None, None, round(ms)]
 
 
-class Written:
+class TextsSeen:
     """The newest texts. `changes` returns what is new since it was called last; `pieces` makes a decoder of one text."""
 
     def __init__(self, pieces: Callable[[], Pieces]) -> None:
@@ -69,7 +69,7 @@ class Written:
 
     def asked(self, agent: str, prompt: Prompt, now_s: float) -> None:
         """Take a prompt."""
-        self._prompts[agent, prompt.request] = Asked(prompt.text[:SHOWN], prompt.sender, now_s)
+        self._prompts[agent, prompt.request] = SeenPrompt(prompt.text[:SHOWN], prompt.sender, now_s)
         while len(self._prompts) > PROMPTS_MAX:
             self._prompts.popitem(last=False)
 
@@ -96,7 +96,7 @@ class Written:
         return text
 
     def _begin(self, key: Key, place: Place, output: Output, now_s: float) -> dict[str, Any]:
-        asked = self._prompts.pop(key, Asked("", output.client or "", now_s))
+        asked = self._prompts.pop(key, SeenPrompt("", output.client or "", now_s))
         self._texts[key] = text = {
             "id": f"{key[0]}/{key[1]}",
             "agent": key[0],

@@ -43,7 +43,7 @@ class TextsSeen:
 
     def __init__(self, pieces: Callable[[], Pieces]) -> None:
         self._pieces = pieces
-        self._prompts: OrderedDict[Key, Asked] = OrderedDict()
+        self._prompts: OrderedDict[Key, SeenPrompt] = OrderedDict()
         self._texts: OrderedDict[Key, dict[str, Any]] = OrderedDict()
         self._decoders: dict[Key, Pieces] = {}
         self._journals: dict[str, JournalReader] = {}

@@ -44,6 +44,7 @@ from fedhlm_fleet.commands.common import (
     Share,
     SourceFlags,
     Tokens,
+    flowing,
     needing,
     parse_keys,
     present,
@@ -288,6 +289,9 @@ def completion(*, shell: Literal["bash", "zsh", "fish"] | None = None) -> int:
         raise ConfigError("--shell", None, "bash, zsh or fish, as your shell was not recognised") from exc
     print(f"installed {path}; open a new terminal")
     return 0
+
+
+flowing(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

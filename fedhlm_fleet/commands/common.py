@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Final
 
-from cyclopts import Parameter, Token
+from cyclopts import App, Parameter, Token
 
 from fedhlm.errors import ConfigError, FedhlmError
 from fedhlm_fleet.commands.mistakes import Between
@@ -44,6 +44,29 @@ PACKAGES: Final = (
 )
 OPTIONS: Final = ("--config", "--preset", "--help")  # every command that takes keys has them
 Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+
+
+def flowing(app: App) -> None:
+    """Join the lines of all commands' docstrings that end inside a sentence: a terminal breaks them where it must."""
+    for name in app:
+        if not name.startswith("-"):
+            command = app[name]
+            if command.default_command is not None:
+                command.default_command.__doc__ = _joined(command.default_command.__doc__ or "")
+            flowing(command)
+
+
+def _joined(text: str) -> str:
+    lines: list[str] = []
+    for line in text.splitlines():
+        before = lines[-1] if lines else ""
+        indented = len(line) - len(line.lstrip()), len(before) - len(before.lstrip())
+        words = before.strip(" -") and line.strip(" -") and not before.endswith((".", ":"))
+        if words and (len(lines) == 1 or indented[0] == indented[1]):
+            lines[-1] = f"{before} {line.strip()}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 @Parameter(name="*")

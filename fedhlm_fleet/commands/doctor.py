@@ -33,7 +33,7 @@ def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, 
     from fedhlm.protocol.roles import PARTS
     from fedhlm_fleet.doctor.checks import checks_of
     from fedhlm_fleet.doctor.report import as_json, failed, show, summary
-    from fedhlm_fleet.doctor.runner import examine
+    from fedhlm_fleet.doctor.runner import examine, leave
 
     given, *rest = words if words and not words[0].startswith("--") else ("agent", *words)
     role = next((role for role in PARTS if role == given), None)
@@ -59,7 +59,7 @@ def doctor(*words: Keys, config: Path | None = None, preset: str | None = None, 
         print(as_json(subject, findings, seconds))
     else:
         console.print(f"\n{summary(findings)} ({seconds:.1f} s)", markup=False)
-    return 1 if failed(findings) else 0
+    return leave(1 if failed(findings) else 0)
 
 
 def _subject(role: "PartRole", file: Path | None, preset: str | None, flags: dict[str, str]) -> "Subject":

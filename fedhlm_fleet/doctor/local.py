@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Final, Literal, NamedTuple
 
 from fedhlm.decoding.decoder import HASH_UP_TO_BYTES, DecoderInput
+from fedhlm.decoding.gguf import SUFFIX
 from fedhlm.decoding.invariance import TOLERANCE, block_difference, steadier
 from fedhlm.decoding.models import described, load_model
 from fedhlm.decoding.sampling import NOISE
@@ -165,7 +166,7 @@ def model(subject: Subject) -> Remark:
         space = load_projection(folder, info.hidden_size).digest[:8] if subject.traits.drafts and not fitting else ""
         fingerprint = fingerprint_of(*vocabulary, noise=NOISE, model=info.label)
     except FedhlmError as exc:
-        return fail(str(exc), f"copy the folder again, or set {key} to one made by `fedhlm models export`")
+        return fail(str(exc), _another_copy(part.model, key))
     subject.model = CheckedModel(folder, info, fingerprint, space)
     whole = sum(file.bytes for file in info.files.values()) <= HASH_UP_TO_BYTES
     checked = "digests right" if whole else "sizes right (too large to hash)"
@@ -173,6 +174,13 @@ def model(subject: Subject) -> Remark:
     if fitting:
         return warn(f"{found}, no {PROJECTION_FILE}: peers are found badly", f"fit one: {fitting}")
     return ok(found)
+
+
+def _another_copy(model: str, key: str) -> str:
+    """What to do about a model that cannot be used."""
+    if model.endswith(SUFFIX):
+        return f"download the GGUF file again, or set {key} to another: this one is cut off, damaged or of another kind"
+    return f"copy the folder again, or set {key} to one made by `fedhlm models export`"
 
 
 def providers(subject: Subject) -> Remark:
@@ -206,7 +214,7 @@ def speed(subject: Subject) -> Remark:
     try:
         decoder = load_model(subject.model.folder, threads=part_of(subject).threads)
     except FedhlmError as exc:
-        return fail(str(exc), "export the model again with `fedhlm models export`")
+        return fail(str(exc), _another_copy(part_of(subject).model, f"{subject.role}.model"))
     loaded_s = perf_counter() - begun_s
     first = decoder.info.bos_id or 0
     result = decoder.forward([DecoderInput(decoder.empty_cache(), [first])])[0]  # the first call allocates
@@ -234,7 +242,7 @@ def blocks(subject: Subject) -> Remark:
     try:
         decoder = load_model(subject.model.folder, threads=part_of(subject).threads)
     except FedhlmError as exc:
-        return fail(str(exc), "export the model again with `fedhlm models export`")
+        return fail(str(exc), _another_copy(part_of(subject).model, f"{subject.role}.model"))
     difference = block_difference(decoder)
     found = f"logits differ by at most {difference:.2g} between blocks of other sizes, {TOLERANCE:g} allowed"
     if difference > TOLERANCE:

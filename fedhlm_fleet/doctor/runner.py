@@ -1,6 +1,8 @@
 """Runs checks one after the other; each has a deadline, no failure stops the others, and all share a time budget."""
 
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,12 +42,29 @@ def examine(
 def _within(check: Check, subject: Subject, deadline_s: float) -> Remark:
     """Run a check in a thread, and abandon it if it hangs: a wait for a name server or disk cannot be interrupted."""
     answer: queue.SimpleQueue[Remark] = queue.SimpleQueue()
-    threading.Thread(target=lambda: answer.put(_safely(check, subject)), name=check.name, daemon=True).start()
+    _CheckThread(target=lambda: answer.put(_safely(check, subject)), name=check.name, daemon=True).start()
     try:
         return answer.get(timeout=deadline_s)
     except queue.Empty:
         found = f"no answer within {deadline_s:.1f} s"
         return fail(found, "look at the load (top) and at the kernel's messages (dmesg), and run the doctor again")
+
+
+class _CheckThread(threading.Thread):
+    pass
+
+
+def leave(code: int) -> int:
+    """Return the exit code of the process, or end it at once if an abandoned check is still at work.
+
+    The interpreter's own end would stop that thread inside a library's C++ code (a model that is being loaded), and that
+    aborts the process.
+    """
+    if any(isinstance(thread, _CheckThread) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _safely(check: Check, subject: Subject) -> Remark:

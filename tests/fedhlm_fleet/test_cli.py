@@ -60,6 +60,13 @@ def test_every_command_explains_itself(command: str) -> None:
     assert f"Usage: fedhlm {command}" in done.stdout
 
 
+def test_help_breaks_lines_where_the_terminal_ends_and_nowhere_else() -> None:
+    done = fedhlm("console", "--help", COLUMNS="300")
+    assert "the certificate of an observer lets it see everything." in done.stdout
+    assert "\nEvery configuration key is also a flag" in done.stdout, "a sentence of its own stays one"
+    assert "nearly the same mix as the others" in fedhlm("demo", "--help", COLUMNS="400").stdout
+
+
 def test_start_up_loads_nothing_heavy() -> None:
     code = "import sys; from fedhlm_fleet.cli import main; main(sys.argv[1:]); print(*sys.modules)"
     for arguments in (["--help"], ["models", "--help"], ["demo", "--help"]):

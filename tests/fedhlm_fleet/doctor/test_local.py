@@ -143,6 +143,14 @@ def test_a_wrong_and_a_changed_model_folder_fail(tmp_path: Path) -> None:
     assert changed.model is None
 
 
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"<html>not found</html>"])
+def test_a_damaged_gguf_file_is_to_be_downloaded_again(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "small.gguf").write_bytes(content)
+    said = local.model(subject(agent__model=str(tmp_path / "small.gguf")))
+    assert said.level == "fail"
+    assert said.advice.startswith("download the GGUF file again, or set agent.model to another")
+
+
 def test_providers_that_this_build_lacks_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 

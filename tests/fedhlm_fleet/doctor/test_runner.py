@@ -1,5 +1,7 @@
 """Running checks: none hangs, none stops another, each says why it was not run."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -76,3 +78,25 @@ def test_all_together_keep_to_the_budget() -> None:
     assert found["c19"].level == "skip"
     assert "0.5 s are over" in found["c19"].found
     slow.set()
+
+
+LOADS: str = """
+import sys
+from fedhlm.decoding.models import load_model
+from fedhlm_fleet.doctor.finding import Check, Subject
+from fedhlm_fleet.doctor.runner import examine, leave
+from fedhlm_zoo.shipped import model_folder
+
+def load(_):
+    while True:
+        load_model(model_folder("", "llm"), threads=2)
+
+print(*(f.found for f in examine([Check("load", load, deadline_s=0.5)], Subject("cloud", None))))
+sys.exit(leave(1))
+"""
+
+
+def test_a_check_that_is_abandoned_inside_a_library_does_not_abort_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "no answer within 0.5 s\n"), done.stderr
+    assert "terminate" not in done.stderr

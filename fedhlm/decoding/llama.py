@@ -5,6 +5,7 @@ sequences. A cache of ours is a prefix of a text. A text is continued in place w
 the prefix, and copied elsewhere.
 """
 
+import atexit
 import ctypes
 import logging
 import os
@@ -477,5 +478,7 @@ def listen(library: Any) -> deque[str]:
         _callbacks.append(library.llama_log_callback(hear))
         library.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
         library.llama_backend_init()
+        for name in ("outnull_file", "errnull_file"):  # its wrapper opens these at its import, and nobody closes them
+            atexit.register(getattr(library._utils, name).close)  # noqa: SLF001 - it has no other name
     _said.clear()
     return _said

@@ -1,6 +1,8 @@
 """GGUF models on llama.cpp: they conform, give llama.cpp's own numbers, and say what is wrong with a file."""
 
 import ctypes
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +150,10 @@ def test_padding_of_the_table_is_left_out(tmp_path: Path) -> None:
     model = load_model(write_gguf(tmp_path / "padded.gguf", metadata, tensors_of(size + 2)))
     assert (model.vocabulary.size, model.info.vocab_size) == (size, size + 2)
     assert model.forward([DecoderInput(model.empty_cache(), [1])])[0].logits.shape == (1, size)
+
+
+def test_no_file_is_left_open_at_the_end_of_a_process(path: Path) -> None:
+    script = f"from fedhlm.decoding.models import load_model; load_model({str(path)!r})"
+    command = [sys.executable, "-X", "dev", "-W", "always::ResourceWarning", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "ResourceWarning" in done.stderr) == (0, False), done.stderr

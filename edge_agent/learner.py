@@ -342,16 +342,6 @@ class Learner:
         return paper, packed
 
     def _paper_update(self, config: Generation) -> PaperThreshold:
-        learning = config.learning
-        settings = PaperSettings(
-            gamma=learning.gamma,
-            learning_rate=learning.learning_rate,
-            decay=learning.decay,
-            lam=learning.regularisation,
-            mu=learning.proximal,
-            optimiser=learning.optimiser,
-            local_steps=learning.local_steps,
-        )
         known = self._paper[self.pair]
         local = config.tau if known.threshold is None else known.threshold
         pairs = np.array(self._transmitted, np.float64).reshape(-1, 2)  # (n, 2)
@@ -362,9 +352,9 @@ class Learner:
             client_control=known.control,
             server_control=known.server_control,
             number=self.round,
-            settings=settings,
+            settings=PaperSettings.of(config.learning),
         )
-        update = OPTIMISERS[learning.optimiser](given)
+        update = OPTIMISERS[given.settings.optimiser](given)
         known.threshold, known.control = update.threshold, update.control
         return PaperThreshold(update.threshold, update.count, update.control, update.steps)
 

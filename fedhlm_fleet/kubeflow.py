@@ -19,8 +19,7 @@ from fedhlm.learning.thresholds import (
     LocalRound,
     PaperSettings,
     PaperUpdate,
-    cluster_mean,
-    global_mean,
+    fleet_threshold,
 )
 from fedhlm.peers.context_keys import load_projection, unpack_key
 from fedhlm.peers.neighbours import Memory
@@ -162,11 +161,7 @@ def validate(routed: Sequence[RoutedToken], settled: Sequence[FallbackToken]) ->
 def optimise(report: RoundReport, tau: float, number: int, clients: int) -> list[LocalThreshold]:
     """Threshold optimisation: each client's step by equation (6); `number` counts rounds from 0."""
     learning = settings().learning
-    constants = PaperSettings(
-        learning.gamma, learning.learning_rate, learning.decay, learning.regularisation, learning.proximal,
-        learning.optimiser, learning.local_steps,
-    )  # fmt: skip
-    found = []
+    constants, found = PaperSettings.of(learning), []
     for client in range(clients):
         pairs = np.array([(u, beta) for one, u, beta in report.observed if one == client], np.float64).reshape(-1, 2)
         update = OPTIMISERS[learning.optimiser](LocalRound(pairs, tau, tau, 0.0, 0.0, number, constants))
@@ -177,8 +172,7 @@ def optimise(report: RoundReport, tau: float, number: int, clients: int) -> list
 def aggregate(local: Sequence[LocalThreshold], tau: float, clusters: int) -> float:
     """Aggregation: equation (7) in each cluster, then (8); `tau` where nobody transmitted."""
     updates = [PaperUpdate(one.threshold, one.tokens, 0.0, 1) for one in local]
-    means = [cluster_mean(updates[c::clusters]) for c in range(clusters)]
-    found = global_mean([mean for mean in means if mean is not None])
+    found = fleet_threshold(updates, clusters)
     return tau if found is None else found
 
 

@@ -65,8 +65,7 @@ def observations(experiment: FedhlmExperiment, pair: LabPair, source: LabSource,
 
 def rule_of(config: Config) -> dict[str, float]:
     """The constants of the rule, by the names of `published.Rule`."""
-    learning = config.generation.learning
-    known = PaperSettings(learning.gamma, learning.learning_rate, learning.decay, learning.regularisation)
+    known = PaperSettings.of(config.generation.learning)
     return {
         "gamma": known.gamma,
         "learning_rate": known.learning_rate,

@@ -9,12 +9,13 @@ allows.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedhlm.learning.curve import BINS, Bins, Curve, isotonic, upper_edges
+from fedhlm.settings import Learning
 
 KEEP_NONE: Final = -1.0
 TRUST: Final = 0.5  # confidence of the own limits that bound how far the curve of others counts
@@ -68,6 +69,19 @@ class PaperSettings(NamedTuple):
     mu: float = 1.0
     optimiser: str = "fedavg"
     local_steps: int = 1
+
+    @classmethod
+    def of(cls, learning: Learning) -> Self:
+        """The constants that the settings give."""
+        return cls(
+            gamma=learning.gamma,
+            learning_rate=learning.learning_rate,
+            decay=learning.decay,
+            lam=learning.regularisation,
+            mu=learning.proximal,
+            optimiser=learning.optimiser,
+            local_steps=learning.local_steps,
+        )
 
     def rate(self, round_number: int) -> float:
         """eta of a round. It diminishes, as the paper's convergence proof requires (section IV-E)."""
@@ -189,6 +203,12 @@ def cluster_mean(updates: Sequence[PaperUpdate]) -> float | None:
 def global_mean(thresholds: Sequence[float]) -> float | None:
     """The plain mean over clusters, FedHLM eq. (8); None when no cluster has a threshold, to keep the old one."""
     return _clip(sum(thresholds) / len(thresholds)) if thresholds else None
+
+
+def fleet_threshold(updates: Sequence[PaperUpdate], clusters: int) -> float | None:
+    """Eq. (7) in each cluster, then (8); None when no client sent a token. Client k belongs to cluster k modulo `clusters`."""
+    means = [cluster_mean(updates[c::clusters]) for c in range(clusters)]
+    return global_mean([mean for mean in means if mean is not None])
 
 
 def mean_control(updates: Sequence[PaperUpdate]) -> float:

@@ -22,8 +22,7 @@ from fedhlm.learning.thresholds import (
     LocalRound,
     PaperSettings,
     PaperUpdate,
-    cluster_mean,
-    global_mean,
+    fleet_threshold,
 )
 from fedhlm.protocol.codec import encode
 from fedhlm.protocol.messages import SCHEMA_VERSION, Contribution, Fingerprint, Learned, UncertainTokens, Verdict
@@ -200,17 +199,14 @@ def verbatim_thresholds(
 
     Every client sends what is above the common threshold. Under `fedavg`, as in the paper.
     """
-    settings = PaperSettings(
-        learning.gamma, learning.learning_rate, learning.decay, learning.regularisation, learning.proximal, "fedavg", 1
-    )
+    settings = PaperSettings.of(learning)._replace(optimiser="fedavg", local_steps=1)
     tau, trace = start, []
     for number, mine in enumerate(observed(run, clients)):
         updates: list[PaperUpdate] = []
         for seen in mine:
             sent = np.array([pair for pair in seen if pair[0] > tau], np.float64).reshape(-1, 2)
             updates.append(OPTIMISERS["fedavg"](LocalRound(sent, tau, tau, 0.0, 0.0, number, settings)))
-        means = [cluster_mean(updates[c::clusters]) for c in range(clusters)]
-        mean = global_mean([known for known in means if known is not None])
+        mean = fleet_threshold(updates, clusters)
         tau = tau if mean is None else mean
         trace.append(tau)
     return trace

@@ -32,6 +32,7 @@ Many = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
 
 def ask(
     *words: Keys,
+    broker: str = "",
     cluster: str | None = None,
     tokens: Tokens = 64,
     seed: Seed | None = None,
@@ -53,11 +54,13 @@ def ask(
     """Ask an agent to continue a text, and print what it writes: fedhlm ask AGENT TEXT.
 
     If TEXT is -, it is read from standard input. Unverified text is printed as [unverified: ...].
-    Every configuration key is also a flag: --broker.url mqtt://edge:1883.
+    Every configuration key is also a flag: --broker.ca ca.pem.
     Exit code 0: the answer is complete; 1: it is not; 130: interrupted, and the request is cancelled.
 
     Parameters
     ----------
+    broker
+        URL of the broker; by default broker.url.
     cluster
         Cluster of the agent; by default the configured one, or else the one in which the agent is online.
     tokens
@@ -99,7 +102,7 @@ def ask(
 
     options = (f"--{name.replace('_', '-')}" for name in inspect.signature(ask).parameters)
     agent, text, keys = read_words(words, [*options, "--help"])
-    loaded = load(file=config, flags=parse_keys(keys))
+    loaded = load(file=config, flags=parse_keys(keys) | ({"broker.url": broker} if broker else {}))
     form = loaded.config.telemetry.log_format
     configure_logging("ERROR", NAME, secrets=(loaded.config.broker.password,), form=form)
     asked = {

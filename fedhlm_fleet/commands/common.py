@@ -1,7 +1,7 @@
 """What the commands share: validated parameter types, configuration keys as flags, and hints for missing libraries."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -43,6 +43,11 @@ PACKAGES: Final = (
     "fedhlm_zoo",
 )
 OPTIONS: Final = ("--config", "--preset", "--help")  # every command that takes keys has them
+PLAIN: Final[Mapping[str, Callable[[str], bool]]] = {  # options whose value people give without the option's name
+    "--trace": lambda word: word.endswith(".trace"),
+    "--broker": lambda word: word.startswith(("mqtt://", "mqtts://")),
+    "--config": lambda word: word.endswith(".toml"),
+}
 Keys = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 
@@ -120,7 +125,10 @@ def parse_keys(tokens: Sequence[str], options: Sequence[str] = OPTIONS) -> dict[
     while rest:
         flag, separator, value = rest.pop(0).partition("=")
         if not flag.startswith("--") or len(flag) == len("--"):
-            raise FedhlmError(f"argument must be --key value, such as --generation.seed 7 (got {flag!r})")
+            meant = next(
+                (f": did you mean {o} {flag}?" for o, ends in PLAIN.items() if o in options and ends(flag)), ""
+            )
+            raise FedhlmError(f"argument must be --key value, such as --generation.seed 7 (got {flag!r}){meant}")
         require_option_or_key([flag], options)
         if not separator:
             if not rest or rest[0].startswith("--"):

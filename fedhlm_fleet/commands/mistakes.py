@@ -21,6 +21,18 @@ from cyclopts.exceptions import (
     ValidationError,
 )
 
+# Commands of other programs that people type here first.
+_ELSEWHERE: Final[dict[str, str]] = (
+    dict.fromkeys(("chat", "complete", "generate", "prompt"), "fedhlm ask AGENT TEXT asks an agent")
+    | dict.fromkeys(("serve", "server"), "fedhlm agent --serve HOST:PORT serves the APIs, and so does fedhlm cloud")
+    | dict.fromkeys(
+        ("run", "start", "up"), "fedhlm demo runs a whole fleet; fedhlm agent, edge and cloud run its parts"
+    )
+    | dict.fromkeys(("list", "ls", "ps"), "fedhlm fleet list lists the parts of a fleet")
+    | dict.fromkeys(("dashboard", "ui", "web"), "fedhlm console shows a fleet in a browser")
+    | dict.fromkeys(("monitor", "watch", "logs"), "fedhlm top shows a fleet as it works")
+    | dict.fromkeys(("help", "version"), "the options are --help and --version")
+)
 _KINDS: Final[dict[object, str]] = {
     int: "an integer", float: "a number", bool: "true or false", str: "a text", Path: "a path"
 }  # fmt: skip
@@ -68,7 +80,8 @@ def sentence(error: CycloptsError, program: str = "fedhlm") -> str:
     command = " ".join([program, *(error.command_chain or ())])
     match error:
         case UnknownCommandError(unused_tokens=[str(word), *_]):
-            return f"{word!r} is not a command of {command}: {_meant(word, _commands(error.app), command)}"
+            elsewhere = _ELSEWHERE.get(word) if command == program else None
+            return f"{word!r} is not a command of {command}: {elsewhere or _meant(word, _commands(error.app), command)}"
         case UnknownOptionError(token=token):
             word = (token.keyword or token.value).partition("=")[0]
             names = [name for one in error.argument_collection if one.parse for name in one.names]

@@ -5,6 +5,7 @@ libraries, so that help and errors appear at once.
 """
 
 import errno
+import json as jsons
 import os
 import sys
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ def _version() -> str:
     return metadata.version("fedhlm")
 
 
+AsJson = Annotated[bool, Parameter(negative="", show_default=False)]
 Prompt = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 
 app = App(
@@ -103,14 +105,23 @@ app.command(provision.app)
 
 
 @config_app.command(name="check")
-def config_check(*keys: Keys, files: SourceFlags = DEFAULTS) -> int:
+def config_check(*keys: Keys, files: SourceFlags = DEFAULTS, json: AsJson = False) -> int:
     """Print the merged configuration and the source of each value.
 
     Every configuration key is also a flag: --generation.seed 7.
+
+    Parameters
+    ----------
+    json
+        Print one JSON object instead of the table: the source of each key and its value, as in TOML.
     """
     from fedhlm.config import check
 
-    print(check(_loaded(keys, files)))
+    loaded = _loaded(keys, files, (*OPTIONS, "--json"))
+    if json:
+        print(jsons.dumps({key: {"value": value, "source": source} for key, value, source in loaded.rows()}))
+    else:
+        print(check(loaded))
     return 0
 
 
@@ -129,12 +140,21 @@ def config_explain(*keys: Keys, files: SourceFlags = DEFAULTS) -> int:
 
 
 @app.command
-def presets() -> int:
-    """List the shipped presets and what each one promises."""
+def presets(*, json: AsJson = False) -> int:
+    """List the shipped presets and what each one promises.
+
+    Parameters
+    ----------
+    json
+        Print one JSON object instead of the list: the promise of each preset, by name.
+    """
     from fedhlm import config
     from fedhlm.settings import DEFAULT_PRESET
 
     promises = config.presets()
+    if json:
+        print(jsons.dumps(promises))
+        return 0
     width = max(map(len, promises))
     for name, promise in promises.items():
         print(f"{name:<{width}}  {promise}{' (default)' if name == DEFAULT_PRESET else ''}")

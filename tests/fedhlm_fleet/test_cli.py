@@ -1,6 +1,7 @@
 """The command as users meet it: quick, helpful on mistakes, one line per error, silent about secrets."""
 
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -112,6 +113,16 @@ def test_config_check_prints_every_key_with_value_and_source(tmp_path: Path) -> 
     assert rows["agent.id"] == ['"porch"', "flag --agent.id"]
     assert rows["generation.coupling"] == ['"full"', "preset hlm"]
     assert rows["generation.temperature"] == ["0.8", "default"]
+
+
+def test_configuration_and_presets_are_printed_for_scripts() -> None:
+    told = json.loads(fedhlm("config", "check", "--json", "--generation.seed", "7").stdout)
+    assert told["generation.seed"] == {"value": "7", "source": "flag --generation.seed"}
+    assert told.keys() == set(KEYS)
+    secret = fedhlm("config", "check", "--json", FEDHLM_BROKER__PASSWORD=SECRET)
+    assert "broker.password" in secret.stdout
+    assert SECRET not in secret.stdout
+    assert json.loads(fedhlm("presets", "--json").stdout) == presets()
 
 
 def test_a_password_is_neither_printed_nor_taken_from_the_command_line() -> None:

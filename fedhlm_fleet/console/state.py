@@ -71,7 +71,7 @@ class ConsoleState:
                 self._learned(message, levels.get("cluster", ""), retained=retained)
             case MetricsReport():
                 self._reported(message, (levels["cluster"], levels["agent"]))
-            case Journal() if "agent" in levels:
+            case Journal() if levels.get("agent"):
                 self._texts.noted(levels["agent"], message)
             case Verdict():
                 self._texts.settled(levels["agent"], message)

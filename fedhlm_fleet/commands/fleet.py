@@ -115,11 +115,12 @@ def _table(clusters: list[dict[str, Any]], confidence: float) -> "Table":
     from rich.text import Text
 
     from fedhlm.protocol.roles import ROLES
+    from fedhlm_fleet.console.screen import shown_limit, shown_tau
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for heading in ("cluster", "part", "state", "version", "model"):
         table.add_column(heading)
-    for heading in ("tau", f"error, {confidence:.0%}"):
+    for heading in ("tau", f"error <=, {confidence:.0%}"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cluster in clusters:
         for part in cluster["parts"]:
@@ -131,7 +132,7 @@ def _table(clusters: list[dict[str, Any]], confidence: float) -> "Table":
                 Text("online") if part["online"] else Text("offline", "bright_red"),
                 part["software"].removeprefix("fedhlm "),
                 part["model"],
-                "" if tau is None else f"{tau:.3f}",
-                "" if error is None else f"<= {error:.1%}",
+                shown_tau(tau),
+                shown_limit(error),
             )
     return table

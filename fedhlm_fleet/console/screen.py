@@ -44,6 +44,16 @@ def _head(state: Mapping[str, Any]) -> str:
     return "; ".join(told)
 
 
+def shown_tau(tau: float | None) -> str:
+    """A threshold; "none" where every token is verified, and nothing if it was not heard."""
+    return "" if tau is None else "none" if tau < 0.0 else f"{tau:.3f}"
+
+
+def shown_limit(limit: float | None) -> str:
+    """The limit of an error; "none" before the first certificate, and nothing if it was not heard."""
+    return "" if limit is None else "none" if limit >= 1.0 else f"{limit:.1%}"
+
+
 def _table(parts: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # 80 columns hold names of nine letters
     for heading in ("cluster", "part", "state"):
@@ -59,8 +69,8 @@ def _table(parts: Sequence[Mapping[str, Any]]) -> Table:
             part["cluster"],
             part["name"],
             Text("online") if part["online"] else Text("offline", "bright_red"),
-            "" if tau is None else f"{tau:.3f}",
-            "" if limit is None else f"{limit:.1%}",
+            shown_tau(tau),
+            shown_limit(limit),
             *shares,
         )
     return table

@@ -19,7 +19,7 @@ from fedhlm.protocol.messages import Fingerprint
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_fleet.colours import STYLES, WORDS
 from fedhlm_fleet.console.feeds import RecordedFeed
-from fedhlm_fleet.console.screen import screen
+from fedhlm_fleet.console.screen import screen, shown_limit, shown_tau
 from fedhlm_fleet.console.state import ConsoleState
 from fedhlm_fleet.console.texts import Pieces
 from fedhlm_traces.file import read
@@ -57,6 +57,11 @@ def test_a_fleet_at_work_and_at_its_end_fits_the_terminal(width: int) -> None:
     assert at_the_end.splitlines()[0].startswith("0 of 7 parts online")
     assert all(len(line) <= width for line in (at_work + at_the_end).splitlines())
     assert "\x1b" not in at_work
+
+
+def test_a_threshold_that_keeps_nothing_and_a_limit_without_evidence_are_none() -> None:
+    told = [shown_tau(None), shown_tau(-1.0), shown_tau(0.0), shown_limit(None), shown_limit(1.0), shown_limit(0.021)]
+    assert told == ["", "none", "0.000", "", "none", "2.1%"]
 
 
 def test_tokens_are_coloured_by_who_decided_them() -> None:

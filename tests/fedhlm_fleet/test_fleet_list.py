@@ -83,7 +83,8 @@ async def test_a_fleet_is_listed_as_a_table_and_as_json() -> None:
     assert lines[1].split()[:5] == ["cluster", "part", "state", "version", "model"]
     (row,) = [line.split() for line in lines if " edge " in line]
     assert row[0] == "home"
-    assert row[-3] == "0.625", "an edge shows the threshold of its round"
-    assert row[-2] == "<="
+    assert row[-2] == "0.625", "an edge shows the threshold of its round"
+    assert row[-1].endswith("%")
+    assert lines[1].rstrip().endswith("error <=, 95%")
     assert any(line.startswith("home shed: ") for line in lines)
     assert max(map(len, lines)) <= 80

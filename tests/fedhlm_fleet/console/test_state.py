@@ -26,7 +26,7 @@ from fedhlm_zoo.shipped import model_folder
 GOLDEN = Path(__file__).parents[2] / "golden"
 SMALL, LARGE = Fingerprint("abc", 4_096, "philox-1", "small"), Fingerprint("abc", 4_096, "philox-1", "large")
 HERE = {"cluster": "home", "agent": "porch"}
-STAMP = Stamp("porch")
+STAMP, EDGE = Stamp("porch"), Stamp("edge-home")
 
 
 def state(*, tokenizer: bool = True) -> ConsoleState:
@@ -40,7 +40,7 @@ def output(position: int, *sources: str, request: str = "r", text: str = "", **o
 
 
 def edge(*, sees: bool = True, online: bool = True) -> Presence:
-    return presence(Stamp("edge-home"), "edge", online=online, upstream=LARGE if sees else None)
+    return presence(EDGE, "edge", online=online, upstream=LARGE if sees else None)
 
 
 def events(shown: ConsoleState) -> list[tuple[str, str, str]]:

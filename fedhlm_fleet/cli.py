@@ -227,6 +227,7 @@ def demo(
     seed: Seed = 0,
     broker: str = "",
     duration: Seconds = 30.0,
+    pair: str = "",
     budget: Share | None = None,
     alpha: Annotated[float, Parameter(validator=Between(gt=0))] | None = None,
     temperature: Annotated[float, Parameter(validator=Between(gte=0, lte=10))] = 0.0,
@@ -253,6 +254,8 @@ def demo(
         URL of an MQTT broker; by default the demo starts its own.
     duration
         Seconds after which the run starts no new prompt; the comparison follows.
+    pair
+        Folder that `fedhlm models pair` wrote, or the name of one among your models; by default the shipped models.
     budget
         Allowed error per token, for presets with a learnt threshold; by default the preset's own.
     alpha
@@ -282,6 +285,7 @@ def demo(
         seed=seed,
         broker=broker,
         duration_s=duration,
+        pair=pair,
         budget=budget,
         alpha=alpha,
         temperature=temperature,

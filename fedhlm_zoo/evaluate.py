@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from fedhlm.decoding.alone import Alone
-from fedhlm.decoding.decoder import INFO_FILE, Decoder, DecoderInput
+from fedhlm.decoding.decoder import INFO_FILE, DecoderInput
 from fedhlm.decoding.hub import begin_id
+from fedhlm.decoding.models import backend_of, load_model
 from fedhlm.decoding.sampling import perturbed_argmax, scores
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
@@ -93,11 +94,11 @@ class Model(Protocol):
         ...
 
 
-class OnnxModel:
-    """A model folder, run as an agent runs it: one sequence at a time."""
+class EngineModel:
+    """A model folder or a GGUF file, run as a part runs it: one sequence at a time."""
 
-    def __init__(self, folder: Path, *, threads: int = 1) -> None:
-        self._decoder = Decoder.load(folder, threads=threads)
+    def __init__(self, folder: Path, *, threads: int = 1, drafting: bool = False) -> None:
+        self._decoder = load_model(folder, threads=threads, drafting=drafting)
         self.tokenizer = self._decoder.tokenizer
         self.vocabulary = self._decoder.vocabulary
         self.context = self._decoder.info.context
@@ -173,13 +174,13 @@ class TorchModel:
 
 
 def open_model(folder: Path, *, tokenizer: Path | None = None, threads: int = 1) -> Model:
-    """Open a model folder (it has a model.json) or a Hugging Face directory.
+    """Open a model folder (it has a model.json), a GGUF file, or a Hugging Face directory.
 
     Raises:
         ModelError: neither.
     """
-    if (folder / INFO_FILE).is_file():
-        return OnnxModel(folder, threads=threads)
+    if (folder / INFO_FILE).is_file() or backend_of(str(folder)) == "llama-cpp":
+        return EngineModel(folder, threads=threads)
     return TorchModel(folder, tokenizer=tokenizer)
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
 import msgspec
@@ -15,6 +16,7 @@ from fedhlm_zoo.evaluate import agreement, evaluate, open_model, sample
 from fedhlm_zoo.export import export
 from fedhlm_zoo.quantise import quantise
 from fedhlm_zoo.recipe import RECIPE, Stage
+from fedhlm_zoo.report import QuantisationFigures, compare, write_report
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,37 @@ def release(
         )
         made[shipped.name] = target
     return made
+
+
+def quantised(
+    folder: Path, out: Path, mode: str, texts: Sequence[str], *, others: Sequence[str] = ()
+) -> tuple[QuantisationFigures, ...]:
+    """Quantise an exported model, and write what that cost into its folder and its card.
+
+    Args:
+        folder: the model in fp32.
+        out: folder of the quantised one.
+        mode: see `fedhlm_zoo.quantise`.
+        texts: to compare on.
+        others: modes to report beside it.
+
+    Raises:
+        ModelError: see `quantise`.
+    """
+    info = quantise(folder, out, mode).info
+    with TemporaryDirectory() as aside:
+        beside = [Path(aside) / other for other in others if other != mode]
+        for other in beside:
+            quantise(folder, other, other.name)
+        figures = compare(folder, [out, *beside], texts)
+    write_report(out, figures)
+    write_card(
+        out,
+        purpose=f"{info.name}, quantised.",
+        training=f"`fedhlm models quantise --mode {mode}` made it of an exported model in fp32.",
+        quantisation=figures,
+    )
+    return figures
 
 
 def _measure(

@@ -11,7 +11,7 @@ import numpy as np
 from fedhlm.decoding.decoder import Cache, Decoder, DecoderInput, load_info
 from fedhlm.decoding.invariance import block_difference
 from fedhlm.progress import progress
-from fedhlm_zoo.evaluate import OnnxModel, evaluate_texts, likeness
+from fedhlm_zoo.evaluate import EngineModel, evaluate_texts, likeness
 from fedhlm_zoo.info import graph_bytes
 from fedhlm_zoo.prompts import load_items
 
@@ -57,11 +57,11 @@ def compare(whole: Path, folders: Sequence[Path], texts: Sequence[str]) -> tuple
     """
     forms = [whole, *folders]
     used = list(texts[:TEXTS_MAX])
-    target = OnnxModel(whole)
+    target = EngineModel(whole)
     steps, blocks = _speeds([Decoder.load(folder) for folder in forms])
     figures = []
     for folder, step, block in zip(forms, steps, blocks, strict=True):
-        model = OnnxModel(folder)
+        model = EngineModel(folder)
         near = likeness(model, target, used)
         figures.append(
             QuantisationFigures(

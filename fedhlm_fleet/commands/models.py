@@ -1,14 +1,13 @@
 """`fedhlm models`: fetch, train, export, quantise, inspect and measure models."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from cyclopts import App
 from msgspec.structs import asdict
 
 from fedhlm.errors import ConfigError
-from fedhlm_fleet.commands.common import Positive, Seed, needing, print_facts
+from fedhlm_fleet.commands.common import Positive, Seed, Tokens, needing, print_facts
 
 app = App(name="models", help="Fetch, train, export, quantise and inspect models.")
 
@@ -18,6 +17,11 @@ def _require_folders(*folders: Path) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError("folder", str(folder), "an existing folder")
+
+
+def _require_models(*models: Path) -> None:
+    """Check that models are there: folders, or GGUF files."""
+    _require_folders(*(model for model in models if model.suffix.lower() != ".gguf" or not model.is_file()))
 
 
 @app.command(name="get")
@@ -86,23 +90,11 @@ def models_quantise(
     """
     with needing("models"):
         from fedhlm_zoo import report
-        from fedhlm_zoo.cards import write_card
-        from fedhlm_zoo.quantise import MODES, quantise
+        from fedhlm_zoo.quantise import MODES
+        from fedhlm_zoo.release import quantised
         from fedhlm_zoo.texts import load_texts
     own = report.own_texts() if texts is None else load_texts(texts)
-    info = quantise(folder, out, mode).info
-    with TemporaryDirectory() as aside:
-        others = [Path(aside) / other for other in MODES if compare and other != mode]
-        for other in others:
-            quantise(folder, other, other.name)
-        figures = report.compare(folder, [out, *others], own)
-    report.write_report(out, figures)
-    write_card(
-        out,
-        purpose=f"{info.name}, quantised.",
-        training=f"`fedhlm models quantise --mode {mode}` made it of an exported model in fp32.",
-        quantisation=figures,
-    )
+    figures = quantised(folder, out, mode, own, others=MODES if compare else ())
     models_info(out)
     print(f"\n{report.table(figures)}\n\n{report.legend(figures)}")
     return 0
@@ -179,6 +171,64 @@ def models_distil(
             "card": done.folder / distil.CARD_FILE,
         }
     )
+    return 0
+
+
+@app.command(name="pair")
+def models_pair(
+    slm: str,
+    llm: str,
+    *,
+    texts: Path | None = None,
+    out: Path | None = None,
+    prompts: Positive = 20,
+    tokens: Tokens = 32,
+) -> int:
+    """Make a fleet's configuration of two models: export, quantise, fit, measure, and say what they give on each link.
+
+    What is finished in the folder is kept, so a call that was stopped goes on.
+
+    Parameters
+    ----------
+    slm
+        Small model: an exported model, Hugging Face folder, GGUF file, hub id, or smollm2.
+    llm
+        Large model, named in the same way.
+    texts
+        File of texts to measure and fit on: plain, with blank lines between them, or .jsonl with the key text. By
+        default the project's own news items.
+    out
+        Folder to write; by default a folder of the LLM's name among your models.
+    prompts
+        Number of prompts that the LLM answers for the agreement.
+    tokens
+        Tokens of each answer, in the agreement and in the simulator.
+    """
+    from fedhlm.telemetry import configure_logging
+    from fedhlm_zoo.sources import local_model
+    from fedhlm_zoo.texts import load_texts
+
+    with needing("models"):
+        from fedhlm_fleet import pair_files, pairing
+    own = [] if texts is None else load_texts(texts)
+    small, large = local_model(slm), local_model(llm)
+    folder = out or pair_files.default_out(llm)
+    configure_logging("ERROR", "models")  # simulated parts tell of links that are slow on purpose
+    amounts = pairing.Amounts(prompts=prompts, tokens=tokens)
+    report = pairing.make_pair(small, large, folder, texts=own, amounts=amounts)
+    agreed = report.agreement
+    print_facts(
+        {
+            "configuration": folder / pair_files.PAIR_FILE,
+            "preset": report.preset,
+            "projection": report.projection,
+            "accepted": f"{agreed.gumbel:.3f} of drafts at {agreed.temperature:g}, {agreed.greedy:.3f} greedy",
+            "step": f"{1e3 * report.draft_step_s:.1f} ms, {report.draft_step_s / report.step_s:.2f} of the LLM's",
+            "LLM": f"{1e3 * report.step_s:.1f} ms a step, {1e3 * report.block_s:.1f} ms a block of eight",
+        }
+    )
+    print(f"\n{pairing.table_of(report)}\n")
+    print(f"fedhlm demo --pair {folder}\nfedhlm cloud|edge|agent --config {folder / pair_files.PAIR_FILE}")
     return 0
 
 
@@ -290,7 +340,7 @@ def models_evaluate(
     Parameters
     ----------
     folder
-        Exported model or Hugging Face folder.
+        Exported model, GGUF file, or Hugging Face folder.
     texts
         File of texts: plain, with blank lines between them, or .jsonl with the key text.
     target
@@ -306,7 +356,7 @@ def models_evaluate(
     threads
         Number of threads of an exported model.
     """
-    _require_folders(folder, *([] if target is None else [target]))
+    _require_models(folder, *([] if target is None else [target]))
     with needing("models"):
         from fedhlm_zoo import evaluate
         from fedhlm_zoo.corpus import load_ag_news

@@ -35,6 +35,7 @@ from fedhlm_fleet.demo.progress import Progress, wrapped
 from fedhlm_fleet.demo.report import Figures, Generated, PresetRun, Report, TruthRow, figures, notes, tables
 from fedhlm_fleet.demo.story import outcome, setting, task
 from fedhlm_fleet.demo.truth import truth_rows, truth_table
+from fedhlm_fleet.pair_files import pair_file
 from fedhlm_fleet.processes import Processes
 from fedhlm_zoo.partition import dirichlet_partition, skew
 from fedhlm_zoo.shipped import model_folder
@@ -71,6 +72,7 @@ class Demo:
         seed: int,
         broker: str,
         duration_s: float,
+        pair: Path | None = None,
         budget: float | None = None,
         alpha: float | None = None,
         temperature: float = TEMPERATURE,
@@ -83,7 +85,7 @@ class Demo:
         if budget is not None:
             self.overrides["generation.budget"] = str(budget)
         flags = {"broker.url": broker} if broker else {}
-        self.config = configuration.load(preset=preset, flags={**flags, **self.overrides}).config
+        self.config = configuration.load(file=pair, preset=preset, flags={**flags, **self.overrides}).config
         generation = self.config.generation
         self.has_budget = choices.THRESHOLDS[generation.threshold].keeps_budget
         if budget is not None and not self.has_budget:
@@ -112,6 +114,9 @@ class Demo:
         ]
         self.alpha = alpha
         self.parts = None if alpha is None else self._parts(alpha)
+        chosen = {"agent.model": self.config.agent.model, "cloud.model": self.config.cloud.model}
+        chosen["cloud.draft_model"] = self.config.cloud.draft_model
+        self.models = {key: model for key, model in chosen.items() if model}
         self.slm = model_folder(self.config.agent.model, "slm")
         self.llm = model_folder(self.config.cloud.model, "llm")
         self.recording = recording
@@ -206,7 +211,8 @@ class Demo:
         if self.console:
             await self._open_console(processes, broker)
             common["FEDHLM_TELEMETRY__JOURNAL"] = "true"  # doubts, and what the devices had drafted
-        common |= {configuration.environment_name(key): value for key, value in self.overrides.items()}
+        given = self.overrides | self.models
+        common |= {configuration.environment_name(key): value for key, value in given.items()}
         await processes.start(
             CLOUD, "fedhlm_fleet.cli", "cloud", env={**common, "FEDHLM_CLOUD__THREADS": str(max(1, cores // 2))}
         )
@@ -365,6 +371,7 @@ def run(
     seed: int = 0,
     broker: str = "",
     duration_s: float = 30.0,
+    pair: str = "",
     budget: float | None = None,
     alpha: float | None = None,
     temperature: float = TEMPERATURE,
@@ -386,6 +393,7 @@ def run(
         seed=seed,
         broker=broker,
         duration_s=duration_s,
+        pair=pair_file(pair) if pair else None,
         budget=budget,
         alpha=alpha,
         temperature=temperature,

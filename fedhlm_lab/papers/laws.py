@@ -17,7 +17,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from fedhlm.decoding.decoder import Decoder, DecoderInput
+from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.models import LoadedModel
 from fedhlm.errors import FedhlmError
 from fedhlm.peers.context_keys import DIMS, Projection
 from fedhlm.process.files import replace_file
@@ -63,7 +64,7 @@ class DecoderLaws:
     Integer models quantise activations block by block, so an SLM's law depends on how its ids are cut.
     """
 
-    def __init__(self, decoder: Decoder, projection: Projection | None = None, *, stepwise: bool = False) -> None:
+    def __init__(self, decoder: LoadedModel, projection: Projection | None = None, *, stepwise: bool = False) -> None:
         self.decoder = decoder
         self._projection = projection
         self._stepwise = stepwise

@@ -113,7 +113,7 @@ def run(experiment: ParetoExperiment, pair: LabPair, source: str, prompts: Seque
     with progress("presets and seeds", len(names) * experiment.seeds) as ended:
         for preset in names:
             for seed in range(experiment.seed, experiment.seed + experiment.seeds):
-                found = run_virtual(partial(_one, experiment, pair.large, fleet, tally, preset, seed, prompts)())
+                found = run_virtual(partial(one_seed, experiment, pair.large, fleet, tally, preset, seed, prompts)())
                 points += found.points
                 alone.append(found.alone)
                 if found.limit is not None:
@@ -144,7 +144,7 @@ def learns(config: Generation) -> bool:
     return choices.THRESHOLDS[config.threshold].learns
 
 
-async def _one(
+async def one_seed(
     experiment: ParetoExperiment,
     large: LawModel,
     pair: Pair,

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_verifier.engine import Engine, EngineFailure, EngineInput, EngineOutput
-from fedhlm.decoding.decoder import Decoder, DecoderInput
+from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.models import LoadedModel
 
 PREFIX: Final = 64  # tokens that are cached before the measured ones
 SIZES: Final = (1, 2, 4, 8, 16)
@@ -90,7 +91,7 @@ def remembered(engine: Engine) -> Engine:
     return engine._replace(empty_cache=RememberedCache(), forward=forward)
 
 
-def measured(decoder: Decoder, *, repeats: int = 30, clock_s: Callable[[], float] = process_time) -> ModelPace:
+def measured(decoder: LoadedModel, *, repeats: int = 30, clock_s: Callable[[], float] = process_time) -> ModelPace:
     """Measure a model on this machine: the fastest of `repeats` calls for each size, and a line through them.
 
     The decoder must run on one thread, because the time is the processor's.

@@ -25,7 +25,7 @@ from fedhlm.progress import progress
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.studies.command_line import COUNT, Parser, limited
 from fedhlm_lab.studies.command_line import run as run_study
-from fedhlm_zoo.evaluate import OnnxModel
+from fedhlm_zoo.evaluate import EngineModel
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 
@@ -57,7 +57,7 @@ class Outcomes(NamedTuple):
 
 def trace(llm: Path, slm: Path, titles: Sequence[str], *, tokens: int, temperature: float) -> TextTrace:
     """Run both models; prompt number i uses the noise of seed i for both."""
-    large, small = OnnxModel(llm), Decoder.load(slm)
+    large, small = EngineModel(llm), Decoder.load(slm)
     encoded = large.tokenizer.encode_batch([f"{t}\n" for t in titles], add_special_tokens=False)
     prompts = [[large.end_id, *e.ids[: large.context - tokens - 1]] for e in encoded]
     texts = large.continuations(prompts, tokens=tokens, temperature=temperature)

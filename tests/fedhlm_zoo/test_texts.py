@@ -10,7 +10,7 @@ import pytest
 from fedhlm.decoding.decoder import Decoder, DecoderInput
 from fedhlm.errors import DataMissing, ModelError
 from fedhlm_fleet.cli import main
-from fedhlm_zoo.evaluate import OnnxModel, evaluate_texts, likeness, text_agreement
+from fedhlm_zoo.evaluate import EngineModel, evaluate_texts, likeness, text_agreement
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 from fedhlm_zoo.texts import load_texts
@@ -49,7 +49,7 @@ def test_perplexity_and_likeness_are_what_they_say() -> None:
         same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
         kl += float((p * (np.log(p) - np.log(q))).sum())
         count += len(ids)
-    model, draft = OnnxModel(LLM), OnnxModel(SLM)
+    model, draft = EngineModel(LLM), EngineModel(SLM)
     found = evaluate_texts(model, TEXTS)
     assert (found.texts, found.tokens) == (4, count - 4)
     assert found.perplexity == pytest.approx(math.exp(nll / found.tokens), rel=1e-5)
@@ -71,10 +71,10 @@ def _laws(decoder: Decoder, ids: list[int]) -> np.ndarray:
 
 
 def test_a_target_continues_the_beginnings_of_texts() -> None:
-    model = OnnxModel(LLM)
+    model = EngineModel(LLM)
     result = text_agreement(model, model, TEXTS[:2], tokens=6)
     assert (result.prompts, result.greedy, result.gumbel, result.greedy_tokens) == (2, 1.0, 1.0, 12)
-    assert text_agreement(OnnxModel(SLM), model, TEXTS[:2], tokens=6).greedy < 1.0
+    assert text_agreement(EngineModel(SLM), model, TEXTS[:2], tokens=6).greedy < 1.0
 
 
 def test_the_command_measures_a_model_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

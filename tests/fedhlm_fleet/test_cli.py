@@ -115,6 +115,23 @@ def test_config_check_prints_every_key_with_value_and_source(tmp_path: Path) -> 
     assert rows["generation.temperature"] == ["0.8", "default"]
 
 
+@pytest.mark.parametrize(
+    ("shell", "file"),
+    [
+        ("bash", ".local/share/bash-completion/completions/fedhlm"),
+        ("zsh", ".zsh/completions/_cyclopts_fedhlm"),
+        ("fish", ".config/fish/completions/fedhlm.fish"),
+    ],
+)
+def test_one_command_installs_the_completion_of_a_shell(shell: str, file: str, tmp_path: Path) -> None:
+    done = fedhlm("completion", "--shell", shell, HOME=str(tmp_path))
+    assert done.stdout == f"installed {tmp_path / file}; open a new terminal\n", done.stderr
+    if shell == "bash":
+        complete = f"source {tmp_path / file}; COMP_WORDS=(fedhlm con); COMP_CWORD=1; _fedhlm; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", complete], capture_output=True, text=True, timeout=60)
+        assert done.stdout.split() == ["config", "console"], done.stderr
+
+
 def test_configuration_and_presets_are_printed_for_scripts() -> None:
     told = json.loads(fedhlm("config", "check", "--json", "--generation.seed", "7").stdout)
     assert told["generation.seed"] == {"value": "7", "source": "flag --generation.seed"}

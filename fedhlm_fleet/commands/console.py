@@ -26,7 +26,7 @@ def console(
 
     It listens to the broker and publishes nothing, unless --allow-prompts is given; the certificate of an observer lets
     it see everything.
-    Texts appear token by token if agent.model, or the shipped model, has the fleet's tokenizer.
+    Texts appear token by token if agent.target_tokenizer, agent.model or the shipped model has the fleet's tokenizer.
     Every configuration key is also a flag: --broker.ca ca.pem.
 
     Parameters

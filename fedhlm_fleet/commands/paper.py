@@ -49,7 +49,7 @@ def paper_of(settings: Config) -> Plain:
     """Return what prints in colours on a terminal that has them, unless NO_COLOR is set; elsewhere what marks text.
 
     Raises:
-        ModelError: `agent.model` has no readable tokenizer.
+        ModelError: what is configured has no readable tokenizer.
     """
     terminal = Console(highlight=False)
     if not terminal.is_terminal or terminal.no_color or terminal.color_system is None:

@@ -38,7 +38,7 @@ def state_maker(settings: Config) -> Callable[[], ConsoleState]:
     """Return a function that makes an empty state.
 
     Raises:
-        ModelError: `agent.model` has no readable tokenizer.
+        ModelError: what is configured has no readable tokenizer.
     """
     pieces, generation = pieces_maker(settings), settings.generation
     return lambda: ConsoleState(pieces, budget=generation.budget, confidence=generation.confidence)

@@ -225,6 +225,28 @@ def template(offer: Offer, folder: Path, source: str, **config: Any) -> ChatTemp
     return found
 
 
+def test_turns_joined_by_their_ids_are_the_conversation(offer: Offer, tmp_path: Path) -> None:
+    chatml = template(offer, tmp_path, CHATML)
+    opening, answer, question = chatml.turns()
+    said = [text_ids(offer, text, param="messages") for text in ("Hello there", "Yes", "And then?")]
+    talk = [
+        {"role": role, "content": c}
+        for role, c in zip(("user", "assistant", "user"), ("Hello there", "Yes", "And then?"), strict=True)
+    ]
+    joined = (*opening, *said[0], *answer, *said[1], *question, *said[2], *answer)
+    assert chatml.encode(talk) == joined
+    names = offer.tokenizer.decode(list(answer), skip_special_tokens=False)
+    assert names == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ messages[-1].content }}", "{{ messages[0].content | upper }}x", "{{ nothing.here }}"]
+)
+def test_a_template_that_drops_or_changes_turns_has_none(offer: Offer, tmp_path: Path, source: str) -> None:
+    with pytest.raises(ModelError, match="chat template"):
+        template(offer, tmp_path, source).turns()
+
+
 def test_control_tokens_of_the_template_are_ids(offer: Offer, tmp_path: Path) -> None:
     chat = template(offer, tmp_path, CHATML)
     start, end = (offer.tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))

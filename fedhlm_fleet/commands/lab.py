@@ -209,6 +209,16 @@ def pareto(*, given: PaperFlags = PAPER) -> int:
     return _papers(["pareto"], given)
 
 
+@app.command
+def capacity(*, given: PaperFlags = PAPER) -> int:
+    """Measure how many agents one verifier serves at equal tokens a second and agent, in the simulator.
+
+    The LLM's calls are measured once at several batch sizes and contexts, and kept in a file. Split presets are compared
+    with serving from the cloud alone (`llm-only`) and with both models at the cloud (`colocated`).
+    """
+    return _papers(["capacity"], given)
+
+
 @app.command(name="all")
 def everything(*, given: PaperFlags = PAPER) -> int:
     """Run the experiments of papers, and all presets on all links."""

@@ -9,12 +9,22 @@ from msgspec.structs import replace
 from fedhlm.decoding.text import encode_prompt
 from fedhlm.errors import FedhlmError
 from fedhlm.progress import progress
-from fedhlm_lab.papers import fedhlm, fedhlm_figures, pareto, pareto_figures, u_hlm, u_hlm_figures
-from fedhlm_lab.papers.experiment import FedhlmExperiment, ParetoExperiment, UhlmExperiment
+from fedhlm_lab.papers import (
+    capacity,
+    capacity_figures,
+    fedhlm,
+    fedhlm_figures,
+    pareto,
+    pareto_figures,
+    u_hlm,
+    u_hlm_figures,
+)
+from fedhlm_lab.papers.experiment import CapacityExperiment, FedhlmExperiment, ParetoExperiment, UhlmExperiment
 from fedhlm_lab.papers.findings import LabResult
 from fedhlm_lab.papers.laws import LawPrompt, Laws
 from fedhlm_lab.papers.pair import LabPair, decoder_of
 from fedhlm_lab.papers.requests import SHIPPED, source_of, text_prompts, topic_prompts
+from fedhlm_lab.sim.verifier_costs import PairCosts
 
 QUICK: Final = "A smaller sample (--quick): the figures are for looking at, not for citing."
 TOO_FEW: Final = "AG News was not found (FEDHLM_DATA names its folder), so these are few and simple texts."
@@ -53,6 +63,18 @@ def run_pareto(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
     return noted(result, {"SLM": pair.small.name, "LLM": pair.large.name}, source.name, quick=quick)
 
 
+def run_capacity(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+    """Run fleets of many sizes on one verifier."""
+    experiment = CapacityExperiment.load("capacity", quick=quick)
+    source, small, large = source_of(experiment.prompts), decoder_of(pair), pair.large_decoder
+    if large is None:
+        raise FedhlmError("costs must be measured on model folders (got toy models)")
+    costs = PairCosts.load_or_measure(cache.parent / "costs", pair.large.name, large, small)
+    prompts = [encode_prompt(small.tokenizer, a.title + "\n", small.info.bos_id) for a in source.articles]
+    result = capacity_figures.result_of(capacity.run(experiment, pair, costs, source.name, prompts))
+    return noted(result, {"SLM": pair.small.name, "LLM": pair.large.name}, source.name, quick=quick)
+
+
 def laws_of(pair: LabPair, cache: Path, prompts: list[LawPrompt]) -> Laws:
     """The laws of a pair over prompts, from the cache if they are there."""
     with progress("laws of prompts", len(prompts)) as ended:
@@ -75,4 +97,5 @@ EXPERIMENTS: Final[dict[str, Callable[..., LabResult]]] = {
     "fedhlm": run_fedhlm,
     "u-hlm": run_u_hlm,
     "pareto": run_pareto,
+    "capacity": run_capacity,
 }

@@ -133,3 +133,31 @@ class ParetoExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fie
     device_s: tuple[Seconds, Seconds]
     beside_s: tuple[Seconds, Seconds]
     large_s: tuple[Seconds, Seconds]
+
+
+class VerifierKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A verifier: its batches, and what divides the cost of a call beyond the smallest one."""
+
+    cheaper: Annotated[float, Meta(ge=1.0, le=1e6)]
+    batch_tokens: Amount
+
+
+class CapacityExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fleets of so many `agents` on one verifier, each writing `texts` texts of at most `tokens` tokens over `link`.
+
+    There are `seeds` fleets for each point, beginning with `seed`, and `prompts` different prompts. Presets that learn
+    read `warm` texts first. Capacity is told for each of the `targets`, in tokens a second and agent, beside that of
+    the preset `baseline`.
+    """
+
+    presets: tuple[str, ...]
+    baseline: str
+    link: str
+    seeds: Annotated[int, Meta(ge=2, le=1_000)]
+    agents: Annotated[tuple[Amount, ...], Meta(min_length=2)]
+    warm: Amount
+    texts: Amount
+    tokens: Amount
+    prompts: Amount
+    targets: tuple[Annotated[float, Meta(gt=0.0)], ...]
+    verifiers: dict[str, VerifierKind]

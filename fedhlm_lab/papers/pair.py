@@ -29,6 +29,7 @@ class LabPair(NamedTuple):
     word: Callable[[int], str]
     fleet: Callable[..., Pair]
     decoder: Decoder | None = None
+    large_decoder: Decoder | None = None
 
 
 def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
@@ -48,6 +49,7 @@ def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
         lambda token: str(small.tokenizer.decode([token])),
         partial(shipped_pair, *folders, threads=threads),
         small,
+        large,
     )
 
 

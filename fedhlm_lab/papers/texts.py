@@ -50,7 +50,7 @@ async def timed_text(agent: AgentCore, job: Job, prompt: list[int]) -> TimedText
 class TextOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Texts to write under a preset with some settings: prompts in ids; text i has the seed `seed` + i.
 
-    The agent is connected for `settle_s` seconds before the first one.
+    With `same_seed` every text has the seed `seed`. The agent is connected for `settle_s` seconds before the first one.
     """
 
     preset: str
@@ -59,6 +59,7 @@ class TextOrder(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     temperature: float = 0.0
     seed: int = 1
+    same_seed: bool = False
     settle_s: float = 0.0
 
     @property
@@ -75,6 +76,7 @@ async def ordered(agent: AgentCore, order: TextOrder, *, context_max: int, eos_i
     """Have an agent write the texts of an order, one after the other."""
     generation, texts = order.config.generation, list[TimedText]()
     for number, prompt in enumerate(order.prompts):
-        sampling = Sampling(order.seed + number, order.temperature, 1.0, generation.coupling)
+        seed = order.seed + (0 if order.same_seed else number)
+        sampling = Sampling(seed, order.temperature, 1.0, generation.coupling)
         texts.append(await timed_text(agent, Job(generation, sampling, order.tokens, context_max, eos_ids), prompt))
     return texts

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from time import process_time
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,23 +26,41 @@ class ModelPace(NamedTuple):
         """The time of a call with so many tokens."""
         return self.call_s + self.token_s * tokens
 
+    def of_call(self, rows: int, width: int, past: int) -> float:
+        """The time of a call of `rows` requests of `width` tokens. Cached tokens (`past`) cost nothing."""
+        del past
+        return self.seconds(rows * width)
+
+
+class CallPace(Protocol):
+    """The time of a call of several requests."""
+
+    def of_call(self, rows: int, width: int, past: int, /) -> float:
+        """The seconds of a call of `rows` requests, padded to `width` tokens after `past` cached ones."""
+
 
 class Paces(NamedTuple):
     """The SLM on a device, the same model beside the LLM at the cloud, and the LLM."""
 
     device: ModelPace
     beside: ModelPace
-    large: ModelPace
+    large: CallPace
 
 
 class CallTally:
-    """Counts the calls of an engine, and the tokens that it computed, without padding."""
+    """Counts the calls of an engine, the tokens that it computed, without padding, and the seconds that they took."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.tokens = 0
+        self.seconds = 0.0
 
-    def paced(self, engine: Engine, pace: ModelPace) -> Engine:
+    @property
+    def counted(self) -> tuple[int, int, float]:
+        """Calls, tokens and seconds so far."""
+        return self.calls, self.tokens, self.seconds
+
+    def paced(self, engine: Engine, pace: CallPace) -> Engine:
         """The same engine; each call is counted and takes its pace in virtual time."""
 
         async def forward(requests: Sequence[EngineInput]) -> Sequence[EngineOutput | EngineFailure]:
@@ -50,7 +68,10 @@ class CallTally:
             lengths = [len(request.ids) for request in requests]
             self.calls += 1
             self.tokens += sum(lengths)
-            await asyncio.sleep(pace.seconds(len(lengths) * max(lengths)))
+            past = max(len(getattr(request.cache, "ids", ())) for request in requests)
+            took_s = pace.of_call(len(lengths), max(lengths), past)
+            self.seconds += took_s
+            await asyncio.sleep(took_s)
             return outputs
 
         return engine._replace(forward=forward)

@@ -4,7 +4,7 @@ Computing takes only the given steps of virtual time, so runs do not depend on t
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +14,7 @@ from cloud_verifier.wiring import LargeModel
 from edge_agent.model import Drawn, Slm, SlmDrafter, TreeDraft
 from fedhlm.decoding.models import load_model
 from fedhlm.peers.context_keys import load_projection
+from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces, remembered
 from fedhlm_lab.sim.world import Pair
 
@@ -30,12 +31,27 @@ async def drafting(pace: ModelPace, work: Callable[[], Drawn | TreeDraft]) -> An
     return made
 
 
+class RememberingSlm(Slm):
+    """An SLM whose greedy drafts are computed once for each text, whichever agent asks."""
+
+    known: dict[tuple[tuple[int, ...], Sampling, str], Drawn]
+
+    def draft(self, ids: Sequence[int], sampling: Sampling, uncertainty: str = "closed-form") -> Drawn:
+        """See `Slm.draft`."""
+        if sampling.temperature:
+            return super().draft(ids, sampling, uncertainty)
+        name = (tuple(ids), sampling, uncertainty)
+        if name not in self.known:
+            self.known[name] = super().draft(ids, sampling, uncertainty)
+        return self.known[name]
+
+
 def shipped_pair(
     slm_folder: Path, llm_folder: Path, *, threads: int = 1, paces: Paces = STEPS, tally: CallTally | None = None
 ) -> Pair:
     """Open both folders; every agent gets its own cache over one SLM.
 
-    With a `tally`, which counts the calls of the LLM, its logits are remembered from text to text.
+    With a `tally`, which counts the calls of the LLM, its logits and greedy drafts are remembered from text to text.
 
     Raises:
         ModelError: a folder cannot be used.
@@ -45,12 +61,20 @@ def shipped_pair(
 
     engine = engine_of(large) if tally is None else remembered(engine_of(large))
     llm = LargeModel.of(large, (tally or CallTally()).paced(engine, paces.large))
+    known: dict[tuple[tuple[int, ...], Sampling, str], Drawn] = {}
+
+    def drafter() -> SlmDrafter:
+        slm = Slm(small, projection) if tally is None else RememberingSlm(small, projection)
+        if isinstance(slm, RememberingSlm):
+            slm.known = known
+        return SlmDrafter(slm, partial(drafting, paces.device))
+
     return Pair(
         fingerprint=llm.fingerprint,
         eos_ids=llm.eos_ids,
         context=min(llm.context, small.info.context),
         engine=lambda: llm.engine,
-        drafter=lambda: SlmDrafter(Slm(small, projection), partial(drafting, paces.device)),
+        drafter=drafter,
         space=projection.digest[:8],
         beside=lambda: llm.beside(small, CallTally().paced(engine_of(small), paces.beside)).small,
     )

@@ -1,0 +1,174 @@
+"""Tables, pictures and sentences of the experiment with agents per verifier."""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from fedhlm_lab.papers.capacity import CapacityPoint, CapacityRuns
+from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabPanels, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.pareto_figures import SeedMean, mean_of
+
+OURS: Final = ("exact", "budget")
+
+
+def capacity_of(agents: Sequence[int], speeds: Sequence[float], target: float) -> float:
+    """How many agents have `target` tokens a second, on lines through the points over log(agents).
+
+    0 if one agent alone has less. If the largest fleet has more, its size: more would be a guess.
+    """
+    if speeds[0] < target:
+        return 0.0
+    found = float(agents[0])
+    for left, right, fast, slow in zip(agents, agents[1:], speeds, speeds[1:], strict=False):
+        if slow < target:
+            share = (fast - target) / (fast - slow)
+            return math.exp(math.log(left) + share * (math.log(right) - math.log(left)))
+        found = float(right)
+    return found
+
+
+class CapacityFindings:
+    """The means of all points."""
+
+    def __init__(self, runs: CapacityRuns) -> None:
+        self.runs = runs
+        self.verifiers = list(runs.experiment.verifiers)
+        self.presets = list(runs.experiment.presets)
+        self.agents = list(runs.experiment.agents)
+
+    def points(self, verifier: str, preset: str, agents: int) -> list[CapacityPoint]:
+        """The points of all seeds."""
+        return [p for p in self.runs.points if (p.verifier, p.preset, p.agents) == (verifier, preset, agents)]
+
+    def speed(self, verifier: str, preset: str, agents: int) -> SeedMean:
+        """Tokens a second and agent."""
+        return mean_of([point.speed for point in self.points(verifier, preset, agents)])
+
+    def capacity(self, verifier: str, preset: str, target: float) -> SeedMean:
+        """Agents at a speed, over the seeds."""
+        found = []
+        for seed in sorted({point.seed for point in self.runs.points}):
+            mine = {p.agents: p.speed for n in self.agents for p in self.points(verifier, preset, n) if p.seed == seed}
+            found.append(capacity_of(self.agents, [mine[n] for n in self.agents], target))
+        return mean_of(found)
+
+    def ratio(self, verifier: str, preset: str, target: float) -> float | None:
+        """Capacity beside the baseline's; None where one has none, or the baseline's is the largest fleet."""
+        ours, base = (self.capacity(verifier, name, target).mean for name in (preset, self.runs.experiment.baseline))
+        return ours / base if ours and base and base < self.agents[-1] else None
+
+
+def result_of(runs: CapacityRuns) -> LabResult:
+    """Everything that the report shows."""
+    found, e = CapacityFindings(runs), runs.experiment
+    facts = {
+        "source": runs.source, "seeds": e.seeds, "link": e.link, "texts of an agent": e.texts, "tokens": e.tokens,
+        "agents": ", ".join(map(str, e.agents)), "models": runs.costs.model,
+    }  # fmt: skip
+    ratios = [
+        ratio
+        for verifier in found.verifiers
+        for preset in OURS
+        for target in e.targets
+        if preset in found.presets and (ratio := found.ratio(verifier, preset, target)) is not None
+    ]
+    compared = [PaperRow(paper, max(ratios, default=None)) for paper in e.paper]
+    tables = [*(_capacities(found, verifier) for verifier in found.verifiers), _points(found), _costs(runs)]
+    return LabResult("capacity", e.title, facts, _sentences(found), compared, tables, [_picture(found)])
+
+
+def _sentences(found: CapacityFindings) -> list[str]:
+    e, lines = found.runs.experiment, []
+    for verifier in found.verifiers:
+        parts = []
+        for preset in found.presets:
+            if preset == e.baseline:
+                continue
+            known = [(t, r) for t in e.targets if (r := found.ratio(verifier, preset, t)) is not None]
+            words = ", ".join(f"{ratio:.2f} times at {target:g} tokens/s" for target, ratio in known)
+            parts.append(f"`{preset}` {words or 'cannot be compared'}")
+        lines.append(f"Verifier `{verifier}`, agents beside `{e.baseline}`: {'; '.join(parts)}.")
+    largest = found.agents[-1]
+    for verifier in found.verifiers:
+        work = {p: _work(found.points(verifier, p, largest)) for p in found.presets}
+        words = "; ".join(f"`{preset}` {calls:.2f} and {positions:.2f}" for preset, (calls, positions) in work.items())
+        lines.append(
+            f"Calls of the LLM and tokens that it computes, for a token of {largest} agents on `{verifier}`: {words}."
+        )
+    return lines
+
+
+def _work(points: Sequence[CapacityPoint]) -> tuple[float, float]:
+    tokens = sum(point.tokens for point in points)
+    return sum(p.calls for p in points) / tokens, sum(p.positions for p in points) / tokens
+
+
+def _capacities(found: CapacityFindings, verifier: str) -> LabTable:
+    e, rows = found.runs.experiment, []
+    for preset in found.presets:
+        row: list[str | float | None] = [f"`{preset}`"]
+        for target in e.targets:
+            row += [str(found.capacity(verifier, preset, target)), found.ratio(verifier, preset, target)]
+        rows.append(row)
+    columns = ["preset"]
+    for target in e.targets:
+        columns += [f"agents at {target:g} tokens/s", f"beside {e.baseline}"]
+    chosen = e.verifiers[verifier]
+    note = (
+        f"Batches of at most {chosen.batch_tokens} tokens; beyond the smallest call, work costs 1/{chosen.cheaper:g} of "
+        f"what was measured. {found.agents[-1]} agents is the largest fleet, and stands for that many or more."
+    )
+    return LabTable(f"capacity-{verifier}", f"Capacity of the verifier {verifier}", columns, rows, note)
+
+
+def _points(found: CapacityFindings) -> LabTable:
+    rows = []
+    for verifier in found.verifiers:
+        for preset in found.presets:
+            for agents in found.agents:
+                points = found.points(verifier, preset, agents)
+                calls, positions = _work(points)
+                busy = mean_of([point.busy_s / point.wall_s for point in points])
+                slowest = mean_of([point.slowest for point in points])
+                speed = found.speed(verifier, preset, agents)
+                rows.append((verifier, f"`{preset}`", agents, str(speed), str(slowest), calls, positions, str(busy)))
+    columns = (
+        "verifier", "preset", "agents", "tokens/s of an agent", "of the slowest", "LLM calls a token",
+        "LLM tokens a token", "share of time the LLM is busy",
+    )  # fmt: skip
+    return LabTable("points", "All fleets", columns, rows)
+
+
+def _costs(runs: CapacityRuns) -> LabTable:
+    rows = [(c.batch, c.width, c.context, 1000.0 * c.seconds) for c in runs.costs.calls]
+    small = runs.costs.small
+    note = (
+        f"The SLM takes {1000.0 * small.call_s:.3g} ms a call and {1000.0 * small.token_s:.3g} ms for each token in it."
+    )
+    return LabTable(
+        "costs", "Measured calls of the LLM", ("requests", "tokens of each", "cached before", "ms"), rows, note
+    )
+
+
+def _picture(found: CapacityFindings) -> LabPanels:
+    panels = []
+    for verifier in found.verifiers:
+        series = [
+            ChartSeries(preset, found.agents, [found.speed(verifier, preset, n).mean for n in found.agents])
+            for preset in found.presets
+        ]
+        levels = {f"{target:g} tokens/s": target for target in found.runs.experiment.targets}
+        panels.append(
+            LabChart(
+                verifier,
+                f"verifier {verifier}",
+                "agents",
+                "tokens/s of an agent",
+                "line",
+                series,
+                levels,
+                log_x=True,
+                log_y=True,
+            )
+        )
+    return LabPanels("fig-capacity", "Speed of an agent against the number of agents", panels)

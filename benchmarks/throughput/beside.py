@@ -9,6 +9,7 @@ the time that these calls took on average, and whose parts take the processor's 
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from fedhlm_zoo.prompts import load_items
 HERE: Final = Path(__file__).parent
 SETTLE_S: Final = 4.0  # a slow link must have carried the subscriptions
 AGREE: Final = 0.10
+RETRY: Final = {"generation.retry_ms": "60000"}  # a connection may break on the slowest link, and then a block is lost
 VARIANTS: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "exact, blocking": ("exact", {"generation.pipeline.kind": "blocking"}),
     "exact": ("exact", {}),
@@ -208,9 +210,10 @@ def simulate(pair: LabPair, link: str, order: TextOrder, costs: Costs, seed: int
     return run_virtual(written())
 
 
-def measure(pair: LabPair, names: Sequence[str], order: TextOrder, variants: Sequence[str], runs: int) -> list[Cell]:
+def measure(
+    pair: LabPair, names: Sequence[str], order: TextOrder, variants: Sequence[str], runs: int
+) -> Iterator[Cell]:
     """Every variant on every link, over the wire and then in `runs` simulated fleets."""
-    cells: list[Cell] = []
     with progress("links and variants", len(names) * len(variants)) as ended:
         for link in names:
             with ExitStack() as stack:
@@ -220,14 +223,13 @@ def measure(pair: LabPair, names: Sequence[str], order: TextOrder, variants: Seq
                 )  # opens all caches
                 for variant in variants:
                     preset, settings = VARIANTS[variant]
-                    wanted = msgspec.structs.replace(order, preset=preset, settings=settings)
+                    wanted = msgspec.structs.replace(order, preset=preset, settings={**settings, **RETRY})
                     real, measured = fleet.write(wanted)
                     costs = costs_of(measured)
                     simulated = [simulate(pair, link, wanted, costs, seed) for seed in range(1, runs + 1)]
                     models_only = simulate(pair, link, wanted, costs._replace(own_s=dict.fromkeys(costs.own_s, 0.0)), 1)
-                    cells.append(Cell(link, variant, real, simulated, models_only, costs))
+                    yield Cell(link, variant, real, simulated, models_only, costs)
                     ended()
-    return cells
 
 
 def row_of(cell: Cell) -> tuple[Any, ...]:
@@ -326,6 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
         links.load(name, key="--links")
     if os.geteuid() or not Path(IP).exists() or not Path("/dev/net/tun").exists():
         raise FedhlmError("two network namespaces with a slow link need root, iproute2 and /dev/net/tun")
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))  # the namespaces must not be left
     pair = folder_pair()
     decoder = decoder_of(pair)
     prompts = [
@@ -335,9 +338,11 @@ def main(arguments: list[str] | None = None) -> int:
     order = TextOrder(
         preset="exact", prompts=prompts, tokens=options.tokens, temperature=options.temperature, settle_s=SETTLE_S
     )
-    cells = measure(pair, options.links, order, options.variants, options.runs)
-    result = result_of(cells, order, options.runs)
-    write(result, options.out)
+    cells: list[Cell] = []
+    for cell in measure(pair, options.links, order, options.variants, options.runs):
+        cells.append(cell)
+        result = result_of(cells, order, options.runs)
+        write(result, options.out)  # each time, because the slowest link takes minutes for a row
     print("\n".join([f"{result.title}: {options.out / 'report.md'}", *(f"  {s}" for s in result.sentences)]))
     return 0
 

@@ -62,13 +62,29 @@ class PaperFlags:
     """Folder for the laws of the models; by default fedhlm/laws in the user's cache folder."""
 
     slm: str = ""
-    """Model folder of the SLM; by default the shipped one."""
+    """Folder or GGUF file of the SLM; by default the shipped one."""
 
     llm: str = ""
-    """Model folder of the LLM; by default the shipped one."""
+    """Folder or GGUF file of the LLM; by default the shipped one."""
 
 
 PAPER: Final = PaperFlags()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PromptFlags:
+    """The flags of every experiment that writes texts."""
+
+    prompts: Path | None = None
+    """File with one prompt a line, or one JSON object with the key prompt; by default news items."""
+
+    workload: str = "continue"
+    """What the texts are: continue a title, headline of an article, topic of an article, or chat with the template of
+    the LLM, which the prompts of a file get too."""
+
+
+PROMPTS: Final = PromptFlags()
 
 app = App(name="lab", help="Run a study, or repeat the figures of a paper.")
 
@@ -199,24 +215,24 @@ def u_hlm(*, given: PaperFlags = PAPER) -> int:
 
 
 @app.command
-def pareto(*, given: PaperFlags = PAPER) -> int:
+def pareto(*, given: PaperFlags = PAPER, asked: PromptFlags = PROMPTS) -> int:
     """Run all presets on all links in the simulator, with the measured compute times of the shipped pair.
 
     Agreement with the LLM against messages, bytes each way, tokens a second, and calls and positions of the LLM, over
     at least five seeds with intervals; texts without a link; and what is skipped under a certificate. The preset
     `colocated` has both models at the cloud, and is what the others must beat.
     """
-    return _papers(["pareto"], given)
+    return _papers(["pareto"], given, asked)
 
 
 @app.command
-def capacity(*, given: PaperFlags = PAPER) -> int:
+def capacity(*, given: PaperFlags = PAPER, asked: PromptFlags = PROMPTS) -> int:
     """Measure how many agents one verifier serves at equal tokens a second and agent, in the simulator.
 
     The LLM's calls are measured once at several batch sizes and contexts, and kept in a file. Split presets are compared
     with serving from the cloud alone (`llm-only`) and with both models at the cloud (`colocated`).
     """
-    return _papers(["capacity"], given)
+    return _papers(["capacity"], given, asked)
 
 
 @app.command(name="all")
@@ -225,16 +241,18 @@ def everything(*, given: PaperFlags = PAPER) -> int:
     return _papers(None, given)
 
 
-def _papers(names: list[str] | None, given: PaperFlags) -> int:
+def _papers(names: list[str] | None, given: PaperFlags, asked: PromptFlags | None = None) -> int:
     with needing("lab"):
         present("matplotlib")
         from fedhlm_lab.papers.catalogue import EXPERIMENTS
         from fedhlm_lab.papers.laws import default_cache
         from fedhlm_lab.papers.pair import folder_pair
         from fedhlm_lab.papers.report import write
+        from fedhlm_lab.papers.workloads import PromptChoice
+    chosen = {} if asked is None else {"chosen": PromptChoice(asked.prompts, asked.workload)}
     pair = folder_pair(given.slm, given.llm)
     for name in names or EXPERIMENTS:
-        result = EXPERIMENTS[name](pair, given.cache or default_cache(), quick=given.quick)
+        result = EXPERIMENTS[name](pair, given.cache or default_cache(), quick=given.quick, **chosen)
         write(result, given.out / name)
         print("\n".join([f"{result.title}: {given.out / name / 'report.md'}", *(f"  {s}" for s in result.sentences)]))
     return 0

@@ -63,7 +63,7 @@ def result_of(runs: CapacityRuns) -> LabResult:
     found, e = CapacityFindings(runs), runs.experiment
     facts = {
         "source": runs.source, "seeds": e.seeds, "link": e.link, "texts of an agent": e.texts, "tokens": e.tokens,
-        "agents": ", ".join(map(str, e.agents)), "models": runs.costs.model,
+        "agents": ", ".join(map(str, e.agents)),
     }  # fmt: skip
     ratios = [
         ratio

@@ -6,7 +6,6 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from fedhlm.decoding.text import encode_prompt
 from fedhlm.errors import FedhlmError
 from fedhlm.progress import progress
 from fedhlm_lab.papers import (
@@ -24,6 +23,7 @@ from fedhlm_lab.papers.findings import LabResult
 from fedhlm_lab.papers.laws import LawPrompt, Laws
 from fedhlm_lab.papers.pair import LabPair, decoder_of
 from fedhlm_lab.papers.requests import SHIPPED, source_of, text_prompts, topic_prompts
+from fedhlm_lab.papers.workloads import NEWS, PromptChoice, prompts_of
 from fedhlm_lab.sim.verifier_costs import PairCosts
 
 QUICK: Final = "A smaller sample (--quick): the figures are for looking at, not for citing."
@@ -51,28 +51,30 @@ def run_u_hlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
     return marked(u_hlm_figures.result_of(runs), texts, source.name, quick=quick)
 
 
-def run_pareto(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+def run_pareto(pair: LabPair, cache: Path, *, quick: bool, chosen: PromptChoice = NEWS) -> LabResult:
     """Run all presets on all links."""
     experiment = ParetoExperiment.load("pareto", quick=quick)
-    source, decoder = source_of(experiment.articles), decoder_of(pair)
-    needed = pareto.prompts_needed(experiment)
-    if len(source.articles) < needed:
-        raise FedhlmError(f"the experiment pareto must have {needed} articles (got {len(source.articles)})")
-    prompts = [encode_prompt(decoder.tokenizer, a.title + "\n", decoder.info.bos_id) for a in source.articles]
-    result = pareto_figures.result_of(pareto.run(experiment, pair, source.name, prompts))
-    return noted(result, {"SLM": pair.small.name, "LLM": pair.large.name}, source.name, quick=quick)
+    needed, articles = pareto.prompts_needed(experiment), experiment.articles
+    prompts = prompts_of(chosen, pair, articles=articles, needed=needed, room=experiment.tokens)
+    result = pareto_figures.result_of(pareto.run(experiment, pair, prompts.source, prompts.ids))
+    return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, quick=quick)
 
 
-def run_capacity(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+def run_capacity(pair: LabPair, cache: Path, *, quick: bool, chosen: PromptChoice = NEWS) -> LabResult:
     """Run fleets of many sizes on one verifier."""
-    experiment = CapacityExperiment.load("capacity", quick=quick)
-    source, small, large = source_of(experiment.prompts), decoder_of(pair), pair.large_decoder
+    experiment, small, large = CapacityExperiment.load("capacity", quick=quick), decoder_of(pair), pair.large_decoder
     if large is None:
         raise FedhlmError("costs must be measured on model folders (got toy models)")
-    costs = PairCosts.load_or_measure(cache.parent / "costs", pair.large.name, large, small)
-    prompts = [encode_prompt(small.tokenizer, a.title + "\n", small.info.bos_id) for a in source.articles]
-    result = capacity_figures.result_of(capacity.run(experiment, pair, costs, source.name, prompts))
-    return noted(result, {"SLM": pair.small.name, "LLM": pair.large.name}, source.name, quick=quick)
+    count = experiment.prompts
+    prompts = prompts_of(chosen, pair, articles=count, needed=count, room=experiment.tokens)
+    costs = PairCosts.load_or_measure(cache.parent / "costs", f"{pair.small.name} {pair.large.name}", large, small)
+    result = capacity_figures.result_of(capacity.run(experiment, pair, costs, prompts.source, prompts.ids))
+    return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, quick=quick)
+
+
+def names_of(pair: LabPair) -> dict[str, str]:
+    """The names of both models."""
+    return {"SLM": pair.small.name, "LLM": pair.large.name}
 
 
 def laws_of(pair: LabPair, cache: Path, prompts: list[LawPrompt]) -> Laws:

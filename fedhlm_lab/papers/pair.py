@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.models import LoadedModel, load_model
 from fedhlm.decoding.sampling import NOISE
-from fedhlm.errors import FedhlmError
+from fedhlm.errors import FedhlmError, ModelError
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Fingerprint
@@ -28,20 +28,23 @@ class LabPair(NamedTuple):
     fingerprints: tuple[Fingerprint, Fingerprint]
     word: Callable[[int], str]
     fleet: Callable[..., Pair]
-    decoder: Decoder | None = None
-    large_decoder: Decoder | None = None
+    decoder: LoadedModel | None = None
+    large_decoder: LoadedModel | None = None
+    llm_folder: Path | None = None
 
 
 def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
-    """Open two model folders; empty: the shipped ones.
+    """Open two models, each a folder or a GGUF file; empty: the shipped ones.
 
     Raises:
-        ModelError: a folder cannot be used.
+        ModelError: a model cannot be used, or their tokenizers differ.
     """
     folders: tuple[Path, Path] = (model_folder(slm, "slm"), model_folder(llm, "llm"))
-    small, large = (Decoder.load(folder, threads=threads) for folder in folders)
+    small, large = (load_model(folder, threads=threads) for folder in folders)
     projection = load_projection(folders[0], small.info.hidden_size)
     prints = [fingerprint_of(*d.vocabulary, noise=NOISE, model=d.info.label) for d in (small, large)]
+    if prints[0].tokenizer != prints[1].tokenizer:
+        raise ModelError(f"--slm and --llm must have one tokenizer (got {prints[0].model} and {prints[1].model})")
     return LabPair(
         DecoderLaws(small, projection, stepwise=True),
         DecoderLaws(large),
@@ -50,10 +53,11 @@ def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
         partial(shipped_pair, *folders, threads=threads),
         small,
         large,
+        folders[1],
     )
 
 
-def decoder_of(pair: LabPair) -> Decoder:
+def decoder_of(pair: LabPair) -> LoadedModel:
     """The SLM's decoder, whose tokenizer makes the prompts.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from fedhlm.decoding.decoder import Decoder
+from fedhlm.decoding.models import LoadedModel
 from fedhlm.decoding.text import encode_prompt
 from fedhlm_lab.papers.laws import LawPrompt
 from fedhlm_zoo.corpus import TOPIC_LINE, Article, find_data, load_ag_news
@@ -45,14 +45,14 @@ def source_of(articles: int) -> LabSource:
     return LabSource(AG_NEWS, found[:articles])
 
 
-def topic_prompts(articles: Sequence[Article], decoder: Decoder) -> list[LawPrompt]:
+def topic_prompts(articles: Sequence[Article], decoder: LoadedModel) -> list[LawPrompt]:
     """The prompts that ask for the topic; of a long article the end, so that a token fits behind."""
     room = decoder.info.context - 1
     texts = [encode_prompt(decoder.tokenizer, a.body + TOPIC_LINE, decoder.info.bos_id) for a in articles]
     return [LawPrompt(tuple(ids[-room:])) for ids in texts]
 
 
-def text_prompts(articles: Sequence[Article], decoder: Decoder, rows: int) -> list[LawPrompt]:
+def text_prompts(articles: Sequence[Article], decoder: LoadedModel, rows: int) -> list[LawPrompt]:
     """The articles themselves, with the laws before each of `rows` tokens, where they are long enough."""
     room = decoder.info.context - 1
     texts = [encode_prompt(decoder.tokenizer, a.body, decoder.info.bos_id)[:room] for a in articles]

@@ -9,7 +9,8 @@ from typing import Any, Final, NamedTuple, Self
 import msgspec
 import numpy as np
 
-from fedhlm.decoding.decoder import Decoder, DecoderInput
+from fedhlm.decoding.decoder import DecoderInput
+from fedhlm.decoding.models import LoadedModel
 from fedhlm.errors import FedhlmError
 from fedhlm.process.files import replace_file
 from fedhlm_lab.sim.pace import ModelPace, measured
@@ -76,7 +77,7 @@ class PairCosts(msgspec.Struct, frozen=True):
 
     @classmethod
     def measure(
-        cls, model: str, large: Decoder, small: Decoder, *, clock_s: Callable[[], float] = process_time
+        cls, model: str, large: LoadedModel, small: LoadedModel, *, clock_s: Callable[[], float] = process_time
     ) -> Self:
         """Measure both models. They must run on one thread, because the time is the processor's."""
         calls = [
@@ -89,7 +90,7 @@ class PairCosts(msgspec.Struct, frozen=True):
         return cls(model, calls, measured(small, clock_s=clock_s))
 
     @classmethod
-    def load_or_measure(cls, folder: Path, model: str, large: Decoder, small: Decoder) -> Self:
+    def load_or_measure(cls, folder: Path, model: str, large: LoadedModel, small: LoadedModel) -> Self:
         """Read the costs of a pair from the folder, or measure and save them.
 
         Raises:
@@ -109,7 +110,7 @@ class PairCosts(msgspec.Struct, frozen=True):
         return costs
 
 
-def fastest(decoder: Decoder, batch: int, width: int, context: int, clock_s: Callable[[], float]) -> float:
+def fastest(decoder: LoadedModel, batch: int, width: int, context: int, clock_s: Callable[[], float]) -> float:
     """The seconds of the fastest of some equal calls."""
     ids = [1 + number % (decoder.vocabulary.size - 1) for number in range(context + width)]
     cache = decoder.forward([DecoderInput(decoder.empty_cache(), ids[:context], 1)])[0].cache

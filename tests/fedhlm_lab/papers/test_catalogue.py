@@ -10,12 +10,14 @@ from fedhlm_fleet.cli import main
 from fedhlm_lab.papers import catalogue
 from fedhlm_lab.papers.experiment import Experiment, FedhlmExperiment, ParetoExperiment, UhlmExperiment
 from fedhlm_lab.papers.requests import source_of
+from fedhlm_lab.sim import verifier_costs
 from fedhlm_zoo.corpus import load_ag_news
 
 FEW = {
     "fedhlm": {"articles": 4, "requests": 24, "clients": 3, "clusters": 2, "rounds": 2, "alphas": [10.0, 1.0, 0.1], "sample": 3},
     "u-hlm": {"articles": 3, "questions": 4, "rows": 3, "taus": [0.0, 0.43, 1.0], "vocabularies": [4096], "sample": 3},
     "pareto": {"presets": ["colocated", "slm-only", "budget"], "links": ["lte"], "seeds": 2, "warm": 2, "texts": 2, "tokens": 4},
+    "capacity": {"presets": ["exact", "llm-only"], "agents": [1, 2], "seeds": 2, "warm": 1, "texts": 1, "tokens": 4, "prompts": 3},
 }  # fmt: skip
 
 
@@ -32,6 +34,8 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return cls.of({**fields, **FEW[name]}, name)
 
     monkeypatch.setattr(Experiment, "load", classmethod(smaller))
+    for name, value in (("BATCHES", (1, 2)), ("WIDTHS", (1,)), ("CONTEXTS", (4,)), ("REPEATS", 1)):
+        monkeypatch.setattr(verifier_costs, name, value)
 
 
 def test_a_command_writes_the_report_of_the_shipped_pair(

@@ -82,12 +82,13 @@ def speed(texts: Sequence[TimedText]) -> float:
 
 
 def line_through(calls: Sequence[tuple[int, float]]) -> ModelPace:
-    """The pace of a model's calls (tokens, seconds): a line, or a constant where the calls are alike."""
+    """The pace of a model's calls (tokens, seconds), which keeps their sum: a line, or a constant where they are alike."""
+    if not calls:
+        return ModelPace(0.0)
     sizes, seconds = np.array([size for size, _ in calls], float), np.array([s for _, s in calls])
-    if len(calls) < 2 or np.ptp(sizes) == 0.0:
-        return ModelPace(float(seconds.mean()) if len(calls) else 0.0)
-    token_s = max(0.0, float(np.polyfit(sizes, seconds, 1)[0]))
-    return ModelPace(max(0.0, float(seconds.mean() - token_s * sizes.mean())), token_s)
+    token_s = max(0.0, float(np.polyfit(sizes, seconds, 1)[0])) if np.ptp(sizes) else 0.0
+    call_s = float(seconds.mean() - token_s * sizes.mean())
+    return ModelPace(call_s, token_s) if call_s > 0.0 else ModelPace(0.0, float(seconds.sum() / sizes.sum()))
 
 
 def costs_of(measured: dict[str, Measured]) -> Costs:
@@ -228,7 +229,7 @@ def measure(
                     costs = costs_of(measured)
                     simulated = [simulate(pair, link, wanted, costs, seed) for seed in range(1, runs + 1)]
                     models_only = simulate(pair, link, wanted, costs._replace(own_s=dict.fromkeys(costs.own_s, 0.0)), 1)
-                    yield Cell(link, variant, real, simulated, models_only, costs)
+                    yield Cell(Path(link).stem, variant, real, simulated, models_only, costs)
                     ended()
 
 

@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from fedhlm.config import load
 from fedhlm_lab.papers.capacity import CapacityPoint, CapacityRuns
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabPanels, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.pareto import learns
 from fedhlm_lab.papers.pareto_figures import SeedMean, mean_of
 
 OURS: Final = ("exact", "budget")
@@ -52,6 +54,12 @@ class CapacityFindings:
             found.append(capacity_of(self.agents, [mine[n] for n in self.agents], target))
         return mean_of(found)
 
+    def beside(self, verifier: str, preset: str, target: float) -> str | None:
+        """The ratio as text; where ours is the largest fleet, it is at least that."""
+        ratio = self.ratio(verifier, preset, target)
+        least = self.capacity(verifier, preset, target).mean >= self.agents[-1]
+        return None if ratio is None else f"{'at least ' if least else ''}{ratio:.2f}"
+
     def ratio(self, verifier: str, preset: str, target: float) -> float | None:
         """Capacity beside the baseline's; None where one has none, or the baseline's is the largest fleet."""
         ours, base = (self.capacity(verifier, name, target).mean for name in (preset, self.runs.experiment.baseline))
@@ -84,10 +92,14 @@ def _sentences(found: CapacityFindings) -> list[str]:
         for preset in found.presets:
             if preset == e.baseline:
                 continue
-            known = [(t, r) for t in e.targets if (r := found.ratio(verifier, preset, t)) is not None]
-            words = ", ".join(f"{ratio:.2f} times at {target:g} tokens/s" for target, ratio in known)
-            parts.append(f"`{preset}` {words or 'cannot be compared'}")
+            known = [(t, r) for t in e.targets if (r := found.beside(verifier, preset, t)) is not None]
+            words = ", ".join(f"{ratio} times at {target:g} tokens/s" for target, ratio in known)
+            parts.append(f"`{preset}` {words or 'unknown, as the largest fleet is not too many for either'}")
         lines.append(f"Verifier `{verifier}`, agents beside `{e.baseline}`: {'; '.join(parts)}.")
+    if any(learns(load(preset=preset, environ={}).config.generation) for preset in found.presets):
+        lines.append(
+            f"Presets that learn had {e.warm} texts of the whole fleet to learn from, so they still verified much."
+        )
     largest = found.agents[-1]
     for verifier in found.verifiers:
         work = {p: _work(found.points(verifier, p, largest)) for p in found.presets}
@@ -108,7 +120,7 @@ def _capacities(found: CapacityFindings, verifier: str) -> LabTable:
     for preset in found.presets:
         row: list[str | float | None] = [f"`{preset}`"]
         for target in e.targets:
-            row += [str(found.capacity(verifier, preset, target)), found.ratio(verifier, preset, target)]
+            row += [str(found.capacity(verifier, preset, target)), found.beside(verifier, preset, target)]
         rows.append(row)
     columns = ["preset"]
     for target in e.targets:

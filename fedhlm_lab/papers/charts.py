@@ -21,7 +21,7 @@ LOOK: Final[Any] = {  # matplotlib's type names every parameter
     "grid.alpha": 0.3,
 }
 MARKS: Final = "os^Dv<>P"
-COLUMNS: Final = 3  # of panels
+COLUMNS: Final = 3  # of panels, at most
 COLOURS: Final = 10  # of matplotlib's cycle
 
 
@@ -29,18 +29,19 @@ def drawn(chart: LabChart | LabPanels) -> dict[str, bytes]:
     """The chart as files: their endings and contents. Equal charts give equal bytes."""
     with mpl.rc_context(LOOK):
         panels = chart.panels if isinstance(chart, LabPanels) else [chart]
-        rows = -(-len(panels) // COLUMNS)
-        size = (6.4, 4.2) if len(panels) == 1 else (3.6 * COLUMNS, 3.0 * rows + 0.8)
+        columns = min(COLUMNS, len(panels))
+        rows = -(-len(panels) // columns)
+        size = (6.4, 4.2) if len(panels) == 1 else (3.6 * columns, 3.0 * rows + 0.8)
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         for number, panel in enumerate(panels, start=1):
-            axes: Any = figure.add_subplot() if len(panels) == 1 else figure.add_subplot(rows, COLUMNS, number)
+            axes: Any = figure.add_subplot() if len(panels) == 1 else figure.add_subplot(rows, columns, number)
             _draw(axes, panel)
         if isinstance(chart, LabPanels):
             figure.suptitle(chart.title)
         if len(panels[0].series) > 1:
             handles, labels = figure.axes[0].get_legend_handles_labels()
-            ncols = 3 if len(panels) == 1 else 6
+            ncols = 2 * columns if len(panels) > 1 else 3
             figure.legend(handles, labels, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
         files = {}
         for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

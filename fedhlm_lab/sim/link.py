@@ -176,8 +176,9 @@ class Pipe:
         self._schedule(self._last_s, self._arrive_next)
 
     def acknowledge(self) -> None:
-        """Carry an acknowledgement of QoS 1 for a message that came the other way. Only its bytes matter."""
-        self._occupy(ACK_BYTES)
+        """Carry an acknowledgement of QoS 1 for a message that came the other way. What follows does not overtake it."""
+        arrival_s = self._occupy(ACK_BYTES) + self._link.delay_s + self._rng.random() * self._link.jitter_s
+        self._last_s = max(self._last_s, arrival_s)
 
     def backlog(self) -> int:
         """Number of messages that wait for bandwidth."""

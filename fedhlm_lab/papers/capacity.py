@@ -22,7 +22,7 @@ from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.pareto import CLUSTER, learns, names_of
 from fedhlm_lab.papers.texts import TextOrder, TimedText, ordered
 from fedhlm_lab.sim import links
-from fedhlm_lab.sim.pace import CallTally, Paces
+from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
 from fedhlm_lab.sim.verifier_costs import PairCosts
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
@@ -77,8 +77,8 @@ def run(
         for verifier, preset, agents, seed in plan:
             if verifier not in made:
                 tally, cheaper = CallTally(), experiment.verifiers[verifier].cheaper
-                paces = Paces(costs.small, costs.small, costs.pace(cheaper))
-                made[verifier] = pair.fleet(paces=paces, tally=tally), tally
+                paces, batches = Paces(costs.small, costs.small, ModelPace(0.0)), costs.pace(cheaper)
+                made[verifier] = pair.fleet(paces=paces, tally=tally, batches=batches), tally
             points.append(run_virtual(_one(experiment, *made[verifier], verifier, preset, agents, seed, prompts)))
             ended()
     return CapacityRuns(experiment, source, costs, points)

@@ -20,7 +20,7 @@ from fedhlm_zoo.shipped import model_folder
 class LabPair(NamedTuple):
     """Both models, their fingerprints (SLM, LLM), the text of a token, and the pair as a fleet of the simulator has it.
 
-    `fleet` takes the `paces` of the models and a `tally` of the LLM's calls.
+    `fleet` takes the `paces` of the models, a `tally` of the LLM's calls, and its pace by `batches`.
     """
 
     small: LawModel

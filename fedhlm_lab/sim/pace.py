@@ -44,7 +44,7 @@ class Paces(NamedTuple):
 
     device: ModelPace
     beside: ModelPace
-    large: CallPace
+    large: ModelPace
 
 
 class CallTally:

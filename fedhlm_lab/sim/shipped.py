@@ -15,7 +15,7 @@ from edge_agent.model import Drawn, Slm, SlmDrafter, TreeDraft
 from fedhlm.decoding.models import load_model
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.protocol.messages import Sampling
-from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces, remembered
+from fedhlm_lab.sim.pace import CallPace, CallTally, ModelPace, Paces, remembered
 from fedhlm_lab.sim.world import Pair
 
 DRAFT_STEP_S: Final = 0.001
@@ -47,11 +47,18 @@ class RememberingSlm(Slm):
 
 
 def shipped_pair(
-    slm_folder: Path, llm_folder: Path, *, threads: int = 1, paces: Paces = STEPS, tally: CallTally | None = None
+    slm_folder: Path,
+    llm_folder: Path,
+    *,
+    threads: int = 1,
+    paces: Paces = STEPS,
+    tally: CallTally | None = None,
+    batches: CallPace | None = None,
 ) -> Pair:
     """Open both folders; every agent gets its own cache over one SLM.
 
-    With a `tally`, which counts the calls of the LLM, its logits and greedy drafts are remembered from text to text.
+    `batches` is the LLM's pace by batch, tokens and context, in place of that in `paces`. With a `tally`, which counts
+    the calls of the LLM, its logits and greedy drafts are remembered from text to text.
 
     Raises:
         ModelError: a folder cannot be used.
@@ -60,7 +67,7 @@ def shipped_pair(
     projection = load_projection(slm_folder, small.info.hidden_size)
 
     engine = engine_of(large) if tally is None else remembered(engine_of(large))
-    llm = LargeModel.of(large, (tally or CallTally()).paced(engine, paces.large))
+    llm = LargeModel.of(large, (tally or CallTally()).paced(engine, batches or paces.large))
     known: dict[tuple[tuple[int, ...], Sampling, str], Drawn] = {}
 
     def drafter() -> SlmDrafter:

@@ -10,7 +10,7 @@ from fedhlm_lab.papers.laws import LawPrompt, Laws, ToyLaws
 from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.requests import LabSource
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
+from fedhlm_lab.sim.pace import CallPace, CallTally, ModelPace, Paces
 from fedhlm_lab.sim.world import Pair
 from fedhlm_zoo.corpus import Article
 
@@ -45,12 +45,12 @@ def texts(known: Laws) -> LawTexts:
 def pair() -> LabPair:
     """The toy models."""
 
-    def fleet(*, paces: Paces | None = None, tally: CallTally | None = None) -> Pair:
+    def fleet(*, paces: Paces | None = None, tally: CallTally | None = None, batches: CallPace | None = None) -> Pair:
         made = toy.pair(AGREEMENT)
         return (
             made
             if tally is None
-            else made._replace(engine=lambda: tally.paced(toy.engine(step_s=0.0), ModelPace(0.02)))
+            else made._replace(engine=lambda: tally.paced(toy.engine(step_s=0.0), batches or ModelPace(0.02)))
         )
 
     return LabPair(ToyLaws(AGREEMENT), ToyLaws(), FINGERPRINTS, word, fleet)

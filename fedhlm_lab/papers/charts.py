@@ -22,6 +22,7 @@ LOOK: Final[Any] = {  # matplotlib's type names every parameter
 }
 MARKS: Final = "os^Dv<>P"
 COLUMNS: Final = 3  # of panels, at most
+MANY: Final = 5  # bars whose names need room
 COLOURS: Final = 10  # of matplotlib's cycle
 
 
@@ -99,7 +100,7 @@ def _bars(axes: Any, chart: LabChart) -> None:
     width = 0.8 / len(chart.series)
     for number, series in enumerate(chart.series):
         axes.bar(places + (number - (len(chart.series) - 1) / 2) * width, series.y, width, label=series.name)
-    axes.set_xticks(places, chart.series[0].x)
+    axes.set_xticks(places, chart.series[0].x, rotation=30 if len(places) > MANY else 0)
 
 
 def _stack(axes: Any, chart: LabChart) -> None:

@@ -28,7 +28,7 @@ LITTLE: dict[str, Any] = {"prompts": 3, "tokens": 8}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A small GGUF model, and another one that is near it."""
-    pytest.importorskip("llama_cpp", reason="runs its models on llama.cpp")
+    pytest.importorskip("llama_cpp", reason="needs llama.cpp: both models run on it")
     folder = tmp_path_factory.mktemp("models")
     metadata, rng = metadata_of_shipped(), np.random.default_rng(9)
     large = tensors_of(len(metadata["tokenizer.ggml.tokens"]))

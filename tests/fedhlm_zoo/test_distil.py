@@ -13,7 +13,7 @@ from fedhlm.decoding.models import load_model
 from fedhlm.errors import ConfigError, DataMissing, ModelError
 
 torch = pytest.importorskip("torch", reason="trains with torch")
-pytest.importorskip("gguf", reason="reads GGUF files with gguf")
+pytest.importorskip("gguf", reason="reads GGUF files into torch")
 
 from fedhlm_zoo import conversations, gguf_weights, teaching  # noqa: E402
 from fedhlm_zoo.distil import CARD_FILE, DistilConfig, chosen_layers, distil, losses_of, parts_of, pruned  # noqa: E402
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(large: Path, whole: tuple[Pat
 
 
 def test_the_draft_is_a_gguf_file_that_llama_cpp_runs(whole: tuple[Path, Any], large: Path, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="runs the draft on llama.cpp")
+    pytest.importorskip("llama_cpp", reason="needs llama.cpp: a draft runs on it")
     _, done = whole
     student = load_torch(done.folder)
     exact = gguf_weights.write(tmp_path / "exact.gguf", large, student, name="draft", form="F32")
@@ -117,7 +117,7 @@ def test_the_draft_is_a_gguf_file_that_llama_cpp_runs(whole: tuple[Path, Any], l
 
 
 def test_weights_of_a_gguf_file_are_those_that_llama_cpp_computes_with(large: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="compares with llama.cpp")
+    pytest.importorskip("llama_cpp", reason="needs llama.cpp: weights are compared with its own")
     model, ids = load_torch(large), list(range(7, 31))
     loaded = load_model(large)
     with torch.inference_mode():

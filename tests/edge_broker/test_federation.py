@@ -109,7 +109,7 @@ def test_the_papers_threshold_goes_up_by_tokens_across_by_clusters_and_down_to_a
     async def scenario() -> None:
         world = World()
         await world.cloud().start()
-        for cluster, said in (("c1", [(0.2, 30), (0.6, 10), (0.6, 0)]), ("c2", [(0.7, 1)])):
+        for cluster, said in (("c1", [(0.2, 30), (0.6, 10), (0.6, 0), (0.6, 0)]), ("c2", [(0.7, 1)])):
             await world.edge(cluster).start()
             for i, (threshold, count) in enumerate(said):
                 agent = await Hand(world, f"{cluster}-{i}").start()

@@ -11,7 +11,7 @@ from fedhlm.bus.interface import Retained
 from fedhlm.errors import ConfigError
 from fedhlm_lab.sim import faults, links
 from fedhlm_lab.sim.faults import BROKER, EVERYWHERE, KINDS, PAIR, Event, Weather
-from fedhlm_lab.sim.link import LinkModel
+from fedhlm_lab.sim.link import ACK_BYTES, HEADER_BYTES, LinkModel
 from fedhlm_lab.sim.loopback import LoopbackBus
 from fedhlm_lab.sim.loopback_broker import LoopbackBroker, Packet
 from fedhlm_lab.sim.parts import Part, PartBus
@@ -213,10 +213,12 @@ def test_each_direction_has_its_own_rate() -> None:
             broker.tap = lambda _sender, _packet: arrived.append(asyncio.get_running_loop().time())
             await bus.subscribe("t")
             began_s = asyncio.get_running_loop().time()
-            await bus.publish("t", bytes(989))
+            await bus.publish("t", bytes(989 - HEADER_BYTES))
             await anext(bus.deliveries())
             assert arrived[0] - began_s == pytest.approx(1.0, rel=0.01)
-            assert asyncio.get_running_loop().time() - arrived[0] == pytest.approx(10.0, rel=0.01)
+            acknowledged_s = (ACK_BYTES + HEADER_BYTES) / 100.0  # goes down first
+            took_s = asyncio.get_running_loop().time() - arrived[0]
+            assert took_s == pytest.approx(10.0 + acknowledged_s, rel=0.01)
 
     run_virtual(run())
 

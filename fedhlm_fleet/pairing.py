@@ -20,7 +20,7 @@ from fedhlm_lab.sim.pace import CallTally, Paces, measured
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_zoo import pair
-from fedhlm_zoo.evaluate import Agreement
+from fedhlm_zoo.evaluate import PROMPT_IDS, TEMPERATURE, Agreement
 from fedhlm_zoo.report import own_texts
 
 FIGURES_FILE: Final = "pair.json"
@@ -32,7 +32,6 @@ PROPOSED: Final = (
 )  # of which the fastest on PROPOSED_ON is written; slm-only has no LLM
 PROPOSED_ON: Final = "lte"
 LINKS: Final = ("lan", "lte", "satellite")
-TEMPERATURE: Final = 0.8
 REPEATS: Final = 10  # calls of each size that a pace is measured with
 
 
@@ -87,11 +86,12 @@ def make_pair(
 
     Raises:
         ModelError: a model cannot be used, or the two have different tokenizers.
-        ConfigError: `out` is no folder, or has too little space.
+        ConfigError: `out` is no folder, has too little space, or was begun with other models.
     """
     used = list(texts) or own_texts()
     pair.check_room(out, slm, llm)
     pair.check_tokenizers(slm, llm)
+    pair.check_begun(out, slm, llm)
     small = pair.made_ready(slm, out / "slm", "int8-dynamic", used).resolve()
     large = pair.made_ready(llm, out / "llm", "weights-int8", used).resolve()
     projection = pair.fit_keys(small, used)
@@ -127,7 +127,7 @@ def prompts_of(speech: Speech, model: Path, texts: Sequence[str], count: int) ->
         return [list(speech.template.encode([{"role": "user", "content": line}])) for line in lines]
     tokenizer = tokenizer_at(model)[0]
     encoded = tokenizer.encode_batch(lines, add_special_tokens=False)
-    return [[*speech.turns.opening, *e.ids[: pair.PROMPT_IDS]] for e in encoded]
+    return [[*speech.turns.opening, *e.ids[:PROMPT_IDS]] for e in encoded]
 
 
 def _paces(small: Path, large: Path) -> Paces:

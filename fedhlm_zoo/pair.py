@@ -21,8 +21,9 @@ from fedhlm_zoo.evaluate import Agreement, EngineModel, agreement_after
 from fedhlm_zoo.projection import fit, write_projection
 
 AGREEMENT_FILE: Final = "agreement.json"
+MODELS_FILE: Final = "models.json"
+WEIGHTS: Final = (".gguf", ".onnx", ".data", ".safetensors", ".bin")  # suffixes of files with a model's weights
 COPIES: Final = 3  # of a model that are in its folder at once while it is exported and quantised
-PROMPT_IDS: Final = 24  # of a text's beginning that the LLM continues, without a chat template
 
 
 def check_tokenizers(small: Path, large: Path) -> None:
@@ -55,6 +56,29 @@ def check_room(out: Path, *models: Path) -> None:
         raise ConfigError(
             "--out", str(out), f"a folder with {needed / 1e6:,.0f} MB of free space", why=f"it has {free / 1e6:,.0f} MB"
         )
+
+
+def check_begun(out: Path, small: Path, large: Path) -> None:
+    """Note in the folder `out` which two models it is made of, so that what is finished there is kept for them alone.
+
+    Raises:
+        ConfigError: it was begun with other models, or their weights have changed since.
+    """
+    held = msgspec.json.encode([_weights_of(small), _weights_of(large)])
+    path = out / MODELS_FILE
+    if path.is_file():
+        if path.read_bytes() != held:
+            raise ConfigError("--out", str(out), f"a new folder, or one begun with {small} and {large} as they are now")
+        return
+    with replacing(path) as file:
+        file.write(held)
+
+
+def _weights_of(model: Path) -> list[tuple[str, int, int]]:
+    """Path, bytes and time of change in nanoseconds of each file that holds weights of a model."""
+    files = sorted(model.iterdir()) if model.is_dir() else [model]
+    found = [(str(file.resolve()), file.stat()) for file in files if file.suffix in WEIGHTS]
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 
 
 def made_ready(model: Path, folder: Path, mode: str, texts: Sequence[str]) -> Path:

@@ -115,7 +115,17 @@ def test_hugging_face_folders_are_exported_and_quantised(tmp_path: Path) -> None
     assert (config.agent.model, config.cloud.model) == (str(out / "slm"), str(out / "llm"))
     assert (out / "slm" / "quantisation.json").is_file()
     assert report.projection == "none: the hidden size of 32 is below 64"
-    assert sorted(path.name for path in out.iterdir()) == ["agreement.json", "llm", "pair.json", PAIR_FILE, "slm"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "agreement.json",
+        "llm",
+        "models.json",
+        "pair.json",
+        PAIR_FILE,
+        "slm",
+    ]
+    for others in (folders[::-1], [make_tiny("llama", folders[0], seed=5), folders[1]]):
+        with pytest.raises(ConfigError, match="a new folder, or one begun with"):
+            pairing.make_pair(others[0], others[1], out, texts=["one two", "three four"], amounts=FEW)
 
 
 def test_bad_input_is_said_before_anything_is_measured(

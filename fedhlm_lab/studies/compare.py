@@ -19,6 +19,7 @@ from msgspec import structs
 
 from edge_agent.core import AgentCore
 from edge_agent.events import Committed, Observation
+from edge_agent.measures import measures_of
 from edge_agent.result import GenerationResult, Job
 from fedhlm.config import load, presets
 from fedhlm.decoding.alone import Alone
@@ -144,15 +145,27 @@ async def work(
     context: int,
     read: Callable[[Sequence[int]], str] | None = None,
     ended: Callable[[], object] = lambda: None,
+    pause_s: float = 0.0,
 ) -> list[FinishedTask]:
-    """Process one agent's share of the tasks, one at a time; call `ended` after each."""
+    """Process one agent's share of the tasks, one at a time with `pause_s` after each; call `ended` after each."""
     done = []
     for task in tasks:
         sampling = Sampling(task.sampling.seed, task.sampling.temperature, 1.0, config.generation.coupling)
         job = Job(config.generation, sampling, task.max_tokens, context, eos_ids)
         done.append(FinishedTask(agent.name, task, await agent.generate(job, task.prompt, nobody, read=read)))
         ended()
+        await asyncio.sleep(pause_s)
     return done
+
+
+async def settle_audits(agent: AgentCore, config: Config, done: Sequence[FinishedTask]) -> None:
+    """Wait until the agent's open audits have ended, and give the last result the certificate of all texts."""
+    while len(agent.auditor.audits):  # noqa: ASYNC110 - they tell nobody, and time is virtual
+        await asyncio.sleep(1.0)
+    if done and done[-1].result.certificate is not None:
+        sampling = structs.replace(done[-1].task.sampling, coupling=config.generation.coupling)
+        measures = measures_of(config.generation, sampling, agent.learner.pair)
+        done[-1].result.certificate = agent.learner.certificate(measures, config.generation)
 
 
 async def run_fleet(
@@ -162,10 +175,11 @@ async def run_fleet(
     delay_s: float,
     read: Callable[[Sequence[int]], str] | None = None,
     ended: Callable[[], object] = lambda: None,
+    pause_s: float = 0.0,
 ) -> tuple[list[FinishedTask], float]:
     """Run all tasks through a fleet without faults, and call `ended` after each.
 
-    `read` returns the text of ids (`AgentCore.generate`).
+    `read` returns the text of ids (`AgentCore.generate`). A device pauses for `pause_s` between two tasks.
 
     Returns:
         The answers in the order of the agents, and the number of messages for audits alone.
@@ -179,7 +193,9 @@ async def run_fleet(
         name = f"agent-{place}"
         async with fleet.online(f"c{place // AGENTS}", name, pair.drafter()) as agent:
             await asyncio.sleep(1.0)
-            return await work(agent, config, iter(parts[place]), pair.eos_ids, pair.context, read, ended)
+            done = await work(agent, config, iter(parts[place]), pair.eos_ids, pair.context, read, ended, pause_s)
+            await settle_audits(agent, config, done)
+            return done
 
     groups = await asyncio.gather(*(live(place) for place in range(CLUSTERS * AGENTS)))
     for node in fleet.nodes.values():
@@ -263,7 +279,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=["topic", "continue"], choices=["topic", "continue"])
     parser.add_argument("--prompts", type=COUNT, default=200)
     parser.add_argument(
-        "--skip", type=limited(int, 0, 1_000_000), default=0, help="leave out so many items at the beginning"
+        "--skip",
+        type=limited(int, 0, 1_000_000),
+        default=0,
+        help="leave out so many items at the beginning; they follow the last one",
     )
     parser.add_argument(
         "--warm",
@@ -275,6 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=TEMPERATURE, default=0.8)
     parser.add_argument("--delay", type=limited(float, 0, 60), default=0.02, help="seconds, one way, on every link")
     parser.add_argument(
+        "--pause", type=limited(float, 0, 3_600), default=0.0, help="seconds between two requests of a device"
+    )
+    parser.add_argument(
         "--alpha", type=limited(float, 1e-6, 1e6), help="Dirichlet partition of the topics over the agents"
     )
     parser.add_argument("--items", type=Path, help="news items, one JSON object a line; default: the shipped ones")
@@ -285,7 +307,8 @@ def main(arguments: list[str] | None = None) -> int:
     slm, llm = model_folder("", "slm"), model_folder("", "llm")
     pair, large = shipped_pair(slm, llm), Oracle(llm)
     known = shuffled_test_split() if options.ag_news else load_items(options.items)
-    articles = known[options.skip : options.skip + options.prompts + options.warm]
+    first = options.skip % len(known)
+    articles = [*known[first:], *known[:first]][: options.prompts + options.warm]
     places = CLUSTERS * AGENTS
     lines: list[Line] = []
     for kind in options.kinds:
@@ -302,7 +325,9 @@ def main(arguments: list[str] | None = None) -> int:
             config = load(preset=preset, environ={}, flags=settings_of(options.set)).config
             with progress(f"requests under {preset}", sum(map(len, parts))) as ended:
                 read = large.decoder.tokenizer.decode
-                done, alone = run_virtual(partial(run_fleet, pair, config, parts, options.delay, read, ended)())
+                done, alone = run_virtual(
+                    partial(run_fleet, pair, config, parts, options.delay, read, ended, options.pause)()
+                )
             line = line_of(preset, kind, [d for d in done if id(d.task) not in warm], large, config)
             line.audit_messages = alone / max(1, sum(len(d.result.ids) for d in done))
             lines.append(line)

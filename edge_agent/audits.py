@@ -28,7 +28,7 @@ TRIES: Final = 4
 OPEN_MAX: Final = 1_024  # beyond this number the oldest audit is given up
 FULL: Final = 64  # so many audits that wait are worth a message of their own
 RIDERS_BYTES: Final = 16_384  # of all riders of a message; a larger one goes up by itself
-ON_THE_WAY: Final = 8  # audits whose answer is awaited; more would make the device's own blocks wait behind them
+ON_THE_WAY: Final = 32  # audits whose answer is awaited; the cloud answers the blocks of a device before its audits
 
 
 @dataclass

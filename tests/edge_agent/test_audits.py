@@ -121,6 +121,22 @@ def test_a_message_for_audits_alone_carries_as_many_as_fit(prompt: int, together
     assert len(audits.riders(1.0, alone=True)) == min(len(sent), FULL - len(sent))
 
 
+@pytest.mark.parametrize(("answers", "chance"), [(33, 0.25), (100, 0.25), (400, 0.05)])
+def test_what_is_audited_between_two_blocks_of_short_answers_rides_in_the_second(answers: int, chance: float) -> None:
+    """A device that keeps 97 of 100 answers has few messages; audits that waited for more of them came ever later."""
+    audits = Audits(toy.FINGERPRINT)
+    number = 0
+    for block in range(20):
+        for _ in range(round(answers * chance)):
+            audits.wait(audit(number, 8, due_s=1e9))
+            number += 1
+        sent = audits.riders(float(block))
+        assert len(sent) == round(answers * chance)
+        for one in sent:
+            assert audits.answered(one.session, answer(0.5)) is one
+    assert len(audits) == 0
+
+
 def test_an_escalation_and_its_riders_are_blocks_of_their_own_at_the_edge() -> None:
     rider = Rider(9, 3, 4, pack_ids([1, 2], 50), 2, 77)
     header: dict[str, Any] = {"version": 3, "sender": "a", "sequence": 1, "sent_ms": 1}

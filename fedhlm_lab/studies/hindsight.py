@@ -1,8 +1,8 @@
-"""What the best threshold could do: topic questions sorted by their doubt, with both models' answers known beforehand.
+"""The best threshold in hindsight: topic questions sorted by their doubt, with both models' answers known beforehand.
 
 No rule that learns its threshold from verdicts can do better on the average with the same doubt.
 
-Run: python -m fedhlm_lab.studies.oracle --recording FILE [--prompts 7600] [--sent 0.01 0.02 ...]
+Run: python -m fedhlm_lab.studies.hindsight --recording FILE [--prompts 7600] [--sent 0.01 0.02 ...]
 """
 
 import sys
@@ -20,7 +20,7 @@ from fedhlm_lab.studies.recorded import RecordedText, load_or_record
 from fedhlm_zoo.shipped import model_folder
 
 
-class OracleFigures(NamedTuple):
+class HindsightFigures(NamedTuple):
     """The share of answers that is sent, that is kept and differs from the LLM's, and the doubt of the last one sent.
 
     `points` is how many answers of a hundred are right for the LLM alone beyond those of the device, and `error` its
@@ -34,7 +34,7 @@ class OracleFigures(NamedTuple):
     doubt: float
 
 
-def oracle(texts: Sequence[RecordedText], sent: float) -> OracleFigures:
+def hindsight(texts: Sequence[RecordedText], sent: float) -> HindsightFigures:
     """Send the most doubtful share `sent` of texts of one token each, whose answers are right or wrong.
 
     Raises:
@@ -51,10 +51,10 @@ def oracle(texts: Sequence[RecordedText], sent: float) -> OracleFigures:
     harm = float((np.array([text.harms[0] for text in texts]) * kept).mean())
     doubt = texts[order[count - 1]].doubts[0] if count else 1.0
     error = 100.0 * float(lost.std()) / len(texts) ** 0.5
-    return OracleFigures(count / len(texts), harm, 100.0 * float(lost.mean()), error, doubt)
+    return HindsightFigures(count / len(texts), harm, 100.0 * float(lost.mean()), error, doubt)
 
 
-def show(lines: Sequence[OracleFigures]) -> str:
+def show(lines: Sequence[HindsightFigures]) -> str:
     """The table in Markdown."""
     rows = ["| sent | saved | doubt from which on | differ from the LLM | points below the LLM |", "|" + "---|" * 5]
     rows += [
@@ -66,7 +66,7 @@ def show(lines: Sequence[OracleFigures]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = Parser(prog="python -m fedhlm_lab.studies.oracle", description="the best threshold on topic questions")
+    parser = Parser(prog="python -m fedhlm_lab.studies.hindsight", description="the best threshold on topic questions")
     parser.add_argument(
         "--recording", type=out_file, required=True, help="file of the recorded texts; written if absent"
     )
@@ -84,9 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     tasks = tasks_of(articles, "topic", large.decoder, tokens=1, temperature=0.0)
     with progress("texts recorded", len(tasks)) as ended:
         texts = load_or_record(options.recording, tasks, large, small, "gumbel", ended)
-    print(show([oracle(texts, sent) for sent in options.sent]))
+    print(show([hindsight(texts, sent) for sent in options.sent]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_study(main, "python -m fedhlm_lab.studies.oracle"))
+    sys.exit(run_study(main, "python -m fedhlm_lab.studies.hindsight"))

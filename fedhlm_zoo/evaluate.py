@@ -1,7 +1,8 @@
 """Measure a model on AG News or on other texts, and measure how well a small model predicts a large one.
 
 A model is a torch directory or a model folder; both give the same figures up to rounding. Noise comes from
-`fedhlm.decoding.sampling`, so acceptance is that of the running system.
+`fedhlm.decoding.sampling`, so acceptance is that of the running system. `in_ids_of` makes models of different
+tokenizers comparable, as an agent does with `agent.target_tokenizer`.
 """
 
 import math
@@ -16,9 +17,11 @@ from tokenizers import Tokenizer
 
 from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import INFO_FILE, DecoderInput
-from fedhlm.decoding.hub import begin_id
-from fedhlm.decoding.models import backend_of, load_model
+from fedhlm.decoding.hub import begin_id, open_tokenizer
+from fedhlm.decoding.models import LoadedModel, backend_of, load_model
 from fedhlm.decoding.sampling import perturbed_argmax, scores
+from fedhlm.decoding.spoken import Spoken
+from fedhlm.decoding.translated import Translated
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
 from fedhlm.errors import ModelError
 from fedhlm.progress import progress
@@ -82,8 +85,13 @@ class Model(Protocol):
     tokenizer: Tokenizer
     vocabulary: Vocabulary
     context: int
-    end_id: int
+    end_ids: tuple[int, ...]
+    end_id: int  # the lowest of them, -1 if there is none
     begin: tuple[int, ...]  # the ids before the first of a text
+
+    def loaded(self) -> LoadedModel:
+        """The model as a part runs it."""
+        ...
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Number and logits (length, vocabulary.size) of every sequence, in any order."""
@@ -97,14 +105,19 @@ class Model(Protocol):
 class EngineModel:
     """A model folder or a GGUF file, run as a part runs it: one sequence at a time."""
 
-    def __init__(self, folder: Path, *, threads: int = 1, drafting: bool = False) -> None:
-        self._decoder = load_model(folder, threads=threads, drafting=drafting)
+    def __init__(self, model: Path | LoadedModel, *, threads: int = 1, drafting: bool = False) -> None:
+        loaded = load_model(model, threads=threads, drafting=drafting) if isinstance(model, Path) else model
+        self._decoder = loaded
         self.tokenizer = self._decoder.tokenizer
         self.vocabulary = self._decoder.vocabulary
         self.context = self._decoder.info.context
-        self.end_id = min(self._decoder.info.eos_ids, default=-1)
+        self.end_ids = self._decoder.info.eos_ids
+        self.end_id = min(self.end_ids, default=-1)
         bos_id = self._decoder.info.bos_id
         self.begin: tuple[int, ...] = () if bos_id is None else (bos_id,)
+
+    def loaded(self) -> LoadedModel:
+        return self._decoder
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         with progress("texts read", len(sequences)) as ended:
@@ -128,17 +141,23 @@ class TorchModel:
     def __init__(self, folder: Path, *, tokenizer: Path | None = None) -> None:
         from fedhlm_zoo.export import load_torch
 
-        self._model = load_torch(folder)
+        self._folder, self._model = folder, load_torch(folder)
         file = (tokenizer or folder) / TOKENIZER_FILE
         if not file.is_file():
             raise ModelError(f"{file} is missing: give the tokenizer's folder")
-        self.tokenizer = Tokenizer.from_file(str(file))
+        self.tokenizer = open_tokenizer(file.parent)
         self.vocabulary = vocabulary_of(file.parent)
         self.context = int(self._model.config.max_position_embeddings)
         eos = self._model.config.eos_token_id
-        self.end_id = min(eos if isinstance(eos, list) else [-1 if eos is None else eos])
+        self.end_ids: tuple[int, ...] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        self.end_id = min(self.end_ids, default=-1)
         bos_id = begin_id(file.parent, self._model.config.bos_token_id)
         self.begin: tuple[int, ...] = () if bos_id is None else (bos_id,)
+
+    def loaded(self) -> LoadedModel:
+        from fedhlm_zoo.torch_model import TorchDecoder
+
+        return TorchDecoder(self._model, self._folder)
 
     def rows(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, NDArray[np.float32]]]:
         import torch
@@ -182,6 +201,18 @@ def open_model(folder: Path, *, tokenizer: Path | None = None, threads: int = 1)
     if (folder / INFO_FILE).is_file() or backend_of(str(folder)) == "llama-cpp":
         return EngineModel(folder, threads=threads)
     return TorchModel(folder, tokenizer=tokenizer)
+
+
+def in_ids_of(target: Model, model: Model) -> Model:
+    """A model in the ids of a target, whose tokenizer may be another one; the model itself if the ids are the same.
+
+    Raises:
+        ModelError: a tokenizer cannot be translated.
+    """
+    if model.vocabulary == target.vocabulary:
+        return model
+    spoken = Spoken(target.tokenizer, target.vocabulary, next(iter(target.begin), None), target.end_ids)
+    return EngineModel(Translated(model.loaded(), spoken))
 
 
 def sample(articles: Sequence[Article], count: int | None, *, seed: int = 0) -> list[Article]:
@@ -273,7 +304,7 @@ def _log_laws(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _same_ids(draft: Model, target: Model) -> None:
     if draft.vocabulary != target.vocabulary:
-        raise ModelError("draft and target have different vocabularies: agreement needs the same meaning of every id")
+        raise ModelError("draft and target have different vocabularies: translate the draft with in_ids_of")
 
 
 def _topic_ids(tokenizer: Tokenizer) -> list[int]:

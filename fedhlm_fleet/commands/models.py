@@ -335,7 +335,8 @@ def models_evaluate(
     """Measure a model on texts of your own, or on the AG News test split, and with --target how near it is to another.
 
     On AG News it measures topic accuracy and perplexity. On other texts it measures perplexity and, with --target,
-    compares both models' laws at every token.
+    compares both models' laws at every token. Where the target has another tokenizer, the laws of the first model are
+    translated into the target's tokens.
 
     Parameters
     ----------
@@ -344,7 +345,7 @@ def models_evaluate(
     texts
         File of texts: plain, with blank lines between them, or .jsonl with the key text.
     target
-        Large model whose continuations the first model predicts.
+        Large model whose continuations the first model predicts. It may have another tokenizer.
     data
         Folder with ag_news/; by default FEDHLM_DATA, ./data, or a download from the hub.
     articles
@@ -363,16 +364,23 @@ def models_evaluate(
         from fedhlm_zoo.texts import load_texts
     own = None if texts is None else load_texts(texts)
     model = evaluate.open_model(folder, tokenizer=tokenizer, threads=threads)
-    if own is not None:
+    split = load_ag_news("test", data) if own is None else []
+    if own is None:
+        print_facts(asdict(evaluate.evaluate(model, evaluate.sample(split, articles))))
+    else:
         print_facts(asdict(evaluate.evaluate_texts(model, own)))
-        if target is not None:
-            other = evaluate.open_model(target, tokenizer=tokenizer, threads=threads)
-            print_facts(asdict(evaluate.likeness(model, other, own)))
-            print_facts(asdict(evaluate.text_agreement(model, other, own[:prompts])))
+    if target is None:
         return 0
-    split = load_ag_news("test", data)
-    print_facts(asdict(evaluate.evaluate(model, evaluate.sample(split, articles))))
-    if target is not None:
-        other = evaluate.open_model(target, tokenizer=tokenizer, threads=threads)
-        print_facts(asdict(evaluate.agreement(model, other, evaluate.sample(split, prompts))))
+    other = evaluate.open_model(target, tokenizer=tokenizer, threads=threads)
+    draft = evaluate.in_ids_of(other, model)
+    if draft is not model:
+        ours, theirs = model.vocabulary.size, draft.vocabulary.size
+        print_facts(
+            {"translated": f"laws of {folder} over its {ours:,} ids, into laws over the {theirs:,} of {target}"}
+        )
+    if own is None:
+        print_facts(asdict(evaluate.agreement(draft, other, evaluate.sample(split, prompts))))
+    else:
+        print_facts(asdict(evaluate.likeness(draft, other, own)))
+        print_facts(asdict(evaluate.text_agreement(draft, other, own[:prompts])))
     return 0

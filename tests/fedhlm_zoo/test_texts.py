@@ -2,18 +2,23 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedhlm.decoding.decoder import Decoder, DecoderInput
+from fedhlm.decoding.decoder import Decoder, DecoderInput, read_info
+from fedhlm.decoding.models import load_model
+from fedhlm.decoding.translated import in_ids_of as agent_model
 from fedhlm.errors import DataMissing, ModelError
 from fedhlm_fleet.cli import main
-from fedhlm_zoo.evaluate import EngineModel, evaluate_texts, likeness, text_agreement
+from fedhlm_zoo.evaluate import EngineModel, evaluate_texts, in_ids_of, likeness, text_agreement
+from fedhlm_zoo.info import write_info
 from fedhlm_zoo.prompts import load_items
 from fedhlm_zoo.shipped import model_folder
 from fedhlm_zoo.texts import load_texts
+from fedhlm_zoo.tokenizer import save_tokenizer, train_tokenizer
 
 SLM, LLM = model_folder("", "slm"), model_folder("", "llm")
 TEXTS = [item.body for item in load_items()[:4]]
@@ -89,3 +94,37 @@ def test_the_command_measures_a_model_on_a_file(tmp_path: Path, capsys: pytest.C
     assert shown["prompts"] == "1"
     assert main(["models", "evaluate", str(SLM), "--texts", str(tmp_path / "none")]) == 2
     assert "file of texts must be readable" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped SLM with another tokenizer, which gives its ids other meanings."""
+    folder = tmp_path_factory.mktemp("foreign") / "slm"
+    shutil.copytree(SLM, folder)
+    save_tokenizer(train_tokenizer([f"{item.title}\n{item.text}" for item in load_items()], 600), folder)
+    write_info(folder, read_info(folder))
+    return folder
+
+
+def test_a_model_is_measured_in_the_ids_of_a_target(foreign: Path) -> None:
+    """The translated model is the agent's, and a target of the same ids changes nothing."""
+    target, draft = EngineModel(LLM), EngineModel(foreign)
+    assert in_ids_of(target, same := EngineModel(SLM)) is same
+    translated = in_ids_of(target, draft)
+    (ids,) = ([0, *target.tokenizer.encode(text, add_special_tokens=False).ids] for text in TEXTS[:1])
+    agent = agent_model(str(LLM), load_model(foreign))
+    expected = agent.forward([DecoderInput(agent.empty_cache(), ids)])[0].logits
+    np.testing.assert_array_equal(dict(translated.rows([ids]))[0], expected)
+    near = likeness(translated, target, TEXTS[:1])
+    assert near.tokens == len(ids)
+    with pytest.raises(ModelError, match="different vocabularies"):
+        likeness(draft, target, TEXTS[:1])
+
+
+def test_the_command_says_that_it_translates(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "mine.txt").write_text(TEXTS[0])
+    arguments = ["models", "evaluate", str(foreign), "--texts", str(file), "--target", str(LLM), "--prompts", "1"]
+    assert main(arguments) == 0
+    shown = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert shown["translated"] == f"laws of {foreign} over its 600 ids, into laws over the 4,096 of {LLM}"
+    assert 0.0 <= float(shown["greedy"]) <= 1.0

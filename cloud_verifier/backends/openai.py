@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from cloud_verifier.engine import Engine, EngineFailure, EngineInput, EngineOutput
 from cloud_verifier.partial import row_of
-from fedhlm.decoding.hub import configured_begin, end_ids, open_tokenizer
 from fedhlm.decoding.invariance import TOLERANCE
-from fedhlm.decoding.vocabulary import Vocabulary, vocabulary_of
+from fedhlm.decoding.spoken import configured_tokenizer
+from fedhlm.decoding.vocabulary import Vocabulary
 from fedhlm.errors import ConfigError, ModelError
 from fedhlm.process.files import read_secret
 from fedhlm.settings import ModelServer
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOKENIZER_KEY: Final = "cloud.server.tokenizer"
 PREFIX_BLOCK: Final = 16  # tokens in a block of vLLM's prefix cache: about what one more prompt computes again
 ATTEMPTS: Final = 3
 PAUSE_S: Final = 0.2  # before the second attempt; twice as long before each further one
@@ -272,36 +273,27 @@ async def served(url: str, settings: ModelServer) -> AsyncIterator[ServedModel]:
         import httpx
     except ModuleNotFoundError as exc:
         raise ModelError(f"a model at {url} needs httpx, which is not installed: pip install 'fedhlm[cloud]'") from exc
-    folder = Path(settings.tokenizer)
-    if not settings.tokenizer:
-        raise ConfigError(
-            "cloud.server.tokenizer",
-            "",
-            "the folder with the tokenizer.json of the server's model",
-            why="cloud.model is a URL",
-        )
+    spoken = configured_tokenizer(settings.tokenizer, key=TOKENIZER_KEY, whose="the server's model")
     url = url.rstrip("/")
-    vocabulary = vocabulary_of(folder)
     headers = {"content-type": "application/json"}
     if settings.key:
         headers["authorization"] = f"Bearer {read_secret(settings.key, key='cloud.server.key')}"
     limits = httpx.Limits(max_connections=CONNECTIONS)
     async with httpx.AsyncClient(headers=headers, timeout=settings.timeout_s, limits=limits) as http:
         told = settings.logprobs
-        client = ServerClient(http, url, model=settings.name, told=told, size=vocabulary.size)
+        client = ServerClient(http, url, model=settings.name, told=told, size=spoken.vocabulary.size)
         context = await _choose(client, url, settings)
-        tokenizer = open_tokenizer(folder)
-        await _check_tokens(client, url, tokenizer, folder)
-        difference = await _check_scores(client, tokenizer, url)
-        partly = told if told < vocabulary.size else 0
+        await _check_tokens(client, url, spoken.tokenizer, settings.tokenizer)
+        difference = await _check_scores(client, spoken.tokenizer, url)
+        partly = told if told < spoken.vocabulary.size else 0
         engine = Engine(Prefix(()), client.forward, token_bytes=TOKEN_BYTES, told=partly)
         yield ServedModel(
             client.model,
-            folder,
-            tokenizer,
-            vocabulary,
-            end_ids(folder),
-            configured_begin(folder),
+            Path(settings.tokenizer),
+            spoken.tokenizer,
+            spoken.vocabulary,
+            spoken.eos_ids,
+            spoken.bos_id,
             context,
             engine,
             difference,
@@ -326,7 +318,7 @@ async def _choose(client: ServerClient, url: str, settings: ModelServer) -> int:
     return length - 1
 
 
-async def _check_tokens(client: ServerClient, url: str, tokenizer: "Tokenizer", folder: Path) -> None:
+async def _check_tokens(client: ServerClient, url: str, tokenizer: "Tokenizer", path: str) -> None:
     """Compare how the server and we cut a text of many kinds into ids."""
     ours: list[int] = tokenizer.encode(PROBE, add_special_tokens=False).ids
     asked = {"model": client.model, "prompt": PROBE, "add_special_tokens": False}
@@ -342,7 +334,7 @@ async def _check_tokens(client: ServerClient, url: str, tokenizer: "Tokenizer", 
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
         )
         raise ModelError(
-            f"tokenizer of {client.model} at {url} must be that of {folder} (cloud.server.tokenizer): a test text has other "
+            f"tokenizer of {client.model} at {url} must be that of {path} ({TOKENIZER_KEY}): a test text has other "
             f"ids there, from token {at} on ({theirs[at : at + 3]}, and {ours[at : at + 3]} here)"
         )
 

@@ -50,12 +50,22 @@ def configured_target(value: str) -> Spoken:
     Raises:
         ConfigError: it cannot be used.
     """
+    return configured_tokenizer(value, key=TARGET_KEY, whose="the cloud's model")
+
+
+def configured_tokenizer(value: str, *, key: str, whose: str) -> Spoken:
+    """Read the tokenizer that a setting names.
+
+    Raises:
+        ConfigError: it cannot be used; the error says whose tokenizer is expected.
+    """
+    expected = f"a folder or GGUF file with the tokenizer of {whose}"
+    if not value:
+        raise ConfigError(key, value, expected)
     try:
         return spoken_at(Path(value))
     except ModelError as exc:
-        raise ConfigError(
-            TARGET_KEY, value, "a folder or GGUF file with the tokenizer of the cloud's model", why=str(exc)
-        ) from exc
+        raise ConfigError(key, value, expected, why=str(exc)) from exc
 
 
 def _of_gguf(path: Path) -> Spoken:

@@ -14,8 +14,8 @@ class ModelServer(Section, frozen=True):
     tokenizer: Annotated[
         str,
         Meta(
-            description="Folder of the server's model with its tokenizer.json, tokenizer_config.json and config.json. "
-            "Weights are not needed."
+            description="Folder of the server's model with its tokenizer.json, tokenizer_config.json and config.json, or a "
+            "GGUF file of it. Weights are not needed in a folder."
         ),
     ] = ""
     key: Annotated[

@@ -16,11 +16,14 @@ from starlette.responses import JSONResponse
 
 from cloud_verifier.backends.openai import ATTEMPTS, Prefix, ServedModel, ServerClient, served
 from cloud_verifier.engine import EngineFailure, EngineInput, EngineOutput
+from cloud_verifier.wiring import LargeModel
 from fedhlm.decoding.alone import Alone
+from fedhlm.decoding.chat import chat_of
 from fedhlm.decoding.decoder import DecoderInput
 from fedhlm.errors import FedhlmError
 from fedhlm.settings import ModelServer
 from fedhlm_zoo.shipped import model_folder
+from tests.fedhlm.decoding.ggufs import TEMPLATE, metadata_of_shipped, tiny_gguf
 from tests.vllm_server import NAME, VllmServer, serving
 
 LLM = model_folder("", "llm")
@@ -168,7 +171,9 @@ async def test_what_is_wrong_with_a_server_is_told_at_the_start(tmp_path: Path) 
     async with serving(VllmServer(LLM)) as server:
         assert f"one of the server's models: {NAME}" in str(await refusal(server, name="other"))
         assert "cloud.server.tokenizer" in str(await refusal(server, tokenizer=""))
-        assert "tokenizer.json" in str(await refusal(server, tokenizer=str(tmp_path)))
+        said = str(await refusal(server, tokenizer=str(tmp_path)))
+        assert "cloud.server.tokenizer must be a folder or GGUF file with the tokenizer of the server's model" in said
+        assert "tokenizer.json" in said
         server.max_logprobs = 5
         assert "max allowed: 5" in str(await refusal(server))
         async with connected(server, logprobs=5) as found:
@@ -189,6 +194,22 @@ async def test_what_is_wrong_with_a_server_is_told_at_the_start(tmp_path: Path) 
     for url in ("http://localhost:port/v1", "http://"):
         server.url = url
         assert url in str(await refusal(server))
+
+
+async def test_the_tokenizer_may_be_that_of_a_gguf_file(llm: Alone, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="reads which ids end a text with llama.cpp")
+    file = tiny_gguf(tmp_path / "tokenizer.gguf")
+    async with serving(VllmServer(LLM)) as server, connected(server) as folder:
+        async with connected(server, tokenizer=str(file)) as found:
+            assert (found.vocabulary, found.eos_ids, found.bos_id) == (folder.vocabulary, (0,), folder.bos_id)
+            assert LargeModel.of_server(found).fingerprint == LargeModel.of_server(folder).fingerprint
+            output = await output_of(found, IDS, 1)
+            told_equal(output.logits[0], logits_of(llm, IDS, 1)[0], 20)
+            assert (chat := chat_of(found.folder)) is not None
+            assert chat.template == TEMPLATE
+        tokens = metadata_of_shipped()["tokenizer.ggml.tokens"]
+        swapped = tiny_gguf(tmp_path / "swapped.gguf", tokenizer__ggml__tokens=[*tokens[:-2], *tokens[:-3:-1]])
+        assert "cloud.server.tokenizer" in str(await refusal(server, tokenizer=str(swapped)))
 
 
 async def test_a_server_without_tokenize_and_prompt_logprobs_is_enough(llm: Alone) -> None:

@@ -1,61 +1,37 @@
 """`fedhlm models pair`: from two models to the configuration of a fleet, with what the pair gives on each link."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from fedhlm.config import load
 from fedhlm.decoding.models import load_model, tokenizer_at
 from fedhlm.process.files import replacing
 from fedhlm.progress import progress
 from fedhlm_fleet.pair_files import PAIR_FILE
+from fedhlm_fleet.pair_report import LINKS, PRESETS, PROPOSED_ON, LinkShapes, LinkSpeed, PairReport, toml_of
+from fedhlm_fleet.proposal import PairRates, best_drafts, fastest
 from fedhlm_fleet.turns import Speech, speech_of
 from fedhlm_lab.papers import pareto
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.laws import DecoderLaws
+from fedhlm_lab.sim import links
 from fedhlm_lab.sim.pace import CallTally, Paces, measured
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_zoo import pair
-from fedhlm_zoo.evaluate import PROMPT_IDS, TEMPERATURE, Agreement
+from fedhlm_zoo.evaluate import PROMPT_IDS, TEMPERATURE
 from fedhlm_zoo.report import own_texts
 
 FIGURES_FILE: Final = "pair.json"
-PRESETS: Final = ("exact", "budget", "colocated", "slm-only")
-PROPOSED: Final = (
-    "budget",
-    "exact",
-    "colocated",
-)  # of which the fastest on PROPOSED_ON is written; slm-only has no LLM
-PROPOSED_ON: Final = "lte"
-LINKS: Final = ("lan", "lte", "satellite")
+# Presets of which the fastest on PROPOSED_ON is written; slm-only has no LLM.
+PROPOSED: Final = ("budget", "exact", "colocated")
+DRAFTS: Final = "colocated"  # the preset whose drafts at the cloud are proposed
+SHAPED: Final = "exact"  # the preset whose pipeline is proposed
 REPEATS: Final = 10  # calls of each size that a pace is measured with
-
-
-class LinkSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """A preset on a link in the simulator: tokens a second, and the share of tokens that the LLM would have written."""
-
-    preset: str
-    link: str
-    tokens_s: float
-    agreed: float
-
-
-class PairReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pair is and gives. Steps are seconds of one thread; `block_s` is that of the LLM for eight tokens."""
-
-    slm: str
-    llm: str
-    projection: str
-    agreement: Agreement
-    draft_step_s: float
-    step_s: float
-    block_s: float
-    speeds: tuple[LinkSpeed, ...]
-    preset: str
 
 
 class Amounts(NamedTuple):
@@ -98,9 +74,14 @@ def make_pair(
     prompts = prompts_of(speech_of(large), large, used, amounts.prompts)
     agreement = pair.compared(small, large, out, prompts, tokens=amounts.tokens, temperature=TEMPERATURE)
     paces = _paces(small, large)
-    speeds = _simulated(small, large, paces, prompts, amounts)
-    on = {speed.preset: speed.tokens_s for speed in speeds if speed.link == PROPOSED_ON}
-    preset = max(PROPOSED, key=lambda name: on[name])
+    rates = PairRates(agreement.ranks, paces.device.seconds(1), paces.large)
+    shapes = {link: fastest(rates, links.load(link).round_trip_s) for link in LINKS}
+    tried = [(SHAPED, shape.shape, shape.settings) for shape in shapes[PROPOSED_ON]]
+    tried.append((DRAFTS, "", {"drafts": best_drafts(rates._replace(step_s=paces.beside.seconds(1)))}))
+    lab = _Lab(small, large, paces, prompts, amounts)
+    speeds = [speed for preset in PRESETS for speed in lab.speeds(preset)]
+    speeds += [lab.speeds(preset, shape, settings, (PROPOSED_ON,))[0] for preset, shape, settings in tried]
+    chosen = max((s for s in speeds if s.link == PROPOSED_ON and s.preset in PROPOSED), key=lambda s: s.tokens_s)
     report = PairReport(
         slm=str(small),
         llm=str(large),
@@ -109,8 +90,10 @@ def make_pair(
         draft_step_s=paces.device.seconds(1),
         step_s=paces.large.seconds(1),
         block_s=paces.large.seconds(8),
-        speeds=speeds,
-        preset=preset,
+        speeds=tuple(speeds),
+        shapes=tuple(LinkShapes(link=link, shapes=tuple(found)) for link, found in shapes.items()),
+        preset=chosen.preset,
+        pipeline=chosen.settings,
     )
     with replacing(out / PAIR_FILE) as file:
         file.write(toml_of(report).encode())
@@ -137,74 +120,57 @@ def _paces(small: Path, large: Path) -> Paces:
         return Paces(device, device, measured(load_model(large), repeats=REPEATS))
 
 
-def _simulated(
-    small: Path, large: Path, paces: Paces, prompts: Sequence[list[int]], amounts: Amounts
-) -> tuple[LinkSpeed, ...]:
-    """Each preset on each link, with one agent and in greedy texts."""
-    experiment = ParetoExperiment(
-        title="pair",
-        articles=len(prompts),
-        seed=0,
-        seeds=2,
-        agents=1,
-        presets=PRESETS,
-        links=LINKS,
-        warm=amounts.warm,
-        texts=amounts.texts,
-        tokens=amounts.tokens,
-        device_s=paces.device,
-        beside_s=paces.beside,
-        large_s=paces.large,
-    )
-    fleet = shipped_pair(small, large, paces=paces)
-    judge = DecoderLaws(load_model(large))
-    asked = [prompts[number % len(prompts)] for number in range(pareto.prompts_needed(experiment))]
-    speeds: list[LinkSpeed] = []
-    with progress("presets simulated", len(PRESETS)) as ended:
-        for preset in PRESETS:
-            one = partial(pareto.one_seed, experiment, judge, fleet, CallTally(), preset, experiment.seed, asked)
-            speeds += [
-                LinkSpeed(
-                    preset=preset,
-                    link=point.link,
-                    tokens_s=point.tokens / point.seconds,
-                    agreed=point.agreed / point.tokens,
-                )
-                for point in run_virtual(one()).points
-            ]
-            ended()
-    return tuple(speeds)
+class _Lab:
+    """A fleet of one agent in the simulator, whose models take the times of `paces`. Texts are greedy."""
 
-
-def toml_of(report: PairReport) -> str:
-    """The configuration of a fleet with the pair."""
-    return "\n".join(
-        [
-            "# Made by fedhlm models pair. It serves every part: fedhlm cloud|edge|agent --config pair.toml",
-            f"preset = {msgspec.json.encode(report.preset).decode()}",
-            "",
-            "[agent]",
-            f"model = {msgspec.json.encode(report.slm).decode()}",
-            "",
-            "[cloud]",
-            f"model = {msgspec.json.encode(report.llm).decode()}",
-            f"draft_model = {msgspec.json.encode(report.slm).decode()}",
-            "",
-        ]
-    )
-
-
-def table_of(report: PairReport) -> str:
-    """What a pair gives, as text."""
-    found: Mapping[tuple[str, str], LinkSpeed] = {(s.preset, s.link): s for s in report.speeds}
-    shown = [["tokens/s", *LINKS, "as the LLM's"]]
-    for preset in PRESETS:
-        of = [found[preset, link] for link in LINKS]
-        shown.append([preset, *(f"{s.tokens_s:.1f}" for s in of), f"{sum(s.agreed for s in of) / len(of):.0%}"])
-    widths = [max(len(row[column]) for row in shown) for column in range(len(shown[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    def __init__(self, small: Path, large: Path, paces: Paces, prompts: Sequence[list[int]], amounts: Amounts) -> None:
+        self._judge = DecoderLaws(load_model(large))
+        self._fleet = shipped_pair(small, large, paces=paces)
+        self._prompts = prompts
+        self._experiment = ParetoExperiment(
+            title="pair",
+            articles=len(prompts),
+            seed=0,
+            seeds=2,
+            agents=1,
+            presets=PRESETS,
+            links=LINKS,
+            warm=amounts.warm,
+            texts=amounts.texts,
+            tokens=amounts.tokens,
+            device_s=paces.device,
+            beside_s=paces.beside,
+            large_s=paces.large,
         )
-        for row in shown
-    )
+
+    def speeds(
+        self,
+        preset: str,
+        shape: str = "",
+        settings: Mapping[str, str | int] | None = None,
+        on: Sequence[str] = LINKS,
+    ) -> list[LinkSpeed]:
+        """A preset on some links, with its own pipeline or with other settings of it."""
+        whole, changed = self._experiment, dict(settings or {})
+        needed = range(pareto.prompts_needed(whole))
+        asked = [self._prompts[number % len(self._prompts)] for number in needed]
+        # The texts of a link are the same whichever others are simulated.
+        shares = {link: asked[whole.warm + place * whole.texts :][: whole.texts] for place, link in enumerate(LINKS)}
+        asked = [*asked[: whole.warm], *(prompt for link in on for prompt in shares[link]), *asked[-whole.agents :]]
+        experiment = replace(whole, links=tuple(on))
+        flags = {f"generation.pipeline.{key}": str(value) for key, value in changed.items()}
+        with progress(f"{preset} {shape}".strip() + " simulated"):
+            found = run_virtual(
+                pareto.one_seed(experiment, self._judge, self._fleet, CallTally(), preset, 0, asked, flags)
+            )
+        return [
+            LinkSpeed(
+                preset=preset,
+                link=point.link,
+                tokens_s=point.tokens / point.seconds,
+                agreed=point.agreed / point.tokens,
+                shape=shape,
+                settings=changed,
+            )
+            for point in found.points
+        ]

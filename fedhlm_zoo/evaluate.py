@@ -19,7 +19,7 @@ from fedhlm.decoding.alone import Alone
 from fedhlm.decoding.decoder import INFO_FILE, DecoderInput
 from fedhlm.decoding.hub import begin_id, open_tokenizer
 from fedhlm.decoding.models import LoadedModel, backend_of, load_model
-from fedhlm.decoding.sampling import perturbed_argmax, scores
+from fedhlm.decoding.sampling import gumbel, perturbed_argmax, scores
 from fedhlm.decoding.spoken import Spoken
 from fedhlm.decoding.translated import Translated
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE, Vocabulary, vocabulary_of
@@ -31,6 +31,7 @@ from fedhlm_zoo.corpus import TOPIC_LINE, TOPICS, Article
 TEMPERATURE: Final = 0.8
 CONTINUATION: Final = 64
 PROMPT_IDS: Final = 24  # of a text's beginning that a target continues
+RANKS: Final = 8  # of a draft's candidates that are told apart
 COMPARED: Final = 8  # texts whose logits of both models are held at once
 # Tokens per torch call; the logits of a call take 4 bytes * vocabulary each.
 CALL_TOKENS: Final = 4096
@@ -49,7 +50,8 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     """How well a draft model predicts a target's own continuations of `prompts` titles.
 
     `greedy` is the share of positions with equal argmax, on greedy continuations. `gumbel` is the share where both
-    draw the same token with shared noise, on continuations at `temperature`.
+    draw the same token with shared noise, on continuations at `temperature`. `ranks` are the shares there at which the
+    target draws the draft model's first, second, ... candidate; the first is `gumbel`.
     """
 
     prompts: int
@@ -58,6 +60,7 @@ class Agreement(msgspec.Struct, frozen=True, kw_only=True):
     gumbel: float
     gumbel_tokens: int
     temperature: float
+    ranks: tuple[float, ...] = ()
 
 
 class TextEvaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -361,29 +364,43 @@ def agreement_after(
         ModelError: the ids of the two have different meanings.
     """
     _same_ids(draft, target)
-    greedy = _count_equal(draft, target, prompts, tokens=tokens, temperature=0.0)
-    gumbel = _count_equal(draft, target, prompts, tokens=tokens, temperature=temperature)
+    greedy, greedy_tokens = _ranks(draft, target, prompts, tokens=tokens, temperature=0.0)
+    drawn, drawn_tokens = _ranks(draft, target, prompts, tokens=tokens, temperature=temperature)
     return Agreement(
         prompts=len(prompts),
-        greedy=greedy[0] / greedy[1],
-        greedy_tokens=greedy[1],
-        gumbel=gumbel[0] / gumbel[1],
-        gumbel_tokens=gumbel[1],
+        greedy=greedy[0] / greedy_tokens,
+        greedy_tokens=greedy_tokens,
+        gumbel=drawn[0] / drawn_tokens,
+        gumbel_tokens=drawn_tokens,
         temperature=temperature,
+        ranks=tuple(count / drawn_tokens for count in drawn),
     )
 
 
-def _count_equal(
+def _ranks(
     draft: Model, target: Model, prompts: list[list[int]], *, tokens: int, temperature: float
-) -> tuple[int, int]:
+) -> tuple[list[int], int]:
+    """How often the target's token is the draft's first, second, ... candidate of RANKS, and the number of tokens."""
     continued = target.continuations(prompts, tokens=tokens, temperature=temperature)
     sequences = [prompt + ids[:-1] for prompt, ids in zip(prompts, continued, strict=True)]
-    equal = 0
+    counts = [0] * RANKS
     for number, logits in draft.rows(sequences):
         begin = len(prompts[number])
         for step, token in enumerate(continued[number]):
-            equal += _draw(logits[begin - 1 + step], temperature, number, begin + step) == token
-    return equal, sum(map(len, continued))
+            rank = _rank(logits[begin - 1 + step], token, temperature, number, begin + step)
+            if rank < RANKS:
+                counts[rank] += 1
+    return counts, sum(map(len, continued))
+
+
+def _rank(logits: NDArray[np.float32], token: int, temperature: float, seed: int, position: int) -> int:
+    """How many tokens come before this one where the noise is that of the coupling; 0 if it is the draw."""
+    if _draw(logits, temperature, seed, position) == token:
+        return 0
+    perturbed = logits.astype(np.float64)
+    if temperature:
+        perturbed = scores(logits, Sampling(seed, temperature)) + gumbel(seed, position, len(logits))
+    return max(1, int((perturbed > perturbed[token]).sum()))
 
 
 def _draw(logits: NDArray[np.float32], temperature: float, seed: int, position: int) -> int:

@@ -17,7 +17,7 @@ from fedhlm.errors import ConfigError, FedhlmError, ModelError
 from fedhlm.peers.context_keys import DIMS, projection_file
 from fedhlm.process.files import replacing
 from fedhlm.progress import progress
-from fedhlm_zoo.evaluate import Agreement, EngineModel, agreement_after
+from fedhlm_zoo.evaluate import RANKS, Agreement, EngineModel, agreement_after
 from fedhlm_zoo.projection import fit, write_projection
 
 AGREEMENT_FILE: Final = "agreement.json"
@@ -128,7 +128,7 @@ def compared(
     Raises:
         ModelError: a model cannot be used.
     """
-    key = [str(small), str(large), prompts, tokens, temperature]
+    key = [str(small), str(large), prompts, tokens, temperature, RANKS]
     path = out / AGREEMENT_FILE
     if path.is_file():
         held = msgspec.json.decode(path.read_bytes())

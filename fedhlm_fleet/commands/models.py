@@ -209,7 +209,7 @@ def models_pair(
     from fedhlm_zoo.texts import load_texts
 
     with needing("models"):
-        from fedhlm_fleet import pair_files, pairing
+        from fedhlm_fleet import pair_files, pair_report, pairing
     own = [] if texts is None else load_texts(texts)
     small, large = local_model(slm), local_model(llm)
     folder = out or pair_files.default_out(llm)
@@ -221,13 +221,14 @@ def models_pair(
         {
             "configuration": folder / pair_files.PAIR_FILE,
             "preset": report.preset,
+            "pipeline": " ".join(f"{key} {value}" for key, value in report.pipeline.items()) or "the preset's own",
             "projection": report.projection,
             "accepted": f"{agreed.gumbel:.3f} of drafts at {agreed.temperature:g}, {agreed.greedy:.3f} greedy",
             "step": f"{1e3 * report.draft_step_s:.1f} ms, {report.draft_step_s / report.step_s:.2f} of the LLM's",
             "LLM": f"{1e3 * report.step_s:.1f} ms a step, {1e3 * report.block_s:.1f} ms a block of eight",
         }
     )
-    print(f"\n{pairing.table_of(report)}\n")
+    print(f"\n{pair_report.table_of(report)}\n\n{pair_report.shapes_of(report)}\n")
     print(f"fedhlm demo --pair {folder}\nfedhlm cloud|edge|agent --config {folder / pair_files.PAIR_FILE}")
     return 0
 

@@ -152,9 +152,10 @@ async def one_seed(
     preset: str,
     seed: int,
     prompts: Sequence[list[int]],
+    settings: Mapping[str, str] | None = None,
 ) -> SeedRun:
-    """One preset with one seed: on every link in turn, then without one."""
-    config = load(preset=preset, environ={}, flags=PATIENT).config
+    """One preset with one seed, and with other `settings` by key: on every link in turn, then without one."""
+    config = load(preset=preset, environ={}, flags={**PATIENT, **(settings or {})}).config
     fleet = Fleet(pair, seed=seed, clusters=1, delay_s=0.0, sessions_max=64, federation=config.federation)
     for node in fleet.nodes.values():
         node.start()

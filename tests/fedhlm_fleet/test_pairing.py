@@ -16,6 +16,7 @@ from fedhlm_fleet import pairing
 from fedhlm_fleet.commands.models import models_pair
 from fedhlm_fleet.demo.run import Demo
 from fedhlm_fleet.pair_files import PAIR_FILE, pair_file
+from fedhlm_fleet.pair_report import LINKS, PRESETS, PairReport
 from fedhlm_fleet.turns import speech_of
 from fedhlm_zoo import pair
 from fedhlm_zoo.sources import local_model
@@ -40,37 +41,42 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def made(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pairing.PairReport]:
+def made(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PairReport]:
     out = tmp_path_factory.mktemp("pair")
     return out, pairing.make_pair(*models, out, amounts=FEW)
 
 
 def test_the_configuration_names_both_models_and_the_fastest_preset(
-    made: tuple[Path, pairing.PairReport], models: tuple[Path, Path]
+    made: tuple[Path, PairReport], models: tuple[Path, Path]
 ) -> None:
     out, report = made
     config = load(file=out / PAIR_FILE, environ={}).config
     assert (config.agent.model, config.cloud.model, config.cloud.draft_model) == (*map(str, models), str(models[0]))
-    speed = {(s.preset, s.link): s.tokens_s for s in report.speeds}
-    assert speed.keys() == {(preset, link) for preset in pairing.PRESETS for link in pairing.LINKS}
+    own = [(s.preset, s.link) for s in report.speeds if not s.settings]
+    assert own == [(preset, link) for preset in PRESETS for link in LINKS]
     assert report.preset == tomllib.loads((out / PAIR_FILE).read_text())["preset"]
-    assert speed[report.preset, "lte"] == max(speed[name, "lte"] for name in pairing.PROPOSED)
+    tried = [s for s in report.speeds if s.link == "lte" and s.preset in pairing.PROPOSED]
+    best = max(tried, key=lambda s: s.tokens_s)
+    assert (report.preset, report.pipeline) == (best.preset, best.settings)
+    assert {s.settings.get("kind") for s in tried if s.preset == "exact"} == {None, "blocking", "async", "tree"}
+    for key, value in report.pipeline.items():
+        assert getattr(config.generation.pipeline, key) == value
 
 
-def test_the_simulator_spends_the_measured_times_on_the_links(made: tuple[Path, pairing.PairReport]) -> None:
+def test_the_simulator_spends_the_measured_times_on_the_links(made: tuple[Path, PairReport]) -> None:
     report = made[1]
-    speed = {(s.preset, s.link): s for s in report.speeds}
-    alone = [speed["slm-only", link] for link in pairing.LINKS]
+    speed = {(s.preset, s.link): s for s in report.speeds if not s.settings}
+    alone = [speed["slm-only", link] for link in LINKS]
     assert [s.tokens_s for s in alone] == pytest.approx([1 / report.draft_step_s] * 3, rel=0.05)  # no link is used
     for preset in ("exact", "colocated"):
-        lan, lte, satellite = (speed[preset, link] for link in pairing.LINKS)
+        lan, lte, satellite = (speed[preset, link] for link in LINKS)
         assert lan.tokens_s > lte.tokens_s > satellite.tokens_s
         assert [lan.agreed, lte.agreed, satellite.agreed] == [1.0] * 3
     assert 0.2 < report.agreement.gumbel < 1.0
 
 
 def test_a_second_call_keeps_what_was_measured(
-    made: tuple[Path, pairing.PairReport], models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, PairReport], models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, report = made
     assert projection_file(models[0]).is_file()
@@ -94,10 +100,11 @@ def test_the_command_prints_what_the_pair_gives(
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.split()}
     assert rows["tokens/s"][:3] == ["lan", "lte", "satellite"]
     assert rows["exact"][-1] == "100%"
-    assert set(pairing.PRESETS) <= rows.keys()
+    assert set(PRESETS) <= rows.keys()
+    assert "exact, by formula" in printed
 
 
-def test_a_demo_runs_its_parts_on_a_pair(made: tuple[Path, pairing.PairReport], models: tuple[Path, Path]) -> None:
+def test_a_demo_runs_its_parts_on_a_pair(made: tuple[Path, PairReport], models: tuple[Path, Path]) -> None:
     demo = Demo(preset="exact", prompts=None, tokens=4, seed=0, broker="", duration_s=1.0, pair=pair_file(str(made[0])))
     small, large = map(str, models)
     assert demo.models == {"agent.model": small, "cloud.model": large, "cloud.draft_model": small}

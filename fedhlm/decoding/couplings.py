@@ -180,7 +180,9 @@ def _draft_full(logits: Logits, sampling: Sampling, position: int) -> Draft:
 
 def _draft_lattice(logits: Logits, sampling: Sampling, position: int) -> Draft:
     point = quantise(law(logits, sampling), LATTICE_K, LATTICE_RESOLUTION)
-    return _draft_from(point.dense(len(logits)), encode_lattice(point, len(logits)), sampling, position)
+    # The quantile of the tokens of the lattice is that of the whole law: the others are 0 in its sums.
+    place, prob, encoded = _draft_from(point.shares, encode_lattice(point, len(logits)), sampling, position)
+    return Draft(int(point.support[place]), prob, encoded)
 
 
 def _decode_lattice(data: bytes, vocab_size: int) -> Law:

@@ -25,6 +25,8 @@ _SQRT_HALF: Final = 0.7071067811865476
 _ROUGH_ERROR: Final = 1e-9  # far above the error of any platform's log, far below the usual distance of two tokens
 # The numbers of the streams are part of the noise. They must never change their meaning.
 _GUMBEL, DRAFT_STREAM, ACCEPT_STREAM, RESAMPLE_STREAM, GATE_STREAM, DOUBT_STREAM, AUDIT_STREAM = range(7)
+_GROUPS: Final = 4_096  # of elements whose largest ones bound the k-th largest from below
+_NUCLEUS: Final = 1_024  # of the likeliest tokens that are sorted first; most nuclei are smaller
 _local = threading.local()
 _EMPTY_BUFFER: Final = np.zeros(4, np.uint64)
 
@@ -98,20 +100,19 @@ def scores(logits: Logits, sampling: Sampling) -> NDArray[np.float64]:
     of vLLM in its order. `min_p` keeps what is at least that share of the largest probability, `top_k` the k largest
     (lower ids first among equal ones), `top_p` the fewest that hold this mass of what is left.
     """
-    wide = np.asarray(logits, np.float64)
+    wide = np.array(logits, np.float64)  # a copy, which is changed in place
     if sampling.temperature < COLDEST:
         only = np.full(wide.shape, -np.inf)
         only[int(np.argmax(wide))] = 0.0
         return only
-    scaled = wide / sampling.temperature
+    wide /= sampling.temperature
+    scaled = wide
     if sampling.min_p:
         scaled = _only(scaled, np.flatnonzero(scaled >= scaled.max() + math.log(sampling.min_p)))
     if sampling.top_k and sampling.top_k < scaled.size:
-        scaled = _only(scaled, _largest(scaled, sampling.top_k))
+        scaled = _only(scaled, largest(scaled, sampling.top_k))
     if sampling.top_p < 1.0:
-        order = np.argsort(-scaled, kind="stable")
-        mass = np.cumsum(_softmax(scaled)[order])
-        scaled = _only(scaled, order[: int(np.searchsorted(mass, sampling.top_p)) + 1])
+        scaled = _only(scaled, _nucleus(scaled, sampling.top_p))
     return scaled
 
 
@@ -121,15 +122,38 @@ def _only(x: NDArray[np.float64], ids: NDArray[np.intp]) -> NDArray[np.float64]:
     return kept
 
 
-def _largest(x: NDArray[np.float64], k: int) -> NDArray[np.intp]:
-    last = np.partition(x, x.size - k)[x.size - k]
-    above = np.flatnonzero(x > last)
-    return np.concatenate((above, np.flatnonzero(x == last)[: k - above.size]))
+def largest(x: NDArray[np.float64], k: int) -> NDArray[np.intp]:
+    """The places of the k largest elements of x, shape (V,), in rising order; of equal ones the first count."""
+    if k >= x.size:
+        return np.arange(x.size)
+    able = np.arange(x.size)
+    if 4 * k <= _GROUPS < x.size // 4:
+        # k groups have an element that is at least the k-th largest of the groups' largest elements.
+        peaks = x[: x.size // _GROUPS * _GROUPS].reshape(-1, _GROUPS).max(axis=0)
+        able = np.flatnonzero(x >= np.partition(peaks, _GROUPS - k)[_GROUPS - k])
+    few = x[able]
+    last = np.partition(few, few.size - k)[few.size - k]
+    above = able[few > last]
+    return np.sort(np.concatenate((above, able[few == last][: k - above.size])))
+
+
+def _nucleus(x: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """The fewest tokens that hold this mass of the law exp(x), the likeliest first, and lower ids first among equals."""
+    q, count = _softmax(x), _NUCLEUS
+    while True:
+        ids = largest(x, count)
+        order = ids[np.argsort(-x[ids], kind="stable")]
+        mass = np.cumsum(q[order])
+        if count >= x.size or mass[-1] >= top_p:
+            return order[: int(np.searchsorted(mass, top_p)) + 1]
+        count *= 8
 
 
 def _softmax(x: NDArray[np.float64]) -> Law:
-    weights = np.exp(x - x.max())
-    return np.asarray(weights / weights.sum())
+    weights: Law = x - x.max()  # one array for all steps: a large one costs more to allocate than to fill
+    np.exp(weights, out=weights)
+    weights /= weights.sum()
+    return weights
 
 
 def law(logits: Logits, sampling: Sampling) -> Law:
@@ -140,7 +164,9 @@ def law(logits: Logits, sampling: Sampling) -> Law:
 def probability(log_law: NDArray[np.float64], token: int) -> float:
     """The probability of one token under a law whose unnormalised logarithm is given, shape (V,)."""
     peak = log_law.max()
-    return float(np.exp(log_law[token] - peak) / np.exp(log_law - peak).sum())
+    weights = log_law - peak
+    np.exp(weights, out=weights)
+    return float(np.exp(log_law[token] - peak) / weights.sum())
 
 
 def perturbed_argmax(log_law: NDArray[np.float64], seed: int, position: int) -> int:
@@ -163,4 +189,6 @@ def perturbed_argmax(log_law: NDArray[np.float64], seed: int, position: int) -> 
 def inverse_cdf(q: Law, u: float) -> int:
     """The token at quantile u of a law, shape (V,), which need not sum to 1. Its probability is always positive."""
     cumulative = np.cumsum(q)
-    return int(min(np.searchsorted(cumulative, u * cumulative[-1], side="right"), np.flatnonzero(q)[-1]))
+    # The sum rises at the token that is found, so that its probability is positive, except at the very end.
+    found = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+    return found if found < q.size else int(np.flatnonzero(q)[-1])

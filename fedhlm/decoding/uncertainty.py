@@ -18,7 +18,8 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _QUADRATURE: Final = TEMPERATURE_MAX * (_NODES + 1.0) / 2.0  # (16,) float64 inside (0, 2)
 _SHARES: Final = _WEIGHTS / 2.0  # (16,) sums to 1
 SAMPLE_TEMPERATURES: Final = TEMPERATURE_MAX * np.arange(1, K_SAMPLES + 1) / K_SAMPLES  # (20,) float64 on (0, 2]
-# Larger temporary arrays return to the system after every call. Allocating them again costs more than the arithmetic.
+# Larger temporary arrays return to the system after every call. Allocating them again costs more than the arithmetic,
+# so all temperatures share one.
 _TILE_ELEMENTS: Final = 32_768
 
 Uncertainty = Callable[[NDArray[Any], int, Sampling, int], float]
@@ -31,9 +32,11 @@ def agreement(logits: NDArray[Any], token: int, temperatures: NDArray[np.float64
     coldness = np.asarray(1.0 / temperatures, np.float32)[:, None]  # (n, 1)
     rows = max(1, _TILE_ELEMENTS // lead.size)
     shares = np.empty(temperatures.size)  # (n,)
+    tile = np.empty((min(rows, temperatures.size), lead.size), np.float32)
     with np.errstate(over="ignore"):  # for a very unlikely token at a low temperature, 1 / inf is the right answer
         for start in range(0, temperatures.size, rows):
-            odds = lead * coldness[start : start + rows]  # (rows, V) float32
+            odds = tile[: temperatures.size - start]  # (rows, V)
+            np.multiply(lead, coldness[start : start + rows], out=odds)
             np.exp(odds, out=odds)
             shares[start : start + rows] = 1.0 / odds.sum(axis=1)  # the token's own 1 keeps the sum at least 1
     return shares

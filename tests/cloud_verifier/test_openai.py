@@ -198,7 +198,7 @@ async def test_what_is_wrong_with_a_server_is_told_at_the_start(tmp_path: Path) 
 
 async def test_the_tokenizer_may_be_that_of_a_gguf_file(llm: Alone, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="reads which ids end a text with llama.cpp")
-    file = tiny_gguf(tmp_path / "tokenizer.gguf")
+    file = tiny_gguf(tmp_path / "tokenizer.gguf", tokenizer__ggml__add_bos_token=True)
     async with serving(VllmServer(LLM)) as server, connected(server) as folder:
         async with connected(server, tokenizer=str(file)) as found:
             assert (found.vocabulary, found.eos_ids, found.bos_id) == (folder.vocabulary, (0,), folder.bos_id)
@@ -207,9 +207,9 @@ async def test_the_tokenizer_may_be_that_of_a_gguf_file(llm: Alone, tmp_path: Pa
             told_equal(output.logits[0], logits_of(llm, IDS, 1)[0], 20)
             assert (chat := chat_of(found.folder)) is not None
             assert chat.template == TEMPLATE
-        tokens = metadata_of_shipped()["tokenizer.ggml.tokens"]
-        swapped = tiny_gguf(tmp_path / "swapped.gguf", tokenizer__ggml__tokens=[*tokens[:-2], *tokens[:-3:-1]])
-        assert "cloud.server.tokenizer" in str(await refusal(server, tokenizer=str(swapped)))
+        first, second, *others = metadata_of_shipped()["tokenizer.ggml.tokens"]
+        shifted = tiny_gguf(tmp_path / "shifted.gguf", tokenizer__ggml__tokens=[first, *others, second])
+        assert "cloud.server.tokenizer" in str(await refusal(server, tokenizer=str(shifted)))
 
 
 async def test_a_server_without_tokenize_and_prompt_logprobs_is_enough(llm: Alone) -> None:

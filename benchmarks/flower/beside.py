@@ -91,7 +91,7 @@ def report_of(known: dict[str, Any], peer: dict[str, Any]) -> LabResult:
     costs = [
         (
             name,
-            *(_middle(side, key) for key in ("messages", "up_bytes", "down_bytes")),
+            *(round(_middle(side, key)) for key in ("messages", "up_bytes", "down_bytes")),
             1000.0 * _middle(side, "seconds"),
         )
         for name, side in (("this federation", known["costs"]), ("Flower's simulation", peer["costs"]))

@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from published import Rule, Sent, client_round, server_round
 OBSERVATIONS = Path(sys.argv[1]).resolve()
 
 
+@cache
 def observed() -> dict[str, Any]:
-    """The file of observations. Flower's workers read it by themselves."""
+    """The file of observations. Each of Flower's workers reads it by itself, once."""
     found: dict[str, Any] = json.loads(OBSERVATIONS.read_text("utf-8"))
     return found
 

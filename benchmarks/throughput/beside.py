@@ -27,8 +27,8 @@ from fedhlm.errors import FedhlmError
 from fedhlm.progress import progress
 from fedhlm.settings import Config
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabPanels, LabResult, LabTable
+from fedhlm_lab.papers.intervals import SeedMean, mean_of
 from fedhlm_lab.papers.pair import LabPair, decoder_of, folder_pair
-from fedhlm_lab.papers.pareto_figures import SeedMean, mean_of
 from fedhlm_lab.papers.report import write
 from fedhlm_lab.papers.texts import TextOrder, TimedText, ordered
 from fedhlm_lab.sim import links

@@ -35,7 +35,8 @@ def run_fedhlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
     experiment = FedhlmExperiment.load("fedhlm", quick=quick)
     source = source_of(experiment.articles)
     laws = laws_of(pair, cache, topic_prompts(source.articles, decoder_of(pair)))
-    runs = fedhlm.run(experiment.smaller(len(source.articles)), pair, source, laws)
+    seeds = experiment.smaller(len(source.articles)).each_seed()
+    runs = [fedhlm.run(one, pair, source, laws) for one in seeds]
     return marked(fedhlm_figures.result_of(runs), laws, source.name, quick=quick)
 
 
@@ -47,7 +48,7 @@ def run_u_hlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
     texts = laws_of(pair, cache, text_prompts(read.articles, decoder, experiment.rows))
     questions = laws_of(pair, cache, topic_prompts(source.articles, decoder))
     asked = replace(experiment, articles=len(texts.prompts), questions=len(source.articles))
-    runs = u_hlm.run(asked, pair, source, texts, questions)
+    runs = [u_hlm.run(one, pair, source, texts, questions) for one in asked.each_seed()]
     return marked(u_hlm_figures.result_of(runs), texts, source.name, quick=quick)
 
 

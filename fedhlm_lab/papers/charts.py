@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedhlm_lab.papers.findings import LabChart, LabPanels
+from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabPanels
 
 LOOK: Final[Any] = {  # matplotlib's type names every parameter
     "svg.hashsalt": "fedhlm",
@@ -80,6 +80,9 @@ def _logarithmic(scale: Callable[..., object], limit: Callable[..., object], val
 def _line(axes: Any, chart: LabChart) -> None:
     for number, series in enumerate(chart.series):
         axes.plot(series.x, series.y, marker=MARKS[number % len(MARKS)], markersize=3.5, label=series.name)
+        if any(series.band):
+            y, half = np.asarray(series.y), np.asarray(series.band)
+            axes.fill_between(series.x, y - half, y + half, alpha=0.25, linewidth=0.0)
 
 
 def _points(axes: Any, chart: LabChart) -> None:
@@ -95,18 +98,23 @@ def _points(axes: Any, chart: LabChart) -> None:
             axes.errorbar(series.x, series.y, xerr=below, yerr=up, fmt="none", ecolor=colour, elinewidth=0.8)
 
 
+def _error_bars(series: ChartSeries) -> dict[str, Any]:
+    return {"yerr": series.band, "capsize": 3.0} if any(series.band) else {}
+
+
 def _bars(axes: Any, chart: LabChart) -> None:
     places = np.arange(len(chart.series[0].x))
     width = 0.8 / len(chart.series)
     for number, series in enumerate(chart.series):
-        axes.bar(places + (number - (len(chart.series) - 1) / 2) * width, series.y, width, label=series.name)
+        shifted = places + (number - (len(chart.series) - 1) / 2) * width
+        axes.bar(shifted, series.y, width, label=series.name, **_error_bars(series))
     axes.set_xticks(places, chart.series[0].x, rotation=30 if len(places) > MANY else 0)
 
 
 def _stack(axes: Any, chart: LabChart) -> None:
     places, below = np.arange(len(chart.series[0].x)), np.zeros(len(chart.series[0].x))
     for series in chart.series:
-        axes.bar(places, series.y, 0.6, bottom=below, label=series.name)
+        axes.bar(places, series.y, 0.6, bottom=below, label=series.name, **_error_bars(series))
         below = below + np.asarray(series.y)
     axes.set_xticks(places, chart.series[0].x)
 

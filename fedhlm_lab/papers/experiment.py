@@ -34,11 +34,15 @@ class PaperValue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What every experiment has. `quick` holds what differs in the smaller sample."""
+    """What every experiment has: it runs with `seeds` seeds that count up from `seed`.
+
+    `quick` holds what differs in the smaller sample.
+    """
 
     title: str
     articles: Amount
     seed: Annotated[int, Meta(ge=0, lt=2**31)]
+    seeds: Annotated[int, Meta(ge=2, le=1_000)]
     quick: dict[str, Any] = {}
     paper: tuple[PaperValue, ...] = ()
 
@@ -68,6 +72,10 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def smaller(self, articles: int) -> Self:
         """The same experiment where there are at most so many articles."""
         return replace(self, articles=min(self.articles, articles))
+
+    def each_seed(self) -> list[Self]:
+        """The same experiment with each of its seeds."""
+        return [replace(self, seed=self.seed + number) for number in range(self.seeds)]
 
 
 class FedhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,7 +122,7 @@ class UhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ParetoExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Presets on links: `seeds` fleets for each preset, beginning with `seed`, of `agents` in one cluster.
+    """Presets on links: for each preset and seed one fleet of `agents` in one cluster.
 
     Without `presets` or `links` there are all.
 
@@ -125,7 +133,6 @@ class ParetoExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fie
 
     presets: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
-    seeds: Annotated[int, Meta(ge=2, le=1_000)]
     agents: Amount
     warm: Amount
     texts: Amount
@@ -145,15 +152,14 @@ class VerifierKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class CapacityExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fleets of so many `agents` on one verifier, each writing `texts` texts of at most `tokens` tokens over `link`.
 
-    There are `seeds` fleets for each point, beginning with `seed`, and `prompts` different prompts. Presets that learn
-    read `warm` texts first. Capacity is told for each of the `targets`, in tokens a second and agent, beside that of
+    There is one fleet for each point and seed, and there are `prompts` different prompts. Presets that learn read
+    `warm` texts first. Capacity is told for each of the `targets`, in tokens a second and agent, beside that of
     the preset `baseline`.
     """
 
     presets: tuple[str, ...]
     baseline: str
     link: str
-    seeds: Annotated[int, Meta(ge=2, le=1_000)]
     agents: Annotated[tuple[Amount, ...], Meta(min_length=2)]
     warm: Amount
     texts: Amount

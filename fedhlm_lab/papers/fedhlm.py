@@ -31,7 +31,7 @@ BASELINES: Final = ("Rand-HLM", "U-HLM", "speculative", "SLM alone")
 
 
 class FedhlmRuns(NamedTuple):
-    """All runs of the experiment.
+    """All runs of the experiment with one seed.
 
     `rounds` are the runs by alpha and rules. `baselines` are the outcomes of all requests under policies that learn
     nothing. `verbatim` are the thresholds by equations (5) to (8) to the letter, and `llm_right` is the share of topics
@@ -61,7 +61,7 @@ def configs_of(experiment: FedhlmExperiment) -> dict[str, Config]:
 
 
 def run(experiment: FedhlmExperiment, pair: LabPair, source: LabSource, laws: Laws) -> FedhlmRuns:
-    """Run everything."""
+    """Run everything with the experiment's first seed, which deals the articles out and is that of every request."""
     topics = [a.topic for a in source.articles]
     texts = LawTexts(laws, topics, pair.word)
     requests = asked(experiment.requests, len(topics), experiment.seed)
@@ -81,7 +81,7 @@ def run(experiment: FedhlmExperiment, pair: LabPair, source: LabSource, laws: La
     wanted = [(alpha, rules, experiment.clusters) for alpha in experiment.alphas for rules in (PUBLISHED, CALIBRATED)]
     for alpha, rules, clusters in [*wanted, (experiment.alphas[0], CENTRAL, 1)]:
         config = configs[PUBLISHED if rules == CENTRAL else rules]
-        with progress(f"requests, {rules}, alpha {alpha:g}", len(requests)) as ended:
+        with progress(f"requests, seed {experiment.seed}, {rules}, alpha {alpha:g}", len(requests)) as ended:
             found[alpha, rules] = run_rounds(
                 config, texts, deal(alpha), clusters=clusters, models=pair.fingerprints, ended=ended
             )

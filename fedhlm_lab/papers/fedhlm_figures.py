@@ -1,6 +1,9 @@
-"""What FedHLM's runs show: tables, charts, and the paper's values beside ours. Pure functions of the runs."""
+"""What FedHLM's runs show: tables, charts, and the paper's values beside ours. Pure functions of the runs.
 
-from collections.abc import Sequence
+Each figure follows from the runs of one seed, and is then joined over all seeds.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -23,6 +26,9 @@ from fedhlm_lab.papers.fedhlm import (
     share,
 )
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.intervals import CONFIDENCE, SeedMean, mean_of
+from fedhlm_lab.papers.over_seeds import over_seeds
+from fedhlm_lab.papers.rerun import reruns_table
 from fedhlm_lab.papers.rounds import RunRecord
 
 LAYERS: Final = ("local", "peer", "cloud")
@@ -48,8 +54,16 @@ def by_round(run: RunRecord, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def result_of(runs: FedhlmRuns) -> LabResult:
-    """Everything that is reported."""
+def result_of(seeds: Sequence[FedhlmRuns]) -> LabResult:
+    """Everything that is reported, over the runs of all seeds."""
+    joined = over_seeds([_result(runs) for runs in seeds])
+    reruns = reruns_table(row for runs in seeds for row in runs.reruns)
+    tables = [*joined.tables, _clients(seeds[0]), reruns]
+    return joined._replace(sentences=sentences(seeds), tables=tables)
+
+
+def _result(runs: FedhlmRuns) -> LabResult:
+    """What one seed shows."""
     experiment = runs.experiment
     facts = {
         "source": runs.source,
@@ -58,12 +72,13 @@ def result_of(runs: FedhlmRuns) -> LabResult:
         "clients": experiment.clients,
         "clusters": experiment.clusters,
         "rounds": experiment.rounds,
+        "seeds": experiment.seeds,
         "seed": experiment.seed,
     }
-    tables = [_routing(runs), _baselines(runs), _clients(runs), _accuracy(runs), _reruns(runs)]
+    tables = [_routing(runs), _baselines(runs), _accuracy(runs)]
     charts = [*_fig4(runs), _fig5(runs), *_fig7(runs), _fig8(runs), _fig9(runs), _fig10(runs)]
     compared = [PaperRow(value, *ours(runs, value)) for value in experiment.paper]
-    return LabResult("fedhlm", experiment.title, facts, sentences(runs), compared, tables, charts)
+    return LabResult("fedhlm", experiment.title, facts, [], compared, tables, charts)
 
 
 def ours(runs: FedhlmRuns, paper: PaperValue) -> tuple[float | None, float | None]:
@@ -101,22 +116,31 @@ def ours(runs: FedhlmRuns, paper: PaperValue) -> tuple[float | None, float | Non
     raise ValueError(f"a value of the paper must be one that is computed (got {paper.place}, {paper.name})")
 
 
-def sentences(runs: FedhlmRuns) -> list[str]:
+def sentences(seeds: Sequence[FedhlmRuns]) -> list[str]:
     """What the figures mean."""
-    first = runs.experiment.alphas[0]
-    published, calibrated = (runs.rounds[first, rules] for rules in (PUBLISHED, CALIBRATED))
-    agree = {
-        rules: share([o.made for o in run.outcomes], lambda one: one.agrees)
-        for rules, run in (("published", published), ("calibrated", calibrated))
-    }
-    audits = share([o.made for o in calibrated.outcomes], lambda one: one.audited)
-    same = sum(row.same for row in runs.reruns)
+    e = seeds[0].experiment
+
+    def over(of: Callable[[FedhlmRuns], float]) -> SeedMean:
+        return mean_of([of(runs) for runs in seeds])
+
+    def whole(rules: str, holds: Callable[[LabOutcome], bool]) -> SeedMean:
+        return over(lambda runs: share([o.made for o in runs.rounds[e.alphas[0], rules].outcomes], holds))
+
+    guarded = over(lambda runs: runs.rounds[e.alphas[0], PUBLISHED].thresholds[-1] or 0.0)
+    letter = over(lambda runs: runs.verbatim[-1])
+    start = seeds[0].rounds[e.alphas[0], PUBLISHED].outcomes[0].made.tau
+    reruns = [row for runs in seeds for row in runs.reruns]
     return [
-        f"Every request is one greedy token: the topic of an article ({runs.source}). The LLM alone names {runs.llm_right:.2%} of them.",
-        f"The published threshold starts at {published.outcomes[0].made.tau:g} and only rises: {published.thresholds[-1]:.3f} after the last round with the live guards, {runs.verbatim[-1]:.3f} by equations (5) to (8) to the letter, on all drafts.",
-        f"Tokens equal to the LLM's: {agree['published']:.2%} under the published rules, {agree['calibrated']:.2%} under the calibrated ones, whose budget is {runs.experiment.budget:g}. The calibrated rules have the LLM score {audits:.2%} of the tokens more, as audits.",
+        (
+            f"Means over {e.seeds} seeds with intervals of {CONFIDENCE:.0%}. A seed deals the topics out to clients, orders "
+            "the articles, and is that of every request's noise. The articles are the same under all seeds, so the "
+            "intervals do not say what other articles would change, and what no seed changes has none."
+        ),
+        f"Every request is one greedy token: the topic of an article ({seeds[0].source}). The LLM alone names {over(lambda runs: runs.llm_right).percent} of them.",
+        f"The published threshold starts at {start:g} and only rises: {guarded.full} after the last round with the live guards, {letter.full} by equations (5) to (8) to the letter, on all drafts.",
+        f"Tokens equal to the LLM's: {whole(PUBLISHED, lambda one: one.agrees).percent} under the published rules, {whole(CALIBRATED, lambda one: one.agrees).percent} under the calibrated ones, whose budget is {e.budget:g}. The calibrated rules have the LLM score {whole(CALIBRATED, lambda one: one.audited).percent} of the tokens more, as audits.",
         "Rand-HLM and U-HLM decide on each token by itself, so how topics are dealt out to clients cannot change what they send; where the paper shows it changing (Fig. 8), something else changed too.",
-        f"{same} of {sum(row.requests for row in runs.reruns)} requests that ran again in the simulator, with real agents, edges and cloud, had the same token from the same source.",
+        f"{sum(row.same for row in reruns)} of {sum(row.requests for row in reruns)} requests that ran again in the simulator, with real agents, edges and cloud, had the same token from the same source.",
     ]
 
 
@@ -158,7 +182,8 @@ def _clients(runs: FedhlmRuns) -> LabTable:
                 (client + 1, hit_ratio(made), share(made, lambda one: one.right), sent, len(made), entropy_of(made))
             )
     columns = ("client", "hit ratio of lookups", "topic right", "tokens of the LLM", "tokens", "entropy of its tokens")
-    return LabTable("clients", f"Clients under the published rules (Table V), alpha {_middle(runs):g}", columns, rows)
+    title = f"Clients under the published rules (Table V), alpha {_middle(runs):g}, seed {runs.experiment.seed}"
+    return LabTable("clients", title, columns, rows)
 
 
 def _middle(runs: FedhlmRuns) -> float:
@@ -195,10 +220,6 @@ def _accuracy(runs: FedhlmRuns) -> LabTable:
     return LabTable(
         "accuracy", "Topics right by round (Table VI)", ("round", PUBLISHED, CALIBRATED, CENTRAL), rows, note
     )
-
-
-def _reruns(runs: FedhlmRuns) -> LabTable:
-    return LabTable("simulator", "Again in the simulator", ("policy", "requests", "same token and source"), runs.reruns)
 
 
 def _numbers(runs: FedhlmRuns) -> list[float]:

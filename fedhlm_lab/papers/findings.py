@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedhlm_lab.papers.experiment import PaperValue
+from fedhlm_lab.papers.intervals import SeedMean
 
-Cell = str | float | int | None
+Cell = str | float | int | SeedMean | None
 
 
 class LabTable(NamedTuple):
@@ -19,12 +20,16 @@ class LabTable(NamedTuple):
 
 
 class ChartSeries(NamedTuple):
-    """One line, bar or cloud of points of a chart. `halves` are half intervals in x and y, the same for all points."""
+    """One line, bar or cloud of points of a chart.
+
+    `halves` are half intervals in x and y, the same for all points. `band` has half intervals in y point by point.
+    """
 
     name: str
     x: Sequence[float | str]
     y: Sequence[float]
     halves: tuple[float, float] = (0.0, 0.0)
+    band: Sequence[float] = ()
 
 
 class LabChart(NamedTuple):
@@ -57,8 +62,8 @@ class PaperRow(NamedTuple):
     """A value of a paper beside ours under the published rules and under the calibrated ones (None: not applicable)."""
 
     paper: PaperValue
-    published: float | None
-    calibrated: float | None = None
+    published: float | SeedMean | None
+    calibrated: float | SeedMean | None = None
 
 
 class LabResult(NamedTuple):

@@ -1,6 +1,5 @@
 """Tables, pictures and sentences of the experiment with all presets on all links."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -12,13 +11,13 @@ from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabPanels, LabResult, LabTable
+from fedhlm_lab.papers.intervals import CONFIDENCE, SeedMean, mean_of
 from fedhlm_lab.papers.pareto import ALONE_S, ParetoRuns, PresetPoint
 from fedhlm_lab.sim import links
 
 RIVAL: Final = "colocated"
 COMPARED: Final = (RIVAL, "llm-only", "exact", "budget")
 SHOWN: Final = "lte"  # the link of the picture with all quantities
-CONFIDENCE: Final = 0.95
 HARDLY: Final = 0.001  # tokens that may differ where the text is still called the LLM's: float ties between batches
 
 
@@ -50,32 +49,6 @@ REST: Final = (
     Quantity("kept on the device", lambda p: sum(n for s, n in p.settled.items() if SOURCES[s].kept) / p.tokens),
 )
 JUDGED: Final = (AGREES, SPEED, SENT)  # a preset is on the frontier if none is at least as good in all three
-
-
-class SeedMean(NamedTuple):
-    """A mean over seeds, and half of its interval."""
-
-    mean: float
-    half: float
-
-    def __str__(self) -> str:
-        told = self.half > 1e-6 * abs(self.mean)  # less is rounding
-        return f"{self.mean:.3g} ± {self.half:.2g}" if told else f"{self.mean:.3g}"
-
-
-def student(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The quantile of Student's t that a two-sided interval of this confidence needs, by integrating the density."""
-    x = np.linspace(0.0, 200.0, 400_001)  # (n,)
-    scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
-    density = scale * (1.0 + x * x / freedom) ** (-(freedom + 1) / 2)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2.0 * np.diff(x))])
-    return float(np.interp(confidence / 2.0, mass, x))
-
-
-def mean_of(values: Sequence[float]) -> SeedMean:
-    """The mean over seeds, with its interval."""
-    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return SeedMean(float(np.mean(values)), student(len(values) - 1) * spread if spread else 0.0)
 
 
 class Findings:

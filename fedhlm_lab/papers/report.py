@@ -13,7 +13,9 @@ import msgspec
 from fedhlm.errors import FedhlmError
 from fedhlm.process.files import replace_file
 from fedhlm.version import __version__
+from fedhlm_lab.papers.experiment import PaperValue
 from fedhlm_lab.papers.findings import Cell, LabChart, LabPanels, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.intervals import SeedMean
 
 LIBRARIES: Final = ("numpy", "onnxruntime", "tokenizers", "msgspec", "matplotlib")
 
@@ -39,7 +41,7 @@ def compared_table(rows: Sequence[PaperRow]) -> LabTable:
     """The papers' values beside ours, with what speaks against them."""
     lines: list[Sequence[Cell]] = []
     for row in rows:
-        met = "-" if row.published is None else "yes" if row.paper.met(row.published) else "no"
+        met = "-" if row.published is None else verdict(row.paper, row.published)
         lines.append(
             (row.paper.place, row.paper.name, row.paper.value, row.published, met, row.calibrated, row.paper.why_not)
         )
@@ -47,10 +49,20 @@ def compared_table(rows: Sequence[PaperRow]) -> LabTable:
     return LabTable("paper", "Beside the paper", columns, lines)
 
 
+def verdict(paper: PaperValue, ours: float | SeedMean) -> str:
+    """Whether our value is within the paper's tolerance: yes, no, or open where only a part of its interval is."""
+    mean, half = ours if isinstance(ours, SeedMean) else (ours, 0.0)
+    if paper.met(mean - half) and paper.met(mean + half):
+        return "yes"
+    return "open" if abs(mean - paper.value) <= paper.tolerance + half else "no"
+
+
 def shown(cell: Cell) -> str:
     """A cell as text."""
     if cell is None:
         return "-"
+    if isinstance(cell, SeedMean):
+        return cell.full
     return f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
 
 
@@ -70,18 +82,30 @@ def markdown(result: LabResult) -> str:
 
 
 def csv_of(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Rows as CSV, numbers in full."""
+    """Rows as CSV, numbers in full. A column with means over seeds has one with the halves of their intervals behind it."""
+    means = [any(isinstance(row[place], SeedMean) for row in rows) for place in range(len(columns))]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+    writer.writerow(n for name, mean in zip(columns, means, strict=True) for n in (name, f"half of {name}")[: 1 + mean])
+    writer.writerows([c for cell, mean in zip(row, means, strict=True) for c in _fields(cell, mean)] for row in rows)
     return out.getvalue()
+
+
+def _fields(cell: Cell, mean: bool) -> list[str | float | int]:
+    """The fields of a cell, in a column with means over seeds or in another one."""
+    if isinstance(cell, SeedMean):
+        return [cell.mean, cell.half]
+    return ["" if cell is None else cell, *([""] if mean else [])]
 
 
 def _points(chart: LabChart | LabPanels) -> str:
     """The points of a chart as CSV; those of panels with the names of the panels and with half intervals."""
     if isinstance(chart, LabChart):
-        rows = [(series.name, x, y) for series in chart.series for x, y in zip(series.x, series.y, strict=True)]
+        rows = [
+            (series.name, x, SeedMean(y, half) if series.band else y)
+            for series in chart.series
+            for x, y, half in zip(series.x, series.y, series.band or [0.0] * len(series.y), strict=True)
+        ]
         return csv_of(("series", chart.x, chart.y), rows)
     points = [
         (panel.slug, series.name, panel.x, x, series.halves[0], panel.y, y, series.halves[1])

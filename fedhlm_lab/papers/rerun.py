@@ -1,6 +1,6 @@
 """A sample of requests again in the simulator, with the real pair, agents, edges and cloud: both must agree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -11,6 +11,7 @@ from fedhlm.config import load
 from fedhlm.protocol.messages import Sampling
 from fedhlm.settings import Config
 from fedhlm_lab.papers.device import LawDevice, LawTexts
+from fedhlm_lab.papers.findings import LabTable
 from fedhlm_lab.papers.requests import LabRequest
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Pair
@@ -50,3 +51,13 @@ def rerun(
         same = sum(live.get(seed) == ([made.token], [made.source]) for seed, made in cached.items())
         rows.append(RerunRow(name, len(requests), same))
     return rows
+
+
+def reruns_table(rows: Iterable[RerunRow]) -> LabTable:
+    """The requests of each policy, those of all seeds together."""
+    found: dict[str, RerunRow] = {}
+    for row in rows:
+        known = found.get(row.policy, RerunRow(row.policy, 0, 0))
+        found[row.policy] = RerunRow(row.policy, known.requests + row.requests, known.same + row.same)
+    columns = ("policy", "requests", "same token and source")
+    return LabTable("simulator", "Again in the simulator", columns, list(found.values()))

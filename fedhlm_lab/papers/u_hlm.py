@@ -60,7 +60,7 @@ class DoubtFit(NamedTuple):
 
 
 class UhlmRuns(NamedTuple):
-    """All that was measured.
+    """All that was measured with one seed.
 
     `seen` are the drafts by form of doubt, `law_bytes` the mean bytes of a law by coupling, and `accuracy` is for each
     threshold the share of questions that are answered right and that are sent, with U-HLM. `sizes` are bytes of a law by
@@ -179,7 +179,10 @@ def sizes_of(vocabularies: Sequence[int], seed: int) -> dict[int, dict[str, int]
 
 
 def run(experiment: UhlmExperiment, pair: LabPair, source: LabSource, texts: Laws, questions: Laws) -> UhlmRuns:
-    """Run everything: `texts` for rates and fits, `questions` about the topics of the source for the accuracy."""
+    """Run everything with the experiment's first seed, which is that of all drafts and doubts.
+
+    `texts` are for rates and fits, and `questions` about the topics of the source for the accuracy.
+    """
     seen, law_bytes = observed(texts, experiment.temperature, experiment.seed)
     fits = {form: fit_of(form, found, experiment.budget) for form, found in seen.items()}
     known = LawTexts(questions, [a.topic for a in source.articles], pair.word)

@@ -1,18 +1,32 @@
-"""What U-HLM's runs show: tables, charts, and the papers' values beside ours. Pure functions of the runs."""
+"""What U-HLM's runs show: tables, charts, and the papers' values beside ours. Pure functions of the runs.
 
+Each figure follows from the runs of one seed, and is then joined over all seeds.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 
 from fedhlm_lab.papers.experiment import PaperValue
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.intervals import CONFIDENCE, mean_of
+from fedhlm_lab.papers.over_seeds import over_seeds
+from fedhlm_lab.papers.rerun import reruns_table
 from fedhlm_lab.papers.u_hlm import DOUBTS, SpeedupPoint, UhlmRuns, rate_of, snr_of, token_s
 
 PRONE: Final = 0.43  # U-HLM's published risk-prone threshold, which the presets have
 
 
-def result_of(runs: UhlmRuns) -> LabResult:
-    """Everything that is reported."""
+def result_of(seeds: Sequence[UhlmRuns]) -> LabResult:
+    """Everything that is reported, over the runs of all seeds."""
+    joined = over_seeds([_result(runs) for runs in seeds])
+    reruns = reruns_table(row for runs in seeds for row in runs.reruns)
+    return joined._replace(sentences=sentences(seeds), tables=[*joined.tables, reruns])
+
+
+def _result(runs: UhlmRuns) -> LabResult:
+    """What one seed shows."""
     experiment = runs.experiment
     facts = {
         "source": runs.source,
@@ -22,12 +36,13 @@ def result_of(runs: UhlmRuns) -> LabResult:
         "temperature": experiment.temperature,
         "bandwidth, Hz": experiment.bandwidth_hz,
         "seconds of the SLM and the LLM a token": f"{experiment.slm_s:g}, {experiment.llm_s:g}",
+        "seeds": experiment.seeds,
         "seed": experiment.seed,
     }
-    tables = [_fits(runs), _thresholds(runs), _sizes(runs), _speedups(runs), _reruns(runs)]
+    tables = [_fits(runs), _thresholds(runs), _sizes(runs), _speedups(runs)]
     charts = [_doubt(runs), _rates(runs), _throughput(runs), _vocabulary(runs), _speedup_chart(runs)]
     compared = [PaperRow(value, *ours(runs, value)) for value in experiment.paper]
-    return LabResult("u-hlm", experiment.title, facts, sentences(runs), compared, tables, charts)
+    return LabResult("u-hlm", experiment.title, facts, [], compared, tables, charts)
 
 
 def points_of(runs: UhlmRuns) -> dict[str, SpeedupPoint]:
@@ -73,28 +88,40 @@ def ours(runs: UhlmRuns, paper: PaperValue) -> tuple[float | None, float | None]
     raise ValueError(f"a value of the paper must be one that is computed (got {paper.place}, {paper.name})")
 
 
-def sentences(runs: UhlmRuns) -> list[str]:
+def sentences(seeds: Sequence[UhlmRuns]) -> list[str]:
     """What the figures mean."""
-    e, fit, points = runs.experiment, runs.fits[DOUBTS[0]], points_of(runs)
-    rate = points["CU-HLM, 30 tokens"].rate_for(e.paper_speedup)
+    first = seeds[0]
+    e, papers = first.experiment, points_of(first)
+
+    def over(of: Callable[[UhlmRuns], float]) -> str:
+        return mean_of([of(runs) for runs in seeds]).full
+
+    def calibrated(runs: UhlmRuns) -> float:
+        return runs.fits[DOUBTS[1]].calibrated
+
+    rate = papers["CU-HLM, 30 tokens"].rate_for(e.paper_speedup)
     at = "at no rate"
     if rate is not None:
         at = f"at {8.0 * rate / 1000.0:,.0f} kbit/s, which is {snr_of(rate, e.bandwidth_hz):.1f} dB on {e.bandwidth_hz / 1e6:g} MHz"
-    tau = runs.fits[DOUBTS[1]].calibrated
-    same = sum(row.same for row in runs.reruns)
+    reruns = [row for runs in seeds for row in runs.reruns]
     return [
-        f"On {fit.tokens:,} tokens beta = {fit.a:.2f} u {fit.b:+.2f}, with a correlation of {fit.correlation:.2f}; U-HLM has 0.82 u - 0.06.",
         (
-            f"At the published threshold {PRONE:g} a share of {runs.rate(PRONE):.3f} is sent, and the kept tokens cost {runs.error(PRONE):.3f} of total variation a token. "
-            f"The calibrated threshold {tau:.3f} sends {runs.rate(tau, DOUBTS[1]):.3f} and costs {runs.error(tau, DOUBTS[1]):.3f}, within its budget of {e.budget:g}."
+            f"Means over {e.seeds} seeds with intervals of {CONFIDENCE:.0%}. A seed is that of the drafts and of the draws "
+            "of every doubt. Texts and questions are the same under all seeds, so the intervals do not say what other "
+            "texts would change, and what no seed changes has none."
+        ),
+        f"On {first.fits[DOUBTS[0]].tokens:,} tokens beta = a u + b has a = {over(lambda r: r.fits[DOUBTS[0]].a)} and b = {over(lambda r: r.fits[DOUBTS[0]].b)}, with a correlation of {over(lambda r: r.fits[DOUBTS[0]].correlation)}; U-HLM has 0.82 u - 0.06.",
+        (
+            f"At the published threshold {PRONE:g} a share of {over(lambda r: r.rate(PRONE))} is sent, and the kept tokens cost {over(lambda r: r.error(PRONE))} of total variation a token. "
+            f"The calibrated threshold {over(calibrated)} sends {over(lambda r: r.rate(calibrated(r), DOUBTS[1]))} and costs {over(lambda r: r.error(calibrated(r), DOUBTS[1]))}; its budget is {e.budget:g}."
         ),
         (
             f"The {e.paper_speedup:g} times of CU-HLM need laws of 30 tokens ({e.paper_top_bytes:g} of {e.paper_law_bytes:,.0f} bytes, 99.9 % less) and hold {at}. "
-            f"With 97.4 % compression no link gives more than {points['CU-HLM, 97.4 % compression'].most:.1f} times."
+            f"With 97.4 % compression no link gives more than {papers['CU-HLM, 97.4 % compression'].most:.1f} times."
         ),
-        f"With our vocabulary of {runs.law_bytes['full'] / 2.0:,.0f} a whole law has {runs.law_bytes['full']:,.0f} bytes only, so CU-HLM gains at most {points['ours, CU-HLM'].most:,.0f} times.",
+        f"With our vocabulary of {first.law_bytes['full'] / 2.0:,.0f} a whole law has {first.law_bytes['full']:,.0f} bytes only, so CU-HLM gains at most {over(lambda r: points_of(r)['ours, CU-HLM'].most)} times.",
         "The link model has no round trip, no cost of a message and no downlink. Each of them makes the gain of fewer bytes smaller.",
-        f"{same} of {sum(row.requests for row in runs.reruns)} questions that ran again in the simulator, with real agents, edges and cloud, had the same token from the same source.",
+        f"{sum(row.same for row in reruns)} of {sum(row.requests for row in reruns)} questions that ran again in the simulator, with real agents, edges and cloud, had the same token from the same source.",
     ]
 
 
@@ -140,20 +167,16 @@ def _speedups(runs: UhlmRuns) -> LabTable:
     return LabTable("speedups", "Where 206 times HLM's throughput hold", columns, rows)
 
 
-def _reruns(runs: UhlmRuns) -> LabTable:
-    return LabTable("simulator", "Again in the simulator", ("policy", "requests", "same token and source"), runs.reruns)
-
-
 def _doubt(runs: UhlmRuns) -> LabChart:
     fit, seen = runs.fits[DOUBTS[0]], runs.seen[DOUBTS[0]]
     u, beta = np.array([one.doubt for one in seen]), np.array([one.beta for one in seen])
     levels = sorted(set(u.tolist()))
     means = [float(beta[u == level].mean()) for level in levels]
-    ends = [0.0, min(1.0, max(0.0, fit.averse)), 1.0]  # the line is 0 up to the second
+    x = np.linspace(0.0, 1.0, 101).tolist()
     series = [
         ChartSeries("mean beta of tokens with this u", levels, means),
-        ChartSeries(f"fit: {fit.a:.2f} u {fit.b:+.2f}", ends, [max(0.0, fit.a * end + fit.b) for end in ends]),
-        ChartSeries("U-HLM: 0.82 u - 0.06", [0.0, 0.073, 1.0], [0.0, 0.0, 0.76]),
+        ChartSeries("fit: a u + b", x, [max(0.0, fit.a * u + fit.b) for u in x]),
+        ChartSeries("U-HLM: 0.82 u - 0.06", x, [max(0.0, 0.82 * u - 0.06) for u in x]),
     ]
     return LabChart(
         "fig-u-against-beta", "Doubt against rejection probability", "u, of 20 draws", "beta", "line", series

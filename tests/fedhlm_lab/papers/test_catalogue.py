@@ -14,8 +14,8 @@ from fedhlm_lab.sim import verifier_costs
 from fedhlm_zoo.corpus import load_ag_news
 
 FEW = {
-    "fedhlm": {"articles": 4, "requests": 24, "clients": 3, "clusters": 2, "rounds": 2, "alphas": [10.0, 1.0, 0.1], "sample": 3},
-    "u-hlm": {"articles": 3, "questions": 4, "rows": 3, "taus": [0.0, 0.43, 1.0], "vocabularies": [4096], "sample": 3},
+    "fedhlm": {"articles": 4, "requests": 24, "clients": 3, "clusters": 2, "rounds": 2, "alphas": [10.0, 1.0, 0.1], "sample": 3, "seeds": 2},
+    "u-hlm": {"articles": 3, "questions": 4, "rows": 3, "taus": [0.0, 0.43, 1.0], "vocabularies": [4096], "sample": 3, "seeds": 2},
     "pareto": {"presets": ["colocated", "slm-only", "budget"], "links": ["lte"], "seeds": 2, "warm": 2, "texts": 2, "tokens": 4},
     "capacity": {"presets": ["exact", "llm-only"], "agents": [1, 2], "seeds": 2, "warm": 1, "texts": 1, "tokens": 4, "prompts": 3},
 }  # fmt: skip
@@ -46,7 +46,7 @@ def test_a_command_writes_the_report_of_the_shipped_pair(
     assert "out/fedhlm/report.md" in shown
     assert catalogue.TOO_FEW in shown
     assert catalogue.QUICK not in shown
-    assert "18 of 18 requests" in shown  # again in the simulator
+    assert "36 of 36 requests" in shown  # again in the simulator
     report = (tmp_path / "out" / "fedhlm" / "report.md").read_text()
     assert "fedhlm-news-slm@" in report
     assert "| Table III | local | 0.9449 |" in report
@@ -63,7 +63,7 @@ def test_all_experiments_run_and_say_that_they_are_small(
         text = (tmp_path / "out" / name / "report.md").read_text()
         assert catalogue.QUICK in text
         assert all((tmp_path / "out" / name / picture).is_file() for picture in pictures(text))
-    assert "9 of 9 questions" in shown
+    assert "18 of 18 questions" in shown
     assert len(list((tmp_path / "laws").iterdir())) == 2  # the questions of both are the same
 
 

@@ -13,7 +13,8 @@ from fedhlm.learning.thresholds import paper_gradient
 from fedhlm_lab.papers import fedhlm
 from fedhlm_lab.papers.experiment import FedhlmExperiment
 from fedhlm_lab.papers.fedhlm_figures import paper_loss, result_of
-from fedhlm_lab.papers.findings import LabResult
+from fedhlm_lab.papers.findings import LabChart, LabResult
+from fedhlm_lab.papers.intervals import SeedMean
 from fedhlm_lab.papers.report import write
 from fedhlm_lab.papers.requests import asked, dealt
 from fedhlm_lab.papers.rounds import run_rounds
@@ -23,9 +24,10 @@ from tests.fedhlm_lab.papers import toys
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> LabResult:
     known = toys.laws(tmp_path_factory.mktemp("laws"))
-    runs = fedhlm.run(toys.experiment(), toys.pair(), toys.source(known), known)
-    paper = FedhlmExperiment.load("fedhlm").paper
-    return result_of(runs._replace(experiment=msgspec.structs.replace(runs.experiment, paper=paper)))
+    experiment = msgspec.structs.replace(toys.experiment(), paper=FedhlmExperiment.load("fedhlm").paper)
+    seeds = experiment.each_seed()
+    assert [one.seed for one in seeds] == [1, 2]
+    return result_of([fedhlm.run(one, toys.pair(), toys.source(known), known) for one in seeds])
 
 
 def test_every_request_is_dealt_once_and_topics_are_skewed() -> None:
@@ -83,9 +85,18 @@ def test_a_result_holds_every_figure_and_our_value_beside_each_of_the_papers(res
     known = {(row.paper.place, row.paper.name): row.published for row in result.compared}
     assert known["Fig. 10", "speculative decoding"] == pytest.approx(0.8)  # the toy LLM errs on every fifth article
     layers = [known["Table III", layer] for layer in ("local", "peers", "cloud")]
-    assert sum(layer for layer in layers if layer is not None) == pytest.approx(1.0)
+    assert sum(layer.mean for layer in layers if isinstance(layer, SeedMean)) == pytest.approx(1.0)
     simulator = next(table for table in result.tables if table.slug == "simulator")
-    assert [row[1] for row in simulator.rows] == [row[2] for row in simulator.rows] == [6] * 6
+    assert [row[1] for row in simulator.rows] == [row[2] for row in simulator.rows] == [12] * 6
+
+
+def test_every_seed_deals_the_topics_out_anew_and_figures_have_their_bands(result: LabResult) -> None:
+    charts = {chart.slug: chart for chart in result.charts if isinstance(chart, LabChart)}
+    assert any(any(line.band) for line in charts["fig-10"].series)
+    assert any(any(layer.band) for layer in charts["fig-7-published"].series)
+    assert len(charts["fig-9"].series[0].x) > 4  # the four clients of each seed
+    routing = next(table for table in result.tables if table.slug == "routing")
+    assert any(isinstance(cell, SeedMean) for row in routing.rows for cell in row)
 
 
 def test_files_of_a_result_are_whole_and_equal_the_second_time(result: LabResult, tmp_path: Path) -> None:
@@ -96,9 +107,9 @@ def test_files_of_a_result_are_whole_and_equal_the_second_time(result: LabResult
     assert b"<svg" in files["fig-8.svg"].read_bytes()
     with files["baselines.csv"].open() as file:
         rows = list(csv.DictReader(file))
-    assert sum(int(rows[0][layer]) for layer in ("local", "peers", "cloud")) == 160
+    assert sum(float(rows[0][layer]) for layer in ("local", "peers", "cloud")) == pytest.approx(160)
     environment = msgspec.json.decode(files["environment.json"].read_bytes())
     assert set(environment) >= {"fedhlm", "python", "libraries", "requests", "seed"}
     report = files["report.md"].read_text()
     assert "![" in report
-    assert "36 of 36 requests" in report
+    assert "72 of 72 requests" in report

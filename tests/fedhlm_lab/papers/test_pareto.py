@@ -1,6 +1,5 @@
 """All presets on all links: figures of toy fleets, what they mean, and the pictures."""
 
-import math
 import random
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from fedhlm_lab.papers import pareto
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.findings import LabPanels
 from fedhlm_lab.papers.pareto import PresetPoint, agreement
-from fedhlm_lab.papers.pareto_figures import AGREES, CALLS, SPEED, Findings, mean_of, result_of, student
+from fedhlm_lab.papers.pareto_figures import AGREES, CALLS, SPEED, Findings, result_of
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.texts import TimedText
 from fedhlm_lab.sim import toy
@@ -92,16 +91,6 @@ def test_the_frontier_has_what_no_other_preset_beats_in_everything() -> None:
     ]
     found = Findings(pareto.ParetoRuns(experiment(), "", [*points, *(p._replace(seed=2) for p in points)], [], {}))
     assert found.frontier("lan") == ["best", "cheap"]
-
-
-def test_intervals_are_those_of_students_t() -> None:
-    assert student(4) == pytest.approx(2.776, abs=1e-3)
-    assert student(1) == pytest.approx(12.706, abs=1e-2)
-    assert student(4, 0.5) == pytest.approx(0.741, abs=1e-3)
-    known = mean_of([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert known.mean == 3.0
-    assert known.half == pytest.approx(2.776 * math.sqrt(2.5 / 5), abs=1e-3)
-    assert str(mean_of([1.0, 1.0])) == "1"
 
 
 def test_the_report_says_where_the_rival_wins_and_shows_every_link(runs: pareto.ParetoRuns) -> None:

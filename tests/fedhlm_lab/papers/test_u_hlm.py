@@ -18,13 +18,26 @@ from tests.fedhlm_lab.papers import toys
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> u_hlm.UhlmRuns:
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[u_hlm.UhlmRuns]:
     cache = tmp_path_factory.mktemp("laws")
     shipped = UhlmExperiment.load("u-hlm")
-    small = {"articles": 30, "questions": 40, "sample": 6, "taus": (0.0, 0.43, 1.0), "vocabularies": (64, 4096)}
+    small = {
+        "articles": 30,
+        "questions": 40,
+        "sample": 6,
+        "taus": (0.0, 0.43, 1.0),
+        "vocabularies": (64, 4096),
+        "seeds": 2,
+    }
     experiment = UhlmExperiment.of({f: getattr(shipped, f) for f in shipped.__struct_fields__} | small, "test")
     questions = toys.laws(cache)
-    return u_hlm.run(experiment, toys.pair(), toys.source(questions), toys.laws(cache, 30, 8), questions)
+    texts, source = toys.laws(cache, 30, 8), toys.source(questions)
+    return [u_hlm.run(one, toys.pair(), source, texts, questions) for one in experiment.each_seed()]
+
+
+@pytest.fixture
+def runs(seeds: list[u_hlm.UhlmRuns]) -> u_hlm.UhlmRuns:
+    return seeds[0]
 
 
 def test_the_mean_of_beta_is_the_distance_of_both_laws(tmp_path: Path) -> None:
@@ -89,8 +102,8 @@ def test_sizes_are_those_of_the_live_encodings() -> None:
     assert COUPLINGS["full"].law_size(b"", 4_096) == sizes[4_096]["full"]
 
 
-def test_every_value_of_the_papers_has_ours_beside_it(runs: u_hlm.UhlmRuns) -> None:
-    result: LabResult = result_of(runs)
+def test_every_value_of_the_papers_has_ours_beside_it(seeds: list[u_hlm.UhlmRuns]) -> None:
+    result: LabResult = result_of(seeds)
     assert len(result.compared) == 10
     assert all(row.published is not None for row in result.compared)
     slugs = [chart.slug for chart in result.charts] + [table.slug for table in result.tables]
@@ -98,10 +111,12 @@ def test_every_value_of_the_papers_has_ours_beside_it(runs: u_hlm.UhlmRuns) -> N
     chart = result.charts[0]
     assert isinstance(chart, LabChart)
     line = chart.series[1]
-    fit = runs.fits["k-sample"]
-    assert line.y == pytest.approx([max(0.0, fit.a * float(u) + fit.b) for u in line.x])
-    assert 0.0 in line.x
-    assert 1.0 in line.x
+    fits = [runs.fits["k-sample"] for runs in seeds]
+    assert fits[0].a != fits[1].a
+    for u, y in zip(line.x, line.y, strict=True):
+        assert y == pytest.approx(np.mean([max(0.0, fit.a * float(u) + fit.b) for fit in fits]))
+    assert (line.x[0], line.x[-1]) == (0.0, 1.0)
+    assert max(line.band) > 0.0
     report = markdown(result)
     assert "152.6 times" in report
-    assert "18 of 18 questions" in report
+    assert "36 of 36 questions" in report

@@ -58,7 +58,16 @@ def pair() -> LabPair:
 
 def experiment(**changes: object) -> FedhlmExperiment:
     """FedHLM's experiment, smaller."""
-    small = {"articles": 40, "requests": 160, "clients": 4, "clusters": 2, "rounds": 4, "sample": 6, **changes}
+    small = {
+        "articles": 40,
+        "requests": 160,
+        "clients": 4,
+        "clusters": 2,
+        "rounds": 4,
+        "sample": 6,
+        "seeds": 2,
+        **changes,
+    }
     shipped = FedhlmExperiment.load("fedhlm")
     return FedhlmExperiment.of(
         {**{f: getattr(shipped, f) for f in shipped.__struct_fields__ if f != "paper"}, **small}, "test"

@@ -55,16 +55,19 @@ class LabOutcome(NamedTuple):
 
 
 class LawTexts:
-    """The requests' laws, and what the SLM draws from them, remembered from one policy to the next
-    where no law travels.
+    """The requests' laws, and what the SLM draws from them, remembered from one policy to the next.
 
-    `word` returns the text of a token, and `topics` the right word of each article.
+    Drafts with whole laws are remembered only with `keep_laws`: those of many requests would fill the memory. `word`
+    returns the text of a token, and `topics` the right word of each article.
     """
 
-    def __init__(self, laws: Laws, topics: Sequence[str], word: Callable[[int], str]) -> None:
+    def __init__(
+        self, laws: Laws, topics: Sequence[str], word: Callable[[int], str], *, keep_laws: bool = False
+    ) -> None:
         self.laws = laws
         self._topics = topics
         self._word = word
+        self._keep_laws = keep_laws
         self._drawn: dict[tuple[int, Sampling, str], Drawn] = {}
         self._target: dict[tuple[int, Sampling], int] = {}
 
@@ -81,7 +84,7 @@ class LawTexts:
         token, prob, law = COUPLINGS[sampling.coupling].draft(logits, sampling, position)
         doubt = UNCERTAINTIES[uncertainty](logits, token, sampling, position)
         drawn = Drawn(token, prob, doubt, law, self.laws.keys[self.row(article)].tobytes())
-        if not law:  # laws of whole vocabularies would fill the memory
+        if self._keep_laws or not law:
             self._drawn[name] = drawn
         return drawn
 

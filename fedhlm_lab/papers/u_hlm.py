@@ -185,7 +185,7 @@ def run(experiment: UhlmExperiment, pair: LabPair, source: LabSource, texts: Law
     """
     seen, law_bytes = observed(texts, experiment.temperature, experiment.seed)
     fits = {form: fit_of(form, found, experiment.budget) for form, found in seen.items()}
-    known = LawTexts(questions, [a.topic for a in source.articles], pair.word)
+    known = LawTexts(questions, [a.topic for a in source.articles], pair.word, keep_laws=True)
     requests = asked(len(questions.prompts), len(questions.prompts), experiment.seed)
     accuracy = {}
     with progress("thresholds", len(experiment.taus)) as ended:

@@ -11,7 +11,7 @@ from fedhlm.config import load
 from fedhlm.decoding.couplings import rejection_probability
 from fedhlm.decoding.sampling import law
 from fedhlm.protocol.messages import Sampling
-from fedhlm_lab.papers.device import LawDevice
+from fedhlm_lab.papers.device import LawDevice, LawTexts
 from fedhlm_lab.papers.requests import asked
 from fedhlm_lab.papers.rerun import frozen, rerun
 from tests.fedhlm_lab.papers import toys
@@ -41,6 +41,16 @@ def test_beta_is_that_of_both_laws(tmp_path: Path) -> None:
         drawn = texts.draw(request.article, sampling, "k-sample")
         target = float(law(known.large[request.article], sampling)[drawn.token])
         assert one.answer(request).beta == pytest.approx(rejection_probability(drawn.prob, target), abs=0.01)
+
+
+def test_drafts_are_remembered_and_their_laws_only_on_demand(tmp_path: Path) -> None:
+    known = toys.laws(tmp_path)
+    topics = [a.topic for a in toys.source(known).articles]
+    for coupling, keep, same in (("full", True, True), ("full", False, False), ("gumbel", False, True)):
+        texts, sampling = LawTexts(known, topics, toys.word, keep_laws=keep), Sampling(7, 1.0, 1.0, coupling)
+        first, again = (texts.draw(3, sampling, "k-sample") for _ in range(2))
+        assert first == again
+        assert (first is again) is same
 
 
 def test_a_kept_token_is_scored_by_an_audit_only(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def _doubt(runs: UhlmRuns) -> LabChart:
     u, beta = np.array([one.doubt for one in seen]), np.array([one.beta for one in seen])
     levels = sorted(set(u.tolist()))
     means = [float(beta[u == level].mean()) for level in levels]
-    x = np.linspace(0.0, 1.0, 101).tolist()
+    x = np.linspace(0.0, 1.0, 21).tolist()  # the levels of u
     series = [
         ChartSeries("mean beta of tokens with this u", levels, means),
         ChartSeries("fit: a u + b", x, [max(0.0, fit.a * u + fit.b) for u in x]),

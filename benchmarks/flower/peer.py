@@ -9,9 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -22,16 +20,9 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
 sys.path.insert(0, str(Path(__file__).parent))
-from published import Rule, Sent, client_round, server_round
+from published import Rule, Sent, client_round, read, server_round
 
 OBSERVATIONS = Path(sys.argv[1]).resolve()
-
-
-@cache
-def observed() -> dict[str, Any]:
-    """The file of observations. Each of Flower's workers reads it by itself, once."""
-    found: dict[str, Any] = json.loads(OBSERVATIONS.read_text("utf-8"))
-    return found
 
 
 def tau_in(message: Message) -> float:
@@ -51,8 +42,8 @@ client = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """A client's round: equation (6) on its own observations."""
     place, number = int(context.node_config["partition-id"]), int(message.content["config"]["server-round"]) - 1
-    pairs = [tuple(pair) for pair in observed()["rounds"][number][place]]
-    sent = client_round(Rule(**observed()["rule"]), pairs, tau_in(message), number)
+    pairs = [tuple(pair) for pair in read(OBSERVATIONS)["rounds"][number][place]]
+    sent = client_round(Rule(**read(OBSERVATIONS)["rule"]), pairs, tau_in(message), number)
     metrics = MetricRecord({"num-examples": sent.tokens, "client": place})
     return Message(RecordDict({"arrays": arrays_of(sent.threshold), "metrics": metrics}), reply_to=message)
 
@@ -116,7 +107,7 @@ def size_of(message: Message) -> int:
 
 def main(out: Path) -> None:
     """Run the simulation and write its trajectory."""
-    known = observed()
+    known = read(OBSERVATIONS)
     clients = len(known["rounds"][0])
     strategy = Thresholds(clients, known["clusters"], known["start"])
     server = ServerApp()

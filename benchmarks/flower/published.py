@@ -3,9 +3,12 @@
 It shares no code with the project, and needs nothing but a Python, so that it can be the peer's.
 """
 
+import json
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 Pair = tuple[float, float]
 """A draft's doubt u and its rejection probability beta."""
@@ -25,6 +28,13 @@ class Sent(NamedTuple):
 
     threshold: float
     tokens: int
+
+
+@cache
+def read(observations: Path) -> dict[str, Any]:
+    """The file of observations. Each of Flower's workers reads it by itself, once."""
+    found: dict[str, Any] = json.loads(observations.read_text("utf-8"))
+    return found
 
 
 def gradient(rule: Rule, pairs: Sequence[Pair], tau: float) -> float:

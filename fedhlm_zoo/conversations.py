@@ -5,7 +5,7 @@ After the opening of its template a chat model writes what a user would say, so 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -38,11 +38,13 @@ def converse(
     seed: int,
     temperature: float,
     vocabulary: int,
+    read: Callable[[int, Tensor], None] | None = None,
 ) -> Rows:
     """Let a model write `rows` conversations of `length` tokens, one turn after the other.
 
     Users' turns are drawn at temperature 1, and answers at `temperature`; one of GREEDY_EVERY rows has greedy answers.
-    Ids are below `vocabulary`.
+    Ids are below `vocabulary`. `read` is called with each place from the opening's last one on, but for the last, and
+    the logits (rows, `vocabulary`) after it.
     """
     generator = torch.Generator().manual_seed(seed)
     opening = len(turns.opening)
@@ -57,7 +59,10 @@ def converse(
         for at in range(opening, length):
             output = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
-            drawn = _draw(output.logits[:, -1, :vocabulary].float(), asking, temperature, generator)
+            logits = output.logits[:, -1, :vocabulary].float()
+            if read is not None:
+                read(at - 1, logits)
+            drawn = _draw(logits, asking, temperature, generator)
             for row, token in enumerate(drawn.tolist()):
                 ending = token in end_ids or (asking[row] and at - begins[row] >= QUESTION_MAX)
                 if not forced[row] and ending:

@@ -30,11 +30,10 @@ from fedhlm.process.files import replacing
 from fedhlm.progress import progress
 from fedhlm.protocol.messages import Sampling
 from fedhlm_zoo import gguf_weights, teaching
-from fedhlm_zoo.conversations import Rows
 from fedhlm_zoo.export import load_torch
 from fedhlm_zoo.info import copy_chat_files
 from fedhlm_zoo.teaching import LawLessons, Teacher
-from fedhlm_zoo.train import Schedule, autocast, optimise
+from fedhlm_zoo.train import Schedule, autocast, faster_precision, optimise
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +114,8 @@ def config_of(large: Path, layers: tuple[int, ...], *, threads: int, **options: 
     torch.set_num_threads(threads)
     total = load_torch(large).config.num_hidden_layers
     kept = chosen_layers(total, layers[0]) if len(layers) == 1 else layers
-    return DistilConfig(layers=kept, micro_batch=math.gcd(options["batch"], AT_ONCE), **options)
+    micro_batch = math.gcd(options["batch"], AT_ONCE)
+    return DistilConfig(layers=kept, micro_batch=micro_batch, precision=faster_precision(), **options)
 
 
 def chosen_layers(total: int, count: int) -> tuple[int, ...]:
@@ -262,7 +262,7 @@ def distil(
     Args:
         large: a Hugging Face folder or a GGUF file.
         out: folder of the run; the draft is in ``model/`` and, for a GGUF file, in ``draft.gguf``.
-        config: how. Of a run that was begun, only `steps` and `tokens` may change.
+        config: how. Of a run that was begun, only `steps`, `tokens` and `precision` may change.
         turns: what the large model's template writes around turns.
         end_ids: the ids that end its texts.
         texts: texts to learn from as well.
@@ -312,18 +312,16 @@ def distil(
     return told
 
 
-def acceptance(student: Any, model: Any, rows: Rows, *, temperature: float, vocabulary: int) -> float:
-    """The share of the tokens of `rows` at which both models draw the same token with shared noise."""
+def acceptance(student: Any, model: Any, rows: LawLessons, *, temperature: float, vocabulary: int) -> float:
+    """The share of the counted tokens of `rows` at which both models draw the same token with shared noise."""
     equal = count = 0
-    places = np.zeros_like(rows.written)
-    places[:, :-1] = rows.written[:, 1:]
     with torch.inference_mode(), progress("rows compared", len(rows.ids)) as ended:
         for row, ids in enumerate(torch.from_numpy(rows.ids)):
             ours, theirs = (
                 m(ids[None], use_cache=False).logits[0, :, :vocabulary].float().numpy() for m in (student, model)
             )
             sampling = Sampling(row, temperature)
-            for at in np.flatnonzero(places[row]).tolist():
+            for at in np.flatnonzero(rows.counted[row]).tolist():
                 drawn = [perturbed_argmax(scores(logits[at], sampling), row, at + 1) for logits in (ours, theirs)]
                 equal += drawn[0] == drawn[1]
                 count += 1
@@ -331,15 +329,12 @@ def acceptance(student: Any, model: Any, rows: Rows, *, temperature: float, voca
     return equal / max(1, count)
 
 
-def _examined(lessons: Path, teacher: Callable[[], Teacher], config: DistilConfig) -> Rows:
-    """Rows that the large model wrote, and from which nothing is learnt."""
+def _examined(lessons: Path, teacher: Callable[[], Teacher], config: DistilConfig) -> LawLessons:
+    """Conversations that the large model wrote, and from which nothing is learnt."""
     path = lessons / "examined.npz"
     if not path.is_file():
-        held = teacher().write(0, config.length, config.seed + 1, rows=EXAMINED)
-        with replacing(path) as file:
-            np.savez(file, ids=held.ids, written=held.written)
-    with np.load(path) as arrays:
-        return Rows(arrays["ids"], arrays["written"])
+        teaching.save(path, teacher().write(0, config.length, config.seed + 1, rows=EXAMINED))
+    return teaching.load(path)
 
 
 def _check_recipe(out: Path, large: Path, texts: Sequence[str], config: DistilConfig) -> None:
@@ -348,7 +343,9 @@ def _check_recipe(out: Path, large: Path, texts: Sequence[str], config: DistilCo
     path = out / RECIPE_FILE
     if path.is_file():
         begun = msgspec.json.decode(path.read_bytes(), type=_Recipe)
-        free = msgspec.structs.replace(config, steps=begun.config.steps, tokens=begun.config.tokens)
+        free = msgspec.structs.replace(
+            config, steps=begun.config.steps, tokens=begun.config.tokens, precision=begun.config.precision
+        )
         if begun != msgspec.structs.replace(asked, config=free):
             raise ConfigError("out", str(out), "a new folder, or one begun with the same model, texts and options")
     with replacing(path) as file:

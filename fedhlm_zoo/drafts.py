@@ -16,7 +16,7 @@ from fedhlm.errors import DataMissing
 from fedhlm_zoo.corpus import Article
 from fedhlm_zoo.export import load_torch
 from fedhlm_zoo.generate import Choose, continue_prompts
-from fedhlm_zoo.train import END_ID, Pack
+from fedhlm_zoo.train import END_ID, Pack, faster_precision
 
 DRAFT_TEMPERATURE: Final = 0.8
 LONGEST: Final = 96
@@ -39,8 +39,8 @@ def write_drafts(
     order = np.random.default_rng(seed).permutation(len(titles))[: -(-tokens // TYPICAL)]
     encoded = tokenizer.encode_batch([f"{titles[i]}\n" for i in order], add_special_tokens=False)
     prompts = [[END_ID, *e.ids] for e in encoded]
-    # Half precision doubles the speed, and the output is only training text.
-    model = load_torch(model_dir).to(torch.bfloat16)
+    # The output is only training text, so half precision will do.
+    model = load_torch(model_dir, dtype=faster_precision())
     choose = half_greedy(torch.Generator().manual_seed(seed))
     endings = continue_prompts(model, prompts, tokens=LONGEST, end_id=END_ID, choose=choose, batch=256)
     documents = [[*p, *(i for i in ending if i != END_ID)] for p, ending in zip(prompts, endings, strict=True)]

@@ -5,7 +5,7 @@ A folder holds files of ROWS rows. What is finished is kept, so the large model 
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -56,28 +56,45 @@ def rows_of_texts(
     return Rows(ids, np.ones_like(ids, np.bool_))
 
 
+class _LawReader:
+    """Keeps of a model's laws what lessons hold of them. Hidden states are those that the head was last given."""
+
+    def __init__(self, model: Any, temperature: float) -> None:
+        self._temperature = temperature
+        self._states: list[Tensor] = []
+        head = model.get_output_embeddings()
+        self._hook = head.register_forward_pre_hook(lambda _module, inputs: self._states.append(inputs[0]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def of(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Likeliest ids, their log-probabilities, and hidden states, of the `logits` (..., V) that were computed last."""
+        heated = logits / self._temperature
+        ln_p, likeliest = heated.topk(min(LIKELIEST, logits.shape[-1]), dim=-1)
+        return likeliest, ln_p - torch.logsumexp(heated, dim=-1, keepdim=True), self._states.pop().float()
+
+
 @torch.inference_mode()
 def laws_at(model: Any, rows: Rows, *, temperature: float, vocabulary: int) -> LawLessons:
     """Read the large model's laws at every token of rows."""
-    kept: list[list[Tensor]] = [[], [], []]
-    states: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: states.append(inputs[0]))
-    try:
-        with progress("rows read", len(rows.ids)) as ended:
-            for part in torch.from_numpy(rows.ids).split(AT_ONCE):
-                logits = model(part, use_cache=False).logits[..., :vocabulary].float()
-                ln_p, likeliest = (logits / temperature).topk(min(LIKELIEST, vocabulary), dim=-1)
-                ln_p -= torch.logsumexp(logits / temperature, dim=-1, keepdim=True)
-                for kind, found in zip(kept, (likeliest, ln_p, states.pop()), strict=True):
-                    kind.append(found.float() if found.is_floating_point() else found)
-                for _ in part:
-                    ended()
-    finally:
-        hook.remove()
-    likeliest, ln_p, hidden = (torch.cat(kind).numpy() for kind in kept)
+    kept = []
+    with _LawReader(model, temperature) as reader, progress("rows read", len(rows.ids)) as ended:
+        for part in torch.from_numpy(rows.ids).split(AT_ONCE):
+            kept.append(reader.of(model(part, use_cache=False).logits[..., :vocabulary].float()))
+            for _ in part:
+                ended()
+    return LawLessons(rows.ids, _counted(rows), *(torch.cat(kind).numpy() for kind in zip(*kept, strict=True)))
+
+
+def _counted(rows: Rows) -> NDArray[np.bool_]:
+    """Whether the token after each id is of the text."""
     counted = np.zeros_like(rows.written)
     counted[:, :-1] = rows.written[:, 1:]
-    return LawLessons(rows.ids, counted, likeliest, ln_p, hidden)
+    return counted
 
 
 def save(path: Path, lessons: LawLessons) -> None:
@@ -117,18 +134,27 @@ class Teacher(NamedTuple):
     vocabulary: int
     temperature: float
 
-    def write(self, number: int, length: int, seed: int, *, rows: int = ROWS) -> Rows:
-        """The conversations of a file."""
-        return converse(
-            self.model,
-            self.turns,
-            self.end_ids,
-            rows=rows,
-            length=length,
-            seed=seed * 1_000_003 + number,
-            temperature=self.temperature,
-            vocabulary=self.vocabulary,
-        )
+    def write(self, number: int, length: int, seed: int, *, rows: int = ROWS) -> LawLessons:
+        """The conversations of a file, and the laws that they were drawn from. Those before the first turn, and after
+        the last id, are left at zero and do not count."""
+        laws: list[tuple[int, tuple[Tensor, ...]]] = []
+        with _LawReader(self.model, self.temperature) as reader:
+            written = converse(
+                self.model,
+                self.turns,
+                self.end_ids,
+                rows=rows,
+                length=length,
+                seed=seed * 1_000_003 + number,
+                temperature=self.temperature,
+                vocabulary=self.vocabulary,
+                read=lambda at, logits: laws.append((at, reader.of(logits))),
+            )
+        kept = [np.zeros((rows, length, kind.shape[-1]), np.float32) for kind in laws[0][1]]
+        for at, law in laws:
+            for held, kind in zip(kept, law, strict=True):
+                held[:, at] = kind.reshape(rows, -1).numpy()
+        return LawLessons(written.ids, _counted(written), kept[0].astype(np.int64), *kept[1:])
 
 
 def gather(
@@ -158,8 +184,8 @@ def gather(
                 held = held or teacher()
                 if given is not None and number < len(shares):
                     rows = Rows(given.ids[shares[number]], given.written[shares[number]])
+                    save(path, laws_at(held.model, rows, temperature=held.temperature, vocabulary=held.vocabulary))
                 else:
-                    rows = held.write(number - len(shares), length, seed)
-                save(path, laws_at(held.model, rows, temperature=held.temperature, vocabulary=held.vocabulary))
+                    save(path, held.write(number - len(shares), length, seed))
             ended()
     return files

@@ -145,12 +145,12 @@ def test_a_hugging_face_folder_gives_a_folder(tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_keeps_its_recipe_and_takes_more_steps(large: Path, whole: tuple[Path, Any]) -> None:
+def test_a_run_keeps_its_recipe_and_takes_more_steps_in_other_arithmetic(large: Path, whole: tuple[Path, Any]) -> None:
     out, _ = whole
     with pytest.raises(ConfigError, match="begun with the same model, texts and options"):
         made(large, out, layers=(1,))
     before = weights(out / "model")
-    more = made(large, out, steps=44)
+    more = made(large, out, steps=44, precision="bfloat16")
     assert not all(torch.equal(before[name], value) for name, value in weights(more.folder).items())
 
 
@@ -171,6 +171,19 @@ def lessons(model: Any, *, rows: int = 3) -> LawLessons:
     return teaching.laws_at(
         model, conversations.Rows(ids, np.ones_like(ids, np.bool_)), temperature=0.8, vocabulary=4096
     )
+
+
+def test_laws_kept_while_writing_are_those_read_afterwards(large: Path) -> None:
+    model = load_torch(large)
+    written = teaching.Teacher(model, TURNS, (END,), 4096, 0.8).write(0, 24, 5, rows=6)
+    rows = conversations.Rows(written.ids, np.ones_like(written.ids, np.bool_))
+    read = teaching.laws_at(model, rows, temperature=0.8, vocabulary=4096)
+    counted = written.counted
+    assert counted.sum() > 50
+    assert not counted[:, -1].any()
+    assert np.array_equal(written.likeliest[counted][:, :8], read.likeliest[counted][:, :8])
+    for kept, expected in ((written.ln_p, read.ln_p), (written.hidden, read.hidden)):
+        assert np.allclose(kept[counted], expected[counted], atol=1e-4)
 
 
 def test_with_all_tokens_as_candidates_the_loss_is_the_divergence_of_the_laws(large: Path) -> None:

@@ -1,26 +1,61 @@
-"""Where the pairs are that `fedhlm models pair` made."""
+"""Where pairs of models are: those that `fedhlm models pair` made, and those of a packaged LLM and its shipped draft."""
 
+import json
 from pathlib import Path
 from typing import Final
 
 from fedhlm.errors import ConfigError
-from fedhlm_zoo.fetching import models_folder
+from fedhlm.process.files import replacing
+from fedhlm_zoo.fetching import PACKAGED, fetch, models_folder
+from fedhlm_zoo.shipped import shipped_draft
 
 PAIR_FILE: Final = "pair.toml"
+SHIPPED_FILE: Final = "shipped.toml"  # of a packaged LLM and its draft; written anew whenever it is asked for
 
 
 def pair_file(named: str) -> Path:
-    """The configuration of a pair: a folder that `fedhlm models pair` wrote, or the name of one among the user's models.
+    """The configuration of a pair: a folder that `fedhlm models pair` wrote, the name of one among the user's models, or
+    that of a packaged LLM with a shipped draft, which is fetched.
 
     Raises:
         ConfigError: there is none.
+        FedhlmError: the packaged LLM cannot be fetched.
     """
     for folder in (Path(named), models_folder() / named):
         if (folder / PAIR_FILE).is_file():
             return folder / PAIR_FILE
-    raise ConfigError("--pair", named, "a folder made by 'fedhlm models pair', or the name of one of yours")
+    draft = shipped_draft(named) if named in PACKAGED else None
+    if draft is None:
+        ready = ", ".join(name for name in sorted(PACKAGED) if shipped_draft(name))
+        expected = "a folder made by 'fedhlm models pair', or the name of one of yours"
+        raise ConfigError("--pair", named, f"{expected}, or {ready}" if ready else expected)
+    return _shipped_file(named, draft)
 
 
 def default_out(llm: str) -> Path:
     """Where a pair of an LLM is put: a folder of its name among the user's models."""
     return models_folder() / Path(llm).stem
+
+
+def toml_of(slm: str, llm: str, preset: str, *, told: str) -> str:
+    """The configuration of a fleet with two models; `told` is its comment."""
+    small, large, chosen = map(json.dumps, (slm, llm, preset))
+    return f"""# {told}
+preset = {chosen}
+
+[agent]
+model = {small}
+
+[cloud]
+model = {large}
+draft_model = {small}
+"""
+
+
+def _shipped_file(llm: str, draft: Path) -> Path:
+    model, _ = fetch(llm)
+    path = default_out(llm) / SHIPPED_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(toml_of(str(draft), str(model), "exact", told=f"{llm} and the draft model that ships for it").encode())
+    return path

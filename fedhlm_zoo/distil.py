@@ -262,7 +262,7 @@ def distil(
     Args:
         large: a Hugging Face folder or a GGUF file.
         out: folder of the run; the draft is in ``model/`` and, for a GGUF file, in ``draft.gguf``.
-        config: how. Of a run that was begun, only `steps`, `tokens` and `precision` may change.
+        config: how. Of a run that was begun, only `steps` and `tokens` may change; its arithmetic stays.
         turns: what the large model's template writes around turns.
         end_ids: the ids that end its texts.
         texts: texts to learn from as well.
@@ -277,7 +277,7 @@ def distil(
         raise ModelError(f"model to distil must be a Hugging Face folder or a GGUF file (got {str(large)!r})")
     tokenizer, vocabulary = tokenizer_at(large)
     out.mkdir(parents=True, exist_ok=True)
-    _check_recipe(out, large, texts, config)
+    config = _recipe_of(out, large, texts, config)
     given = None
     if texts:
         given = teaching.rows_of_texts(
@@ -337,19 +337,21 @@ def _examined(lessons: Path, teacher: Callable[[], Teacher], config: DistilConfi
     return teaching.load(path)
 
 
-def _check_recipe(out: Path, large: Path, texts: Sequence[str], config: DistilConfig) -> None:
+def _recipe_of(out: Path, large: Path, texts: Sequence[str], config: DistilConfig) -> DistilConfig:
+    """Check what `out` was begun with and note what is asked for; return the options that hold."""
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     asked = _Recipe(large=large.name, texts=digest, config=config)
     path = out / RECIPE_FILE
     if path.is_file():
         begun = msgspec.json.decode(path.read_bytes(), type=_Recipe)
-        free = msgspec.structs.replace(
-            config, steps=begun.config.steps, tokens=begun.config.tokens, precision=begun.config.precision
-        )
+        config = msgspec.structs.replace(config, precision=begun.config.precision)
+        asked = msgspec.structs.replace(asked, config=config)
+        free = msgspec.structs.replace(config, steps=begun.config.steps, tokens=begun.config.tokens)
         if begun != msgspec.structs.replace(asked, config=free):
             raise ConfigError("out", str(out), "a new folder, or one begun with the same model, texts and options")
     with replacing(path) as file:
         file.write(msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n")
+    return config
 
 
 def _figures(out: Path) -> dict[str, Any]:

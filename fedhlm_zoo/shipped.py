@@ -32,6 +32,12 @@ def model_folder(configured: str, shipped: Model) -> Path:
     return folder
 
 
+def shipped_draft(llm: str) -> Path | None:
+    """The draft model that ships for a packaged LLM (`fedhlm_zoo.fetching`), if there is one."""
+    file = ARTEFACTS / f"{llm}-draft" / f"{llm}-draft.gguf"
+    return file if file.is_file() else None
+
+
 def with_agent_model(loaded: Loaded) -> Loaded:
     """The same settings, with the shipped SLM if `agent.model` is empty.
 

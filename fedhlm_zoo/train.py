@@ -175,16 +175,21 @@ def learning_rate(step: int, config: Schedule) -> float:
 
 
 def _optimizers(model: nn.Module, config: Schedule) -> list[torch.optim.Optimizer]:
+    """Muon for matrices and AdamW for the rest, or in float32 AdamW for all: Muon always computes in bfloat16, which
+    takes seconds a matrix on a processor without instructions for it."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in trained if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    if config.precision == "float32":
+        matrices = []
     chosen = {id(p) for p in matrices}
     others = [p for _, p in trained if id(p) not in chosen]
-    return [
-        torch.optim.Muon(
-            matrices, lr=config.lr_matrix, weight_decay=config.weight_decay, adjust_lr_fn="original", momentum=0.95
-        ),
-        torch.optim.AdamW(others, lr=config.lr_other, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    adam = torch.optim.AdamW(others, lr=config.lr_other, betas=(0.9, 0.95), weight_decay=0.0)
+    if not matrices:
+        return [adam]
+    muon = torch.optim.Muon(
+        matrices, lr=config.lr_matrix, weight_decay=config.weight_decay, adjust_lr_fn="original", momentum=0.95
+    )
+    return [muon, adam]
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor, weights: Tensor, _hidden_target: Tensor | None) -> Tensor:
@@ -284,7 +289,7 @@ def optimise(
     optimizers = _optimizers(model, config)
     checkpoint = run / "checkpoint.pt"
     first_step = _resume(checkpoint, model, optimizers)
-    peaks = (config.lr_matrix, config.lr_other)
+    peaks = (config.lr_matrix, config.lr_other)[-len(optimizers) :]
     model.train()
     began = time.monotonic()
     tokens = config.batch * config.length

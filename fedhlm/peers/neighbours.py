@@ -51,15 +51,15 @@ class Memory:
     """A bounded memory of verified tokens by context key. When it is full, the least recently used entry is dropped.
 
     Equal (key, token) pairs are one entry, so a message that is delivered twice does not vote twice. `space` names the
-    projection and tokenizer of the entries; a snapshot of another space is rejected.
+    projection and tokenizer of the entries; a snapshot of another space is rejected. With `capacity` 0 nothing is kept.
 
     Raises:
-        ValueError: `capacity` is below 1, or `dims` is not in 1..DIMS_MAX.
+        ValueError: `capacity` is below 0, or `dims` is not in 1..DIMS_MAX.
     """
 
     def __init__(self, capacity: int, dims: int = DIMS, *, space: str = "") -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1 (got {capacity})")
+        if capacity < 0:
+            raise ValueError(f"capacity must be at least 0 (got {capacity})")
         if not 1 <= dims <= DIMS_MAX:
             raise ValueError(f"dims must be 1..{DIMS_MAX} (got {dims})")
         self.capacity = capacity
@@ -87,7 +87,7 @@ class Memory:
             ValueError: the shape of the key is not (dims,).
         """
         values = self._checked(key)
-        if not values.any():
+        if not (values.any() and self.capacity):
             return
         name = (key.astype(np.int8).tobytes(), token)
         slot = self._slots.get(name)

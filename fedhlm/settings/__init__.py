@@ -249,9 +249,10 @@ class Edge(Section, frozen=True):
     memory: Annotated[
         int,
         Meta(
-            ge=1,
+            ge=0,
             le=1_000_000,
-            description="Verified tokens that the edge remembers for its cluster (`generation.peers`).",
+            description="Verified tokens that the edge remembers for its cluster (`generation.peers`). 0: none, so that "
+            "it answers no block itself.",
         ),
     ] = 16_384
     batch_max: Annotated[

@@ -115,6 +115,14 @@ def test_agreement_settles_the_whole_block() -> None:
     assert memory.answer("a", block([3, 7, 4]), VOCAB) == PeersAnswer(3, "peer")
 
 
+def test_without_room_it_answers_nothing_and_its_cluster_still_learns() -> None:
+    memory = cluster((key(0), 7), capacity=0)
+    memory.doubt("a", doubt((11, 7, key(0))))
+    assert memory.size == 0
+    assert memory.answer("a", block([3, 7, 4]), VOCAB) is None
+    assert memory.take_digest() == (Verified(key(0), 7),)
+
+
 def test_keys_of_another_space_are_refused_and_counted() -> None:
     memory = cluster((key(0), 7))
     memory.hear(VerifiedTokens(**HEADER, space="other", items=(Verified(key(1), 9),)))

@@ -182,9 +182,20 @@ def test_a_key_of_zeros_is_neither_kept_nor_matched() -> None:
     assert memory.nearest(key_of([0, 0]), 1) is None
 
 
+def test_a_memory_without_room_keeps_nothing_and_answers_nothing() -> None:
+    whole, none = Memory(2, 2), Memory(0, 2)
+    for memory in (whole, none):
+        memory.add(key_of([1, 0]), 7, "peer")
+        memory.add(key_of([0, 1]), 8, "peer")
+    assert none.size == 0
+    assert none.nearest(key_of([1, 0]), 1) is None
+    assert held(Memory.restore(whole.snapshot(), 0, 2)) == []
+    assert held(Memory.restore(none.snapshot(), 2, 2)) == []
+
+
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="capacity must be"):
-        Memory(0)
+        Memory(-1)
     for dims in (0, 1025):
         with pytest.raises(ValueError, match=f"dims must be .*got {dims}"):
             Memory(1, dims)

@@ -57,5 +57,7 @@ def _shipped_file(llm: str, draft: Path) -> Path:
     path = default_out(llm) / SHIPPED_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(toml_of(str(draft), str(model), "exact", told=f"{llm} and the draft model that ships for it").encode())
+        file.write(
+            toml_of(str(draft), str(model), "exact", told=f"{llm} and the draft model that ships for it").encode()
+        )
     return path

@@ -16,6 +16,7 @@ from fedhlm_fleet.pair_report import LINKS, PRESETS, PROPOSED_ON, LinkShapes, Li
 from fedhlm_fleet.proposal import PairRates, best_drafts, fastest
 from fedhlm_fleet.turns import Speech, speech_of
 from fedhlm_lab.papers import pareto
+from fedhlm_lab.papers.desk import LlmJudge
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.laws import DecoderLaws
 from fedhlm_lab.sim import links
@@ -124,7 +125,7 @@ class _Lab:
     """A fleet of one agent in the simulator, whose models take the times of `paces`. Texts are greedy."""
 
     def __init__(self, small: Path, large: Path, paces: Paces, prompts: Sequence[list[int]], amounts: Amounts) -> None:
-        self._judge = DecoderLaws(load_model(large))
+        self._judge = LlmJudge(DecoderLaws(load_model(large)))
         self._fleet = shipped_pair(small, large, paces=paces)
         self._prompts = prompts
         self._experiment = ParetoExperiment(
@@ -167,8 +168,8 @@ class _Lab:
             LinkSpeed(
                 preset=preset,
                 link=point.link,
-                tokens_s=point.tokens / point.seconds,
-                agreed=point.agreed / point.tokens,
+                tokens_s=point.written.tokens / point.written.seconds,
+                agreed=point.written.agreed / point.written.tokens,
                 shape=shape,
                 settings=changed,
             )

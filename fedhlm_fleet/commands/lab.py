@@ -235,9 +235,20 @@ def capacity(*, given: PaperFlags = PAPER, asked: PromptFlags = PROMPTS) -> int:
     return _papers(["capacity"], given, asked)
 
 
+@app.command
+def ablations(*, given: PaperFlags = PAPER) -> int:
+    """Measure what each part of the system is worth: the same fleets with it and without it, in the simulator.
+
+    Cache, peers, federation, calibration, the async pipeline and trees are switched off one at a time by their own
+    settings. The report has the differences, paired by seed, with intervals, on two links, for continued titles and
+    topic questions.
+    """
+    return _papers(["ablations"], given)
+
+
 @app.command(name="all")
 def everything(*, given: PaperFlags = PAPER) -> int:
-    """Run the experiments of papers, and all presets on all links."""
+    """Run the experiments of papers, all presets on all links, and the system without each of its parts."""
     return _papers(None, given)
 
 

@@ -17,9 +17,9 @@ from fedhlm import settings
 from fedhlm.config import presets
 from fedhlm.progress import progress
 from fedhlm.settings import Config
+from fedhlm_lab.papers.desk import learns, names_of
 from fedhlm_lab.papers.experiment import CapacityExperiment
 from fedhlm_lab.papers.pair import LabPair
-from fedhlm_lab.papers.pareto import CLUSTER, learns, names_of
 from fedhlm_lab.papers.texts import TextOrder, TimedText, ordered
 from fedhlm_lab.sim import links
 from fedhlm_lab.sim.pace import CallTally, ModelPace, Paces
@@ -111,7 +111,7 @@ async def _one(
     await asyncio.sleep(SETTLE_S)
     clock_s = asyncio.get_running_loop().time
     async with AsyncExitStack() as stack:
-        fleet_agents = [await stack.enter_async_context(fleet.online(CLUSTER, name, pair.drafter())) for name in names]
+        fleet_agents = [await stack.enter_async_context(fleet.online("c0", name, pair.drafter())) for name in names]
         await asyncio.sleep(SETTLE_S)
         shares = _dealt(prompts, seed, agents)
 

@@ -6,9 +6,9 @@ from typing import Final
 
 from fedhlm.config import load
 from fedhlm_lab.papers.capacity import CapacityPoint, CapacityRuns
+from fedhlm_lab.papers.desk import learns
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabPanels, LabResult, LabTable, PaperRow
 from fedhlm_lab.papers.intervals import SeedMean, mean_of
-from fedhlm_lab.papers.pareto import learns
 
 OURS: Final = ("exact", "budget")
 

@@ -9,6 +9,8 @@ from msgspec.structs import replace
 from fedhlm.errors import FedhlmError
 from fedhlm.progress import progress
 from fedhlm_lab.papers import (
+    ablations,
+    ablations_figures,
     capacity,
     capacity_figures,
     fedhlm,
@@ -18,7 +20,13 @@ from fedhlm_lab.papers import (
     u_hlm,
     u_hlm_figures,
 )
-from fedhlm_lab.papers.experiment import CapacityExperiment, FedhlmExperiment, ParetoExperiment, UhlmExperiment
+from fedhlm_lab.papers.experiment import (
+    AblationsExperiment,
+    CapacityExperiment,
+    FedhlmExperiment,
+    ParetoExperiment,
+    UhlmExperiment,
+)
 from fedhlm_lab.papers.findings import LabResult
 from fedhlm_lab.papers.laws import LawPrompt, Laws
 from fedhlm_lab.papers.pair import LabPair, decoder_of
@@ -73,6 +81,21 @@ def run_capacity(pair: LabPair, cache: Path, *, quick: bool, chosen: PromptChoic
     return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, quick=quick)
 
 
+def run_ablations(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+    """Run the system with each of its parts and without it."""
+    experiment = AblationsExperiment.load("ablations", quick=quick)
+    known = len(source_of(experiment.articles).articles)
+    prompts = {}
+    for name, wanted in experiment.workloads.items():
+        least, all_seeds = (ablations.prompts_needed(experiment, wanted, seeds) for seeds in (1, experiment.seeds))
+        needed = max(least, min(known, all_seeds))
+        prompts[name] = prompts_of(
+            PromptChoice(workload=name), pair, articles=needed, needed=needed, room=wanted.tokens
+        )
+    result = ablations_figures.result_of(ablations.run(experiment, pair, prompts))
+    return noted(result, names_of(pair), next(iter(prompts.values())).source, quick=quick)
+
+
 def names_of(pair: LabPair) -> dict[str, str]:
     """The names of both models."""
     return {"SLM": pair.small.name, "LLM": pair.large.name}
@@ -101,4 +124,5 @@ EXPERIMENTS: Final[dict[str, Callable[..., LabResult]]] = {
     "u-hlm": run_u_hlm,
     "pareto": run_pareto,
     "capacity": run_capacity,
+    "ablations": run_ablations,
 }

@@ -108,7 +108,8 @@ def _bars(axes: Any, chart: LabChart) -> None:
     for number, series in enumerate(chart.series):
         shifted = places + (number - (len(chart.series) - 1) / 2) * width
         axes.bar(shifted, series.y, width, label=series.name, **_error_bars(series))
-    axes.set_xticks(places, chart.series[0].x, rotation=30 if len(places) > MANY else 0)
+    crowded = len(places) > MANY
+    axes.set_xticks(places, chart.series[0].x, rotation=30 if crowded else 0, ha="right" if crowded else "center")
 
 
 def _stack(axes: Any, chart: LabChart) -> None:

@@ -121,25 +121,61 @@ class UhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_field
     paper_speedup: Annotated[float, Meta(gt=0.0)]
 
 
-class ParetoExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Presets on links: for each preset and seed one fleet of `agents` in one cluster.
+class PacedExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Simulated fleets of `agents`, one for each system and seed, with given compute times.
 
-    Without `presets` or `links` there are all.
+    Models take the seconds of a call, and those of each token in it: `device_s` the SLM on a device, `beside_s` the
+    same one at the cloud, `large_s` the LLM.
+    """
 
-    Presets that learn read `warm` texts first. Then there are `texts` of at most `tokens` tokens on each link. Models
-    take the seconds of a call, and those of each token in it: `device_s` the SLM on a device, `beside_s` the same one
-    at the cloud, `large_s` the LLM.
+    agents: Amount
+    device_s: tuple[Seconds, Seconds]
+    beside_s: tuple[Seconds, Seconds]
+    large_s: tuple[Seconds, Seconds]
+
+
+class ParetoExperiment(PacedExperiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Presets on links, with all agents in one cluster. Without `presets` or `links` there are all.
+
+    Presets that learn read `warm` texts first. Then there are `texts` of at most `tokens` tokens on each link.
     """
 
     presets: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
-    agents: Amount
     warm: Amount
     texts: Amount
     tokens: Amount
-    device_s: tuple[Seconds, Seconds]
-    beside_s: tuple[Seconds, Seconds]
-    large_s: tuple[Seconds, Seconds]
+
+
+class AblationWorkload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A workload by the name that `--workload` has: what reports call it, and its texts as in ParetoExperiment."""
+
+    title: str
+    warm: Amount
+    texts: Amount
+    tokens: Amount
+
+
+class AblatedPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the system of a preset and `settings`; the settings `without` switch it off.
+
+    It is compared on `workloads`, by default on all.
+    """
+
+    name: str
+    preset: str
+    settings: dict[str, str] = {}
+    without: dict[str, str]
+    workloads: tuple[str, ...] = ()
+
+
+class AblationsExperiment(PacedExperiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Systems with a part and without it, whose agents are dealt out to `clusters`."""
+
+    clusters: Amount
+    links: Annotated[tuple[str, ...], Meta(min_length=1)]
+    workloads: dict[str, AblationWorkload]
+    parts: Annotated[tuple[AblatedPart, ...], Meta(min_length=1)]
 
 
 class VerifierKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,18 +1,30 @@
 """Tables, pictures and sentences of the experiment with all presets on all links."""
 
-from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from fedhlm.choices import GATES
 from fedhlm.config import load
 from fedhlm.decoding.couplings import COUPLINGS
-from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabPanels, LabResult, LabTable
 from fedhlm_lab.papers.intervals import CONFIDENCE, SeedMean, mean_of
-from fedhlm_lab.papers.pareto import ALONE_S, ParetoRuns, PresetPoint
+from fedhlm_lab.papers.pareto import ALONE_S, ParetoRuns
+from fedhlm_lab.papers.quantities import (
+    AGREES,
+    CALLS,
+    DOWN,
+    FIRST,
+    KEPT,
+    POSITIONS,
+    SAME,
+    SENT,
+    SPEED,
+    UP,
+    Quantity,
+)
 from fedhlm_lab.sim import links
 
 RIVAL: Final = "colocated"
@@ -21,33 +33,9 @@ SHOWN: Final = "lte"  # the link of the picture with all quantities
 HARDLY: Final = 0.001  # tokens that may differ where the text is still called the LLM's: float ties between batches
 
 
-class Quantity(NamedTuple):
-    """A figure of one point: its name, how it follows, and whether more is better."""
-
-    name: str
-    of: Callable[[PresetPoint], float]
-    more: bool = False
-
-
-AGREES: Final = Quantity("tokens as the LLM", lambda p: p.agreed / p.tokens, more=True)
-SENT: Final = Quantity("messages up a token", lambda p: p.sent / p.tokens)
-SPEED: Final = Quantity("tokens a second", lambda p: p.tokens / p.seconds, more=True)
-CALLS: Final = Quantity("LLM calls a token", lambda p: p.calls / p.tokens)
-UP: Final = Quantity("bytes up a token", lambda p: p.up_bytes / p.tokens)
-COSTS: Final = (
-    SENT,
-    UP,
-    Quantity("bytes down a token", lambda p: p.down_bytes / p.tokens),
-    SPEED,
-    CALLS,
-    Quantity("LLM positions a token", lambda p: p.positions / p.tokens),
-)
-WIDE: Final = (UP, COSTS[2], SPEED)  # quantities of many magnitudes
-REST: Final = (
-    Quantity("seconds to the first token", lambda p: p.first_s / p.texts),
-    Quantity("texts as the LLM", lambda p: p.same / p.texts, more=True),
-    Quantity("kept on the device", lambda p: sum(n for s, n in p.settled.items() if SOURCES[s].kept) / p.tokens),
-)
+COSTS: Final = (SENT, UP, DOWN, SPEED, CALLS, POSITIONS)
+WIDE: Final = (UP, DOWN, SPEED)  # quantities of many magnitudes
+REST: Final = (FIRST, SAME, KEPT)
 JUDGED: Final = (AGREES, SPEED, SENT)  # a preset is on the frontier if none is at least as good in all three
 
 
@@ -66,7 +54,7 @@ class Findings:
 
     def mean(self, quantity: Quantity, link: str, preset: str) -> SeedMean:
         """A quantity of a preset on a link."""
-        return mean_of([quantity.of(point) for point in self._points[link, preset]])
+        return mean_of([quantity.of(point.written) for point in self._points[link, preset]])
 
     def over_links(self, quantity: Quantity, preset: str) -> float:
         """A quantity of a preset, as the mean over links."""
@@ -160,7 +148,7 @@ def _what_it_cannot(found: Findings) -> list[str]:
     quickest = min(firsts, key=lambda preset: firsts[preset].mean)
     limits = sorted({preset for preset, _ in found.runs.certified})
     kept = [
-        f"`{preset}` keeps {found.over_links(REST[2], preset):.1%} of the tokens on the device, and its certificate says "
+        f"`{preset}` keeps {found.over_links(KEPT, preset):.1%} of the tokens on the device, and its certificate says "
         f"that at most {mean_of(_limits(found, preset)).mean:.3f} of a token's law is wrong, over all texts with those "
         "to learn from"
         for preset in limits
@@ -217,7 +205,7 @@ def _certified(found: Findings) -> LabTable:
         limits = _limits(found, preset)
         limit = str(mean_of(limits)) if len(limits) > 1 else "none"
         shared = "the LLM's own" if COUPLINGS[config.coupling].shared and GATES[config.gate].verifies_all else "-"
-        kept = found.over_links(REST[2], preset)
+        kept = found.over_links(KEPT, preset)
         rows.append((f"`{preset}`", f"{kept:.3g}", limit, shared))
     columns = ("preset", "kept on the device", "limit of its certificate", "text, whatever the temperature")
     return LabTable("certified", "What is skipped, and who answers for it", columns, rows)

@@ -108,10 +108,10 @@ def _points(chart: LabChart | LabPanels) -> str:
         ]
         return csv_of(("series", chart.x, chart.y), rows)
     points = [
-        (panel.slug, series.name, panel.x, x, series.halves[0], panel.y, y, series.halves[1])
+        (panel.slug, series.name, panel.x, x, series.halves[0], panel.y, y, half)
         for panel in chart.panels
         for series in panel.series
-        for x, y in zip(series.x, series.y, strict=True)
+        for x, y, half in zip(series.x, series.y, series.band or [series.halves[1]] * len(series.y), strict=True)
     ]
     return csv_of(("panel", "series", "quantity x", "x", "half of x", "quantity y", "y", "half of y"), points)
 

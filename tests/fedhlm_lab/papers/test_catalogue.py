@@ -18,6 +18,11 @@ FEW = {
     "u-hlm": {"articles": 3, "questions": 4, "rows": 3, "taus": [0.0, 0.43, 1.0], "vocabularies": [4096], "sample": 3, "seeds": 2},
     "pareto": {"presets": ["colocated", "slm-only", "budget"], "links": ["lte"], "seeds": 2, "warm": 2, "texts": 2, "tokens": 4},
     "capacity": {"presets": ["exact", "llm-only"], "agents": [1, 2], "seeds": 2, "warm": 1, "texts": 1, "tokens": 4, "prompts": 3},
+    "ablations": {
+        "links": ["lte"], "seeds": 2, "agents": 2,
+        "workloads": {"topic": {"title": "topics", "warm": 2, "texts": 2, "tokens": 1}},
+        "parts": [{"name": "peers", "preset": "fedhlm", "without": {"generation.peers": "none"}}],
+    },
 }  # fmt: skip
 
 

@@ -10,10 +10,12 @@ from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from fedhlm.decoding.decoder import Decoder, DecoderInput, DecoderOutput
 from fedhlm.errors import ConfigError
 from fedhlm_lab.papers import pareto
+from fedhlm_lab.papers.desk import LlmJudge, WrittenTexts
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.findings import LabPanels
-from fedhlm_lab.papers.pareto import PresetPoint, agreement
-from fedhlm_lab.papers.pareto_figures import AGREES, CALLS, SPEED, Findings, result_of
+from fedhlm_lab.papers.pareto import PresetPoint
+from fedhlm_lab.papers.pareto_figures import Findings, result_of
+from fedhlm_lab.papers.quantities import AGREES, CALLS, SPEED
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.texts import TimedText
 from fedhlm_lab.sim import toy
@@ -62,7 +64,7 @@ def test_drafts_at_the_cloud_save_calls_and_no_round_trip(runs: pareto.ParetoRun
         assert calls["slm-only"] == 0.0
         assert calls["colocated"] < 0.8 * calls["llm-only"]
         assert found.mean(SPEED, link, "colocated").mean > found.mean(SPEED, link, "llm-only").mean
-    one = next(p for p in runs.points if p.preset == "colocated")
+    one = next(p.written for p in runs.points if p.preset == "colocated")
     assert one.sent == one.texts  # a text of 12 tokens is one chunk
     assert one.settled == {"cloud": one.tokens}
     slower = {link: found.mean(SPEED, link, "exact").mean for link in found.links}
@@ -72,14 +74,15 @@ def test_drafts_at_the_cloud_save_calls_and_no_round_trip(runs: pareto.ParetoRun
 def test_a_token_counts_by_what_the_llm_would_emit_after_the_same_text() -> None:
     prompt, text = [5, 6], [7, 8, 9]
     expected = sum(int(np.argmax(toy.large_logits([*prompt, *text[:i]]))) == token for i, token in enumerate(text))
-    large = toys.pair().large
-    assert agreement(large, TimedText(prompt, text, [], 0.0, 1.0)) == expected
+    judge = LlmJudge(toys.pair().large)
+    for _ in range(2):
+        assert judge.agreed(TimedText(prompt, text, [], 0.0, 1.0)) == expected
     own = [int(np.argmax(toy.large_logits(prompt)))]
-    assert agreement(large, TimedText(prompt, own, [], 0.0, 1.0)) == 1
+    assert judge.agreed(TimedText(prompt, own, [], 0.0, 1.0)) == 1
 
 
 def point(preset: str, agreed: int, seconds: float, sent: float) -> PresetPoint:
-    return PresetPoint(preset, "lan", 1, 1, 100, agreed, 0, {}, seconds, 0.1, sent, 1.0, 1.0, 1, 1)
+    return PresetPoint(preset, "lan", 1, WrittenTexts(1, 100, agreed, 0, {}, seconds, 0.1, sent, 1.0, 1.0, 1, 1))
 
 
 def test_the_frontier_has_what_no_other_preset_beats_in_everything() -> None:

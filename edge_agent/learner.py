@@ -28,6 +28,7 @@ from fedhlm.learning.thresholds import (
     OPTIMISERS,
     LocalRound,
     PaperSettings,
+    harm_up_to,
 )
 from fedhlm.protocol.fields import MAX_CURVES, Count, Milliseconds, Pair
 from fedhlm.protocol.fingerprint import large_of, pair_in, pair_of
@@ -201,7 +202,7 @@ class Learner:
         )
         scored = [o.committed_harm for o in observations if o.skipped]
         lost = any(SOURCES[token.source].unreachable for token in tail)
-        probability = 1.0 if lost else tail_probability(self.audit_chances(measures, config, tail))
+        probability = 1.0 if lost else tail_probability(self.audit_chances(measures, config, tail, tau=tau))
         text = OpenText(
             measures.draft,
             max(tokens - ruled, len(scored) + len(tail)),
@@ -227,23 +228,28 @@ class Learner:
         text.over = True
         self._fold()
 
-    def audit_chances(self, measures: Measures, config: Generation, tail: Sequence[Token]) -> list[float]:
-        """The chance of each token of an unscored tail that it is audited.
+    def audit_chances(
+        self, measures: Measures, config: Generation, tail: Sequence[Token], *, tau: float
+    ) -> list[float]:
+        """The chance of each token of an unscored tail that it is audited. `tau` is the threshold that kept them.
 
         A token whose doubt makes harm likely has `config.audit`. The others have less with much evidence, because the
         fewer of them need to be seen to show that they are harmless. The certificate that counts is that of the fleet,
-        as far as this device knows its size.
+        as far as this device knows its size. Its harm is the observed one, or what the device's curve expects below
+        `tau` if that is more: slopes retire for good, and at first few wrong tokens have been audited.
         """
         own, evidence = self._curves_of(measures.draft)
-        m = isotonic(own)  # not the cluster's, which may lie
+        m = isotonic(own)
         known = self._certificates[measures.draft]
         harmless = audit_chance(
             config.audit,
             max(known.tokens, evidence.total_seen),
-            known.estimate,
+            max(known.estimate, harm_up_to(own, m, tau) / self._slack[measures.draft].factor),
             budget=config.budget,
             confidence=config.confidence,
         )
+        if evidence is not own:
+            m = np.maximum(m, isotonic(evidence))  # a cluster that lies can only raise a chance
         likely = HARMLESS * config.budget
         return [config.audit if m[bin_of(token.uncertainty)] > likely else harmless for token in tail]
 

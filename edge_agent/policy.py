@@ -7,12 +7,10 @@ Pure functions of a `Knowledge` and the configuration. Each choice of `generatio
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from fedhlm import choices
 from fedhlm.learning.certificate import Certificate
-from fedhlm.learning.curve import Curve, bin_of, isotonic, shrunk
-from fedhlm.learning.thresholds import KEEP_NONE, mean_limit, shares, tau_of_budget, tau_of_price
+from fedhlm.learning.curve import Curve, isotonic, shrunk
+from fedhlm.learning.thresholds import KEEP_NONE, harm_up_to, mean_limit, tau_of_budget, tau_of_price
 from fedhlm.settings import Generation
 
 
@@ -98,8 +96,8 @@ def _peers_part(known: Knowledge, config: Generation) -> float:
     own = known.peers.own
     if not config.consensus.adapt or own.total_weight < 1.0:
         return most
-    means = np.cumsum(shares(own) * isotonic(own))  # (BINS,) expected harm per token up to each score
-    return min(most, mean_limit(float(means[bin_of(1.0 - cosine)]), own.total_weight, _delta(config)))
+    mean = harm_up_to(own, isotonic(own), max(0.0, 1.0 - cosine))
+    return min(most, mean_limit(mean, own.total_weight, _delta(config)))
 
 
 def _overdrawn(known: Knowledge, config: Generation) -> bool:

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhlm.learning.curve import BINS, Bins, Curve, isotonic, upper_edges
+from fedhlm.learning.curve import BINS, Bins, Curve, bin_of, isotonic, upper_edges
 from fedhlm.settings import Learning
 
 KEEP_NONE: Final = -1.0
@@ -225,6 +225,15 @@ def shares(curve: Curve) -> Bins:
         if (total := float(sums.sum())) > 0.0:
             return np.asarray(sums / total)
     return np.full(BINS, 1.0 / BINS)
+
+
+def harm_up_to(own: Curve, m: Bins, score: float) -> float:
+    """The expected harm per token while the tokens with at most this score are kept; 0 for KEEP_NONE.
+
+    It is the sum of share_j m_j over the bins up to that of `score`. The shares are those of `own`. `m` has the shape
+    (BINS,).
+    """
+    return 0.0 if score < 0.0 else float((shares(own) * m)[: bin_of(score) + 1].sum())
 
 
 def tau_of_price(m: Bins, price: float) -> float:

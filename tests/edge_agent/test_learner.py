@@ -15,6 +15,7 @@ from fedhlm.errors import ProtocolError
 from fedhlm.learning.certificate import AUDIT_CHANCES
 from fedhlm.learning.curve import Curve
 from fedhlm.learning.privacy import sigma_for
+from fedhlm.learning.thresholds import KEEP_NONE
 from fedhlm.protocol.messages import SCHEMA_VERSION, Learned, PaperThreshold, Sampling
 from fedhlm.settings import Generation
 from tests.edge_agent.devices import (
@@ -36,14 +37,57 @@ def test_harmless_tails_are_audited_less_with_evidence_and_doubtful_ones_are_not
     harmless, doubtful = left(1), (left(1)[0]._replace(uncertainty=0.6),)
     measures = teach(device, settings, 300)
     for tail in (harmless, doubtful):
-        assert device.audit_chances(measures, settings, tail) == [settings.audit]
+        assert device.audit_chances(measures, settings, tail, tau=0.3) == [settings.audit]
     for _ in range(100):
         finish(device, settings, [], tokens=1_000)
-    assert device.audit_chances(measures, settings, (*harmless, *doubtful)) == [AUDIT_CHANCES[0], settings.audit]
     tail = (*harmless, *doubtful)
-    text = finish(device, settings, [], tail=tail, coin=0.0)
+    assert device.audit_chances(measures, settings, tail, tau=0.3) == [AUDIT_CHANCES[0], settings.audit]
+    text = finish(device, settings, [], tail=tail, tau=0.3, coin=0.0)
     assert text is not None
     assert text.probability == pytest.approx(1.0 - (1.0 - AUDIT_CHANCES[0]) * (1.0 - settings.audit))
+
+
+def test_audits_become_rarer_for_what_the_threshold_costs_and_not_because_none_has_found_it_yet() -> None:
+    """5,000 tokens and no wrong one among them: the curve knows better what keeping up to 0.45 costs (0.45^3 / 3)."""
+    settings = config(peers="none")
+    device = learner()
+    measures = teach(device, settings, 3_000)
+    for _ in range(5):
+        finish(device, settings, [], tokens=1_000)
+    known = device.certificate(measures, settings)
+    assert known is not None
+    assert known.estimate == 0.0
+    by_tau = [device.audit_chances(measures, settings, left(1), tau=tau)[0] for tau in (KEEP_NONE, 0.1, 0.2, 0.45)]
+    assert by_tau == sorted(by_tau)
+    assert by_tau[:2] == [AUDIT_CHANCES[1], AUDIT_CHANCES[1]]
+    assert by_tau[3] == settings.audit
+    # Where blocks verify four of five tokens below the threshold, keeping costs a fifth.
+    for _ in range(200):
+        finish(device, settings, [seen(0.1, 0.0, skipped=True)] * 2 + [seen(0.1, 0.0)] * 8, tokens=10)
+    assert device.audit_chances(measures, settings, left(1), tau=0.45)[0] < settings.audit
+
+
+def test_a_doubt_that_was_wrong_elsewhere_in_the_cluster_is_audited_and_a_lie_lowers_nothing() -> None:
+    """Few tokens of its own were right by luck. The cluster knows more, and can only make the device look more often."""
+    settings = config(peers="none")
+    lucky, unlucky = learner(), learner()
+    token = (left(1)[0]._replace(uncertainty=0.3),)
+    measures = measures_of(settings, SAMPLING, PAIR)
+    lucky.observe(measures, settings, [seen(0.3, 0.0)] * 20)
+    unlucky.observe(measures, settings, [seen(0.3, 0.0)] * 10 + [seen(0.3, 1.0)] * 10)
+    for device in (lucky, unlucky):
+        for _ in range(100):
+            finish(device, settings, [], tokens=1_000)
+    elsewhere = {share: Curve.empty() for share in (0.0, 0.02)}
+    for share, curve in elsewhere.items():
+        curve.see(0.3, 1_000.0)
+        curve.add(0.3, share, 1_000.0)
+    expected = {None: AUDIT_CHANCES[0], 0.0: AUDIT_CHANCES[0], 0.02: settings.audit}
+    for told, chance in expected.items():
+        for device in (lucky, unlucky):
+            device.cluster = {} if told is None else {measures.draft: elsewhere[told]}
+        assert lucky.audit_chances(measures, settings, token, tau=0.2) == [chance]
+        assert unlucky.audit_chances(measures, settings, token, tau=0.2) == [settings.audit]
 
 
 def test_the_budget_counts_the_tokens_on_which_a_threshold_decides_and_no_others() -> None:

@@ -19,6 +19,7 @@ from fedhlm.learning.thresholds import (
     PaperUpdate,
     cluster_mean,
     global_mean,
+    harm_up_to,
     mean_allowed,
     mean_control,
     mean_limit,
@@ -60,6 +61,21 @@ def paper_loss(pairs: NDArray[np.float64], tau: float, gamma: float, lam: float)
     """L = sum over pairs of sigmoid(gamma (u - tau)) ((1 - beta)^2 + lam), FedHLM eq. (4); pairs (n, 2): u, beta."""
     u, beta = np.asarray(pairs).T
     return float((sigmoid(gamma * (u - tau)) * ((1.0 - beta) ** 2 + lam)).sum())
+
+
+@given(st.lists(st.tuples(UNIT, st.booleans()), min_size=1, max_size=60), UNIT)
+def test_the_harm_of_what_is_kept_adds_up_to_that_of_all(tokens: list[tuple[float, bool]], score: float) -> None:
+    curve = Curve.empty()
+    for u, wrong in tokens:
+        curve.see(u)
+        curve.add(u, float(wrong))
+    m = isotonic(curve)
+    assert harm_up_to(curve, m, KEEP_NONE) == 0.0
+    assert harm_up_to(curve, m, score) <= harm_up_to(curve, m, 1.0) + 1e-12
+    # The isotonic fit keeps the sum; bins that mix kept and other tokens count as kept.
+    assert harm_up_to(curve, m, 1.0) == pytest.approx(np.mean([wrong for _, wrong in tokens]))
+    kept = [m[bin_of(u)] for u, _ in tokens if bin_of(u) <= bin_of(score)]
+    assert harm_up_to(curve, m, score) == pytest.approx(sum(kept) / len(tokens))
 
 
 @given(PAIRS, st.floats(-1.0, 2.0), st.floats(0.01, 1e4), st.floats(0.0, 10.0))

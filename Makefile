@@ -17,6 +17,7 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.demo
 TEST := $(VENV)/.test
 MODELS := $(VENV)/.models
+LLAMA := $(VENV)/.llama
 FUZZ := $(VENV)/.fuzz
 
 # The recordings that tests/fedhlm_traces/test_golden.py decides again: every preset, a few seconds of the demo each.
@@ -27,6 +28,7 @@ GOLDEN := tests/golden
 
 help:
 	@echo 'make demo [ARGS="--preset hlm"]    run agents, edges and a cloud on this machine'
+	@echo 'make demo ARGS="--pair smollm2"    the same with a chat model and its draft model, on llama.cpp'
 	@echo 'make test [PYTEST_ARGS="-k ..."]   ruff, mypy, import-linter, pytest'
 	@echo 'make chaos [ARGS="--minutes 2"]    kill and cut off the parts of a running fleet, ten minutes; needs mosquitto'
 	@echo 'make fuzz [ARGS="message services"]  feed hostile input to decoders and services, a minute each'
@@ -39,7 +41,8 @@ help:
 	@echo 'make models                        add torch, to train, export and test everything'
 	@echo 'make clean                         remove what make made'
 
-demo: $(DEMO)
+# A pair of GGUF files runs on llama.cpp.
+demo: $(DEMO) $(if $(findstring --pair,$(ARGS)),$(LLAMA))
 	@$(BIN)/fedhlm demo $(ARGS)
 
 test: lint
@@ -103,6 +106,11 @@ $(FUZZ): $(TEST)
 
 $(MODELS): $(TEST)
 	$(INSTALL) --editable '.[models]'
+	@touch $@
+
+$(LLAMA): $(DEMO)
+	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || echo 'building llama.cpp: about nine minutes of one core'
+	$(INSTALL) --editable '.[llama]'
 	@touch $@
 
 clean:

@@ -1,8 +1,9 @@
 """Where pairs of models are: those that `fedhlm models pair` made, and those of a packaged LLM and its shipped draft."""
 
-import json
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from fedhlm.errors import ConfigError
 from fedhlm.process.files import replacing
@@ -37,27 +38,32 @@ def default_out(llm: str) -> Path:
     return models_folder() / Path(llm).stem
 
 
-def toml_of(slm: str, llm: str, preset: str, *, told: str) -> str:
-    """The configuration of a fleet with two models; `told` is its comment."""
-    small, large, chosen = map(json.dumps, (slm, llm, preset))
-    return f"""# {told}
-preset = {chosen}
+def models_toml(slm: str, llm: str, preset: str, *, told: str) -> list[str]:
+    """The lines of a configuration that names both models and a preset; `told` is its comment."""
+    return [
+        f"# {told}",
+        f"preset = {quoted(preset)}",
+        "",
+        "[agent]",
+        f"model = {quoted(slm)}",
+        "",
+        "[cloud]",
+        f"model = {quoted(llm)}",
+        f"draft_model = {quoted(slm)}",
+        "",
+    ]
 
-[agent]
-model = {small}
 
-[cloud]
-model = {large}
-draft_model = {small}
-"""
+def quoted(value: str | int) -> str:
+    """A value of TOML."""
+    return msgspec.json.encode(value).decode()
 
 
 def _shipped_file(llm: str, draft: Path) -> Path:
     model, _ = fetch(llm)
     path = default_out(llm) / SHIPPED_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
+    told = f"{llm} and the draft model that ships for it"
     with replacing(path) as file:
-        file.write(
-            toml_of(str(draft), str(model), "exact", told=f"{llm} and the draft model that ships for it").encode()
-        )
+        file.write("\n".join(models_toml(str(draft), str(model), "exact", told=told)).encode())
     return path

@@ -5,6 +5,7 @@ from typing import Final
 
 import msgspec
 
+from fedhlm_fleet.pair_files import models_toml, quoted
 from fedhlm_fleet.proposal import PipelineChoice
 from fedhlm_zoo.evaluate import Agreement
 
@@ -55,21 +56,10 @@ class PairReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def toml_of(report: PairReport) -> str:
     """The configuration of a fleet with the pair."""
-    lines = [
-        "# Made by fedhlm models pair. It serves every part: fedhlm cloud|edge|agent --config pair.toml",
-        f"preset = {_quoted(report.preset)}",
-        "",
-        "[agent]",
-        f"model = {_quoted(report.slm)}",
-        "",
-        "[cloud]",
-        f"model = {_quoted(report.llm)}",
-        f"draft_model = {_quoted(report.slm)}",
-        "",
-        *reasons_of(report),
-    ]
+    told = "Made by fedhlm models pair. It serves every part: fedhlm cloud|edge|agent --config pair.toml"
+    lines = [*models_toml(report.slm, report.llm, report.preset, told=told), *reasons_of(report)]
     if report.pipeline:
-        lines += ["[generation.pipeline]", *(f"{key} = {_quoted(value)}" for key, value in report.pipeline.items())]
+        lines += ["[generation.pipeline]", *(f"{key} = {quoted(value)}" for key, value in report.pipeline.items())]
     return "\n".join([*lines, ""])
 
 
@@ -133,7 +123,3 @@ def _label(speed: LinkSpeed) -> str:
 
 def _written(settings: Mapping[str, str | int]) -> str:
     return " ".join(f"{key} {value}" for key, value in settings.items())
-
-
-def _quoted(value: str | int) -> str:
-    return msgspec.json.encode(value).decode()

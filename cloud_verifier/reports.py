@@ -50,7 +50,9 @@ class WorkReports:
 
     def _reports(self, now_s: float) -> Iterator[WorkReport]:
         def renewed(job: BlockJob) -> BlockJob | None:
-            if now_s - job.came_s < TELL_S or now_s > job.expires_s or not self._reads(job):
+            # A client on the cloud's own machine waits for as long as it takes, and is told nothing.
+            early, waits_on = now_s - job.came_s < TELL_S, job.expires_s == math.inf
+            if early or waits_on or now_s > job.expires_s or not self._reads(job):
                 return None
             until_s = min(now_s + patience_s(job), job.came_s + PATIENCE_MAX_S)
             return job._replace(expires_s=max(job.expires_s, until_s))

@@ -44,6 +44,7 @@ from fedhlm.protocol.messages import (
     Verdict,
     VerdictBatch,
 )
+from fedhlm.protocol.packing import id_bytes
 from fedhlm.protocol.refusing import refused
 from fedhlm.protocol.roles import cluster_of
 from fedhlm.settings import Config
@@ -94,6 +95,7 @@ class CloudService:
             batch_tokens=config.cloud.batch_tokens,
             cache_bytes=config.cloud.cache_bytes,
             small=small,
+            pace=config.cloud.text_tokens_s,
         )
         self._party = party
         self._engine = engine
@@ -254,7 +256,8 @@ class CloudService:
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._local[key] = future
         try:
-            await self._answer(self.batcher.submit(BlockJob(key, escalation, inf, watch)))
+            job = BlockJob(key, escalation, inf, watch, came_s=self._clock_s())
+            await self._answer(self.batcher.submit(job))
             self._work.set()
             return await future
         finally:
@@ -437,7 +440,10 @@ class CloudService:
     async def _answer(self, done: list[Done]) -> None:
         vocab_size = self.batcher.sessions.fingerprint.vocab_size
         by_cluster: defaultdict[str, list[RoutedVerdict]] = defaultdict(list)
-        for (key, escalation, *_), outcome in done:
+        for job, outcome in done:
+            key, escalation = job.key, job.escalation
+            if isinstance(outcome, Settled) and not job.only_scores(id_bytes(vocab_size)):
+                self._counters.observe("verifier_latency_seconds", self._clock_s() - job.came_s)
             if isinstance(outcome, Settled) and outcome.approximate:
                 self._counters.add("approximate_tokens", outcome.approximate)
                 warn_once(log, "approximate", ONLY_TOLD, self._engine.told)

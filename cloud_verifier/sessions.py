@@ -49,17 +49,26 @@ class SmallCache:
     cached: int = 0
 
 
+class TextStart(NamedTuple):
+    """When the first block of a text came, in seconds, and how many tokens stood before it."""
+
+    came_s: float
+    base: int
+
+
 @dataclass
 class SessionEntry:
     """A session and the backend's cache for it (None: nothing is cached).
 
-    The first `cached` tokens of the cache are valid. `small` is at most a few drafts longer.
+    The first `cached` tokens of the cache are valid. `small` is at most a few drafts longer. `start` is that of its
+    text, once a block of it has been started.
     """
 
     state: Session
     cache: Any = None
     cached: int = 0
     small: SmallCache = field(default_factory=SmallCache)
+    start: TextStart | None = None
 
     def drop_cache(self) -> None:
         """Forget both caches. Their tokens can be fed again."""

@@ -210,6 +210,12 @@ METRICS: Final = (
     ),
     Metric("doubt", "histogram", "doubt u of the drafts in finished texts", buckets=UNIT),
     Metric("harm", "histogram", "harm (1 - beta) of the drafts that the large model has scored", buckets=UNIT),
+    Metric(
+        "verifier_latency_seconds",
+        "histogram",
+        "from the arrival of a block at the cloud to its verdict, audits left out",
+        buckets=SECONDS,
+    ),
     Metric("verifier_batch_blocks", "histogram", "blocks in one call of the large model", buckets=POWERS),
 )
 

@@ -96,3 +96,13 @@ class Cloud(Section, frozen=True):
     batch_wait_ms: Annotated[
         WaitMs, Meta(description="Milliseconds that a block waits for others to be verified with it (`batch_max`).")
     ] = 2.0
+    text_tokens_s: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=1e6,
+            description="Tokens a second that each text should get. When not all blocks fit into a call of the model, "
+            "the one whose tokens are due first at this pace goes first, among agents that have used about as much of "
+            "the model (earliest deadline first). 0: whoever has used the model least goes first.",
+        ),
+    ] = 0.0

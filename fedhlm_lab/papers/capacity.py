@@ -5,9 +5,11 @@ devices draft at the measured pace, so speed falls when the verifier is busy.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
-from itertools import count
+import random
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from itertools import count, cycle
 from typing import Final, NamedTuple
 
 from msgspec.structs import replace
@@ -15,10 +17,12 @@ from msgspec.structs import replace
 from edge_agent.core import AgentCore
 from fedhlm import settings
 from fedhlm.config import presets
+from fedhlm.process.saver import SAVE_S
 from fedhlm.progress import progress
 from fedhlm.settings import Config
+from fedhlm.telemetry import Counters
 from fedhlm_lab.papers.desk import learns, names_of
-from fedhlm_lab.papers.experiment import CapacityExperiment
+from fedhlm_lab.papers.experiment import CapacityExperiment, VerifierKind
 from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.texts import TextOrder, TimedText, ordered
 from fedhlm_lab.sim import links
@@ -28,12 +32,20 @@ from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
 
 SETTLE_S: Final = 2.0  # seconds in which all agents come online
+BEGIN_S: Final = 1.0  # seconds within which they begin their first text
+LEARNERS: Final = 8  # agents of the fleet from which others have learnt
+LONG: Final = 4  # one agent of so many in a mixed fleet has long prompts
+MIXED: Final = "mixed"
+
+Files = Mapping[str, Mapping[str, bytes]]
+"""The files of parts, by part and name."""
 
 
 class CapacityPoint(NamedTuple):
-    """A preset with so many agents: the tokens of all texts, the sum of their seconds, and the slowest agent's speed.
+    """A fleet of so many agents: the tokens of all texts, the sum of their seconds, and each agent's speed.
 
     `calls` and `positions` are those of the LLM, `busy_s` the time that they took, and `wall_s` that of the whole.
+    `waits` are the seconds of each block at the cloud, audits left out.
     """
 
     verifier: str
@@ -42,11 +54,12 @@ class CapacityPoint(NamedTuple):
     seed: int
     tokens: int
     seconds: float
-    slowest: float
+    speeds: Sequence[float]
     calls: int
     positions: int
     busy_s: float
     wall_s: float
+    waits: Sequence[float]
 
     @property
     def speed(self) -> float:
@@ -63,76 +76,157 @@ class CapacityRuns(NamedTuple):
     points: Sequence[CapacityPoint]
 
 
+class WaitCounters(Counters):
+    """Counters that keep the seconds of every block at the cloud."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def observe(self, name: str, value: float, times: int = 1) -> None:
+        """See `Counters.observe`."""
+        super().observe(name, value, times)
+        if name == "verifier_latency_seconds":
+            self.waits.append(value)
+
+
+class Crowd(NamedTuple):
+    """The agents of a fleet: the presets that they take in turn, and their prompts' least length, `long` for one in LONG."""
+
+    presets: Sequence[str]
+    agents: int
+    long: int = 1
+
+
 def run(
     experiment: CapacityExperiment, pair: LabPair, costs: PairCosts, source: str, prompts: Sequence[list[int]]
 ) -> CapacityRuns:
     """Run every preset on every verifier with every number of agents and every seed."""
-    names = names_of(experiment.presets, presets(), "presets")
+    names_of(experiment.mixed, presets(), "mixed")
+    fleets: dict[str, tuple[str, ...]] = {name: (name,) for name in names_of(experiment.presets, presets(), "presets")}
+    fleets |= {MIXED: experiment.mixed} if experiment.mixed else {}
     names_of([experiment.link], links.names(), "link")
     seeds = range(experiment.seed, experiment.seed + experiment.seeds)
+    plan = [(v, f, n, s) for v in experiment.verifiers for f in fleets for n in experiment.agents for s in seeds]
+    made: dict[float, tuple[Pair, CallTally]] = {}
+    learnt: dict[tuple[str, int], Files] = {}
     points = []
-    plan = [(v, p, n, s) for v in experiment.verifiers for p in names for n in experiment.agents for s in seeds]
-    made: dict[str, tuple[Pair, CallTally]] = {}
     with progress("fleets", len(plan)) as ended:
-        for verifier, preset, agents, seed in plan:
-            if verifier not in made:
-                tally, cheaper = CallTally(), experiment.verifiers[verifier].cheaper
-                paces, batches = Paces(costs.small, costs.small, ModelPace(0.0)), costs.pace(cheaper)
-                made[verifier] = pair.fleet(paces=paces, tally=tally, batches=batches), tally
-            points.append(run_virtual(_one(experiment, *made[verifier], verifier, preset, agents, seed, prompts)))
+        for name, fleet, agents, seed in plan:
+            kind = experiment.verifiers[name]
+            if kind.cheaper not in made:
+                tally = CallTally()
+                paces, batches = Paces(costs.small, costs.small, ModelPace(0.0)), costs.pace(kind.cheaper)
+                made[kind.cheaper] = pair.fleet(paces=paces, tally=tally, batches=batches), tally
+            counted = partial(CountedFleet, experiment, *made[kind.cheaper], kind, seed=seed, prompts=prompts)
+            teachers = [p for p in fleets[fleet] if learns(_order(experiment, p, seed).config.generation)]
+            for teacher in teachers[:1]:
+                if (teacher, seed) not in learnt:
+                    learnt[teacher, seed] = run_virtual(counted(Crowd((teacher,), LEARNERS)).learn())
+            files = learnt[teachers[0], seed] if teachers else {}
+            crowd = Crowd(fleets[fleet], agents, experiment.long if fleet == MIXED else 1)
+            points.append(run_virtual(counted(crowd, files=files).point(name, fleet)))
             ended()
     return CapacityRuns(experiment, source, costs, points)
 
 
-async def _one(
-    experiment: CapacityExperiment,
-    pair: Pair,
-    tally: CallTally,
-    verifier: str,
-    preset: str,
-    agents: int,
-    seed: int,
-    prompts: Sequence[list[int]],
-) -> CapacityPoint:
-    """One fleet."""
+def _order(experiment: CapacityExperiment, preset: str, seed: int) -> TextOrder:
     flags = {"generation.peers": "none"}  # texts repeat, and peers would remember them
-    order = TextOrder(preset=preset, settings=flags, prompts=(), tokens=experiment.tokens, seed=seed, same_seed=True)
-    cloud = settings.Cloud(batch_tokens=experiment.verifiers[verifier].batch_tokens)
-    services = Config(cloud=cloud, federation=order.config.federation)
-    fleet = Fleet(
-        pair, seed=seed, clusters=1, delay_s=0.0, sessions_max=cloud.sessions_max, services=services,
-        federation=services.federation,
-    )  # fmt: skip
-    for node in fleet.nodes.values():
-        node.start()
-    names = [f"agent-{number}" for number in range(agents)]
-    for name in names:
-        links.load(experiment.link).apply(fleet.link(name))
-    await asyncio.sleep(SETTLE_S)
-    clock_s = asyncio.get_running_loop().time
-    async with AsyncExitStack() as stack:
-        fleet_agents = [await stack.enter_async_context(fleet.online("c0", name, pair.drafter())) for name in names]
+    return TextOrder(preset=preset, settings=flags, prompts=(), tokens=experiment.tokens, seed=seed, same_seed=True)
+
+
+class CountedFleet:
+    """One fleet, which begins with what others have learnt (`files`)."""
+
+    def __init__(
+        self,
+        experiment: CapacityExperiment,
+        pair: Pair,
+        tally: CallTally,
+        kind: VerifierKind,
+        crowd: Crowd,
+        *,
+        seed: int,
+        prompts: Sequence[list[int]],
+        files: Files | None = None,
+    ) -> None:
+        self._experiment, self._pair, self._tally, self._kind = experiment, pair, tally, kind
+        self._seed, self._prompts, self._files = seed, prompts, files or {}
+        self._names = [f"agent-{number}" for number in range(crowd.agents)]
+        self._orders = [_order(experiment, p, seed) for p, _ in zip(cycle(crowd.presets), self._names, strict=False)]
+        self._least = [1 if (number + 1) % LONG else crowd.long for number in range(crowd.agents)]
+        self._shares = _dealt(prompts, seed, crowd.agents)
+        self._counters = WaitCounters()
+
+    @asynccontextmanager
+    async def _online(self) -> AsyncIterator[tuple[Fleet, list[AgentCore]]]:
+        kind, federation = self._kind, self._orders[0].config.federation
+        cloud = settings.Cloud(batch_tokens=kind.batch_tokens, text_tokens_s=kind.text_tokens_s)
+        services = Config(cloud=cloud, federation=federation)
+        fleet = Fleet(
+            self._pair, seed=self._seed, clusters=1, delay_s=0.0, sessions_max=cloud.sessions_max, services=services,
+            federation=federation, keeps=True,
+        )  # fmt: skip
+        fleet.counters = self._counters
+        for part, node in fleet.nodes.items():
+            node.disk.files.update(self._files.get(part, {}))
+            node.start()
+        for name in self._names:
+            links.load(self._experiment.link).apply(fleet.link(name))
         await asyncio.sleep(SETTLE_S)
-        shares = _dealt(prompts, seed, agents)
+        async with AsyncExitStack() as stack:
+            drafter, enter = self._pair.drafter, stack.enter_async_context
+            agents = [await enter(fleet.online("c0", name, drafter())) for name in self._names]
+            await asyncio.sleep(SETTLE_S)
+            yield fleet, agents
+        for node in fleet.nodes.values():
+            await node.crash()
 
-        async def write(agent: AgentCore, share: Sequence[list[int]]) -> list[TimedText]:
-            return await ordered(agent, replace(order, prompts=share), context_max=pair.context, eos_ids=pair.eos_ids)
+    async def _write(self, agents: Sequence[AgentCore], texts: int) -> list[list[TimedText]]:
+        """Each agent's texts."""
+        pair = self._pair
 
-        if learns(order.config.generation):
-            each = -(-experiment.warm // agents)
-            await asyncio.gather(*(write(a, next(shares)[:each]) for a in fleet_agents))
-        before, began_s = tally.counted, clock_s()
-        done = await asyncio.gather(*(write(a, next(shares)[: experiment.texts]) for a in fleet_agents))
-        after, ended_s = tally.counted, clock_s()
-    for node in fleet.nodes.values():
-        await node.crash()
-    calls, positions, busy_s = (end - start for end, start in zip(after, before, strict=True))
-    speeds = [sum(len(t.ids) for t in texts) / sum(t.seconds for t in texts) for texts in done]
-    return CapacityPoint(
-        verifier, preset, agents, seed, sum(len(t.ids) for texts in done for t in texts),
-        sum(t.seconds for texts in done for t in texts), min(speeds), int(calls), int(positions), busy_s,
-        ended_s - began_s,
-    )  # fmt: skip
+        async def one(number: int, agent: AgentCore, share: list[list[int]]) -> list[TimedText]:
+            await asyncio.sleep(BEGIN_S * random.Random(f"{self._seed}/{number}/begins").random())
+            chosen = replace(self._orders[number], prompts=longer(share, self._least[number])[:texts])
+            return await ordered(agent, chosen, context_max=pair.context, eos_ids=pair.eos_ids)
+
+        return await asyncio.gather(*(one(n, agent, next(self._shares)) for n, agent in enumerate(agents)))
+
+    async def learn(self) -> Files:
+        """The files of edge and cloud after the texts from which a fleet learns."""
+        async with self._online() as (fleet, agents):
+            await self._write(agents, -(-self._experiment.warm // len(agents)))
+            await asyncio.sleep(2.0 * SAVE_S)
+            return {part: dict(node.disk.files) for part, node in fleet.nodes.items()}
+
+    async def point(self, verifier: str, preset: str) -> CapacityPoint:
+        """The texts that count."""
+        clock_s = asyncio.get_running_loop().time
+        async with self._online() as (_, agents):
+            self._counters.waits.clear()
+            before, began_s = self._tally.counted, clock_s()
+            done = await self._write(agents, self._experiment.texts)
+            after, ended_s = self._tally.counted, clock_s()
+            waits = list(self._counters.waits)
+        calls, positions, busy_s = (end - start for end, start in zip(after, before, strict=True))
+        speeds = [sum(len(t.ids) for t in texts) / sum(t.seconds for t in texts) for texts in done]
+        return CapacityPoint(
+            verifier, preset, len(agents), self._seed, sum(len(t.ids) for texts in done for t in texts),
+            sum(t.seconds for texts in done for t in texts), speeds, int(calls), int(positions), busy_s,
+            ended_s - began_s, waits,
+        )  # fmt: skip
+
+
+def longer(prompts: Sequence[list[int]], least: int) -> list[list[int]]:
+    """Each prompt, followed by those after it until it has `least` tokens."""
+    made = []
+    for number in range(len(prompts)):
+        ids, following = list(prompts[number]), cycle([*prompts[number + 1 :], *prompts[: number + 1]])
+        while len(ids) < least:
+            ids += next(following)
+        made.append(ids[: max(least, len(prompts[number]))])
+    return made
 
 
 def _dealt(prompts: Sequence[list[int]], seed: int, agents: int) -> Iterator[list[list[int]]]:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from fedhlm.config import load
-from fedhlm_lab.papers.capacity import CapacityPoint, CapacityRuns
+from fedhlm_lab.papers.capacity import LEARNERS, MIXED, CapacityPoint, CapacityRuns
 from fedhlm_lab.papers.desk import learns
-from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabPanels, LabResult, LabTable, PaperRow
+from fedhlm_lab.papers.findings import Cell, ChartSeries, LabChart, LabPanels, LabResult, LabTable, PaperRow
 from fedhlm_lab.papers.intervals import SeedMean, mean_of
 
 OURS: Final = ("exact", "budget")
@@ -35,7 +37,7 @@ class CapacityFindings:
     def __init__(self, runs: CapacityRuns) -> None:
         self.runs = runs
         self.verifiers = list(runs.experiment.verifiers)
-        self.presets = list(runs.experiment.presets)
+        self.presets = [*runs.experiment.presets, *([MIXED] if runs.experiment.mixed else [])]
         self.agents = list(runs.experiment.agents)
 
     def points(self, verifier: str, preset: str, agents: int) -> list[CapacityPoint]:
@@ -96,10 +98,11 @@ def _sentences(found: CapacityFindings) -> list[str]:
             words = ", ".join(f"{ratio} times at {target:g} tokens/s" for target, ratio in known)
             parts.append(f"`{preset}` {words or 'unknown, as the largest fleet is not too many for either'}")
         lines.append(f"Verifier `{verifier}`, agents beside `{e.baseline}`: {'; '.join(parts)}.")
-    if any(learns(load(preset=preset, environ={}).config.generation) for preset in found.presets):
-        lines.append(
-            f"Presets that learn had {e.warm} texts of the whole fleet to learn from, so they still verified much."
-        )
+    if any(learns(load(preset=preset, environ={}).config.generation) for preset in (*e.presets, *e.mixed)):
+        lines.append(f"Fleets that learn begin with what {LEARNERS} agents have learnt from {e.warm} texts.")
+    if e.mixed:
+        names = ", ".join(f"`{name}`" for name in e.mixed)
+        lines.append(f"In `{MIXED}`, agents take {names} in turn; one of four has prompts of at least {e.long} tokens.")
     largest = found.agents[-1]
     for verifier in found.verifiers:
         work = {p: _work(found.points(verifier, p, largest)) for p in found.presets}
@@ -128,24 +131,50 @@ def _capacities(found: CapacityFindings, verifier: str) -> LabTable:
     chosen = e.verifiers[verifier]
     note = (
         f"Batches of at most {chosen.batch_tokens} tokens; beyond the smallest call, work costs 1/{chosen.cheaper:g} of "
-        f"what was measured. {found.agents[-1]} agents is the largest fleet, and stands for that many or more."
+        f"what was measured. {_order_of(chosen.text_tokens_s)} {found.agents[-1]} agents is the largest fleet, and stands for that many or more."
     )
     return LabTable(f"capacity-{verifier}", f"Capacity of the verifier {verifier}", columns, rows, note)
 
 
+def _order_of(text_tokens_s: float) -> str:
+    if not text_tokens_s:
+        return "Whoever has used the model least goes first."
+    return f"The earliest deadline goes first, at {text_tokens_s:g} tokens a second."
+
+
 def _points(found: CapacityFindings) -> LabTable:
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for verifier in found.verifiers:
         for preset in found.presets:
             for agents in found.agents:
                 points = found.points(verifier, preset, agents)
                 calls, positions = _work(points)
                 busy = mean_of([point.busy_s / point.wall_s for point in points])
-                slowest = mean_of([point.slowest for point in points])
+                slowest = mean_of([min(point.speeds) for point in points])
+                waits = mean_of([1000.0 * float(np.quantile(point.waits, 0.95)) for point in points])
+                reached = [
+                    float(np.mean([s >= target for p in points for s in p.speeds]))
+                    for target in found.runs.experiment.targets
+                ]
                 speed = found.speed(verifier, preset, agents)
-                rows.append((verifier, f"`{preset}`", agents, str(speed), str(slowest), calls, positions, str(busy)))
+                rows.append(
+                    (
+                        verifier,
+                        f"`{preset}`",
+                        agents,
+                        str(speed),
+                        str(slowest),
+                        *reached,
+                        str(waits),
+                        calls,
+                        positions,
+                        str(busy),
+                    )
+                )
     columns = (
-        "verifier", "preset", "agents", "tokens/s of an agent", "of the slowest", "LLM calls a token",
+        "verifier", "preset", "agents", "tokens/s of an agent", "of the slowest",
+        *(f"agents with {target:g} tokens/s" for target in found.runs.experiment.targets),
+        "ms at the cloud, 95 %", "LLM calls a token",
         "LLM tokens a token", "share of time the LLM is busy",
     )  # fmt: skip
     return LabTable("points", "All fleets", columns, rows)

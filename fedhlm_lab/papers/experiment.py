@@ -179,18 +179,23 @@ class AblationsExperiment(PacedExperiment, frozen=True, kw_only=True, forbid_unk
 
 
 class VerifierKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A verifier: its batches, and what divides the cost of a call beyond the smallest one."""
+    """A verifier: its batches, and what divides the cost of a call beyond the smallest one.
+
+    `text_tokens_s` is the cloud's setting: the pace by which texts have deadlines, or 0.
+    """
 
     cheaper: Annotated[float, Meta(ge=1.0, le=1e6)]
     batch_tokens: Amount
+    text_tokens_s: Annotated[float, Meta(ge=0.0)] = 0.0
 
 
 class CapacityExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fleets of so many `agents` on one verifier, each writing `texts` texts of at most `tokens` tokens over `link`.
 
-    There is one fleet for each point and seed, and there are `prompts` different prompts. Presets that learn read
-    `warm` texts first. Capacity is told for each of the `targets`, in tokens a second and agent, beside that of
-    the preset `baseline`.
+    There are `seeds` fleets for each point, beginning with `seed`, and `prompts` different prompts. Fleets that learn
+    begin with what a fleet of LEARNERS agents has learnt from `warm` texts. In one more fleet, `mixed`, agents take these
+    presets in turn, and of every four one has prompts of at least `long` tokens. Capacity is told for each of the
+    `targets`, in tokens a second and agent, beside that of the preset `baseline`.
     """
 
     presets: tuple[str, ...]
@@ -201,5 +206,7 @@ class CapacityExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_f
     texts: Amount
     tokens: Amount
     prompts: Amount
+    mixed: tuple[str, ...] = ()
+    long: Amount = 1
     targets: tuple[Annotated[float, Meta(gt=0.0)], ...]
     verifiers: dict[str, VerifierKind]

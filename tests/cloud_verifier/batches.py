@@ -27,6 +27,7 @@ def batcher(
     batch_tokens: int = 64,
     cache_tokens: int = 100_000,
     small: DraftModel | None = None,
+    pace: float = 0.0,
 ) -> Batcher:
     """On the toy LLM, whose cache takes one byte a token; that of `small`, which is BESIDE or like it, takes none."""
     sessions = Sessions(
@@ -34,7 +35,13 @@ def batcher(
     )
     engine = Engine(toy.ToyCache(), toy.large_forward, token_bytes=1)
     return Batcher(
-        sessions, engine, batch_max=batch_max, batch_tokens=batch_tokens, cache_bytes=cache_tokens, small=small
+        sessions,
+        engine,
+        batch_max=batch_max,
+        batch_tokens=batch_tokens,
+        cache_bytes=cache_tokens,
+        small=small,
+        pace=pace,
     )
 
 
@@ -50,15 +57,17 @@ def job(
     cluster: str = "c",
     fixed: int = 0,
     drafts: int | None = None,
+    came_s: float = 0.0,
+    patience_ms: int = 1,
 ) -> BlockJob:
     prompt = list(prompt)
     context = pack_ids(prompt, toy.VOCAB_SIZE)
     escalation = Escalation(
         version=SCHEMA_VERSION, sender=agent, sequence=1, sent_ms=0, session=session, epoch=0, base=len(prompt),
-        ids=pack_ids(list(ids), toy.VOCAB_SIZE), patience_ms=1, extend=extend, fixed=fixed, hints=drafts,
+        ids=pack_ids(list(ids), toy.VOCAB_SIZE), patience_ms=patience_ms, extend=extend, fixed=fixed, hints=drafts,
         before=Prime(Sampling(1), toy.FINGERPRINT, context) if primed else None,
     )  # fmt: skip
-    return BlockJob(Key(cluster, agent, session), escalation, expires_s)
+    return BlockJob(Key(cluster, agent, session), escalation, expires_s, came_s=came_s)
 
 
 def long_prompt(seed: int, length: int = 300) -> list[int]:

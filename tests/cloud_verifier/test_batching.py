@@ -37,32 +37,39 @@ from tests.cloud_verifier.batches import (
     batch_max=st.integers(1, 6),
     cache_tokens=st.integers(1, 400),
     beside=st.sampled_from([None, 1, 4]),
+    pace=st.sampled_from([0.0, 0.1, 10.0, 1e6]),
     shapes=st.lists(
-        st.tuples(st.integers(1, 60), st.integers(0, 12), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=6
+        st.tuples(st.integers(1, 60), st.integers(0, 12), st.integers(1, 9), st.integers(0, 3), st.floats(-60.0, 0.0)),
+        min_size=1,
+        max_size=6,
     ),
     seed=st.integers(0, 99),
 )
-def test_verdicts_do_not_depend_on_pieces_batches_or_lost_caches(
+def test_verdicts_do_not_depend_on_order_pieces_batches_or_lost_caches(
     batch_tokens: int,
     batch_max: int,
     cache_tokens: int,
     beside: int | None,
-    shapes: list[tuple[int, int, int, int]],
+    pace: float,
+    shapes: list[tuple[int, int, int, int, float]],
     seed: int,
 ) -> None:
     """Each text is the target's own, and the probabilities are those of one call for all of it."""
 
     def jobs() -> list[BlockJob]:
         made = []
-        for number, (length, drafts, extend, agent) in enumerate(shapes):
+        for number, (length, drafts, extend, agent, came_s) in enumerate(shapes):
             prompt = long_prompt(seed + number, length)
             text = toy.large_alone(prompt, Sampling(1), drafts)
             if number % 2 and text:
                 text[-1] = 1 + text[-1] % (toy.VOCAB_SIZE - 1)
             cluster = f"c{number % 2}"
             made.append(
-                job(f"a{agent}", number, extend=extend, prompt=prompt, ids=text, cluster=cluster, drafts=beside)
-            )
+                job(
+                    f"a{agent}", number, extend=extend, prompt=prompt, ids=text, cluster=cluster, drafts=beside,
+                    came_s=came_s,
+                )
+            )  # fmt: skip
         return made
 
     def outcomes(work: Batcher) -> dict[Key, object]:
@@ -76,7 +83,7 @@ def test_verdicts_do_not_depend_on_pieces_batches_or_lost_caches(
             for done in found
         }
 
-    narrow = batcher(batch_tokens=batch_tokens, batch_max=batch_max, cache_tokens=cache_tokens, small=BESIDE)
+    narrow = batcher(batch_tokens=batch_tokens, batch_max=batch_max, cache_tokens=cache_tokens, small=BESIDE, pace=pace)
     wide = batcher(batch_tokens=LOTS, batch_max=1, cache_tokens=LOTS)
     assert outcomes(narrow) == outcomes(wide)
     assert wide.evicted == 0
@@ -176,9 +183,9 @@ def text_cost(work: Batcher, cluster: str, *, blocks: int = 60) -> float:
     return total
 
 
-def crowded(names: int, cluster: str, *, extend: int = 1, length: int = 300) -> Batcher:
+def crowded(names: int, cluster: str, *, extend: int = 1, length: int = 300, pace: float = 0.0) -> Batcher:
     """A cloud on which each of many names has asked for two contexts at once, again and again, for a while."""
-    work = batcher()
+    work = batcher(pace=pace)
     for name in range(names):
         for session in range(2):
             work.submit(
@@ -193,13 +200,13 @@ def crowded(names: int, cluster: str, *, extend: int = 1, length: int = 300) -> 
 
 
 @pytest.mark.parametrize("cluster", ["c", "quiet's own"])
-@pytest.mark.parametrize(("length", "extend"), [(300, 1), (20, 100)])
+@pytest.mark.parametrize(("length", "extend", "pace"), [(300, 1, 0.0), (20, 100, 0.0), (20, 100, 10.0)])
 def test_a_quiet_agent_beside_63_hogs_waits_for_one_small_call_more_than_alone(
-    cluster: str, length: int, extend: int
+    cluster: str, length: int, extend: int, pace: float
 ) -> None:
     """Not only at first: over a text of many blocks, in which it asks for more of the model than any hog gets."""
     alone = text_cost(batcher(), cluster)
-    work = crowded(63, "c", extend=extend, length=length)
+    work = crowded(63, "c", extend=extend, length=length, pace=pace)
     assert text_cost(work, cluster) <= 2.0 * alone + 60 * work.batch_tokens / 2
 
 

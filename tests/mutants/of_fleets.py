@@ -464,6 +464,13 @@ OF_FLEETS: Final = (
         ("tests/cloud_verifier/test_batching.py",),
     ),
     Change(
+        "deadlines decide within a credit only",
+        "cloud_verifier/deadlines.py",
+        "return max(0.0, ahead - CREDIT), due",
+        "return 0.0, due",
+        ("tests/cloud_verifier/test_deadlines.py",),
+    ),
+    Change(
         "few sessions are looked at for a cache",
         "cloud_verifier/sessions.py",
         "islice(reversed(self._keys_of.get(key.owner, {})), DONORS_MAX)",

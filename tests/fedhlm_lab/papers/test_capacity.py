@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedhlm.decoding.decoder import Decoder
 from fedhlm.errors import ConfigError, FedhlmError
@@ -12,8 +14,9 @@ from fedhlm_lab.papers.capacity_figures import CapacityFindings, capacity_of, re
 from fedhlm_lab.papers.experiment import CapacityExperiment
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.sim import toy, verifier_costs
-from fedhlm_lab.sim.pace import ModelPace
+from fedhlm_lab.sim.pace import CallTally, ModelPace
 from fedhlm_lab.sim.verifier_costs import PairCosts, VerifierCall
+from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_zoo.shipped import model_folder
 from tests.fedhlm_lab.papers import toys
 
@@ -67,7 +70,13 @@ def test_costs_are_measured_once_and_a_file_of_something_else_is_refused(
 def experiment(**changes: object) -> CapacityExperiment:
     """The shipped one, smaller."""
     shipped = CapacityExperiment.load("capacity", quick=True)
-    small = {"agents": (1, 6), "verifiers": {"cpu": {"cheaper": 1.0, "batch_tokens": 32}}, "targets": (2.0,), **changes}
+    small = {
+        "agents": (1, 6),
+        "verifiers": {"cpu": {"cheaper": 1.0, "batch_tokens": 32}},
+        "targets": (2.0,),
+        "mixed": (),
+        **changes,
+    }
     return CapacityExperiment.of({**{f: getattr(shipped, f) for f in shipped.__struct_fields__}, **small}, "test")
 
 
@@ -85,6 +94,44 @@ def test_more_agents_are_slower_and_drafts_save_calls() -> None:
     text = markdown(result_of(runs))
     assert "## Capacity of the verifier cpu" in text
     assert "agents beside `llm-only`: `exact`" in text
+
+
+def test_fleets_of_several_presets_begin_with_what_others_have_learnt_and_have_long_prompts_too() -> None:
+    rng, two = random.Random(2), {"cpu": {"cheaper": 1.0, "batch_tokens": 32}}
+    two["deadlines"] = two["cpu"] | {"text_tokens_s": 10.0}
+    wanted = experiment(presets=("llm-only",), mixed=("exact", "budget"), long=30, agents=(2, 4), verifiers=two)
+    prompts = [[rng.randrange(1, toy.VOCAB_SIZE) for _ in range(4)] for _ in range(wanted.prompts)]
+    runs = capacity.run(wanted, toys.pair(), COSTS, "toy texts", prompts)
+    assert {point.preset for point in runs.points} == {"llm-only", capacity.MIXED}
+    assert all(len(point.speeds) == point.agents and min(point.waits) > 0.0 for point in runs.points)
+    computed = {
+        n: sum(p.positions for p in runs.points if p.preset == capacity.MIXED and p.agents == n) for n in (2, 4)
+    }
+    assert computed[4] > 2 * computed[2] + 2 * wanted.seeds * 20, "the fourth agent's prompts are long"
+    text = markdown(result_of(runs))
+    assert "The earliest deadline goes first, at 10 tokens a second." in text
+    assert "agents with 2 tokens/s" in text
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), least=st.integers(1, 60))
+def test_longer_prompts_begin_with_their_own_and_have_at_least_so_many_tokens(lengths: list[int], least: int) -> None:
+    prompts = [[number] * length for number, length in enumerate(lengths)]
+    for own, made in zip(prompts, capacity.longer(prompts, least), strict=True):
+        assert made[: len(own)] == own
+        assert len(made) == max(least, len(own))
+
+
+def test_a_fleet_that_learns_leaves_files_of_edge_and_cloud() -> None:
+    tally, wanted = CallTally(), experiment()
+    prompts = [[5, 6, number] for number in range(1, 9)]
+    fleet = capacity.CountedFleet(
+        wanted, toys.pair().fleet(tally=tally), tally, wanted.verifiers["cpu"],
+        capacity.Crowd(("budget",), 4), seed=1, prompts=prompts,
+    )  # fmt: skip
+    files = run_virtual(fleet.learn())
+    assert set(files) == {"cloud", "edge-0"}
+    assert all(data for part in files.values() for data in part.values())
+    assert any(files.values())
 
 
 def test_an_unknown_preset_is_refused() -> None:

@@ -81,7 +81,7 @@ picture: $(DEMO)
 golden: $(DEMO)
 	@mkdir -p $(GOLDEN) && rm -f $(GOLDEN)/*.trace
 	@for preset in $$($(BIN)/fedhlm presets | cut -d ' ' -f 1); do \
-		case $$preset in budget) seconds=20;; fedhlm) seconds=6;; *) seconds=2;; esac; \
+		case $$preset in budget) seconds=60;; fedhlm) seconds=6;; *) seconds=2;; esac; \
 		$(BIN)/fedhlm demo --preset $$preset --tokens 16 --duration $$seconds --record $(GOLDEN)/$$preset.trace || exit 1; \
 	done
 

@@ -197,7 +197,7 @@ async def test_what_is_wrong_with_a_server_is_told_at_the_start(tmp_path: Path) 
 
 
 async def test_the_tokenizer_may_be_that_of_a_gguf_file(llm: Alone, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="reads which ids end a text with llama.cpp")
+    pytest.importorskip("llama_cpp", reason="needs llama.cpp: reads which ids end a text")
     file = tiny_gguf(tmp_path / "tokenizer.gguf", tokenizer__ggml__add_bos_token=True)
     async with serving(VllmServer(LLM)) as server, connected(server) as folder:
         async with connected(server, tokenizer=str(file)) as found:

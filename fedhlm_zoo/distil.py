@@ -115,7 +115,9 @@ def config_of(large: Path, layers: tuple[int, ...], *, threads: int, **options: 
     total = load_torch(large).config.num_hidden_layers
     kept = chosen_layers(total, layers[0]) if len(layers) == 1 else layers
     micro_batch = math.gcd(options["batch"], AT_ONCE)
-    return DistilConfig(layers=kept, micro_batch=micro_batch, precision=faster_precision(), **options)
+    precision = faster_precision()
+    muon = precision == "bfloat16"
+    return DistilConfig(layers=kept, micro_batch=micro_batch, precision=precision, muon=muon, **options)
 
 
 def chosen_layers(total: int, count: int) -> tuple[int, ...]:
@@ -344,7 +346,7 @@ def _recipe_of(out: Path, large: Path, texts: Sequence[str], config: DistilConfi
     path = out / RECIPE_FILE
     if path.is_file():
         begun = msgspec.json.decode(path.read_bytes(), type=_Recipe)
-        config = msgspec.structs.replace(config, precision=begun.config.precision)
+        config = msgspec.structs.replace(config, precision=begun.config.precision, muon=begun.config.muon)
         asked = msgspec.structs.replace(asked, config=config)
         free = msgspec.structs.replace(config, steps=begun.config.steps, tokens=begun.config.tokens)
         if begun != msgspec.structs.replace(asked, config=free):

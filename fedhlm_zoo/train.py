@@ -55,7 +55,8 @@ SHAPES: Final = {
 class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`steps` of `batch` sequences of `length` tokens, computed in parts of `micro_batch` sequences.
 
-    The learning rate warms up, stays constant, and then decays linearly to zero.
+    The learning rate warms up, stays constant, and then decays linearly to zero. Without `muon` AdamW trains the matrices
+    as well: Muon always computes in bfloat16, which takes seconds a matrix on a processor without instructions for it.
     """
 
     steps: int
@@ -70,6 +71,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: int = 7
     checkpoint_every: int = 100
     precision: Precision = "bfloat16"
+    muon: bool = True
 
     def check(self) -> None:
         """Check that a batch can be cut into its parts.
@@ -175,11 +177,9 @@ def learning_rate(step: int, config: Schedule) -> float:
 
 
 def _optimizers(model: nn.Module, config: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon for matrices and AdamW for the rest, or in float32 AdamW for all: Muon always computes in bfloat16, which
-    takes seconds a matrix on a processor without instructions for it."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in trained if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-    if config.precision == "float32":
+    if not config.muon:
         matrices = []
     chosen = {id(p) for p in matrices}
     others = [p for _, p in trained if id(p) not in chosen]

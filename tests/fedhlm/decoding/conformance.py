@@ -35,6 +35,7 @@ class Conformance:
     """Tests of the fixture `model`. Logits that should be equal may differ by `close`."""
 
     close = 1e-3
+    close_of_many = 1e-3  # of 40 texts at once
     sessions = 100  # which leave no memory behind
     grown_bytes = 8 * 2**20  # that may remain after them
 
@@ -131,7 +132,7 @@ class Conformance:
             assert differs(self.ask(model, caches[number], texts[number][3:]).logits, expected) <= self.close
         batch = model.forward([DecoderInput(c, t[3:]) for c, t in zip(caches, texts, strict=True)])
         for text, result in zip(texts, batch, strict=True):
-            assert differs(result.logits, self.scratch(model, text)[3:]) <= self.close
+            assert differs(result.logits, self.scratch(model, text)[3:]) <= self.close_of_many
 
     def test_the_context_ends_where_it_says(self, model: LoadedModel) -> None:
         context = model.info.context

@@ -35,6 +35,8 @@ class TestLlama(Conformance):
     """A device's model, and a cloud's."""
 
     sessions = 1_000
+    # F32 weights and a cache in bfloat16: 0.009 has been seen on a processor without AVX-512.
+    close_of_many = 0.1
 
     def test_logits_and_hidden_states_are_llama_cpps(self, model: LoadedModel, path: Path) -> None:
         ids = self.ids(model, 30, seed=1)

@@ -162,11 +162,10 @@ def law(logits: Logits, sampling: Sampling) -> Law:
 
 
 def probability(log_law: NDArray[np.float64], token: int) -> float:
-    """The probability of one token under a law whose unnormalised logarithm is given, shape (V,)."""
-    peak = log_law.max()
-    weights = log_law - peak
+    """The probability of one token under a law whose unnormalised logarithm is given, shape (V,), to float32."""
+    weights = (log_law - log_law.max()).astype(np.float32)
     np.exp(weights, out=weights)
-    return float(np.exp(log_law[token] - peak) / weights.sum())
+    return float(weights[token] / weights.sum())
 
 
 def perturbed_argmax(log_law: NDArray[np.float64], seed: int, position: int) -> int:

@@ -21,6 +21,13 @@ SAMPLE_TEMPERATURES: Final = TEMPERATURE_MAX * np.arange(1, K_SAMPLES + 1) / K_S
 # Larger temporary arrays return to the system after every call. Allocating them again costs more than the arithmetic,
 # so all temperatures share one.
 _TILE_ELEMENTS: Final = 32_768
+# A vocabulary above _LARGE is condensed first, as the exponentials are most of the work. Depths are in logits below the
+# largest one. Tokens down to _NEAR count as they are, others by steps, and none below _DEEPEST: at T = 2 a million of
+# these have 1e-8 of the odds of the largest.
+_LARGE: Final = 16_384
+_NEAR: Final = 8
+_DEEPEST: Final = 64
+_STEPS: Final = 256  # to a logit
 
 Uncertainty = Callable[[NDArray[Any], int, Sampling, int], float]
 """Returns u in [0, 1] for logits of shape (V,), a draft, the sampling and the position."""
@@ -29,6 +36,9 @@ Uncertainty = Callable[[NDArray[Any], int, Sampling, int], float]
 def agreement(logits: NDArray[Any], token: int, temperatures: NDArray[np.float64]) -> NDArray[np.float64]:
     """softmax(z/T)_token for each T, computed in float32; shape (len(temperatures),), values in [0, 1]."""
     lead = np.asarray(logits, np.float32) - np.float32(logits[token])  # (V,)
+    counts = None
+    if lead.size > _LARGE:
+        lead, counts = _condensed(lead)  # (n,) both
     coldness = np.asarray(1.0 / temperatures, np.float32)[:, None]  # (n, 1)
     rows = max(1, _TILE_ELEMENTS // lead.size)
     shares = np.empty(temperatures.size)  # (n,)
@@ -38,8 +48,22 @@ def agreement(logits: NDArray[Any], token: int, temperatures: NDArray[np.float64
             odds = tile[: temperatures.size - start]  # (rows, V)
             np.multiply(lead, coldness[start : start + rows], out=odds)
             np.exp(odds, out=odds)
-            shares[start : start + rows] = 1.0 / odds.sum(axis=1)  # the token's own 1 keeps the sum at least 1
+            # The token's own 1 keeps a plain sum at least 1, and the largest logit the other one.
+            shares[start : start + rows] = 1.0 / (odds.sum(axis=1) if counts is None else odds @ counts)
     return shares
+
+
+def _condensed(lead: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Leads, and how many tokens have each: those near the largest as they are, deeper ones at the middle of a step."""
+    depth = lead.max() - lead
+    counts = np.bincount((np.minimum(depth, _DEEPEST) * _STEPS).astype(np.int32))
+    counts[: _NEAR * _STEPS] = 0
+    counts[_DEEPEST * _STEPS :] = 0
+    held = np.flatnonzero(counts)
+    near = lead[depth < _NEAR]
+    middles = lead.max() - (held + 0.5) / _STEPS
+    ones = np.ones(near.size)
+    return np.concatenate((near, middles), dtype=np.float32), np.concatenate((ones, counts[held]), dtype=np.float32)
 
 
 def closed_form(logits: NDArray[Any], token: int) -> float:

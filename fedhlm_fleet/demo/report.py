@@ -232,7 +232,10 @@ def tables(report: Report, width: int) -> list[Table]:
     If `width` characters are too few for all columns, there are several tables.
     """
     columns: list[Figures] = [report, *report.comparisons]
-    rows = {label: [cell(column) for column in columns] for label, cell in _ROWS.items()}
+    # Models that were never trained to name topics get every one wrong, by themselves too: no figure of a fleet.
+    named = any(x for c in columns for x in (c.topic_accuracy.slm, c.topic_accuracy.system, c.topic_accuracy.llm))
+    shown_rows = _ROWS if named else {label: cell for label, cell in _ROWS.items() if label not in _TOPIC_ROWS}
+    rows = {label: [cell(column) for column in columns] for label, cell in shown_rows.items()}
     rows = {label: cells for label, cells in rows.items() if any(c not in ("-", "0") for c in cells)}
     headings = [f"{c.preset}\n{f'same {c.requests}' if i else 'the run'}" for i, c in enumerate(columns)]
     room = width - max(map(len, rows)) - _GAP
@@ -297,15 +300,18 @@ def _share_of(source: str) -> Callable[[Figures], str]:
     return cell
 
 
+_TOPIC_ROWS: Final[dict[str, Callable[[Figures], str]]] = {
+    "topic accuracy": lambda c: _percent(c.topic_accuracy.system),
+    "  SLM only": lambda c: _percent(c.topic_accuracy.slm),
+    "  LLM only": lambda c: _percent(c.topic_accuracy.llm),
+}
 _ROWS: Final[dict[str, Callable[[Figures], str]]] = {
     "requests failed": lambda c: f"{c.failed}",
     "tokens": lambda c: f"{c.tokens}",
     **{f"  {words}": _share_of(source) for source, words in SOURCES.items()},
     "tokens equal to LLM only": lambda c: _percent(c.identical_to_llm),
     "texts equal to LLM only": lambda c: _percent(c.exact_match),
-    "topic accuracy": lambda c: _percent(c.topic_accuracy.system),
-    "  SLM only": lambda c: _percent(c.topic_accuracy.slm),
-    "  LLM only": lambda c: _percent(c.topic_accuracy.llm),
+    **_TOPIC_ROWS,
     "uplink messages per token": lambda c: f"{c.uplink_messages_per_token:.3f}",
     "  saved": lambda c: _percent(c.transmissions_saved),
     "uplink bytes per token": lambda c: f"{c.uplink_bytes_per_token:,.1f}",

@@ -106,9 +106,9 @@ class Demo:
         self.duration_s = duration_s
         articles = load_prompts(prompts)
         # The compared prompts must be new to the fleet, whose peers remember; only a short list is used twice.
-        held_out = COMPARED_ITEMS if len(articles) >= 2 * COMPARED_ITEMS else 0
+        self.held_out = len(articles) >= 2 * COMPARED_ITEMS
         self.compared = articles[-COMPARED_ITEMS:]
-        self.articles = articles[: len(articles) - held_out]
+        self.articles = articles[:-COMPARED_ITEMS] if self.held_out else articles
         self.places = [
             Place(f"cluster-{c + 1}", f"agent-{c + 1}{'ab'[a]}") for c in range(CLUSTERS) for a in range(AGENTS)
         ]
@@ -251,9 +251,10 @@ class Demo:
             # The comparison uses other presets, which do not belong into the recording.
             presets = self._compared_presets() if self.recording is None else []
             if presets:
+                new = " that were not in the run" if self.held_out else ""
                 progress.stage(
-                    f"The comparison: {len(self.compared)} news items that were not in the run, under each of "
-                    f"{len(presets)} presets, with the same seeds and agents."
+                    f"The comparison: {len(self.compared)} news items{new}, under each of {len(presets)} presets, "
+                    "with the same seeds and agents."
                 )
             runs = [await self._compare(asker, progress, name) for name in presets]
             progress.stage("The check: each model writes the same requests by itself, to compare the texts.")

@@ -70,6 +70,27 @@ def test_agreement_is_the_same_in_one_tile_and_in_many() -> None:
     assert together == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [20_000, 49_152, 262_144])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_large_vocabulary_has_the_agreement_of_the_plain_formula(size: int, seed: int) -> None:
+    """Most tokens are counted in steps; no temperature's share is off by more than float32 rounds, -inf included."""
+    rng = np.random.default_rng((size, seed))
+    logits = (rng.normal(size=size) * rng.uniform(0.2, 4.0)).astype(np.float32)
+    logits[:20] += np.float32(rng.uniform(0.0, 14.0))
+    logits[20:25] = -np.inf
+    for token in (int(np.argmax(logits)), 3, size // 2, int(np.argsort(logits)[-5])):
+        expected = [softmax(logits.astype(np.float64) / t)[token] for t in SAMPLE_TEMPERATURES]
+        assert agreement(logits, token, SAMPLE_TEMPERATURES) == pytest.approx(expected, rel=1e-3, abs=3e-6)
+
+
+def test_a_certain_token_of_a_large_vocabulary_has_no_doubt() -> None:
+    logits = np.full(100_000, -200.0)
+    logits[7] = 0.0
+    assert closed_form(logits, 7) == 0.0
+    assert closed_form(logits, 8) == pytest.approx(1.0, abs=1e-9)
+    assert closed_form(np.zeros(100_000), 8) == pytest.approx(1.0, abs=1e-4)
+
+
 def test_k_sample_has_the_mean_and_the_spread_of_its_twenty_draws() -> None:
     logits = np.random.default_rng(2).normal(size=30) * 2.0
     token = int(np.argmax(logits))

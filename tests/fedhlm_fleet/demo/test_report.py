@@ -22,6 +22,7 @@ from fedhlm_fleet.demo.journey import BARS, Journey, sparkline
 from fedhlm_fleet.demo.progress import Progress
 from fedhlm_fleet.demo.report import (
     SOURCES,
+    Accuracy,
     Alternatives,
     Figures,
     Generated,
@@ -191,6 +192,21 @@ def test_the_table_is_one_in_100_columns_and_whole_in_fewer(name: str) -> None:
         assert "…" not in text
         assert text.count("8,302.1") == len(report.comparisons) + 1
         assert text.count("same 2") >= len(report.comparisons)
+
+
+def test_topics_that_no_model_can_name_are_left_out_of_the_table() -> None:
+    """A chat model names none: its 0 % is no figure of the fleet. One right answer of any of them brings the rows."""
+    report = report_of(["exact", "hlm"], 1.0)
+    assert any("topic accuracy" in line for line in printed_at(100, report))
+    nobody = Accuracy(slm=0.0, system=0.0, llm=0.0)
+    blank = replace(
+        report, topic_accuracy=nobody, comparisons=[replace(c, topic_accuracy=nobody) for c in report.comparisons]
+    )
+    lines = printed_at(100, blank)
+    assert not any(word in line for line in lines for word in ("topic accuracy", "SLM only"))
+    assert any("uplink messages per token" in line for line in lines)
+    one = replace(blank, topic_accuracy=Accuracy(slm=0.0, system=0.0, llm=0.5))
+    assert any("topic accuracy" in line for line in printed_at(100, one))
 
 
 # Live

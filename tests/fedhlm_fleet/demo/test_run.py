@@ -217,6 +217,7 @@ def test_a_demo_without_one_answer_says_so_and_promises_nothing(tmp_path: Path) 
     assert report["failed"] == report["requests"] > 0
     assert report["exact_match"] is None
     assert "equal to LLM only" not in done.stdout
+    assert "were not in the run" not in done.stdout  # the one prompt is asked again
     assert "requests failed, the first of them: prompt must be shorter than the model's context" in " ".join(
         done.stdout.split()
     )

@@ -22,6 +22,7 @@ LOOK: Final[Any] = {  # matplotlib's type names every parameter
 }
 MARKS: Final = "os^Dv<>P"
 COLUMNS: Final = 3  # of panels, at most
+TICKS: Final = 6  # values of a logarithmic axis that are all written at it
 MANY: Final = 5  # bars whose names need room
 COLOURS: Final = 10  # of matplotlib's cycle
 
@@ -59,7 +60,11 @@ def _draw(axes: Any, chart: LabChart) -> None:
         axes.annotate(name, (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
     if chart.log_x:
-        _logarithmic(axes.set_xscale, axes.set_xlim, [x for series in chart.series for x in series.x])
+        values = [x for series in chart.series for x in series.x]
+        _logarithmic(axes.set_xscale, axes.set_xlim, values)
+        if len(sizes := sorted({x for x in values if not isinstance(x, str)})) <= TICKS:
+            axes.set_xticks(sizes, labels=[f"{x:g}" for x in sizes])
+            axes.set_xticks([], minor=True)
     if chart.log_y:
         _logarithmic(axes.set_yscale, axes.set_ylim, [y for series in chart.series for y in series.y])
     if chart.y_range is not None:

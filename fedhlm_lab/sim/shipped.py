@@ -13,6 +13,7 @@ from cloud_verifier.backends.in_process import engine_of
 from cloud_verifier.wiring import LargeModel
 from edge_agent.model import Drawn, Slm, SlmDrafter, TreeDraft
 from fedhlm.decoding.models import load_model
+from fedhlm.decoding.translated import in_ids_of
 from fedhlm.peers.context_keys import load_projection
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.sim.pace import CallPace, CallTally, ModelPace, Paces, remembered
@@ -54,16 +55,20 @@ def shipped_pair(
     paces: Paces = STEPS,
     tally: CallTally | None = None,
     batches: CallPace | None = None,
+    target: str = "",
 ) -> Pair:
     """Open both folders; every agent gets its own cache over one SLM.
 
     `batches` is the LLM's pace by batch, tokens and context, in place of that in `paces`. With a `tally`, which counts
-    the calls of the LLM, its logits and greedy drafts are remembered from text to text.
+    the calls of the LLM, its logits and greedy drafts are remembered from text to text. `target` is
+    `agent.target_tokenizer`.
 
     Raises:
+        ConfigError: `target` has no tokenizer that can be used.
         ModelError: a folder cannot be used.
     """
-    small, large = (load_model(folder, threads=threads) for folder in (slm_folder, llm_folder))
+    small = in_ids_of(target, load_model(slm_folder, threads=threads))
+    large = load_model(llm_folder, threads=threads)
     projection = load_projection(slm_folder, small.info.hidden_size)
 
     engine = engine_of(large) if tally is None else remembered(engine_of(large))

@@ -29,7 +29,7 @@ from fedhlm_lab.papers.experiment import (
 )
 from fedhlm_lab.papers.findings import LabResult
 from fedhlm_lab.papers.laws import LawPrompt, Laws
-from fedhlm_lab.papers.pair import LabPair, decoder_of
+from fedhlm_lab.papers.pair import LabPair, decoder_of, paced
 from fedhlm_lab.papers.requests import SHIPPED, source_of, text_prompts, topic_prompts
 from fedhlm_lab.papers.workloads import NEWS, PromptChoice, prompts_of
 from fedhlm_lab.sim.verifier_costs import PairCosts
@@ -62,7 +62,7 @@ def run_u_hlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
 
 def run_pareto(pair: LabPair, cache: Path, *, quick: bool, chosen: PromptChoice = NEWS) -> LabResult:
     """Run all presets on all links."""
-    experiment = ParetoExperiment.load("pareto", quick=quick)
+    experiment = paced(ParetoExperiment.load("pareto", quick=quick), pair)
     needed, articles = pareto.prompts_needed(experiment), experiment.articles
     prompts = prompts_of(chosen, pair, articles=articles, needed=needed, room=experiment.tokens)
     result = pareto_figures.result_of(pareto.run(experiment, pair, prompts.source, prompts.ids))
@@ -83,7 +83,7 @@ def run_capacity(pair: LabPair, cache: Path, *, quick: bool, chosen: PromptChoic
 
 def run_ablations(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
     """Run the system with each of its parts and without it."""
-    experiment = AblationsExperiment.load("ablations", quick=quick)
+    experiment = paced(AblationsExperiment.load("ablations", quick=quick), pair)
     known = len(source_of(experiment.articles).articles)
     prompts = {}
     for name, wanted in experiment.workloads.items():

@@ -3,24 +3,32 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from msgspec.structs import replace
 
 from fedhlm.decoding.models import LoadedModel, load_model
 from fedhlm.decoding.sampling import NOISE
 from fedhlm.errors import FedhlmError, ModelError
 from fedhlm.peers.context_keys import load_projection
+from fedhlm.progress import progress
 from fedhlm.protocol.fingerprint import fingerprint_of
 from fedhlm.protocol.messages import Fingerprint
+from fedhlm_lab.papers.experiment import PacedExperiment
 from fedhlm_lab.papers.laws import DecoderLaws, LawModel
+from fedhlm_lab.sim.pace import measured
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.world import Pair
 from fedhlm_zoo.shipped import model_folder
+
+Paced = TypeVar("Paced", bound=PacedExperiment)
 
 
 class LabPair(NamedTuple):
     """Both models, their fingerprints (SLM, LLM), the text of a token, and the pair as a fleet of the simulator has it.
 
-    `fleet` takes the `paces` of the models, a `tally` of the LLM's calls, and its pace by `batches`.
+    `fleet` takes the `paces` of the models, a `tally` of the LLM's calls, and its pace by `batches`. `own` says that a
+    model is not the shipped one, whose times stand in the experiments' files.
     """
 
     small: LawModel
@@ -31,6 +39,7 @@ class LabPair(NamedTuple):
     decoder: LoadedModel | None = None
     large_decoder: LoadedModel | None = None
     llm_folder: Path | None = None
+    own: bool = False
 
 
 def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
@@ -54,7 +63,17 @@ def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
         small,
         large,
         folders[1],
+        bool(slm or llm),
     )
+
+
+def paced(experiment: Paced, pair: LabPair) -> Paced:
+    """The experiment with the compute times of the pair on this machine; those in the file are the shipped models'."""
+    if not pair.own or pair.decoder is None or pair.large_decoder is None:
+        return experiment
+    with progress("measuring steps and blocks"):
+        device, large = measured(pair.decoder), measured(pair.large_decoder)
+    return replace(experiment, device_s=tuple(device), beside_s=tuple(device), large_s=tuple(large))
 
 
 def decoder_of(pair: LabPair) -> LoadedModel:

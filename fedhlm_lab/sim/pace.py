@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import islice
 from time import process_time
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from fedhlm.decoding.models import LoadedModel
 
 PREFIX: Final = 64  # tokens that are cached before the measured ones
 SIZES: Final = (1, 2, 4, 8, 16)
+KEPT: Final = 64  # caches of texts
 
 
 class ModelPace(NamedTuple):
@@ -90,9 +92,11 @@ class RememberedCache(NamedTuple):
 def remembered(engine: Engine) -> Engine:
     """The same engine for studies that read the same texts again and again: logits are computed once for each text.
 
-    Logits differ from those of the engine by the rounding of its batches.
+    Logits differ from those of the engine by the rounding of its batches. A text goes on from its own cache while that is
+    among the KEPT newest ones, and is read anew otherwise.
     """
     known: dict[tuple[int, ...], NDArray[Any]] = {}
+    caches: dict[tuple[int, ...], Any] = {(): engine.empty_cache}
 
     async def forward(requests: Sequence[EngineInput]) -> Sequence[EngineOutput | EngineFailure]:
         outputs: list[EngineOutput | EngineFailure] = []
@@ -100,11 +104,15 @@ def remembered(engine: Engine) -> Engine:
             ids = (*cache.ids, *new)
             ends = range(len(ids) - rows + 1, len(ids) + 1)
             if any(ids[:end] not in known for end in ends):
-                (output,) = await engine.forward([EngineInput(engine.empty_cache, list(ids), rows)])
+                begun = cache.ids if cache.ids in caches else ()
+                (output,) = await engine.forward([EngineInput(caches[begun], list(ids[len(begun) :]), rows)])
                 if isinstance(output, EngineFailure):
                     outputs.append(output)
                     continue
                 known.update({ids[:end]: row for end, row in zip(ends, output.logits, strict=True)})
+                caches[ids] = output.cache
+                if len(caches) > KEPT:
+                    del caches[next(islice(caches, 1, 2))]  # the oldest but for the empty one
             found = [known[ids[:end]] for end in ends]
             outputs.append(EngineOutput(np.stack(found) if found else np.zeros((0, 0)), RememberedCache(ids)))
         return outputs

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from cloud_verifier.engine import Engine, EngineInput, EngineOutput
 from fedhlm.decoding.decoder import Decoder, DecoderInput, DecoderOutput
@@ -13,13 +14,14 @@ from fedhlm_lab.papers import pareto
 from fedhlm_lab.papers.desk import LlmJudge, WrittenTexts
 from fedhlm_lab.papers.experiment import ParetoExperiment
 from fedhlm_lab.papers.findings import LabPanels
+from fedhlm_lab.papers.pair import folder_pair, paced
 from fedhlm_lab.papers.pareto import PresetPoint
 from fedhlm_lab.papers.pareto_figures import Findings, result_of
 from fedhlm_lab.papers.quantities import AGREES, CALLS, SPEED
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.texts import TimedText
 from fedhlm_lab.sim import toy
-from fedhlm_lab.sim.pace import measured, remembered
+from fedhlm_lab.sim.pace import KEPT, measured, remembered
 from fedhlm_zoo.shipped import model_folder
 from tests.fedhlm_lab.papers import toys
 
@@ -134,6 +136,40 @@ async def test_a_remembered_engine_says_what_the_engine_says_and_asks_it_once() 
         assert np.array_equal(second.logits, [toy.large_logits(ids[:3]), toy.large_logits(ids)])
         assert second.cache.ids == tuple(ids)
     assert asked == 1
+
+
+async def test_a_remembered_text_goes_on_from_its_own_cache() -> None:
+    """A long text is read once, not again for each token; one whose cache is gone is read anew, to the same logits."""
+    read: list[int] = []
+
+    async def forward(requests: Sequence[EngineInput]) -> list[EngineOutput]:
+        read.extend(len(request.ids) for request in requests)
+        return toy.large_outputs(requests)
+
+    known = remembered(Engine(toy.ToyCache(), forward))
+    texts = [[1 + number % 7, 2 + number % 5, 3 + number % 11] for number in range(KEPT + 2)]
+    ends = []
+    for ids in texts:
+        (output,) = await known.forward([EngineInput(known.empty_cache, ids, 1)])
+        assert isinstance(output, EngineOutput)
+        ends.append(output.cache)
+    for number, lengths in ((-1, [1]), (0, [4])):
+        read.clear()
+        (output,) = await known.forward([EngineInput(ends[number], [40], 1)])
+        assert isinstance(output, EngineOutput)
+        assert np.array_equal(output.logits[0], toy.large_logits([*texts[number], 40]))
+        assert read == lengths
+
+
+def test_times_are_measured_of_a_pair_of_ones_own() -> None:
+    """The seconds in the file are those of the shipped models."""
+    asked, folder = experiment(), str(model_folder("", "slm"))
+    assert paced(asked, folder_pair()) == asked
+    found = paced(asked, folder_pair(folder, folder))
+    assert found.device_s != asked.device_s
+    assert found.device_s == found.beside_s
+    assert all(0.0 < sum(pace) < 0.5 for pace in (found.device_s, found.large_s))
+    assert replace(found, device_s=asked.device_s, beside_s=asked.beside_s, large_s=asked.large_s) == asked
 
 
 def test_a_pace_is_the_line_through_the_fastest_calls_of_each_size(monkeypatch: pytest.MonkeyPatch) -> None:

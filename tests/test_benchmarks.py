@@ -17,6 +17,7 @@ SHORT = {
     "delay.py --round-trips 0 --prompts 1 --tokens 4": "round trip 0 ms added",
     "tree.py --prompts 1 --tokens 4 --blocks 4 --nodes 16 --round-trips 0": "round trip 0 ms",
     "vocabulary.py --rounds 1": '{"work": "doubt"',
+    "exactness.py --texts 2 --tokens 8": '{"texts": 2',
     "doors.py --pairs 1 --conversations 1 --tokens 8": '{"preset": "slm-only"',
     "load.py --only alone": '{"alone p50 ms"',
     "console.py --agents 20 --seconds 1": '{"agents": 20',

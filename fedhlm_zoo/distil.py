@@ -286,14 +286,14 @@ def distil(
             tokenizer, texts, end_id=end_ids[0], begin=turns.opening[:1], length=config.length
         )
     size, heat = vocabulary.size, config.temperature
-    lessons = out / "lessons"
+    lessons, model = out / "lessons", load_torch(large)
 
     @cache
     def teacher() -> Teacher:
-        return Teacher(load_torch(large, dtype=config.precision), turns, end_ids, size, heat)
+        held = model if config.precision == "float32" else load_torch(large, dtype=config.precision)
+        return Teacher(held, turns, end_ids, size, heat)
 
     files = teaching.gather(lessons, teacher, given=given, tokens=config.tokens, length=config.length, seed=config.seed)
-    model = load_torch(large)
     student = pruned(model, config.layers)
     examined = _examined(lessons, teacher, config)
     known = _figures(out).get("untrained")

@@ -1,12 +1,13 @@
 """Count the tokens of a fleet's texts that the LLM alone would not have written: with `exact`, none may differ.
 
 One agent, one edge and the cloud run in the simulator on a pair of any models, and the LLM writes the same texts alone.
-Prompts are a user's turns in the LLM's chat template; without a template they are plain texts. Run:
+Prompts are a user's turns in the LLM's chat template; without a template they are the beginnings of texts. Run:
 python benchmarks/exactness.py [--slm DIR|GGUF --llm DIR|GGUF] [--prompts chat_prompts.txt] [--texts 100] [--tokens 256]
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from itertools import cycle, islice, zip_longest
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from fedhlm.config import load
 from fedhlm.decoding.alone import Alone
 from fedhlm.progress import progress
 from fedhlm.settings import Generation
+from fedhlm_fleet.pairing import prompts_of
 from fedhlm_fleet.turns import speech_of
 from fedhlm_lab.papers.workloads import read_prompts
 from fedhlm_lab.sim import links
 from fedhlm_lab.sim.shipped import shipped_pair
 from fedhlm_lab.sim.virtual import run_virtual
 from fedhlm_lab.sim.world import Fleet, Pair
-from fedhlm_lab.studies.command_line import COUNT, TEMPERATURE, Parser
+from fedhlm_lab.studies.command_line import COUNT, TEMPERATURE, Parser, run
 from fedhlm_zoo.shipped import model_folder
 
 QUESTIONS = Path(__file__).parent / "chat_prompts.txt"
@@ -51,15 +53,7 @@ async def written(
     return texts
 
 
-def prompts_of(llm: Path, texts: Sequence[str]) -> Iterator[list[int]]:
-    """The ids of prompts, as a client with messages would ask for them."""
-    speech, alone = speech_of(llm), Alone.load(llm, threads=1)
-    for text in texts:
-        turn = {"role": "user", "content": text}
-        yield alone.encode(text) if speech.template is None else list(speech.template.encode([turn]))
-
-
-def main() -> None:
+def main() -> int:
     """Write all texts twice and print one line of JSON."""
     parser = Parser("exactness.py", __doc__)
     parser.add_argument("--slm", default="")
@@ -75,7 +69,8 @@ def main() -> None:
     slm, llm = model_folder(args.slm, "slm"), model_folder(args.llm, "llm")
     flags = {"generation.temperature": f"{args.temperature:g}"}
     generation = load(preset=args.preset, environ={}, flags=flags).config.generation
-    prompts = list(prompts_of(llm, list(islice(cycle(read_prompts(args.prompts)), args.texts))))
+    asked = list(islice(cycle(read_prompts(args.prompts)), args.texts))
+    prompts = prompts_of(speech_of(llm), llm, asked, args.texts)
     pair = shipped_pair(slm, llm, target=args.target_tokenizer)
     texts = run_virtual(written(pair, generation, args.link, prompts, args.tokens))
     alone = Alone.load(llm, threads=1)
@@ -87,7 +82,8 @@ def main() -> None:
         unlike += differing
         whole += not differing
     print(json.dumps({"texts": len(texts), "tokens": tokens, "unlike the LLM's": unlike, "whole texts": whole}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, "exactness.py"))

@@ -37,8 +37,8 @@ def agreement(logits: NDArray[Any], token: int, temperatures: NDArray[np.float64
     """softmax(z/T)_token for each T, computed in float32; shape (len(temperatures),), values in [0, 1]."""
     lead = np.asarray(logits, np.float32) - np.float32(logits[token])  # (V,)
     counts = None
-    if lead.size > _LARGE:
-        lead, counts = _condensed(lead)  # (n,) both
+    if lead.size > _LARGE and np.isfinite(peak := lead.max()):
+        lead, counts = _condensed(lead, peak)  # (n,) both
     coldness = np.asarray(1.0 / temperatures, np.float32)[:, None]  # (n, 1)
     rows = max(1, _TILE_ELEMENTS // lead.size)
     shares = np.empty(temperatures.size)  # (n,)
@@ -53,15 +53,15 @@ def agreement(logits: NDArray[Any], token: int, temperatures: NDArray[np.float64
     return shares
 
 
-def _condensed(lead: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _condensed(lead: NDArray[np.float32], peak: np.float32) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Leads, and how many tokens have each: those near the largest as they are, deeper ones at the middle of a step."""
-    depth = lead.max() - lead
+    depth = peak - lead
     counts = np.bincount((np.minimum(depth, _DEEPEST) * _STEPS).astype(np.int32))
     counts[: _NEAR * _STEPS] = 0
     counts[_DEEPEST * _STEPS :] = 0
     held = np.flatnonzero(counts)
     near = lead[depth < _NEAR]
-    middles = lead.max() - (held + 0.5) / _STEPS
+    middles = peak - (held + 0.5) / _STEPS
     ones = np.ones(near.size)
     return np.concatenate((near, middles), dtype=np.float32), np.concatenate((ones, counts[held]), dtype=np.float32)
 

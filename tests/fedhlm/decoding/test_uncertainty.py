@@ -91,6 +91,19 @@ def test_a_certain_token_of_a_large_vocabulary_has_no_doubt() -> None:
     assert closed_form(np.zeros(100_000), 8) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("token", [5, 7])
+def test_odd_logits_have_the_doubt_that_they_have_in_a_small_vocabulary(odd: float, token: int) -> None:
+    """A model that is broken, or a draft that a mask excludes, must not fail for the size of its vocabulary."""
+    doubts = []
+    for size in (16_000, 20_000):
+        logits = np.zeros(size, np.float32)
+        logits[5] = odd
+        doubts.append(closed_form(logits, token))
+    assert doubts == pytest.approx(doubts[::-1], abs=1e-3)
+
+
 def test_k_sample_has_the_mean_and_the_spread_of_its_twenty_draws() -> None:
     logits = np.random.default_rng(2).normal(size=30) * 2.0
     token = int(np.argmax(logits))

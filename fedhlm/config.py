@@ -188,7 +188,7 @@ def _merge(*layers: Layer) -> Loaded:
 
 
 def _read_file(path: Path) -> Layer:
-    return _layer(_flat(_read_toml(path), f"file {path}"), lambda _: f"file {path}")
+    return _layer(_flat(read_toml(path), f"file {path}"), lambda _: f"file {path}")
 
 
 def _read_preset(wanted: str, source: str) -> Layer:
@@ -196,7 +196,7 @@ def _read_preset(wanted: str, source: str) -> Layer:
     path = Path(wanted) if is_path else PRESET_FOLDER / f"{wanted}.toml"
     if not is_path and wanted not in presets():
         raise _unknown_preset(wanted, source, " or a path to a .toml file")
-    table = dict(_read_toml(path) if is_path else _read_shipped(path))
+    table = dict(read_toml(path) if is_path else _read_shipped(path))
     promise = table.pop("promise", None)
     if not isinstance(promise, str) or not promise:
         raise ConfigError(
@@ -228,16 +228,21 @@ def _read_flags(flags: Mapping[str, str]) -> Layer:
     return _layer(flags, lambda key: f"flag --{key}", text=True)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, *, key: str = "file") -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is none; `key` is what named it.
+    """
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as exc:
-        raise ConfigError("file", str(path), "a readable TOML file", why=exc.strerror or str(exc)) from exc
+        raise ConfigError(key, str(path), "a readable TOML file", why=exc.strerror or str(exc)) from exc
     except (ValueError, RecursionError) as exc:
-        raise ConfigError("file", str(path), "TOML", why=str(exc)) from exc
+        raise ConfigError(key, str(path), "TOML", why=str(exc)) from exc
 
 
-_read_shipped = cache(_read_toml)
+_read_shipped = cache(read_toml)
 """Shipped presets are read once, since every prompt that names one asks for it. Its tables are not modified."""
 
 

@@ -55,6 +55,9 @@ class PaperFlags:
     quick: Annotated[bool, Parameter(negative="")] = False
     """Run a smaller sample, which the report says."""
 
+    parameters: Path | None = None
+    """TOML file whose keys replace those of the experiment's file (docs/lab.md); the report names them."""
+
     out: Path = Path("lab-results")
     """Folder for the results; each experiment has a folder in it."""
 
@@ -256,14 +259,18 @@ def _papers(names: list[str] | None, given: PaperFlags, asked: PromptFlags | Non
     with needing("lab"):
         present("matplotlib")
         from fedhlm_lab.papers.catalogue import EXPERIMENTS
+        from fedhlm_lab.papers.experiment import Sample
         from fedhlm_lab.papers.laws import default_cache
         from fedhlm_lab.papers.pair import folder_pair
         from fedhlm_lab.papers.report import write
         from fedhlm_lab.papers.workloads import PromptChoice
+    if names is None and given.parameters is not None:
+        raise ConfigError("--parameters", given.parameters, "given to one experiment: each has keys of its own")
+    sample = Sample.of(given.quick, given.parameters)
     chosen = {} if asked is None else {"chosen": PromptChoice(asked.prompts, asked.workload)}
     pair = folder_pair(given.slm, given.llm)
     for name in names or EXPERIMENTS:
-        result = EXPERIMENTS[name](pair, given.cache or default_cache(), quick=given.quick, **chosen)
+        result = EXPERIMENTS[name](pair, given.cache or default_cache(), sample=sample, **chosen)
         write(result, given.out / name)
         print("\n".join([f"{result.title}: {given.out / name / 'report.md'}", *(f"  {s}" for s in result.sentences)]))
     return 0

@@ -106,6 +106,7 @@ def run(
     fleets: dict[str, tuple[str, ...]] = {name: (name,) for name in names_of(experiment.presets, presets(), "presets")}
     fleets |= {MIXED: experiment.mixed} if experiment.mixed else {}
     names_of([experiment.link], links.names(), "link")
+    names_of([experiment.baseline], experiment.presets, "baseline")
     seeds = range(experiment.seed, experiment.seed + experiment.seeds)
     plan = [(v, f, n, s) for v in experiment.verifiers for f in fleets for n in experiment.agents for s in seeds]
     made: dict[float, tuple[Pair, CallTally]] = {}

@@ -38,7 +38,7 @@ class CapacityFindings:
         self.runs = runs
         self.verifiers = list(runs.experiment.verifiers)
         self.presets = [*runs.experiment.presets, *([MIXED] if runs.experiment.mixed else [])]
-        self.agents = list(runs.experiment.agents)
+        self.agents = sorted(set(runs.experiment.agents))
 
     def points(self, verifier: str, preset: str, agents: int) -> list[CapacityPoint]:
         """The points of all seeds."""
@@ -73,7 +73,7 @@ def result_of(runs: CapacityRuns) -> LabResult:
     found, e = CapacityFindings(runs), runs.experiment
     facts = {
         "source": runs.source, "seeds": e.seeds, "link": e.link, "texts of an agent": e.texts, "tokens": e.tokens,
-        "agents": ", ".join(map(str, e.agents)),
+        "agents": ", ".join(map(str, found.agents)),
     }  # fmt: skip
     ratios = [
         ratio
@@ -151,7 +151,7 @@ def _points(found: CapacityFindings) -> LabTable:
                 calls, positions = _work(points)
                 busy = mean_of([point.busy_s / point.wall_s for point in points])
                 slowest = mean_of([min(point.speeds) for point in points])
-                waits = mean_of([1000.0 * float(np.quantile(point.waits, 0.95)) for point in points])
+                waits = [1000.0 * float(np.quantile(point.waits, 0.95)) for point in points if point.waits]
                 reached = [
                     float(np.mean([s >= target for p in points for s in p.speeds]))
                     for target in found.runs.experiment.targets
@@ -165,7 +165,7 @@ def _points(found: CapacityFindings) -> LabTable:
                         str(speed),
                         str(slowest),
                         *reached,
-                        str(waits),
+                        str(mean_of(waits)) if len(waits) > 1 else None,
                         calls,
                         positions,
                         str(busy),

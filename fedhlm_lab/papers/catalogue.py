@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from fedhlm.errors import FedhlmError
+from fedhlm.errors import ConfigError, FedhlmError
 from fedhlm.progress import progress
 from fedhlm_lab.papers import (
     ablations,
@@ -25,6 +25,7 @@ from fedhlm_lab.papers.experiment import (
     CapacityExperiment,
     FedhlmExperiment,
     ParetoExperiment,
+    Sample,
     UhlmExperiment,
 )
 from fedhlm_lab.papers.findings import LabResult
@@ -38,52 +39,54 @@ QUICK: Final = "A smaller sample (--quick): the figures are for looking at, not 
 TOO_FEW: Final = "AG News was not found (FEDHLM_DATA names its folder), so these are few and simple texts."
 
 
-def run_fedhlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+def run_fedhlm(pair: LabPair, cache: Path, *, sample: Sample) -> LabResult:
     """Run FedHLM's experiment."""
-    experiment = FedhlmExperiment.load("fedhlm", quick=quick)
+    experiment = FedhlmExperiment.load("fedhlm", sample)
     source = source_of(experiment.articles)
     laws = laws_of(pair, cache, topic_prompts(source.articles, decoder_of(pair)))
     seeds = experiment.smaller(len(source.articles)).each_seed()
     runs = [fedhlm.run(one, pair, source, laws) for one in seeds]
-    return marked(fedhlm_figures.result_of(runs), laws, source.name, quick=quick)
+    return marked(fedhlm_figures.result_of(runs), laws, source.name, sample=sample)
 
 
-def run_u_hlm(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+def run_u_hlm(pair: LabPair, cache: Path, *, sample: Sample) -> LabResult:
     """Run U-HLM's and CU-HLM's experiment."""
-    experiment = UhlmExperiment.load("u-hlm", quick=quick)
+    experiment = UhlmExperiment.load("u-hlm", sample)
     source, decoder = source_of(experiment.questions), decoder_of(pair)
     read = source_of(experiment.articles)
     texts = laws_of(pair, cache, text_prompts(read.articles, decoder, experiment.rows))
     questions = laws_of(pair, cache, topic_prompts(source.articles, decoder))
     asked = replace(experiment, articles=len(texts.prompts), questions=len(source.articles))
     runs = [u_hlm.run(one, pair, source, texts, questions) for one in asked.each_seed()]
-    return marked(u_hlm_figures.result_of(runs), texts, source.name, quick=quick)
+    return marked(u_hlm_figures.result_of(runs), texts, source.name, sample=sample)
 
 
-def run_pareto(pair: LabPair, cache: Path, *, quick: bool, chosen: PromptChoice = NEWS) -> LabResult:
+def run_pareto(pair: LabPair, cache: Path, *, sample: Sample, chosen: PromptChoice = NEWS) -> LabResult:
     """Run all presets on all links."""
-    experiment = paced(ParetoExperiment.load("pareto", quick=quick), pair)
+    experiment = paced(ParetoExperiment.load("pareto", sample), pair, given=sample.parameters)
     needed, articles = pareto.prompts_needed(experiment), experiment.articles
     prompts = prompts_of(chosen, pair, articles=articles, needed=needed, room=experiment.tokens)
     result = pareto_figures.result_of(pareto.run(experiment, pair, prompts.source, prompts.ids))
-    return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, quick=quick)
+    return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, sample=sample)
 
 
-def run_capacity(pair: LabPair, cache: Path, *, quick: bool, chosen: PromptChoice = NEWS) -> LabResult:
+def run_capacity(pair: LabPair, cache: Path, *, sample: Sample, chosen: PromptChoice = NEWS) -> LabResult:
     """Run fleets of many sizes on one verifier."""
-    experiment, small, large = CapacityExperiment.load("capacity", quick=quick), decoder_of(pair), pair.large_decoder
+    experiment, small, large = CapacityExperiment.load("capacity", sample), decoder_of(pair), pair.large_decoder
     if large is None:
         raise FedhlmError("costs must be measured on model folders (got toy models)")
-    count = experiment.prompts
+    count, longest = experiment.prompts, small.info.context - experiment.tokens
     prompts = prompts_of(chosen, pair, articles=count, needed=count, room=experiment.tokens)
+    if experiment.mixed and experiment.long > longest:
+        raise ConfigError("long", experiment.long, f"at most {longest}: the SLM's context without `tokens`")
     costs = PairCosts.load_or_measure(cache.parent / "costs", f"{pair.small.name} {pair.large.name}", large, small)
     result = capacity_figures.result_of(capacity.run(experiment, pair, costs, prompts.source, prompts.ids))
-    return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, quick=quick)
+    return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, sample=sample)
 
 
-def run_ablations(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
+def run_ablations(pair: LabPair, cache: Path, *, sample: Sample) -> LabResult:
     """Run the system with each of its parts and without it."""
-    experiment = paced(AblationsExperiment.load("ablations", quick=quick), pair)
+    experiment = paced(AblationsExperiment.load("ablations", sample), pair, given=sample.parameters)
     known = len(source_of(experiment.articles).articles)
     prompts = {}
     for name, wanted in experiment.workloads.items():
@@ -93,7 +96,7 @@ def run_ablations(pair: LabPair, cache: Path, *, quick: bool) -> LabResult:
             PromptChoice(workload=name), pair, articles=needed, needed=needed, room=wanted.tokens
         )
     result = ablations_figures.result_of(ablations.run(experiment, pair, prompts))
-    return noted(result, names_of(pair), next(iter(prompts.values())).source, quick=quick)
+    return noted(result, names_of(pair), next(iter(prompts.values())).source, sample=sample)
 
 
 def names_of(pair: LabPair) -> dict[str, str]:
@@ -107,16 +110,17 @@ def laws_of(pair: LabPair, cache: Path, prompts: list[LawPrompt]) -> Laws:
         return Laws.load_or_compute(cache, prompts, pair.small, pair.large, ended)
 
 
-def marked(result: LabResult, laws: Laws, source: str, *, quick: bool) -> LabResult:
+def marked(result: LabResult, laws: Laws, source: str, *, sample: Sample) -> LabResult:
     """The result of cached laws; see `noted`."""
     models = {"SLM": laws.facts.small, "LLM": laws.facts.large, "laws": laws.facts.digest}
-    return noted(result, models, source, quick=quick)
+    return noted(result, models, source, sample=sample)
 
 
-def noted(result: LabResult, models: Mapping[str, str], source: str, *, quick: bool) -> LabResult:
+def noted(result: LabResult, models: Mapping[str, str], source: str, *, sample: Sample) -> LabResult:
     """The result with what it was made from, and with a warning where it is small."""
-    warnings = [*([QUICK] if quick else []), *([TOO_FEW] if source == SHIPPED else [])]
-    return result._replace(facts={**result.facts, **models}, sentences=[*warnings, *result.sentences])
+    warnings = [*([QUICK] if sample.quick else []), *([TOO_FEW] if source == SHIPPED else [])]
+    changed = {f"parameters of {sample.source}": ", ".join(sample.parameters)} if sample.source else {}
+    return result._replace(facts={**result.facts, **models, **changed}, sentences=[*warnings, *result.sentences])
 
 
 EXPERIMENTS: Final[dict[str, Callable[..., LabResult]]] = {

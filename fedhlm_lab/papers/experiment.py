@@ -1,19 +1,47 @@
 """Experiments as TOML files in `fedhlm_lab/papers/experiments`: parameters, seeds, and the papers' values."""
 
+import difflib
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
-from typing import Annotated, Any, Final, Self
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple, Self
 
 import msgspec
 from msgspec import Meta
 from msgspec.structs import replace
 
-from fedhlm.errors import ConfigError
+from fedhlm.config import read_toml
+from fedhlm.errors import ConfigError, UnknownKey
 
 Amount = Annotated[int, Meta(ge=1, le=1_000_000)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
-Seconds = Annotated[float, Meta(ge=0.0, le=3_600.0)]
+Pace = tuple[Annotated[float, Meta(ge=0.0, le=3_600.0)], Annotated[float, Meta(gt=0.0, le=3_600.0)]]
+"""The seconds of a call of a model, and of each token in it."""
 FOLDER: Final = resources.files("fedhlm_lab.papers") / "experiments"
+
+
+class Sample(NamedTuple):
+    """How a run differs from the experiment's file: a smaller one, and parameters of one's own, from a file.
+
+    A table among the parameters replaces the whole table of the experiment.
+    """
+
+    quick: bool = False
+    parameters: Mapping[str, Any] = {}
+    source: str = ""
+
+    @classmethod
+    def of(cls, quick: bool, file: Path | None) -> Self:
+        """The sample that a command line asks for.
+
+        Raises:
+            ConfigError: the file cannot be read, or is no TOML.
+        """
+        return cls(quick) if file is None else cls(quick, read_toml(file, key="--parameters"), file.name)
+
+
+WHOLE: Final = Sample()
 
 
 class PaperValue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,27 +75,27 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     paper: tuple[PaperValue, ...] = ()
 
     @classmethod
-    def load(cls, name: str, *, quick: bool = False) -> Self:
+    def load(cls, name: str, sample: Sample = WHOLE) -> Self:
         """Read a shipped experiment.
 
         Raises:
-            ConfigError: the file has an impossible value.
+            ConfigError: a parameter of the sample is impossible.
+            UnknownKey: the experiment has no such parameter.
         """
         tree = tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
-        return cls.of(tree, f"{name}.toml", quick=quick)
-
-    @classmethod
-    def of(cls, tree: dict[str, Any], name: str, *, quick: bool = False) -> Self:
-        """Make an experiment from a parsed file.
-
-        Raises:
-            ConfigError: a value is impossible.
-        """
-        try:
-            found = msgspec.convert(tree, cls)
-            return msgspec.convert({**tree, **found.quick}, cls) if quick else found
-        except msgspec.ValidationError as exc:
-            raise ConfigError(name, str(exc), "an experiment", why="a value is impossible") from exc
+        if sample.quick:
+            tree |= tree.get("quick", {})
+        source, keys = f"file {sample.source}", cls.__struct_fields__
+        for key, value in sample.parameters.items():
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}"
+                raise UnknownKey(key, value, hint, source=source)
+            try:
+                msgspec.convert({**tree, key: value}, cls)
+            except msgspec.ValidationError as exc:
+                raise ConfigError(key, value, f"a value as in {name}.toml", source=source, why=str(exc)) from exc
+        return msgspec.convert({**tree, **sample.parameters}, cls)
 
     def smaller(self, articles: int) -> Self:
         """The same experiment where there are at most so many articles."""
@@ -89,7 +117,7 @@ class FedhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fie
     clients: Amount
     clusters: Amount
     rounds: Amount
-    alphas: tuple[Annotated[float, Meta(gt=0.0)], ...]
+    alphas: Annotated[tuple[Annotated[float, Meta(gt=0.0)], ...], Meta(min_length=1)]
     send_probability: Unit
     fixed_tau: Unit
     budget: Annotated[float, Meta(gt=0.0, le=1.0)]
@@ -108,10 +136,10 @@ class UhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_field
     questions: Amount
     temperature: Annotated[float, Meta(ge=0.0, le=10.0)]
     budget: Annotated[float, Meta(gt=0.0, le=1.0)]
-    taus: tuple[Unit, ...]
-    vocabularies: tuple[Annotated[int, Meta(ge=64, lt=2**24)], ...]
+    taus: Annotated[tuple[Unit, ...], Meta(min_length=1)]
+    vocabularies: Annotated[tuple[Annotated[int, Meta(ge=64, lt=2**24)], ...], Meta(min_length=1)]
     bandwidth_hz: Annotated[float, Meta(gt=0.0)]
-    snr_db: tuple[float, ...]
+    snr_db: Annotated[tuple[float, ...], Meta(min_length=1)]
     slm_s: Annotated[float, Meta(ge=0.0)]
     llm_s: Annotated[float, Meta(ge=0.0)]
     paper_law_bytes: Annotated[float, Meta(gt=0.0)]
@@ -124,14 +152,14 @@ class UhlmExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_field
 class PacedExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Simulated fleets of `agents`, one for each system and seed, with given compute times.
 
-    Models take the seconds of a call, and those of each token in it: `device_s` the SLM on a device, `beside_s` the
-    same one at the cloud, `large_s` the LLM.
+    The models' paces are `device_s` for the SLM on a device, `beside_s` for the same one at the cloud, and `large_s` for
+    the LLM.
     """
 
     agents: Amount
-    device_s: tuple[Seconds, Seconds]
-    beside_s: tuple[Seconds, Seconds]
-    large_s: tuple[Seconds, Seconds]
+    device_s: Pace
+    beside_s: Pace
+    large_s: Pace
 
 
 class ParetoExperiment(PacedExperiment, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -174,7 +202,7 @@ class AblationsExperiment(PacedExperiment, frozen=True, kw_only=True, forbid_unk
 
     clusters: Amount
     links: Annotated[tuple[str, ...], Meta(min_length=1)]
-    workloads: dict[str, AblationWorkload]
+    workloads: Annotated[dict[str, AblationWorkload], Meta(min_length=1)]
     parts: Annotated[tuple[AblatedPart, ...], Meta(min_length=1)]
 
 
@@ -198,7 +226,7 @@ class CapacityExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_f
     `targets`, in tokens a second and agent, beside that of the preset `baseline`.
     """
 
-    presets: tuple[str, ...]
+    presets: Annotated[tuple[str, ...], Meta(min_length=1)]
     baseline: str
     link: str
     agents: Annotated[tuple[Amount, ...], Meta(min_length=2)]
@@ -209,4 +237,4 @@ class CapacityExperiment(Experiment, frozen=True, kw_only=True, forbid_unknown_f
     mixed: tuple[str, ...] = ()
     long: Amount = 1
     targets: tuple[Annotated[float, Meta(gt=0.0)], ...]
-    verifiers: dict[str, VerifierKind]
+    verifiers: Annotated[dict[Annotated[str, Meta(pattern=r"^[\w-]+$")], VerifierKind], Meta(min_length=1)]

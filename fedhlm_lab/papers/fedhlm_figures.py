@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from fedhlm.errors import ConfigError
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.papers.device import LabOutcome
 from fedhlm_lab.papers.experiment import PaperValue
@@ -94,8 +95,7 @@ def ours(runs: FedhlmRuns, paper: PaperValue) -> tuple[float | None, float | Non
             name = "peer" if layer == "peers" else layer
             return _whole(published)[name], _whole(calibrated)[name]
         case "Fig. 7", [layer, alpha]:
-            key = float(alpha.removeprefix("alpha "))
-            return _whole(runs.rounds[key, PUBLISHED])[layer], _whole(runs.rounds[key, CALIBRATED])[layer]
+            return _skewed(runs, layer, float(alpha.removeprefix("alpha ")))
         case "Table IV", ["FedHLM", _]:
             return _whole(published)["cloud"], _whole(calibrated)["cloud"]
         case "Table IV", [name, _]:
@@ -113,7 +113,14 @@ def ours(runs: FedhlmRuns, paper: PaperValue) -> tuple[float | None, float | Non
         case "Fig. 10", [name]:
             key_name = "SLM alone" if name == "SLM alone" else "speculative"
             return share(runs.baselines[key_name], lambda one: one.right), None
-    raise ValueError(f"a value of the paper must be one that is computed (got {paper.place}, {paper.name})")
+    raise ConfigError("paper", f"{paper.place}, {paper.name}", "a value that the experiment computes")
+
+
+def _skewed(runs: FedhlmRuns, layer: str, alpha: float) -> tuple[float | None, float | None]:
+    """The share of a layer where clients differ so much; nothing if the experiment has no such clients."""
+    if alpha not in runs.experiment.alphas:
+        return None, None
+    return _whole(runs.rounds[alpha, PUBLISHED])[layer], _whole(runs.rounds[alpha, CALIBRATED])[layer]
 
 
 def sentences(seeds: Sequence[FedhlmRuns]) -> list[str]:

@@ -1,6 +1,6 @@
 """The pair of models of an experiment, as sources of laws and as parts of a fleet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -67,13 +67,17 @@ def folder_pair(slm: str = "", llm: str = "", *, threads: int = 1) -> LabPair:
     )
 
 
-def paced(experiment: Paced, pair: LabPair) -> Paced:
-    """The experiment with the compute times of the pair on this machine; those in the file are the shipped models'."""
+def paced(experiment: Paced, pair: LabPair, given: Collection[str] = ()) -> Paced:
+    """The experiment with the compute times of the pair on this machine; those in the file are the shipped models'.
+
+    Parameters that are `given` stay.
+    """
     if not pair.own or pair.decoder is None or pair.large_decoder is None:
         return experiment
     with progress("measuring steps and blocks"):
         device, large = measured(pair.decoder), measured(pair.large_decoder)
-    return replace(experiment, device_s=tuple(device), beside_s=tuple(device), large_s=tuple(large))
+    times = {"device_s": tuple(device), "beside_s": tuple(device), "large_s": tuple(large)}
+    return replace(experiment, **{name: pace for name, pace in times.items() if name not in given})
 
 
 def decoder_of(pair: LabPair) -> LoadedModel:

@@ -132,14 +132,16 @@ def _where_it_wins(found: Findings) -> list[str]:
         speeds = [f"`{preset}` {found.mean(SPEED, link, preset).mean:.3g}" for preset in order]
         lines.append(f"{link}: {', '.join(speeds)}")
     calls = {preset: found.over_links(CALLS, preset) for preset in COMPARED if preset in found.presets}
+    speeds_told = f"Tokens a second of the three fastest whose text is the LLM's own: {'; '.join(lines)}."
+    counted = ", ".join(f"`{preset}` {count:.3f}" for preset, count in calls.items())
+    calls_told = [f"Calls of the LLM a token: {counted}."] if calls else []
+    if RIVAL not in found.presets:
+        return [speeds_told, *calls_told]
     shared = [link for link in found.links if RIVAL in found.frontier(link)]
     return [
-        (
-            f"Of the presets whose text is the LLM's own, `{RIVAL}` is the fastest on {_listed(fastest)}. Tokens a second of "
-            f"the three fastest: {'; '.join(lines)}."
-        ),
+        f"Of the presets whose text is the LLM's own, `{RIVAL}` is the fastest on {_listed(fastest)}. {speeds_told}",
         f"No preset is at least as good as `{RIVAL}` in agreement, speed and messages together on {_listed(shared)}.",
-        "Calls of the LLM a token: " + ", ".join(f"`{preset}` {count:.3f}" for preset, count in calls.items()) + ".",
+        *calls_told,
     ]
 
 
@@ -153,6 +155,8 @@ def _what_it_cannot(found: Findings) -> list[str]:
         "to learn from"
         for preset in limits
     ]
+    if RIVAL not in found.presets:
+        return [f"{told}." for told in kept]
     return [
         (
             f"Without a link the first token comes after {firsts[RIVAL]} s under `{RIVAL}`, and after {firsts[quickest]} s "

@@ -28,6 +28,7 @@ from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.requests import LabSource, asked
 from fedhlm_lab.papers.rerun import RerunRow, rerun
 
+PRONE: Final = 0.43  # U-HLM's published risk-prone threshold, which the presets have
 DOUBTS: Final = ("k-sample", "closed-form")
 SENT: Final = ("full", "published-cu", "lattice")
 DELTA: Final = 0.05  # the calibrated threshold holds with this error probability
@@ -188,8 +189,9 @@ def run(experiment: UhlmExperiment, pair: LabPair, source: LabSource, texts: Law
     known = LawTexts(questions, [a.topic for a in source.articles], pair.word, keep_laws=True)
     requests = asked(len(questions.prompts), len(questions.prompts), experiment.seed)
     accuracy = {}
-    with progress("thresholds", len(experiment.taus)) as ended:
-        for tau in experiment.taus:
+    taus = sorted({*experiment.taus, PRONE})
+    with progress("thresholds", len(taus)) as ended:
+        for tau in taus:
             config = load(preset="u-hlm", environ={}, flags={"generation.tau": str(tau)}).config
             device = LawDevice("one", config.generation, Learner(config.federation, np.random.default_rng(0)), known)
             made = [device.answer(request) for request in requests]

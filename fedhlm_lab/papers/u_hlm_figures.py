@@ -4,18 +4,16 @@ Each figure follows from the runs of one seed, and is then joined over all seeds
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 import numpy as np
 
+from fedhlm.errors import ConfigError
 from fedhlm_lab.papers.experiment import PaperValue
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabResult, LabTable, PaperRow
 from fedhlm_lab.papers.intervals import CONFIDENCE, mean_of
 from fedhlm_lab.papers.over_seeds import over_seeds
 from fedhlm_lab.papers.rerun import reruns_table
-from fedhlm_lab.papers.u_hlm import DOUBTS, SpeedupPoint, UhlmRuns, rate_of, snr_of, token_s
-
-PRONE: Final = 0.43  # U-HLM's published risk-prone threshold, which the presets have
+from fedhlm_lab.papers.u_hlm import DOUBTS, PRONE, SpeedupPoint, UhlmRuns, rate_of, snr_of, token_s
 
 
 def result_of(seeds: Sequence[UhlmRuns]) -> LabResult:
@@ -85,7 +83,7 @@ def ours(runs: UhlmRuns, paper: PaperValue) -> tuple[float | None, float | None]
             return 1.0 - runs.law_bytes["published-cu"] / runs.law_bytes["full"], None
         case "CU-HLM", "throughput":
             return points["ours, CU-HLM"].at(slowest), points["ours, CU-HLM"]._replace(sent=calibrated).at(slowest)
-    raise ValueError(f"a value of the paper must be one that is computed (got {paper.place}, {paper.name})")
+    raise ConfigError("paper", f"{paper.place}, {paper.name}", "a value that the experiment computes")
 
 
 def sentences(seeds: Sequence[UhlmRuns]) -> list[str]:

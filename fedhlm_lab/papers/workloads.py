@@ -91,13 +91,16 @@ def prompts_of(chosen: PromptChoice, pair: LabPair, *, articles: int, needed: in
     News items are the first of at most `articles`, and must be enough. Prompts of a file take turns if they are fewer.
 
     Raises:
-        ConfigError: the workload is unknown.
+        ConfigError: the workload is unknown, or the texts leave no room for a prompt.
         DataMissing: the file cannot be used, or a prompt in it is too long.
         FedhlmError: there are too few items, or the LLM has no chat template.
     """
     if chosen.workload not in WORKLOADS:
         raise ConfigError("--workload", chosen.workload, f"one of {', '.join(WORKLOADS)}")
-    encode, limit = _encoder(chosen.workload, pair), decoder_of(pair).info.context - room
+    context = decoder_of(pair).info.context
+    if room >= context:
+        raise ConfigError("tokens", room, f"below the {context} of the SLM's context")
+    encode, limit = _encoder(chosen.workload, pair), context - room
     if chosen.file is None:
         source = source_of(articles)
         if len(source.articles) < needed:

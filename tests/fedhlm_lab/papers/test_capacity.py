@@ -11,7 +11,7 @@ from fedhlm.decoding.decoder import Decoder
 from fedhlm.errors import ConfigError, FedhlmError
 from fedhlm_lab.papers import capacity
 from fedhlm_lab.papers.capacity_figures import CapacityFindings, capacity_of, result_of
-from fedhlm_lab.papers.experiment import CapacityExperiment
+from fedhlm_lab.papers.experiment import CapacityExperiment, Sample
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.sim import toy, verifier_costs
 from fedhlm_lab.sim.pace import CallTally, ModelPace
@@ -69,7 +69,6 @@ def test_costs_are_measured_once_and_a_file_of_something_else_is_refused(
 
 def experiment(**changes: object) -> CapacityExperiment:
     """The shipped one, smaller."""
-    shipped = CapacityExperiment.load("capacity", quick=True)
     small = {
         "agents": (1, 6),
         "verifiers": {"cpu": {"cheaper": 1.0, "batch_tokens": 32}},
@@ -77,7 +76,7 @@ def experiment(**changes: object) -> CapacityExperiment:
         "mixed": (),
         **changes,
     }
-    return CapacityExperiment.of({**{f: getattr(shipped, f) for f in shipped.__struct_fields__}, **small}, "test")
+    return CapacityExperiment.load("capacity", Sample(quick=True, parameters=small))
 
 
 def test_more_agents_are_slower_and_drafts_save_calls() -> None:

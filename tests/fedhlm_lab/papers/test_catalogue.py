@@ -8,7 +8,9 @@ import pytest
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.cli import main
 from fedhlm_lab.papers import catalogue
-from fedhlm_lab.papers.experiment import Experiment, FedhlmExperiment, ParetoExperiment, UhlmExperiment
+from fedhlm_lab.papers.experiment import Experiment, FedhlmExperiment, ParetoExperiment, Sample, UhlmExperiment
+from fedhlm_lab.papers.pair import folder_pair, paced
+from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.requests import source_of
 from fedhlm_lab.sim import verifier_costs
 from fedhlm_zoo.corpus import load_ag_news
@@ -33,10 +35,8 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FEDHLM_DATA", raising=False)
     load = Experiment.load.__func__  # type: ignore[attr-defined]
 
-    def smaller(cls: type[Experiment], name: str, *, quick: bool = False) -> Any:
-        shipped = load(cls, name, quick=quick)
-        fields = {field: getattr(shipped, field) for field in shipped.__struct_fields__}
-        return cls.of({**fields, **FEW[name]}, name)
+    def smaller(cls: type[Experiment], name: str, sample: Sample) -> Any:
+        return load(cls, name, sample._replace(parameters={**FEW[name], **sample.parameters}))
 
     monkeypatch.setattr(Experiment, "load", classmethod(smaller))
     for name, value in (("BATCHES", (1, 2)), ("WIDTHS", (1,)), ("CONTEXTS", (4,)), ("REPEATS", 1)):
@@ -83,15 +83,98 @@ def pictures(report: str) -> list[str]:
     ("name", "kind"), [("fedhlm", FedhlmExperiment), ("u-hlm", UhlmExperiment), ("pareto", ParetoExperiment)]
 )
 def test_a_shipped_experiment_is_read_and_its_smaller_sample_is_smaller(name: str, kind: type[Experiment]) -> None:
-    whole, quick = kind.load(name), kind.load(name, quick=True)
+    whole, quick = kind.load(name), kind.load(name, Sample(quick=True))
     assert quick.articles < whole.articles
     assert quick.paper == whole.paper
     assert all(value.tolerance > 0.0 for value in whole.paper)
 
 
-def test_an_impossible_experiment_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"test must be an experiment"):
-        FedhlmExperiment.of({"title": "x", "articles": 0}, "test")
+def test_parameters_of_one_s_own_replace_those_of_the_file_and_the_report_names_them(
+    few: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Path("mine.toml").write_text('links = ["lan"]\npresets = ["slm-only"]\n')
+    assert main(["lab", "pareto", "--parameters", "mine.toml", "--out", "out", "--cache", "laws"]) == 0
+    report = (tmp_path / "out" / "pareto" / "report.md").read_text()
+    assert "- parameters of mine.toml: links, presets" in report
+    assert [line for line in report.splitlines() if line.startswith("## On ")] == ["## On lan"]
+    assert "`colocated`" not in report.partition("## On lan")[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("agentz = [1, 2]", "agentz is not a known key: did you mean agents? (got [1, 2] from file mine.toml)"),
+        ("xyzzy = 1", "xyzzy is not a known key: the keys are title, articles,"),
+        ("agents = [0, 2]", "agents must be a value as in capacity.toml (got [0, 2] from file mine.toml: "),
+        ("seeds = 1", "seeds must be a value as in capacity.toml (got 1 from file mine.toml: "),
+        ('verifiers = {cpu = {cheaper = 0.5, batch_tokens = 8}}', "verifiers must be a value as in capacity.toml"),
+        ("agents = ", "--parameters must be TOML (got 'mine.toml': "),
+        (None, "--parameters must be a readable TOML file (got 'mine.toml': No such file or directory)"),
+    ],
+)  # fmt: skip
+def test_impossible_parameters_are_told_in_one_line(
+    text: str | None, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("mine.toml").write_text(text)
+    assert main(["lab", "capacity", "--parameters", "mine.toml"]) == 2
+    told = capsys.readouterr().err
+    assert words in told.replace("\n", " ")
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("pareto", {"tokens": 600}, "tokens must be below the 512 of the SLM's context (got 600)"),
+        ("pareto", {"device_s": [0.0, 0.0]}, "device_s must be a value as in pareto.toml"),
+        ("capacity", {"baseline": "hlm"}, "baseline must be one of exact, llm-only (got 'hlm')"),
+        ("capacity", {"mixed": ["exact"], "long": 509}, "long must be at most 508"),
+        ("capacity", {"verifiers": {"a/b": {"cheaper": 1.0, "batch_tokens": 8}}}, "verifiers must be a value as in"),
+        ("fedhlm", {"requests": 5}, "requests must be at least 6, one for each client and round (got 5)"),
+        ("fedhlm", {"paper": [{"place": "x", "name": "y", "value": 1.0, "tolerance": 0.1}]}, "paper must be a value that"),
+        ("u-hlm", {"paper": [{"place": "x", "name": "y", "value": 1.0, "tolerance": 0.1}]}, "paper must be a value that"),
+    ],
+)  # fmt: skip
+def test_parameters_that_do_not_fit_one_another_are_told(
+    name: str, changes: dict[str, Any], words: str, few: None, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as told:
+        catalogue.EXPERIMENTS[name](folder_pair(), tmp_path / "laws", sample=Sample(parameters=changes))
+    assert words in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("capacity", {"presets": ["slm-only", "llm-only"], "agents": [2, 1, 2]}),
+        ("fedhlm", {"alphas": [1.0], "clients": 1, "clusters": 1}),
+        ("u-hlm", {"taus": [0.5]}),
+    ],
+)
+def test_whatever_presets_sizes_and_thresholds_run_the_report_is_whole(
+    name: str, changes: dict[str, Any], few: None, tmp_path: Path
+) -> None:
+    result = catalogue.EXPERIMENTS[name](folder_pair(), tmp_path / "laws", sample=Sample(parameters=changes))
+    text = markdown(result)
+    assert "nan" not in text.lower()
+    assert all(f"- {key}: " in text for key in ("SLM", "LLM", "seeds"))
+
+
+def test_parameters_are_for_one_experiment(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("seeds = 2\n")
+    assert main(["lab", "all", "--parameters", str(tmp_path / "mine.toml")]) == 2
+    assert "--parameters must be given to one experiment" in capsys.readouterr().err
+
+
+def test_times_that_are_given_are_not_measured_anew() -> None:
+    given = Sample(parameters={"large_s": [0.5, 0.25]})
+    experiment = ParetoExperiment.load("pareto", given)
+    pair = folder_pair()._replace(own=True)
+    found = paced(experiment, pair, given=given.parameters)
+    assert found.large_s == (0.5, 0.25)
+    assert found.device_s != experiment.device_s
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(

@@ -12,7 +12,7 @@ from fedhlm.decoding.decoder import Decoder, DecoderInput, DecoderOutput
 from fedhlm.errors import ConfigError
 from fedhlm_lab.papers import pareto
 from fedhlm_lab.papers.desk import LlmJudge, WrittenTexts
-from fedhlm_lab.papers.experiment import ParetoExperiment
+from fedhlm_lab.papers.experiment import ParetoExperiment, Sample
 from fedhlm_lab.papers.findings import LabPanels
 from fedhlm_lab.papers.pair import folder_pair, paced
 from fedhlm_lab.papers.pareto import PresetPoint
@@ -30,9 +30,8 @@ PRESETS = ("colocated", "exact", "llm-only", "slm-only", "u-hlm")
 
 def experiment(**changes: object) -> ParetoExperiment:
     """The shipped one, smaller."""
-    shipped = ParetoExperiment.load("pareto")
     small = {"presets": PRESETS, "links": ("lan", "lte"), "seeds": 2, "texts": 2, "tokens": 12, "warm": 2, **changes}
-    return ParetoExperiment.of({**{f: getattr(shipped, f) for f in shipped.__struct_fields__}, **small}, "test")
+    return ParetoExperiment.load("pareto", Sample(parameters=small))
 
 
 @pytest.fixture(scope="module")

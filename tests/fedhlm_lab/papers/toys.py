@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fedhlm_lab.papers.device import LawTexts
-from fedhlm_lab.papers.experiment import FedhlmExperiment
+from fedhlm_lab.papers.experiment import FedhlmExperiment, Sample
 from fedhlm_lab.papers.laws import LawPrompt, Laws, ToyLaws
 from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.requests import LabSource
@@ -68,7 +68,4 @@ def experiment(**changes: object) -> FedhlmExperiment:
         "seeds": 2,
         **changes,
     }
-    shipped = FedhlmExperiment.load("fedhlm")
-    return FedhlmExperiment.of(
-        {**{f: getattr(shipped, f) for f in shipped.__struct_fields__ if f != "paper"}, **small}, "test"
-    )
+    return FedhlmExperiment.load("fedhlm", Sample(parameters={"paper": [], **small}))

@@ -24,7 +24,7 @@ def wheel() -> Path:
     """A wheel of this tree. It is built from a copy, for setuptools takes up what an earlier build has left."""
     copy, folder = Path(_KEPT.name, "source"), Path(_KEPT.name, "wheel")
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*_NOT_BUILT))
-    _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, copy)
+    _pip("wheel", "--no-deps", "--wheel-dir", folder, copy)
     (built,) = folder.glob("fedhlm-*.whl")
     return built
 
@@ -33,8 +33,15 @@ def wheel() -> Path:
 def programs(*extras: str) -> Path:
     """The folder of the programs of an environment that holds the wheel with these extras, and nothing else."""
     folder = Path(_KEPT.name, "-".join(["plain", *extras]))
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    install = (folder / "bin" / "python", "install", "--no-compile", "--constraint", ROOT / "constraints.txt")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    install = (
+        "--python",
+        folder / "bin" / "python",
+        "install",
+        "--no-compile",
+        "--constraint",
+        ROOT / "constraints.txt",
+    )
     if not extras:
         _pip(*install, wheel())
         return folder / "bin"
@@ -53,7 +60,7 @@ def environ(folder: Path, **more: str) -> dict[str, str]:
     return {**kept, "PATH": f"{folder}{os.pathsep}{kept['PATH']}", "VIRTUAL_ENV": str(folder.parent), **more}
 
 
-def _pip(python: Path | str, *arguments: Path | str) -> None:
-    command = [python, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
+def _pip(*arguments: Path | str) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, env=environ(ROOT), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

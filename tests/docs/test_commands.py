@@ -151,7 +151,7 @@ def typed(command: str, port: int, apis: Mapping[str, int]) -> str:
         # Most of a demo's time goes into the texts that every preset and both models write to be compared.
         command = re.sub(r"\s+#.*", "", command)
         command = re.sub(r' ARGS="(.*)"', r" \1", re.sub(r" --(?:duration|tokens) \d+", "", command))
-        program, words = command.split()[0], " ".join(["--duration 2 --tokens 8", *command.split()[2:]])
+        program, words = command.split()[0], " ".join(["--duration 1 --tokens 4", *command.split()[2:]])
         command = f'make demo ARGS="{words}"' if program == "make" else f"fedhlm demo {words}"
     for long, short in SHORTER.items():
         whole = f"{command} "
@@ -230,9 +230,9 @@ def test_the_commands_of_a_page_work_in_its_order(name: str, tmp_path: Path, clo
 @pytest.mark.parametrize(
     ("command", "less"),
     [
-        ("make demo      # about a minute", 'make demo ARGS="--duration 2 --tokens 8"'),
-        ('make demo ARGS="--preset u-hlm --tokens 32"', 'make demo ARGS="--duration 2 --tokens 8 --preset u-hlm"'),
-        ("fedhlm demo --record a --duration 60", "fedhlm demo --duration 2 --tokens 8 --record a"),
+        ("make demo      # about a minute", 'make demo ARGS="--duration 1 --tokens 4"'),
+        ('make demo ARGS="--preset u-hlm --tokens 32"', 'make demo ARGS="--duration 1 --tokens 4 --preset u-hlm"'),
+        ("fedhlm demo --record a --duration 60", "fedhlm demo --duration 1 --tokens 4 --record a"),
         ("fedhlm record --out a --duration 60", "fedhlm record --out a --duration 3"),
         ("fedhlm demonstrate", "fedhlm demonstrate"),
     ],

@@ -21,7 +21,7 @@ from fedhlm.learning.thresholds import PaperSettings
 from fedhlm.settings import Config
 from fedhlm_lab.papers import catalogue, fedhlm
 from fedhlm_lab.papers.device import LawTexts
-from fedhlm_lab.papers.experiment import FedhlmExperiment, Sample
+from fedhlm_lab.papers.experiment import FedhlmExperiment, LabSample
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabResult, LabTable
 from fedhlm_lab.papers.laws import Laws, default_cache
 from fedhlm_lab.papers.pair import LabPair, decoder_of, folder_pair
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     if options.command == "observe":
-        experiment = FedhlmExperiment.load("fedhlm", Sample(options.quick))
+        experiment = FedhlmExperiment.load("fedhlm", LabSample(options.quick))
         pair, source = folder_pair(), source_of(experiment.articles)
         laws = catalogue.laws_of(pair, default_cache(), topic_prompts(source.articles, decoder_of(pair)))
         found = observations(experiment.smaller(len(source.articles)), pair, source, laws)

@@ -259,14 +259,14 @@ def _papers(names: list[str] | None, given: PaperFlags, asked: PromptFlags | Non
     with needing("lab"):
         present("matplotlib")
         from fedhlm_lab.papers.catalogue import EXPERIMENTS
-        from fedhlm_lab.papers.experiment import Sample
+        from fedhlm_lab.papers.experiment import LabSample
         from fedhlm_lab.papers.laws import default_cache
         from fedhlm_lab.papers.pair import folder_pair
         from fedhlm_lab.papers.report import write
         from fedhlm_lab.papers.workloads import PromptChoice
     if names is None and given.parameters is not None:
         raise ConfigError("--parameters", given.parameters, "given to one experiment: each has keys of its own")
-    sample = Sample.of(given.quick, given.parameters)
+    sample = LabSample.of(given.quick, given.parameters)
     chosen = {} if asked is None else {"chosen": PromptChoice(asked.prompts, asked.workload)}
     pair = folder_pair(given.slm, given.llm)
     for name in names or EXPERIMENTS:

@@ -24,8 +24,8 @@ from fedhlm_lab.papers.experiment import (
     AblationsExperiment,
     CapacityExperiment,
     FedhlmExperiment,
+    LabSample,
     ParetoExperiment,
-    Sample,
     UhlmExperiment,
 )
 from fedhlm_lab.papers.findings import LabResult
@@ -39,7 +39,7 @@ QUICK: Final = "A smaller sample (--quick): the figures are for looking at, not 
 TOO_FEW: Final = "AG News was not found (FEDHLM_DATA names its folder), so these are few and simple texts."
 
 
-def run_fedhlm(pair: LabPair, cache: Path, *, sample: Sample) -> LabResult:
+def run_fedhlm(pair: LabPair, cache: Path, *, sample: LabSample) -> LabResult:
     """Run FedHLM's experiment."""
     experiment = FedhlmExperiment.load("fedhlm", sample)
     source = source_of(experiment.articles)
@@ -49,7 +49,7 @@ def run_fedhlm(pair: LabPair, cache: Path, *, sample: Sample) -> LabResult:
     return marked(fedhlm_figures.result_of(runs), laws, source.name, sample=sample)
 
 
-def run_u_hlm(pair: LabPair, cache: Path, *, sample: Sample) -> LabResult:
+def run_u_hlm(pair: LabPair, cache: Path, *, sample: LabSample) -> LabResult:
     """Run U-HLM's and CU-HLM's experiment."""
     experiment = UhlmExperiment.load("u-hlm", sample)
     source, decoder = source_of(experiment.questions), decoder_of(pair)
@@ -61,7 +61,7 @@ def run_u_hlm(pair: LabPair, cache: Path, *, sample: Sample) -> LabResult:
     return marked(u_hlm_figures.result_of(runs), texts, source.name, sample=sample)
 
 
-def run_pareto(pair: LabPair, cache: Path, *, sample: Sample, chosen: PromptChoice = NEWS) -> LabResult:
+def run_pareto(pair: LabPair, cache: Path, *, sample: LabSample, chosen: PromptChoice = NEWS) -> LabResult:
     """Run all presets on all links."""
     experiment = paced(ParetoExperiment.load("pareto", sample), pair, given=sample.parameters)
     needed, articles = pareto.prompts_needed(experiment), experiment.articles
@@ -70,7 +70,7 @@ def run_pareto(pair: LabPair, cache: Path, *, sample: Sample, chosen: PromptChoi
     return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, sample=sample)
 
 
-def run_capacity(pair: LabPair, cache: Path, *, sample: Sample, chosen: PromptChoice = NEWS) -> LabResult:
+def run_capacity(pair: LabPair, cache: Path, *, sample: LabSample, chosen: PromptChoice = NEWS) -> LabResult:
     """Run fleets of many sizes on one verifier."""
     experiment, small, large = CapacityExperiment.load("capacity", sample), decoder_of(pair), pair.large_decoder
     if large is None:
@@ -84,7 +84,7 @@ def run_capacity(pair: LabPair, cache: Path, *, sample: Sample, chosen: PromptCh
     return noted(result, {"workload": chosen.workload, **names_of(pair)}, prompts.source, sample=sample)
 
 
-def run_ablations(pair: LabPair, cache: Path, *, sample: Sample) -> LabResult:
+def run_ablations(pair: LabPair, cache: Path, *, sample: LabSample) -> LabResult:
     """Run the system with each of its parts and without it."""
     experiment = paced(AblationsExperiment.load("ablations", sample), pair, given=sample.parameters)
     known = len(source_of(experiment.articles).articles)
@@ -110,13 +110,13 @@ def laws_of(pair: LabPair, cache: Path, prompts: list[LawPrompt]) -> Laws:
         return Laws.load_or_compute(cache, prompts, pair.small, pair.large, ended)
 
 
-def marked(result: LabResult, laws: Laws, source: str, *, sample: Sample) -> LabResult:
+def marked(result: LabResult, laws: Laws, source: str, *, sample: LabSample) -> LabResult:
     """The result of cached laws; see `noted`."""
     models = {"SLM": laws.facts.small, "LLM": laws.facts.large, "laws": laws.facts.digest}
     return noted(result, models, source, sample=sample)
 
 
-def noted(result: LabResult, models: Mapping[str, str], source: str, *, sample: Sample) -> LabResult:
+def noted(result: LabResult, models: Mapping[str, str], source: str, *, sample: LabSample) -> LabResult:
     """The result with what it was made from, and with a warning where it is small."""
     warnings = [*([QUICK] if sample.quick else []), *([TOO_FEW] if source == SHIPPED else [])]
     changed = {f"parameters of {sample.source}": ", ".join(sample.parameters)} if sample.source else {}

@@ -21,7 +21,7 @@ Pace = tuple[Annotated[float, Meta(ge=0.0, le=3_600.0)], Annotated[float, Meta(g
 FOLDER: Final = resources.files("fedhlm_lab.papers") / "experiments"
 
 
-class Sample(NamedTuple):
+class LabSample(NamedTuple):
     """How a run differs from the experiment's file: a smaller one, and parameters of one's own, from a file.
 
     A table among the parameters replaces the whole table of the experiment.
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
         return cls(quick) if file is None else cls(quick, read_toml(file, key="--parameters"), file.name)
 
 
-WHOLE: Final = Sample()
+WHOLE: Final = LabSample()
 
 
 class PaperValue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +75,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     paper: tuple[PaperValue, ...] = ()
 
     @classmethod
-    def load(cls, name: str, sample: Sample = WHOLE) -> Self:
+    def load(cls, name: str, sample: LabSample = WHOLE) -> Self:
         """Read a shipped experiment.
 
         Raises:

@@ -11,7 +11,7 @@ from fedhlm_lab.papers import ablations
 from fedhlm_lab.papers.ablations import AblationPoint, AblationRuns, System, dealt, prompts_needed, systems_of
 from fedhlm_lab.papers.ablations_figures import QUANTITIES, AblationFindings, result_of, worth_of
 from fedhlm_lab.papers.desk import Desk, WrittenTexts, running
-from fedhlm_lab.papers.experiment import AblatedPart, AblationsExperiment, AblationWorkload, Sample
+from fedhlm_lab.papers.experiment import AblatedPart, AblationsExperiment, AblationWorkload, LabSample
 from fedhlm_lab.papers.findings import LabPanels
 from fedhlm_lab.papers.intervals import SeedMean, mean_of
 from fedhlm_lab.papers.quantities import AGREES, KEPT, SENT, SPEED, UP
@@ -32,7 +32,7 @@ FEW = {"continue": AblationWorkload("few texts", warm=8, texts=8, tokens=10)}
 def experiment(*parts: AblatedPart, **changes: object) -> AblationsExperiment:
     """The shipped one, smaller."""
     small = {"parts": parts, "workloads": FEW, "links": ("lte", "lan"), "seeds": 2, **changes}
-    return AblationsExperiment.load("ablations", Sample(parameters=small))
+    return AblationsExperiment.load("ablations", LabSample(parameters=small))
 
 
 def prompts(count: int, tokens: int = 4) -> dict[str, LabPrompts]:

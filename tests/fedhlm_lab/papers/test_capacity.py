@@ -11,7 +11,7 @@ from fedhlm.decoding.decoder import Decoder
 from fedhlm.errors import ConfigError, FedhlmError
 from fedhlm_lab.papers import capacity
 from fedhlm_lab.papers.capacity_figures import CapacityFindings, capacity_of, result_of
-from fedhlm_lab.papers.experiment import CapacityExperiment, Sample
+from fedhlm_lab.papers.experiment import CapacityExperiment, LabSample
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.sim import toy, verifier_costs
 from fedhlm_lab.sim.pace import CallTally, ModelPace
@@ -76,7 +76,7 @@ def experiment(**changes: object) -> CapacityExperiment:
         "mixed": (),
         **changes,
     }
-    return CapacityExperiment.load("capacity", Sample(quick=True, parameters=small))
+    return CapacityExperiment.load("capacity", LabSample(quick=True, parameters=small))
 
 
 def test_more_agents_are_slower_and_drafts_save_calls() -> None:

@@ -8,7 +8,7 @@ import pytest
 from fedhlm.errors import ConfigError
 from fedhlm_fleet.cli import main
 from fedhlm_lab.papers import catalogue
-from fedhlm_lab.papers.experiment import Experiment, FedhlmExperiment, ParetoExperiment, Sample, UhlmExperiment
+from fedhlm_lab.papers.experiment import Experiment, FedhlmExperiment, LabSample, ParetoExperiment, UhlmExperiment
 from fedhlm_lab.papers.pair import folder_pair, paced
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.requests import source_of
@@ -35,7 +35,7 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FEDHLM_DATA", raising=False)
     load = Experiment.load.__func__  # type: ignore[attr-defined]
 
-    def smaller(cls: type[Experiment], name: str, sample: Sample) -> Any:
+    def smaller(cls: type[Experiment], name: str, sample: LabSample) -> Any:
         return load(cls, name, sample._replace(parameters={**FEW[name], **sample.parameters}))
 
     monkeypatch.setattr(Experiment, "load", classmethod(smaller))
@@ -83,7 +83,7 @@ def pictures(report: str) -> list[str]:
     ("name", "kind"), [("fedhlm", FedhlmExperiment), ("u-hlm", UhlmExperiment), ("pareto", ParetoExperiment)]
 )
 def test_a_shipped_experiment_is_read_and_its_smaller_sample_is_smaller(name: str, kind: type[Experiment]) -> None:
-    whole, quick = kind.load(name), kind.load(name, Sample(quick=True))
+    whole, quick = kind.load(name), kind.load(name, LabSample(quick=True))
     assert quick.articles < whole.articles
     assert quick.paper == whole.paper
     assert all(value.tolerance > 0.0 for value in whole.paper)
@@ -141,7 +141,7 @@ def test_parameters_that_do_not_fit_one_another_are_told(
     name: str, changes: dict[str, Any], words: str, few: None, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as told:
-        catalogue.EXPERIMENTS[name](folder_pair(), tmp_path / "laws", sample=Sample(parameters=changes))
+        catalogue.EXPERIMENTS[name](folder_pair(), tmp_path / "laws", sample=LabSample(parameters=changes))
     assert words in str(told.value)
 
 
@@ -156,7 +156,7 @@ def test_parameters_that_do_not_fit_one_another_are_told(
 def test_whatever_presets_sizes_and_thresholds_run_the_report_is_whole(
     name: str, changes: dict[str, Any], few: None, tmp_path: Path
 ) -> None:
-    result = catalogue.EXPERIMENTS[name](folder_pair(), tmp_path / "laws", sample=Sample(parameters=changes))
+    result = catalogue.EXPERIMENTS[name](folder_pair(), tmp_path / "laws", sample=LabSample(parameters=changes))
     text = markdown(result)
     assert "nan" not in text.lower()
     assert all(f"- {key}: " in text for key in ("SLM", "LLM", "seeds"))
@@ -169,7 +169,7 @@ def test_parameters_are_for_one_experiment(capsys: pytest.CaptureFixture[str], t
 
 
 def test_times_that_are_given_are_not_measured_anew() -> None:
-    given = Sample(parameters={"large_s": [0.5, 0.25]})
+    given = LabSample(parameters={"large_s": [0.5, 0.25]})
     experiment = ParetoExperiment.load("pareto", given)
     pair = folder_pair()._replace(own=True)
     found = paced(experiment, pair, given=given.parameters)

@@ -12,7 +12,7 @@ from fedhlm.decoding.decoder import Decoder, DecoderInput, DecoderOutput
 from fedhlm.errors import ConfigError
 from fedhlm_lab.papers import pareto
 from fedhlm_lab.papers.desk import LlmJudge, WrittenTexts
-from fedhlm_lab.papers.experiment import ParetoExperiment, Sample
+from fedhlm_lab.papers.experiment import LabSample, ParetoExperiment
 from fedhlm_lab.papers.findings import LabPanels
 from fedhlm_lab.papers.pair import folder_pair, paced
 from fedhlm_lab.papers.pareto import PresetPoint
@@ -31,7 +31,7 @@ PRESETS = ("colocated", "exact", "llm-only", "slm-only", "u-hlm")
 def experiment(**changes: object) -> ParetoExperiment:
     """The shipped one, smaller."""
     small = {"presets": PRESETS, "links": ("lan", "lte"), "seeds": 2, "texts": 2, "tokens": 12, "warm": 2, **changes}
-    return ParetoExperiment.load("pareto", Sample(parameters=small))
+    return ParetoExperiment.load("pareto", LabSample(parameters=small))
 
 
 @pytest.fixture(scope="module")

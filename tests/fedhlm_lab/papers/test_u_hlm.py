@@ -8,7 +8,7 @@ import pytest
 from fedhlm.decoding.couplings import COUPLINGS
 from fedhlm.protocol.messages import Sampling
 from fedhlm_lab.papers import u_hlm
-from fedhlm_lab.papers.experiment import Sample, UhlmExperiment
+from fedhlm_lab.papers.experiment import LabSample, UhlmExperiment
 from fedhlm_lab.papers.findings import LabChart, LabResult
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.u_hlm import SpeedupPoint, observed, rate_of, sizes_of, snr_of, token_s
@@ -28,7 +28,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[u_hlm.UhlmRuns]:
         "vocabularies": (64, 4096),
         "seeds": 2,
     }
-    experiment = UhlmExperiment.load("u-hlm", Sample(parameters=small))
+    experiment = UhlmExperiment.load("u-hlm", LabSample(parameters=small))
     questions = toys.laws(cache)
     texts, source = toys.laws(cache, 30, 8), toys.source(questions)
     return [u_hlm.run(one, toys.pair(), source, texts, questions) for one in experiment.each_seed()]

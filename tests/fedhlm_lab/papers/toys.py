@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from fedhlm_lab.papers.device import LawTexts
-from fedhlm_lab.papers.experiment import FedhlmExperiment, Sample
+from fedhlm_lab.papers.experiment import FedhlmExperiment, LabSample
 from fedhlm_lab.papers.laws import LawPrompt, Laws, ToyLaws
 from fedhlm_lab.papers.pair import LabPair
 from fedhlm_lab.papers.requests import LabSource
@@ -68,4 +68,4 @@ def experiment(**changes: object) -> FedhlmExperiment:
         "seeds": 2,
         **changes,
     }
-    return FedhlmExperiment.load("fedhlm", Sample(parameters={"paper": [], **small}))
+    return FedhlmExperiment.load("fedhlm", LabSample(parameters={"paper": [], **small}))

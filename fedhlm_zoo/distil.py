@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedhlm.decoding.chat import TurnIds, chat_of
-from fedhlm.decoding.hub import TOKENIZER_CONFIG_FILE
+from fedhlm.decoding.chat import TurnIds
 from fedhlm.decoding.models import backend_of, tokenizer_at
 from fedhlm.decoding.sampling import perturbed_argmax, scores
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
@@ -302,7 +301,7 @@ def distil(
     folder = train_on(out, student, config, files, size)
     accepted = acceptance(student.eval(), model, examined, temperature=heat, vocabulary=size)
     tokenizer.save(str(folder / TOKENIZER_FILE))
-    _write_template(large, folder, begins=turns.opening[:1] == (model.config.bos_token_id,))
+    copy_chat_files(large, folder, begins=turns.opening[:1] == (model.config.bos_token_id,))
     file = None
     if backend_of(str(large)) == "llama-cpp":
         file = gguf_weights.write(out / DRAFT_FILE, large, student, name=f"draft of {large.stem}")
@@ -371,15 +370,6 @@ def _losses(out: Path) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
     shown = sorted({round(place) for place in np.linspace(0, len(lines) - 1, 10)})
     return [(lines[place]["step"], lines[place]["loss"]) for place in shown]
-
-
-def _write_template(large: Path, folder: Path, *, begins: bool) -> None:
-    """Give a draft the chat template of the large model."""
-    if large.is_dir():
-        copy_chat_files(large, folder)
-    elif (chat := chat_of(large)) is not None:
-        config = {"add_bos_token": begins, "chat_template": chat.template, **chat.special}
-        (folder / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _card(large: Path, config: DistilConfig, told: Distilled, losses: Sequence[tuple[int, float]]) -> str:

@@ -23,7 +23,7 @@ from fedhlm.decoding.decoder import (
     ModelInfo,
 )
 from fedhlm.decoding.hub import begin_id
-from fedhlm.decoding.models import backend_of
+from fedhlm.decoding.models import backend_of, tokenizer_at
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 from fedhlm.errors import ModelError
 from fedhlm.progress import progress
@@ -40,7 +40,7 @@ def export(source: str | Path, out: Path, *, tokenizer: Path | None = None, name
     """Export a causal LM to ``out/`` as fp32 and check it against torch.
 
     Args:
-        source: a Hugging Face model directory, or a hub id.
+        source: a Hugging Face model directory, a GGUF file, whose weights are dequantised, or a hub id.
         out: folder to write ``model.onnx``, ``tokenizer.json``, ``model.json`` and, where the source has one, the chat
             template to; made when absent.
         tokenizer: folder or file with ``tokenizer.json``, for a source that has none.
@@ -55,7 +55,7 @@ def export(source: str | Path, out: Path, *, tokenizer: Path | None = None, name
         out.mkdir(parents=True, exist_ok=True)
         _write_tokenizer(source, tokenizer, out / TOKENIZER_FILE)
         _write_graph(model, out / GRAPH_FILE)
-        info = write_info(out, _describe(model, out / GRAPH_FILE, name or Path(str(source)).name))
+        info = write_info(out, _describe(model, out / GRAPH_FILE, name or _name_of(source)))
     with progress(f"comparing {out} with torch"):
         difference = compare_with_torch(model, Decoder.load(out))
     log.info("exported %s: largest logit difference to torch %.2g", info.name, difference)
@@ -100,7 +100,15 @@ def load_torch(source: str | Path, *, dtype: str = "float32") -> Any:
         raise ModelError(f"model source {str(source)!r} cannot be loaded as a causal language model: {exc}") from exc
 
 
+def _name_of(source: str | Path) -> str:
+    return Path(source).stem if backend_of(str(source)) == "llama-cpp" else Path(str(source)).name
+
+
 def _write_tokenizer(source: str | Path, given: Path | None, target: Path) -> None:
+    if not given and backend_of(str(source)) == "llama-cpp":
+        tokenizer_at(Path(source))[0].save(str(target))
+        copy_chat_files(Path(source), target.parent, begins=gguf_weights.begins(Path(source)))
+        return
     candidates = [given, given / TOKENIZER_FILE] if given else [Path(source) / TOKENIZER_FILE]
     for candidate in candidates:
         if candidate.is_file():

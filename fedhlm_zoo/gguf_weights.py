@@ -11,6 +11,7 @@ from fedhlm.errors import ModelError
 from fedhlm.process.files import aside_of, replacing
 
 PLAIN: Final = ("llama", "qwen2", "qwen3")  # architectures whose files hold what transformers holds
+BEGUN: Final = ("llama3", "llama-v3", "llama-bpe")  # tokenizers of byte-level BPE that put a token before every text
 BLOCK: Final = 32  # numbers with one scale
 FORM: Final = "Q4_0"  # on a CPU llama.cpp multiplies with it faster than with any other
 
@@ -42,6 +43,17 @@ def load(path: Path, *, dtype: str = "float32") -> Any:
     if unknown or set(missing) - tied:
         raise ModelError(f"{path} must hold the weights of {kind!r} (missing {missing}, unknown {unknown})")
     return model.to(getattr(torch, dtype)).eval()
+
+
+def begins(path: Path) -> bool:
+    """Whether a begin-of-text token precedes every text. Files that do not say so follow llama.cpp's defaults.
+
+    Raises:
+        ModelError: the file cannot be used.
+    """
+    gguf = read_gguf(path)
+    usual = gguf.get("tokenizer.ggml.model", str) == "llama" or gguf.get("tokenizer.ggml.pre", str) in BEGUN
+    return bool(gguf.get("tokenizer.ggml.add_bos_token", bool, usual))
 
 
 def write(path: Path, source: Path, model: Any, *, name: str, form: str = FORM) -> Path:

@@ -1,11 +1,13 @@
 """Write and summarise ``model.json``, the description in every model folder."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from fedhlm.decoding.chat import chat_of
 from fedhlm.decoding.decoder import (
     CHAT_FILES,
     GRAPH_FILE,
@@ -14,6 +16,7 @@ from fedhlm.decoding.decoder import (
     ModelInfo,
     file_digest,
 )
+from fedhlm.decoding.hub import TOKENIZER_CONFIG_FILE
 from fedhlm.decoding.models import backend_of, described
 from fedhlm.decoding.vocabulary import TOKENIZER_FILE
 
@@ -26,8 +29,22 @@ def list_files(folder: Path) -> dict[str, FileInfo]:
     return {p.name: FileInfo(p.stat().st_size, file_digest(p)) for p in present}
 
 
-def copy_chat_files(source: Path, target: Path) -> None:
-    """Copy the files that say how a conversation is written, as far as `source` has them."""
+def copy_chat_files(source: Path, target: Path, *, begins: bool = False) -> None:
+    """Copy the files that say how a conversation is written, as far as `source` has them.
+
+    Args:
+        source: a model folder or a GGUF file, of which the files are made.
+        target: a model folder.
+        begins: whether a begin-of-text token precedes every text of a GGUF file.
+
+    Raises:
+        ModelError: the GGUF file cannot be used.
+    """
+    if source.is_file():
+        chat = chat_of(source)
+        config = {"add_bos_token": begins, **({"chat_template": chat.template, **chat.special} if chat else {})}
+        (target / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        return
     for name in CHAT_FILES:
         if (source / name).is_file() and source != target:
             shutil.copyfile(source / name, target / name)

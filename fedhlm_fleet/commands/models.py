@@ -47,12 +47,12 @@ def models_get(name: str, *, folder: Path | None = None) -> int:
 
 @app.command(name="export")
 def models_export(source: str, out: Path, *, tokenizer: Path | None = None, name: str | None = None) -> int:
-    """Export a causal language model of Hugging Face to ONNX, and compare its output with torch.
+    """Export a causal language model of Hugging Face, or a GGUF file, to ONNX, and compare its output with torch.
 
     Parameters
     ----------
     source
-        Model folder or hub id.
+        Model folder, GGUF file or hub id.
     out
         Folder to write.
     tokenizer

@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from fedhlm.decoding.chat import chat_of
 from fedhlm.decoding.decoder import Decoder, load_info
+from fedhlm.decoding.hub import open_tokenizer
+from fedhlm.decoding.models import tokenizer_at
+from fedhlm.decoding.vocabulary import vocabulary_of
 from fedhlm.errors import ConfigError, ModelError
 from fedhlm_zoo import tiny
 from fedhlm_zoo.info import summary
+from tests.fedhlm.decoding.ggufs import tiny_gguf, write_gguf
 
 pytest.importorskip("torch", reason="makes its models with torch")
 pytest.importorskip("optimum.exporters.onnx", reason="exports its models with optimum")
 
 from fedhlm_zoo import export as export_module
+from fedhlm_zoo import gguf_weights
 from fedhlm_zoo.export import compare_with_torch, export, load_torch
 from fedhlm_zoo.quantise import quantise
 
@@ -136,3 +142,37 @@ def test_a_model_whose_tokenizer_adds_nothing_begins_with_the_text(tmp_path: Pat
     assert export(source, tmp_path / "onnx").bos_id is None
     small = quantise(tmp_path / "onnx", tmp_path / "small", mode="int8-dynamic").info
     assert (small.bos_id, load_info(tmp_path / "small").bos_id) == (None, None)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_gguf_file_is_exported_with_its_tokenizer_template_and_beginning(begins: bool, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="reads GGUF files into torch")
+    source = tiny_gguf(tmp_path / "tiny.gguf", tokenizer__ggml__add_bos_token=begins)
+    info = export(source, tmp_path / "onnx")
+    assert (info.name, info.eos_ids, info.bos_id) == ("tiny", (0,), 0 if begins else None)
+    texts = ["Oil prices rise", "Öl 油 🛢"]
+    tokenizer, vocabulary = tokenizer_at(source)
+    assert [open_tokenizer(tmp_path / "onnx").encode(t).ids for t in texts] == [
+        tokenizer.encode(t, add_special_tokens=False).ids for t in texts
+    ]
+    assert vocabulary_of(tmp_path / "onnx").digest == vocabulary.digest
+    assert chat_of(tmp_path / "onnx") == chat_of(source)
+    assert compare_with_torch(load_torch(source), Decoder.load(tmp_path / "onnx")) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("metadata", "begins"),
+    [
+        ({"model": "gpt2", "add_bos_token": True}, True),
+        ({"model": "gpt2", "pre": "llama-bpe", "add_bos_token": False}, False),
+        ({"model": "gpt2", "pre": "llama-bpe"}, True),
+        ({"model": "llama"}, True),
+        ({"model": "gpt2"}, False),
+    ],
+)
+def test_a_gguf_file_that_does_not_say_how_texts_begin_follows_its_kind(
+    metadata: dict[str, str | bool], begins: bool, tmp_path: Path
+) -> None:
+    named = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    file = write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama", **named}, {})
+    assert gguf_weights.begins(file) == begins

@@ -13,6 +13,7 @@ from fedhlm_lab.papers.pair import folder_pair, paced
 from fedhlm_lab.papers.report import markdown
 from fedhlm_lab.papers.requests import source_of
 from fedhlm_lab.sim import verifier_costs
+from fedhlm_lab.sim.pace import ModelPace
 from fedhlm_zoo.corpus import load_ag_news
 
 FEW = {
@@ -169,13 +170,14 @@ def test_parameters_are_for_one_experiment(capsys: pytest.CaptureFixture[str], t
     assert "--parameters must be given to one experiment" in capsys.readouterr().err
 
 
-def test_times_that_are_given_are_not_measured_anew() -> None:
+def test_times_that_are_given_are_not_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedhlm_lab.papers.pair.measured", lambda _decoder: ModelPace(0.5, 0.125))
     given = LabSample(parameters={"large_s": [0.5, 0.25]})
     experiment = ParetoExperiment.load("pareto", given)
     pair = folder_pair()._replace(own=True)
     found = paced(experiment, pair, given=given.parameters)
     assert found.large_s == (0.5, 0.25)
-    assert found.device_s != experiment.device_s
+    assert found.device_s == found.beside_s == (0.5, 0.125)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(

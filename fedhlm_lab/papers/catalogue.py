@@ -42,6 +42,9 @@ TOO_FEW: Final = "AG News was not found (FEDHLM_DATA names its folder), so these
 def run_fedhlm(pair: LabPair, cache: Path, *, sample: LabSample) -> LabResult:
     """Run FedHLM's experiment."""
     experiment = FedhlmExperiment.load("fedhlm", sample)
+    least = experiment.clients * experiment.rounds
+    if experiment.requests < least:
+        raise ConfigError("requests", experiment.requests, f"at least {least}, one for each client and round")
     source = source_of(experiment.articles)
     laws = laws_of(pair, cache, topic_prompts(source.articles, decoder_of(pair)))
     seeds = experiment.smaller(len(source.articles)).each_seed()

@@ -42,6 +42,10 @@ class LabSample(NamedTuple):
 
 
 WHOLE: Final = LabSample()
+NOT_PARAMETERS: Final = (
+    "paper",
+    "quick",
+)  # what is compared, which each experiment computes by name, and another sample
 
 
 class PaperValue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,7 +89,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         tree = tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
         if sample.quick:
             tree |= tree.get("quick", {})
-        source, keys = f"file {sample.source}", cls.__struct_fields__
+        source, keys = f"file {sample.source}", [key for key in cls.__struct_fields__ if key not in NOT_PARAMETERS]
         for key, value in sample.parameters.items():
             if key not in keys:
                 near = difflib.get_close_matches(key, keys, n=1)

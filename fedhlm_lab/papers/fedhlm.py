@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from edge_agent.learner import Learner
 from fedhlm.config import load
-from fedhlm.errors import ConfigError
 from fedhlm.progress import progress
 from fedhlm.protocol.messages import Sampling
 from fedhlm.protocol.sources import SOURCES
@@ -63,9 +62,6 @@ def configs_of(experiment: FedhlmExperiment) -> dict[str, Config]:
 
 def run(experiment: FedhlmExperiment, pair: LabPair, source: LabSource, laws: Laws) -> FedhlmRuns:
     """Run everything with the experiment's first seed, which deals the articles out and is that of every request."""
-    least = experiment.clients * experiment.rounds
-    if experiment.requests < least:
-        raise ConfigError("requests", experiment.requests, f"at least {least}, one for each client and round")
     topics = [a.topic for a in source.articles]
     texts = LawTexts(laws, topics, pair.word)
     requests = asked(experiment.requests, len(topics), experiment.seed)

@@ -9,7 +9,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedhlm.errors import ConfigError
 from fedhlm.protocol.sources import SOURCES
 from fedhlm_lab.papers.device import LabOutcome
 from fedhlm_lab.papers.experiment import PaperValue
@@ -113,7 +112,7 @@ def ours(runs: FedhlmRuns, paper: PaperValue) -> tuple[float | None, float | Non
         case "Fig. 10", [name]:
             key_name = "SLM alone" if name == "SLM alone" else "speculative"
             return share(runs.baselines[key_name], lambda one: one.right), None
-    raise ConfigError("paper", f"{paper.place}, {paper.name}", "a value that the experiment computes")
+    raise ValueError(f"a value of the paper must be one that is computed (got {paper.place}, {paper.name})")
 
 
 def _skewed(runs: FedhlmRuns, layer: str, alpha: float) -> tuple[float | None, float | None]:

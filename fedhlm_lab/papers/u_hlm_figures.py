@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedhlm.errors import ConfigError
 from fedhlm_lab.papers.experiment import PaperValue
 from fedhlm_lab.papers.findings import ChartSeries, LabChart, LabResult, LabTable, PaperRow
 from fedhlm_lab.papers.intervals import CONFIDENCE, mean_of
@@ -83,7 +82,7 @@ def ours(runs: UhlmRuns, paper: PaperValue) -> tuple[float | None, float | None]
             return 1.0 - runs.law_bytes["published-cu"] / runs.law_bytes["full"], None
         case "CU-HLM", "throughput":
             return points["ours, CU-HLM"].at(slowest), points["ours, CU-HLM"]._replace(sent=calibrated).at(slowest)
-    raise ConfigError("paper", f"{paper.place}, {paper.name}", "a value that the experiment computes")
+    raise ValueError(f"a value of the paper must be one that is computed (got {paper.place}, {paper.name})")
 
 
 def sentences(seeds: Sequence[UhlmRuns]) -> list[str]:

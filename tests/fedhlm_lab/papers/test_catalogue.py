@@ -107,6 +107,7 @@ def test_parameters_of_one_s_own_replace_those_of_the_file_and_the_report_names_
         ("agentz = [1, 2]", "agentz is not a known key: did you mean agents? (got [1, 2] from file mine.toml)"),
         ("xyzzy = 1", "xyzzy is not a known key: the keys are title, articles,"),
         ("agents = [0, 2]", "agents must be a value as in capacity.toml (got [0, 2] from file mine.toml: "),
+        ("paper = []", "paper is not a known key: "),
         ("seeds = 1", "seeds must be a value as in capacity.toml (got 1 from file mine.toml: "),
         ('verifiers = {cpu = {cheaper = 0.5, batch_tokens = 8}}', "verifiers must be a value as in capacity.toml"),
         ("agents = ", "--parameters must be TOML (got 'mine.toml': "),
@@ -134,8 +135,6 @@ def test_impossible_parameters_are_told_in_one_line(
         ("capacity", {"mixed": ["exact"], "long": 509}, "long must be at most 508"),
         ("capacity", {"verifiers": {"a/b": {"cheaper": 1.0, "batch_tokens": 8}}}, "verifiers must be a value as in"),
         ("fedhlm", {"requests": 5}, "requests must be at least 6, one for each client and round (got 5)"),
-        ("fedhlm", {"paper": [{"place": "x", "name": "y", "value": 1.0, "tolerance": 0.1}]}, "paper must be a value that"),
-        ("u-hlm", {"paper": [{"place": "x", "name": "y", "value": 1.0, "tolerance": 0.1}]}, "paper must be a value that"),
     ],
 )  # fmt: skip
 def test_parameters_that_do_not_fit_one_another_are_told(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from fedhlm_lab.papers.device import LawTexts
 from fedhlm_lab.papers.experiment import FedhlmExperiment, LabSample
@@ -68,4 +69,4 @@ def experiment(**changes: object) -> FedhlmExperiment:
         "seeds": 2,
         **changes,
     }
-    return FedhlmExperiment.load("fedhlm", LabSample(parameters={"paper": [], **small}))
+    return replace(FedhlmExperiment.load("fedhlm", LabSample(parameters=small)), paper=())

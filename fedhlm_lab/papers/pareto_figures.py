@@ -157,10 +157,11 @@ def _what_it_cannot(found: Findings) -> list[str]:
     ]
     if RIVAL not in found.presets:
         return [f"{told}." for told in kept]
+    sooner = f", and after {firsts[quickest]} s under `{quickest}`" if quickest != RIVAL else ""
     return [
         (
-            f"Without a link the first token comes after {firsts[RIVAL]} s under `{RIVAL}`, and after {firsts[quickest]} s "
-            f"under `{quickest}`. All of these are written by the model of the device, which a device that leaves both "
+            f"Without a link the first token comes after {firsts[RIVAL]} s under `{RIVAL}`{sooner}. "
+            "All of these are written by the model of the device, which a device that leaves both "
             "models to the cloud does not have: it writes nothing."
         ),
         f"`{RIVAL}` sends every text to the cloud and has nothing to certify. {'; '.join(kept) or 'No preset kept any'}.",

@@ -149,6 +149,7 @@ def test_parameters_that_do_not_fit_one_another_are_told(
     ("name", "changes", "fact"),
     [
         ("capacity", {"presets": ["slm-only", "llm-only"], "agents": [2, 1, 2]}, "- agents: 1, 2\n"),
+        ("pareto", {"presets": ["colocated"]}, "s under `colocated`. All of these"),
         ("fedhlm", {"alphas": [1.0], "clients": 1, "clusters": 1}, "- seeds: 2\n"),
         ("u-hlm", {"taus": [0.5]}, "- seeds: 2\n"),
     ],
